@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Sizes and durations: parse what people write, print what people read."""
+
+from __future__ import annotations
+
+import re
+
+from nbdnfs.errors import UsageError
+
+_SIZE_FACTORS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_DURATION_FACTORS_S = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def parse_size_bytes(text: str) -> int:
+    """Bytes in "4096", "512K", "2G", "1.5GiB" (binary units, as mkswap and truncate use them).
+
+    Raises UsageError when it is no size, or no whole number of bytes.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"'{text}' is not a size", "write a number and a unit, for example 512M or 2G")
+    size = float(match[1]) if "." in match[1] else int(match[1])
+    size_bytes = size * _SIZE_FACTORS[match[2].upper()]
+    if size_bytes != int(size_bytes):
+        raise UsageError(f"'{text}' is not a whole number of bytes", "write for example 1536M instead")
+    return int(size_bytes)
+
+
+def format_size(size_bytes: int) -> str:
+    """The largest binary unit that keeps at most one decimal: 2 GiB, 1.5 GiB, 4096 B -> 4 KiB."""
+    value = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            break
+        value /= 1024
+    else:
+        unit = "TiB"
+    text = f"{value:.1f}".removesuffix(".0")
+    return f"{text} {unit}"
+
+
+def parse_duration_s(text: str) -> float:
+    """Seconds in "30", "500ms", "90s", "5min", "2h", "1d". Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|min|h|d)?\s*", text)
+    if match is None:
+        raise UsageError(f"'{text}' is not a duration", "write a number and a unit: ms, s, min, h or d")
+    return float(match[1]) * _DURATION_FACTORS_S[match[2] or "s"]
+
+
+def format_duration(seconds: float) -> str:
+    """Two units at most: 0.7 s, 42 s, 2 min 5 s, 3 h 20 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

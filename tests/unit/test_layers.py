@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The import ranks of the design: a module imports lower ranks only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "nbdnfs"
+
+RANKS = {
+    "errors": 0,
+    "units": 0,
+    "url": 1,
+    "config": 1,
+    "run": 1,
+    "kernel_state": 1,
+    "memlock": 1,
+    "handshake": 1,
+    "netlink": 1,
+    "engine": 1,
+    "reference": 1,
+    "provision": 2,
+    "device": 2,
+    "worker": 2,
+    "keeper": 3,
+    "status": 3,
+    "doctor": 3,
+    "cli": 4,
+}
+
+# units may raise what errors declares; the tree itself stands alone
+SAME_RANK_ALLOWED = {("units", "errors")}
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_names(path: Path) -> set[str]:
+    """The nbdnfs modules that a file imports, wherever in the file the import stands."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "nbdnfs":
+            parts = node.module.split(".")
+            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("nbdnfs.")}
+    return names - {"__version__"}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path) -> None:
+    """Each import names a module of a lower rank."""
+    name = name_of(path)
+    assert name in RANKS, f"{name} has no rank: give it one here and in the design"
+    for imported in imported_names(path) - {name}:
+        assert (name, imported) in SAME_RANK_ALLOWED or RANKS[imported] < RANKS[name], f"{name} imports {imported}"
+
+
+def test_root_module_holds_the_version_only() -> None:
+    """nbdnfs/__init__.py imports nothing, so that no circle can run through it."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    assert [type(node) for node in tree.body] == [ast.Assign]
