@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the tests share: one NFS server for the session, fresh files on it, a faulty way to it.
+
+Nothing here skips a test: a missing program is an error that names the package to install.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from nfs_server import Ganesha
+from proxy import TcpProxy
+
+MIB = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class FileOnServer:
+    """A file of an export: its URL for clients, and its path behind the server's back."""
+
+    server: Ganesha
+    name: str
+    size_bytes: int
+
+    @property
+    def path(self) -> Path:
+        return self.server.export_path / self.name
+
+    def url(self, version: int = 3, **params: str | int) -> str:
+        """As Ganesha.url."""
+        return self.server.url(self.name, version, **params)
+
+
+@pytest.fixture(scope="session")
+def ganesha(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ganesha]:
+    """The session's NFS server. A test that stops or pauses one takes `own_ganesha`."""
+    with Ganesha(tmp_path_factory.mktemp("ganesha")) as server:
+        yield server
+
+
+@pytest.fixture
+def own_ganesha(tmp_path: Path) -> Iterator[Ganesha]:
+    """An NFS server of the test's own, to be stopped, killed, paused and restarted as it likes."""
+    with Ganesha(tmp_path / "ganesha") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _file_numbers() -> Iterator[int]:
+    return itertools.count()
+
+
+@pytest.fixture
+def new_file(ganesha: Ganesha, _file_numbers: Iterator[int]) -> Iterator[Callable[..., FileOnServer]]:
+    """`new_file(size_bytes)`: a fresh file of random bytes on the session's server, or of `content`."""
+    made: list[FileOnServer] = []
+
+    def make(size_bytes: int = 16 * MIB, content: bytes | None = None) -> FileOnServer:
+        content = os.urandom(size_bytes) if content is None else content
+        file = FileOnServer(ganesha, f"file{next(_file_numbers)}", len(content))
+        file.path.write_bytes(content)
+        made.append(file)
+        return file
+
+    yield make
+    for file in made:
+        file.path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def backing_file(new_file: Callable[..., FileOnServer]) -> FileOnServer:
+    """A fresh 16 MiB file of zeros on the session's server."""
+    return new_file(content=bytes(16 * MIB))
+
+
+@pytest.fixture
+def proxy(ganesha: Ganesha) -> Iterator[TcpProxy]:
+    """A faulty way to the session's server: `backing_file.url(nfsport=proxy.port)`."""
+    with TcpProxy(ganesha.nfs_port) as proxy:
+        yield proxy
