@@ -1,0 +1,1075 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The only file that calls libnfs. See nfsio.h for what it promises.
+ *
+ * NFSv3 transfers are raw READ and WRITE calls, so that the stability and the status of each are seen as the
+ * server sent them. NFSv4 goes through libnfs's file API, which hides the state that v4 needs.
+ *
+ * A submitting thread queues its calls on the context and writes them to the socket itself; the I/O thread
+ * only receives, reconnects, and sends what did not fit into the socket. libnfs is not thread-safe: every
+ * call on a published context is made under `lock`.
+ */
+#include "nfsio.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <nfsc/libnfs.h>
+#include <nfsc/libnfs-raw.h>
+#include <nfsc/libnfs-raw-nfs.h>
+
+#define THREAD_STACK_BYTES (256 * 1024)
+#define TRANSFER_LIMIT_BYTES (1024 * 1024)
+#define BACKOFF_FIRST_MS 50
+#define BACKOFF_LIMIT_MS 5000
+#define RETRY_LATER_MS 200
+#define CLOSE_LIMIT_MS 1000
+
+/* A peer that is gone without a word is noticed by the kernel, not by a limit on how slow a server may be. */
+#define KEEPALIVE_IDLE_S 5
+#define KEEPALIVE_INTERVAL_S 5
+#define KEEPALIVE_PROBES 4
+#define UNACKED_LIMIT_MS 25000
+
+/*
+ * What nfs_get_fh() points to. libnfs keeps the definition in a private header, the same in 4.0, 5.0, 6.0 and
+ * 7.0 (libnfs-private.h, struct nfs_fh). check_raw_handle() asks the server whether it is right.
+ */
+struct nfs_fh_bytes {
+	int len;
+	char *val;
+};
+
+/* ------------------------------------------------------------------ libnfs's two interfaces ------------ */
+
+#ifdef LIBNFS_API_V2 /* 6.0 and later: buffers come with the call and the data lands in them */
+#define DATA_LANDS_IN_PLACE 1
+static int call_read3(struct rpc_context *rpc, rpc_cb cb, void *data, size_t length, READ3args *args, void *arg)
+{
+	return rpc_nfs3_read_task(rpc, cb, data, length, args, arg) != NULL ? 0 : -1;
+}
+static int call_write3(struct rpc_context *rpc, rpc_cb cb, WRITE3args *args, void *arg)
+{
+	return rpc_nfs3_write_task(rpc, cb, args, arg) != NULL ? 0 : -1;
+}
+static int call_getattr3(struct rpc_context *rpc, rpc_cb cb, GETATTR3args *args, void *arg)
+{
+	return rpc_nfs3_getattr_task(rpc, cb, args, arg) != NULL ? 0 : -1;
+}
+static int call_pread(struct nfs_context *nfs, struct nfsfh *fh, void *data, size_t length, uint64_t offset, nfs_cb cb,
+		      void *arg)
+{
+	return nfs_pread_async(nfs, fh, data, length, offset, cb, arg);
+}
+static int call_pwrite(struct nfs_context *nfs, struct nfsfh *fh, void *data, size_t length, uint64_t offset, nfs_cb cb,
+		       void *arg)
+{
+	return nfs_pwrite_async(nfs, fh, data, length, offset, cb, arg);
+}
+#else
+#define DATA_LANDS_IN_PLACE 0
+static int call_read3(struct rpc_context *rpc, rpc_cb cb, void *data, size_t length, READ3args *args, void *arg)
+{
+	return rpc_nfs3_read_async(rpc, cb, args, arg);
+}
+static int call_write3(struct rpc_context *rpc, rpc_cb cb, WRITE3args *args, void *arg)
+{
+	return rpc_nfs3_write_async(rpc, cb, args, arg);
+}
+static int call_getattr3(struct rpc_context *rpc, rpc_cb cb, GETATTR3args *args, void *arg)
+{
+	return rpc_nfs3_getattr_async(rpc, cb, args, arg);
+}
+static int call_pread(struct nfs_context *nfs, struct nfsfh *fh, void *data, size_t length, uint64_t offset, nfs_cb cb,
+		      void *arg)
+{
+	return nfs_pread_async(nfs, fh, offset, length, cb, arg);
+}
+static int call_pwrite(struct nfs_context *nfs, struct nfsfh *fh, void *data, size_t length, uint64_t offset, nfs_cb cb,
+		       void *arg)
+{
+	return nfs_pwrite_async(nfs, fh, offset, length, data, cb, arg);
+}
+#endif
+
+/* ------------------------------------------------------------------ data ------------------------------- */
+
+/* The requests of one nfsio_transfer(), which waits on `all_done`. On its stack; guarded by io->lock. */
+struct nfsio_batch {
+	struct nfsio *io;
+	size_t waiting;
+	pthread_cond_t all_done;
+};
+
+/* One name operation, on its caller's stack. Guarded by io->lock. */
+struct name_op {
+	struct nfsio *io;
+	bool done;
+	struct nfsio_failure *why; /* error 0 while nothing has gone wrong */
+	struct nfsio_stat *st;
+	pthread_cond_t finished;
+	struct name_op *next;
+};
+
+struct req_list {
+	struct nfsio_req *head, *tail;
+};
+
+struct nfsio {
+	/* constant once nfsio_open() has returned */
+	char *url, *address;
+	char *mount_path;       /* the part of the URL's directory that the server lets us mount */
+	char *prefix;           /* the rest of it, "" or "/sub/dir" */
+	struct nfsio_options options;
+	struct nfsio_stat opened;
+	uint32_t max_transfer_bytes;
+	int version;
+	bool opened_once;       /* the I/O thread's own: `opened` is valid */
+	int wake_fd;            /* an eventfd: written to wake the I/O thread out of poll() */
+	pthread_t thread;
+
+	atomic_bool stop;       /* set once, by nfsio_close() */
+
+	pthread_mutex_t lock;   /* guards everything below */
+	pthread_cond_t settled; /* signalled with first_done */
+	bool first_done;        /* the first attempt to connect has ended */
+	struct nfsio_failure *first_failure; /* nfsio_open()'s caller's, until first_done */
+
+	struct nfs_context *nfs; /* NULL while there is no connection */
+	struct nfsfh *fh;
+	nfs_fh3 fh3;            /* points into fh */
+	bool broken;            /* the context met a transport error: the I/O thread throws it away */
+	bool discarding;        /* a context is being destroyed: its callbacks mean nothing */
+	struct req_list pending;  /* to be issued, first come first served */
+	struct req_list inflight; /* issued on nfs */
+	struct req_list later;    /* the server asked to be asked again (JUKEBOX), or libnfs had no memory */
+	int64_t later_at_ms;
+	struct name_op *name_ops; /* issued on nfs */
+};
+
+static int64_t now_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+/* One line on stderr, without stdio's buffers: it may be written while memory is short. */
+__attribute__((format(printf, 1, 2))) static void log_line(const char *format, ...)
+{
+	char line[512];
+	va_list ap;
+	int length = snprintf(line, sizeof(line), "nbdnfs: ");
+
+	va_start(ap, format);
+	length += vsnprintf(line + length, sizeof(line) - length - 1, format, ap);
+	va_end(ap);
+	if (length > (int)sizeof(line) - 2)
+		length = sizeof(line) - 2;
+	line[length++] = '\n';
+	(void)!write(STDERR_FILENO, line, length);
+}
+
+static void set_failure(struct nfsio_failure *why, enum nfsio_phase phase, int error, const char *text)
+{
+	why->phase = phase;
+	why->error = error;
+	snprintf(why->message, sizeof(why->message), "%s", text != NULL ? text : "");
+}
+
+static void list_push(struct req_list *list, struct nfsio_req *req)
+{
+	req->next = NULL;
+	req->prev = list->tail;
+	if (list->tail != NULL)
+		list->tail->next = req;
+	else
+		list->head = req;
+	list->tail = req;
+}
+
+static void list_remove(struct req_list *list, struct nfsio_req *req)
+{
+	if (req->prev != NULL)
+		req->prev->next = req->next;
+	else
+		list->head = req->next;
+	if (req->next != NULL)
+		req->next->prev = req->prev;
+	else
+		list->tail = req->prev;
+}
+
+/* Put all of `from` before what is in `to`: what was issued first is issued again first. */
+static void list_prepend(struct req_list *to, struct req_list *from)
+{
+	if (from->head == NULL)
+		return;
+	from->tail->next = to->head;
+	if (to->head != NULL)
+		to->head->prev = from->tail;
+	else
+		to->tail = from->tail;
+	to->head = from->head;
+	from->head = from->tail = NULL;
+}
+
+static void wake_io_thread(struct nfsio *io)
+{
+	uint64_t one = 1;
+
+	(void)!write(io->wake_fd, &one, sizeof(one));
+}
+
+/* ------------------------------------------------------------------ completions, lock held ------------- */
+
+static void finish(struct req_list *list, struct nfsio_req *req, int error)
+{
+	struct nfsio_batch *batch = req->batch;
+
+	list_remove(list, req);
+	req->error = error;
+	if (--batch->waiting == 0)
+		pthread_cond_signal(&batch->all_done);
+}
+
+static void finish_all(struct req_list *list, int error)
+{
+	while (list->head != NULL)
+		finish(list, list->head, error);
+}
+
+static void try_later(struct nfsio *io, struct req_list *list, struct nfsio_req *req)
+{
+	list_remove(list, req);
+	list_push(&io->later, req);
+	io->later_at_ms = now_ms() + RETRY_LATER_MS;
+}
+
+/* `count` more bytes of an issued request have moved. */
+static void moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool end_of_file)
+{
+	if (count > req->length_bytes - req->moved_bytes) {
+		io->broken = true; /* no server means that; the connection has lost its framing */
+		return;
+	}
+	req->moved_bytes += count;
+	if (req->moved_bytes == req->length_bytes || end_of_file) {
+		finish(&io->inflight, req, 0);
+	} else if (count == 0) {
+		finish(&io->inflight, req, -EIO); /* neither bytes nor an end: asking again would not end */
+	} else {
+		list_remove(&io->inflight, req);
+		list_push(&io->pending, req); /* a short transfer: the I/O thread asks for the rest */
+	}
+}
+
+static void refused3(struct nfsio *io, struct nfsio_req *req, int status)
+{
+	if (status == NFS3ERR_JUKEBOX)
+		try_later(io, &io->inflight, req);
+	else
+		finish(&io->inflight, req, nfsstat3_to_errno(status) < 0 ? nfsstat3_to_errno(status) : -EIO);
+}
+
+/* True when this answer counts: it came from the server, over the context in use. */
+static bool answered(struct nfsio *io, int rpc_status)
+{
+	if (io->discarding)
+		return false;
+	if (rpc_status != RPC_STATUS_SUCCESS) {
+		io->broken = true;
+		return false;
+	}
+	return true;
+}
+
+static void read3_done(struct rpc_context *rpc, int status, void *data, void *arg)
+{
+	struct nfsio_req *req = arg;
+	struct nfsio *io = req->batch->io;
+	READ3res *res = data;
+
+	if (!answered(io, status))
+		return;
+	if (res->status != NFS3_OK) {
+		refused3(io, req, res->status);
+		return;
+	}
+	READ3resok *ok = &res->READ3res_u.resok;
+	uint32_t count = ok->count;
+
+	if (!DATA_LANDS_IN_PLACE) {
+		if (count > ok->data.data_len)
+			count = ok->data.data_len;
+		if (count <= req->length_bytes - req->moved_bytes)
+			memcpy(req->data + req->moved_bytes, ok->data.data_val, count);
+	}
+	moved(io, req, count, ok->eof);
+}
+
+static void write3_done(struct rpc_context *rpc, int status, void *data, void *arg)
+{
+	struct nfsio_req *req = arg;
+	struct nfsio *io = req->batch->io;
+	WRITE3res *res = data;
+
+	if (!answered(io, status))
+		return;
+	if (res->status != NFS3_OK)
+		refused3(io, req, res->status);
+	else if (res->WRITE3res_u.resok.committed != FILE_SYNC)
+		finish(&io->inflight, req, -EPROTO); /* RFC 1813, 3.3.7: a FILE_SYNC write is answered as such */
+	else
+		moved(io, req, res->WRITE3res_u.resok.count, false);
+}
+
+/* libnfs's file API reports a lost transport by these, mixed with what the server may say (libnfs.c, nfs_v4.c). */
+static bool is_transport_error(int error)
+{
+	return error == -EFAULT || error == -EINTR || error == -ETIMEDOUT || error == -ENOTCONN || error == -ECONNRESET;
+}
+
+static void file_call_done(int error, struct nfs_context *nfs, void *data, void *arg)
+{
+	struct nfsio_req *req = arg;
+	struct nfsio *io = req->batch->io;
+
+	if (!answered(io, is_transport_error(error) ? RPC_STATUS_ERROR : RPC_STATUS_SUCCESS))
+		return;
+	if (error == -EAGAIN) {
+		try_later(io, &io->inflight, req);
+	} else if (error < 0) {
+		finish(&io->inflight, req, error);
+	} else {
+		if (!DATA_LANDS_IN_PLACE && req->op == NFSIO_READ &&
+		    (uint32_t)error <= req->length_bytes - req->moved_bytes)
+			memcpy(req->data + req->moved_bytes, data, error);
+		/* a read that moves nothing has met the end; the file API does not pass eof on */
+		moved(io, req, error, req->op == NFSIO_READ && error == 0);
+	}
+}
+
+/* ------------------------------------------------------------------ issuing, lock held ----------------- */
+
+static int issue(struct nfsio *io, struct nfsio_req *req)
+{
+	uint64_t offset = req->offset_bytes + req->moved_bytes;
+	uint32_t length = req->length_bytes - req->moved_bytes;
+	uint8_t *data = req->data + req->moved_bytes;
+
+	if (io->version != 3)
+		return (req->op == NFSIO_READ ? call_pread : call_pwrite)(io->nfs, io->fh, data, length, offset,
+									  file_call_done, req);
+	if (req->op == NFSIO_READ) {
+		READ3args args = { .file = io->fh3, .offset = offset, .count = length };
+
+		return call_read3(nfs_get_rpc_context(io->nfs), read3_done, data, length, &args, req);
+	}
+	WRITE3args args = { .file = io->fh3, .offset = offset, .count = length, .stable = FILE_SYNC };
+
+	args.data.data_len = length;
+	args.data.data_val = (char *)data;
+	return call_write3(nfs_get_rpc_context(io->nfs), write3_done, &args, req);
+}
+
+/* Hand libnfs what waits, and as much of it to the socket as that takes. */
+static void issue_pending(struct nfsio *io)
+{
+	struct nfsio_req *req;
+
+	if (io->nfs == NULL || io->broken)
+		return;
+	while ((req = io->pending.head) != NULL) {
+		if (issue(io, req) < 0) {
+			try_later(io, &io->pending, req);
+			continue;
+		}
+		list_remove(&io->pending, req);
+		list_push(&io->inflight, req);
+	}
+	if (nfs_which_events(io->nfs) & POLLOUT && nfs_service(io->nfs, POLLOUT) < 0)
+		io->broken = true;
+}
+
+/* The I/O thread polls with what it knew: tell it where that has changed. */
+static void wake_if_needed(struct nfsio *io)
+{
+	if (io->nfs != NULL && (io->broken || io->later.head != NULL || nfs_which_events(io->nfs) & POLLOUT))
+		wake_io_thread(io);
+}
+
+int nfsio_transfer(struct nfsio *io, struct nfsio_req *reqs, size_t count)
+{
+	struct nfsio_batch batch = { .io = io, .waiting = count };
+
+	if (count == 0)
+		return 0;
+	pthread_cond_init(&batch.all_done, NULL);
+	pthread_mutex_lock(&io->lock);
+	for (size_t i = 0; i < count; i++) {
+		reqs[i].batch = &batch;
+		reqs[i].error = 0;
+		reqs[i].moved_bytes = 0;
+		list_push(&io->pending, &reqs[i]);
+	}
+	issue_pending(io);
+	wake_if_needed(io);
+	while (batch.waiting > 0)
+		pthread_cond_wait(&batch.all_done, &io->lock);
+	pthread_mutex_unlock(&io->lock);
+	pthread_cond_destroy(&batch.all_done);
+	for (size_t i = 0; i < count; i++)
+		if (reqs[i].error != 0)
+			return reqs[i].error;
+	return 0;
+}
+
+/* ------------------------------------------------------------------ name operations -------------------- */
+
+static void copy_stat(struct nfsio_stat *st, const struct nfs_stat_64 *from)
+{
+	*st = (struct nfsio_stat){
+		.size_bytes = from->nfs_size,
+		.used_bytes = from->nfs_used,
+		.fileid = from->nfs_ino,
+		.nlink = from->nfs_nlink,
+		.mode = from->nfs_mode,
+		.uid = from->nfs_uid,
+		.gid = from->nfs_gid,
+	};
+}
+
+static void name_op_finish(struct name_op *op, int error, const char *text)
+{
+	struct name_op **link = &op->io->name_ops;
+
+	while (*link != op)
+		link = &(*link)->next;
+	*link = op->next;
+	op->done = true;
+	set_failure(op->why, NFSIO_NAME, error, text);
+	pthread_cond_signal(&op->finished);
+}
+
+static void name_op_done(int error, struct nfs_context *nfs, void *data, void *arg)
+{
+	struct name_op *op = arg;
+
+	if (op->io->discarding)
+		return; /* discard() finishes it */
+	if (is_transport_error(error))
+		op->io->broken = true;
+	else if (error < 0)
+		name_op_finish(op, error, nfs_get_error(nfs));
+	else {
+		if (op->st != NULL)
+			copy_stat(op->st, data);
+		name_op_finish(op, 0, NULL);
+	}
+}
+
+enum name_call { CALL_STAT, CALL_FSTAT, CALL_LINK, CALL_RENAME, CALL_UNLINK };
+
+static int name_call(struct nfsio *io, enum name_call call, const char *path, const char *new_path,
+		     struct nfsio_stat *st, struct nfsio_failure *why)
+{
+	struct name_op op = { .io = io, .why = why, .st = st };
+	char full[2][4096];
+	int status = -ENOTCONN;
+
+	set_failure(why, NFSIO_NAME, -ENAMETOOLONG, NULL);
+	if (snprintf(full[0], sizeof(full[0]), "%s%s", io->prefix, path != NULL ? path : "") >= (int)sizeof(full[0]) ||
+	    snprintf(full[1], sizeof(full[1]), "%s%s", io->prefix, new_path != NULL ? new_path : "") >=
+		    (int)sizeof(full[1]))
+		return -ENAMETOOLONG;
+	pthread_cond_init(&op.finished, NULL);
+	pthread_mutex_lock(&io->lock);
+	if (io->nfs != NULL && !io->broken) {
+		op.next = io->name_ops;
+		io->name_ops = &op;
+		switch (call) {
+		case CALL_STAT:
+			status = nfs_stat64_async(io->nfs, full[0], name_op_done, &op);
+			break;
+		case CALL_FSTAT:
+			status = nfs_fstat64_async(io->nfs, io->fh, name_op_done, &op);
+			break;
+		case CALL_LINK:
+			status = nfs_link_async(io->nfs, full[0], full[1], name_op_done, &op);
+			break;
+		case CALL_RENAME:
+			status = nfs_rename_async(io->nfs, full[0], full[1], name_op_done, &op);
+			break;
+		case CALL_UNLINK:
+			status = nfs_unlink_async(io->nfs, full[0], name_op_done, &op);
+			break;
+		}
+		if (status != 0 && !op.done)
+			name_op_finish(&op, status < 0 ? status : -EIO, nfs_get_error(io->nfs));
+		wake_io_thread(io);
+		while (!op.done)
+			pthread_cond_wait(&op.finished, &io->lock);
+	} else {
+		set_failure(why, NFSIO_NAME, status, "the server is away");
+	}
+	pthread_mutex_unlock(&io->lock);
+	pthread_cond_destroy(&op.finished);
+	return why->error;
+}
+
+int nfsio_stat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why)
+{
+	return name_call(io, CALL_STAT, path, NULL, st, why);
+}
+
+int nfsio_fstat(struct nfsio *io, struct nfsio_stat *st, struct nfsio_failure *why)
+{
+	return name_call(io, CALL_FSTAT, NULL, NULL, st, why);
+}
+
+int nfsio_link(struct nfsio *io, const char *old_path, const char *new_path, struct nfsio_failure *why)
+{
+	return name_call(io, CALL_LINK, old_path, new_path, NULL, why);
+}
+
+int nfsio_rename(struct nfsio *io, const char *old_path, const char *new_path, struct nfsio_failure *why)
+{
+	return name_call(io, CALL_RENAME, old_path, new_path, NULL, why);
+}
+
+int nfsio_unlink(struct nfsio *io, const char *path, struct nfsio_failure *why)
+{
+	return name_call(io, CALL_UNLINK, path, NULL, NULL, why);
+}
+
+/* ------------------------------------------------------------------ connecting, I/O thread ------------- */
+
+/* One libnfs call of a context that nobody else knows yet. */
+struct step {
+	bool done;
+	bool insists;           /* goes on although the thread is to stop: its deadline is short */
+	int error;
+	void *data;             /* what a successful call made; an error string does not outlive the callback */
+	struct nfsio_stat st;
+	uint64_t fileid;
+};
+
+static void step_done(int error, struct nfs_context *nfs, void *data, void *arg)
+{
+	struct step *step = arg;
+
+	step->done = true;
+	step->error = error;
+	step->data = error == 0 ? data : NULL;
+}
+
+static void step_stat_done(int error, struct nfs_context *nfs, void *data, void *arg)
+{
+	struct step *step = arg;
+
+	step_done(error, nfs, NULL, arg);
+	if (error == 0)
+		copy_stat(&step->st, data);
+}
+
+static void step_getattr3_done(struct rpc_context *rpc, int status, void *data, void *arg)
+{
+	struct step *step = arg;
+	GETATTR3res *res = data;
+
+	step->done = true;
+	step->error = -EIO;
+	if (status == RPC_STATUS_SUCCESS && res->status == NFS3_OK) {
+		step->error = 0;
+		step->fileid = res->GETATTR3res_u.resok.obj_attributes.fileid;
+	}
+}
+
+/* Serve `nfs` until `step` is done. Returns step->error, -ETIMEDOUT or -ECANCELED. */
+static int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t deadline_ms)
+{
+	while (!step->done) {
+		struct pollfd fds[2] = {
+			{ .fd = nfs_get_fd(nfs), .events = nfs_which_events(nfs) },
+			{ .fd = io->wake_fd, .events = POLLIN },
+		};
+		int64_t left_ms = deadline_ms - now_ms();
+		uint64_t kicks;
+
+		if (atomic_load(&io->stop) && !step->insists)
+			return -ECANCELED;
+		if (left_ms <= 0)
+			return -ETIMEDOUT;
+		if (fds[0].fd < 0)
+			return -ENOTCONN;
+		if (poll(fds, 2, left_ms > 1000 ? 1000 : (int)left_ms) < 0 && errno != EINTR)
+			return -errno;
+		if (fds[1].revents != 0)
+			(void)!read(io->wake_fd, &kicks, sizeof(kicks));
+		if (fds[0].revents != 0 && nfs_service(nfs, fds[0].revents) < 0 && !step->done)
+			return -ENOTCONN;
+	}
+	return step->error;
+}
+
+static void tune_socket(int fd)
+{
+	int on = 1, idle_s = KEEPALIVE_IDLE_S, interval_s = KEEPALIVE_INTERVAL_S, probes = KEEPALIVE_PROBES;
+	unsigned unacked_ms = UNACKED_LIMIT_MS;
+
+	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+	setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
+	setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof(idle_s));
+	setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval_s, sizeof(interval_s));
+	setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof(probes));
+	setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &unacked_ms, sizeof(unacked_ms));
+}
+
+static struct nfs_context *new_context(struct nfsio *io, struct nfs_url **parsed, struct nfsio_failure *why)
+{
+	struct nfs_context *nfs = nfs_init_context();
+
+	if (nfs == NULL) {
+		set_failure(why, NFSIO_CONNECT, -ENOMEM, NULL);
+		return NULL;
+	}
+	*parsed = nfs_parse_url_full(nfs, io->url);
+	if (*parsed == NULL) {
+		set_failure(why, NFSIO_CONNECT, -EINVAL, nfs_get_error(nfs));
+		nfs_destroy_context(nfs);
+		return NULL;
+	}
+	nfs_set_autoreconnect(nfs, 0);
+	nfs_set_timeout(nfs, -1);
+	return nfs;
+}
+
+/* A connection that was refused, cut or timed out, as opposed to a server that answered no. */
+static bool is_no_answer(int error)
+{
+	return is_transport_error(error) || error == -EIO || error == -ECANCELED;
+}
+
+/*
+ * Mount the URL's directory, or, where the server exports only a parent of it, the longest parent it lets us
+ * mount. The choice is kept for reconnects. Returns false and *why, with the first refusal; *nfs may be NULL then.
+ */
+static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, struct nfs_url **url, int64_t deadline_ms,
+			    struct nfsio_failure *why)
+{
+	char path[4096];
+	bool chosen = io->mount_path != NULL;
+	bool first = true;
+
+	snprintf(path, sizeof(path), "%s", chosen ? io->mount_path : (*url)->path);
+	for (;;) {
+		struct step step = { 0 };
+		int error = -EIO;
+
+		if (nfs_mount_async(*nfs, io->address, path, step_done, &step) == 0)
+			error = pump(io, *nfs, &step, deadline_ms);
+		if (error == 0)
+			break;
+		if (first)
+			set_failure(why, is_no_answer(error) ? NFSIO_CONNECT : NFSIO_MOUNT, error, nfs_get_error(*nfs));
+		first = false;
+
+		char *slash = strrchr(path, '/');
+
+		if (is_no_answer(error) || chosen || slash == NULL || slash == path)
+			return false;
+		*slash = '\0';
+		/* a context that failed to mount is not to be used again */
+		nfs_destroy_url(*url);
+		*url = NULL;
+		nfs_destroy_context(*nfs);
+		*nfs = new_context(io, url, why);
+		if (*nfs == NULL)
+			return false;
+	}
+	if (!chosen) {
+		const char *rest = (*url)->path + strlen(path);
+
+		io->mount_path = strdup(path);
+		io->prefix = strdup(strcmp(rest, "/") == 0 ? "" : rest);
+		if (io->prefix == NULL || io->mount_path == NULL) {
+			set_failure(why, NFSIO_MOUNT, -ENOMEM, NULL);
+			return false;
+		}
+	}
+	return true;
+}
+
+static int open_file(struct nfsio *io, struct nfs_context *nfs, const char *path, int64_t deadline_ms,
+		     struct nfsfh **fh)
+{
+	struct step step = { 0 };
+	int flags = (io->options.read_only ? O_RDONLY : O_RDWR) | O_SYNC;
+	int error;
+
+	/* created once only: a file that vanished must not come back empty under live swap */
+	bool create = io->options.create && !io->opened_once;
+
+	if (!(create && io->options.exclusive)) {
+		if (nfs_open_async(nfs, path, flags, step_done, &step) != 0)
+			return -EIO;
+		error = pump(io, nfs, &step, deadline_ms);
+		if (error != -ENOENT || !create) {
+			*fh = step.data;
+			return error;
+		}
+	}
+	step = (struct step){ 0 };
+	if (nfs_create_async(nfs, path, O_RDWR | O_SYNC | O_EXCL, io->options.mode, step_done, &step) != 0)
+		return -EIO;
+	error = pump(io, nfs, &step, deadline_ms);
+	*fh = step.data;
+	return error;
+}
+
+/* The handle's bytes are libnfs's own; make sure that they name the file it has open. */
+static int check_raw_handle(struct nfsio *io, struct nfs_context *nfs, struct nfsfh *fh, nfs_fh3 *raw,
+			    uint64_t fileid, int64_t deadline_ms)
+{
+	const struct nfs_fh_bytes *bytes = (const struct nfs_fh_bytes *)nfs_get_fh(fh);
+	struct step step = { 0 };
+	GETATTR3args args;
+	int error;
+
+	if (bytes == NULL || bytes->len <= 0 || bytes->len > NFS3_FHSIZE || bytes->val == NULL)
+		return -EPROTO;
+	raw->data.data_len = bytes->len;
+	raw->data.data_val = bytes->val;
+	args.object = *raw;
+	if (call_getattr3(nfs_get_rpc_context(nfs), step_getattr3_done, &args, &step) != 0)
+		return -EIO;
+	error = pump(io, nfs, &step, deadline_ms);
+	if (error == 0 && step.fileid != fileid)
+		error = -EPROTO;
+	return error;
+}
+
+/* What one connection is: handed from connect_once() to the rest. */
+struct connection {
+	struct nfs_context *nfs;
+	struct nfsfh *fh;
+	nfs_fh3 fh3;
+	struct nfsio_stat st;
+};
+
+/* libnfs keeps no list of open files: what nfs_open() made is freed by nfs_close() only. */
+static void step_ignore(int error, struct nfs_context *nfs, void *data, void *arg)
+{
+}
+
+static void destroy_context(struct nfs_context *nfs, struct nfsfh *fh)
+{
+	if (fh != NULL)
+		nfs_close_async(nfs, fh, step_ignore, NULL);
+	nfs_destroy_context(nfs);
+}
+
+/* Mount and open with a context of its own. Returns false and *why. Called without the lock. */
+static bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why)
+{
+	int64_t deadline_ms = now_ms() + (int64_t)io->options.connect_timeout_s * 1000;
+	struct nfs_url *url = NULL;
+	struct nfs_context *nfs = new_context(io, &url, why);
+	struct step step = { 0 };
+	char path[4096];
+	int error;
+
+	*made = (struct connection){ 0 };
+	if (nfs == NULL)
+		return false;
+	if (!mount_directory(io, &nfs, &url, deadline_ms, why))
+		goto fail;
+	snprintf(path, sizeof(path), "%s%s%s", io->prefix, url->file[0] == '/' ? "" : "/", url->file);
+	error = open_file(io, nfs, path, deadline_ms, &made->fh);
+	if (error == 0) {
+		error = nfs_fstat64_async(nfs, made->fh, step_stat_done, &step) == 0
+				? pump(io, nfs, &step, deadline_ms)
+				: -EIO;
+	}
+	if (error == 0 && !S_ISREG(step.st.mode))
+		error = S_ISDIR(step.st.mode) ? -EISDIR : -EINVAL;
+	if (error == 0 && io->version == 3)
+		error = check_raw_handle(io, nfs, made->fh, &made->fh3, step.st.fileid, deadline_ms);
+	if (error != 0) {
+		set_failure(why, is_no_answer(error) ? NFSIO_CONNECT : NFSIO_OPEN, error, nfs_get_error(nfs));
+		goto fail;
+	}
+	made->nfs = nfs;
+	made->st = step.st;
+	tune_socket(nfs_get_fd(nfs));
+	nfs_destroy_url(url);
+	return true;
+fail:
+	if (url != NULL)
+		nfs_destroy_url(url);
+	if (nfs != NULL)
+		destroy_context(nfs, made->fh);
+	return false;
+}
+
+/* ------------------------------------------------------------------ the I/O thread --------------------- */
+
+/* Throw the context away; what was in flight waits for the next one. Lock held. */
+static void discard(struct nfsio *io)
+{
+	if (io->nfs == NULL)
+		return;
+	io->discarding = true;
+	destroy_context(io->nfs, io->fh);
+	io->discarding = false;
+	io->nfs = NULL;
+	io->fh = NULL;
+	io->broken = false;
+	list_prepend(&io->pending, &io->inflight);
+	while (io->name_ops != NULL)
+		name_op_finish(io->name_ops, -ECONNRESET, "the connection was lost");
+}
+
+static void publish(struct nfsio *io, const struct connection *made)
+{
+	io->nfs = made->nfs;
+	io->fh = made->fh;
+	io->fh3 = made->fh3;
+}
+
+/* Sleep without the lock; a wake-up ends it early only when the thread is to stop. */
+static void back_off(struct nfsio *io, int ms)
+{
+	int64_t until_ms = now_ms() + ms;
+	uint64_t kicks;
+
+	while (!atomic_load(&io->stop)) {
+		struct pollfd fd = { .fd = io->wake_fd, .events = POLLIN };
+		int64_t left_ms = until_ms - now_ms();
+
+		if (left_ms <= 0)
+			return;
+		if (poll(&fd, 1, (int)left_ms) > 0)
+			(void)!read(io->wake_fd, &kicks, sizeof(kicks));
+	}
+}
+
+/* Is this still the file that was opened first? A stranger under its name must not be swapped into. */
+static bool is_same_file(const struct nfsio *io, const struct nfsio_stat *st)
+{
+	return st->fileid == io->opened.fileid && st->size_bytes >= io->opened.size_bytes;
+}
+
+/* Connect again for as long as it takes. Called with the lock held, which it drops meanwhile. */
+static void reconnect(struct nfsio *io)
+{
+	int64_t since_ms = now_ms();
+	unsigned seed = (unsigned)since_ms ^ (unsigned)getpid();
+	int backoff_ms = BACKOFF_FIRST_MS;
+	struct nfsio_failure why = { 0 };
+	bool told = false;
+
+	pthread_mutex_unlock(&io->lock);
+	while (!atomic_load(&io->stop)) {
+		struct connection made;
+
+		if (connect_once(io, &made, &why)) {
+			if (is_same_file(io, &made.st)) {
+				log_line("server %s: connected again after %.1f s", io->address,
+					 (double)(now_ms() - since_ms) / 1000);
+				pthread_mutex_lock(&io->lock);
+				publish(io, &made);
+				return;
+			}
+			destroy_context(made.nfs, made.fh);
+			set_failure(&why, NFSIO_OPEN, -ESTALE, "the file has been replaced by another");
+		}
+		if (!told && !atomic_load(&io->stop))
+			log_line("server %s: no connection (%s), waiting for it", io->address,
+				 why.message[0] != '\0' ? why.message : strerror(-why.error));
+		told = true;
+		/* jitter: clients that lost the same server should not all come back in the same moment */
+		back_off(io, backoff_ms / 2 + (int)(rand_r(&seed) % (unsigned)backoff_ms));
+		backoff_ms = backoff_ms * 2 > BACKOFF_LIMIT_MS ? BACKOFF_LIMIT_MS : backoff_ms * 2;
+	}
+	pthread_mutex_lock(&io->lock);
+}
+
+/* Wait for something to do and do it. Lock held, dropped while waiting. */
+static void serve_once(struct nfsio *io)
+{
+	struct pollfd fds[2] = {
+		{ .fd = nfs_get_fd(io->nfs), .events = nfs_which_events(io->nfs) },
+		{ .fd = io->wake_fd, .events = POLLIN },
+	};
+	int timeout_ms = -1;
+	uint64_t kicks;
+
+	if (io->later.head != NULL) {
+		int64_t left_ms = io->later_at_ms - now_ms();
+
+		timeout_ms = left_ms > 0 ? (int)left_ms : 0;
+	}
+	pthread_mutex_unlock(&io->lock);
+	poll(fds, 2, timeout_ms);
+	if (fds[1].revents != 0)
+		(void)!read(io->wake_fd, &kicks, sizeof(kicks));
+	pthread_mutex_lock(&io->lock);
+	if (fds[0].revents != 0 && nfs_service(io->nfs, fds[0].revents) < 0)
+		io->broken = true;
+	if (io->later.head != NULL && now_ms() >= io->later_at_ms)
+		list_prepend(&io->pending, &io->later);
+	issue_pending(io);
+}
+
+static void *io_thread(void *arg)
+{
+	struct nfsio *io = arg;
+	struct connection made;
+	struct nfsio_failure why = { 0 };
+	bool connected = connect_once(io, &made, &why);
+
+	pthread_mutex_lock(&io->lock);
+	if (connected) {
+		publish(io, &made);
+		io->opened = made.st;
+		io->opened_once = true;
+		io->max_transfer_bytes = TRANSFER_LIMIT_BYTES;
+		if (nfs_get_readmax(io->nfs) < io->max_transfer_bytes)
+			io->max_transfer_bytes = nfs_get_readmax(io->nfs);
+		if (nfs_get_writemax(io->nfs) < io->max_transfer_bytes)
+			io->max_transfer_bytes = nfs_get_writemax(io->nfs);
+	} else {
+		*io->first_failure = why;
+	}
+	io->first_done = true;
+	pthread_cond_signal(&io->settled);
+	while (connected && !atomic_load(&io->stop)) {
+		if (io->broken)
+			discard(io);
+		if (io->nfs == NULL)
+			reconnect(io);
+		else
+			serve_once(io);
+	}
+	if (io->nfs != NULL && !io->broken && io->version != 3) {
+		/* the server keeps state for an open v4 file: say good-bye, but do not insist */
+		struct step step = { .insists = true };
+
+		if (nfs_close_async(io->nfs, io->fh, step_done, &step) == 0)
+			pump(io, io->nfs, &step, now_ms() + CLOSE_LIMIT_MS);
+		io->fh = NULL;
+	}
+	discard(io);
+	finish_all(&io->pending, -ECANCELED);
+	finish_all(&io->later, -ECANCELED);
+	pthread_mutex_unlock(&io->lock);
+	return NULL;
+}
+
+/* ------------------------------------------------------------------ open and close --------------------- */
+
+static void destroy(struct nfsio *io)
+{
+	if (io->wake_fd >= 0)
+		close(io->wake_fd);
+	pthread_cond_destroy(&io->settled);
+	pthread_mutex_destroy(&io->lock);
+	free(io->url);
+	free(io->address);
+	free(io->mount_path);
+	free(io->prefix);
+	free(io);
+}
+
+static int start_thread(struct nfsio *io)
+{
+	pthread_attr_t attributes;
+	sigset_t all, before;
+	int error;
+
+	pthread_attr_init(&attributes);
+	pthread_attr_setstacksize(&attributes, THREAD_STACK_BYTES);
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the program's own threads */
+	error = pthread_create(&io->thread, &attributes, io_thread, io);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	pthread_attr_destroy(&attributes);
+	return -error;
+}
+
+int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct nfsio_failure *why)
+{
+	struct nfsio *io = calloc(1, sizeof(*io));
+	int error = 0;
+
+	set_failure(why, NFSIO_CONNECT, 0, NULL);
+	if (io == NULL)
+		return set_failure(why, NFSIO_CONNECT, -ENOMEM, NULL), -ENOMEM;
+	io->options = *options;
+	io->options.url = io->options.address = NULL;
+	io->url = strdup(options->url);
+	io->address = strdup(options->address);
+	io->version = strstr(options->url, "version=4") != NULL ? 4 : 3;
+	io->first_failure = why;
+	io->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	pthread_mutex_init(&io->lock, NULL);
+	pthread_cond_init(&io->settled, NULL);
+	if (io->url == NULL || io->address == NULL)
+		error = -ENOMEM;
+	else if (io->wake_fd < 0)
+		error = -errno;
+	else
+		error = start_thread(io);
+	if (error != 0) {
+		set_failure(why, NFSIO_CONNECT, error, NULL);
+		destroy(io);
+		return error;
+	}
+	pthread_mutex_lock(&io->lock);
+	while (!io->first_done)
+		pthread_cond_wait(&io->settled, &io->lock);
+	io->first_failure = NULL;
+	pthread_mutex_unlock(&io->lock);
+	if (why->error != 0) {
+		nfsio_close(io);
+		return why->error;
+	}
+	*out = io;
+	return 0;
+}
+
+void nfsio_close(struct nfsio *io)
+{
+	atomic_store(&io->stop, true);
+	wake_io_thread(io);
+	pthread_join(io->thread, NULL);
+	destroy(io);
+}
+
+void nfsio_opened_stat(const struct nfsio *io, struct nfsio_stat *st)
+{
+	*st = io->opened;
+}
+
+uint32_t nfsio_max_transfer_bytes(const struct nfsio *io)
+{
+	return io->max_transfer_bytes;
+}

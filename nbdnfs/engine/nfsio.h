@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * nfsio: one file on one NFS server, over one disposable libnfs context.
+ *
+ * Nothing outside nfsio.c calls libnfs. A context is thrown away after any transport error and a new one is
+ * mounted; requests belong to their callers, who see nothing of that: what was in flight is issued again.
+ *
+ * Threads: nfsio_open() starts one I/O thread, which nfsio_close() ends. Every other function may be called
+ * from any thread at any time between the two.
+ */
+#ifndef NBDNFS_NFSIO_H
+#define NBDNFS_NFSIO_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum nfsio_op { NFSIO_READ, NFSIO_WRITE };
+
+/* What the server was asked when it failed. */
+enum nfsio_phase { NFSIO_CONNECT, NFSIO_MOUNT, NFSIO_OPEN, NFSIO_NAME };
+
+/* Why something failed. `message` is libnfs's own words, "" when it had none. */
+struct nfsio_failure {
+	enum nfsio_phase phase;
+	int error;              /* -errno */
+	char message[256];
+};
+
+/* One transfer. The caller's, to keep in place from nfsio_transfer() on until that returns. */
+struct nfsio_req {
+	/* set by the caller */
+	enum nfsio_op op;
+	uint32_t length_bytes;  /* at most nfsio_max_transfer_bytes() */
+	uint64_t offset_bytes;
+	uint8_t *data;          /* only read from when op is NFSIO_WRITE */
+
+	/* result */
+	int error;              /* 0 or -errno */
+	uint32_t moved_bytes;   /* less than length_bytes only on error, or when a read met the end of the file */
+
+	/* nfsio's own, guarded by its lock */
+	struct nfsio_batch *batch;
+	struct nfsio_req *prev, *next;
+};
+
+struct nfsio_options {
+	const char *url;        /* an NFS URL: path, file, version, ports, uid and gid come from it */
+	const char *address;    /* the server's numeric address, used in place of the URL's host */
+	bool create;            /* make the file when it is not there */
+	bool exclusive;         /* with create: fail with EEXIST when it is */
+	bool read_only;
+	uint32_t mode;          /* permission bits of a new file */
+	unsigned connect_timeout_s;
+};
+
+struct nfsio_stat {
+	uint64_t size_bytes, used_bytes, fileid, nlink;
+	uint32_t mode, uid, gid; /* mode as in stat(2), with the file type */
+};
+
+struct nfsio;
+
+/*
+ * Mount and open, once. Returns 0 and *io, or -errno and *why. The first failure is final; after a success a
+ * lost connection is made again for ever.
+ */
+int nfsio_open(const struct nfsio_options *options, struct nfsio **io, struct nfsio_failure *why);
+
+/* Fails what is still waiting with -ECANCELED, joins the thread, frees everything. */
+void nfsio_close(struct nfsio *io);
+
+/* The file as it was opened. */
+void nfsio_opened_stat(const struct nfsio *io, struct nfsio_stat *st);
+
+/* The most that one request may move: what the server takes in one READ and one WRITE, 1 MiB at most. */
+uint32_t nfsio_max_transfer_bytes(const struct nfsio *io);
+
+/*
+ * Run up to `count` requests at once and wait for all of them. Returns 0, or the first request's error. Writes
+ * are stable (FILE_SYNC) when it returns. Allocates nothing of its own.
+ */
+int nfsio_transfer(struct nfsio *io, struct nfsio_req *reqs, size_t count);
+
+/*
+ * Name operations, relative to the URL's directory ("/name"). Each returns 0, or -errno and *why. Unlike transfers they fail when the connection is lost: a RENAME that was sent twice may fail
+ * although the first did its work, and only the caller can tell.
+ */
+int nfsio_stat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why);
+int nfsio_fstat(struct nfsio *io, struct nfsio_stat *st, struct nfsio_failure *why);
+int nfsio_link(struct nfsio *io, const char *old_path, const char *new_path, struct nfsio_failure *why);
+int nfsio_rename(struct nfsio *io, const char *old_path, const char *new_path, struct nfsio_failure *why);
+int nfsio_unlink(struct nfsio *io, const char *path, struct nfsio_failure *why);
+
+#endif
