@@ -42,7 +42,11 @@ setup(
                 *pkg_config("--cflags"),
                 *shlex.split(os.environ.get("NBDNFS_CFLAGS", "")),
             ],
-            extra_link_args=[*pkg_config("--libs"), "-pthread", *shlex.split(os.environ.get("NBDNFS_LDFLAGS", ""))],
+            extra_link_args=[
+                *pkg_config("--libs"),
+                "-pthread",
+                *shlex.split(os.environ.get("NBDNFS_LDFLAGS", "")),
+            ],
             py_limited_api=True,
         )
     ],

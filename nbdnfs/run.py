@@ -34,7 +34,13 @@ def run(argv: Sequence[str], *, what: str, timeout_s: float = 60.0, env: Mapping
     log.debug("run: %s", shlex.join(argv))
     try:
         done = subprocess.run(
-            argv, check=False, capture_output=True, text=True, timeout=timeout_s, env=env, stdin=subprocess.DEVNULL
+            argv,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=env,
+            stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired:
         raise NbdnfsError(f"{what}: no answer from {argv[0]} within {timeout_s:g} s") from None

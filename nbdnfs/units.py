@@ -28,15 +28,11 @@ def parse_size_bytes(text: str) -> int:
 
 def format_size(size_bytes: int) -> str:
     """The largest binary unit that keeps at most one decimal: 2 GiB, 1.5 GiB, 4096 B -> 4 KiB."""
-    value = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            break
+    value, units = float(size_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(value) >= 1024 and len(units) > 1:
         value /= 1024
-    else:
-        unit = "TiB"
-    text = f"{value:.1f}".removesuffix(".0")
-    return f"{text} {unit}"
+        del units[0]
+    return f"{value:.1f}".removesuffix(".0") + f" {units[0]}"
 
 
 def parse_duration_s(text: str) -> float:

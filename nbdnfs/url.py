@@ -76,7 +76,11 @@ def machine_id(root: Path = Path("/")) -> str:
 
 def expand(text: str, root: Path = Path("/")) -> str:
     """Replace %H, %m and %%. Raises UsageError on any other specifier."""
-    values: dict[str, Callable[[], str]] = {"H": socket.gethostname, "m": lambda: machine_id(root), "%": lambda: "%"}
+    values: dict[str, Callable[[], str]] = {
+        "H": socket.gethostname,
+        "m": lambda: machine_id(root),
+        "%": lambda: "%",
+    }
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in values:

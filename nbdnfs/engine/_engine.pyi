@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-from typing_extensions import Buffer
 from typing import TypedDict
+
+from typing_extensions import Buffer
 
 libnfs_version: str
 

@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).resolve().parents[2] / "nbdnfs"
 RANKS = {
     "errors": 0,
     "units": 0,
-    "url": 1,
+    "url": 0,
     "config": 1,
+    "diagnose": 1,
     "run": 1,
     "kernel_state": 1,
     "memlock": 1,
@@ -23,14 +24,16 @@ RANKS = {
     "provision": 2,
     "device": 2,
     "worker": 2,
+    "worker_config": 2,
     "keeper": 3,
     "status": 3,
     "doctor": 3,
     "cli": 4,
+    "__main__": 5,
 }
 
-# units may raise what errors declares; the tree itself stands alone
-SAME_RANK_ALLOWED = {("units", "errors")}
+# they may raise what errors declares; the tree itself stands alone
+SAME_RANK_ALLOWED = {("units", "errors"), ("url", "errors")}
 
 
 def modules() -> list[Path]:

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The command line: `nbdnfs create | serve | attach | detach`. The only caller of sys.exit."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from nbdnfs import __version__, units
+from nbdnfs.errors import NbdnfsError, UsageError
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints go the way of all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, f"see: {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="nbdnfs",
+        description="Swap onto a file on an NFS share.",
+        epilog="URLs are like nfs://nas/export/swap/%%H.swap?version=3 with %%H for the host name "
+        "and %%m for the machine id.",
+    )
+    parser.add_argument("--version", action="version", version=f"nbdnfs {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is done and which programs are started")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    create = commands.add_parser("create", help="make a backing file, all of its blocks written")
+    create.add_argument("url", metavar="URL")
+    create.add_argument("--size", required=True, metavar="SIZE", help="for example 512M or 2G")
+    create.add_argument("--force", action="store_true", help="overwrite an existing file; it is never made smaller")
+    create.set_defaults(run=_create)
+
+    serve = commands.add_parser("serve", help="serve a backing file over NBD, in the foreground")
+    serve.add_argument("url", metavar="URL")
+    serve.add_argument("--socket", required=True, type=Path, metavar="PATH", help="the Unix socket to listen on")
+    serve.add_argument("--engine", default="c", metavar="NAME", help="c (the default), or libnfs-python for comparison")
+    serve.add_argument("--threads", type=int, default=4, metavar="N", help="nbdkit's threads for each connection (4)")
+    serve.set_defaults(run=_serve)
+
+    attach = commands.add_parser("attach", help="give the kernel a served file as block device /dev/nbdN")
+    attach.add_argument("socket", type=Path, metavar="SOCKET")
+    attach.add_argument("--device", metavar="DEVICE", help="for example /dev/nbd0; the kernel chooses otherwise")
+    attach.set_defaults(run=_attach)
+
+    detach = commands.add_parser("detach", help="take such a block device down")
+    detach.add_argument("device", metavar="DEVICE")
+    detach.set_defaults(run=_detach)
+    return parser
+
+
+def _progress_line() -> Callable[[int, int], None]:
+    """A callback that shows progress on stderr: a bar on a terminal, every tenth part in a log."""
+    started_s = time.monotonic()
+    shown = -1
+
+    def show(done_bytes: int, total_bytes: int) -> None:
+        nonlocal shown
+        on_terminal = sys.stderr.isatty()
+        percent = done_bytes * 100 // total_bytes if total_bytes else 100
+        step = percent if on_terminal else percent // 10 * 10
+        if step == shown:
+            return
+        shown = step
+        speed = done_bytes / max(time.monotonic() - started_s, 0.001)
+        text = f"{units.format_size(done_bytes)} of {units.format_size(total_bytes)}, {units.format_size(int(speed))}/s"
+        if on_terminal:
+            bar = "#" * (percent * 40 // 100)
+            print(f"\r[{bar:<40}] {text}   ", end="\n" if percent == 100 else "", file=sys.stderr, flush=True)
+        else:
+            print(f"nbdnfs: {percent}% ({text})", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _create(args: argparse.Namespace) -> int:
+    from nbdnfs import provision
+
+    size_bytes = units.parse_size_bytes(args.size)
+    provision.create(args.url, size_bytes, force=args.force, progress=_progress_line())
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from nbdnfs import worker
+
+    if not 1 <= args.threads <= 64:
+        raise UsageError(f"--threads {args.threads} is not possible", "1 to 64; more than 4 does not make it faster")
+    return worker.serve(args.url, args.socket, engine=args.engine, threads=args.threads)
+
+
+def _attach(args: argparse.Namespace) -> int:
+    from nbdnfs import device
+
+    print(device.attach(args.socket, args.device).device)
+    return 0
+
+
+def _detach(args: argparse.Namespace) -> int:
+    from nbdnfs import device
+
+    device.detach(args.device)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The entry point. Exit statuses are those of sysexits(3); 130 after Ctrl-C, as shells have it."""
+    try:
+        args = _parser().parse_args(argv)
+        logging.basicConfig(
+            level=logging.DEBUG if args.verbose else logging.WARNING,
+            format="nbdnfs: %(message)s",
+            stream=sys.stderr,
+        )
+        status = args.run(args)
+    except NbdnfsError as error:
+        print(*error.lines(), sep="\n", file=sys.stderr)
+        status = error.exit_code
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush at exit
+        status = os.EX_IOERR
+    sys.exit(status)

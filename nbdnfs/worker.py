@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Starts and watches one worker: nbdkit with our plugin, over a socket that we have bound."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.util
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import nbdnfs
+from nbdnfs import run
+from nbdnfs.errors import BusyError, CannotCreateError, ConfigError, NbdnfsError, UnavailableError, UsageError
+
+log = logging.getLogger(__name__)
+
+# Requests are many and short: more threads hand the GIL around more often and are slower, see the benchmarks.
+THREADS = 4
+
+# A Unix socket's path in sockaddr_un, unix(7)
+_SOCKET_PATH_BYTES = 107
+_BACKLOG = 16
+
+
+def nbdkit_argv(plugin_settings: dict[str, str], *, threads: int = THREADS) -> list[str]:
+    """The command that runs the worker in the foreground on a socket that it inherits."""
+    return [
+        run.find_program("nbdkit", "nbdkit"),
+        "--foreground",
+        "--exit-with-parent",
+        f"--threads={threads}",
+        "python",
+        str(plugin_path()),
+        *(f"{key}={value}" for key, value in plugin_settings.items()),
+    ]
+
+
+def worker_environment() -> dict[str, str]:
+    """The environment in which nbdkit's Python finds this very package, and writes nothing to the disk."""
+    paths = [str(Path(nbdnfs.__file__).parents[1])]
+    reference = importlib.util.find_spec("libnfs")
+    if reference is not None and reference.origin is not None:
+        paths.append(str(Path(reference.origin).parents[1]))
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONNOUSERSITE": "1",
+    }
+
+
+def plugin_path() -> Path:
+    """Where the plugin lies: in the installed package, or beside it in a checkout. ConfigError when it does not."""
+    package = Path(nbdnfs.__file__).parent
+    for folder in (package, package.parent):
+        path = folder / "plugin" / "nbdnfs_plugin.py"
+        if path.exists():
+            return path
+    raise ConfigError("nbdnfs_plugin.py is missing from this installation", "install the package nbdnfs again")
+
+
+def check_nbdkit(version_info: tuple[int, ...] = sys.version_info) -> None:
+    """Make sure that nbdkit has its Python plugin, with a Python that can load ours.
+
+    Raises UnavailableError or ConfigError. A Python of another minor version than this one is fine (the
+    extension uses the limited API of 3.11) and said at info level.
+    """
+    nbdkit = run.find_program("nbdkit", "nbdkit")
+    try:
+        dump = run.run([nbdkit, "python", "--dump-plugin"], what="asking nbdkit for its Python plugin")
+    except NbdnfsError:
+        raise UnavailableError(
+            "nbdkit has no Python plugin", "install it (Debian: apt install nbdkit-plugin-python)"
+        ) from None
+    said = dict(line.split("=", 1) for line in dump.splitlines() if "=" in line).get("python_version", "")
+    theirs = tuple(int(word) for word in said.split(".")[:2] if word.isdigit())
+    if len(theirs) < 2 or theirs < (3, 11):
+        raise ConfigError(
+            f"nbdkit embeds Python {said or 'of unknown version'}; nbdnfs needs 3.11 or newer",
+            "use nbdkit of Debian 12 or newer",
+        )
+    if theirs != version_info[:2]:
+        log.warning(
+            "nbdkit embeds Python %s, this is Python %s.%s: make the venv with /usr/bin/python3 -m venv",
+            said,
+            *version_info[:2],
+        )
+
+
+@contextlib.contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    """A listening Unix socket at `path`, mode 0600, removed at the end.
+
+    A socket file that nobody listens on any more is replaced. BusyError when somebody does, CannotCreateError
+    when something else is there or the directory does not let us.
+    """
+    if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
+        raise UsageError(
+            f"the socket path {path} is longer than {_SOCKET_PATH_BYTES} bytes",
+            "choose a shorter one, in /run",
+        )
+    _remove_stale(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise CannotCreateError(
+            f"cannot make the socket {path}: {error.strerror}", "choose a directory that exists and is yours"
+        ) from None
+    try:
+        yield listener
+    finally:
+        listener.close()
+        path.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise CannotCreateError(f"{path} is there and is no socket", "choose another path for --socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except OSError as error:
+            if error.errno == errno.ECONNREFUSED:
+                log.info("removing the socket %s, which nobody listens on any more", path)
+                path.unlink(missing_ok=True)
+                return
+            if error.errno in (errno.EACCES, errno.EPERM):
+                raise CannotCreateError(f"the socket {path} is somebody else's", "choose another path") from None
+    raise BusyError(f"somebody serves on {path} already", "end that one first, or choose another path for --socket")
+
+
+def serve(url: str, socket_path: Path, *, engine: str = "c", threads: int = THREADS) -> int:
+    """Run a worker in the foreground until SIGINT, SIGTERM or its own end. Returns the exit status.
+
+    A second signal ends a worker that waits for an unreachable server. What the worker has to say about a
+    setting, the server or the file it says on stderr itself.
+    """
+    check_nbdkit()
+    argv = nbdkit_argv({"url": url, "engine": engine}, threads=threads)
+    with listening(socket_path) as listener:
+        worker = run.start_listening(argv, listener, worker_environment())
+        signals = 0
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            nonlocal signals
+            signals += 1
+            worker.send_signal(signal.SIGTERM if signals == 1 else signal.SIGKILL)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, forward)
+        listener.close()  # the worker's alone now: when it dies, connecting fails instead of hanging
+        status = worker.wait()
+        return 0 if signals else status if status >= 0 else 128 - status

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""nbdkit plugin: a block device over a file on an NFS server. It hands over to the engine and does no more.
+
+    nbdkit python nbdnfs_plugin.py url=nfs://nas/export/swap/box.swap [engine=c|libnfs-python]
+
+nbdkit calls this module as __main__: what is worth a test lies in the package nbdnfs, which must be importable
+(`nbdnfs serve` sees to that; by hand, set PYTHONPATH).
+"""
+
+import os
+import sys
+
+import nbdkit
+
+from nbdnfs import worker_config
+from nbdnfs.errors import NbdnfsError
+
+API_VERSION = 2
+
+_settings = {}
+_engine = None
+
+
+def _or_exit(step):
+    """Run `step`; a user's error becomes its lines on stderr and its exit status, without a traceback."""
+    try:
+        return step()
+    except NbdnfsError as error:
+        print(*error.lines(), sep="\n", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+
+
+def thread_model():
+    return nbdkit.THREAD_MODEL_PARALLEL
+
+
+def config(key, value):
+    _settings[key] = value
+
+
+def config_complete():
+    _settings["parsed"] = _or_exit(lambda: worker_config.parse(_settings))
+
+
+def after_fork():
+    global _engine
+    _engine = _or_exit(_settings["parsed"].open_engine)
+
+
+def cleanup():
+    if _engine is not None:
+        _engine.close()
+
+
+def open(readonly):
+    return 1
+
+
+def get_size(h):
+    return _engine.size_bytes
+
+
+def block_size(h):
+    return (4096, 4096, worker_config.MAX_REQUEST_BYTES)
+
+
+def is_rotational(h):
+    return False
+
+
+def can_write(h):
+    return True
+
+
+def can_flush(h):
+    return True
+
+
+def can_fua(h):
+    return nbdkit.FUA_NATIVE
+
+
+def can_trim(h):
+    return True
+
+
+def can_multi_conn(h):
+    return True
+
+
+def pread(h, buf, offset, flags):
+    try:
+        _engine.pread(buf, offset)
+    except OSError as error:
+        nbdkit.set_error(error.errno)
+        raise
+
+
+def pwrite(h, buf, offset, flags):
+    try:
+        _engine.pwrite(buf, offset)
+    except OSError as error:
+        nbdkit.set_error(error.errno)
+        raise
+
+
+def flush(h, flags):
+    _engine.flush()
+
+
+def trim(h, count, offset, flags):
+    try:
+        _engine.trim(count, offset)
+    except OSError as error:
+        nbdkit.set_error(error.errno)
+        raise
