@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the kernel says in /proc and /sys: swaps, nbd devices, memory, one process.
+
+Readers only, no root needed, no cache. Each takes the folder that stands for "/", so that tests run on golden
+trees. Sizes are bytes, whatever unit the file has. No reader touches a file outside /proc, /sys, /dev and the
+list of kernel modules, because its file system may be the NFS share that does not answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path("/")
+
+SECTOR_BYTES = 512
+
+# include/linux/sched.h (5.6 and later). prctl(PR_SET_IO_FLUSHER) sets both; the first alone also comes and
+# goes with memalloc_noio_save().
+_PF_MEMALLOC_NOIO = 0x0008_0000
+_PF_LOCAL_THROTTLE = 0x0010_0000
+PF_IO_FLUSHER = _PF_MEMALLOC_NOIO | _PF_LOCAL_THROTTLE
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One line of /proc/swaps; `kind` is "partition" or "file"."""
+
+    path: str
+    kind: str
+    size_bytes: int
+    used_bytes: int
+    priority: int
+
+
+@dataclass(frozen=True)
+class NbdDevice:
+    """/sys/block/nbdN.
+
+    `connector_pid` is the thread that attached the device, which for netlink has mostly ended; None on a
+    device that is not attached (drivers/block/nbd.c: the file pid comes with nbd_start_device and goes with
+    nbd_config_put). `device_numbers` ("43:0") are those of the disk and of its partitions ("nbd0p1").
+    `holders` are the devices stacked on any of them (dm, md). A queue setting that this kernel does not have
+    is None.
+    """
+
+    name: str
+    index: int
+    size_bytes: int
+    connector_pid: int | None
+    backend: str | None
+    read_only: bool
+    partitions: tuple[str, ...]
+    device_numbers: frozenset[str]
+    holders: tuple[str, ...]
+    max_sectors_kb: int | None
+    io_timeout_ms: int | None
+    nr_requests: int | None
+    scheduler: str | None
+
+    @property
+    def attached(self) -> bool:
+        return self.connector_pid is not None
+
+
+@dataclass(frozen=True)
+class Mount:
+    """One line of /proc/PID/mountinfo, proc_pid_mountinfo(5): what is mounted where."""
+
+    device_number: str
+    mount_point: str
+    source: str
+
+
+@dataclass(frozen=True)
+class MemInfo:
+    """/proc/meminfo, proc_meminfo(5)."""
+
+    total_bytes: int
+    free_bytes: int
+    available_bytes: int
+    swap_total_bytes: int
+    swap_free_bytes: int
+
+
+@dataclass(frozen=True)
+class VmStat:
+    """Counters of /proc/vmstat since boot, in pages and events; one that this kernel lacks is 0."""
+
+    swapped_in_pages: int
+    swapped_out_pages: int
+    major_faults: int
+    oom_kills: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thread: /proc/PID/task/TID/stat, proc_pid_stat(5)."""
+
+    tid: int
+    name: str
+    minor_faults: int
+    major_faults: int
+    flags: int
+    rt_priority: int
+    policy: int
+
+    @property
+    def io_flusher(self) -> bool:
+        """Whether prctl(PR_SET_IO_FLUSHER) is in force: its allocations do not enter I/O."""
+        return self.flags & PF_IO_FLUSHER == PF_IO_FLUSHER
+
+
+@dataclass(frozen=True)
+class Process:
+    """/proc/PID: status, stat, oom_score_adj. The faults are those of all threads, ended ones too."""
+
+    pid: int
+    name: str
+    locked_bytes: int
+    resident_bytes: int
+    minor_faults: int
+    major_faults: int
+    oom_score_adj: int
+    tasks: tuple[Task, ...]
+
+
+@dataclass(frozen=True)
+class NbdModule:
+    """The kernel's nbd driver: `loaded` now, or `available` to modprobe for the running kernel."""
+
+    loaded: bool
+    available: bool
+
+
+def swaps(root: Path = ROOT) -> list[Swap]:
+    """The active swap areas, /proc/swaps (mm/swapfile.c: swap_show). Empty on a kernel without swap."""
+    lines = (_read(root / "proc/swaps") or "").splitlines()[1:]
+    found = []
+    for line in lines:
+        path, kind, size_kib, used_kib, priority = line.split()
+        found.append(Swap(_unescape(path), kind, int(size_kib) * 1024, int(used_kib) * 1024, int(priority)))
+    return found
+
+
+def nbd_devices(root: Path = ROOT) -> list[NbdDevice]:
+    """All nbd disks that the kernel has now, in the order of their index."""
+    names = (path.name for path in (root / "sys/block").glob("nbd*"))
+    devices = (nbd_device(name, root) for name in names)
+    return sorted((device for device in devices if device is not None), key=lambda device: device.index)
+
+
+def nbd_device(name: str, root: Path = ROOT) -> NbdDevice | None:
+    """The nbd disk `name` ("nbd0"), or None when the kernel has none of that name."""
+    folder = root / "sys/block" / name
+    match = re.fullmatch(r"nbd(\d+)", name)
+    size_sectors = _read_int(folder / "size")
+    if match is None or size_sectors is None:
+        return None
+    disk_and_partitions = [folder, *sorted(folder.glob(f"{name}p*"))]
+    numbers = (_read(part / "dev") for part in disk_and_partitions)
+    holders = (holder.name for part in disk_and_partitions for holder in sorted((part / "holders").glob("*")))
+    return NbdDevice(
+        name=name,
+        index=int(match[1]),
+        size_bytes=size_sectors * SECTOR_BYTES,
+        connector_pid=_read_int(folder / "pid"),
+        backend=(_read(folder / "backend") or "").strip() or None,
+        read_only=_read_int(folder / "ro") == 1,
+        partitions=tuple(part.name for part in disk_and_partitions[1:]),
+        device_numbers=frozenset(number.strip() for number in numbers if number),
+        holders=tuple(holders),
+        max_sectors_kb=_read_int(folder / "queue/max_sectors_kb"),
+        io_timeout_ms=_read_int(folder / "queue/io_timeout"),
+        nr_requests=_read_int(folder / "queue/nr_requests"),
+        scheduler=_chosen(_read(folder / "queue/scheduler")),
+    )
+
+
+def nbd_module(root: Path = ROOT) -> NbdModule:
+    """Whether the nbd driver is loaded, and whether the lists of the running kernel's modules have it."""
+    loaded = (root / "sys/module/nbd").is_dir()
+    release = (_read(root / "proc/sys/kernel/osrelease") or "").strip()
+    lists = (root / "lib/modules" / release / name for name in ("modules.dep", "modules.builtin"))
+    listed = any(re.search(r"(?m)^\S*/nbd\.ko\b", _read(path) or "") for path in lists)
+    return NbdModule(loaded, loaded or listed)
+
+
+def mounts(root: Path = ROOT) -> list[Mount]:
+    """What is mounted in this mount namespace, /proc/self/mountinfo."""
+    found = []
+    for line in (_read(root / "proc/self/mountinfo") or "").splitlines():
+        before, _, after = line.partition(" - ")
+        fields, (_, source, *_) = before.split(), after.split()
+        found.append(Mount(fields[2], _unescape(fields[4]), _unescape(source)))
+    return found
+
+
+def openers(device_path: str, root: Path = ROOT) -> list[tuple[int, str]]:
+    """The processes (pid, name) that hold `device_path` open, by the names under /proc/PID/fd.
+
+    readlink only, no stat: a descriptor may lead to a file on a share that hangs. Without root it sees the
+    caller's own processes only.
+    """
+    found = []
+    for folder in _process_folders(root):
+        if device_path in _links(folder / "fd"):
+            found.append((int(folder.name), (_read(folder / "comm") or "?").strip()))
+    return sorted(found)
+
+
+def meminfo(root: Path = ROOT) -> MemInfo:
+    """Memory and swap of the machine now. KeyError on a kernel without MemAvailable (before 3.14)."""
+    pairs = (line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
+    value = {key: int(rest.split()[0]) * 1024 for key, rest in pairs if rest.endswith(" kB")}
+    return MemInfo(value["MemTotal"], value["MemFree"], value["MemAvailable"], value["SwapTotal"], value["SwapFree"])
+
+
+def vmstat(root: Path = ROOT) -> VmStat:
+    """The machine's paging counters now."""
+    pairs = map(str.split, (root / "proc/vmstat").read_text().splitlines())
+    value = {key: int(count) for key, count in pairs}
+    return VmStat(*(value.get(key, 0) for key in ("pswpin", "pswpout", "pgmajfault", "oom_kill")))
+
+
+def process(pid: int, root: Path = ROOT) -> Process | None:
+    """The process `pid` now, or None when it has ended."""
+    folder = root / "proc" / str(pid)
+    status = _read(folder / "status")
+    whole = _read_task(folder / "stat")
+    if status is None or whole is None:
+        return None
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    tids = sorted(int(path.name) for path in (folder / "task").glob("[0-9]*"))
+    tasks = (_read_task(folder / "task" / str(tid) / "stat") for tid in tids)
+    return Process(
+        pid=pid,
+        name=whole.name,
+        # a process that is ending, or a kernel thread, has no memory and no such lines
+        locked_bytes=int(fields.get("VmLck", "0").split()[0]) * 1024,
+        resident_bytes=int(fields.get("VmRSS", "0").split()[0]) * 1024,
+        minor_faults=whole.minor_faults,
+        major_faults=whole.major_faults,
+        oom_score_adj=_read_int(folder / "oom_score_adj") or 0,
+        tasks=tuple(task for task in tasks if task is not None),
+    )
+
+
+def device_number(path: Path) -> str | None:
+    """The number ("43:0") of a block device node, symbolic links followed; None for anything else."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    if not stat.S_ISBLK(info.st_mode):
+        return None
+    return f"{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}"
+
+
+def block_name(number: str, root: Path = ROOT) -> str | None:
+    """The kernel's name ("nbd0p1") of the block device with that number ("43:1"), by /sys/dev/block."""
+    try:
+        return os.path.basename(os.readlink(root / "sys/dev/block" / number))
+    except OSError:
+        return None
+
+
+def _read_task(path: Path) -> Task | None:
+    """One stat file. The name may hold blanks and parentheses: the last ")" ends it."""
+    text = _read(path)
+    if not text:
+        return None
+    head, _, tail = text.rpartition(")")
+    tid, _, name = head.partition(" (")
+    fields = tail.split()  # fields[0] is field 3 of proc_pid_stat(5)
+
+    def field(number: int) -> int:
+        return int(fields[number - 3])
+
+    return Task(int(tid), name, field(10), field(12), field(9), field(40), field(41))
+
+
+def _links(folder: Path) -> Iterator[str]:
+    """Where the symbolic links in a folder lead; none when its process ended, or is somebody else's."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return
+    for name in names:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            yield os.readlink(folder / name)
+
+
+def _process_folders(root: Path) -> Iterator[Path]:
+    return (path for path in (root / "proc").glob("[0-9]*") if path.name.isdigit())
+
+
+def _chosen(schedulers: str | None) -> str | None:
+    """The one in brackets, as in "mq-deadline [none]"; a lone name is its own choice (block/elevator.c)."""
+    match = re.search(r"\[(\S+)\]", schedulers or "")
+    return match[1] if match else (schedulers or "").strip() or None
+
+
+def _unescape(text: str) -> str:
+    r"""Undo the kernel's escapes for blanks and backslashes, such as \040 (fs/seq_file.c: mangle_path)."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def _read(path: Path) -> str | None:
+    """The text of a small kernel file; None when it, or the process or device behind it, is gone."""
+    try:
+        return path.read_text(errors="surrogateescape")
+    except OSError:
+        return None
+
+
+def _read_int(path: Path) -> int | None:
+    text = (_read(path) or "").strip()
+    return int(text) if re.fullmatch(r"-?\d+", text) else None

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Readers of /proc and /sys on golden trees, in the formats of Linux 6.1 and 6.12."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbdnfs import kernel_state
+from nbdnfs.kernel_state import MemInfo, Mount, NbdDevice, NbdModule, Process, Swap, Task, VmStat
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_swaps(tmp_path: Path) -> None:
+    """Sizes in KiB become bytes, octal escapes become blanks, priorities may be negative."""
+    write(
+        tmp_path,
+        {
+            "proc/swaps": "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"
+            "/dev/nbd0                               partition\t524284\t\t1024\t\t-2\n"
+            "/srv/my\\040swap\\134file                  file\t\t4\t\t0\t\t10\n"
+        },
+    )
+    assert kernel_state.swaps(tmp_path) == [
+        Swap("/dev/nbd0", "partition", 524284 * 1024, 1 << 20, -2),
+        Swap("/srv/my swap\\file", "file", 4096, 0, 10),
+    ]
+
+
+def test_no_swap(tmp_path: Path) -> None:
+    """An empty list, and a kernel without swap support, are no swaps."""
+    assert kernel_state.swaps(tmp_path) == []
+    write(tmp_path, {"proc/swaps": "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"})
+    assert kernel_state.swaps(tmp_path) == []
+
+
+ATTACHED = {
+    "sys/block/nbd1/size": "1048576\n",
+    "sys/block/nbd1/dev": "43:32\n",
+    "sys/block/nbd1/ro": "0\n",
+    "sys/block/nbd1/pid": "4711\n",
+    "sys/block/nbd1/backend": "nbdnfs:/run/nbdnfs/swap0.sock\n",
+    "sys/block/nbd1/queue/max_sectors_kb": "128\n",
+    "sys/block/nbd1/queue/io_timeout": "30000\n",
+    "sys/block/nbd1/queue/nr_requests": "128\n",
+    "sys/block/nbd1/queue/scheduler": "[none] mq-deadline\n",
+    "sys/block/nbd1/nbd1p1/dev": "43:33\n",
+    "sys/block/nbd1/nbd1p1/holders/dm-0/dev": "",
+    "sys/block/nbd1/holders/dm-3/dev": "",
+}
+IDLE = {"sys/block/nbd0/size": "0\n", "sys/block/nbd0/dev": "43:0\n", "sys/block/nbd0/ro": "1\n"}
+
+
+def test_an_attached_device(tmp_path: Path) -> None:
+    """Everything that a device shows, with its partitions and what is stacked on them."""
+    assert kernel_state.nbd_device("nbd1", write(tmp_path, ATTACHED)) == NbdDevice(
+        name="nbd1",
+        index=1,
+        size_bytes=512 << 20,
+        connector_pid=4711,
+        backend="nbdnfs:/run/nbdnfs/swap0.sock",
+        read_only=False,
+        partitions=("nbd1p1",),
+        device_numbers=frozenset({"43:32", "43:33"}),
+        holders=("dm-3", "dm-0"),
+        max_sectors_kb=128,
+        io_timeout_ms=30000,
+        nr_requests=128,
+        scheduler="none",
+    )
+
+
+def test_an_idle_device(tmp_path: Path) -> None:
+    """Without the file pid it is not attached; queue settings that are not there are None."""
+    device = kernel_state.nbd_device("nbd0", write(tmp_path, IDLE))
+    assert device is not None
+    assert not device.attached
+    assert device.read_only
+    assert (device.backend, device.io_timeout_ms, device.scheduler) == (None, None, None)
+
+
+def test_no_such_device(tmp_path: Path) -> None:
+    """Neither a missing name nor one that is no nbd disk is a device."""
+    write(tmp_path, {**IDLE, "sys/block/nbdx/size": "8\n", "sys/block/sda/size": "8\n"})
+    assert kernel_state.nbd_device("nbd7", tmp_path) is None
+    assert kernel_state.nbd_device("nbdx", tmp_path) is None
+    assert kernel_state.nbd_device("sda", tmp_path) is None
+
+
+def test_all_devices_in_the_order_of_their_index(tmp_path: Path) -> None:
+    """nbd10 comes after nbd2, and what only looks alike is left out."""
+    for index in (10, 2, 0):
+        write(tmp_path, {f"sys/block/nbd{index}/size": "0\n"})
+    write(tmp_path, {"sys/block/nbdfoo/size": "0\n"})
+    assert [device.index for device in kernel_state.nbd_devices(tmp_path)] == [0, 2, 10]
+    assert kernel_state.nbd_devices(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "chosen"), [("[none] kyber\n", "none"), ("none [mq-deadline]\n", "mq-deadline"), ("none\n", "none")]
+)
+def test_schedulers(tmp_path: Path, text: str, chosen: str) -> None:
+    """The scheduler in brackets, or the only one (Linux before 6.13 writes "none" alone without brackets)."""
+    device = kernel_state.nbd_device("nbd0", write(tmp_path, {**IDLE, "sys/block/nbd0/queue/scheduler": text}))
+    assert device is not None
+    assert device.scheduler == chosen
+
+
+@pytest.mark.parametrize(
+    ("files", "state"),
+    [
+        ({}, NbdModule(loaded=False, available=False)),
+        ({"sys/module/nbd/initstate": "live\n"}, NbdModule(loaded=True, available=True)),
+        (
+            {"lib/modules/6.1.0-44-amd64/modules.dep": "kernel/drivers/block/nbd.ko:\n"},
+            NbdModule(loaded=False, available=True),
+        ),
+        (
+            {"lib/modules/6.1.0-44-amd64/modules.dep": "kernel/drivers/block/nbd.ko.xz: kernel/lib/x.ko.xz\n"},
+            NbdModule(loaded=False, available=True),
+        ),
+        (
+            {"lib/modules/6.1.0-44-amd64/modules.dep": "kernel/drivers/block/rnbd.ko:\nkernel/x.ko: kernel/nbd.ko\n"},
+            NbdModule(loaded=False, available=False),
+        ),
+        (
+            {"lib/modules/6.1.0-13-amd64/modules.dep": "kernel/drivers/block/nbd.ko:\n"},
+            NbdModule(loaded=False, available=False),
+        ),
+        (
+            {"lib/modules/6.1.0-44-amd64/modules.builtin": "kernel/fs/ext4/ext4.ko\nkernel/drivers/block/nbd.ko\n"},
+            NbdModule(loaded=False, available=True),
+        ),
+    ],
+)
+def test_the_module(tmp_path: Path, files: dict[str, str], state: NbdModule) -> None:
+    """Loaded by /sys/module, available by the lists of the running release only."""
+    write(tmp_path, {"proc/sys/kernel/osrelease": "6.1.0-44-amd64\n", **files})
+    assert kernel_state.nbd_module(tmp_path) == state
+
+
+def test_mounts(tmp_path: Path) -> None:
+    """Device, mount point and source, whatever number of optional fields stands between."""
+    write(
+        tmp_path,
+        {
+            "proc/self/mountinfo": "25 1 0:23 / / rw,relatime - nfs4 nas:/root rw,vers=4.2\n"
+            "30 25 43:0 / /mnt/a\\040b rw shared:7 master:1 - ext4 /dev/nbd0 rw\n"
+        },
+    )
+    assert kernel_state.mounts(tmp_path) == [Mount("0:23", "/", "nas:/root"), Mount("43:0", "/mnt/a b", "/dev/nbd0")]
+
+
+def test_openers(tmp_path: Path) -> None:
+    """Processes whose descriptors lead to the device; others, and processes that ended, are passed over."""
+    write(tmp_path, {"proc/12/comm": "dd\n", "proc/13/comm": "sh\n", "proc/5/comm": "gone\n", "proc/uptime": "1 1\n"})
+    for pid, target in ((12, "/dev/nbd0"), (13, "/dev/nbd01")):
+        (tmp_path / f"proc/{pid}/fd").mkdir()
+        (tmp_path / f"proc/{pid}/fd/0").symlink_to("/dev/null")
+        (tmp_path / f"proc/{pid}/fd/3").symlink_to(target)
+    assert kernel_state.openers("/dev/nbd0", tmp_path) == [(12, "dd")]
+
+
+def test_meminfo(tmp_path: Path) -> None:
+    """The five values that are used, in bytes; counters without a unit do not disturb."""
+    text = "".join(
+        f"{key}:  {value:8} kB\n"
+        for key, value in [("MemTotal", 1000), ("MemFree", 200), ("MemAvailable", 500), ("SwapTotal", 64)]
+    )
+    write(tmp_path, {"proc/meminfo": text + "SwapFree:  32 kB\nHugePages_Total:       0\n"})
+    assert kernel_state.meminfo(tmp_path) == MemInfo(1000 << 10, 200 << 10, 500 << 10, 64 << 10, 32 << 10)
+
+
+def test_vmstat(tmp_path: Path) -> None:
+    """Counters by name; oom_kill is 0 on a kernel that does not count it."""
+    write(tmp_path, {"proc/vmstat": "nr_free_pages 5\npswpin 1\npswpout 2\npgmajfault 3\n"})
+    assert kernel_state.vmstat(tmp_path) == VmStat(1, 2, 3, 0)
+
+
+def stat_line(pid: int, name: str, *, flags: int, minor: int, major: int, rt_priority: int, policy: int) -> str:
+    """A line of /proc/PID/stat with 52 fields, of which those that are read have values of their own."""
+    fields = ["0"] * 52
+    fields[0], fields[1], fields[2] = str(pid), f"({name})", "S"
+    # proc_pid_stat(5) counts from 1
+    fields[9 - 1], fields[10 - 1], fields[12 - 1] = str(flags), str(minor), str(major)
+    fields[40 - 1], fields[41 - 1] = str(rt_priority), str(policy)
+    return " ".join(fields) + "\n"
+
+
+def test_a_process(tmp_path: Path) -> None:
+    """Memory from status, faults of all threads from stat, flags and policy thread by thread."""
+    name = "nbdkit ) (x"
+    status = f"Name:\t{name}\nVmLck:\t   14336 kB\nVmRSS:\t   14400 kB\nThreads:\t2\n"
+    write(
+        tmp_path,
+        {
+            "proc/7/status": status,
+            "proc/7/oom_score_adj": "-1000\n",
+            "proc/7/stat": stat_line(7, name, flags=0x40, minor=30, major=3, rt_priority=0, policy=0),
+            "proc/7/task/7/stat": stat_line(7, name, flags=0x40_0040, minor=10, major=1, rt_priority=0, policy=0),
+            "proc/7/task/12/stat": stat_line(12, "io", flags=0x58_0040, minor=20, major=2, rt_priority=5, policy=1),
+        },
+    )
+    process = kernel_state.process(7, tmp_path)
+    assert process == Process(
+        pid=7,
+        name=name,
+        locked_bytes=14336 << 10,
+        resident_bytes=14400 << 10,
+        minor_faults=30,
+        major_faults=3,
+        oom_score_adj=-1000,
+        tasks=(Task(7, name, 10, 1, 0x40_0040, 0, 0), Task(12, "io", 20, 2, 0x58_0040, 5, 1)),
+    )
+    assert [task.io_flusher for task in process.tasks] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [(0, False), (0x0008_0000, False), (0x0010_0000, False), (0x0018_0000, True)]
+)
+def test_io_flusher_needs_both_flags(flags: int, expected: bool) -> None:
+    """PF_MEMALLOC_NOIO alone is what any task has inside memalloc_noio_save()."""
+    assert Task(1, "x", 0, 0, flags, 0, 0).io_flusher is expected
+
+
+def test_a_process_that_ended(tmp_path: Path) -> None:
+    """Is None, and so is one that ends between two reads."""
+    assert kernel_state.process(7, tmp_path) is None
+    write(tmp_path, {"proc/7/status": "Name:\tx\n", "proc/7/stat": ""})
+    assert kernel_state.process(7, tmp_path) is None
+
+
+def test_a_process_without_memory(tmp_path: Path) -> None:
+    """A zombie or kernel thread has no Vm lines."""
+    stat = stat_line(7, "x", flags=0, minor=0, major=0, rt_priority=0, policy=0)
+    process = kernel_state.process(7, write(tmp_path, {"proc/7/status": "Name:\tx\n", "proc/7/stat": stat}))
+    assert process is not None
+    assert (process.locked_bytes, process.resident_bytes, process.oom_score_adj, process.tasks) == (0, 0, 0, ())
+
+
+def test_this_process() -> None:
+    """On the running kernel: ourselves, with the faults that getrusage counts too."""
+    process = kernel_state.process(os.getpid())
+    assert process is not None
+    assert process.resident_bytes > 1 << 20
+    assert process.minor_faults > 100
+    assert os.getpid() in [task.tid for task in process.tasks]
+    assert kernel_state.meminfo().total_bytes > 1 << 24
+    kernel_state.vmstat()
+    assert any(mount.mount_point == "/" for mount in kernel_state.mounts())
+    kernel_state.swaps()
+    kernel_state.nbd_devices()
+    kernel_state.nbd_module()
+
+
+def test_an_open_file_has_us_as_opener(tmp_path: Path) -> None:
+    """On the running kernel: the pid of this process for a file that it holds open."""
+    with (tmp_path / "x").open("w") as file:
+        assert os.getpid() in [pid for pid, _ in kernel_state.openers(file.name)]
+
+
+def test_device_numbers(tmp_path: Path) -> None:
+    """A file, a character device and a missing path are no block devices."""
+    write(tmp_path, {"x": ""})
+    assert kernel_state.device_number(tmp_path / "x") is None
+    assert kernel_state.device_number(Path("/dev/null")) is None
+    assert kernel_state.device_number(tmp_path / "none") is None
+
+
+def test_block_names(tmp_path: Path) -> None:
+    """The last part of where /sys/dev/block/MAJOR:MINOR leads."""
+    (tmp_path / "sys/dev/block").mkdir(parents=True)
+    (tmp_path / "sys/dev/block/43:1").symlink_to("../../devices/virtual/block/nbd0/nbd0p1")
+    assert kernel_state.block_name("43:1", tmp_path) == "nbd0p1"
+    assert kernel_state.block_name("43:2", tmp_path) is None
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
+def test_any_path_survives_its_escapes(path: str) -> None:
+    """What fs/seq_file.c: mangle_path escapes (blank, tab, newline, backslash) comes back."""
+    escaped = "".join(f"\\{ord(c):03o}" if c in " \t\n\\" else c for c in path)
+    assert kernel_state._unescape(escaped) == path
