@@ -847,11 +847,13 @@ static void discard(struct nfsio *io)
 		name_op_finish(io->name_ops, -ECONNRESET, "the connection was lost");
 }
 
+/* Put a connection to use, and send what has waited for one. Lock held. */
 static void publish(struct nfsio *io, const struct connection *made)
 {
 	io->nfs = made->nfs;
 	io->fh = made->fh;
 	io->fh3 = made->fh3;
+	issue_pending(io);
 }
 
 /* Sleep without the lock; a wake-up ends it early only when the thread is to stop. */
