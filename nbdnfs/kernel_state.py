@@ -207,11 +207,11 @@ def openers(device_path: str, root: Path = ROOT) -> list[tuple[int, str]]:
     readlink only, no stat: a descriptor may lead to a file on a share that hangs. Without root it sees the
     caller's own processes only.
     """
-    found = []
-    for folder in _process_folders(root):
-        if device_path in _links(folder / "fd"):
-            found.append((int(folder.name), (_read(folder / "comm") or "?").strip()))
-    return sorted(found)
+    return sorted(
+        (int(folder.name), (_read(folder / "comm") or "?").strip())
+        for folder in _process_folders(root)
+        if device_path in _links(folder / "fd")
+    )
 
 
 def meminfo(root: Path = ROOT) -> MemInfo:

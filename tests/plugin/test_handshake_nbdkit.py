@@ -68,7 +68,6 @@ def test_the_socket_is_ready_for_requests() -> None:
     """After the handshake a read request, as the kernel would send it, is answered with the data."""
     with nbdkit("pattern", "1M") as sock:
         handshake.negotiate(sock)
-        sock.settimeout(10)
         # magic, flags and type (read), cookie, offset 4096, length 16
         sock.sendall(bytes.fromhex("25609513 0000 0000 0123456789abcdef 0000000000001000 00000010"))
         answer = sock.recv(16 + 16, socket.MSG_WAITALL)

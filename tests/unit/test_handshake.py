@@ -207,15 +207,15 @@ def test_the_deadline_is_over_everything() -> None:
             server.send(bytes([byte]))
 
     thread = threading.Thread(target=drip)
-    thread.start()
-    before = time.monotonic()
-    try:
-        with client, pytest.raises(UnavailableError, match=r"within 0\.2 s"):
-            handshake.negotiate(client, timeout_s=0.2)
-    finally:
-        done.set()
-        thread.join()
-        server.close()
+    with client, server:
+        thread.start()
+        before = time.monotonic()
+        try:
+            with pytest.raises(UnavailableError, match=r"within 0\.2 s"):
+                handshake.negotiate(client, timeout_s=0.2)
+        finally:
+            done.set()
+            thread.join()
     assert time.monotonic() - before < 2
 
 
