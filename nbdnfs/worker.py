@@ -12,12 +12,12 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 import nbdnfs
-from nbdnfs import run
+from nbdnfs import run, worker_config
 from nbdnfs.errors import BusyError, CannotCreateError, ConfigError, NbdnfsError, UnavailableError, UsageError
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ def worker_environment() -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONMALLOC": "malloc",
         "PYTHONNOUSERSITE": "1",
     }
 
@@ -67,7 +68,7 @@ def plugin_path() -> Path:
     raise ConfigError("nbdnfs_plugin.py is missing from this installation", "install the package nbdnfs again")
 
 
-def check_nbdkit(version_info: tuple[int, ...] = sys.version_info) -> None:
+def check_nbdkit(version_info: Sequence[int] = sys.version_info[:2]) -> None:
     """Make sure that nbdkit has its Python plugin, with a Python that can load ours.
 
     Raises UnavailableError or ConfigError. A Python of another minor version than this one is fine (the
@@ -87,7 +88,7 @@ def check_nbdkit(version_info: tuple[int, ...] = sys.version_info) -> None:
             f"nbdkit embeds Python {said or 'of unknown version'}; nbdnfs needs 3.11 or newer",
             "use nbdkit of Debian 12 or newer",
         )
-    if theirs != version_info[:2]:
+    if theirs != tuple(version_info[:2]):
         log.warning(
             "nbdkit embeds Python %s, this is Python %s.%s: make the venv with /usr/bin/python3 -m venv",
             said,
@@ -156,7 +157,8 @@ def serve(url: str, socket_path: Path, *, engine: str = "c", threads: int = THRE
     setting, the server or the file it says on stderr itself.
     """
     check_nbdkit()
-    argv = nbdkit_argv({"url": url, "engine": engine}, threads=threads)
+    text, address = worker_config.check_url(url)
+    argv = nbdkit_argv({"url": text, "address": address, "engine": engine}, threads=threads)
     with listening(socket_path) as listener:
         worker = run.start_listening(argv, listener, worker_environment())
         signals = 0

@@ -1,61 +1,117 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The plugin's settings: checked once, then used to open the engine. Runs inside nbdkit, so imports little."""
+"""The plugin's settings: checked once, then used to lock memory and to open the engine.
+
+What this module imports stays in the locked worker (see memlock.py): the rest is imported where it is needed,
+when somebody runs nbdkit by hand without an address, or when there is something to explain.
+"""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from nbdnfs import diagnose, engine
+from nbdnfs import memlock
+from nbdnfs.engine import Engine, keep_thread_states, libnfs_version
 from nbdnfs.errors import ConfigError
-from nbdnfs.url import NfsUrl
-from nbdnfs.url import parse as parse_url
 
+TYPE_CHECKING = False  # typing's own, without typing
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from nbdnfs.reference import Engine as ReferenceEngine
 
 ENGINES = ("c", "libnfs-python")
-KEYS = ("url", "engine")
+LOCKS = ("wanted", "required", "off")
+KEYS = ("url", "address", "engine", "lock", "realtime", "without")
 
 # The kernel's requests are far smaller; nbdkit itself allows 64 MiB (docs/nbdkit-protocol.pod).
 MAX_REQUEST_BYTES = 32 * 1024 * 1024
 
+# How the names of the files begin whose code a worker runs. nbdkit's TLS libraries are not among them: they are
+# most of what it maps, and a Unix socket needs none.
+CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", "_memlock.")
 
-@dataclass(frozen=True)
+
 class WorkerConfig:
     """What the plugin was told. `address` is the server's, resolved before anything is locked or short."""
 
-    url: NfsUrl
-    address: str
-    engine: str
+    __slots__ = ("address", "engine", "lock", "url", "without")
 
-    def open_engine(self) -> engine.Engine | ReferenceEngine:
+    def __init__(self, url: str, address: str, engine: str, lock: str, without: tuple[str, ...]) -> None:
+        self.url = url
+        self.address = address
+        self.engine = engine
+        self.lock = lock
+        self.without = without
+
+    def prepare_memory(self) -> None:
+        """Before there are threads. Raises ConfigError where a measure is required and cannot be had."""
+        if self.lock != "off":
+            self._heed(memlock.prepare(self.without))
+
+    def lock_memory(self) -> None:
+        """In the process that serves, before its threads start: they inherit some of it. Raises as above."""
+        if self.lock != "off":
+            self._heed(memlock.lock(CODE, skip=self.without))
+
+    def _heed(self, measures: list[memlock.Measure]) -> None:
+        if self.lock == "required":
+            memlock.require(measure for measure in measures if measure.name not in self.without)
+        else:
+            memlock.report(measures)
+
+    def open_engine(self) -> Engine | ReferenceEngine:
         """Connect to the server and open the file. Raises NbdnfsError."""
         try:
             if self.engine == "libnfs-python":
                 from nbdnfs.reference import Engine as Reference
 
-                return Reference(self.url.text, self.address)
-            engine.keep_thread_states()
-            return engine.Engine(self.url.text, self.address)
+                return Reference(self.url, self.address)
+            keep_thread_states()
+            return Engine(self.url, self.address)
         except OSError as error:
-            raise diagnose.explain(error, self.url, self.address) from None
+            from nbdnfs import diagnose, url
+
+            raise diagnose.explain(error, url.parse(self.url), self.address) from None
 
 
 def parse(settings: Mapping[str, str]) -> WorkerConfig:
-    """Check the plugin's key=value settings. Raises NbdnfsError; asks the resolver for the server's address."""
+    """Check the plugin's key=value settings. Raises NbdnfsError.
+
+    `address` comes from whoever starts the worker, who has checked the URL; without it this asks the resolver.
+    """
     for key in settings:
         if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else "the keys are " + ", ".join(KEYS)
-            raise ConfigError(f"'{key}' is no setting of the nbdnfs plugin", hint)
+            raise ConfigError(f"'{key}' is no setting of the nbdnfs plugin", _nearest(key))
     if "url" not in settings:
         raise ConfigError("the nbdnfs plugin needs url=", "for example url=nfs://nas/export/swap/box.swap")
-    kind = settings.get("engine", ENGINES[0])
-    if kind not in ENGINES:
-        raise ConfigError(f"there is no engine '{kind}'", "the engines are " + " and ".join(ENGINES))
-    url = parse_url(settings["url"])
-    diagnose.refuse_unsupported(url, engine.libnfs_version)
-    return WorkerConfig(url=url, address=url.resolve(), engine=kind)
+    kind = _one_of("engine", settings.get("engine", ENGINES[0]), ENGINES)
+    lock = _one_of("lock", settings.get("lock", LOCKS[0]), LOCKS)
+    without = tuple(word for word in settings.get("without", "").split(",") if word)
+    for word in without:
+        _one_of("without", word, memlock.NAMES)
+    if _one_of("realtime", settings.get("realtime", "yes"), ("yes", "no")) == "no":
+        without += ("realtime",)
+    url, address = settings["url"], settings.get("address")
+    if address is None:
+        url, address = check_url(url)
+    return WorkerConfig(url, address, kind, lock, without)
+
+
+def check_url(text: str) -> tuple[str, str]:
+    """The URL as libnfs is to get it, and the server's address. Raises NbdnfsError."""
+    from nbdnfs import diagnose, url
+
+    parsed = url.parse(text)
+    diagnose.refuse_unsupported(parsed, libnfs_version)
+    return parsed.text, parsed.resolve()
+
+
+def _nearest(key: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(key, KEYS, n=1)
+    return f"did you mean '{near[0]}'?" if near else "the keys are " + ", ".join(KEYS)
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ConfigError(f"{key} cannot be '{value}'", "it is one of: " + ", ".join(allowed))
+    return value

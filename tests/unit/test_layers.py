@@ -23,7 +23,7 @@ RANKS = {
     "reference": 1,
     "provision": 2,
     "device": 2,
-    "worker": 2,
+    "worker": 3,
     "worker_config": 2,
     "keeper": 3,
     "status": 3,

@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * What memlock.py cannot do from Python: calls that have no binding there. No policy, no messages.
+ * Limited API of CPython 3.11. Each function raises OSError where the kernel or glibc refuses.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <malloc.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+
+#ifndef PR_SET_IO_FLUSHER
+#define PR_SET_IO_FLUSHER 57 /* Linux 5.6 */
+#define PR_GET_IO_FLUSHER 58
+#endif
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22 /* Linux 5.14 */
+#endif
+
+#define NEVER_TRIM_BYTES (1 << 30)
+
+static PyObject *none_or_errno(int error)
+{
+	if (error == 0)
+		Py_RETURN_NONE;
+	errno = error;
+	return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+static PyObject *lock_on_fault(PyObject *module, PyObject *unused)
+{
+	return none_or_errno(mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) == 0 ? 0 : errno);
+}
+
+static PyObject *tune_malloc(PyObject *module, PyObject *args)
+{
+	unsigned top_pad_bytes;
+
+	if (!PyArg_ParseTuple(args, "I", &top_pad_bytes))
+		return NULL;
+	if (mallopt(M_ARENA_MAX, 1) != 1 || mallopt(M_MMAP_MAX, 0) != 1 ||
+	    mallopt(M_TRIM_THRESHOLD, NEVER_TRIM_BYTES) != 1 || mallopt(M_TOP_PAD, (int)top_pad_bytes) != 1)
+		return none_or_errno(EINVAL);
+	Py_RETURN_NONE;
+}
+
+/* Take `bytes` from the heap, touch them, give them back: with malloc tuned they stay ours, and faulted. */
+static PyObject *extend_heap(PyObject *module, PyObject *args)
+{
+	unsigned long long bytes;
+	volatile char *block;
+
+	if (!PyArg_ParseTuple(args, "K", &bytes))
+		return NULL;
+	block = malloc(bytes);
+	if (block == NULL)
+		return PyErr_NoMemory();
+	for (unsigned long long at = 0; at < bytes; at += 4096)
+		block[at] = 1;
+	free((void *)block);
+	Py_RETURN_NONE;
+}
+
+/* For threads that the program does not start itself: glibc takes its default from RLIMIT_STACK at exec. */
+static PyObject *set_default_stack(PyObject *module, PyObject *args)
+{
+	unsigned long long bytes;
+	pthread_attr_t attributes;
+	int error;
+
+	if (!PyArg_ParseTuple(args, "K", &bytes))
+		return NULL;
+	error = pthread_attr_init(&attributes);
+	if (error == 0) {
+		error = pthread_attr_setstacksize(&attributes, bytes);
+		if (error == 0)
+			error = pthread_setattr_default_np(&attributes);
+		pthread_attr_destroy(&attributes);
+	}
+	return none_or_errno(error);
+}
+
+static PyObject *get_default_stack(PyObject *module, PyObject *unused)
+{
+	pthread_attr_t attributes;
+	size_t bytes = 0;
+	int error = pthread_getattr_default_np(&attributes);
+
+	if (error == 0) {
+		error = pthread_attr_getstacksize(&attributes, &bytes);
+		pthread_attr_destroy(&attributes);
+	}
+	return error == 0 ? PyLong_FromSize_t(bytes) : none_or_errno(error);
+}
+
+static PyObject *populate(PyObject *module, PyObject *args)
+{
+	unsigned long long start, length;
+
+	if (!PyArg_ParseTuple(args, "KK", &start, &length))
+		return NULL;
+	return none_or_errno(madvise((void *)(uintptr_t)start, length, MADV_POPULATE_READ) == 0 ? 0 : errno);
+}
+
+static PyObject *drop(PyObject *module, PyObject *args)
+{
+	unsigned long long start, length;
+
+	if (!PyArg_ParseTuple(args, "KK", &start, &length))
+		return NULL;
+	return none_or_errno(madvise((void *)(uintptr_t)start, length, MADV_DONTNEED) == 0 ? 0 : errno);
+}
+
+static PyObject *set_io_flusher(PyObject *module, PyObject *unused)
+{
+	return none_or_errno(prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0 ? 0 : errno);
+}
+
+static PyMethodDef methods[] = {
+	{ "lock_on_fault", lock_on_fault, METH_NOARGS, "mlockall(2): what is there, and all that comes, once it is touched" },
+	{ "tune_malloc", tune_malloc, METH_VARARGS, "tune_malloc(top_pad_bytes): one arena, never mapped, never trimmed" },
+	{ "extend_heap", extend_heap, METH_VARARGS, "extend_heap(bytes): have that much touched and free in the heap" },
+	{ "set_default_stack", set_default_stack, METH_VARARGS, "set_default_stack(bytes): of threads started from now on" },
+	{ "get_default_stack", get_default_stack, METH_NOARGS, "get_default_stack() -> bytes" },
+	{ "populate", populate, METH_VARARGS, "populate(start, length): read a mapping's pages in, madvise(2)" },
+	{ "drop", drop, METH_VARARGS, "drop(start, length): unmap a file mapping's pages, to be read again when touched" },
+	{ "set_io_flusher", set_io_flusher, METH_NOARGS, "prctl(PR_SET_IO_FLUSHER): this task and those it starts" },
+	{ NULL, NULL, 0, NULL },
+};
+
+static struct PyModuleDef module_def = {
+	PyModuleDef_HEAD_INIT,
+	.m_name = "nbdnfs._memlock",
+	.m_doc = "Calls for nbdnfs.memlock. Use that.",
+	.m_size = -1,
+	.m_methods = methods,
+};
+
+PyMODINIT_FUNC PyInit__memlock(void)
+{
+	return PyModule_Create(&module_def);
+}

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Memory discipline: a process that serves swap must not need memory, nor wait for any, nor be killed.
+
+`prepare` is for the process's start, before it has threads; `lock` for the final process (a fork drops locks,
+mlock(2)). Each measure checks that it took effect and is reported as a `Measure`. docs/memory-pressure.md says
+what each is against, and which kernel function makes it matter.
+
+What this module imports stays in the locked worker: only what CPython has loaded at its start, and `resource`.
+(`dataclasses` alone is 2.5 MiB of heap, `pathlib` 1.7, `re` 1.)
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import resource
+import sys
+
+from nbdnfs import _memlock
+from nbdnfs.errors import ConfigError
+
+TYPE_CHECKING = False  # typing's own, without typing
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+THREAD_STACK_BYTES = 256 * 1024
+
+# Free and touched in the heap when the work begins: libnfs allocates each call and its reply, nbdkit a buffer
+# of the largest request for each thread, CPython what a callback needs.
+HEAP_BYTES = 3 * 1024 * 1024
+_TOP_PAD_BYTES = 1024 * 1024
+
+# One above the bottom: enough to be chosen before all ordinary tasks, and to dip below the min watermark
+# (mm/page_alloc.c: gfp_to_alloc_flags gives real-time tasks more of the reserve), without starving the kernel's.
+REALTIME_PRIORITY = 1
+_PF_MEMALLOC_NOIO = 0x0008_0000  # include/linux/sched.h; PR_SET_IO_FLUSHER sets it
+_OOM_IMMUNE = -1000
+
+NAMES = ("malloc", "stacks", "core dump", "gc", "code", "heap", "lock", "io flusher", "oom", "realtime")
+
+
+class Measure:
+    """One measure: whether it holds; what was found; what to do where it does not ("" where it does)."""
+
+    __slots__ = ("found", "hint", "name", "ok")
+
+    def __init__(self, name: str, ok: bool, found: str, hint: str = "") -> None:
+        self.name = name
+        self.ok = ok
+        self.found = found
+        self.hint = hint
+
+    def line(self) -> str:
+        """As a warning."""
+        return f"{self.name}: {self.found}" + (f" ({self.hint})" if self.hint else "")
+
+
+def prepare(skip: Iterable[str] = ()) -> list[Measure]:
+    """What must be done before there are threads: malloc and their stacks. `skip`: NAMES not to do."""
+    return list(_run({"malloc": _malloc, "stacks": _stacks}, skip))
+
+
+def lock(code: Iterable[str], *, heap_bytes: int = HEAP_BYTES, skip: Iterable[str] = ()) -> list[Measure]:
+    """The rest, in the process that stays. `code`: how the names of the files begin whose code it will run."""
+    return list(
+        _run(
+            {
+                "core dump": _core_dump,
+                "gc": _gc,
+                # before the lock: what is dropped must not be locked
+                "code": lambda: _code(code),
+                "lock": _lock,
+                "heap": lambda: _heap(heap_bytes),
+                "io flusher": _io_flusher,
+                "oom": _oom,
+                "realtime": _realtime,
+            },
+            skip,
+        )
+    )
+
+
+def require(measures: Iterable[Measure]) -> None:
+    """Raise ConfigError when one of the measures does not hold."""
+    missing = [measure for measure in measures if not measure.ok]
+    if missing:
+        raise ConfigError(
+            "swap would not be safe here: " + "; ".join(f"{measure.name}: {measure.found}" for measure in missing),
+            missing[0].hint,
+        )
+
+
+def _run(steps: dict[str, Callable[[], Measure]], skip: Iterable[str]) -> Iterator[Measure]:
+    skip = set(skip)
+    for name, step in steps.items():
+        if name in skip:
+            yield Measure(name, False, "switched off")
+            continue
+        try:
+            yield step()
+        except OSError as error:
+            yield Measure(name, False, error.strerror or str(error), _hint(name, error))
+
+
+def _hint(name: str, error: OSError) -> str:
+    if error.errno in (errno.EPERM, errno.EACCES):
+        needs = {"lock": "CAP_IPC_LOCK", "realtime": "CAP_SYS_NICE"}.get(name, "CAP_SYS_RESOURCE")
+        return f"run it as root, with {needs}"
+    if name == "lock" and error.errno == errno.ENOMEM:
+        return "raise RLIMIT_MEMLOCK, or run it with CAP_IPC_LOCK"
+    if error.errno == errno.EINVAL:
+        return "the kernel is too old: nbdnfs needs Linux 5.14"
+    return ""
+
+
+def _malloc() -> Measure:
+    _memlock.tune_malloc(_TOP_PAD_BYTES)
+    if os.environ.get("PYTHONMALLOC") != "malloc":
+        return Measure("malloc", False, "CPython maps memory of its own", "set PYTHONMALLOC=malloc before it starts")
+    return Measure("malloc", True, "one arena, never mapped nor trimmed; CPython uses it too")
+
+
+def _stacks() -> Measure:
+    _memlock.set_default_stack(THREAD_STACK_BYTES)
+    found = _memlock.get_default_stack()
+    return Measure("stacks", found == THREAD_STACK_BYTES, f"{found // 1024} KiB for each thread")
+
+
+def _read(path: str) -> str:
+    with open(path) as file:
+        return file.read()
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def _core_dump() -> Measure:
+    """The pages that pass through are other processes' memory: no dump may hold them, piped ones included."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _write("/proc/self/coredump_filter", "0")
+    found = int(_read("/proc/self/coredump_filter"), 16)
+    return Measure("core dump", found == 0, "holds no memory" if found == 0 else f"filter is {found:#x}")
+
+
+def _gc() -> Measure:
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    return Measure("gc", not gc.isenabled(), "off" if not gc.isenabled() else "on")
+
+
+def _lock() -> Measure:
+    _memlock.lock_on_fault()
+    locked = _read("/proc/self/status").partition("\nVmLck:")[2].split(maxsplit=1)[0]
+    return Measure("lock", locked != "0", f"{locked} KiB mapped, locked once touched")
+
+
+class _Mapping:
+    """A mapping of a file, from /proc/self/smaps (proc_pid_smaps(5)). `is_clean`: it is as the file has it."""
+
+    __slots__ = ("is_clean", "length", "name", "permissions", "start")
+
+    def __init__(self, header: list[str]) -> None:
+        start, _, end = header[0].partition("-")
+        self.start = int(start, 16)
+        self.length = int(end, 16) - self.start
+        self.permissions = header[1]
+        self.name = header[5].rpartition("/")[2]
+        self.is_clean = True
+
+
+def _file_mappings() -> Iterator[_Mapping]:
+    mapping = None
+    for line in _read("/proc/self/smaps").splitlines():
+        fields = line.split(maxsplit=5)
+        if not fields[0].endswith(":"):
+            mapping = _Mapping(fields) if len(fields) == 6 and fields[5].startswith("/") else None
+        elif mapping is not None and fields[0] == "Anonymous:":
+            mapping.is_clean = fields[1] == "0"
+        elif mapping is not None and fields[0] == "VmFlags:":
+            yield mapping
+
+
+def _code(names: Iterable[str]) -> Measure:
+    """Read in the code and the constants of every mapped file whose name begins with one of `names`; drop those
+    of the others, which only the dynamic linker has looked at.
+
+    Under MCL_ONFAULT code that never ran is still on the disk, and on an NFS root that is a deadlock.
+    """
+    names = tuple(names)
+    total_bytes = 0
+    for mapping in list(_file_mappings()):
+        if mapping.name.startswith(names):
+            if mapping.permissions[0] == "r":
+                _memlock.populate(mapping.start, mapping.length)
+                total_bytes += mapping.length
+        elif mapping.permissions in ("r-xp", "r--p") and mapping.is_clean:
+            _memlock.drop(mapping.start, mapping.length)
+    return Measure("code", total_bytes > 0, f"{total_bytes // 1024} KiB of code and constants read in")
+
+
+def _heap(heap_bytes: int) -> Measure:
+    _memlock.extend_heap(heap_bytes)
+    return Measure("heap", True, f"{heap_bytes // 1024} KiB touched and free")
+
+
+def _io_flusher() -> Measure:
+    _memlock.set_io_flusher()
+    flags = int(_read("/proc/self/stat").rpartition(")")[2].split()[6])
+    ok = bool(flags & _PF_MEMALLOC_NOIO)
+    return Measure("io flusher", ok, "set" if ok else "not set")
+
+
+def _oom() -> Measure:
+    _write("/proc/self/oom_score_adj", str(_OOM_IMMUNE))
+    found = int(_read("/proc/self/oom_score_adj"))
+    return Measure("oom", found == _OOM_IMMUNE, f"oom_score_adj {found}")
+
+
+def _realtime() -> Measure:
+    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(REALTIME_PRIORITY))
+    ok = os.sched_getscheduler(0) == os.SCHED_RR
+    return Measure("realtime", ok, f"SCHED_RR, priority {REALTIME_PRIORITY}" if ok else "not set")
+
+
+def report(measures: Iterable[Measure]) -> None:
+    """One warning on stderr for each measure that does not hold."""
+    for measure in measures:
+        if not measure.ok:
+            print(f"nbdnfs: {measure.line()}", file=sys.stderr, flush=True)
