@@ -102,6 +102,23 @@ static int parse_options(PyObject *args, PyObject *kwargs, struct nfsio_options 
 	return 0;
 }
 
+/* PyArg's "O&" for offsets and lengths ("K" drops what is above 64 bits, and the sign). */
+static int parse_u64(PyObject *object, void *value)
+{
+	unsigned long long number = PyLong_AsUnsignedLongLong(object);
+
+	if (number == (unsigned long long)-1 && PyErr_Occurred()) {
+		if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
+			PyErr_Clear();
+			errno = EINVAL; /* outside of every file */
+			PyErr_SetFromErrno(PyExc_OSError);
+		}
+		return 0;
+	}
+	*(unsigned long long *)value = number;
+	return 1;
+}
+
 static PyObject *closed(void)
 {
 	PyErr_SetString(PyExc_ValueError, "it is closed");
@@ -182,7 +199,7 @@ static PyObject *engine_pread(struct engine_object *self, PyObject *args)
 	Py_buffer buffer;
 	int error;
 
-	if (!PyArg_ParseTuple(args, "w*K", &buffer, &offset))
+	if (!PyArg_ParseTuple(args, "w*O&", &buffer, parse_u64, &offset))
 		return NULL;
 	if (self->engine == NULL) {
 		PyBuffer_Release(&buffer);
@@ -199,7 +216,7 @@ static PyObject *engine_pwrite(struct engine_object *self, PyObject *args)
 	Py_buffer buffer;
 	int error;
 
-	if (!PyArg_ParseTuple(args, "y*K", &buffer, &offset))
+	if (!PyArg_ParseTuple(args, "y*O&", &buffer, parse_u64, &offset))
 		return NULL;
 	if (self->engine == NULL) {
 		PyBuffer_Release(&buffer);
@@ -225,7 +242,7 @@ static PyObject *engine_trim_method(struct engine_object *self, PyObject *args)
 	unsigned long long length, offset;
 	int error;
 
-	if (!PyArg_ParseTuple(args, "KK", &length, &offset))
+	if (!PyArg_ParseTuple(args, "O&O&", parse_u64, &length, parse_u64, &offset))
 		return NULL;
 	if (self->engine == NULL)
 		return closed();
@@ -361,7 +378,7 @@ static PyObject *file_pread(struct file_object *self, PyObject *args)
 	unsigned long long offset;
 	Py_buffer buffer;
 
-	if (!PyArg_ParseTuple(args, "w*K", &buffer, &offset))
+	if (!PyArg_ParseTuple(args, "w*O&", &buffer, parse_u64, &offset))
 		return NULL;
 	if (self->io == NULL) {
 		PyBuffer_Release(&buffer);
@@ -375,7 +392,7 @@ static PyObject *file_pwrite(struct file_object *self, PyObject *args)
 	unsigned long long offset;
 	Py_buffer buffer;
 
-	if (!PyArg_ParseTuple(args, "y*K", &buffer, &offset))
+	if (!PyArg_ParseTuple(args, "y*O&", &buffer, parse_u64, &offset))
 		return NULL;
 	if (self->io == NULL) {
 		PyBuffer_Release(&buffer);
