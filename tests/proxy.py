@@ -221,9 +221,7 @@ class TcpProxy:
     def request_delay_s(self, seconds: float) -> None:
         self._do(lambda: setattr(self._requests, "delay_s", seconds))
 
-    def throttle(
-        self, *, requests_bytes_per_s: float = math.inf, replies_bytes_per_s: float = math.inf
-    ) -> None:
+    def throttle(self, *, requests_bytes_per_s: float = math.inf, replies_bytes_per_s: float = math.inf) -> None:
         """Limit each connection's speed in either direction; without arguments: no limit."""
 
         def set_rates() -> None:
@@ -308,16 +306,18 @@ class TcpProxy:
 
     def close(self) -> None:
         """Reset every connection and end the thread. May be called twice."""
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self._failure is None:
             self._do(lambda: setattr(self, "_ending", True))
-            self._thread.join(_COMMAND_DEADLINE_S)
-            assert not self._thread.is_alive(), "the proxy's thread does not end"
+        self._thread.join(_COMMAND_DEADLINE_S)
+        assert not self._thread.is_alive(), "the proxy's thread does not end"
         self._wake_writer.close()
         if self._failure is not None:
             raise RuntimeError("the proxy's thread failed") from self._failure
 
     def _do(self, command: Callable[[], T]) -> T:
-        """Have the thread run a command; its result. Fails when the thread has ended."""
+        """Have the thread run a command; its result. RuntimeError when the thread has failed."""
+        if self._failure is not None:
+            raise RuntimeError("the proxy's thread failed") from self._failure
         future: Future[T] = Future()
 
         def run() -> None:
@@ -327,7 +327,9 @@ class TcpProxy:
                 future.set_exception(error)
 
         self._commands.put(run)
-        self._wake_writer.send(b"!")
+        # The thread may be awake, have taken the command that ends it, and be gone already.
+        with contextlib.suppress(OSError):
+            self._wake_writer.send(b"!")
         return future.result(_COMMAND_DEADLINE_S)
 
     # The thread
