@@ -20,35 +20,41 @@ def pkg_config(*words: str) -> list[str]:
         ) from None
 
 
+def extension(name: str, sources: list[str], *, libraries: bool) -> Extension:
+    """A limited-API extension: one build serves every CPython from 3.11 on, nbdkit's included."""
+    return Extension(
+        name,
+        sources=sorted(sources),
+        depends=sorted(glob.glob("nbdnfs/engine/*.h")) if libraries else [],
+        define_macros=[
+            ("Py_LIMITED_API", "0x030B0000"),
+            # No libnfs tells its version at run time before 6.0: the build remembers it.
+            *([("LIBNFS_BUILT_WITH", f'"{pkg_config("--modversion")[0]}"')] if libraries else []),
+        ],
+        extra_compile_args=[
+            "-std=c11",
+            "-D_GNU_SOURCE",
+            "-Wall",
+            "-Wextra",
+            "-Wshadow",
+            "-Wno-unused-parameter",
+            "-fvisibility=hidden",
+            *(pkg_config("--cflags") if libraries else []),
+            *shlex.split(os.environ.get("NBDNFS_CFLAGS", "")),
+        ],
+        extra_link_args=[
+            *(pkg_config("--libs") if libraries else []),
+            "-pthread",
+            *shlex.split(os.environ.get("NBDNFS_LDFLAGS", "")),
+        ],
+        py_limited_api=True,
+    )
+
+
 setup(
     ext_modules=[
-        Extension(
-            "nbdnfs.engine._engine",
-            sources=sorted(glob.glob("nbdnfs/engine/*.c")),
-            depends=sorted(glob.glob("nbdnfs/engine/*.h")),
-            # No libnfs tells its version at run time before 6.0: the build remembers it.
-            define_macros=[
-                ("Py_LIMITED_API", "0x030B0000"),
-                ("LIBNFS_BUILT_WITH", f'"{pkg_config("--modversion")[0]}"'),
-            ],
-            extra_compile_args=[
-                "-std=c11",
-                "-D_GNU_SOURCE",
-                "-Wall",
-                "-Wextra",
-                "-Wshadow",
-                "-Wno-unused-parameter",
-                "-fvisibility=hidden",
-                *pkg_config("--cflags"),
-                *shlex.split(os.environ.get("NBDNFS_CFLAGS", "")),
-            ],
-            extra_link_args=[
-                *pkg_config("--libs"),
-                "-pthread",
-                *shlex.split(os.environ.get("NBDNFS_LDFLAGS", "")),
-            ],
-            py_limited_api=True,
-        )
+        extension("nbdnfs.engine._engine", glob.glob("nbdnfs/engine/*.c"), libraries=True),
+        extension("nbdnfs._memlock", ["nbdnfs/_memlock.c"], libraries=False),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -101,7 +101,7 @@ def _serve(args: argparse.Namespace) -> int:
 def _attach(args: argparse.Namespace) -> int:
     from nbdnfs import device
 
-    print(device.attach(args.socket, args.device).device)
+    print(device.attach(args.socket, args.device).path)
     return 0
 
 

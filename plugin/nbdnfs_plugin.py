@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """nbdkit plugin: a block device over a file on an NFS server. It hands over to the engine and does no more.
 
-    nbdkit python nbdnfs_plugin.py url=nfs://nas/export/swap/box.swap [engine=c|libnfs-python]
+    nbdkit python nbdnfs_plugin.py url=nfs://nas/export/swap/box.swap [lock=required]
 
 nbdkit calls this module as __main__: what is worth a test lies in the package nbdnfs, which must be importable
 (`nbdnfs serve` sees to that; by hand, set PYTHONPATH).
@@ -18,6 +18,7 @@ from nbdnfs.errors import NbdnfsError
 API_VERSION = 2
 
 _settings = {}
+_worker = None
 _engine = None
 
 
@@ -39,12 +40,15 @@ def config(key, value):
 
 
 def config_complete():
-    _settings["parsed"] = _or_exit(lambda: worker_config.parse(_settings))
+    global _worker
+    _worker = _or_exit(lambda: worker_config.parse(_settings))
+    _or_exit(_worker.prepare_memory)
 
 
 def after_fork():
     global _engine
-    _engine = _or_exit(_settings["parsed"].open_engine)
+    _or_exit(_worker.lock_memory)
+    _engine = _or_exit(_worker.open_engine)
 
 
 def cleanup():

@@ -13,6 +13,7 @@
 
 #include "engine.h"
 #include "nfsio.h"
+#include "stack.h"
 
 static PyObject *nfs_error; /* nbdnfs.engine.NfsError; set once by the module's init */
 
@@ -75,6 +76,7 @@ static void keep_thread_state(void)
 {
 	if (!keep_states || pthread_getspecific(kept_state_key) != NULL)
 		return;
+	touch_stack();
 	PyGILState_Ensure(); /* never released: its count keeps the state alive between callbacks */
 	pthread_setspecific(kept_state_key, PyThreadState_Get());
 }

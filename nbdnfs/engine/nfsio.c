@@ -11,6 +11,8 @@
  */
 #include "nfsio.h"
 
+#include "stack.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <netinet/in.h>
@@ -946,8 +948,10 @@ static void *io_thread(void *arg)
 	struct nfsio *io = arg;
 	struct connection made;
 	struct nfsio_failure why = { 0 };
-	bool connected = connect_once(io, &made, &why);
+	bool connected;
 
+	touch_stack();
+	connected = connect_once(io, &made, &why);
 	pthread_mutex_lock(&io->lock);
 	if (connected) {
 		publish(io, &made);

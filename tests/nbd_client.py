@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A small NBD client for loads: many requests under way on one connection, simple replies in any order.
+
+What nbdcopy and libnbd do well they do in the tests; this one counts, mixes and verifies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdnfs import handshake
+
+READ, WRITE, FLUSH, TRIM = 0, 1, 3, 4
+FLAG_FUA = 1
+
+_REQUEST = struct.Struct(">IHHQQI")
+_REPLY = struct.Struct(">IIQ")
+_REQUEST_MAGIC = 0x25609513
+_REPLY_MAGIC = 0x67446698
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request: `data` of a write; `length_bytes` of everything else."""
+
+    op: int
+    offset: int
+    length_bytes: int
+    data: bytes = b""
+    flags: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back: an errno of the protocol (0: done), and the data of a read."""
+
+    request: Request
+    error: int
+    data: bytes
+
+
+class NbdClient:
+    """One connection. Not thread-safe. Every wait ends after `timeout_s` with TimeoutError."""
+
+    def __init__(self, path: Path, timeout_s: float = 60.0) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(timeout_s)
+        self._socket.connect(str(path))
+        self.export = handshake.negotiate(self._socket, timeout_s=timeout_s)
+        self._socket.settimeout(timeout_s)
+        self._timeout_s = timeout_s
+        self._cookie = 0
+
+    def __enter__(self) -> NbdClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.sendall(_REQUEST.pack(_REQUEST_MAGIC, 0, 2, 0, 0, 0))
+        self._socket.close()
+
+    def run(self, requests: Iterable[Request], depth: int = 1) -> Iterator[Reply]:
+        """Send the requests, `depth` of them under way, and yield the replies as they come."""
+        under_way: dict[int, Request] = {}
+        for request in requests:
+            while len(under_way) >= depth:
+                yield self._receive(under_way)
+            self._cookie += 1
+            under_way[self._cookie] = request
+            header = _REQUEST.pack(
+                _REQUEST_MAGIC, request.flags, request.op, self._cookie, request.offset, request.length_bytes
+            )
+            unsent = memoryview(header + request.data)
+            while unsent:
+                # the server may be sending itself: with both sides' buffers full nobody would go on
+                readable, writable, _ = select.select([self._socket], [self._socket], [], self._timeout_s)
+                if not readable and not writable:
+                    raise TimeoutError("the server takes nothing and says nothing")
+                if readable:
+                    yield self._receive(under_way)
+                if writable:
+                    unsent = unsent[self._socket.send(unsent, socket.MSG_DONTWAIT) :]
+        while under_way:
+            yield self._receive(under_way)
+
+    def read(self, offset: int, length_bytes: int) -> bytes:
+        """One read; OSError with the protocol's errno."""
+        return self._one(Request(READ, offset, length_bytes))
+
+    def write(self, offset: int, data: bytes, *, fua: bool = False) -> None:
+        """One write; OSError with the protocol's errno."""
+        self._one(Request(WRITE, offset, len(data), data, FLAG_FUA if fua else 0))
+
+    def flush(self) -> None:
+        """OSError with the protocol's errno."""
+        self._one(Request(FLUSH, 0, 0))
+
+    def trim(self, offset: int, length_bytes: int) -> None:
+        """OSError with the protocol's errno."""
+        self._one(Request(TRIM, offset, length_bytes))
+
+    def _one(self, request: Request) -> bytes:
+        (reply,) = self.run([request])
+        if reply.error:
+            raise OSError(reply.error, "the server refused the request")
+        return reply.data
+
+    def _receive(self, under_way: dict[int, Request]) -> Reply:
+        magic, error, cookie = _REPLY.unpack(self._receive_exactly(_REPLY.size))
+        if magic != _REPLY_MAGIC:
+            raise ConnectionError(f"no reply: {magic:#x}")
+        request = under_way.pop(cookie)
+        wanted = request.length_bytes if request.op == READ and not error else 0
+        return Reply(request, error, self._receive_exactly(wanted))
+
+    def _receive_exactly(self, length_bytes: int) -> bytes:
+        received = bytearray()
+        while len(received) < length_bytes:
+            piece = self._socket.recv(length_bytes - len(received))
+            if not piece:
+                raise ConnectionError("the server hung up")
+            received += piece
+        return bytes(received)

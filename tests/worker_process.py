@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A worker as `nbdnfs serve` runs it, in a process of its own, for the time of a `with`."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_DEADLINE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A running worker: its socket, the process of `serve`, and what it says on stderr."""
+
+    socket: Path
+    serve: subprocess.Popen[bytes]
+    stderr: Path
+
+    @property
+    def pid(self) -> int:
+        """nbdkit's process, the child of `serve`."""
+        (child,) = Path(f"/proc/{self.serve.pid}/task/{self.serve.pid}/children").read_text().split()
+        return int(child)
+
+    def faults(self) -> tuple[int, int]:
+        """Minor and major page faults of all of its threads, the ended ones too (proc_pid_stat(5))."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[7]), int(fields[9])
+
+    def memory_kib(self, key: str) -> int:
+        """A figure of /proc/PID/smaps_rollup, "Rss" or "Locked"."""
+        text = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
+        found = re.search(rf"^{key}:\s+(\d+) kB$", text, re.MULTILINE)
+        assert found is not None, text
+        return int(found[1])
+
+
+@contextlib.contextmanager
+def serving(url: str, directory: Path, *options: str) -> Iterator[Worker]:
+    """`nbdnfs serve URL --socket ...`, ended with SIGTERM; the socket is there when the block begins.
+
+    AssertionError, with what it said, when it ends early or does not end well.
+    """
+    socket_path, stderr_path = directory / "worker.sock", directory / "worker.err"
+    with stderr_path.open("wb") as stderr:
+        serve = subprocess.Popen(
+            [sys.executable, "-m", "nbdnfs", "serve", url, "--socket", str(socket_path), *options],
+            stdin=subprocess.DEVNULL,
+            stderr=stderr,
+        )
+    worker = Worker(socket_path, serve, stderr_path)
+    deadline = time.monotonic() + _DEADLINE_S
+    try:
+        while not socket_path.exists():
+            assert serve.poll() is None, stderr_path.read_text()
+            assert time.monotonic() < deadline, stderr_path.read_text()
+            time.sleep(0.01)
+        yield worker
+    finally:
+        serve.send_signal(signal.SIGTERM)
+        try:
+            status = serve.wait(_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            serve.send_signal(signal.SIGTERM)  # the second one kills a worker that waits for its server
+            status = serve.wait(_DEADLINE_S)
+    assert status == 0, stderr_path.read_text()
