@@ -69,6 +69,10 @@ static int call_write3(struct rpc_context *rpc, rpc_cb cb, WRITE3args *args, voi
 {
 	return rpc_nfs3_write_task(rpc, cb, args, arg) != NULL ? 0 : -1;
 }
+static int call_commit3(struct rpc_context *rpc, rpc_cb cb, COMMIT3args *args, void *arg)
+{
+	return rpc_nfs3_commit_task(rpc, cb, args, arg) != NULL ? 0 : -1;
+}
 static int call_getattr3(struct rpc_context *rpc, rpc_cb cb, GETATTR3args *args, void *arg)
 {
 	return rpc_nfs3_getattr_task(rpc, cb, args, arg) != NULL ? 0 : -1;
@@ -93,6 +97,10 @@ static int call_write3(struct rpc_context *rpc, rpc_cb cb, WRITE3args *args, voi
 {
 	return rpc_nfs3_write_async(rpc, cb, args, arg);
 }
+static int call_commit3(struct rpc_context *rpc, rpc_cb cb, COMMIT3args *args, void *arg)
+{
+	return rpc_nfs3_commit_async(rpc, cb, args, arg);
+}
 static int call_getattr3(struct rpc_context *rpc, rpc_cb cb, GETATTR3args *args, void *arg)
 {
 	return rpc_nfs3_getattr_async(rpc, cb, args, arg);
@@ -111,8 +119,8 @@ static int call_pwrite(struct nfs_context *nfs, struct nfsfh *fh, void *data, si
 
 /* ------------------------------------------------------------------ data ------------------------------- */
 
-/* The requests of one nfsio_transfer(), which waits on `all_done`. On its stack; guarded by io->lock. */
-struct nfsio_batch {
+/* The requests of one nfsio_transfer(), which waits on `all_done`. On its stack; guarded by io->batch_lock. */
+struct batch {
 	struct nfsio *io;
 	size_t waiting;
 	pthread_cond_t all_done;
@@ -146,6 +154,7 @@ struct nfsio {
 	pthread_t thread;
 
 	atomic_bool stop;       /* set once, by nfsio_close() */
+	pthread_mutex_t batch_lock; /* guards the batches; innermost */
 
 	pthread_mutex_t lock;   /* guards everything below */
 	pthread_cond_t settled; /* signalled with first_done */
@@ -159,6 +168,7 @@ struct nfsio {
 	bool discarding;        /* a context is being destroyed: its callbacks mean nothing */
 	struct req_list pending;  /* to be issued, first come first served */
 	struct req_list inflight; /* issued on nfs */
+	struct req_list finished; /* to be given back by the I/O thread, which then drops the lock */
 	struct req_list later;    /* the server asked to be asked again (JUKEBOX), or libnfs had no memory */
 	int64_t later_at_ms;
 	struct name_op *name_ops; /* issued on nfs */
@@ -243,12 +253,9 @@ static void wake_io_thread(struct nfsio *io)
 
 static void finish(struct req_list *list, struct nfsio_req *req, int error)
 {
-	struct nfsio_batch *batch = req->batch;
-
 	list_remove(list, req);
 	req->error = error;
-	if (--batch->waiting == 0)
-		pthread_cond_signal(&batch->all_done);
+	list_push(&req->io->finished, req);
 }
 
 static void finish_all(struct req_list *list, int error)
@@ -305,7 +312,7 @@ static bool answered(struct nfsio *io, int rpc_status)
 static void read3_done(struct rpc_context *rpc, int status, void *data, void *arg)
 {
 	struct nfsio_req *req = arg;
-	struct nfsio *io = req->batch->io;
+	struct nfsio *io = req->io;
 	READ3res *res = data;
 
 	if (!answered(io, status))
@@ -326,20 +333,57 @@ static void read3_done(struct rpc_context *rpc, int status, void *data, void *ar
 	moved(io, req, count, ok->eof);
 }
 
+static uint64_t verifier_of(const char *bytes)
+{
+	uint64_t verifier;
+
+	memcpy(&verifier, bytes, sizeof(verifier)); /* opaque: only ever compared */
+	return verifier;
+}
+
 static void write3_done(struct rpc_context *rpc, int status, void *data, void *arg)
 {
 	struct nfsio_req *req = arg;
-	struct nfsio *io = req->batch->io;
+	struct nfsio *io = req->io;
 	WRITE3res *res = data;
 
 	if (!answered(io, status))
 		return;
-	if (res->status != NFS3_OK)
+	if (res->status != NFS3_OK) {
 		refused3(io, req, res->status);
-	else if (res->WRITE3res_u.resok.committed != FILE_SYNC)
+		return;
+	}
+	WRITE3resok *ok = &res->WRITE3res_u.resok;
+	uint64_t verifier = verifier_of(ok->verf);
+	bool stable = ok->committed == FILE_SYNC;
+
+	if (req->op == NFSIO_WRITE && !stable) {
 		finish(&io->inflight, req, -EPROTO); /* RFC 1813, 3.3.7: a FILE_SYNC write is answered as such */
-	else
-		moved(io, req, res->WRITE3res_u.resok.count, false);
+	} else if (req->moved_bytes > 0 && !stable && verifier != req->verifier) {
+		req->moved_bytes = 0; /* the server restarted between the pieces: all of it again */
+		list_remove(&io->inflight, req);
+		list_push(&io->pending, req);
+	} else {
+		req->verifier = verifier;
+		req->stable = stable && (req->moved_bytes == 0 || req->stable);
+		moved(io, req, ok->count, false);
+	}
+}
+
+static void commit3_done(struct rpc_context *rpc, int status, void *data, void *arg)
+{
+	struct nfsio_req *req = arg;
+	struct nfsio *io = req->io;
+	COMMIT3res *res = data;
+
+	if (!answered(io, status))
+		return;
+	if (res->status != NFS3_OK) {
+		refused3(io, req, res->status);
+		return;
+	}
+	req->verifier = verifier_of(res->COMMIT3res_u.resok.verf);
+	finish(&io->inflight, req, 0);
 }
 
 /* libnfs's file API reports a lost transport by these, mixed with what the server may say (libnfs.c, nfs_v4.c). */
@@ -351,7 +395,7 @@ static bool is_transport_error(int error)
 static void file_call_done(int error, struct nfs_context *nfs, void *data, void *arg)
 {
 	struct nfsio_req *req = arg;
-	struct nfsio *io = req->batch->io;
+	struct nfsio *io = req->io;
 
 	if (!answered(io, is_transport_error(error) ? RPC_STATUS_ERROR : RPC_STATUS_SUCCESS))
 		return;
@@ -363,6 +407,7 @@ static void file_call_done(int error, struct nfs_context *nfs, void *data, void 
 		if (!DATA_LANDS_IN_PLACE && req->op == NFSIO_READ &&
 		    (uint32_t)error <= req->length_bytes - req->moved_bytes)
 			memcpy(req->data + req->moved_bytes, data, error);
+		req->stable = true; /* the file was opened with O_SYNC */
 		/* a read that moves nothing has met the end; the file API does not pass eof on */
 		moved(io, req, error, req->op == NFSIO_READ && error == 0);
 	}
@@ -384,8 +429,14 @@ static int issue(struct nfsio *io, struct nfsio_req *req)
 
 		return call_read3(nfs_get_rpc_context(io->nfs), read3_done, data, length, &args, req);
 	}
-	WRITE3args args = { .file = io->fh3, .offset = offset, .count = length, .stable = FILE_SYNC };
+	if (req->op == NFSIO_COMMIT) {
+		COMMIT3args args = { .file = io->fh3 };
 
+		return call_commit3(nfs_get_rpc_context(io->nfs), commit3_done, &args, req);
+	}
+	WRITE3args args = { .file = io->fh3, .offset = offset, .count = length };
+
+	args.stable = req->op == NFSIO_WRITE ? FILE_SYNC : UNSTABLE;
 	args.data.data_len = length;
 	args.data.data_val = (char *)data;
 	return call_write3(nfs_get_rpc_context(io->nfs), write3_done, &args, req);
@@ -417,25 +468,44 @@ static void wake_if_needed(struct nfsio *io)
 		wake_io_thread(io);
 }
 
-int nfsio_transfer(struct nfsio *io, struct nfsio_req *reqs, size_t count)
+void nfsio_submit(struct nfsio *io, struct nfsio_req *req)
 {
-	struct nfsio_batch batch = { .io = io, .waiting = count };
-
-	if (count == 0)
-		return 0;
-	pthread_cond_init(&batch.all_done, NULL);
+	req->io = io;
+	req->error = 0;
+	req->moved_bytes = 0;
+	req->stable = false;
 	pthread_mutex_lock(&io->lock);
-	for (size_t i = 0; i < count; i++) {
-		reqs[i].batch = &batch;
-		reqs[i].error = 0;
-		reqs[i].moved_bytes = 0;
-		list_push(&io->pending, &reqs[i]);
-	}
+	list_push(&io->pending, req);
 	issue_pending(io);
 	wake_if_needed(io);
-	while (batch.waiting > 0)
-		pthread_cond_wait(&batch.all_done, &io->lock);
 	pthread_mutex_unlock(&io->lock);
+}
+
+static void batch_req_done(struct nfsio_req *req)
+{
+	struct batch *batch = req->owner;
+	struct nfsio *io = batch->io;
+
+	pthread_mutex_lock(&io->batch_lock);
+	if (--batch->waiting == 0)
+		pthread_cond_signal(&batch->all_done);
+	pthread_mutex_unlock(&io->batch_lock);
+}
+
+int nfsio_transfer(struct nfsio *io, struct nfsio_req *reqs, size_t count)
+{
+	struct batch batch = { .io = io, .waiting = count };
+
+	pthread_cond_init(&batch.all_done, NULL);
+	for (size_t i = 0; i < count; i++) {
+		reqs[i].done = batch_req_done;
+		reqs[i].owner = &batch;
+		nfsio_submit(io, &reqs[i]);
+	}
+	pthread_mutex_lock(&io->batch_lock);
+	while (batch.waiting > 0)
+		pthread_cond_wait(&batch.all_done, &io->batch_lock);
+	pthread_mutex_unlock(&io->batch_lock);
 	pthread_cond_destroy(&batch.all_done);
 	for (size_t i = 0; i < count; i++)
 		if (reqs[i].error != 0)
@@ -916,6 +986,22 @@ static void reconnect(struct nfsio *io)
 	pthread_mutex_lock(&io->lock);
 }
 
+/* Give finished requests back. Lock held, dropped while their `done` runs: that may submit again. */
+static void give_back(struct nfsio *io)
+{
+	while (io->finished.head != NULL) {
+		struct nfsio_req *req = io->finished.head, *next;
+
+		io->finished.head = io->finished.tail = NULL;
+		pthread_mutex_unlock(&io->lock);
+		for (; req != NULL; req = next) {
+			next = req->next; /* `done` may free or reuse the request */
+			req->done(req);
+		}
+		pthread_mutex_lock(&io->lock);
+	}
+}
+
 /* Wait for something to do and do it. Lock held, dropped while waiting. */
 static void serve_once(struct nfsio *io)
 {
@@ -941,6 +1027,7 @@ static void serve_once(struct nfsio *io)
 	if (io->later.head != NULL && now_ms() >= io->later_at_ms)
 		list_prepend(&io->pending, &io->later);
 	issue_pending(io);
+	give_back(io);
 }
 
 static void *io_thread(void *arg)
@@ -986,6 +1073,7 @@ static void *io_thread(void *arg)
 	discard(io);
 	finish_all(&io->pending, -ECANCELED);
 	finish_all(&io->later, -ECANCELED);
+	give_back(io);
 	pthread_mutex_unlock(&io->lock);
 	return NULL;
 }
@@ -998,6 +1086,7 @@ static void destroy(struct nfsio *io)
 		close(io->wake_fd);
 	pthread_cond_destroy(&io->settled);
 	pthread_mutex_destroy(&io->lock);
+	pthread_mutex_destroy(&io->batch_lock);
 	free(io->url);
 	free(io->address);
 	free(io->mount_path);
@@ -1037,6 +1126,7 @@ int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct n
 	io->first_failure = why;
 	io->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	pthread_mutex_init(&io->lock, NULL);
+	pthread_mutex_init(&io->batch_lock, NULL);
 	pthread_cond_init(&io->settled, NULL);
 	if (io->url == NULL || io->address == NULL)
 		error = -ENOMEM;

@@ -15,7 +15,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum nfsio_op { NFSIO_READ, NFSIO_WRITE };
+enum nfsio_op {
+	NFSIO_READ,
+	NFSIO_WRITE,          /* stable (FILE_SYNC) when it is done */
+	NFSIO_WRITE_UNSTABLE, /* NFSv3: needs a COMMIT under the same verifier, unless `stable` says otherwise */
+	NFSIO_COMMIT,         /* NFSv3: all of the file; only its verifier counts */
+};
 
 /* What the server was asked when it failed. */
 enum nfsio_phase { NFSIO_CONNECT, NFSIO_MOUNT, NFSIO_OPEN, NFSIO_NAME };
@@ -27,20 +32,24 @@ struct nfsio_failure {
 	char message[256];
 };
 
-/* One transfer. The caller's, to keep in place from nfsio_transfer() on until that returns. */
+/* One request. The caller's, to keep in place from nfsio_submit() on until `done` is called. */
 struct nfsio_req {
 	/* set by the caller */
 	enum nfsio_op op;
 	uint32_t length_bytes;  /* at most nfsio_max_transfer_bytes() */
 	uint64_t offset_bytes;
-	uint8_t *data;          /* only read from when op is NFSIO_WRITE */
+	uint8_t *data;          /* only read from by the writes */
+	void (*done)(struct nfsio_req *req); /* called once, by the I/O thread, without locks; must not block */
+	void *owner;            /* for `done` */
 
 	/* result */
 	int error;              /* 0 or -errno */
 	uint32_t moved_bytes;   /* less than length_bytes only on error, or when a read met the end of the file */
+	uint64_t verifier;      /* of the server that took the write or the commit (RFC 1813: writeverf3) */
+	bool stable;            /* a write that needs no COMMIT */
 
 	/* nfsio's own, guarded by its lock */
-	struct nfsio_batch *batch;
+	struct nfsio *io;
 	struct nfsio_req *prev, *next;
 };
 
@@ -76,10 +85,10 @@ void nfsio_opened_stat(const struct nfsio *io, struct nfsio_stat *st);
 /* The most that one request may move: what the server takes in one READ and one WRITE, 1 MiB at most. */
 uint32_t nfsio_max_transfer_bytes(const struct nfsio *io);
 
-/*
- * Run up to `count` requests at once and wait for all of them. Returns 0, or the first request's error. Writes
- * are stable (FILE_SYNC) when it returns. Allocates nothing of its own.
- */
+/* Start a request. Allocates nothing of its own. */
+void nfsio_submit(struct nfsio *io, struct nfsio_req *req);
+
+/* Run requests at once and wait for all of them; sets their `done`. Returns 0, or the first request's error. */
 int nfsio_transfer(struct nfsio *io, struct nfsio_req *reqs, size_t count);
 
 /*
