@@ -150,6 +150,8 @@ struct nfsio {
 	uint32_t max_transfer_bytes;
 	int version;
 	bool opened_once;       /* the I/O thread's own: `opened` is valid */
+	int backoff_ms;         /* the I/O thread's own: the pause before the next attempt to connect, 0: none */
+	int64_t connected_at_ms; /* the I/O thread's own */
 	int wake_fd;            /* an eventfd: written to wake the I/O thread out of poll() */
 	pthread_t thread;
 
@@ -165,6 +167,7 @@ struct nfsio {
 	struct nfsfh *fh;
 	nfs_fh3 fh3;            /* points into fh */
 	bool broken;            /* the context met a transport error: the I/O thread throws it away */
+	bool useful;            /* it has brought an answer to a transfer */
 	bool discarding;        /* a context is being destroyed: its callbacks mean nothing */
 	struct req_list pending;  /* to be issued, first come first served */
 	struct req_list inflight; /* issued on nfs */
@@ -278,6 +281,7 @@ static void moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool 
 		io->broken = true; /* no server means that; the connection has lost its framing */
 		return;
 	}
+	io->useful = true;
 	req->moved_bytes += count;
 	if (req->moved_bytes == req->length_bytes || end_of_file) {
 		finish(&io->inflight, req, 0);
@@ -291,6 +295,7 @@ static void moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool 
 
 static void refused3(struct nfsio *io, struct nfsio_req *req, int status)
 {
+	io->useful = true;
 	if (status == NFS3ERR_JUKEBOX)
 		try_later(io, &io->inflight, req);
 	else
@@ -925,6 +930,8 @@ static void publish(struct nfsio *io, const struct connection *made)
 	io->nfs = made->nfs;
 	io->fh = made->fh;
 	io->fh3 = made->fh3;
+	io->connected_at_ms = now_ms();
+	io->useful = false;
 	issue_pending(io);
 }
 
@@ -956,14 +963,22 @@ static void reconnect(struct nfsio *io)
 {
 	int64_t since_ms = now_ms();
 	unsigned seed = (unsigned)since_ms ^ (unsigned)getpid();
-	int backoff_ms = BACKOFF_FIRST_MS;
 	struct nfsio_failure why = { 0 };
 	bool told = false;
 
+	/* a connection that broke at once, and was good for nothing before, is a failed attempt like others */
+	if (io->useful || since_ms - io->connected_at_ms > BACKOFF_LIMIT_MS)
+		io->backoff_ms = 0;
 	pthread_mutex_unlock(&io->lock);
 	while (!atomic_load(&io->stop)) {
 		struct connection made;
 
+		/* jitter: clients that lost the same server should not all come back in the same moment */
+		if (io->backoff_ms > 0)
+			back_off(io, io->backoff_ms / 2 + (int)(rand_r(&seed) % (unsigned)io->backoff_ms));
+		io->backoff_ms = io->backoff_ms == 0 ? BACKOFF_FIRST_MS : io->backoff_ms * 2;
+		if (io->backoff_ms > BACKOFF_LIMIT_MS)
+			io->backoff_ms = BACKOFF_LIMIT_MS;
 		if (connect_once(io, &made, &why)) {
 			if (is_same_file(io, &made.st)) {
 				log_line("server %s: connected again after %.1f s", io->address,
@@ -979,9 +994,6 @@ static void reconnect(struct nfsio *io)
 			log_line("server %s: no connection (%s), waiting for it", io->address,
 				 why.message[0] != '\0' ? why.message : strerror(-why.error));
 		told = true;
-		/* jitter: clients that lost the same server should not all come back in the same moment */
-		back_off(io, backoff_ms / 2 + (int)(rand_r(&seed) % (unsigned)backoff_ms));
-		backoff_ms = backoff_ms * 2 > BACKOFF_LIMIT_MS ? BACKOFF_LIMIT_MS : backoff_ms * 2;
 	}
 	pthread_mutex_lock(&io->lock);
 }
