@@ -156,9 +156,18 @@ class _Connection:
             end.close()
 
 
+# TCP_CLOSE, include/net/tcp_states.h
+_TCP_CLOSE = 7
+
+
 def _unacknowledged_bytes(end: socket.socket) -> int:
-    """SIOCOUTQ of tcp(7): a reset throws away what the other side has not acknowledged."""
+    """SIOCOUTQ of tcp(7): a reset throws away what the other side has not acknowledged.
+
+    0 when the other side has reset the connection: it will acknowledge no more.
+    """
     try:
+        if end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
+            return 0
         return int(struct.unpack("i", fcntl.ioctl(end, termios.TIOCOUTQ, b"\0" * 4))[0])
     except OSError:
         return 0
