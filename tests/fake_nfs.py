@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Fault tool: an NFSv3 server with one file in memory that does what a test tells it to.
+
+    with FakeNfsServer(bytes(1 << 20)) as server:
+        device = Engine(server.url(), LOOPBACK)
+        server.hold("READ")                        # READs wait ...
+        server.wait_for(4, timeout_s=10)           # ... until four of them do ...
+        server.release()                           # ... and are answered
+        server.fail("WRITE", NFS3ERR_NOSPC, times=2)
+        server.crash()                             # unstable writes are lost, the verifier changes
+
+Fake: it is for faults that a real server shows too rarely. What does not need one is tested with Ganesha.
+Procedures are named as in RFC 1813: "READ", "WRITE", "COMMIT", "GETATTR", "LOOKUP", "ACCESS", "FSINFO",
+"FSSTAT", "PATHCONF", and "MNT" for MOUNT's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from urllib.parse import urlencode
+
+from nfs_server import LOOPBACK
+from sunrpc import (
+    GARBAGE_ARGS,
+    PROC_UNAVAIL,
+    PROG_UNAVAIL,
+    SUCCESS,
+    RpcCall,
+    RpcServer,
+    XdrReader,
+    opaque,
+    u32,
+    u64,
+)
+
+# nfsstat3 and mountstat3, RFC 1813
+NFS3_OK = 0
+NFS3ERR_PERM = 1
+NFS3ERR_NOENT = 2
+NFS3ERR_IO = 5
+NFS3ERR_ACCES = 13
+NFS3ERR_FBIG = 27
+NFS3ERR_NOSPC = 28
+NFS3ERR_ROFS = 30
+NFS3ERR_DQUOT = 69
+NFS3ERR_STALE = 70
+NFS3ERR_BADHANDLE = 10001
+NFS3ERR_SERVERFAULT = 10006
+NFS3ERR_JUKEBOX = 10008
+
+# stable_how
+UNSTABLE, DATA_SYNC, FILE_SYNC = 0, 1, 2
+
+_PROCEDURES = {
+    100003: {
+        0: "NULL",
+        1: "GETATTR",
+        3: "LOOKUP",
+        4: "ACCESS",
+        6: "READ",
+        7: "WRITE",
+        18: "FSSTAT",
+        19: "FSINFO",
+        20: "PATHCONF",
+        21: "COMMIT",
+    },
+    100005: {0: "NULL", 1: "MNT", 3: "UMNT", 5: "EXPORT"},
+}
+_NO_ATTRIBUTES = u32(0)
+_NO_WCC = u32(0, 0)
+# What follows the status in a failed answer.
+_AFTER_FAILURE = {
+    **dict.fromkeys(("LOOKUP", "ACCESS", "READ", "FSSTAT", "FSINFO", "PATHCONF"), _NO_ATTRIBUTES),
+    **dict.fromkeys(("WRITE", "COMMIT"), _NO_WCC),
+}
+_REGULAR, _DIRECTORY = 1, 2
+MIB = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call that arrived. Offset, count and stable are 0 where the procedure has none."""
+
+    op: str
+    offset: int = 0
+    count: int = 0
+    stable: int = 0
+
+
+@dataclasses.dataclass
+class _Faults:
+    """What one procedure does wrong. Guarded by the server's lock."""
+
+    delay_s: float = 0.0
+    statuses: list[int] = dataclasses.field(default_factory=list)  # of the next calls
+    status: int = NFS3_OK  # of all calls after those
+    limit_bytes: int | None = None
+    claimed_count: int | None = None
+    claimed_stable: int | None = None
+    mangle: Callable[[bytes], bytes] | None = None
+    held: bool = False
+    held_after: bool = False
+
+
+class _Refused(Exception):
+    """A procedure's status is not NFS3_OK."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class FakeNfsServer(RpcServer):
+    """Fault tool: NFSv3 and MOUNT on one port, one export, one file. Any thread may use it.
+
+    content     the file
+    path        the file's path; its directories are there too
+    export      the directory that may be mounted; by default the file's
+    rtmax, wtmax  the most bytes that a READ and a WRITE may move, as FSINFO tells
+
+    `lying` may be set at any time: an "async" export, which says that a write is stable when it is not.
+    """
+
+    def __init__(
+        self,
+        content: bytes,
+        *,
+        path: str = "/export/swap",
+        export: str | None = None,
+        rtmax: int = 1 << 20,
+        wtmax: int = 1 << 20,
+    ) -> None:
+        super().__init__()
+        self._path = path
+        self._mountable = path.rpartition("/")[0] if export is None else export
+        self._rtmax, self._wtmax = rtmax, wtmax
+        self._fileid = 1000
+        self._generation = 1  # of the file handles: one that has another is stale
+        self._content = bytearray(content)  # as clients see it
+        self._on_disk = bytearray(content)  # as it is after a crash
+        self._verifier = 1
+        self.lying = False
+        self._calls: list[Call] = []
+        self._faults: dict[str, _Faults] = {}
+        self._held: list[tuple[RpcCall, bytes | None]] = []  # with the answer, where the work is done
+        self._changed = threading.Condition(self._lock)  # a call was held
+
+    def url(self, **params: str | int) -> str:
+        """The file's URL; `params` are added and replace what is there: `url(nfsport=proxy.port)`."""
+        query = {"version": 3, "nfsport": self.port, "mountport": self.port, **params}
+        return f"nfs://{LOOPBACK}{self._path}?{urlencode(query)}"
+
+    # Faults
+
+    def delay(self, op: str, seconds: float) -> None:
+        """Every call of `op` is done and answered so much later; none waits for another."""
+        with self._lock:
+            self._of(op).delay_s = seconds
+
+    def fail(self, op: str, status: int, times: int | None = None) -> None:
+        """The next `times` calls of `op`, or all of them, are answered with an nfsstat3 and do nothing."""
+        with self._lock:
+            if times is None:
+                self._of(op).status = status
+            else:
+                self._of(op).statuses += [status] * times
+
+    def limit(self, op: str, count: int | None) -> None:
+        """READ or WRITE moves `count` bytes at most; None: as many as asked for."""
+        with self._lock:
+            self._of(op).limit_bytes = count
+
+    def claim_count(self, op: str, count: int | None) -> None:
+        """READ or WRITE says that it moved `count` bytes, whatever was asked; None: the truth.
+
+        READ's answer really has as many, up to a MiB.
+        """
+        with self._lock:
+            self._of(op).claimed_count = count
+
+    def claim_stable(self, stable: int | None) -> None:
+        """WRITE says that it wrote `stable` (UNSTABLE, ...), whatever it did; None: the truth."""
+        with self._lock:
+            self._of("WRITE").claimed_stable = stable
+
+    def mangle(self, op: str, change: Callable[[bytes], bytes] | None) -> None:
+        """The results of `op`, from the status on, go through `change`; None: as they are."""
+        with self._lock:
+            self._of(op).mangle = change
+
+    def hold(self, op: str, *, after: bool = False) -> None:
+        """Calls of `op` wait until `release()`. With `after`, they are done when they come: the answer waits."""
+        with self._lock:
+            self._of(op).held, self._of(op).held_after = not after, after
+
+    def wait_for(self, count: int, timeout_s: float) -> None:
+        """Wait until `count` calls are held. AssertionError when they are not within `timeout_s`."""
+        with self._lock:
+            if not self._changed.wait_for(lambda: len(self._held) >= count, timeout_s):
+                raise AssertionError(f"{len(self._held)} calls are held after {timeout_s} s, not {count}")
+
+    @property
+    def held_count(self) -> int:
+        """How many calls are held now."""
+        with self._lock:
+            return len(self._held)
+
+    def release(self, *, reverse: bool = False) -> None:
+        """Answer what is held, the last come first if `reverse`, and hold nothing any more."""
+        with self._lock:
+            for faults in self._faults.values():
+                faults.held = faults.held_after = False
+            for call, answer in reversed(self._held) if reverse else self._held:
+                if answer is None:
+                    self._answer_at(call, time.monotonic())
+                else:
+                    self._send_reply(call, SUCCESS, answer)
+            self._held.clear()
+        self._wake()
+
+    def crash(self) -> None:
+        """Power fails and comes back: what is not on disk is lost, connections are reset, the verifier changes."""
+        with self._lock:
+            self._content = self._on_disk.copy()
+            self._verifier += 1
+            self._held.clear()
+            self._reset_connections()
+        self._wake()
+
+    def expire_handles(self) -> None:
+        """Every file handle given out so far is stale. The file is still the same."""
+        with self._lock:
+            self._generation += 1
+
+    def replace(self, content: bytes, fileid: int) -> None:
+        """Another file under the same name, or with the old `fileid` the old one. Every handle is stale."""
+        with self._lock:
+            self._fileid = fileid
+            self._generation += 1
+            self._content, self._on_disk = bytearray(content), bytearray(content)
+
+    # The file and the log
+
+    @property
+    def fileid(self) -> int:
+        """The file's number, which is its identity."""
+        with self._lock:
+            return self._fileid
+
+    @property
+    def content(self) -> bytes:
+        """The file as clients see it."""
+        with self._lock:
+            return bytes(self._content)
+
+    @content.setter
+    def content(self, content: bytes) -> None:
+        with self._lock:
+            self._content, self._on_disk = bytearray(content), bytearray(content)
+
+    @property
+    def on_disk(self) -> bytes:
+        """The file as it would be after a crash."""
+        with self._lock:
+            return bytes(self._on_disk)
+
+    def calls(self, *ops: str) -> list[Call]:
+        """The calls that have come, in their order; of `ops`, or all."""
+        with self._lock:
+            return [call for call in self._calls if not ops or call.op in ops]
+
+    # The thread: from a call to its answer
+
+    def _of(self, op: str) -> _Faults:
+        assert any(op in names.values() for names in _PROCEDURES.values()), f"there is no {op}"
+        return self._faults.setdefault(op, _Faults())
+
+    def _op(self, call: RpcCall) -> str | None:
+        return _PROCEDURES.get(call.program, {}).get(call.procedure) if call.version == 3 else None
+
+    def _arrived(self, call: RpcCall) -> None:
+        op = self._op(call)
+        if op is None:
+            self._answer_at(call, 0.0)
+            return
+        self._calls.append(self._describe(op, call))
+        faults = self._of(op)
+        if faults.held or faults.held_after:
+            self._held.append((call, None if faults.held else self._run_call(call)[1]))
+            self._changed.notify_all()
+        else:
+            self._answer_at(call, time.monotonic() + faults.delay_s)
+
+    def _describe(self, op: str, call: RpcCall) -> Call:
+        if op not in ("READ", "WRITE", "COMMIT"):
+            return Call(op)
+        arguments = XdrReader(call.arguments)
+        arguments.opaque()
+        return Call(op, arguments.u64(), arguments.u32(), arguments.u32() if op == "WRITE" else 0)
+
+    def _run_call(self, call: RpcCall) -> tuple[int, bytes]:
+        op = self._op(call)
+        if op is None:
+            return (PROC_UNAVAIL if call.program in _PROCEDURES else PROG_UNAVAIL), b""
+        faults = self._of(op)
+        try:
+            status = faults.statuses.pop(0) if faults.statuses else faults.status
+            if status != NFS3_OK:
+                raise _Refused(status)
+            result = getattr(self, f"_{op.lower()}")(XdrReader(call.arguments))
+        except _Refused as refused:
+            result = u32(refused.status) + _AFTER_FAILURE.get(op, b"")
+        except ValueError:
+            return GARBAGE_ARGS, b""
+        return SUCCESS, faults.mangle(result) if faults.mangle else result
+
+    # Handles and attributes
+
+    def _handle(self, path: str) -> bytes:
+        if path == self._path:
+            return b"f" + u64(self._fileid, self._generation)
+        return b"d" + path.encode()
+
+    def _path_of(self, handle: bytes) -> str:
+        """The path behind a handle. _Refused when it is stale."""
+        if handle.startswith(b"d"):
+            return handle[1:].decode()
+        if handle != self._handle(self._path):
+            raise _Refused(NFS3ERR_STALE)
+        return self._path
+
+    def _attributes(self, path: str) -> bytes:
+        """fattr3"""
+        is_file = path == self._path
+        size = len(self._content) if is_file else 4096
+        return (
+            u32(_REGULAR if is_file else _DIRECTORY, 0o600 if is_file else 0o755, 1, 0, 0)
+            + u64(size, size)
+            + u32(0, 0)
+            + u64(1, self._fileid if is_file else len(path))
+            + u32(0, 0) * 3
+        )
+
+    def _post_op(self, path: str) -> bytes:
+        return u32(1) + self._attributes(path)
+
+    # Procedures: the arguments in, the result from the status on out
+
+    def _null(self, arguments: XdrReader) -> bytes:
+        return b""
+
+    _umnt = _null
+
+    def _export(self, arguments: XdrReader) -> bytes:
+        return u32(0)
+
+    def _mnt(self, arguments: XdrReader) -> bytes:
+        path = arguments.opaque().decode().rstrip("/")
+        if path != self._mountable.rstrip("/"):
+            raise _Refused(NFS3ERR_ACCES)
+        return u32(NFS3_OK) + opaque(self._handle(path)) + u32(1, 1)  # one flavour, AUTH_SYS
+
+    def _getattr(self, arguments: XdrReader) -> bytes:
+        return u32(NFS3_OK) + self._attributes(self._path_of(arguments.opaque()))
+
+    def _lookup(self, arguments: XdrReader) -> bytes:
+        directory = self._path_of(arguments.opaque())
+        name = arguments.opaque().decode()
+        path = f"{directory}/{name}" if name not in (".", "") else directory
+        if not f"{self._path}/".startswith(f"{path}/"):
+            raise _Refused(NFS3ERR_NOENT)
+        return u32(NFS3_OK) + opaque(self._handle(path)) + self._post_op(path) + self._post_op(directory)
+
+    def _access(self, arguments: XdrReader) -> bytes:
+        path = self._path_of(arguments.opaque())
+        return u32(NFS3_OK) + self._post_op(path) + u32(arguments.u32())
+
+    def _read(self, arguments: XdrReader) -> bytes:
+        path = self._path_of(arguments.opaque())
+        offset, count = arguments.u64(), min(arguments.u32(), self._rtmax)
+        faults = self._of("READ")
+        count = count if faults.limit_bytes is None else min(count, faults.limit_bytes)
+        data = bytes(self._content[offset : offset + count])
+        at_end = offset + len(data) >= len(self._content)
+        if faults.claimed_count is not None:
+            data = data.ljust(min(faults.claimed_count, MIB), b"?")
+        claim = len(data) if faults.claimed_count is None else faults.claimed_count
+        return u32(NFS3_OK) + self._post_op(path) + u32(claim, at_end) + opaque(data)
+
+    def _write(self, arguments: XdrReader) -> bytes:
+        self._path_of(arguments.opaque())
+        offset, _, stable, data = arguments.u64(), arguments.u32(), arguments.u32(), arguments.opaque()
+        faults = self._of("WRITE")
+        data = data[: self._wtmax if faults.limit_bytes is None else min(faults.limit_bytes, self._wtmax)]
+        for file in (self._content, self._on_disk) if stable != UNSTABLE and not self.lying else (self._content,):
+            file.extend(bytes(max(0, offset - len(file))))
+            file[offset : offset + len(data)] = data
+        claim = len(data) if faults.claimed_count is None else faults.claimed_count
+        stable = stable if faults.claimed_stable is None else faults.claimed_stable
+        return u32(NFS3_OK) + _NO_WCC + u32(claim, stable) + u64(self._verifier)
+
+    def _commit(self, arguments: XdrReader) -> bytes:
+        self._path_of(arguments.opaque())
+        if not self.lying:
+            self._on_disk = self._content.copy()
+        return u32(NFS3_OK) + _NO_WCC + u64(self._verifier)
+
+    def _fsstat(self, arguments: XdrReader) -> bytes:
+        path = self._path_of(arguments.opaque())
+        return u32(NFS3_OK) + self._post_op(path) + u64(*[1 << 40] * 6) + u32(0)
+
+    def _fsinfo(self, arguments: XdrReader) -> bytes:
+        path = self._path_of(arguments.opaque())
+        sizes = u32(self._rtmax, self._rtmax, 1, self._wtmax, self._wtmax, 1, 4096)
+        return u32(NFS3_OK) + self._post_op(path) + sizes + u64(1 << 50) + u32(0, 1, 0x1B)
+
+    def _pathconf(self, arguments: XdrReader) -> bytes:
+        path = self._path_of(arguments.opaque())
+        return u32(NFS3_OK) + self._post_op(path) + u32(1024, 255, 1, 1, 0, 1)

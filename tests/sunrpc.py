@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What FakeNfsServer stands on: XDR (RFC 4506) and an ONC RPC server over TCP (RFC 5531), in one thread."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import heapq
+import itertools
+import selectors
+import socket
+import struct
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+from nfs_server import LOOPBACK, free_ports
+
+_JOIN_DEADLINE_S = 10.0
+_RECEIVE_BYTES = 256 << 10
+_RECORD_LIMIT_BYTES = 8 << 20
+_LAST_FRAGMENT = 0x8000_0000
+
+# accept_stat, RFC 5531
+SUCCESS, PROG_UNAVAIL, PROC_UNAVAIL, GARBAGE_ARGS = 0, 1, 3, 4
+
+
+def u32(*values: int) -> bytes:
+    """Unsigned integers, booleans and enums."""
+    return struct.pack(f">{len(values)}I", *values)
+
+
+def u64(*values: int) -> bytes:
+    """Unsigned hyper integers."""
+    return struct.pack(f">{len(values)}Q", *values)
+
+
+def opaque(data: bytes) -> bytes:
+    """Bytes of variable length, and strings."""
+    return u32(len(data)) + data + bytes(-len(data) % 4)
+
+
+class XdrReader:
+    """Takes values off a message, front to back. ValueError where it ends too early."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = memoryview(data)
+
+    def _take(self, count: int) -> memoryview:
+        if count > len(self._data):
+            raise ValueError("the message ends too early")
+        taken, self._data = self._data[:count], self._data[count:]
+        return taken
+
+    def u32(self) -> int:
+        return int.from_bytes(self._take(4))
+
+    def u64(self) -> int:
+        return int.from_bytes(self._take(8))
+
+    def opaque(self) -> bytes:
+        count = self.u32()
+        return bytes(self._take(count + -count % 4)[:count])
+
+
+class _Connection:
+    """A client's socket, what has come from it and what is to go. The server thread's own."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = sock
+        self.received = bytearray()
+        self.record = bytearray()
+        self.to_send = bytearray()
+
+    def take_records(self) -> list[bytes]:
+        """The whole records that have come since. ValueError when one is absurdly long."""
+        records = []
+        while len(self.received) >= 4:
+            header = int.from_bytes(self.received[:4])
+            length = header & ~_LAST_FRAGMENT
+            if length > _RECORD_LIMIT_BYTES:
+                raise ValueError(f"a record of {length} bytes")
+            if len(self.received) < 4 + length:
+                break
+            self.record += self.received[4 : 4 + length]
+            del self.received[: 4 + length]
+            if header & _LAST_FRAGMENT:
+                records.append(bytes(self.record))
+                self.record.clear()
+        return records
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RpcCall:
+    """A call that waits for its answer. `arguments` is the procedure's part of the message."""
+
+    connection: _Connection
+    xid: int
+    program: int
+    version: int
+    procedure: int
+    arguments: bytes
+
+
+class RpcServer:
+    """Serves RPC programs on a TCP port of loopback, from `with` to its end.
+
+    One thread owns the sockets and runs everything that a subclass defines. `_lock` guards the rest, the
+    subclass's state included; it is held while the subclass's methods run. Other threads change that state
+    under the lock and call `_wake()`, so that a change is in force for every call answered after it.
+    """
+
+    def __init__(self) -> None:
+        self.port = free_ports(1)[0]
+        self._lock = threading.RLock()
+        self._delayed: list[tuple[float, int, RpcCall]] = []  # a heap, by the time when it is due
+        self._ready: list[RpcCall] = []
+        self._numbers = itertools.count()
+        self._connections: list[_Connection] = []
+        self._disconnect = False
+        self._ending = False
+        self._failure: BaseException | None = None
+        self._selector = selectors.DefaultSelector()
+        self._listener = socket.create_server((LOOPBACK, self.port), backlog=64)
+        self._listener.setblocking(False)
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name=f"rpc-server-{self.port}", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._ending = True
+        self._wake()
+        self._thread.join(_JOIN_DEADLINE_S)
+        assert not self._thread.is_alive(), "the fake server's thread does not end"
+        self._wake_writer.close()
+        if self._failure is not None:
+            raise RuntimeError("the fake server's thread failed") from self._failure
+
+    @property
+    def open_connections(self) -> int:
+        """How many clients are connected."""
+        return len(self._connections)
+
+    # What a subclass defines; both run in the thread, under the lock
+
+    def _arrived(self, call: RpcCall) -> None:
+        """Hand a call that has come to `_answer_at`, or keep it for later."""
+        raise NotImplementedError
+
+    def _run_call(self, call: RpcCall) -> tuple[int, bytes]:
+        """Do what a call asks: accept_stat and the result."""
+        raise NotImplementedError
+
+    # What a subclass uses, under the lock
+
+    def _answer_at(self, call: RpcCall, when_s: float) -> None:
+        """Run and answer a call at a time of time.monotonic()."""
+        heapq.heappush(self._delayed, (when_s, next(self._numbers), call))
+
+    def _send_reply(self, call: RpcCall, accept_stat: int, body: bytes) -> None:
+        if call.connection in self._connections:
+            # REPLY, MSG_ACCEPTED, a verifier of AUTH_NONE
+            message = u32(call.xid, 1, 0, 0, 0, accept_stat) + body
+            call.connection.to_send += u32(_LAST_FRAGMENT | len(message)) + message
+
+    def _reset_connections(self) -> None:
+        """RST to every client; the calls that wait are forgotten."""
+        self._delayed.clear()
+        self._disconnect = True
+
+    def _wake(self) -> None:
+        self._wake_writer.send(b"!")
+
+    # The thread
+
+    def _run(self) -> None:
+        try:
+            while not self._ending:
+                self._turn()
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._drop_all()
+            self._listener.close()
+            self._wake_reader.close()
+            self._selector.close()
+
+    def _turn(self) -> None:
+        with self._lock:
+            if self._disconnect:
+                self._disconnect = False
+                self._drop_all()
+            while self._delayed and self._delayed[0][0] <= time.monotonic():
+                call = heapq.heappop(self._delayed)[2]
+                self._send_reply(call, *self._run_call(call))
+            timeout_s = max(0.0, self._delayed[0][0] - time.monotonic()) if self._delayed else None
+        for connection in self._connections.copy():
+            self._send(connection)
+        for key, events in self._selector.select(timeout_s):
+            if key.fileobj is self._wake_reader:
+                self._wake_reader.recv(4096)
+            elif key.fileobj is self._listener:
+                self._accept()
+            elif events & selectors.EVENT_READ:
+                self._receive(key.data)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # it may have gone again
+            connection = _Connection(self._listener.accept()[0])
+            self._connections.append(connection)
+            self._selector.register(connection.sock, selectors.EVENT_READ, connection)
+
+    def _send(self, connection: _Connection) -> None:
+        try:
+            while connection.to_send:
+                del connection.to_send[: connection.sock.send(connection.to_send)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._drop(connection)
+            return
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.to_send else 0)
+        if self._selector.get_key(connection.sock).events != wanted:
+            self._selector.modify(connection.sock, wanted, connection)
+
+    def _receive(self, connection: _Connection) -> None:
+        try:
+            data = connection.sock.recv(_RECEIVE_BYTES)
+            connection.received += data
+            calls = [self._parse(connection, record) for record in connection.take_records()]
+        except BlockingIOError:
+            return
+        except (OSError, ValueError):
+            self._drop(connection)
+            return
+        with self._lock:
+            if self._disconnect:
+                return
+            for call in calls:
+                self._arrived(call)
+        if not data:
+            self._drop(connection)
+
+    def _parse(self, connection: _Connection, record: bytes) -> RpcCall:
+        message = XdrReader(record)
+        xid, kind, rpc_version, program, version, procedure = (message.u32() for _ in range(6))
+        if kind != 0 or rpc_version != 2:
+            raise ValueError("no call of RPC version 2")
+        for _ in ("credentials", "verifier"):
+            message.u32()
+            message.opaque()
+        return RpcCall(connection, xid, program, version, procedure, bytes(message._data))
+
+    def _drop(self, connection: _Connection) -> None:
+        self._connections.remove(connection)
+        self._selector.unregister(connection.sock)
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.sock.close()
+
+    def _drop_all(self) -> None:
+        for connection in self._connections.copy():
+            self._drop(connection)

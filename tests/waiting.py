@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Doing things at the same time in tests, with deadlines: a request that never ends fails its test, no more."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# No promise is about a time this long: it only ends what hangs.
+DEADLINE_S = 30.0
+
+
+def in_background(function: Callable[..., T], *arguments: object) -> Future[T]:
+    """Call it in a thread of its own, which does not keep the process alive. Wait with `.result(DEADLINE_S)`."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def wait_until(is_so: Callable[[], object], what: str, timeout_s: float = DEADLINE_S) -> None:
+    """Look every 5 ms. AssertionError with `what` when it is not so in time."""
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+        time.sleep(0.005)
