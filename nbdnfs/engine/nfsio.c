@@ -501,6 +501,10 @@ int nfsio_transfer(struct nfsio *io, struct nfsio_req *reqs, size_t count)
 {
 	struct batch batch = { .io = io, .waiting = count };
 
+	/* NFS has no open file: a server that lets us write does not know that we did not want to */
+	for (size_t i = 0; i < count; i++)
+		if (io->options.read_only && reqs[i].op != NFSIO_READ)
+			return -EBADF;
 	pthread_cond_init(&batch.all_done, NULL);
 	for (size_t i = 0; i < count; i++) {
 		reqs[i].done = batch_req_done;

@@ -88,7 +88,10 @@ uint32_t nfsio_max_transfer_bytes(const struct nfsio *io);
 /* Start a request. Allocates nothing of its own. */
 void nfsio_submit(struct nfsio *io, struct nfsio_req *req);
 
-/* Run requests at once and wait for all of them; sets their `done`. Returns 0, or the first request's error. */
+/*
+ * Run requests at once and wait for all of them; sets their `done`. Returns 0, or the first request's error, or
+ * -EBADF, with none of them run, where something is to be written to a file opened `read_only`.
+ */
 int nfsio_transfer(struct nfsio *io, struct nfsio_req *reqs, size_t count);
 
 /*
