@@ -85,9 +85,7 @@ def ensure_rpcbind(pid_file: Path) -> None:
         return
     rpcbind = program("rpcbind", "rpcbind")
     script = 'setsid "$1" -w -f </dev/null >/dev/null 2>&1 & echo $!'
-    started = subprocess.run(
-        ["/bin/sh", "-c", script, "sh", rpcbind], check=True, capture_output=True, timeout=10
-    )
+    started = subprocess.run(["/bin/sh", "-c", script, "sh", rpcbind], check=True, capture_output=True, timeout=10)
     pid_file.write_bytes(started.stdout)
     deadline = time.monotonic() + 10
     while not rpc_null_answers(_RPCBIND_PORT, _PORTMAPPER, 2):
@@ -214,6 +212,8 @@ class Ganesha:
         """
         if self.is_running:
             raise ServerError("the server runs already")
+        if os.geteuid() != 0:
+            raise ServerError("ganesha.nfsd opens files by handle, for which it must be root")
         for directory in (self.workdir / "state", self.export_path):
             directory.mkdir(parents=True, exist_ok=True)
         if 3 in self._protocols:
@@ -236,13 +236,19 @@ class Ganesha:
         while not self._answers():
             status = self._process.poll()
             if status is not None:
-                if b"Cannot register" in self._log_since(log_start) and time.monotonic() < deadline:
+                if "Cannot register" in self._log_since(log_start) and time.monotonic() < deadline:
                     return False
                 raise ServerError(f"ganesha.nfsd ended with status {status}\n{self.log_tail()}")
             if time.monotonic() > deadline:
                 self.kill()
                 raise ServerError(f"ganesha.nfsd does not answer\n{self.log_tail()}")
             time.sleep(_POLL_S)
+        # It serves all the same when it could not make sense of the export.
+        complaints = self._log_since(log_start)
+        if "(EXPORT)" in complaints:
+            self.kill()
+            critical = [line for line in complaints.splitlines() if ":CRIT :" in line or ":MAJ :" in line]
+            raise ServerError("\n".join([f"ganesha.nfsd cannot export {self.export_path}", *critical]))
         return True
 
     def _answers(self) -> bool:
@@ -307,16 +313,17 @@ class Ganesha:
         lines = self.log_path.read_text(errors="replace").splitlines()
         return "\n".join(lines[-_LOG_TAIL_LINES:])
 
-    def _log_since(self, offset: int) -> bytes:
+    def _log_since(self, offset: int) -> str:
         if not self.log_path.exists():
-            return b""
+            return ""
         with self.log_path.open("rb") as log:
             log.seek(offset)
-            return log.read()
+            return log.read().decode(errors="replace")
 
     def _config(self) -> str:
         protocols = ",".join(str(version) for version in self._protocols)
         squash = {"none": "No_Root_Squash", "root": "Root_Squash", "all": "All_Squash"}[self._squash]
+        # allow_set_io_flusher_fail: Ganesha 6 wants CAP_SYS_RESOURCE otherwise; older ones ignore the line.
         # mount_path_pseudo: NFSv3 mounts and NFSv4 paths are then the same text, so one URL serves both.
         return f"""\
 NFS_CORE_PARAM {{
@@ -327,6 +334,7 @@ NFS_CORE_PARAM {{
     Enable_NLM = false;
     Enable_RQUOTA = false;
     Enable_UDP = false;
+    allow_set_io_flusher_fail = true;
     mount_path_pseudo = true;
 }}
 NFSv4 {{
@@ -348,11 +356,16 @@ EXPORT {{
     Pseudo = "{self.export_path}";
     Access_Type = {self._access};
     Squash = {squash};
+    Anonymous_Uid = 65534;
+    Anonymous_Gid = 65534;
     SecType = sys;
     Protocols = {protocols};
     Transports = TCP;
     Attr_Expiration_Time = {self._attr_cache_s};
     FSAL {{ Name = VFS; }}
+}}
+MDCACHE {{
+    Dir_Chunk = {128 if self._attr_cache_s else 0};
 }}
 LOG {{
     Default_Log_Level = EVENT;

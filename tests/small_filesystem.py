@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Fault tool: a small ext4 on an image file, mounted for as long as a test needs an export that fills up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from nfs_server import program
+
+_DEADLINE_S = 30.0
+
+
+@contextlib.contextmanager
+def small_filesystem(workdir: Path, size_bytes: int) -> Iterator[Path]:
+    """The folder `workdir/small`, on which an ext4 of `size_bytes` (2 MiB at least) is mounted; needs root.
+
+    End what holds files there (an NFS server) before the context ends.
+    """
+    image, folder = workdir / "small.img", workdir / "small"
+    folder.mkdir(parents=True)
+    with image.open("wb") as file:
+        os.truncate(file.fileno(), size_bytes)
+    # -m 0: nothing kept back for root, so that root sees a full file system as everybody does
+    _run(program("mkfs.ext4", "e2fsprogs"), "-q", "-m", "0", str(image))
+    _run(program("mount", "mount"), "-o", "loop", str(image), str(folder))
+    try:
+        yield folder
+    finally:
+        _run(program("umount", "mount"), str(folder))
+        image.unlink()
+
+
+def _run(*argv: str) -> None:
+    done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=_DEADLINE_S)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(argv)}: {done.stderr.strip()}")
