@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# CI and the README call these and nothing else. Each may be run on a fresh Debian 12 or 13, and again.
+
+PYTHON := .venv/bin/python
+# A throwaway NFS server, guests' images and kernel devices need root.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,HERE)
+PYTEST := $(AS_ROOT) $(PYTHON) -m pytest
+
+.PHONY: help demo test vm-test lint
+help:
+	@echo 'make demo         a Debian guest swaps onto a file on an NFS server; a table at the end'
+	@echo 'make demo HERE=1  the same on this machine, without a guest (needs the kernel module nbd)'
+	@echo 'make test         lint, types, all tests, and one guest that swaps'
+	@echo 'make vm-test      all tests in guests; SUITE=trixie for Debian 13'
+	@echo 'make lint         ruff and mypy'
+
+demo:
+	@tools/bootstrap.sh demo
+	$(AS_ROOT) $(PYTHON) vm-tests/demo.py $(if $(HERE),--here)
+
+# One after the other, also under make -j: what is cheap to find out comes first.
+test:
+	@tools/bootstrap.sh test
+	$(MAKE) --no-print-directory run-lint
+	$(PYTEST) tests
+	$(PYTEST) vm-tests -m "smoke or meta"
+
+vm-test:
+	@tools/bootstrap.sh test
+	$(PYTEST) vm-tests
+
+lint:
+	@tools/bootstrap.sh test
+	$(MAKE) --no-print-directory run-lint
+
+.PHONY: run-lint
+run-lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy

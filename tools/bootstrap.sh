@@ -1,0 +1,137 @@
+#!/bin/bash
+# SPDX-License-Identifier: LGPL-2.1-or-later
+#
+# Make a Debian 12 or 13 machine ready for `make test` (bootstrap.sh test) or `make demo` (bootstrap.sh demo):
+# Debian packages that are missing, .venv from the system's Python, nbdnfs in it, its C extension up to date.
+# May be run again and again; when there is nothing to do it says so in one line and takes a second.
+
+set -eu
+cd "$(dirname "$0")/.."
+
+say() { echo "bootstrap: $*"; }
+die() { say "$1" >&2; shift; for hint; do say "$hint" >&2; done; exit 1; }
+
+case "${1:-}" in
+    test) packages_for_mode="strace" ;;
+    demo) packages_for_mode="" ;;
+    *) die "usage: tools/bootstrap.sh test|demo" ;;
+esac
+
+# build
+packages="gcc libc6-dev make pkg-config libnfs-dev python3-dev python3-venv"
+# run
+packages="$packages nbdkit nbdkit-plugin-python libnbd-bin"
+# the throwaway NFS server, also on a file system that fills up
+packages="$packages nfs-ganesha nfs-ganesha-vfs rpcbind e2fsprogs"
+# guests
+packages="$packages qemu-system-x86 qemu-utils ipxe-qemu mmdebstrap gpg iproute2"
+packages="$packages $packages_for_mode"
+
+# Two at once, from two terminals: the second waits.
+exec 9<"$0"
+flock -w 1800 9 || die "another bootstrap has been running for half an hour"
+
+did_something=no
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
+}
+
+is_installed() {
+    [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
+}
+
+install_packages() {
+    command -v dpkg-query >/dev/null || die \
+        "this is no Debian: I cannot install what is needed" "needed, by Debian's names: $packages"
+    missing=""
+    for package in $packages; do
+        is_installed "$package" || missing="$missing $package"
+    done
+    [ -n "$missing" ] || return 0
+    did_something=yes
+    say "installing Debian packages:$missing"
+    [ "$(id -u)" = 0 ] || command -v sudo >/dev/null || die "that needs root, or sudo" "run this as root"
+
+    # The tests start NFS servers of their own. The one that the package would start, on all addresses, and again
+    # at every boot, is nobody's wish: masked while it is installed, and then left disabled.
+    keep_off=""
+    case "$missing" in *nfs-ganesha*) is_installed nfs-ganesha || keep_off="nfs-ganesha.service nfs-ganesha-lock.service" ;; esac
+    [ -d /run/systemd/system ] || keep_off=""
+    # shellcheck disable=SC2086 # lists of words
+    {
+        [ -z "$keep_off" ] || as_root systemctl --quiet --runtime mask $keep_off
+        as_root apt-get -q -o DPkg::Lock::Timeout=300 update
+        status=0
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300 \
+            install --no-install-recommends $missing || status=$?
+        if [ -n "$keep_off" ]; then
+            as_root systemctl --quiet --runtime unmask $keep_off || :
+            as_root systemctl --quiet disable $keep_off || :
+        fi
+    }
+    [ "$status" = 0 ] || die "apt-get could not install them (status $status)" "what it says stands above"
+}
+
+# nbdkit embeds the system's Python, so that one must be the one that the extension and the packages are for.
+make_venv() {
+    system_python=$(/usr/bin/python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    case "$system_python" in
+        3.[0-9] | 3.10) die "/usr/bin/python3 is $system_python: nbdnfs needs 3.11 or newer" ;;
+    esac
+    venv_python=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo none)
+    if [ "$venv_python" != "$system_python" ]; then
+        did_something=yes
+        say "making .venv from /usr/bin/python3 ($system_python)"
+        rm -rf .venv
+        /usr/bin/python3 -m venv .venv
+    fi
+
+    # What is installed, and where: a checkout that was moved or whose metadata changed is installed again.
+    wanted=$(cat pyproject.toml setup.py; pwd)
+    if [ "$(cat .venv/installed-for 2>/dev/null)" != "$wanted" ]; then
+        did_something=yes
+        say "installing nbdnfs and its Python packages into .venv"
+        # Without build isolation: one set of build tools, the one in .venv. Debian 12's pip needs `wheel`
+        # to build the packages that have nothing but a setup.py (libnfs). From 77 on, setuptools warns at
+        # each build of a licence in a form that Debian 12's setuptools understands.
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check 'setuptools>=70.1,<77' wheel
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test]'
+        echo "$wanted" >.venv/installed-for
+    fi
+}
+
+# setuptools compares the times of sources and result, but does not see that libnfs is another one.
+build_extension() {
+    libnfs=$(pkg-config --modversion libnfs)
+    force=""
+    [ "$(cat .venv/built-with-libnfs 2>/dev/null)" = "$libnfs" ] || force=--force
+    before=$(stat -c %y nbdnfs/engine/*.so 2>/dev/null || :)
+    output=$(.venv/bin/python setup.py -q build_ext --inplace $force 2>&1) || {
+        printf '%s\n' "$output" >&2
+        die "the C extension does not build" "what the compiler says stands above"
+    }
+    echo "$libnfs" >.venv/built-with-libnfs
+    [ -z "$output" ] || printf '%s\n' "$output"
+    if [ "$before" != "$(stat -c %y nbdnfs/engine/*.so)" ]; then
+        did_something=yes
+        say "built the C extension"
+    fi
+}
+
+compare_pythons() {
+    nbdkit_python=$(nbdkit python --dump-plugin | sed -n 's/^python_version=\([0-9]*\.[0-9]*\).*/\1/p')
+    [ "$nbdkit_python" = "$system_python" ] || die \
+        "nbdkit embeds Python ${nbdkit_python:-(unknown)}, but /usr/bin/python3 and .venv are $system_python: the plugin cannot load nbdnfs" \
+        "install nbdkit-plugin-python and python3 from the same Debian release"
+}
+
+install_packages
+make_venv
+build_extension
+compare_pythons
+if [ "$did_something" = no ]; then
+    say "everything is there (Python $system_python, $(nbdkit --version), libnfs $libnfs)"
+else
+    say "ready (Python $system_python, $(nbdkit --version), libnfs $libnfs)"
+fi
