@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Fixtures for tests in a real kernel. What they hand out is described in vmtest/."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+_HERE = Path(__file__).resolve().parent
+for _folder in (_HERE, _HERE.parent / "tests"):  # tests/nfs_server.py serves us as well
+    if str(_folder) not in sys.path:
+        sys.path.insert(0, str(_folder))
+
+from nfs_server import Ganesha  # noqa: E402
+from vmtest import image as images  # noqa: E402
+from vmtest import initramfs  # noqa: E402
+from vmtest.guest import Guest  # noqa: E402
+from vmtest.payload import payload  # noqa: E402
+from vmtest.report import (  # noqa: E402, F401
+    pytest_report_teststatus,
+    pytest_runtest_makereport,
+    pytest_terminal_summary,
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The markers of this folder."""
+    config.addinivalue_line("markers", "smoke: the whole path in one guest; part of `make test`")
+    config.addinivalue_line("markers", "meta: about the harness itself, without a guest; part of `make test`")
+
+
+@pytest.fixture(scope="session")
+def image() -> images.Image:
+    """The image of $SUITE. Built outside of any test's time limit by `pytest_collection_finish`."""
+    return images.image(images.default_suite())
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build what the tests need before the first one's clock starts."""
+    wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if session.config.option.collectonly or not wanted & {"image", "boot"}:
+        return
+    built = images.image(images.default_suite())
+    initramfs.initrd(built)
+    payload(built, project=False)
+
+
+@pytest.fixture
+def boot(image: images.Image, tmp_path: Path) -> Callable[..., Guest]:
+    """`with boot(project=True, memory_mib=256, allow={"oom"}) as guest:` - see vmtest.guest.Guest.
+
+    `project` is whether nbdnfs is installed in the guest, from the tree as it is now.
+    """
+
+    def make(*, project: bool = False, **options: object) -> Guest:
+        return Guest(image, payload(image, project=project), tmp_path, **options)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def ganesha(tmp_path: Path) -> Iterator[Ganesha]:
+    """A throwaway NFS server on the host's loopback; see `vmtest.guest.seen_from_guest` for its URLs."""
+    with Ganesha(tmp_path / "nas") as server:
+        yield server

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The only place of the harness that starts programs on the host."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from vmtest.outcome import HarnessError
+
+log = logging.getLogger(__name__)
+
+
+def find_program(name: str, package: str) -> str:
+    """The path of `name`, also where only root looks. HarnessError names the Debian package."""
+    path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/local/sbin")
+    if path is None:
+        raise HarnessError(f"the program '{name}' is not installed", f"install it (Debian: apt install {package})")
+    return path
+
+
+def need_root(what: str) -> None:
+    """HarnessError unless this process is root."""
+    if os.geteuid() != 0:
+        raise HarnessError(f"{what} needs root", "run it again with sudo")
+
+
+def run(argv: Sequence[str | Path], *, what: str, timeout_s: float, env: Mapping[str, str] | None = None) -> str:
+    """Run a program to its end and return its stdout. HarnessError carries the last lines of what it said."""
+    words = [str(word) for word in argv]
+    command = f"the command was: {shlex.join(words)}"
+    log.debug("run: %s", shlex.join(words))
+    try:
+        done = subprocess.run(
+            words, check=False, capture_output=True, text=True, timeout=timeout_s, env=env, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        raise HarnessError(f"{what}: not done within {timeout_s:g} s", command) from None
+    except OSError as error:
+        raise HarnessError(f"{what}: cannot start {words[0]}: {error.strerror}") from None
+    if done.returncode != 0:
+        said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-30:])
+        raise HarnessError(f"{what}: exit status {done.returncode}\n{said}", command)
+    return done.stdout
+
+
+def start(
+    argv: Sequence[str | Path], *, output: IO[bytes] | int = subprocess.DEVNULL, pass_fds: Collection[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Start a program that the kernel kills when this thread dies, however it dies: no guest stays behind.
+
+    It has a session of its own: Ctrl-C at the terminal is for us, who end it in order.
+    """
+    words = [find_program("setpriv", "util-linux"), "--pdeathsig", "KILL", *(str(word) for word in argv)]
+    log.debug("start: %s", shlex.join(words))
+    return subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        pass_fds=tuple(pass_fds),
+    )

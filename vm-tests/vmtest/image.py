@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The guest image: a Debian root folder (programs are built in it, natively) and the same thing as a root disk.
+
+Nothing of the project is in it, and nothing of the harness: what is under test arrives with the payload
+(payload.py), which the initramfs (initramfs.py) copies over a stock root before systemd starts.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmtest import cache, host
+from vmtest.outcome import HarnessError
+
+SUITES = ("bookworm", "trixie")
+
+_PACKAGES = (
+    # the machine
+    *("linux-image-cloud-amd64", "systemd", "systemd-sysv", "dbus", "udev", "kmod", "e2fsprogs"),
+    *("iproute2", "procps", "util-linux", "strace"),
+    # the path from the kernel's nbd to the NAS, and the kernel's own NFS to compare with
+    *("nbdkit", "nbdkit-plugin-python", "python3", "python3-pyroute2", "libnbd-bin"),
+    *("nfs-common", "nfs-kernel-server"),
+    # what builds the project and the programs in inside/
+    *("gcc", "libc6-dev", "libnfs-dev", "pkg-config"),
+    *("python3-dev", "python3-pip", "python3-setuptools", "python3-wheel"),
+)
+
+# Timers and consoles that would run in the middle of a measurement. What may be of use to a test is
+# disabled, not masked.
+_MASKED = (
+    *("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer"),
+    *(
+        "e2scrub_reap.service",
+        "fstrim.timer",
+        "systemd-timesyncd.service",
+        "getty@tty1.service",
+        "serial-getty@ttyS0.service",
+    ),
+    *("systemd-tmpfiles-clean.timer", "systemd-pcrphase.service"),
+    *("systemd-pcrphase-sysinit.service",),
+)
+_DISABLED = ("rpcbind.service", "rpcbind.socket", "nfs-server.service", "nfs-blkmap.service")
+
+# QEMU's user networking: the host is 10.0.2.2 and hands out 10.0.2.15 anyway.
+_NETWORK = """\
+[Match]
+Name=e*
+
+[Network]
+Address=10.0.2.15/24
+Gateway=10.0.2.2
+LinkLocalAddressing=no
+IPv6AcceptRA=no
+"""
+
+_DISK_SIZE = "4G"
+
+
+@dataclass(frozen=True)
+class Image:
+    """A built image. `folder` holds `root/`, `root.raw` and `vmlinuz`; all are read only for everybody."""
+
+    suite: str
+    folder: Path
+
+    @property
+    def root(self) -> Path:
+        """The root folder, for `chroot`. Leave nothing in it."""
+        return self.folder / "root"
+
+    @property
+    def disk(self) -> Path:
+        """The root file system as a raw disk: the backing file of every guest's overlay."""
+        return self.folder / "root.raw"
+
+    @property
+    def kernel(self) -> Path:
+        """What QEMU boots directly."""
+        return self.folder / "vmlinuz"
+
+    @property
+    def key(self) -> str:
+        """Stands for everything that went into the image."""
+        return self.folder.name
+
+    @property
+    def modules(self) -> Path:
+        """The folder of the only kernel's modules."""
+        (folder,) = (self.root / "usr/lib/modules").iterdir()
+        return folder
+
+
+def default_suite() -> str:
+    """$SUITE, or Debian 12. HarnessError for a suite that nothing is known about."""
+    suite = os.environ.get("SUITE") or SUITES[0]
+    if suite not in SUITES:
+        raise HarnessError(f"SUITE={suite} is not known", f"choose one of: {', '.join(SUITES)}")
+    return suite
+
+
+def image(suite: str) -> Image:
+    """The image of `suite`, built when it is not in the cache yet (root, some two minutes)."""
+    key = cache.digest(suite, Path(__file__).read_bytes())
+    return Image(suite, cache.cached(f"image-{suite}", key, lambda folder: _build(suite, folder)))
+
+
+def _build(suite: str, folder: Path) -> None:
+    host.need_root("building a guest image")
+    mmdebstrap = host.find_program("mmdebstrap", "mmdebstrap")
+    mke2fs = host.find_program("mke2fs", "e2fsprogs")
+    root = folder / "root"
+    host.run(
+        [
+            mmdebstrap,
+            "--variant=minbase",
+            f"--include={','.join(_PACKAGES)}",
+            "--dpkgopt=path-exclude=/usr/share/doc/*",
+            "--dpkgopt=path-exclude=/usr/share/locale/*",
+            suite,
+            root,
+        ],
+        what=f"installing Debian {suite} in a folder",
+        timeout_s=1800,
+    )
+    _configure(root)
+    (kernel,) = (root / "boot").glob("vmlinuz-*")
+    kernel.rename(folder / "vmlinuz")
+    for initrd in (root / "boot").glob("initrd*"):
+        initrd.unlink()
+    host.run(
+        [mke2fs, "-q", "-t", "ext4", "-L", "root", "-d", root, folder / "root.raw", _DISK_SIZE],
+        what="making the root disk",
+        timeout_s=600,
+    )
+
+
+def _configure(root: Path) -> None:
+    (root / "etc/hostname").write_text("guest\n")
+    (root / "etc/hosts").write_text("127.0.0.1 localhost guest\n10.0.2.2 nas\n")
+    # Empty, not missing: a missing one would mean "first boot" to systemd, which presets every unit then.
+    (root / "etc/machine-id").write_text("")
+    (root / "etc/systemd/network/10-guest.network").write_text(_NETWORK)
+    host.run(["chroot", root, "passwd", "-q", "-d", "root"], what="opening root's account", timeout_s=60)
+    for verb, units in (("enable", ("systemd-networkd.service",)), ("disable", _DISABLED), ("mask", _MASKED)):
+        host.run(["chroot", root, "systemctl", verb, *units], what=f"systemctl {verb}", timeout_s=60)

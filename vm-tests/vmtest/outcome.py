@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What can become of a test in a guest.
+
+It *passed*, it *failed* (the guest lives and says so: a wrong page, a command's exit status, a line in its kernel
+log), or the guest is *lost* (it died, or nobody hears from it). Lost is never counted as failed, because nobody
+knows what a lost guest had to say, and never as passed.
+"""
+
+from __future__ import annotations
+
+
+class HarnessError(Exception):
+    """The harness itself cannot work: a program is missing, an image does not build. `hint` says what to do."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message if not hint else f"{message}\n{hint}")
+        self.message = message
+        self.hint = hint
+
+
+class GuestFailedError(AssertionError):
+    """The guest lives, and what it reports is not what the test asked for."""
+
+
+class LostGuestError(Exception):
+    """The guest died, or has been silent for longer than a living one would be."""

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a guest is given besides a stock Debian: the harness's programs and, installed in /usr/local, the project.
+
+It is a small disk whose files the initramfs copies over the root at the first boot of an overlay.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from vmtest import cache, host
+from vmtest.chroot import INSIDE, Workspace, workspace
+from vmtest.image import Image
+
+_TREE = Path(__file__).parents[2]
+
+# What setup.py and pyproject.toml build from.
+_SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "nbdnfs", "plugin", "systemd")
+_NOT_SOURCES = frozenset({".so", ".pyc", ".o"})
+
+
+def payload(image: Image, *, project: bool) -> Path:
+    """The payload disk for `image`, with the project as it is in the tree now or with the tools alone."""
+    tools = [path for path in sorted(INSIDE.iterdir()) if path.name != "init.c"]
+    sources = _source_files() if project else []
+    key = cache.digest(
+        image.key,
+        Path(__file__).read_bytes(),
+        *(part for path in [*tools, *sources] for part in (str(path.relative_to(_TREE)), path.read_bytes())),
+    )
+    name = f"payload-{image.suite}" if project else f"tools-{image.suite}"
+    return cache.cached(name, key, lambda folder: _build(image, project, folder)) / "payload.raw"
+
+
+def _source_files() -> list[Path]:
+    found: list[Path] = []
+    for name in _SOURCES:
+        path = _TREE / name
+        found += sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [file for file in found if file.is_file() and file.suffix not in _NOT_SOURCES]
+
+
+def _build(image: Image, project: bool, folder: Path) -> None:
+    with workspace(image) as work:
+        tree = work.path / "payload"
+        _install_tools(work, tree)
+        if project:
+            _install_project(work, tree)
+        host.run(
+            [
+                *(host.find_program("mke2fs", "e2fsprogs"), "-q", "-t", "ext4", "-L", "payload"),
+                *("-O", "^has_journal", "-d", tree, folder / "payload.raw", "32M"),
+            ],
+            what="making the payload disk",
+            timeout_s=120,
+        )
+
+
+def _install_tools(work: Workspace, tree: Path) -> None:
+    for folder in ("usr/local/lib/guest", "usr/local/bin", "etc/systemd/system/sysinit.target.wants"):
+        (tree / folder).mkdir(parents=True)
+    shutil.copy(work.compile("agent.c"), tree / "usr/local/lib/guest/agent")
+    shutil.copy(work.compile("hog.c"), tree / "usr/local/bin/hog")
+    unit = tree / "etc/systemd/system/guest-agent.service"
+    shutil.copy(INSIDE / unit.name, unit)
+    (unit.parent / "sysinit.target.wants" / unit.name).symlink_to(f"/etc/systemd/system/{unit.name}")
+
+
+def _install_project(work: Workspace, tree: Path) -> None:
+    """Build and install as a user of the suite would, without the network: Debian's Python, pip and libnfs."""
+    for source in _source_files():
+        target = work.path / "source" / source.relative_to(_TREE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+    flags = ["--no-index", "--no-deps", "--no-build-isolation", "--quiet"]
+    # Without --prefix: Debian's pip then installs to /usr/local.
+    work.run(
+        ["python3", "-m", "pip", "install", *flags, "--root", f"{work.inside}/payload", "./source"],
+        what=f"building nbdnfs for Debian {work.image.suite}",
+        timeout_s=600,
+    )
