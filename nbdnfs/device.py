@@ -56,8 +56,10 @@ DEAD_CONN_TIMEOUT_S = 86400
 # (nbd_set_cmd_timeout). The price of less is one "Possible stuck request" line per request and interval.
 IO_TIMEOUT_MS = 2000
 
-# udev looks at a device that has just appeared, and lets go of it by itself.
+# udev looks at a device that has just appeared, or was written to, and lets go of it by itself: it is given
+# some time, and then overruled. With a dead server it hangs in there for good, and only DISCONNECT frees it.
 _OPENERS_GRACE_S = 3.0
+_UDEV = frozenset({"(udev-worker)", "systemd-udevd"})
 _PROBE_TIMEOUT_S = 2.0
 _POLL_S = 0.02
 
@@ -297,14 +299,14 @@ def _refuse_in_use(state: NbdDevice, root: Path) -> None:
     for mount in kernel_state.mounts(root):
         if mount.device_number in state.device_numbers or mount.source in paths:
             raise BusyError(f"{mount.source} is mounted on {mount.mount_point}", f"umount {mount.mount_point}")
-    if state.holders:
-        raise BusyError(
-            f"{paths[0]} carries {', '.join(state.holders)}",
-            f"take {state.holders[0]} down first (see lsblk)",
-        )
+    # a loop device is in no list of holders, nor does it claim the disk
+    above = [*state.holders, *(name for name, file in kernel_state.loops(root).items() if file in paths)]
+    if above:
+        raise BusyError(f"{paths[0]} carries {', '.join(above)}", f"take {above[0]} down first (see lsblk)")
     if not _wait(lambda: not list(_openers(paths, root)), _OPENERS_GRACE_S):
-        users = ", ".join(f"{name} (process {pid})" for pid, name in _openers(paths, root))
-        raise BusyError(f"{paths[0]} is open in {users}", "end that first")
+        users = [f"{name} (process {pid})" for pid, name in _openers(paths, root) if name not in _UDEV]
+        if users:
+            raise BusyError(f"{paths[0]} is open in {', '.join(users)}", "end that first")
     if _is_claimed(root / "dev" / state.name):
         raise BusyError(
             f"{paths[0]} is claimed by the kernel: swap, a mount in another namespace, or a device on top",

@@ -201,6 +201,12 @@ def mounts(root: Path = ROOT) -> list[Mount]:
     return found
 
 
+def loops(root: Path = ROOT) -> dict[str, str]:
+    """Loop devices in use ("loop0") and the path of the file or device behind each (drivers/block/loop.c)."""
+    files = {path.parts[-3]: _read(path) for path in (root / "sys/block").glob("loop*/loop/backing_file")}
+    return {name: text.strip() for name, text in files.items() if text}
+
+
 def openers(device_path: str, root: Path = ROOT) -> list[tuple[int, str]]:
     """The processes (pid, name) that hold `device_path` open, by the names under /proc/PID/fd.
 

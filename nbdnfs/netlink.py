@@ -150,10 +150,9 @@ class _Ack(_nlmsg):  # type: ignore[misc]
 class NbdNetlink:
     """One open netlink socket on which requests are made, one at a time. Not for several threads at once.
 
-    `sock` is exclusively its own. Every call but `status` raises PermissionDeniedError without CAP_SYS_ADMIN
-    in the initial user namespace, every one UnavailableError when no answer comes within `timeout_s` seconds.
-    The kernel works inside sendmsg(2): the answer is there when that returns, and nothing bounds the time in
-    there.
+    `sock` is exclusively its own. Every call but `status` raises PermissionDeniedError without CAP_SYS_ADMIN in the
+    initial user namespace, every one UnavailableError when no answer is there `timeout_s` seconds after the kernel
+    has done its work. It works inside sendmsg(2), and nothing bounds the time in there; see `disconnect`.
     """
 
     def __init__(self, sock: socket.socket, family_id: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
@@ -245,7 +244,9 @@ class NbdNetlink:
         """Take a device down; requests in flight fail. It is gone when the last one that has it open closes
         it.
 
-        nbd_genl_disconnect. Success also for a device that is not attached.
+        nbd_genl_disconnect. Success also for a device that is not attached. The kernel first tells the server
+        (send_disconnects): one that is stopped and reads nothing more keeps the caller here, beyond the reach of
+        signals, until it goes on or dies. Killing it helps; a dead server does no harm.
         """
         message = self._message(_CMD_DISCONNECT)
         _add(message, "INDEX", index)
@@ -412,10 +413,11 @@ def _exchange(
     message["header"]["sequence_number"] = sequence
     message["header"]["pid"] = 0
     message.encode()
-    deadline = time.monotonic() + timeout_s
     try:
         sock.settimeout(timeout_s)
         sock.send(message.data)
+        # from here on: the work itself may have taken longer than that, and its outcome counts
+        deadline = time.monotonic() + timeout_s
         while True:
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0:

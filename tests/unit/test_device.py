@@ -495,6 +495,13 @@ def test_detach_refuses_a_device_with_something_on_top(kernel: FakeKernel, root:
     assert "dm-0" in refused(kernel, "carries dm-0").hint
 
 
+def test_detach_refuses_a_device_behind_a_loop_device(kernel: FakeKernel, root: Path) -> None:
+    """The kernel counts it neither as a holder nor as a claim (seen on Linux 6.1)."""
+    (root / "sys/block/loop4/loop").mkdir(parents=True)
+    (root / "sys/block/loop4/loop/backing_file").write_text("/dev/nbd1\n")
+    assert "loop4" in refused(kernel, "carries loop4").hint
+
+
 def opened_by(root: Path, pid: int, name: str, path: str) -> Path:
     folder = root / f"proc/{pid}/fd"
     folder.mkdir(parents=True)
@@ -514,6 +521,14 @@ def test_detach_waits_for_a_short_look(kernel: FakeKernel, root: Path, monkeypat
     """udev opens what has just appeared; detach goes on once it has closed it."""
     descriptor = opened_by(root, 78, "(udev-worker)", "/dev/nbd1")
     monkeypatch.setattr(device.time, "sleep", lambda _: descriptor.unlink())
+    detach(kernel)
+    assert kernel.disconnects == [1]
+
+
+def test_detach_overrules_udev(kernel: FakeKernel, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a dead server, udev's look at a new device never ends by itself."""
+    monkeypatch.setattr(device, "_OPENERS_GRACE_S", 0.05)
+    opened_by(root, 79, "(udev-worker)", "/dev/nbd1")
     detach(kernel)
     assert kernel.disconnects == [1]
 

@@ -160,6 +160,12 @@ def test_mounts(tmp_path: Path) -> None:
     assert kernel_state.mounts(tmp_path) == [Mount("0:23", "/", "nas:/root"), Mount("43:0", "/mnt/a b", "/dev/nbd0")]
 
 
+def test_loops(tmp_path: Path) -> None:
+    """Those that have a file behind them; an idle one has no folder `loop`."""
+    write(tmp_path, {"sys/block/loop0/loop/backing_file": "/dev/nbd0\n", "sys/block/loop1/size": "0\n"})
+    assert kernel_state.loops(tmp_path) == {"loop0": "/dev/nbd0"}
+
+
 def test_openers(tmp_path: Path) -> None:
     """Processes whose descriptors lead to the device; others, and processes that ended, are passed over."""
     write(tmp_path, {"proc/12/comm": "dd\n", "proc/13/comm": "sh\n", "proc/5/comm": "gone\n", "proc/uptime": "1 1\n"})

@@ -245,6 +245,21 @@ def test_no_answer() -> None:
     assert nbd.status() == {}
 
 
+def test_work_that_takes_the_kernel_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time inside sendmsg(2) does not count: what the kernel did in the end is what is reported."""
+    nbd, sock = opened(fails(0))
+    clock = [0.0]
+    monkeypatch.setattr(netlink.time, "monotonic", lambda: clock[0])
+    send = sock.send
+
+    def slow_send(data: bytes) -> int:
+        clock[0] += 60
+        return send(data)
+
+    sock.send = slow_send  # type: ignore[method-assign]
+    nbd.disconnect(3)
+
+
 def test_stray_answers_do_not_prolong_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """The deadline holds even when other messages keep arriving."""
     clock = iter(range(100))
