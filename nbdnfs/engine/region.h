@@ -1,0 +1,126 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * region: shared memory (a memfd) that outlives a worker. It holds what the kernel was told is written and the
+ * NAS does not have yet, so that the next worker can finish the job.
+ *
+ *   header | slot table | page table | filled bitmap | slot data
+ *
+ * The page table has four bytes for each page of the device: the CRC-32C of what was last written (0: unknown),
+ * or, where the filled bitmap has the page's bit, the 32-bit word that the whole page repeats. A filled page
+ * lives here alone: the NAS does not have it until a FLUSH writes it.
+ *
+ * A worker may be killed between any two instructions. Whatever is not acknowledged may be lost, so each change
+ * is made in an order that never lets go of the old state before the new one is whole; see cache.c.
+ *
+ * One process maps a region at a time: the mapper holds a lock on the descriptor, which the kernel drops when
+ * the process is gone. All fields are in the machine's own byte order.
+ */
+#ifndef NBDNFS_REGION_H
+#define NBDNFS_REGION_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define PAGE_BYTES 4096u
+#define REGION_VERSION 1u
+
+/* What a slot holds, as the next worker will find it. FETCHING and WRITING are the worker's own business. */
+enum slot_content { SLOT_FREE = 0, SLOT_CLEAN = 1, SLOT_DIRTY = 2 };
+
+/* The backing file that a region belongs to. */
+struct region_identity {
+	uint64_t device_bytes;
+	uint64_t fileid;
+	uint64_t path_hash;
+};
+
+#define HISTOGRAM_BUCKETS 32
+
+/* Written by the worker without locks, read by anybody: each is a whole number of its own. */
+struct region_counters {
+	_Atomic uint64_t reads, writes, flushes, trims;       /* NBD requests */
+	_Atomic uint64_t read_bytes, written_bytes;
+	_Atomic uint64_t hit_pages, missed_pages;             /* read pages found in a slot, and not */
+	_Atomic uint64_t filled_pages_written, filled_pages_read;
+	_Atomic uint64_t rewritten_pages;                     /* written again before they had left */
+	_Atomic uint64_t nfs_reads, nfs_read_bytes;
+	_Atomic uint64_t nfs_writes, nfs_written_bytes, nfs_commits;
+	_Atomic uint64_t read_ahead_pages, read_ahead_hits, read_ahead_wasted;
+	_Atomic uint64_t stalls;                              /* writes that had to wait for a slot */
+	_Atomic uint64_t write_errors, verifier_changes;
+	_Atomic uint64_t checksum_rereads, checksum_failures;
+	_Atomic uint64_t replayed_pages;                      /* found dirty by a new worker */
+	_Atomic uint64_t reconnects, retries;
+	_Atomic uint64_t dirty_pages;                         /* now */
+	_Atomic uint64_t nfs_in_flight;                       /* now */
+	/* log2 of microseconds: bucket n counts what took less than 2^n */
+	_Atomic uint64_t read_us[HISTOGRAM_BUCKETS], write_us[HISTOGRAM_BUCKETS];
+	_Atomic uint64_t nfs_read_us[HISTOGRAM_BUCKETS], nfs_write_us[HISTOGRAM_BUCKETS];
+};
+
+struct region_header {
+	char magic[8];                  /* "nbdnfs\0\0"; written last when a region is made */
+	uint32_t version;
+	uint32_t slot_count;
+	struct region_identity identity;
+	uint64_t region_bytes;
+	_Atomic uint64_t generation;    /* how many workers have mapped it */
+	struct region_counters counters;
+};
+
+/*
+ * One 64-bit store publishes a slot: content in the low two bits, the page number above.
+ * Guarded by the cache's lock; atomic for the sake of a kill in between.
+ */
+typedef _Atomic uint64_t region_slot;
+
+struct region {
+	int fd;
+	size_t bytes;
+	struct region_header *header;
+	region_slot *slots;
+	_Atomic uint32_t *page_table;   /* guarded by the cache's lock */
+	_Atomic uint64_t *filled;       /* guarded by the cache's lock */
+	uint8_t *data;                  /* slot n's page at n * PAGE_BYTES */
+	uint32_t slot_count;
+	uint64_t page_count;
+};
+
+/* The size of a region with `slot_count` slots for a device of `device_bytes`. */
+size_t region_size_bytes(uint64_t device_bytes, uint32_t slot_count);
+
+/*
+ * Map the region behind `fd`, which stays the caller's; with fd -1, make a memfd of the region's own. An empty
+ * one is laid out for `identity`; one that is in use by a living process, of another version, or of another
+ * backing file is refused with -EBUSY, -EPROTO or -EINVAL and a text in `message`. Returns 0 and *region.
+ */
+int region_map(struct region *region, int fd, const struct region_identity *identity, uint32_t slot_count,
+	       char *message, size_t message_bytes);
+void region_unmap(struct region *region);
+
+static inline uint64_t slot_value(uint64_t page, enum slot_content content)
+{
+	return page << 2 | content;
+}
+
+static inline uint64_t slot_page(uint64_t value)
+{
+	return value >> 2;
+}
+
+static inline enum slot_content slot_content(uint64_t value)
+{
+	return value & 3;
+}
+
+static inline void count(_Atomic uint64_t *counter, uint64_t amount)
+{
+	atomic_fetch_add_explicit(counter, amount, memory_order_relaxed);
+}
+
+/* Adds one to the bucket of `us`. */
+void count_duration(_Atomic uint64_t *histogram, uint64_t us);
+
+#endif

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The engine's parts without I/O (region, cache, crc32c) as a shared library, called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parents[2] / "nbdnfs" / "engine"
+PAGE = 4096
+HIT, MISS, WAIT = 0, 1, 2
+
+
+class Identity(Structure):
+    """struct region_identity"""
+
+    _fields_ = (("device_bytes", c_uint64), ("fileid", c_uint64), ("path_hash", c_uint64))
+
+
+class RegionStruct(Structure):
+    """struct region"""
+
+    _fields_ = (
+        ("fd", c_int),
+        ("bytes", c_size_t),
+        ("header", c_void_p),
+        ("slots", c_void_p),
+        ("page_table", c_void_p),
+        ("filled", c_void_p),
+        ("data", c_void_p),
+        ("slot_count", c_uint32),
+        ("page_count", c_uint64),
+    )
+
+
+class RunStruct(Structure):
+    """struct cache_run"""
+
+    _fields_ = (("first_page", c_uint64), ("count", c_uint32), ("slots", c_uint32 * 64))
+
+
+def build(directory: Path) -> ctypes.CDLL:
+    """Compile the library into `directory` and declare its functions."""
+    path = directory / "libcore.so"
+    command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fPIC", "-shared", "-pthread", "-o", str(path)]
+    subprocess.run([*command, *(str(SOURCES / f"{name}.c") for name in ("region", "cache", "crc32c"))], check=True)
+    library = ctypes.CDLL(str(path))
+    signatures = {
+        "crc32c": (c_uint32, c_char_p, c_size_t),
+        "crc32c_by_table": (c_uint32, c_char_p, c_size_t),
+        "region_size_bytes": (c_size_t, c_uint64, c_uint32),
+        "region_map": (c_int, POINTER(RegionStruct), c_int, POINTER(Identity), c_uint32, c_char_p, c_size_t),
+        "region_unmap": (None, POINTER(RegionStruct)),
+        "cache_create": (c_void_p, POINTER(RegionStruct)),
+        "cache_destroy": (None, c_void_p),
+        "cache_read": (c_int, c_void_p, c_uint64, c_char_p),
+        "cache_write": (c_bool, c_void_p, c_uint64, c_char_p, c_uint32),
+        "cache_trim": (None, c_void_p, c_uint64),
+        "cache_sequence": (c_uint64, c_void_p),
+        "cache_is_stable": (c_bool, c_void_p, c_uint64),
+        "cache_page_is_stable": (c_bool, c_void_p, c_uint64),
+        "cache_materialise": (c_bool, c_void_p, POINTER(c_uint64)),
+        "cache_checksum": (c_uint32, c_void_p, c_uint64),
+        "cache_take_run": (c_bool, c_void_p, POINTER(RunStruct), c_uint32, c_char_p),
+        "cache_run_stable": (None, c_void_p, POINTER(RunStruct)),
+        "cache_run_uncommitted": (None, c_void_p, POINTER(RunStruct), c_uint64),
+        "cache_run_failed": (None, c_void_p, POINTER(RunStruct)),
+        "cache_commit_begin": (c_uint32, c_void_p),
+        "cache_commit_done": (c_uint32, c_void_p, c_uint64),
+        "cache_commit_failed": (None, c_void_p),
+        "cache_dirty_count": (c_uint32, c_void_p),
+        "cache_uncommitted_count": (c_uint32, c_void_p),
+        "cache_unstable_count": (c_uint32, c_void_p),
+        "cache_fetch_begin": (c_uint32, c_void_p, c_uint64, c_uint32, c_uint64),
+        "cache_fetch_done": (None, c_void_p, c_uint64, c_uint32, c_uint64, c_char_p, POINTER(c_uint32)),
+    }
+    for name, (result, *arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+class Region:
+    """A mapped region; `fd` is the caller's memfd."""
+
+    def __init__(self, library: ctypes.CDLL, fd: int, identity: Identity, slot_count: int) -> None:
+        self.library = library
+        self.struct = RegionStruct()
+        message = ctypes.create_string_buffer(256)
+        status = library.region_map(byref(self.struct), fd, byref(identity), slot_count, message, len(message))
+        if status != 0:
+            raise OSError(-status, message.value.decode() or os.strerror(-status))
+
+    def unmap(self) -> None:
+        """Let go of it, as a process does that ends."""
+        self.library.region_unmap(byref(self.struct))
+
+
+class Run:
+    """Pages on their way to the NAS."""
+
+    def __init__(self, struct: RunStruct, data: bytes) -> None:
+        self.struct = struct
+        self.first = struct.first_page
+        self.pages = {self.first + i: data[i * PAGE : (i + 1) * PAGE] for i in range(struct.count)}
+
+
+class Cache:
+    """The functions of cache.h on one region."""
+
+    def __init__(self, region: Region) -> None:
+        self.library = region.library
+        self.pointer = self.library.cache_create(byref(region.struct))
+        assert self.pointer
+
+    def destroy(self) -> None:
+        """Forget all that is not in the region."""
+        self.library.cache_destroy(self.pointer)
+
+    def crc(self, data: bytes) -> int:
+        """CRC-32C of a page."""
+        return int(self.library.crc32c(data, len(data)))
+
+    def read(self, page: int) -> tuple[int, bytes]:
+        """HIT and the bytes, MISS, or WAIT."""
+        buffer = ctypes.create_string_buffer(PAGE)
+        return self.library.cache_read(self.pointer, page, buffer), buffer.raw
+
+    def write(self, page: int, data: bytes) -> bool:
+        """False: no slot."""
+        return bool(self.library.cache_write(self.pointer, page, data, self.crc(data)))
+
+    def trim(self, page: int) -> None:
+        """Forget the page."""
+        self.library.cache_trim(self.pointer, page)
+
+    def sequence(self) -> int:
+        """Of the newest write."""
+        return int(self.library.cache_sequence(self.pointer))
+
+    def is_stable(self, sequence: int) -> bool:
+        """Whether all up to `sequence` is on the NAS."""
+        return bool(self.library.cache_is_stable(self.pointer, sequence))
+
+    def materialise(self) -> bool:
+        """Whether all filled pages could be given slots."""
+        return bool(self.library.cache_materialise(self.pointer, byref(c_uint64(0))))
+
+    def checksum(self, page: int) -> int:
+        """0: unknown."""
+        return int(self.library.cache_checksum(self.pointer, page))
+
+    def take_run(self, most: int) -> Run | None:
+        """The run around the oldest dirty page."""
+        struct, buffer = RunStruct(), ctypes.create_string_buffer(64 * PAGE)
+        if not self.library.cache_take_run(self.pointer, byref(struct), most, buffer):
+            return None
+        return Run(struct, buffer.raw)
+
+    def run_stable(self, run: Run) -> None:
+        """The NAS has it."""
+        self.library.cache_run_stable(self.pointer, byref(run.struct))
+
+    def run_uncommitted(self, run: Run, verifier: int) -> None:
+        """The NAS may forget it."""
+        self.library.cache_run_uncommitted(self.pointer, byref(run.struct), verifier)
+
+    def run_failed(self, run: Run) -> None:
+        """The NAS may have some of it."""
+        self.library.cache_run_failed(self.pointer, byref(run.struct))
+
+    def commit_begin(self) -> int:
+        """The number of pages it covers."""
+        return int(self.library.cache_commit_begin(self.pointer))
+
+    def commit_done(self, verifier: int) -> int:
+        """The number of pages that were lost."""
+        return int(self.library.cache_commit_done(self.pointer, verifier))
+
+    def commit_failed(self) -> None:
+        """No answer."""
+        self.library.cache_commit_failed(self.pointer)
+
+    def unstable_count(self) -> int:
+        """Pages that the NAS does not have for good."""
+        return int(self.library.cache_unstable_count(self.pointer))
+
+    def fetch_begin(self, first: int, count: int, fetch: int) -> int:
+        """How many pages it covers."""
+        return int(self.library.cache_fetch_begin(self.pointer, first, count, fetch))
+
+    def fetch_done(self, first: int, pages: list[bytes], fetch: int) -> None:
+        """The NAS's answer."""
+        crcs = (c_uint32 * len(pages))(*(self.crc(page) for page in pages))
+        self.library.cache_fetch_done(self.pointer, first, len(pages), fetch, b"".join(pages), crcs)

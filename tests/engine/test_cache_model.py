@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The cache against a model: a dictionary of what was acknowledged, and a server that keeps, loses and delays."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from core_library import HIT, MISS, PAGE, WAIT, Cache, Identity, Region, Run, build
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+DEVICE_PAGES = 12
+SLOTS = 6
+PAGES = st.integers(0, DEVICE_PAGES - 1)
+IDENTITY = Identity(DEVICE_PAGES * PAGE, 7, 8)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The parts without I/O, compiled once."""
+    return build(tmp_path_factory.mktemp("core"))
+
+
+@dataclass
+class Server:
+    """A file of pages; what is written unstably is lost by a crash, which changes the verifier."""
+
+    stable: dict[int, bytes] = field(default_factory=lambda: {page: bytes(PAGE) for page in range(DEVICE_PAGES)})
+    volatile: dict[int, bytes] = field(default_factory=dict)
+    verifier: int = 1
+
+    def read(self, page: int) -> bytes:
+        """What a READ would answer."""
+        return self.volatile.get(page, self.stable[page])
+
+    def write(self, pages: dict[int, bytes], *, stable: bool) -> None:
+        """A WRITE."""
+        if stable:
+            for page, data in pages.items():
+                self.volatile.pop(page, None)
+                self.stable[page] = data
+        else:
+            self.volatile.update(pages)
+
+    def commit(self) -> None:
+        """A COMMIT."""
+        self.stable.update(self.volatile)
+        self.volatile.clear()
+
+    def crash(self) -> None:
+        """All that was not stable is gone."""
+        self.volatile.clear()
+        self.verifier += 1
+
+
+@dataclass
+class Fetch:
+    """A READ under way, with what the server will have answered."""
+
+    number: int
+    first: int
+    pages: list[bytes]
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Every rule is one thing that the engine, the server or a killer may do next."""
+
+    library: ctypes.CDLL
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fd = os.memfd_create("region")
+        self.server = Server()
+        # None: trimmed, may read as anything
+        self.acknowledged: dict[int, bytes | None] = dict(self.server.stable)
+        self.runs: list[Run] = []
+        self.fetches: list[Fetch] = []
+        self.commit_under_way = False
+        self.number = 0
+        self.open()
+
+    def open(self) -> None:
+        """A new worker."""
+        self.region = Region(self.library, self.fd, IDENTITY, SLOTS)
+        self.cache = Cache(self.region)
+
+    def close(self) -> None:
+        """Its end: nothing but the region stays."""
+        self.cache.destroy()
+        self.region.unmap()
+
+    def teardown(self) -> None:
+        """Let everything settle: the server must then have exactly what was acknowledged."""
+        for run in self.runs:
+            self.server.write(run.pages, stable=True)
+            self.cache.run_stable(run)
+        if self.commit_under_way:
+            self.cache.commit_failed()
+        self.runs = []
+        materialised = False
+        for _ in range(DEVICE_PAGES * 4):
+            materialised = materialised or self.cache.materialise()
+            while run := self.cache.take_run(4):
+                self.server.write(run.pages, stable=True)
+                self.cache.run_stable(run)
+            if self.cache.commit_begin():
+                self.server.commit()
+                self.cache.commit_done(self.server.verifier)
+        assert materialised
+        assert self.cache.unstable_count() == 0
+        for page, data in self.acknowledged.items():
+            assert data in (None, self.server.stable[page])
+        self.close()
+        os.close(self.fd)
+
+    # ---- the kernel
+
+    @rule(page=PAGES, seed=st.integers(0, 2**32 - 1))
+    def write(self, page: int, seed: int) -> None:
+        data = random.Random(seed).randbytes(PAGE)
+        if self.cache.write(page, data):
+            self.acknowledged[page] = data
+
+    @rule(page=PAGES, word=st.sampled_from((0, 1, 0xFFFFFFFF)))
+    def write_one_word(self, page: int, word: int) -> None:
+        data = word.to_bytes(4, "little") * (PAGE // 4)
+        assert self.cache.write(page, data), "a filled page needs no slot"
+        self.acknowledged[page] = data
+
+    @rule(page=PAGES)
+    def trim(self, page: int) -> None:
+        self.cache.trim(page)
+        self.acknowledged[page] = None
+
+    @rule()
+    def flush(self) -> None:
+        """Whenever the cache says that all is stable, it is."""
+        if self.cache.materialise() and self.cache.is_stable(self.cache.sequence()):
+            for page, data in self.acknowledged.items():
+                assert data in (None, self.server.stable[page])
+
+    # ---- the flusher
+
+    @rule(most=st.integers(1, 8))
+    def take_run(self, most: int) -> None:
+        run = self.cache.take_run(most)
+        if run is not None:
+            under_way = {page for other in self.runs for page in other.pages}
+            assert not under_way & set(run.pages), "two writes of a page under way"
+            assert len(run.pages) <= most
+            self.runs.append(run)
+
+    @precondition(lambda self: self.runs)
+    @rule(data=st.data(), stable=st.booleans())
+    def run_arrives(self, data: st.DataObject, stable: bool) -> None:
+        run = self.runs.pop(data.draw(st.integers(0, len(self.runs) - 1)))
+        self.server.write(run.pages, stable=stable)
+        if stable:
+            self.cache.run_stable(run)
+        else:
+            self.cache.run_uncommitted(run, self.server.verifier)
+
+    @precondition(lambda self: self.runs)
+    @rule(data=st.data(), arrived=st.booleans())
+    def run_fails(self, data: st.DataObject, arrived: bool) -> None:
+        """No answer: the server may have taken it all the same."""
+        run = self.runs.pop(data.draw(st.integers(0, len(self.runs) - 1)))
+        if arrived:
+            self.server.write(run.pages, stable=False)
+        self.cache.run_failed(run)
+
+    @precondition(lambda self: not self.commit_under_way)
+    @rule()
+    def commit_begin(self) -> None:
+        self.commit_under_way = self.cache.commit_begin() > 0
+
+    @precondition(lambda self: self.commit_under_way)
+    @rule(answered=st.booleans())
+    def commit_end(self, answered: bool) -> None:
+        self.commit_under_way = False
+        if answered:
+            self.server.commit()
+            self.cache.commit_done(self.server.verifier)
+        else:
+            self.cache.commit_failed()
+
+    @rule()
+    def server_crashes(self) -> None:
+        self.server.crash()
+
+    # ---- read-ahead
+
+    @rule(first=PAGES, count=st.integers(1, 5))
+    def fetch(self, first: int, count: int) -> None:
+        self.number += 1
+        covered = self.cache.fetch_begin(first, count, self.number)
+        if covered:
+            pages = [self.server.read(first + i) for i in range(covered)]
+            self.fetches.append(Fetch(self.number, first, pages))
+
+    @precondition(lambda self: self.fetches)
+    @rule(data=st.data())
+    def fetch_ends(self, data: st.DataObject) -> None:
+        fetch = self.fetches.pop(data.draw(st.integers(0, len(self.fetches) - 1)))
+        self.cache.fetch_done(fetch.first, fetch.pages, fetch.number)
+
+    # ---- the killer
+
+    @rule(arrived=st.booleans())
+    def kill(self, arrived: bool) -> None:
+        """A new worker takes the region over; what was under way has arrived, or has not."""
+        for run in self.runs:
+            if arrived:
+                self.server.write(run.pages, stable=False)
+        self.close()
+        self.runs, self.fetches, self.commit_under_way = [], [], False
+        self.open()
+
+    # ---- what always holds
+
+    @invariant()
+    def reads_see_what_was_acknowledged(self) -> None:
+        fetched = {fetch.first + i for fetch in self.fetches for i in range(len(fetch.pages))}
+        for page, data in self.acknowledged.items():
+            found, got = self.cache.read(page)
+            if found == WAIT:
+                assert page in fetched
+            elif found == MISS:
+                got = self.server.read(page)
+                assert data is None or self.cache.checksum(page) in (0, self.cache.crc(got))
+            assert found == WAIT or data in (None, got)
+
+
+def test_model(library: ctypes.CDLL) -> None:
+    """Random orders of writes, trims, runs, commits, crashes, fetches and kills lose and mix nothing."""
+    CacheMachine.library = library
+    run_state_machine_as_test(
+        CacheMachine,
+        settings=settings(
+            max_examples=400, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+
+
+def test_crc_is_crc32c(library: ctypes.CDLL) -> None:
+    """RFC 3720, B.4: 32 bytes of zeros, of ones, and counting up; and the instruction agrees with the table."""
+    for data, crc in ((bytes(32), 0x8A9136AA), (b"\xff" * 32, 0x62A8AB43), (bytes(range(32)), 0x46DD794E)):
+        assert library.crc32c(data, 32) == library.crc32c_by_table(data, 32) == crc
+    for length in (0, 1, 7, 9, 4095, 4096):
+        data = random.Random(length).randbytes(length)
+        assert library.crc32c(data, length) == library.crc32c_by_table(data, length)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fileid": 9}, "another backing file"),
+        ({"device_bytes": 2 * DEVICE_PAGES * PAGE}, "another backing file"),
+    ],
+)
+def test_region_of_another_file_is_refused(library: ctypes.CDLL, change: dict[str, int], message: str) -> None:
+    """A region is replayed into its own file or not at all."""
+    fd = os.memfd_create("region")
+    Region(library, fd, IDENTITY, SLOTS).unmap()
+    with pytest.raises(OSError, match=message):
+        Region(
+            library, fd, Identity(**{"device_bytes": DEVICE_PAGES * PAGE, "fileid": 7, "path_hash": 8, **change}), SLOTS
+        )
+    os.close(fd)
+
+
+def test_region_of_another_version_or_none_is_refused(library: ctypes.CDLL) -> None:
+    """Never guessed at: a version that is not ours, and bytes that are no region."""
+    fd = os.memfd_create("region")
+    Region(library, fd, IDENTITY, SLOTS).unmap()
+    os.pwrite(fd, (99).to_bytes(4, "little"), 8)
+    with pytest.raises(OSError, match="version 99"):
+        Region(library, fd, IDENTITY, SLOTS)
+    os.pwrite(fd, b"garbage!", 0)
+    with pytest.raises(OSError, match="not a region"):
+        Region(library, fd, IDENTITY, SLOTS)
+    os.close(fd)
+
+
+def test_region_has_one_user(library: ctypes.CDLL) -> None:
+    """A second worker is refused while the first lives."""
+    fd = os.memfd_create("region")
+    first = Region(library, fd, IDENTITY, SLOTS)
+    with pytest.raises(OSError, match="in use"):
+        Region(library, fd, IDENTITY, SLOTS)
+    first.unmap()
+    Region(library, fd, IDENTITY, SLOTS).unmap()
+    os.close(fd)
+
+
+def test_full_of_dirty_pages(library: ctypes.CDLL) -> None:
+    """Without a clean slot a write is refused and changes nothing; one run later it is taken."""
+    region = Region(library, os.memfd_create("region"), IDENTITY, SLOTS)
+    cache = Cache(region)
+    pages = [random.Random(n).randbytes(PAGE) for n in range(SLOTS + 1)]
+    for n in range(SLOTS):
+        assert cache.write(n, pages[n])
+    assert not cache.write(SLOTS, pages[SLOTS])
+    assert cache.read(SLOTS)[0] == MISS
+    run = cache.take_run(2)
+    assert run is not None
+    assert list(run.pages.values()) == pages[:2]
+    cache.run_stable(run)
+    assert cache.write(SLOTS, pages[SLOTS])
+    assert cache.read(SLOTS) == (HIT, pages[SLOTS])
