@@ -15,10 +15,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import nbdnfs
 from nbdnfs import run, worker_config
 from nbdnfs.errors import BusyError, CannotCreateError, ConfigError, NbdnfsError, UnavailableError, UsageError
+
+if TYPE_CHECKING:
+    import subprocess
 
 log = logging.getLogger(__name__)
 
@@ -153,23 +157,29 @@ def _remove_stale(path: Path) -> None:
 def serve(url: str, socket_path: Path, *, engine: str = "c", threads: int = THREADS) -> int:
     """Run a worker in the foreground until SIGINT, SIGTERM or its own end. Returns the exit status.
 
-    A second signal ends a worker that waits for an unreachable server. What the worker has to say about a
-    setting, the server or the file it says on stderr itself.
+    On a signal the worker ends when its clients have disconnected (nbdkit(1)); on a second one at once, also
+    when it waits for an unreachable server. What the worker has to say about a setting, the server or the file
+    it says on stderr itself.
     """
     check_nbdkit()
     text, address = worker_config.check_url(url)
     argv = nbdkit_argv({"url": text, "address": address, "engine": engine}, threads=threads)
-    with listening(socket_path) as listener:
-        worker = run.start_listening(argv, listener, worker_environment())
-        signals = 0
+    worker: subprocess.Popen[bytes] | None = None
+    signals = 0
 
-        def forward(number: int, frame: FrameType | None) -> None:
-            nonlocal signals
-            signals += 1
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal signals
+        signals += 1
+        if worker is not None:
             worker.send_signal(signal.SIGTERM if signals == 1 else signal.SIGKILL)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, forward)
+    # before there is anything that a signal could leave behind
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
+    with listening(socket_path) as listener:
+        worker = run.start_listening(argv, listener, worker_environment())
+        if signals:
+            worker.send_signal(signal.SIGTERM)
         listener.close()  # the worker's alone now: when it dies, connecting fails instead of hanging
         status = worker.wait()
         return 0 if signals else status if status >= 0 else 128 - status
