@@ -12,6 +12,7 @@ import signal
 import socket
 import stat
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -32,6 +33,9 @@ THREADS = 4
 # A Unix socket's path in sockaddr_un, unix(7)
 _SOCKET_PATH_BYTES = 107
 _BACKLOG = 16
+
+# When to say what an ending worker waits for.
+_PATIENCE_S = 1.0
 
 
 def nbdkit_argv(plugin_settings: dict[str, str], *, threads: int = THREADS) -> list[str]:
@@ -166,10 +170,16 @@ def serve(url: str, socket_path: Path, *, engine: str = "c", threads: int = THRE
     argv = nbdkit_argv({"url": text, "address": address, "engine": engine}, threads=threads)
     worker: subprocess.Popen[bytes] | None = None
     signals = 0
+    patience = threading.Timer(
+        _PATIENCE_S, log.warning, ["waiting for the clients to disconnect; a second signal ends at once"]
+    )
+    patience.daemon = True
 
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal signals
         signals += 1
+        if signals == 1:
+            patience.start()
         if worker is not None:
             worker.send_signal(signal.SIGTERM if signals == 1 else signal.SIGKILL)
 
@@ -182,4 +192,5 @@ def serve(url: str, socket_path: Path, *, engine: str = "c", threads: int = THRE
             worker.send_signal(signal.SIGTERM)
         listener.close()  # the worker's alone now: when it dies, connecting fails instead of hanging
         status = worker.wait()
+        patience.cancel()
         return 0 if signals else status if status >= 0 else 128 - status
