@@ -18,8 +18,16 @@ if TYPE_CHECKING:
     from nbdnfs.reference import Engine as ReferenceEngine
 
 ENGINES = ("c", "libnfs-python")
+# settings of the C engine that are whole numbers, with what nbdnfs.engine.Engine takes
+ENGINE_NUMBERS = {
+    "region_fd": range(1 << 20),
+    "region_pages": range(256, 1 << 24),
+    "connections": range(1, 3),
+    "stable_writes": range(2),
+    "read_ahead_pages": range(4097),
+}
 LOCKS = ("wanted", "required", "off")
-KEYS = ("url", "address", "engine", "lock", "realtime", "without")
+KEYS = ("url", "address", "engine", "lock", "realtime", "without", *ENGINE_NUMBERS)
 
 # The kernel's requests are far smaller; nbdkit itself allows 64 MiB (docs/nbdkit-protocol.pod).
 MAX_REQUEST_BYTES = 32 * 1024 * 1024
@@ -32,12 +40,15 @@ CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", 
 class WorkerConfig:
     """What the plugin was told. `address` is the server's, resolved before anything is locked or short."""
 
-    __slots__ = ("address", "engine", "lock", "url", "without")
+    __slots__ = ("address", "engine", "lock", "numbers", "url", "without")
 
-    def __init__(self, url: str, address: str, engine: str, lock: str, without: tuple[str, ...]) -> None:
+    def __init__(
+        self, url: str, address: str, engine: str, lock: str, without: tuple[str, ...], numbers: dict[str, int]
+    ) -> None:
         self.url = url
         self.address = address
         self.engine = engine
+        self.numbers = numbers
         self.lock = lock
         self.without = without
 
@@ -65,7 +76,7 @@ class WorkerConfig:
 
                 return Reference(self.url, self.address)
             keep_thread_states()
-            return Engine(self.url, self.address)
+            return Engine(self.url, self.address, **self.numbers)  # type: ignore[arg-type]
         except OSError as error:
             from nbdnfs import diagnose, url
 
@@ -92,7 +103,8 @@ def parse(settings: Mapping[str, str]) -> WorkerConfig:
     url, address = settings["url"], settings.get("address")
     if address is None:
         url, address = check_url(url)
-    return WorkerConfig(url, address, kind, lock, without)
+    numbers = {key: _number(key, settings[key]) for key in ENGINE_NUMBERS if key in settings}
+    return WorkerConfig(url, address, kind, lock, without, numbers)
 
 
 def check_url(text: str) -> tuple[str, str]:
@@ -109,6 +121,13 @@ def _nearest(key: str) -> str:
 
     near = difflib.get_close_matches(key, KEYS, n=1)
     return f"did you mean '{near[0]}'?" if near else "the keys are " + ", ".join(KEYS)
+
+
+def _number(key: str, text: str) -> int:
+    allowed = ENGINE_NUMBERS[key]
+    if not text.isascii() or not text.isdigit() or int(text) not in allowed:
+        raise ConfigError(f"{key} cannot be '{text}'", f"it is a number from {allowed[0]} to {allowed[-1]}")
+    return int(text)
 
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -102,7 +102,7 @@ def pread(h, buf, offset, flags):
 
 def pwrite(h, buf, offset, flags):
     try:
-        _engine.pwrite(buf, offset)
+        _engine.pwrite(buf, offset, flags & nbdkit.FLAG_FUA)
     except OSError as error:
         nbdkit.set_error(error.errno)
         raise

@@ -360,21 +360,19 @@ static bool store(struct cache *cache, uint64_t page, const uint8_t *data, uint3
 	return true;
 }
 
-bool cache_write(struct cache *cache, uint64_t page, const uint8_t *data, uint32_t crc)
+enum cache_store cache_write(struct cache *cache, uint64_t page, const uint8_t *data, uint32_t crc, bool may_fill)
 {
 	uint32_t word;
 
-	if (!is_one_word(data)) {
-		cache->sequence++;
-		return store(cache, page, data, crc);
-	}
-	memcpy(&word, data, sizeof(word));
 	cache->sequence++;
+	if (!may_fill || !is_one_word(data))
+		return store(cache, page, data, crc) ? CACHE_STORED : CACHE_FULL;
+	memcpy(&word, data, sizeof(word));
 	/* killed after the first of these, the NAS's page does not match and is an error, not wrong bytes */
 	set_word(cache, page, word);
 	set_filled(cache, page, true);
 	forget(cache, page);
-	return true;
+	return CACHE_FILLED;
 }
 
 void cache_trim(struct cache *cache, uint64_t page)
@@ -402,11 +400,11 @@ bool cache_is_stable(const struct cache *cache, uint64_t sequence)
 	return true;
 }
 
-bool cache_page_is_stable(const struct cache *cache, uint64_t page)
+bool cache_page_is_stable(const struct cache *cache, uint64_t page, uint64_t sequence)
 {
 	uint32_t index = find(cache, page);
 
-	return index == NO_SLOT ? !is_filled(cache, page) : slot_is_stable(&cache->slots[index], cache->sequence);
+	return index == NO_SLOT || slot_is_stable(&cache->slots[index], sequence);
 }
 
 bool cache_materialise(struct cache *cache, uint64_t *page)
@@ -548,6 +546,13 @@ void cache_commit_failed(struct cache *cache)
 {
 	for (uint32_t index = cache->lists[ON_UNCOMMITTED].head; index != NO_SLOT; index = cache->slots[index].next)
 		cache->slots[index].in_commit = false;
+}
+
+uint64_t cache_oldest_dirty(const struct cache *cache)
+{
+	uint32_t index = cache->lists[ON_DIRTY].head;
+
+	return index == NO_SLOT ? 0 : cache->slots[index].since;
 }
 
 uint32_t cache_dirty_count(const struct cache *cache)

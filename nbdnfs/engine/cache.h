@@ -39,11 +39,14 @@ enum cache_lookup { CACHE_HIT, CACHE_MISS, CACHE_WAIT };
 /* Copy a page out. CACHE_WAIT: a fetch of it is under way. `data` is written on CACHE_HIT only. */
 enum cache_lookup cache_read(struct cache *cache, uint64_t page, uint8_t *data);
 
+/* What became of a write. CACHE_FULL: nothing, there is no slot; wait for a run to be done. */
+enum cache_store { CACHE_STORED, CACHE_FILLED, CACHE_FULL };
+
 /*
- * Take a page in; `crc` is its checksum. Returns false, having changed nothing, when no slot can be had: wait
- * for a run to be done.
+ * Take a page in; `crc` is its checksum. With `may_fill` a page of one word is kept in the page table, and the
+ * NAS does not get it before cache_materialise().
  */
-bool cache_write(struct cache *cache, uint64_t page, const uint8_t *data, uint32_t crc);
+enum cache_store cache_write(struct cache *cache, uint64_t page, const uint8_t *data, uint32_t crc, bool may_fill);
 
 /* Forget a page. A write of it that is under way goes on, and nothing is written to the page before its end. */
 void cache_trim(struct cache *cache, uint64_t page);
@@ -53,7 +56,7 @@ uint64_t cache_sequence(const struct cache *cache);
 
 /* Is every write up to `sequence` on the NAS, stably? Filled pages count only after cache_materialise(). */
 bool cache_is_stable(const struct cache *cache, uint64_t sequence);
-bool cache_page_is_stable(const struct cache *cache, uint64_t page);
+bool cache_page_is_stable(const struct cache *cache, uint64_t page, uint64_t sequence);
 
 /*
  * Give filled pages slots, from *page on, so that they travel like others. Returns true when all of the device
@@ -93,6 +96,8 @@ uint32_t cache_commit_begin(struct cache *cache);
 uint32_t cache_commit_done(struct cache *cache, uint64_t verifier);
 void cache_commit_failed(struct cache *cache);
 
+/* The oldest write that is not under way; 0 when nothing is dirty. */
+uint64_t cache_oldest_dirty(const struct cache *cache);
 uint32_t cache_dirty_count(const struct cache *cache);       /* dirty, and not under way */
 uint32_t cache_uncommitted_count(const struct cache *cache);
 uint32_t cache_unstable_count(const struct cache *cache);    /* all that the NAS does not have for good */

@@ -1,9 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * engine: the block device. Reads, writes, flushes and trims of whole pages over one nfsio.
+ * engine: the block device. Whole pages in and out of a region, which a flusher empties onto the NAS.
  *
- * Every function may be called from any thread, blocks until it is done, and returns 0 or -errno:
- * -EINVAL for what is not a multiple of 4096 at a multiple of 4096 inside the device.
+ * Every request function may be called from any thread, blocks until it is done, and returns 0 or -errno:
+ * -EINVAL for what is not a multiple of 4096 at a multiple of 4096 inside the device, -EIO for a page whose
+ * checksum is wrong, what the server answered for reads that it refuses.
+ *
+ * After engine_create() none of them maps memory, allocates of the engine's own, or starts a thread.
  */
 #ifndef NBDNFS_ENGINE_H
 #define NBDNFS_ENGINE_H
@@ -12,21 +15,40 @@
 #include <stdint.h>
 
 #include "nfsio.h"
+#include "region.h"
 
-#define ENGINE_PAGE_BYTES 4096
+/* Fewer slots than this leave no room for write-backs and read-aheads side by side. */
+#define ENGINE_REGION_PAGES_MIN 256
 
 struct engine;
 
-/* Connects and opens. -EINVAL with a message in *why when the file is no multiple of a page. */
-int engine_create(const struct nfsio_options *options, struct engine **engine, struct nfsio_failure *why);
+struct engine_options {
+	struct nfsio_options nfs;
+	int region_fd;          /* a memfd that the caller keeps, -1: one of the engine's own */
+	uint32_t region_pages;  /* slots of a region that is made */
+	unsigned connections;   /* 1, or 2: reads do not share one with write-backs */
+	bool stable_writes;     /* FILE_SYNC each, rather than UNSTABLE with a COMMIT now and then */
+	uint32_t read_ahead_pages; /* at most so many; 0: none */
+};
+
+/* Connects, opens, maps the region and takes over what it holds. Returns 0, or -errno and *why. */
+int engine_create(const struct engine_options *options, struct engine **engine, struct nfsio_failure *why);
+
+/*
+ * Ends the threads. With a region of its own, waits until the NAS has everything; a region of the caller's keeps
+ * what it holds for the next engine.
+ */
 void engine_destroy(struct engine *engine);
 
 uint64_t engine_size_bytes(const struct engine *engine);
+struct region_header *engine_region(const struct engine *engine);
 
 int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes);
-/* On the NAS when it returns, with or without FUA: there is no cache between. */
-int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes);
+/* In the region when it returns; with `fua` on the NAS, stably. */
+int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes, bool fua);
+/* Returns when everything that was written before is on the NAS, stably. */
 int engine_flush(struct engine *engine);
+/* The pages may be forgotten; the file keeps its blocks: a hole would need space again when memory is short. */
 int engine_trim(struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes);
 
 #endif

@@ -10,10 +10,13 @@
 #include <errno.h>
 #include <pthread.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "engine.h"
 #include "nfsio.h"
 #include "stack.h"
+
+#define CONNECT_TIMEOUT_S 15
 
 static PyObject *nfs_error; /* nbdnfs.engine.NfsError; set once by the module's init */
 
@@ -94,7 +97,7 @@ static int parse_options(PyObject *args, PyObject *kwargs, struct nfsio_options 
 	static char *names[] = { "url", "address", "create", "exclusive", "mode", "read_only", "connect_timeout_s", NULL };
 	int create = 0, exclusive = 0, read_only = 0;
 
-	*options = (struct nfsio_options){ .mode = 0600, .connect_timeout_s = 15 };
+	*options = (struct nfsio_options){ .mode = 0600, .connect_timeout_s = CONNECT_TIMEOUT_S };
 	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$ppIpI", names, &options->url, &options->address, &create,
 					 &exclusive, &options->mode, &read_only, &options->connect_timeout_s))
 		return -1;
@@ -127,6 +130,60 @@ static PyObject *closed(void)
 	return NULL;
 }
 
+/* ------------------------------------------------------------------ counters --------------------------- */
+
+static int add_counter(PyObject *dict, const char *name, uint64_t value)
+{
+	PyObject *number = PyLong_FromUnsignedLongLong(value);
+	int status = number != NULL ? PyDict_SetItemString(dict, name, number) : -1;
+
+	Py_XDECREF(number);
+	return status;
+}
+
+static int add_histogram(PyObject *dict, const char *name, const _Atomic uint64_t *buckets)
+{
+	PyObject *list = PyList_New(HISTOGRAM_BUCKETS);
+	int status = list != NULL ? 0 : -1;
+
+	for (Py_ssize_t i = 0; status == 0 && i < HISTOGRAM_BUCKETS; i++) {
+		PyObject *number = PyLong_FromUnsignedLongLong(atomic_load_explicit(&buckets[i], memory_order_relaxed));
+
+		status = number != NULL ? PyList_SetItem(list, i, number) : -1; /* takes the reference */
+	}
+	if (status == 0)
+		status = PyDict_SetItemString(dict, name, list);
+	Py_XDECREF(list);
+	return status;
+}
+
+static PyObject *counters_dict(const struct region_header *header)
+{
+	const struct region_counters *counters = &header->counters;
+	PyObject *dict = PyDict_New();
+
+	if (dict == NULL)
+		return NULL;
+#define X(name)                                                                                            \
+	if (add_counter(dict, #name, atomic_load_explicit(&counters->name, memory_order_relaxed)) < 0)     \
+		goto fail;
+	REGION_COUNTERS(X)
+#undef X
+#define X(name)                                                        \
+	if (add_histogram(dict, #name, counters->name) < 0)            \
+		goto fail;
+	REGION_HISTOGRAMS(X)
+#undef X
+	if (add_counter(dict, "slots", header->slot_count) < 0 ||
+	    add_counter(dict, "generation", atomic_load(&header->generation)) < 0 ||
+	    add_counter(dict, "region_bytes", header->region_bytes) < 0)
+		goto fail;
+	return dict;
+fail:
+	Py_DECREF(dict);
+	return NULL;
+}
+
 /* ------------------------------------------------------------------ Engine ----------------------------- */
 
 struct engine_object {
@@ -137,14 +194,29 @@ struct engine_object {
 
 static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-	struct nfsio_options options;
+	static char *names[] = { "url", "address", "region_fd", "region_pages", "connections", "stable_writes",
+				 "read_ahead_pages", "connect_timeout_s", NULL };
+	struct engine_options options = {
+		.nfs = { .connect_timeout_s = CONNECT_TIMEOUT_S },
+		.region_fd = -1,
+		.region_pages = 4096,
+		.connections = 1,
+		.read_ahead_pages = 64,
+	};
 	struct nfsio_failure why;
 	struct engine *engine = NULL;
 	struct engine_object *self;
-	int error;
+	int stable_writes = 0, error;
 
-	if (parse_options(args, kwargs, &options) < 0)
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$iIIpII", names, &options.nfs.url, &options.nfs.address,
+					 &options.region_fd, &options.region_pages, &options.connections, &stable_writes,
+					 &options.read_ahead_pages, &options.nfs.connect_timeout_s))
 		return NULL;
+	options.stable_writes = stable_writes;
+	if (options.region_pages < ENGINE_REGION_PAGES_MIN || options.connections < 1 || options.connections > 2) {
+		PyErr_SetString(PyExc_ValueError, "region_pages must be 256 or more, connections 1 or 2");
+		return NULL;
+	}
 	Py_BEGIN_ALLOW_THREADS
 	error = engine_create(&options, &engine, &why);
 	Py_END_ALLOW_THREADS
@@ -216,15 +288,15 @@ static PyObject *engine_pwrite(struct engine_object *self, PyObject *args)
 {
 	unsigned long long offset;
 	Py_buffer buffer;
-	int error;
+	int error, fua = 0;
 
-	if (!PyArg_ParseTuple(args, "y*O&", &buffer, parse_u64, &offset))
+	if (!PyArg_ParseTuple(args, "y*O&|p", &buffer, parse_u64, &offset, &fua))
 		return NULL;
 	if (self->engine == NULL) {
 		PyBuffer_Release(&buffer);
 		return closed();
 	}
-	RUN(self, error, engine_write(self->engine, buffer.buf, offset, (uint64_t)buffer.len));
+	RUN(self, error, engine_write(self->engine, buffer.buf, offset, (uint64_t)buffer.len, fua));
 	PyBuffer_Release(&buffer);
 	return none_or_errno(error);
 }
@@ -259,11 +331,19 @@ static PyObject *engine_get_size(struct engine_object *self, void *unused)
 	return PyLong_FromUnsignedLongLong(engine_size_bytes(self->engine));
 }
 
+static PyObject *engine_counters(struct engine_object *self, PyObject *unused)
+{
+	if (self->engine == NULL)
+		return closed();
+	return counters_dict(engine_region(self->engine));
+}
+
 static PyMethodDef engine_methods[] = {
 	{ "pread", (PyCFunction)engine_pread, METH_VARARGS, "pread(buffer, offset): fill the buffer from the device" },
-	{ "pwrite", (PyCFunction)engine_pwrite, METH_VARARGS, "pwrite(buffer, offset): stable on the NAS on return" },
+	{ "pwrite", (PyCFunction)engine_pwrite, METH_VARARGS, "pwrite(buffer, offset, fua=False): in the region on return, with fua on the NAS" },
 	{ "flush", (PyCFunction)engine_flush_method, METH_NOARGS, "flush(): all that was written is on the NAS" },
 	{ "trim", (PyCFunction)engine_trim_method, METH_VARARGS, "trim(length, offset): the bytes may be forgotten" },
+	{ "counters", (PyCFunction)engine_counters, METH_NOARGS, "counters() -> the region's counters and histograms" },
 	{ "close", (PyCFunction)engine_close, METH_NOARGS, "close(): leave the server; nothing may be running" },
 	{ NULL, NULL, 0, NULL },
 };
@@ -278,7 +358,8 @@ static PyType_Slot engine_slots[] = {
 	{ Py_tp_dealloc, engine_dealloc },
 	{ Py_tp_methods, engine_methods },
 	{ Py_tp_getset, engine_getset },
-	{ Py_tp_doc, (void *)"Engine(url, address, *, connect_timeout_s=15): a block device over a file on an NFS server" },
+	{ Py_tp_doc, (void *)"Engine(url, address, *, region_fd=-1, region_pages=4096, connections=1, stable_writes=False, "
+			     "read_ahead_pages=64, connect_timeout_s=15): a block device over a file on an NFS server" },
 	{ 0, NULL },
 };
 
@@ -362,7 +443,7 @@ static PyObject *file_transfer(struct file_object *self, enum nfsio_op op, Py_bu
 			.offset_bytes = offset + moved,
 			.length_bytes = length - moved < most ? (uint32_t)(length - moved) : most,
 		};
-		error = nfsio_transfer(self->io, &req, 1);
+		error = nfsio_transfer(self->io, &req);
 		moved += req.moved_bytes;
 		if (req.moved_bytes < req.length_bytes)
 			break;
@@ -532,9 +613,26 @@ static PyType_Spec file_spec = {
 
 /* ------------------------------------------------------------------ module ----------------------------- */
 
+static PyObject *region_counters(PyObject *module, PyObject *args)
+{
+	struct region_header *header;
+	PyObject *dict;
+	int fd;
+
+	if (!PyArg_ParseTuple(args, "i", &fd))
+		return NULL;
+	header = mmap(NULL, sizeof(*header), PROT_READ, MAP_SHARED, fd, 0);
+	if (header == MAP_FAILED)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	dict = counters_dict(header);
+	munmap(header, sizeof(*header));
+	return dict;
+}
+
 static PyMethodDef module_methods[] = {
 	{ "keep_thread_states", keep_thread_states, METH_NOARGS,
 	  "keep_thread_states(): for programs whose threads Python did not make, nbdkit above all" },
+	{ "region_counters", region_counters, METH_VARARGS, "region_counters(fd) -> as Engine.counters(), of a region's fd" },
 	{ NULL, NULL, 0, NULL },
 };
 

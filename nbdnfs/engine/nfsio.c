@@ -11,6 +11,7 @@
  */
 #include "nfsio.h"
 
+#include "log.h"
 #include "stack.h"
 
 #include <errno.h>
@@ -20,7 +21,6 @@
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -35,7 +35,6 @@
 #include <nfsc/libnfs-raw.h>
 #include <nfsc/libnfs-raw-nfs.h>
 
-#define THREAD_STACK_BYTES (256 * 1024)
 #define TRANSFER_LIMIT_BYTES (1024 * 1024)
 #define BACKOFF_FIRST_MS 50
 #define BACKOFF_LIMIT_MS 5000
@@ -119,13 +118,6 @@ static int call_pwrite(struct nfs_context *nfs, struct nfsfh *fh, void *data, si
 
 /* ------------------------------------------------------------------ data ------------------------------- */
 
-/* The requests of one nfsio_transfer(), which waits on `all_done`. On its stack; guarded by io->batch_lock. */
-struct batch {
-	struct nfsio *io;
-	size_t waiting;
-	pthread_cond_t all_done;
-};
-
 /* One name operation, on its caller's stack. Guarded by io->lock. */
 struct name_op {
 	struct nfsio *io;
@@ -183,22 +175,6 @@ static int64_t now_ms(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &ts);
 	return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
-
-/* One line on stderr, without stdio's buffers: it may be written while memory is short. */
-__attribute__((format(printf, 1, 2))) static void log_line(const char *format, ...)
-{
-	char line[512];
-	va_list ap;
-	int length = snprintf(line, sizeof(line), "nbdnfs: ");
-
-	va_start(ap, format);
-	length += vsnprintf(line + length, sizeof(line) - length - 1, format, ap);
-	va_end(ap);
-	if (length > (int)sizeof(line) - 2)
-		length = sizeof(line) - 2;
-	line[length++] = '\n';
-	(void)!write(STDERR_FILENO, line, length);
 }
 
 static void set_failure(struct nfsio_failure *why, enum nfsio_phase phase, int error, const char *text)
@@ -488,7 +464,7 @@ void nfsio_submit(struct nfsio *io, struct nfsio_req *req)
 
 static void batch_req_done(struct nfsio_req *req)
 {
-	struct batch *batch = req->owner;
+	struct nfsio_batch *batch = req->owner;
 	struct nfsio *io = batch->io;
 
 	pthread_mutex_lock(&io->batch_lock);
@@ -497,29 +473,39 @@ static void batch_req_done(struct nfsio_req *req)
 	pthread_mutex_unlock(&io->batch_lock);
 }
 
-int nfsio_transfer(struct nfsio *io, struct nfsio_req *reqs, size_t count)
+void nfsio_batch_start(struct nfsio *io, struct nfsio_batch *batch, struct nfsio_req *reqs, size_t count)
 {
-	struct batch batch = { .io = io, .waiting = count };
-
-	/* NFS has no open file: a server that lets us write does not know that we did not want to */
-	for (size_t i = 0; i < count; i++)
-		if (io->options.read_only && reqs[i].op != NFSIO_READ)
-			return -EBADF;
-	pthread_cond_init(&batch.all_done, NULL);
+	batch->io = io;
+	batch->waiting = count;
+	pthread_cond_init(&batch->all_done, NULL);
 	for (size_t i = 0; i < count; i++) {
 		reqs[i].done = batch_req_done;
-		reqs[i].owner = &batch;
+		reqs[i].owner = batch;
 		nfsio_submit(io, &reqs[i]);
 	}
+}
+
+void nfsio_batch_wait(struct nfsio_batch *batch)
+{
+	struct nfsio *io = batch->io;
+
 	pthread_mutex_lock(&io->batch_lock);
-	while (batch.waiting > 0)
-		pthread_cond_wait(&batch.all_done, &io->batch_lock);
+	while (batch->waiting > 0)
+		pthread_cond_wait(&batch->all_done, &io->batch_lock);
 	pthread_mutex_unlock(&io->batch_lock);
-	pthread_cond_destroy(&batch.all_done);
-	for (size_t i = 0; i < count; i++)
-		if (reqs[i].error != 0)
-			return reqs[i].error;
-	return 0;
+	pthread_cond_destroy(&batch->all_done);
+}
+
+int nfsio_transfer(struct nfsio *io, struct nfsio_req *req)
+{
+	struct nfsio_batch batch;
+
+	/* NFS has no open file: a server that lets us write does not know that we did not want to */
+	if (io->options.read_only && req->op != NFSIO_READ)
+		return -EBADF;
+	nfsio_batch_start(io, &batch, req, 1);
+	nfsio_batch_wait(&batch);
+	return req->error;
 }
 
 /* ------------------------------------------------------------------ name operations -------------------- */
@@ -1179,6 +1165,11 @@ void nfsio_close(struct nfsio *io)
 void nfsio_opened_stat(const struct nfsio *io, struct nfsio_stat *st)
 {
 	*st = io->opened;
+}
+
+bool nfsio_has_commit(const struct nfsio *io)
+{
+	return io->version == 3;
 }
 
 uint32_t nfsio_max_transfer_bytes(const struct nfsio *io)

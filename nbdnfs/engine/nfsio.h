@@ -11,6 +11,7 @@
 #ifndef NBDNFS_NFSIO_H
 #define NBDNFS_NFSIO_H
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -88,15 +89,27 @@ uint32_t nfsio_max_transfer_bytes(const struct nfsio *io);
 /* Start a request. Allocates nothing of its own. */
 void nfsio_submit(struct nfsio *io, struct nfsio_req *req);
 
-/*
- * Run requests at once and wait for all of them; sets their `done`. Returns 0, or the first request's error, or
- * -EBADF, with none of them run, where something is to be written to a file opened `read_only`.
- */
-int nfsio_transfer(struct nfsio *io, struct nfsio_req *reqs, size_t count);
+/* Requests that somebody waits for together. In place until nfsio_batch_wait() returns; guarded by a lock of io's. */
+struct nfsio_batch {
+	struct nfsio *io;
+	size_t waiting;
+	pthread_cond_t all_done;
+};
+
+/* Start requests at once; sets their `done`. */
+void nfsio_batch_start(struct nfsio *io, struct nfsio_batch *batch, struct nfsio_req *reqs, size_t count);
+void nfsio_batch_wait(struct nfsio_batch *batch);
+
+/* Run one request and wait for it. Returns its error; -EBADF for a write to what was opened `read_only`. */
+int nfsio_transfer(struct nfsio *io, struct nfsio_req *req);
+
+/* Whether NFSIO_WRITE_UNSTABLE and NFSIO_COMMIT can be asked for: the verifier is seen over NFSv3 only. */
+bool nfsio_has_commit(const struct nfsio *io);
 
 /*
- * Name operations, relative to the URL's directory ("/name"). Each returns 0, or -errno and *why. Unlike transfers they fail when the connection is lost: a RENAME that was sent twice may fail
- * although the first did its work, and only the caller can tell.
+ * Name operations, relative to the URL's directory ("/name"). Each returns 0, or -errno and *why. Unlike
+ * transfers they fail when the connection is lost: a RENAME that was sent twice may fail although the first did
+ * its work, and only the caller can tell.
  */
 int nfsio_stat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why);
 int nfsio_fstat(struct nfsio *io, struct nfsio_stat *st, struct nfsio_failure *why);

@@ -39,25 +39,36 @@ struct region_identity {
 #define HISTOGRAM_BUCKETS 32
 
 /* Written by the worker without locks, read by anybody: each is a whole number of its own. */
+#define REGION_COUNTERS(X)                                                                         \
+	X(reads) X(writes) X(flushes) X(trims)      /* NBD requests */                              \
+	X(read_bytes) X(written_bytes)                                                             \
+	X(hit_pages) X(missed_pages)                /* read pages found in the region, and not */   \
+	X(filled_pages_written)                     /* pages of one word, which do not travel */    \
+	X(nfs_reads) X(nfs_read_bytes)                                                             \
+	X(nfs_writes) X(nfs_written_bytes) X(nfs_commits)                                          \
+	X(read_ahead_pages) X(read_ahead_hits) X(read_ahead_wasted)                                \
+	X(stalls)                                   /* writes that had to wait for a slot */        \
+	X(write_errors)                             /* write-backs that the server refused */       \
+	X(lost_uncommitted_pages)                   /* written again: the server had restarted */   \
+	X(checksum_rereads) X(checksum_failures)                                                   \
+	X(replayed_pages)                           /* found dirty by a new worker */               \
+	X(reconnects)                                                                              \
+	X(unstable_pages)                           /* now: what the NAS does not have for good */  \
+	X(nfs_in_flight)                            /* now: write-backs and read-aheads under way */ \
+	X(write_back_error)                         /* now: errno of the last refusal, 0 when none */ \
+	X(disconnected)                             /* now: 1 while there is no connection */
+
+/* log2 of microseconds: bucket n counts what took less than 2^n */
+#define HISTOGRAM_BUCKETS 32
+#define REGION_HISTOGRAMS(X) X(read_us) X(write_us) X(nfs_read_us) X(nfs_write_us)
+
 struct region_counters {
-	_Atomic uint64_t reads, writes, flushes, trims;       /* NBD requests */
-	_Atomic uint64_t read_bytes, written_bytes;
-	_Atomic uint64_t hit_pages, missed_pages;             /* read pages found in a slot, and not */
-	_Atomic uint64_t filled_pages_written, filled_pages_read;
-	_Atomic uint64_t rewritten_pages;                     /* written again before they had left */
-	_Atomic uint64_t nfs_reads, nfs_read_bytes;
-	_Atomic uint64_t nfs_writes, nfs_written_bytes, nfs_commits;
-	_Atomic uint64_t read_ahead_pages, read_ahead_hits, read_ahead_wasted;
-	_Atomic uint64_t stalls;                              /* writes that had to wait for a slot */
-	_Atomic uint64_t write_errors, verifier_changes;
-	_Atomic uint64_t checksum_rereads, checksum_failures;
-	_Atomic uint64_t replayed_pages;                      /* found dirty by a new worker */
-	_Atomic uint64_t reconnects, retries;
-	_Atomic uint64_t dirty_pages;                         /* now */
-	_Atomic uint64_t nfs_in_flight;                       /* now */
-	/* log2 of microseconds: bucket n counts what took less than 2^n */
-	_Atomic uint64_t read_us[HISTOGRAM_BUCKETS], write_us[HISTOGRAM_BUCKETS];
-	_Atomic uint64_t nfs_read_us[HISTOGRAM_BUCKETS], nfs_write_us[HISTOGRAM_BUCKETS];
+#define X(name) _Atomic uint64_t name;
+	REGION_COUNTERS(X)
+#undef X
+#define X(name) _Atomic uint64_t name[HISTOGRAM_BUCKETS];
+	REGION_HISTOGRAMS(X)
+#undef X
 };
 
 struct region_header {
@@ -113,6 +124,11 @@ static inline uint64_t slot_page(uint64_t value)
 static inline enum slot_content slot_content(uint64_t value)
 {
 	return value & 3;
+}
+
+static inline void set_counter(_Atomic uint64_t *counter, uint64_t value)
+{
+	atomic_store_explicit(counter, value, memory_order_relaxed);
 }
 
 static inline void count(_Atomic uint64_t *counter, uint64_t amount)

@@ -4,11 +4,12 @@
 
 #include <stddef.h>
 
+#define THREAD_STACK_BYTES (256 * 1024)
 #define TOUCHED_STACK_BYTES (96 * 1024)
 
 /*
  * Have the calling thread's stack faulted further down than it will ever go: a first touch later would be a
- * page fault in the path that frees memory. Stacks are 256 KiB; CPython's and libnfs's calls need far less.
+ * page fault in the path that frees memory. CPython's and libnfs's calls need far less.
  */
 __attribute__((noinline, unused)) static void touch_stack(void)
 {

@@ -12,6 +12,7 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parents[2] / "nbdnfs" / "engine"
 PAGE = 4096
 HIT, MISS, WAIT = 0, 1, 2
+STORED, FILLED, FULL = 0, 1, 2
 
 
 class Identity(Structure):
@@ -57,11 +58,11 @@ def build(directory: Path) -> ctypes.CDLL:
         "cache_create": (c_void_p, POINTER(RegionStruct)),
         "cache_destroy": (None, c_void_p),
         "cache_read": (c_int, c_void_p, c_uint64, c_char_p),
-        "cache_write": (c_bool, c_void_p, c_uint64, c_char_p, c_uint32),
+        "cache_write": (c_int, c_void_p, c_uint64, c_char_p, c_uint32, c_bool),
         "cache_trim": (None, c_void_p, c_uint64),
         "cache_sequence": (c_uint64, c_void_p),
         "cache_is_stable": (c_bool, c_void_p, c_uint64),
-        "cache_page_is_stable": (c_bool, c_void_p, c_uint64),
+        "cache_page_is_stable": (c_bool, c_void_p, c_uint64, c_uint64),
         "cache_materialise": (c_bool, c_void_p, POINTER(c_uint64)),
         "cache_checksum": (c_uint32, c_void_p, c_uint64),
         "cache_take_run": (c_bool, c_void_p, POINTER(RunStruct), c_uint32, c_char_p),
@@ -129,9 +130,9 @@ class Cache:
         buffer = ctypes.create_string_buffer(PAGE)
         return self.library.cache_read(self.pointer, page, buffer), buffer.raw
 
-    def write(self, page: int, data: bytes) -> bool:
+    def write(self, page: int, data: bytes, *, may_fill: bool = True) -> bool:
         """False: no slot."""
-        return bool(self.library.cache_write(self.pointer, page, data, self.crc(data)))
+        return bool(self.library.cache_write(self.pointer, page, data, self.crc(data), may_fill) != FULL)
 
     def trim(self, page: int) -> None:
         """Forget the page."""

@@ -99,6 +99,8 @@ class CacheMachine(RuleBasedStateMachine):
         for run in self.runs:
             self.server.write(run.pages, stable=True)
             self.cache.run_stable(run)
+        for fetch in self.fetches:
+            self.cache.fetch_done(fetch.first, fetch.pages, fetch.number)
         if self.commit_under_way:
             self.cache.commit_failed()
         self.runs = []
