@@ -59,13 +59,14 @@ def explain(error: OSError, url: NfsUrl, address: str) -> NbdnfsError:
     if number in (errno.EACCES, errno.EPERM):
         return PermissionDeniedError(
             f"{url.host} does not let uid {url.options.get('uid', os.geteuid())} read and write {path}",
-            "check the file's owner and mode, the export's root squash, or give uid= and gid= in the URL",
+            "check the file's owner and mode, that the export is neither read-only nor squashes root, or give uid= and"
+            " gid= in the URL",
         )
     if number == errno.EROFS:
         return PermissionDeniedError(f"{url.host} exports {path} read-only", "export it for reading and writing")
-    if number == errno.EINVAL and error.strerror:
+    if number == errno.EINVAL:
         return ConfigError(
-            f"{path} on {url.host} cannot be a device: {error.strerror}",
+            f"{path} on {url.host} cannot be a device: {error.strerror or 'it is no regular file'}",
             "make a file of whole 4096-byte pages: nbdnfs create URL --size SIZE",
         )
     if number == errno.EBUSY:
