@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""create and inspect on a real server: every block is there, and every failure and interruption is told and mended."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+from nfs_server import Ganesha
+from proxy import TcpProxy
+from small_filesystem import small_filesystem
+from waiting import DEADLINE_S, in_background, wait_until
+
+from nbdnfs import provision
+from nbdnfs.engine import libnfs_version
+from nbdnfs.errors import CannotCreateError, ConfigError, NbdnfsError, NoInputError, PermissionDeniedError
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def name(ganesha: Ganesha, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A name of the test's own on the session's server; nothing but it is left there when the test ends."""
+    before = set(os.listdir(ganesha.export_path))
+    name = f"{request.node.name.partition('[')[0]}.swap"
+    yield name
+    left = set(os.listdir(ganesha.export_path)) - before
+    for file in left:
+        (ganesha.export_path / file).unlink()
+    assert left <= {name}
+
+
+def assert_is_backing_file(path: Path, size_bytes: int) -> None:
+    """Zeros, no hole, closed to others, one name."""
+    with path.open("rb") as file:
+        assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == size_bytes
+        assert all(not any(chunk) for chunk in iter(lambda: file.read(MIB), b""))
+        found = os.fstat(file.fileno())
+    assert (found.st_size, found.st_mode & 0o7777, found.st_nlink) == (size_bytes, 0o600, 1)
+    assert found.st_blocks * 512 >= size_bytes
+
+
+def fails_with(kind: type[NbdnfsError], message: str, hint: str, action: Callable[[], object]) -> None:
+    with pytest.raises(kind) as caught:
+        action()
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+def start_create(url: str, size: str, **environment: str) -> subprocess.Popen[str]:
+    """`nbdnfs create` as a process; its progress comes on stderr, a line for every tenth part."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "nbdnfs", "create", url, "--size", size],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def wait_for_percent(creator: subprocess.Popen[str], percent: int) -> IO[str]:
+    """Read the progress until that much is done; the rest of stderr."""
+    assert creator.stderr is not None
+    for line in creator.stderr:
+        shown = re.fullmatch(r"nbdnfs: (\d+)% .*\n", line)
+        if shown and int(shown[1]) >= percent:
+            return creator.stderr
+    raise AssertionError(f"it ended before {percent}%: {creator.wait()}")
+
+
+def test_create_and_inspect(ganesha: Ganesha, name: str) -> None:
+    """33 MiB and a page, and what the server says about them."""
+    size_bytes = 33 * MIB + 4096
+    seen: list[tuple[int, int]] = []
+    provision.create(ganesha.url(name), size_bytes, progress=lambda *done: seen.append(done))
+    path = ganesha.export_path / name
+    assert_is_backing_file(path, size_bytes)
+    assert (seen[0], seen[-1]) == ((0, size_bytes), (size_bytes, size_bytes))
+    found = provision.inspect(ganesha.url(name))
+    stat = path.stat()
+    assert found == provision.BackingFile(size_bytes, 0o600, stat.st_ino, stat.st_blocks * 512)
+
+
+def test_over_nfsv4(ganesha: Ganesha, name: str) -> None:
+    """The same where libnfs can; where it cannot, that is said before anything is made."""
+    url = ganesha.url(name, version=4)
+    if int(libnfs_version.split(".")[0]) < 5:
+        fails_with(ConfigError, "NFSv4 needs libnfs 5.0", "version=3", lambda: provision.create(url, MIB))
+    else:
+        provision.create(url, 9 * MIB)
+        assert_is_backing_file(ganesha.export_path / name, 9 * MIB)
+        assert provision.inspect(url).size_bytes == 9 * MIB
+
+
+def test_existing_files(ganesha: Ganesha, name: str) -> None:
+    """Refused; with force rewritten, grown, and never made smaller."""
+    path, url = ganesha.export_path / name, ganesha.url(name)
+    path.write_bytes(b"\xaa" * MIB)
+    path.chmod(0o600)
+    fails_with(CannotCreateError, "exists already (1 MiB)", "--force", lambda: provision.create(url, 2 * MIB))
+    assert path.read_bytes() == b"\xaa" * MIB
+    fileid = path.stat().st_ino
+    provision.create(url, 2 * MIB, force=True)
+    assert_is_backing_file(path, 2 * MIB)
+    assert path.stat().st_ino == fileid
+    fails_with(
+        CannotCreateError, "never made smaller", "remove the file", lambda: provision.create(url, MIB, force=True)
+    )
+    assert_is_backing_file(path, 2 * MIB)
+
+
+def test_directories(ganesha: Ganesha, name: str) -> None:
+    """A directory is no file, and one that is not there cannot hold one."""
+    (ganesha.export_path / "folder").mkdir(exist_ok=True)
+    fails_with(
+        NoInputError, "is a directory", "name a file", lambda: provision.create(ganesha.url("folder"), MIB, force=True)
+    )
+    provision.create(ganesha.url(f"folder/{name}"), MIB)
+    assert_is_backing_file(ganesha.export_path / "folder" / name, MIB)
+    assert os.listdir(ganesha.export_path / "folder") == [name]
+    (ganesha.export_path / "folder" / name).unlink()
+    (ganesha.export_path / "folder").rmdir()
+    fails_with(NoInputError, "no directory", "", lambda: provision.create(ganesha.url("folder/x"), MIB))
+
+
+def test_a_server_that_fills_up(tmp_path: Path) -> None:
+    """ENOSPC is told, and the room is given back."""
+    with small_filesystem(tmp_path, 16 * MIB) as folder, Ganesha(tmp_path / "server", export=folder) as server:
+        url = server.url("swap0")
+        free_before = os.statvfs(folder).f_bfree
+        fails_with(CannotCreateError, "no space left in", "free space", lambda: provision.create(url, 64 * MIB))
+        assert [entry for entry in os.listdir(folder) if entry != "lost+found"] == []
+        wait_until(lambda: os.statvfs(folder).f_bfree >= free_before - 16, "the server lets the file go")
+        provision.create(url, 8 * MIB)
+        assert_is_backing_file(folder / "swap0", 8 * MIB)
+
+
+def test_squashed_root(tmp_path: Path) -> None:
+    """Root that may not, root that becomes nobody, and the way out that the hint names."""
+    with Ganesha(tmp_path, squash="root") as server:
+        url = server.url("swap0")
+        fails_with(
+            PermissionDeniedError, "root is squashed there", "no_root_squash", lambda: provision.create(url, MIB)
+        )
+        server.export_path.chmod(0o777)
+        fails_with(
+            PermissionDeniedError,
+            "squashes root: a new file",
+            "uid=65534&gid=65534",
+            lambda: provision.create(url, MIB),
+        )
+        assert os.listdir(server.export_path) == []
+        provision.create(server.url("swap0", uid=65534, gid=65534), MIB)
+        assert_is_backing_file(server.export_path / "swap0", MIB)
+
+
+def test_no_permission(ganesha: Ganesha, name: str) -> None:
+    """A user who may not write there is told so, by number."""
+    url = ganesha.url(name, uid=1234, gid=1234)
+    fails_with(PermissionDeniedError, "does not let uid 1234 make a file", "uid=", lambda: provision.create(url, MIB))
+
+
+def test_read_only_export(tmp_path: Path) -> None:
+    """EROFS has its own words."""
+    with Ganesha(tmp_path, access="RO") as server:
+        fails_with(PermissionDeniedError, "read-only", "writing", lambda: provision.create(server.url("swap0"), MIB))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_goes_on_after_the_process_died(ganesha: Ganesha, proxy: TcpProxy, name: str, number: signal.Signals) -> None:
+    """Killed at a third, the same command writes the rest, and not all of it again."""
+    proxy.throttle(requests_bytes_per_s=40 * MIB)
+    with start_create(ganesha.url(name, nfsport=proxy.port), "64M") as creator:
+        wait_for_percent(creator, 30)
+        creator.send_signal(number)
+        status = creator.wait(DEADLINE_S)
+        assert status == (130 if number == signal.SIGINT else -number)
+    assert not (ganesha.export_path / name).exists()
+    (part,) = (entry for entry in ganesha.export_path.iterdir() if entry.name.startswith(f".{name}."))
+    fileid = part.stat().st_ino
+    proxy.throttle()
+    seen: list[int] = []
+    provision.create(ganesha.url(name), 64 * MIB, progress=lambda done, total: seen.append(done))
+    assert seen[0] >= 64 * MIB * 3 // 10 - 9 * MIB
+    assert_is_backing_file(ganesha.export_path / name, 64 * MIB)
+    assert (ganesha.export_path / name).stat().st_ino == fileid
+
+
+def test_ctrl_c_while_the_server_is_away(own_ganesha: Ganesha) -> None:
+    """It ends although writes are under way that nobody answers."""
+    with TcpProxy(own_ganesha.nfs_port) as proxy:
+        proxy.throttle(requests_bytes_per_s=40 * MIB)
+        with start_create(own_ganesha.url("swap0", nfsport=proxy.port), "64M") as creator:
+            stderr = wait_for_percent(creator, 10)
+            own_ganesha.pause()
+            creator.send_signal(signal.SIGINT)
+            assert creator.wait(DEADLINE_S) == 130
+            assert "interrupted at" in stderr.read()
+
+
+def test_the_server_dies_and_comes_back(own_ganesha: Ganesha) -> None:
+    """SIGKILL of the server in the middle: create waits for it, and the file is whole."""
+    with TcpProxy(own_ganesha.nfs_port) as proxy:
+        proxy.throttle(requests_bytes_per_s=40 * MIB)
+        done_bytes = [0]
+
+        def note(done: int, total: int) -> None:
+            done_bytes[0] = done
+
+        url = own_ganesha.url("swap0", nfsport=proxy.port)
+        creation = in_background(lambda: provision.create(url, 64 * MIB, progress=note))
+        for mark in (8 * MIB, 24 * MIB, 40 * MIB):
+            wait_until(lambda mark=mark: done_bytes[0] >= mark, f"{mark} bytes")  # type: ignore[misc]
+            own_ganesha.kill()
+            own_ganesha.start()
+        creation.result(DEADLINE_S)
+    assert_is_backing_file(own_ganesha.export_path / "swap0", 64 * MIB)
+    assert os.listdir(own_ganesha.export_path) == ["swap0"]
+
+
+def test_resets_all_along(ganesha: Ganesha, proxy: TcpProxy, name: str) -> None:
+    """A connection that is reset every other MiB costs time and nothing else."""
+    proxy.throttle(requests_bytes_per_s=40 * MIB)
+
+    def reset_now_and_then(done: int, total: int) -> None:
+        if done % (2 * MIB) == 0:
+            proxy.reset()
+
+    provision.create(ganesha.url(name, nfsport=proxy.port), 16 * MIB, progress=reset_now_and_then)
+    assert_is_backing_file(ganesha.export_path / name, 16 * MIB)
+
+
+def test_two_machines_make_one_file(ganesha: Ganesha, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them makes it, the other is told so, whoever is faster; nothing else is left."""
+    url, size_bytes = ganesha.url(name), 8 * MIB
+    outcomes: list[Any] = []
+
+    def another_machine(done: int, total: int) -> None:
+        if done == 4 * MIB:
+            with monkeypatch.context() as patch:
+                patch.setattr(socket, "gethostname", lambda: "another")
+                provision.create(url.replace("127.0.0.1", "localhost"), size_bytes)
+            outcomes.append((ganesha.export_path / name).stat().st_ino)
+
+    fails_with(
+        CannotCreateError,
+        "has come into being meanwhile",
+        "use that one",
+        lambda: provision.create(url, size_bytes, progress=another_machine),
+    )
+    assert [(ganesha.export_path / name).stat().st_ino] == outcomes
+    assert_is_backing_file(ganesha.export_path / name, size_bytes)
+    for part in ganesha.export_path.glob(f".{name}.*.part"):
+        part.unlink()
