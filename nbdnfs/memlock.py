@@ -2,8 +2,8 @@
 """Memory discipline: a process that serves swap must not need memory, nor wait for any, nor be killed.
 
 `prepare` is for the process's start, before it has threads; `lock` for the final process (a fork drops locks,
-mlock(2)). Each measure checks that it took effect and is reported as a `Measure`. docs/memory-pressure.md says
-what each is against, and which kernel function makes it matter.
+mlock(2)); `settle` for when all is loaded. Each measure checks that it took effect and is reported as a
+`Measure`. docs/memory-pressure.md says what each is against, and which kernel function makes it matter.
 
 What this module imports stays in the locked worker: only what CPython has loaded at its start, and `resource`.
 (`dataclasses` alone is 2.5 MiB of heap, `pathlib` 1.7, `re` 1.)
@@ -28,7 +28,7 @@ THREAD_STACK_BYTES = 256 * 1024
 
 # Free and touched in the heap when the work begins: libnfs allocates each call and its reply, nbdkit a buffer
 # of the largest request for each thread, CPython what a callback needs.
-HEAP_BYTES = 3 * 1024 * 1024
+HEAP_BYTES = 5 * 1024 * 1024 // 2
 _TOP_PAD_BYTES = 1024 * 1024
 
 # One above the bottom: enough to be chosen before all ordinary tasks, and to dip below the min watermark
@@ -61,17 +61,16 @@ def prepare(skip: Iterable[str] = ()) -> list[Measure]:
     return list(_run({"malloc": _malloc, "stacks": _stacks}, skip))
 
 
-def lock(code: Iterable[str], *, heap_bytes: int = HEAP_BYTES, skip: Iterable[str] = ()) -> list[Measure]:
-    """The rest, in the process that stays. `code`: how the names of the files begin whose code it will run."""
+def lock(code: Iterable[str], *, skip: Iterable[str] = ()) -> list[Measure]:
+    """In the process that stays, before it starts its threads: they inherit some of it.
+
+    `code`: how the names of the files begin whose code it will run; what else is mapped is dropped first.
+    """
     return list(
         _run(
             {
                 "core dump": _core_dump,
-                "gc": _gc,
-                # before the lock: what is dropped must not be locked
-                "code": lambda: _code(code),
-                "lock": _lock,
-                "heap": lambda: _heap(heap_bytes),
+                "lock": lambda: _lock(code),
                 "io flusher": _io_flusher,
                 "oom": _oom,
                 "realtime": _realtime,
@@ -79,6 +78,11 @@ def lock(code: Iterable[str], *, heap_bytes: int = HEAP_BYTES, skip: Iterable[st
             skip,
         )
     )
+
+
+def settle(code: Iterable[str], *, heap_bytes: int = HEAP_BYTES, skip: Iterable[str] = ()) -> list[Measure]:
+    """When everything that stays has been loaded and allocated: touch what will be needed on top."""
+    return list(_run({"gc": _gc, "code": lambda: _code(code), "heap": lambda: _heap(heap_bytes)}, skip))
 
 
 def require(measures: Iterable[Measure]) -> None:
@@ -152,7 +156,12 @@ def _gc() -> Measure:
     return Measure("gc", not gc.isenabled(), "off" if not gc.isenabled() else "on")
 
 
-def _lock() -> Measure:
+def _lock(code: Iterable[str]) -> Measure:
+    """mlockall(2), for what is touched. First drop the pages that only the dynamic linker has looked at."""
+    names = tuple(code)
+    for mapping in list(_file_mappings()):
+        if not mapping.name.startswith(names) and mapping.permissions in ("r-xp", "r--p") and mapping.is_clean:
+            _memlock.drop(mapping.start, mapping.length)
     _memlock.lock_on_fault()
     locked = _read("/proc/self/status").partition("\nVmLck:")[2].split(maxsplit=1)[0]
     return Measure("lock", locked != "0", f"{locked} KiB mapped, locked once touched")
@@ -185,20 +194,16 @@ def _file_mappings() -> Iterator[_Mapping]:
 
 
 def _code(names: Iterable[str]) -> Measure:
-    """Read in the code and the constants of every mapped file whose name begins with one of `names`; drop those
-    of the others, which only the dynamic linker has looked at.
+    """Read in the code and the constants of every mapped file whose name begins with one of `names`.
 
     Under MCL_ONFAULT code that never ran is still on the disk, and on an NFS root that is a deadlock.
     """
     names = tuple(names)
     total_bytes = 0
     for mapping in list(_file_mappings()):
-        if mapping.name.startswith(names):
-            if mapping.permissions[0] == "r":
-                _memlock.populate(mapping.start, mapping.length)
-                total_bytes += mapping.length
-        elif mapping.permissions in ("r-xp", "r--p") and mapping.is_clean:
-            _memlock.drop(mapping.start, mapping.length)
+        if mapping.name.startswith(names) and mapping.permissions[0] == "r":
+            _memlock.populate(mapping.start, mapping.length)
+            total_bytes += mapping.length
     return Measure("code", total_bytes > 0, f"{total_bytes // 1024} KiB of code and constants read in")
 
 

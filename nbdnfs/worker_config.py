@@ -62,6 +62,11 @@ class WorkerConfig:
         if self.lock != "off":
             self._heed(memlock.lock(CODE, skip=self.without))
 
+    def settle_memory(self) -> None:
+        """When the engine is open. Raises as above."""
+        if self.lock != "off":
+            self._heed(memlock.settle(CODE, skip=self.without))
+
     def _heed(self, measures: list[memlock.Measure]) -> None:
         if self.lock == "required":
             memlock.require(measure for measure in measures if measure.name not in self.without)

@@ -49,6 +49,7 @@ def after_fork():
     global _engine
     _or_exit(_worker.lock_memory)
     _engine = _or_exit(_worker.open_engine)
+    _or_exit(_worker.settle_memory)
 
 
 def cleanup():

@@ -69,7 +69,7 @@ uint32_t cache_checksum(const struct cache *cache, uint64_t page);
 
 /* ---- writing back ---- */
 
-#define RUN_PAGES_MAX 64
+#define RUN_PAGES_MAX 32
 
 /* Pages that lie side by side on the device, on their way to the NAS. */
 struct cache_run {

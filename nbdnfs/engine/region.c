@@ -104,11 +104,14 @@ int region_map(struct region *region, int fd, const struct region_identity *iden
 		error = -errno;
 		goto fail;
 	}
-	memory = mmap(NULL, region->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, region->fd, 0);
+	memory = mmap(NULL, region->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, region->fd, 0);
 	if (memory == MAP_FAILED) {
 		error = -errno;
 		goto fail;
 	}
+	/* MAP_POPULATE does nothing in a process that locks on fault (mm/gup.c: populate_vma_page_range) */
+	for (size_t at = 0; at < region->bytes; at += PAGE_BYTES)
+		atomic_fetch_or((_Atomic uint8_t *)memory + at, 0);
 	madvise(memory, region->bytes, MADV_DONTDUMP); /* other processes' pages: not for a core file */
 	region->header = memory;
 	if (region->bytes >= sizeof(struct region_header) && region->header->magic[0] == '\0' &&

@@ -40,7 +40,7 @@ class RegionStruct(Structure):
 class RunStruct(Structure):
     """struct cache_run"""
 
-    _fields_ = (("first_page", c_uint64), ("count", c_uint32), ("slots", c_uint32 * 64))
+    _fields_ = (("first_page", c_uint64), ("count", c_uint32), ("slots", c_uint32 * 32))
 
 
 def build(directory: Path) -> ctypes.CDLL:
@@ -156,7 +156,7 @@ class Cache:
 
     def take_run(self, most: int) -> Run | None:
         """The run around the oldest dirty page."""
-        struct, buffer = RunStruct(), ctypes.create_string_buffer(64 * PAGE)
+        struct, buffer = RunStruct(), ctypes.create_string_buffer(32 * PAGE)
         if not self.library.cache_take_run(self.pointer, byref(struct), most, buffer):
             return None
         return Run(struct, buffer.raw)
