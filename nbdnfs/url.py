@@ -55,9 +55,9 @@ class NfsUrl:
         """
         try:
             found = socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a label that is empty or too long is no OSError
             raise NoHostError(
-                f"the NFS server '{self.host}' is unknown: {error.strerror}",
+                f"the NFS server '{self.host}' is unknown: {getattr(error, 'strerror', None) or error}",
                 "check the name, or write its address in the URL",
             ) from None
         return str(found[0][4][0])
@@ -102,7 +102,12 @@ def parse(text: str, root: Path = Path("/")) -> NfsUrl:
         raise UsageError(f"the URL '{text}' names no file", _EXAMPLE)
     if ".." in directory.split("/"):
         raise UsageError(f"the URL '{text}' has '..' in its path", "write the path as the server exports it")
-    options = dict(_parse_option(word) for word in query.split("&")) if query else {}
+    options: dict[str, int] = {}
+    for word in query.split("&") if query else ():
+        key, value = _parse_option(word)
+        if key in options:
+            raise UsageError(f"'{key}' is twice in the URL", "give it once")
+        options[key] = value
     return NfsUrl(text=text, host=host, directory=directory or "/", name=name, options=options)
 
 
@@ -113,6 +118,6 @@ def _parse_option(word: str) -> tuple[str, int]:
         hint = f"did you mean '{near[0]}'?" if near else "the options are " + ", ".join(_OPTIONS)
         raise UsageError(f"'{key}' is no option of an NFS URL", hint)
     allowed = _OPTIONS[key]
-    if not re.fullmatch(r"\d{1,10}", value) or int(value) not in allowed:
+    if not re.fullmatch(r"[0-9]{1,10}", value) or int(value) not in allowed:
         raise UsageError(f"'{key}={value}' in the URL is not possible", f"{key} is {allowed[0]} to {allowed[-1]}")
     return key, int(value)
