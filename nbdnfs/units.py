@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from nbdnfs.errors import UsageError
 
@@ -19,9 +20,8 @@ def parse_size_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
     if match is None:
         raise UsageError(f"'{text}' is not a size", "write a number and a unit, for example 512M or 2G")
-    size = float(match[1]) if "." in match[1] else int(match[1])
-    size_bytes = size * _SIZE_FACTORS[match[2].upper()]
-    if size_bytes != int(size_bytes):
+    size_bytes = Fraction(match[1]) * _SIZE_FACTORS[match[2].upper()]
+    if size_bytes.denominator != 1:
         raise UsageError(f"'{text}' is not a whole number of bytes", "write for example 1536M instead")
     return int(size_bytes)
 
@@ -29,7 +29,7 @@ def parse_size_bytes(text: str) -> int:
 def format_size(size_bytes: int) -> str:
     """The largest binary unit that keeps at most one decimal: 2 GiB, 1.5 GiB, 4096 B -> 4 KiB."""
     value, units = float(size_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while abs(value) >= 1024 and len(units) > 1:
+    while round(abs(value), 1) >= 1024 and len(units) > 1:
         value /= 1024
         del units[0]
     return f"{value:.1f}".removesuffix(".0") + f" {units[0]}"
@@ -45,7 +45,7 @@ def parse_duration_s(text: str) -> float:
 
 def format_duration(seconds: float) -> str:
     """Two units at most: 0.7 s, 42 s, 2 min 5 s, 3 h 20 min."""
-    if seconds < 10:
+    if round(seconds, 1) < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
