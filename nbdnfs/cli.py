@@ -27,8 +27,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="nbdnfs",
         description="Swap onto a file on an NFS share.",
-        epilog="URLs are like nfs://nas/export/swap/%%H.swap?version=3 with %%H for the host name "
-        "and %%m for the machine id.",
+        # not a format string, unlike the help of an argument
+        epilog="URLs are like nfs://nas/export/swap/%H.swap?version=3 with %H for the host name "
+        "and %m for the machine id.",
     )
     parser.add_argument("--version", action="version", version=f"nbdnfs {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is done and which programs are started")
