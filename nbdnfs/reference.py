@@ -81,7 +81,8 @@ class Engine:
             target[done : done + moved] = piece[:moved]
             done += moved
 
-    def pwrite(self, buffer: Buffer, offset: int) -> None:
+    def pwrite(self, buffer: Buffer, offset: int, fua: bool = False) -> None:
+        """On the NAS, stably, when it returns, with `fua` or without."""
         source = memoryview(buffer).cast("B")
         self._check_range(offset, len(source))
         done = 0
