@@ -1112,6 +1112,17 @@ static int start_thread(struct nfsio *io)
 	return -error;
 }
 
+/* The NFS version that libnfs will speak; 4.0 does not tell. Like it, take the last of several. */
+static int url_version(const char *url)
+{
+	int version = 3;
+
+	for (const char *at = strchr(url, '?'); at != NULL; at = strchr(at + 1, '&'))
+		if (strncmp(at + 1, "version=", 8) == 0)
+			version = atoi(at + 9);
+	return version;
+}
+
 int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct nfsio_failure *why)
 {
 	struct nfsio *io = calloc(1, sizeof(*io));
@@ -1124,7 +1135,7 @@ int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct n
 	io->options.url = io->options.address = NULL;
 	io->url = strdup(options->url);
 	io->address = strdup(options->address);
-	io->version = strstr(options->url, "version=4") != NULL ? 4 : 3;
+	io->version = url_version(options->url);
 	io->first_failure = why;
 	io->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	pthread_mutex_init(&io->lock, NULL);
