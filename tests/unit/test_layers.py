@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "nbdnfs"
 RANKS = {
     "errors": 0,
     "units": 0,
+    "_memlock": 0,
     "url": 0,
     "config": 1,
     "diagnose": 1,
