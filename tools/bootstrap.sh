@@ -60,7 +60,7 @@ install_packages() {
     [ -d /run/systemd/system ] || keep_off=""
     # shellcheck disable=SC2086 # lists of words
     {
-        [ -z "$keep_off" ] || as_root systemctl --quiet --runtime mask $keep_off
+        [ -z "$keep_off" ] || as_root systemctl --quiet --runtime mask $keep_off || :
         as_root apt-get -q -o DPkg::Lock::Timeout=300 update
         status=0
         as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300 \

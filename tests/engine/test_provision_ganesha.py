@@ -246,7 +246,7 @@ def test_two_machines_make_one_file(ganesha: Ganesha, name: str, monkeypatch: py
         if done == 4 * MIB:
             with monkeypatch.context() as patch:
                 patch.setattr(socket, "gethostname", lambda: "another")
-                provision.create(url.replace("127.0.0.1", "localhost"), size_bytes)
+                provision.create(url.replace("127.0.0.1", "127.1"), size_bytes)
             outcomes.append((ganesha.export_path / name).stat().st_ino)
 
     fails_with(
