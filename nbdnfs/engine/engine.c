@@ -209,6 +209,14 @@ static bool wants_commit(const struct engine *engine)
 	return cache_unstable_count(engine->cache) == uncommitted;
 }
 
+/* No more than the server moves in one READ or WRITE; of a very small one the transport makes several. */
+static uint32_t pages_at_once(const struct engine *engine, uint32_t wanted)
+{
+	uint32_t most = engine->piece_bytes / PAGE_BYTES;
+
+	return wanted <= most ? wanted : most > 0 ? most : 1;
+}
+
 static struct run *free_run(struct engine *engine)
 {
 	for (struct run *run = engine->runs; run < engine->runs + RUNS; run++)
@@ -220,7 +228,7 @@ static struct run *free_run(struct engine *engine)
 /* Start one write-back. Lock held, dropped meanwhile. */
 static void write_back(struct engine *engine, struct run *run)
 {
-	cache_take_run(engine->cache, &run->pages, RUN_PAGES_MAX, run->data);
+	cache_take_run(engine->cache, &run->pages, pages_at_once(engine, RUN_PAGES_MAX), run->data);
 	run->busy = true;
 	run->started_us = now_us();
 	run->req = (struct nfsio_req){
@@ -328,7 +336,7 @@ static void fetch_pages(struct engine *engine, uint64_t first_page, uint32_t pag
 {
 	while (pages > 0) {
 		struct fetch *fetch = free_fetch(engine);
-		uint32_t most = pages < FETCH_PAGES ? pages : FETCH_PAGES;
+		uint32_t most = pages_at_once(engine, pages < FETCH_PAGES ? pages : FETCH_PAGES);
 
 		/* it must not take the place of pages that writes will need at once */
 		if (fetch == NULL || cache_unstable_count(engine->cache) >= engine->region.slot_count * 3 / 4)
