@@ -80,6 +80,12 @@ _REGULAR, _DIRECTORY = 1, 2
 MIB = 1 << 20
 
 
+def _put(file: bytearray, offset: int, data: bytes) -> None:
+    """As pwrite(2): what lies between the end and a later offset is zeros."""
+    file.extend(bytes(max(0, offset - len(file))))
+    file[offset : offset + len(data)] = data
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """A call that arrived. Offset, count and stable are 0 where the procedure has none."""
@@ -121,7 +127,7 @@ class FakeNfsServer(RpcServer):
     export      the directory that may be mounted; by default the file's
     rtmax, wtmax  the most bytes that a READ and a WRITE may move, as FSINFO tells
 
-    `lying` may be set at any time: an "async" export, which says that a write is stable when it is not.
+    `lying` may be set at any time: an "async" export. What is written or committed meanwhile never gets to disk.
     """
 
     def __init__(
@@ -141,6 +147,7 @@ class FakeNfsServer(RpcServer):
         self._generation = 1  # of the file handles: one that has another is stale
         self._content = bytearray(content)  # as clients see it
         self._on_disk = bytearray(content)  # as it is after a crash
+        self._unstable: list[tuple[int, int]] = []  # offset and length of what a COMMIT brings to the disk
         self._verifier = 1
         self.lying = False
         self._calls: list[Call] = []
@@ -225,6 +232,7 @@ class FakeNfsServer(RpcServer):
         """Power fails and comes back: what is not on disk is lost, connections are reset, the verifier changes."""
         with self._lock:
             self._content = self._on_disk.copy()
+            self._unstable.clear()
             self._verifier += 1
             self._held.clear()
             self._reset_connections()
@@ -395,18 +403,26 @@ class FakeNfsServer(RpcServer):
         offset, _, stable, data = arguments.u64(), arguments.u32(), arguments.u32(), arguments.opaque()
         faults = self._of("WRITE")
         data = data[: self._wtmax if faults.limit_bytes is None else min(faults.limit_bytes, self._wtmax)]
-        for file in (self._content, self._on_disk) if stable != UNSTABLE and not self.lying else (self._content,):
-            file.extend(bytes(max(0, offset - len(file))))
-            file[offset : offset + len(data)] = data
+        _put(self._content, offset, data)
+        if not self.lying:
+            self._unstable.append((offset, len(data)))
+            if stable != UNSTABLE:
+                self._make_stable(self._unstable.pop())
         claim = len(data) if faults.claimed_count is None else faults.claimed_count
         stable = stable if faults.claimed_stable is None else faults.claimed_stable
         return u32(NFS3_OK) + _NO_WCC + u32(claim, stable) + u64(self._verifier)
 
     def _commit(self, arguments: XdrReader) -> bytes:
         self._path_of(arguments.opaque())
-        if not self.lying:
-            self._on_disk = self._content.copy()
+        while self._unstable:
+            written = self._unstable.pop()
+            if not self.lying:
+                self._make_stable(written)
         return u32(NFS3_OK) + _NO_WCC + u64(self._verifier)
+
+    def _make_stable(self, written: tuple[int, int]) -> None:
+        offset, length = written
+        _put(self._on_disk, offset, self._content[offset : offset + length])
 
     def _fsstat(self, arguments: XdrReader) -> bytes:
         path = self._path_of(arguments.opaque())
