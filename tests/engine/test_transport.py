@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -13,6 +14,7 @@ import pytest
 from conftest import FileOnServer
 from fake_nfs import (
     FILE_SYNC,
+    NFS3_OK,
     NFS3ERR_IO,
     NFS3ERR_JUKEBOX,
     NFS3ERR_NOSPC,
@@ -30,24 +32,33 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def open_engine() -> Iterator[Callable[..., Engine]]:
-    """`open_engine(url)`: an engine that is closed at the end of the test."""
+def new_fake() -> Iterator[Callable[..., FakeNfsServer]]:
+    """`new_fake(content, ...)`: a fake server, as FakeNfsServer, for the test."""
+    with contextlib.ExitStack() as servers:
+        yield lambda content, **options: servers.enter_context(FakeNfsServer(content, **options))
+
+
+@pytest.fixture
+def fake(new_fake: Callable[..., FakeNfsServer]) -> FakeNfsServer:
+    """One with 1 MiB of random bytes."""
+    return new_fake(os.urandom(MIB))
+
+
+@pytest.fixture
+def open_engine(new_fake: Callable[..., FakeNfsServer]) -> Iterator[Callable[..., Engine]]:
+    """`open_engine(url)`: an engine that is closed at the end of the test, before the fake servers end.
+
+    It reads nothing ahead unless told to.
+    """
     engines: list[Engine] = []
 
-    def open_it(url: str, **options: int) -> Engine:
-        engines.append(Engine(url, LOOPBACK, **options))
+    def open_it(url: str, *, read_ahead_pages: int = 0, **options: int) -> Engine:
+        engines.append(Engine(url, LOOPBACK, read_ahead_pages=read_ahead_pages, **options))
         return engines[-1]
 
     yield open_it
     for engine in engines:
-        engine.close()
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeNfsServer]:
-    """A fake server with 1 MiB of random bytes."""
-    with FakeNfsServer(os.urandom(MIB)) as server:
-        yield server
+        in_background(engine.close).result(DEADLINE_S)
 
 
 def read(engine: Engine, offset: int, length: int = PAGE) -> bytes:
@@ -60,6 +71,27 @@ def write(engine: Engine, data: bytes, offset: int) -> None:
     """On the server when it returns."""
     engine.pwrite(data, offset)
     engine.flush()
+
+
+class SaidOnStderr:
+    """What the C code has said on stderr from here on."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self._capfd = capfd
+        self._text = ""
+        capfd.readouterr()
+
+    @property
+    def lines(self) -> list[str]:
+        self._text += self._capfd.readouterr().err
+        return self._text.splitlines()
+
+    def wait_for(self, words: str) -> None:
+        try:
+            wait_until(lambda: any(words in line for line in self.lines), f"a line with '{words}'")
+        except AssertionError as error:
+            error.add_note(f"but it has said: {self.lines}")
+            raise
 
 
 def results(futures: list[Future[bytes]]) -> list[bytes]:
@@ -99,17 +131,20 @@ def test_four_writes_are_in_flight_together(fake: FakeNfsServer, open_engine: Ca
     assert fake.content == expected
 
 
-def test_one_large_read_is_several_in_flight(open_engine: Callable[..., Engine]) -> None:
-    """Half a MiB from a server that moves 64 KiB at a time: all eight pieces are asked for at once."""
-    with FakeNfsServer(os.urandom(MIB), rtmax=65536, wtmax=65536) as fake:
-        engine = open_engine(fake.url())
-        fake.hold("READ")
-        future = in_background(read, engine, 0, MIB // 2)
-        fake.wait_for(8, DEADLINE_S)
-        fake.release(reverse=True)
-        assert future.result(DEADLINE_S) == fake.content[: MIB // 2]
-        assert {call.count for call in fake.calls("READ")} == {65536}
-        engine.close()
+def test_one_large_read_is_several_in_flight(
+    new_fake: Callable[..., FakeNfsServer], open_engine: Callable[..., Engine]
+) -> None:
+    """A read of 128 KiB from a server that moves 16 KiB at a time: all eight pieces are asked for at once."""
+    fake = new_fake(os.urandom(MIB), rtmax=16384, wtmax=16384)
+    engine = open_engine(fake.url())
+    fake.hold("READ")
+    future = in_background(read, engine, 0, MIB // 8)
+    fake.wait_for(8, DEADLINE_S)
+    fake.release(reverse=True)
+    assert future.result(DEADLINE_S) == fake.content[: MIB // 8]
+    assert sorted((call.offset, call.count) for call in fake.calls("READ")) == [
+        (number * 16384, 16384) for number in range(8)
+    ]
 
 
 def test_four_requests_to_a_slow_server_take_the_time_of_one(
@@ -134,30 +169,32 @@ def test_four_requests_to_a_slow_server_take_the_time_of_one(
 
 
 @pytest.mark.parametrize("limit", [1, 1000, PAGE, 65536])
-def test_short_reads_go_on(open_engine: Callable[..., Engine], limit: int) -> None:
+def test_short_reads_go_on(
+    new_fake: Callable[..., FakeNfsServer], open_engine: Callable[..., Engine], limit: int
+) -> None:
     """A server that returns fewer bytes than asked for is asked for the rest."""
     length = min(limit * 40, MIB) // PAGE * PAGE or PAGE
-    with FakeNfsServer(os.urandom(2 * MIB)) as fake:
-        engine = open_engine(fake.url())
-        fake.limit("READ", limit)
-        assert read(engine, 3 * PAGE, length) == fake.content[3 * PAGE : 3 * PAGE + length]
-        assert len(fake.calls("READ")) == -(-length // limit)
-        engine.close()
+    fake = new_fake(os.urandom(2 * MIB))
+    engine = open_engine(fake.url())
+    fake.limit("READ", limit)
+    assert read(engine, 3 * PAGE, length) == fake.content[3 * PAGE : 3 * PAGE + length]
+    assert len(fake.calls("READ")) >= length // limit
 
 
 @pytest.mark.parametrize("limit", [1, 1000, PAGE, 65536])
-def test_short_writes_go_on(open_engine: Callable[..., Engine], limit: int) -> None:
+def test_short_writes_go_on(
+    new_fake: Callable[..., FakeNfsServer], open_engine: Callable[..., Engine], limit: int
+) -> None:
     """The same for one that takes fewer."""
     length = min(limit * 40, MIB) // PAGE * PAGE or PAGE
-    with FakeNfsServer(os.urandom(2 * MIB)) as fake:
-        engine = open_engine(fake.url())
-        expected = bytearray(fake.content)
-        expected[3 * PAGE : 3 * PAGE + length] = data = os.urandom(length)
-        fake.limit("WRITE", limit)
-        write(engine, data, 3 * PAGE)
-        assert fake.content == fake.on_disk == expected
-        assert len(fake.calls("WRITE")) >= length // limit
-        engine.close()
+    fake = new_fake(os.urandom(2 * MIB))
+    engine = open_engine(fake.url())
+    expected = bytearray(fake.content)
+    expected[3 * PAGE : 3 * PAGE + length] = data = os.urandom(length)
+    fake.limit("WRITE", limit)
+    write(engine, data, 3 * PAGE)
+    assert fake.content == fake.on_disk == expected
+    assert len(fake.calls("WRITE")) >= length // limit
 
 
 @pytest.mark.parametrize("op", ["READ", "WRITE"])
@@ -200,24 +237,52 @@ def test_a_failed_read_is_an_error_and_the_next_one_works(
     assert read(engine, 0) == fake.content[:PAGE]
 
 
-def test_a_full_server(fake: FakeNfsServer, open_engine: Callable[..., Engine]) -> None:
-    """ENOSPC reaches the caller; once there is room, the same write works."""
+def test_a_full_server(
+    fake: FakeNfsServer, open_engine: Callable[..., Engine], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """ENOSPC is nobody's error: the page stays, the flush waits, two lines tell of it; with room it is written."""
     engine = open_engine(fake.url())
     page = os.urandom(PAGE)
-    fake.fail("WRITE", NFS3ERR_NOSPC, times=1)
-    with pytest.raises(OSError, match="No space left") as caught:
-        write(engine, page, 0)
-    assert caught.value.errno == errno.ENOSPC
-    write(engine, page, 0)
+    fake.fail("WRITE", NFS3ERR_NOSPC)
+    said = SaidOnStderr(capfd)
+    written = in_background(write, engine, page, 0)
+    said.wait_for("refuses to write (No space left on device)")
+    assert read(engine, 0) == page
+    assert not written.done()
+    fake.fail("WRITE", NFS3_OK)
+    written.result(DEADLINE_S)
     assert fake.on_disk[:PAGE] == page
+    said.wait_for("the server writes again")
+    assert len(said.lines) == 2
 
 
-def test_a_write_that_is_not_stable_is_an_error(fake: FakeNfsServer, open_engine: Callable[..., Engine]) -> None:
-    """A FILE_SYNC write that the server calls UNSTABLE is not taken for done (RFC 1813, 3.3.7)."""
-    engine = open_engine(fake.url())
+def test_a_stable_write_that_is_not(
+    fake: FakeNfsServer, open_engine: Callable[..., Engine], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A FILE_SYNC write that the server calls UNSTABLE is not taken for done (RFC 1813, 3.3.7); it is said and
+    tried again.
+    """
+    engine = open_engine(fake.url(), stable_writes=True)
     fake.claim_stable(UNSTABLE)
-    with pytest.raises(OSError, match="Protocol error"):
-        write(engine, os.urandom(PAGE), 0)
+    said = SaidOnStderr(capfd)
+    written = in_background(write, engine, os.urandom(PAGE), 0)
+    said.wait_for("refuses to write (Protocol error)")
+    assert not written.done()
+    fake.claim_stable(None)
+    written.result(DEADLINE_S)
+    assert len(fake.calls("WRITE")) >= 2
+
+
+def test_a_file_name_that_looks_like_a_version(
+    new_fake: Callable[..., FakeNfsServer], open_engine: Callable[..., Engine]
+) -> None:
+    """`version=4` in the path is part of it: what is spoken is NFSv3 as the engine speaks it, with COMMIT."""
+    fake = new_fake(os.urandom(MIB), path="/export/version=4&version=4")
+    engine = open_engine(fake.url())
+    assert read(engine, 0) == fake.content[:PAGE]
+    write(engine, bytes(PAGE), 0)
+    assert {call.stable for call in fake.calls("WRITE")} == {UNSTABLE}
+    assert fake.calls("COMMIT")
 
 
 def test_a_file_that_was_cut(backing_file: FileOnServer, open_engine: Callable[..., Engine]) -> None:
@@ -282,25 +347,106 @@ def test_garbage_instead_of_a_reply(fake: FakeNfsServer, open_engine: Callable[.
 # Stability
 
 
-def test_every_write_is_stable(open_engine: Callable[..., Engine]) -> None:
-    """Each WRITE on the wire is FILE_SYNC, also the rest of a short one, and none is larger than the server takes.
-
-    A crash of the server right after the flush loses nothing.
+@pytest.mark.parametrize("stable_writes", [False, True])
+def test_what_is_flushed_survives_a_crash(
+    new_fake: Callable[..., FakeNfsServer], open_engine: Callable[..., Engine], stable_writes: bool
+) -> None:
+    """Large and small writes, some taken short, none larger than the server takes; after the flush all of them are
+    on its disk: written FILE_SYNC, or committed.
     """
-    with FakeNfsServer(bytes(MIB), wtmax=32768) as fake:
-        engine = open_engine(fake.url())
-        fake.limit("WRITE", 10_000)
-        data = os.urandom(MIB)
-        engine.pwrite(data[: MIB // 2], 0)
-        for number in range(128, 256):
-            engine.pwrite(data[number * PAGE : (number + 1) * PAGE], number * PAGE)
-        engine.flush()
-        fake.crash()
-        calls = fake.calls("WRITE")
-        assert fake.content == data
-        assert {call.stable for call in calls} == {FILE_SYNC}
-        assert max(call.count for call in calls) <= 32768
-        engine.close()
+    fake = new_fake(bytes(MIB), wtmax=32768)
+    engine = open_engine(fake.url(), stable_writes=stable_writes)
+    fake.limit("WRITE", 10_000)
+    data = os.urandom(MIB)
+    engine.pwrite(data[: MIB // 2], 0)
+    for number in range(128, 256):
+        engine.pwrite(data[number * PAGE : (number + 1) * PAGE], number * PAGE)
+    engine.flush()
+    fake.crash()
+    assert fake.content == data
+    assert {call.stable for call in fake.calls("WRITE")} == {FILE_SYNC if stable_writes else UNSTABLE}
+    assert max(call.count for call in fake.calls("WRITE")) <= 32768
+    assert bool(fake.calls("COMMIT")) is not stable_writes
+
+
+@pytest.mark.parametrize("request_kind", ["flush", "fua"])
+def test_nothing_is_said_to_be_stable_too_early(
+    fake: FakeNfsServer, open_engine: Callable[..., Engine], request_kind: str
+) -> None:
+    """Flush and FUA wait for the COMMIT's answer, not only for the WRITE's."""
+    engine = open_engine(fake.url())
+    page = os.urandom(PAGE)
+    fake.hold("COMMIT")
+    if request_kind == "flush":
+        request = in_background(write, engine, page, 0)
+    else:
+        request = in_background(engine.pwrite, page, 0, True)
+    fake.wait_for(1, DEADLINE_S)
+    assert not request.done()
+    assert fake.on_disk[:PAGE] != page
+    fake.release()
+    request.result(DEADLINE_S)
+    assert fake.on_disk[:PAGE] == page
+
+
+def test_a_crash_between_write_and_commit(
+    fake: FakeNfsServer, open_engine: Callable[..., Engine], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The server forgets what it had taken unstably: the new write verifier tells, and all of it is written again
+    before the flush returns.
+    """
+    engine = open_engine(fake.url())
+    said = SaidOnStderr(capfd)
+    data = os.urandom(8 * PAGE)
+    fake.hold("COMMIT")
+    written = in_background(write, engine, data, 0)
+    fake.wait_for(1, DEADLINE_S)
+    fake.crash()
+    assert fake.content[: len(data)] != data
+    fake.release()
+    written.result(DEADLINE_S)
+    assert fake.on_disk[: len(data)] == data
+    said.wait_for("writing 8 pages again")
+
+
+def test_a_page_is_never_written_twice_at_once(fake: FakeNfsServer, open_engine: Callable[..., Engine]) -> None:
+    """Rewritten while its WRITE is under way, it reads as the newest, and goes when the first has been answered."""
+    engine = open_engine(fake.url())
+    first, second = os.urandom(PAGE), os.urandom(PAGE)
+    fake.hold("WRITE")
+    flushes = [in_background(write, engine, first, 0)]
+    fake.wait_for(1, DEADLINE_S)
+    engine.pwrite(second, 0)
+    flushes.append(in_background(engine.flush))
+    assert read(engine, 0) == second
+    with pytest.raises(TimeoutError):
+        flushes[1].result(0.3)  # time enough for a second WRITE, if there were one
+    assert fake.held_count == 1
+    fake.release()
+    for flush in flushes:
+        flush.result(DEADLINE_S)
+    assert fake.on_disk[:PAGE] == second
+
+
+def test_a_server_that_lies_is_caught(
+    new_fake: Callable[..., FakeNfsServer], open_engine: Callable[..., Engine], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It says that a page is on disk and loses it in a crash: reading it is EIO, never the old bytes. What it has
+    kept is read on.
+    """
+    fake = new_fake(bytes(4 * MIB))
+    engine = open_engine(fake.url(), region_pages=256)
+    said = SaidOnStderr(capfd)
+    fake.lying = True
+    write(engine, os.urandom(PAGE), 0)
+    fake.lying = False
+    others = os.urandom(3 * MIB)
+    write(engine, others, MIB)  # more than the region holds: the page is nowhere else by now
+    fake.crash()
+    with pytest.raises(OSError, match="Input/output error"):
+        read(engine, 0)
+    said.wait_for("page 0 of the backing file is not what was written to it")
+    assert read(engine, MIB, len(others)) == others
 
 
 # Connections that break
@@ -381,26 +527,18 @@ def test_a_server_that_is_away_and_comes_back(
     path.write_bytes(content := os.urandom(4 * MIB))
     engine = open_engine(own_ganesha.url("swap"))
     page = os.urandom(PAGE)
+    said = SaidOnStderr(capfd)
     own_ganesha.kill()
     reads = [in_background(read, engine, number * MIB) for number in range(4)]
     written = in_background(write, engine, page, PAGE)
-    said = ""
-
-    def has_said_so() -> bool:
-        nonlocal said
-        said += capfd.readouterr().err
-        return "no connection" in said
-
-    wait_until(has_said_so, "a line that the server is away")
+    said.wait_for("no connection")
     own_ganesha.start()
     assert results(reads) == [content[number * MIB : number * MIB + PAGE] for number in range(4)]
     written.result(DEADLINE_S)
     assert path.read_bytes()[PAGE : 2 * PAGE] == page
-    said += capfd.readouterr().err
-    lines = [line for line in said.splitlines() if line.startswith("nbdnfs: ")]
-    assert len(lines) == 2, said
-    assert "waiting for it" in lines[0]
-    assert "connected again after" in lines[1]
+    said.wait_for("connected again after")
+    assert len(said.lines) == 2
+    assert "waiting for it" in said.lines[0]
 
 
 def test_a_file_that_was_replaced_is_not_written_into(
@@ -414,15 +552,9 @@ def test_a_file_that_was_replaced_is_not_written_into(
     page = os.urandom(PAGE)
     fake.replace(stranger := os.urandom(MIB), fileid=fileid + 1)
     fake.crash()
+    said = SaidOnStderr(capfd)
     written = in_background(write, engine, page, 0)
-    said = ""
-
-    def has_said_so() -> bool:
-        nonlocal said
-        said += capfd.readouterr().err
-        return "the file has been replaced by another" in said
-
-    wait_until(has_said_so, "a line that the file is another")
+    said.wait_for("the file has been replaced by another")
     lookups = len(fake.calls("LOOKUP"))
     wait_until(lambda: len(fake.calls("LOOKUP")) > lookups, "it looks again")
     assert not written.done()
@@ -452,9 +584,10 @@ def test_close_while_the_server_is_away(
 ) -> None:
     """It does not wait for the next attempt to connect."""
     engine = Engine(backing_file.url(nfsport=proxy.port), LOOPBACK)
+    said = SaidOnStderr(capfd)
     proxy.refuse = True
     proxy.cut()
-    wait_until(lambda: "no connection" in capfd.readouterr().err, "a line that the server is away")
+    said.wait_for("no connection")
     in_background(engine.close).result(5)
 
 
@@ -465,6 +598,25 @@ def test_close_while_the_server_hangs(backing_file: FileOnServer, proxy: TcpProx
     proxy.cut()
     wait_until(lambda: proxy.accepted == 2, "the next attempt")
     in_background(engine.close).result(5)
+
+
+def test_close_brings_everything_to_the_server(
+    backing_file: FileOnServer, proxy: TcpProxy, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What was written and not flushed waits for the server as long as it is away; then it is on it."""
+    engine = Engine(backing_file.url(nfsport=proxy.port), LOOPBACK)
+    said = SaidOnStderr(capfd)
+    proxy.refuse = True
+    proxy.cut()
+    said.wait_for("no connection")
+    data = os.urandom(16 * PAGE)
+    engine.pwrite(data, PAGE)
+    closed = in_background(engine.close)
+    with pytest.raises(TimeoutError):
+        closed.result(0.3)
+    proxy.refuse = False
+    closed.result(DEADLINE_S)
+    assert backing_file.path.read_bytes()[PAGE : 17 * PAGE] == data
 
 
 def test_close_waits_for_nobody(fake: FakeNfsServer) -> None:
@@ -484,23 +636,24 @@ def test_close_waits_for_nobody(fake: FakeNfsServer) -> None:
 
 
 @pytest.mark.parametrize("export", ["/srv", "/srv/a", "/srv/a/b"])
-def test_an_export_of_a_parent_directory(open_engine: Callable[..., Engine], export: str) -> None:
+def test_an_export_of_a_parent_directory(
+    new_fake: Callable[..., FakeNfsServer], open_engine: Callable[..., Engine], export: str
+) -> None:
     """The server lets only a parent of the URL's directory be mounted: it is, also when connecting again."""
-    with FakeNfsServer(os.urandom(MIB), path="/srv/a/b/swap", export=export) as fake:
-        engine = open_engine(fake.url())
-        assert read(engine, 0) == fake.content[:PAGE]
-        mounts = len(fake.calls("MNT"))
-        assert mounts == 1 + "/srv/a/b".count("/") - export.count("/")
-        fake.crash()
-        assert read(engine, PAGE) == fake.content[PAGE : 2 * PAGE]
-        assert len(fake.calls("MNT")) == mounts + 1
-        engine.close()
+    fake = new_fake(os.urandom(MIB), path="/srv/a/b/swap", export=export)
+    engine = open_engine(fake.url())
+    assert read(engine, 0) == fake.content[:PAGE]
+    mounts = len(fake.calls("MNT"))
+    assert mounts == 1 + "/srv/a/b".count("/") - export.count("/")
+    fake.crash()
+    assert read(engine, PAGE) == fake.content[PAGE : 2 * PAGE]
+    assert len(fake.calls("MNT")) == mounts + 1
 
 
-def test_no_export_at_all(fake: FakeNfsServer) -> None:
+def test_no_export_at_all(new_fake: Callable[..., FakeNfsServer]) -> None:
     """Where no parent can be mounted either, the first refusal is what is reported."""
-    with FakeNfsServer(bytes(PAGE), path="/srv/a/swap", export="/elsewhere") as fake:
-        with pytest.raises(NfsError) as caught:
-            Engine(fake.url(), LOOPBACK)
-        assert (caught.value.phase, caught.value.errno) == ("mount", errno.EACCES)
-        assert len(fake.calls("MNT")) == 2
+    fake = new_fake(bytes(PAGE), path="/srv/a/swap", export="/elsewhere")
+    with pytest.raises(NfsError) as caught:
+        Engine(fake.url(), LOOPBACK)
+    assert (caught.value.phase, caught.value.errno) == ("mount", errno.EACCES)
+    assert len(fake.calls("MNT")) == 2
