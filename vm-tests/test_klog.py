@@ -31,7 +31,7 @@ _TROUBLE = [
     ("io", "[   55.5] Buffer I/O error on dev nbd0, logical block 0, async page read"),
     ("nbd", "[   60.0] block nbd0: Receive control failed (result -104)"),
     ("nbd", "[   60.0] block nbd0: Connection timed out, retrying (0/1 alive)"),
-    ("nbd", "[   60.0] block nbd0: shutting down sockets"),
+    ("nbd", "[   60.0] block nbd0: Dead connection, failed to find a fallback"),
     ("nbd", "[   60.0] block nbd0: Other side returned error (5)"),
     ("nbd", "[   60.0] block nbd0: Possible stuck request 00000000b0: control (write@4096,4096B). Runtime 30 seconds"),
     ("swap", "[   61.0] get_swap_device: Bad swap file entry 58d5b4d8a2a1b2c3"),
@@ -47,6 +47,8 @@ _ORDINARY = """\
 [   12.000000] nbd0: detected capacity change from 0 to 524288
 [   13.000000] Adding 262140k swap on /dev/nbd0.  Priority:-2 extents:1 across:262140k SS
 [   15.000000] block nbd0: NBD_DISCONNECT
+[   15.000010] block nbd0: Disconnected due to user request.
+[   15.000020] block nbd0: shutting down sockets
 [   16.000000] reboot: Power down
 """
 
