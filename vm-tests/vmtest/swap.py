@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The one scenario that everything else is a variation of: serve, attach, swapon, stress, and all the way back."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from vmtest.machine import Machine
+from vmtest.outcome import GuestFailedError
+from vmtest.verdict import Pass, Progress, Verdict
+
+_RUN = "/run/nbdnfs"
+_CGROUP = "/sys/fs/cgroup/nbdnfs-hog"
+_SERVE_TIMEOUT_S = 90
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker that serves a backing file: the `nbdnfs serve` process and its nbdkit."""
+
+    socket: str
+    serve_pid: int
+    nbdkit_pid: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run came to, as the kernel and the stress program counted."""
+
+    pages_out: int
+    pages_in: int
+    wrong_pages: int
+    oom_kills: int
+    seconds: float
+    locked_kib: int
+    resident_kib: int
+    pages: int
+    passes: tuple[Pass, ...]
+
+    def check(self) -> Measured:
+        """Itself when swap was really used and nothing was lost. GuestFailedError otherwise."""
+        if self.wrong_pages or self.oom_kills:
+            raise GuestFailedError(f"{self.wrong_pages} wrong pages, {self.oom_kills} OOM kills")
+        if not self.pages_out or not self.pages_in:
+            raise GuestFailedError(f"nothing was swapped: {self.pages_out} pages out, {self.pages_in} pages in")
+        return self
+
+    def table(self) -> str:
+        """For people."""
+        locked_mib, resident_mib = self.locked_kib / 1024, self.resident_kib / 1024
+        passes = ", ".join(f"{one.order} {one.seconds:.1f}" for one in self.passes)
+        rows = [
+            ("pages out", f"{self.pages_out:,}"),
+            ("pages in", f"{self.pages_in:,}"),
+            ("wrong pages", f"{self.wrong_pages:,} of {self.pages:,}"),
+            ("OOM kills", f"{self.oom_kills:,}"),
+            ("seconds", f"{self.seconds:.1f} ({passes})"),
+            (
+                "locked memory of the worker",
+                f"{locked_mib:.1f} MiB of {resident_mib:.1f} resident",
+            ),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+@contextlib.contextmanager
+def serving(machine: Machine, url: str, name: str = "swap") -> Iterator[Worker]:
+    """`nbdnfs serve` in the background, ended in order afterwards."""
+    socket, pid_file = f"{_RUN}/{name}.sock", f"{_RUN}/{name}.pid"
+    machine.run(f"mkdir -p {_RUN}")
+    serve = machine.start(f"echo $$ > {pid_file}; exec nbdnfs serve {shlex.quote(url)} --socket {socket}")
+    with _tidy(machine, f"pid=$(cat {pid_file}); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done", 60):
+        # The socket alone proves little: it is bound before nbdkit runs. Its plugin connects to the NAS first.
+        waiting = (
+            f"pid=$(cat {pid_file}) && until [ -S {socket} ] && pgrep -P $pid -x nbdkit;"
+            " do kill -0 $pid || exit 1; sleep 0.2; done"
+        )
+        found = machine.run(waiting, _SERVE_TIMEOUT_S, check=False)
+        if found.status != 0:
+            raise GuestFailedError(f"nbdnfs serve did not start:\n{serve.stderr}")
+        serve_pid = int(machine.run(f"cat {pid_file}").stdout)
+        yield Worker(socket, serve_pid, int(found.stdout))
+    result = serve.wait()
+    if result.status != 0:
+        raise GuestFailedError(f"nbdnfs serve ended with {result.status}:\n{result.stderr}")
+
+
+@contextlib.contextmanager
+def swapping(machine: Machine, worker: Worker) -> Iterator[str]:
+    """Attach the worker's export, make it swap with the highest priority, and undo both; yields the device."""
+    machine.run("modprobe nbd")
+    device = machine.run(f"nbdnfs attach {worker.socket}", 90).stdout.strip()
+    with _tidy(machine, f"nbdnfs detach {device}"):
+        machine.run(f"mkswap {device} && swapon --priority 32767 {device}", 90)
+        with _tidy(machine, f"swapoff {device}"):
+            yield device
+
+
+def stress(
+    machine: Machine,
+    *,
+    size_mib: int,
+    limit_mib: int,
+    timeout_s: float,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Verdict:
+    """The stress program in a memory cgroup of `limit_mib`; its verdict, unchecked."""
+    machine.run(
+        "grep -qw memory /sys/fs/cgroup/cgroup.subtree_control || echo +memory > /sys/fs/cgroup/cgroup.subtree_control;"
+        f" mkdir -p {_CGROUP} && echo {limit_mib}M > {_CGROUP}/memory.max"
+    )
+    with _tidy(machine, f"rmdir {_CGROUP}"):
+        command = f"exec hog --size {size_mib} --cgroup {_CGROUP} --report {machine.verdict_target}"
+        hog = machine.start(command, timeout_s)
+        try:
+            verdict = machine.wait_verdict(hog, timeout_s + 30, on_progress)
+        except BaseException:
+            hog.kill()
+            raise
+        hog.wait()
+    return verdict
+
+
+def run(
+    machine: Machine,
+    url: str,
+    *,
+    size_mib: int,
+    limit_mib: int,
+    timeout_s: float,
+    tell: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Measured:
+    """The whole scenario on a backing file that exists. GuestFailedError or LostGuestError when it breaks off."""
+    tell("nbdkit with the plugin: nbdnfs serve")
+    with serving(machine, url) as worker:
+        tell("the kernel's device: nbdnfs attach, mkswap, swapon")
+        with swapping(machine, worker) as device:
+            tell(f"swapping to {device}: {size_mib} MiB of pages in a cgroup of {limit_mib} MiB")
+            before = _counters(machine)
+            verdict = stress(
+                machine, size_mib=size_mib, limit_mib=limit_mib, timeout_s=timeout_s, on_progress=on_progress
+            )
+            after = _counters(machine)
+            locked_kib, resident_kib = _memory_of(machine, worker.nbdkit_pid)
+            tell("all the way back: swapoff, nbdnfs detach")
+    return Measured(
+        pages_out=after["pswpout"] - before["pswpout"],
+        pages_in=after["pswpin"] - before["pswpin"],
+        wrong_pages=verdict.wrong,
+        oom_kills=after["oom_kill"] - before["oom_kill"],
+        seconds=verdict.seconds,
+        locked_kib=locked_kib,
+        resident_kib=resident_kib,
+        pages=verdict.pages,
+        passes=verdict.passes,
+    )
+
+
+def _counters(machine: Machine) -> dict[str, int]:
+    """pswpin, pswpout and oom_kill (global and in cgroups) since boot: mm/vmstat.c."""
+    lines = machine.run("grep -E '^(pswpin|pswpout|oom_kill) ' /proc/vmstat").stdout.splitlines()
+    return {name: int(value) for name, value in (line.split() for line in lines)}
+
+
+def _memory_of(machine: Machine, pid: int) -> tuple[int, int]:
+    """Memory of a process that is locked and there, and all that is there, in KiB.
+
+    Not VmLck: that is the size of the locked mappings, faulted or not, and a worker locks on fault. "Locked" in
+    smaps_rollup counts the pages that are there: fs/proc/task_mmu.c.
+    """
+    lines = machine.run(f"grep -E '^(Locked|Rss):' /proc/{pid}/smaps_rollup").stdout.splitlines()
+    sizes = {line.split()[0]: int(line.split()[1]) for line in lines}
+    return sizes["Locked:"], sizes["Rss:"]
+
+
+@contextlib.contextmanager
+def _tidy(machine: Machine, undo: str, timeout_s: float = 600) -> Iterator[None]:
+    """Run `undo` at the end; after an error only where the machine lives on, and then without a complaint."""
+    try:
+        yield
+    except BaseException:
+        if not machine.disposable:
+            machine.run(undo, timeout_s, check=False)
+        raise
+    machine.run(undo, timeout_s)
