@@ -6,8 +6,9 @@
  * server sent them. NFSv4 goes through libnfs's file API, which hides the state that v4 needs.
  *
  * A submitting thread queues its calls on the context and writes them to the socket itself; the I/O thread
- * only receives, reconnects, and sends what did not fit into the socket. libnfs is not thread-safe: every
- * call on a published context is made under `lock`.
+ * receives, reconnects, and sends what did not fit into the socket. A thread that waits for a batch, with
+ * nothing else under way, receives in the I/O thread's place: the answer finds it without a detour. libnfs is
+ * not thread-safe: every call on a published context is made under `lock`.
  */
 #include "nfsio.h"
 
@@ -40,6 +41,8 @@
 #define BACKOFF_LIMIT_MS 5000
 #define RETRY_LATER_MS 200
 #define CLOSE_LIMIT_MS 1000
+/* So long after a waiter has received the I/O thread takes over again. */
+#define QUIET_MS 100
 
 /* A peer that is gone without a word is noticed by the kernel, not by a limit on how slow a server may be. */
 #define KEEPALIVE_IDLE_S 5
@@ -132,6 +135,9 @@ struct req_list {
 	struct nfsio_req *head, *tail;
 };
 
+/* Who polls the connection and takes in what comes. */
+enum receiver { NOBODY, THE_IO_THREAD, A_WAITER };
+
 struct nfsio {
 	/* constant once nfsio_open() has returned */
 	char *url, *address;
@@ -148,9 +154,13 @@ struct nfsio {
 	pthread_t thread;
 
 	atomic_bool stop;       /* set once, by nfsio_close() */
-	pthread_mutex_t batch_lock; /* guards the batches; innermost */
 
 	pthread_mutex_t lock;   /* guards everything below */
+	pthread_cond_t io_work; /* the I/O thread has something to do, and is not in poll() */
+	enum receiver receiver;
+	unsigned batches;       /* threads in nfsio_batch_wait() */
+	unsigned detached;      /* requests and name operations under way that no batch waits for */
+	int64_t waited_at_ms;   /* when a waiter received last */
 	pthread_cond_t settled; /* signalled with first_done */
 	bool first_done;        /* the first attempt to connect has ended */
 	struct nfsio_failure *first_failure; /* nfsio_open()'s caller's, until first_done */
@@ -221,20 +231,29 @@ static void list_prepend(struct req_list *to, struct req_list *from)
 	from->head = from->tail = NULL;
 }
 
+/* Have the I/O thread, and whoever receives in its place, look again. */
 static void wake_io_thread(struct nfsio *io)
 {
 	uint64_t one = 1;
 
 	(void)!write(io->wake_fd, &one, sizeof(one));
+	pthread_cond_signal(&io->io_work);
 }
 
 /* ------------------------------------------------------------------ completions, lock held ------------- */
 
 static void finish(struct req_list *list, struct nfsio_req *req, int error)
 {
+	struct nfsio_batch *batch = req->batch;
+
 	list_remove(list, req);
 	req->error = error;
-	list_push(&req->io->finished, req);
+	if (batch == NULL) {
+		req->io->detached--;
+		list_push(&req->io->finished, req);
+	} else if (--batch->waiting == 0 && batch->sleeping) {
+		pthread_cond_signal(&batch->all_done);
+	}
 }
 
 static void finish_all(struct req_list *list, int error)
@@ -442,57 +461,133 @@ static void issue_pending(struct nfsio *io)
 		io->broken = true;
 }
 
-/* The I/O thread polls with what it knew: tell it where that has changed. */
+/* Give finished requests back. Lock held, dropped while their `done` runs: that may submit again. */
+static void give_back(struct nfsio *io)
+{
+	while (io->finished.head != NULL) {
+		struct nfsio_req *req = io->finished.head, *next;
+
+		io->finished.head = io->finished.tail = NULL;
+		pthread_mutex_unlock(&io->lock);
+		for (; req != NULL; req = next) {
+			next = req->next; /* `done` may free or reuse the request */
+			req->done(req);
+		}
+		pthread_mutex_lock(&io->lock);
+	}
+}
+
+/*
+ * Wait for something to come over the connection and take it in. Lock held, dropped while waiting. Whoever
+ * calls this is io->receiver; where somebody else is when the wait is over, what came is left to him.
+ */
+static void receive(struct nfsio *io)
+{
+	enum receiver me = io->receiver;
+	struct pollfd fds[2] = {
+		{ .fd = nfs_get_fd(io->nfs), .events = nfs_which_events(io->nfs) },
+		{ .fd = io->wake_fd, .events = POLLIN },
+	};
+	int timeout_ms = -1;
+	uint64_t kicks;
+
+	if (io->later.head != NULL) {
+		int64_t left_ms = io->later_at_ms - now_ms();
+
+		timeout_ms = left_ms > 0 ? (int)left_ms : 0;
+	}
+	pthread_mutex_unlock(&io->lock);
+	poll(fds, 2, timeout_ms);
+	pthread_mutex_lock(&io->lock);
+	if (io->receiver != me)
+		return;
+	if (fds[1].revents != 0)
+		(void)!read(io->wake_fd, &kicks, sizeof(kicks));
+	if (fds[0].revents != 0 && nfs_service(io->nfs, fds[0].revents) < 0)
+		io->broken = true;
+	if (io->later.head != NULL && now_ms() >= io->later_at_ms)
+		list_prepend(&io->pending, &io->later);
+	issue_pending(io);
+	give_back(io);
+}
+
+/* Whoever receives polls with what he knew: tell him where that has changed. */
 static void wake_if_needed(struct nfsio *io)
 {
-	if (io->nfs != NULL && (io->broken || io->later.head != NULL || nfs_which_events(io->nfs) & POLLOUT))
+	if (io->nfs == NULL)
+		return;
+	if (io->broken || io->later.head != NULL || nfs_which_events(io->nfs) & POLLOUT)
 		wake_io_thread(io);
+	else if (io->detached > 0 && io->receiver == NOBODY)
+		pthread_cond_signal(&io->io_work);
+}
+
+static void enqueue(struct nfsio *io, struct nfsio_req *req, struct nfsio_batch *batch)
+{
+	req->io = io;
+	req->batch = batch;
+	req->error = 0;
+	req->moved_bytes = 0;
+	req->stable = false;
+	list_push(&io->pending, req);
 }
 
 void nfsio_submit(struct nfsio *io, struct nfsio_req *req)
 {
-	req->io = io;
-	req->error = 0;
-	req->moved_bytes = 0;
-	req->stable = false;
 	pthread_mutex_lock(&io->lock);
-	list_push(&io->pending, req);
+	enqueue(io, req, NULL);
+	io->detached++;
 	issue_pending(io);
 	wake_if_needed(io);
 	pthread_mutex_unlock(&io->lock);
-}
-
-static void batch_req_done(struct nfsio_req *req)
-{
-	struct nfsio_batch *batch = req->owner;
-	struct nfsio *io = batch->io;
-
-	pthread_mutex_lock(&io->batch_lock);
-	if (--batch->waiting == 0)
-		pthread_cond_signal(&batch->all_done);
-	pthread_mutex_unlock(&io->batch_lock);
 }
 
 void nfsio_batch_start(struct nfsio *io, struct nfsio_batch *batch, struct nfsio_req *reqs, size_t count)
 {
 	batch->io = io;
 	batch->waiting = count;
+	batch->sleeping = false;
 	pthread_cond_init(&batch->all_done, NULL);
-	for (size_t i = 0; i < count; i++) {
-		reqs[i].done = batch_req_done;
-		reqs[i].owner = batch;
-		nfsio_submit(io, &reqs[i]);
-	}
+	if (count == 0)
+		return;
+	pthread_mutex_lock(&io->lock);
+	io->batches++;
+	for (size_t i = 0; i < count; i++)
+		enqueue(io, &reqs[i], batch);
+	issue_pending(io);
+	wake_if_needed(io);
+	pthread_mutex_unlock(&io->lock);
 }
 
 void nfsio_batch_wait(struct nfsio_batch *batch)
 {
 	struct nfsio *io = batch->io;
+	bool received = false;
 
-	pthread_mutex_lock(&io->batch_lock);
-	while (batch->waiting > 0)
-		pthread_cond_wait(&batch->all_done, &io->batch_lock);
-	pthread_mutex_unlock(&io->batch_lock);
+	pthread_mutex_lock(&io->lock);
+	while (batch->waiting > 0) {
+		/* with others under way the I/O thread serves all of them better: no role to hand over */
+		bool alone = io->batches == 1 && io->detached == 0;
+
+		if (alone && io->receiver != A_WAITER && io->nfs != NULL && !io->broken && !atomic_load(&io->stop)) {
+			received = true;
+			io->receiver = A_WAITER; /* the I/O thread, if it polls, finds out when it wakes up */
+			receive(io);
+			io->receiver = NOBODY;
+		} else {
+			if (received && io->receiver == NOBODY)
+				pthread_cond_signal(&io->io_work);
+			batch->sleeping = true;
+			pthread_cond_wait(&batch->all_done, &io->lock);
+			batch->sleeping = false;
+		}
+	}
+	if (received)
+		io->waited_at_ms = now_ms();
+	if (--io->batches > 0 || io->detached > 0 || io->broken)
+		if (io->receiver == NOBODY)
+			pthread_cond_signal(&io->io_work);
+	pthread_mutex_unlock(&io->lock);
 	pthread_cond_destroy(&batch->all_done);
 }
 
@@ -531,6 +626,7 @@ static void name_op_finish(struct name_op *op, int error, const char *text)
 		link = &(*link)->next;
 	*link = op->next;
 	op->done = true;
+	op->io->detached--;
 	set_failure(op->why, NFSIO_NAME, error, text);
 	pthread_cond_signal(&op->finished);
 }
@@ -571,6 +667,7 @@ static int name_call(struct nfsio *io, enum name_call call, const char *path, co
 	if (io->nfs != NULL && !io->broken) {
 		op.next = io->name_ops;
 		io->name_ops = &op;
+		io->detached++;
 		switch (call) {
 		case CALL_STAT:
 			status = nfs_stat64_async(io->nfs, full[0], name_op_done, &op);
@@ -988,48 +1085,29 @@ static void reconnect(struct nfsio *io)
 	pthread_mutex_lock(&io->lock);
 }
 
-/* Give finished requests back. Lock held, dropped while their `done` runs: that may submit again. */
-static void give_back(struct nfsio *io)
+/*
+ * The I/O thread leaves receiving to a lonely waiter, who does it better, and to the next one, who may come at
+ * any moment; but somebody must hear what nobody waits for, and notice a connection that ends while it is idle.
+ */
+static bool is_mine_to_receive(const struct nfsio *io)
 {
-	while (io->finished.head != NULL) {
-		struct nfsio_req *req = io->finished.head, *next;
-
-		io->finished.head = io->finished.tail = NULL;
-		pthread_mutex_unlock(&io->lock);
-		for (; req != NULL; req = next) {
-			next = req->next; /* `done` may free or reuse the request */
-			req->done(req);
-		}
-		pthread_mutex_lock(&io->lock);
-	}
+	if (io->receiver != NOBODY || io->broken)
+		return false;
+	return io->detached > 0 || io->batches > 0 || now_ms() - io->waited_at_ms >= QUIET_MS;
 }
 
-/* Wait for something to do and do it. Lock held, dropped while waiting. */
-static void serve_once(struct nfsio *io)
+/* Lock held, dropped meanwhile. */
+static void wait_for_io_work(struct nfsio *io)
 {
-	struct pollfd fds[2] = {
-		{ .fd = nfs_get_fd(io->nfs), .events = nfs_which_events(io->nfs) },
-		{ .fd = io->wake_fd, .events = POLLIN },
-	};
-	int timeout_ms = -1;
-	uint64_t kicks;
+	struct timespec until;
 
-	if (io->later.head != NULL) {
-		int64_t left_ms = io->later_at_ms - now_ms();
-
-		timeout_ms = left_ms > 0 ? (int)left_ms : 0;
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	until.tv_nsec += QUIET_MS * 1000000L;
+	if (until.tv_nsec >= 1000000000L) {
+		until.tv_nsec -= 1000000000L;
+		until.tv_sec++;
 	}
-	pthread_mutex_unlock(&io->lock);
-	poll(fds, 2, timeout_ms);
-	if (fds[1].revents != 0)
-		(void)!read(io->wake_fd, &kicks, sizeof(kicks));
-	pthread_mutex_lock(&io->lock);
-	if (fds[0].revents != 0 && nfs_service(io->nfs, fds[0].revents) < 0)
-		io->broken = true;
-	if (io->later.head != NULL && now_ms() >= io->later_at_ms)
-		list_prepend(&io->pending, &io->later);
-	issue_pending(io);
-	give_back(io);
+	pthread_cond_timedwait(&io->io_work, &io->lock, &until);
 }
 
 static void *io_thread(void *arg)
@@ -1057,13 +1135,21 @@ static void *io_thread(void *arg)
 	io->first_done = true;
 	pthread_cond_signal(&io->settled);
 	while (connected && !atomic_load(&io->stop)) {
-		if (io->broken)
+		if (io->broken && io->receiver == NOBODY)
 			discard(io);
-		if (io->nfs == NULL)
+		if (io->nfs == NULL) {
 			reconnect(io);
-		else
-			serve_once(io);
+		} else if (is_mine_to_receive(io)) {
+			io->receiver = THE_IO_THREAD;
+			receive(io);
+			if (io->receiver == THE_IO_THREAD)
+				io->receiver = NOBODY;
+		} else {
+			wait_for_io_work(io);
+		}
 	}
+	while (io->receiver == A_WAITER)
+		wait_for_io_work(io); /* it has been woken, and must not find the context gone */
 	if (io->nfs != NULL && !io->broken && io->version != 3) {
 		/* the server keeps state for an open v4 file: say good-bye, but do not insist */
 		struct step step = { .insists = true };
@@ -1087,8 +1173,8 @@ static void destroy(struct nfsio *io)
 	if (io->wake_fd >= 0)
 		close(io->wake_fd);
 	pthread_cond_destroy(&io->settled);
+	pthread_cond_destroy(&io->io_work);
 	pthread_mutex_destroy(&io->lock);
-	pthread_mutex_destroy(&io->batch_lock);
 	free(io->url);
 	free(io->address);
 	free(io->mount_path);
@@ -1126,6 +1212,7 @@ static int url_version(const char *url)
 int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct nfsio_failure *why)
 {
 	struct nfsio *io = calloc(1, sizeof(*io));
+	pthread_condattr_t monotonic;
 	int error = 0;
 
 	set_failure(why, NFSIO_CONNECT, 0, NULL);
@@ -1139,8 +1226,11 @@ int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct n
 	io->first_failure = why;
 	io->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	pthread_mutex_init(&io->lock, NULL);
-	pthread_mutex_init(&io->batch_lock, NULL);
 	pthread_cond_init(&io->settled, NULL);
+	pthread_condattr_init(&monotonic);
+	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+	pthread_cond_init(&io->io_work, &monotonic);
+	pthread_condattr_destroy(&monotonic);
 	if (io->url == NULL || io->address == NULL)
 		error = -ENOMEM;
 	else if (io->wake_fd < 0)
@@ -1168,7 +1258,9 @@ int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct n
 void nfsio_close(struct nfsio *io)
 {
 	atomic_store(&io->stop, true);
+	pthread_mutex_lock(&io->lock);
 	wake_io_thread(io);
+	pthread_mutex_unlock(&io->lock);
 	pthread_join(io->thread, NULL);
 	destroy(io);
 }

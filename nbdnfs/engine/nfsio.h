@@ -40,7 +40,7 @@ struct nfsio_req {
 	uint32_t length_bytes;  /* at most nfsio_max_transfer_bytes() */
 	uint64_t offset_bytes;
 	uint8_t *data;          /* only read from by the writes */
-	void (*done)(struct nfsio_req *req); /* called once, by the I/O thread, without locks; must not block */
+	void (*done)(struct nfsio_req *req); /* called once, by some thread, without locks; must not block */
 	void *owner;            /* for `done` */
 
 	/* result */
@@ -51,6 +51,7 @@ struct nfsio_req {
 
 	/* nfsio's own, guarded by its lock */
 	struct nfsio *io;
+	struct nfsio_batch *batch;
 	struct nfsio_req *prev, *next;
 };
 
@@ -89,14 +90,15 @@ uint32_t nfsio_max_transfer_bytes(const struct nfsio *io);
 /* Start a request. Allocates nothing of its own. */
 void nfsio_submit(struct nfsio *io, struct nfsio_req *req);
 
-/* Requests that somebody waits for together. In place until nfsio_batch_wait() returns; guarded by a lock of io's. */
+/* Requests that one thread waits for together. In place until nfsio_batch_wait() returns; guarded by io's lock. */
 struct nfsio_batch {
 	struct nfsio *io;
 	size_t waiting;
+	bool sleeping;
 	pthread_cond_t all_done;
 };
 
-/* Start requests at once; sets their `done`. */
+/* Start requests at once; their `done` is not called. */
 void nfsio_batch_start(struct nfsio *io, struct nfsio_batch *batch, struct nfsio_req *reqs, size_t count);
 void nfsio_batch_wait(struct nfsio_batch *batch);
 
