@@ -94,7 +94,7 @@ def attach(
     Returns once the node is there and has the export's size; `timeout_s` bounds the handshake and that wait,
     each. `backend` defaults to `backend_of(socket_path)`. Leaves no device behind when it fails.
 
-    BusyError: the device is attached already. NoInputError: no such device or socket. UsageError: no nbd
+    BusyError: the device is attached already, or open. NoInputError: no such device or socket. UsageError: no nbd
     disk, or an export that the kernel cannot take. UnavailableError: no driver, or no server behind the
     socket. PermissionDeniedError: not root.
     """
@@ -107,16 +107,20 @@ def attach(
         kernel = netlink if netlink is not None else stack.enter_context(_open_netlink())
         sock, export = connect(socket_path, timeout_s=timeout_s)
         stack.enter_context(sock)
-        index = kernel.connect(
-            [sock.fileno()],
-            index=None if wanted is None else wanted.index,
-            size_bytes=export.size_bytes,
-            block_size_bytes=BLOCK_SIZE_BYTES,
-            server_flags=int(export.flags),
-            backend=backend_of(socket_path) if backend is None else backend,
-            timeout_s=0,
-            dead_conn_timeout_s=dead_conn_timeout_s,
-        )
+
+        def take(index: int | None) -> int:
+            return kernel.connect(
+                [sock.fileno()],
+                index=index,
+                size_bytes=export.size_bytes,
+                block_size_bytes=BLOCK_SIZE_BYTES,
+                server_flags=int(export.flags),
+                backend=backend_of(socket_path) if backend is None else backend,
+                timeout_s=0,
+                dead_conn_timeout_s=dead_conn_timeout_s,
+            )
+
+        index = take(None) if wanted is None else _insist(take, wanted, root)
         try:
             return _settle(index, export, io_timeout_ms, timeout_s, root)
         except BaseException:
@@ -152,6 +156,35 @@ def detach(
             f"{path} is disconnected, but has not gone within {timeout_s:g} s",
             "somebody has it open; it goes when that ends",
         )
+
+
+def _insist(take: Callable[[int], int], wanted: NbdDevice, root: Path) -> int:
+    """CONNECT `wanted`, which the kernel refuses (EBUSY) also while somebody merely has it open.
+
+    udev does that for a moment when a device has just been detached.
+    """
+    refusal: BusyError | None = None
+    index: int | None = None
+
+    def is_taken() -> bool:
+        nonlocal refusal, index
+        try:
+            index = take(wanted.index)
+        except BusyError as error:
+            refusal = error
+        return index is not None or _is_attached(wanted.name, root)
+
+    _wait(is_taken, _OPENERS_GRACE_S)
+    if index is not None:
+        return index
+    state = kernel_state.nbd_device(wanted.name, root)
+    if state is not None and state.attached:
+        raise _attached_already(state, root)
+    users = [f"{name} (process {pid})" for pid, name in _openers([f"/dev/{wanted.name}"], root)]
+    if users:
+        raise BusyError(f"/dev/{wanted.name} is open in {', '.join(users)}", "end that first, or take another device")
+    assert refusal is not None
+    raise refusal
 
 
 def connect(socket_path: Path, *, timeout_s: float) -> tuple[socket.socket, handshake.Export]:

@@ -245,6 +245,52 @@ def test_attach_to_a_device_of_a_living_process(server: Server, kernel: FakeKern
         attach(server, kernel, "nbd1")
 
 
+def busy_for(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """CONNECT answers EBUSY that many times."""
+    connect = kernel.connect
+    refusals = iter(range(times))
+
+    def busy(sockets: list[int], **settings: Any) -> int:
+        if next(refusals, None) is not None:
+            raise BusyError("cannot attach: the device is in use")
+        return connect(sockets, **settings)
+
+    monkeypatch.setattr(kernel, "connect", busy)
+    monkeypatch.setattr(device, "_OPENERS_GRACE_S", 0.1)
+
+
+def test_attach_waits_for_a_short_look(server: Server, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle device that udev has open for a moment is busy for the kernel (seen on Linux 6.12)."""
+    busy_for(kernel, monkeypatch, 2)
+    assert attach(server, kernel, "/dev/nbd0").index == 0
+
+
+def test_attach_to_an_idle_device_that_is_open(
+    server: Server, kernel: FakeKernel, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has it open is named; where nobody is seen, the kernel's refusal stands."""
+    busy_for(kernel, monkeypatch, 1000)
+    with pytest.raises(BusyError, match="cannot attach: the device is in use"):
+        attach(server, kernel, "/dev/nbd0")
+    opened_by(root, 81, "blkid", "/dev/nbd0")
+    with pytest.raises(BusyError, match=r"open in blkid \(process 81\)"):
+        attach(server, kernel, "/dev/nbd0")
+
+
+def test_somebody_else_was_faster(
+    server: Server, kernel: FakeKernel, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attached by another between our look and CONNECT: said as if it had been before, and at once."""
+
+    def busy(sockets: list[int], **settings: Any) -> int:
+        add_device(root, 0, size_bytes=SIZE_BYTES, pid=4712, backend="other")
+        raise BusyError("cannot attach: the device is in use")
+
+    monkeypatch.setattr(kernel, "connect", busy)
+    with pytest.raises(BusyError, match=r"process 4712 .* to other"):
+        attach(server, kernel, "/dev/nbd0")
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
