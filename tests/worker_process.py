@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,6 +44,12 @@ class Worker:
         return int(found[1])
 
 
+def _is_served(path: Path) -> bool:
+    """Whether somebody listens there: a moment after the socket file appears."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
 @contextlib.contextmanager
 def serving(url: str, directory: Path, *options: str) -> Iterator[Worker]:
     """`nbdnfs serve URL --socket ...`, ended with SIGTERM; the socket is there when the block begins.
@@ -59,7 +66,7 @@ def serving(url: str, directory: Path, *options: str) -> Iterator[Worker]:
     worker = Worker(socket_path, serve, stderr_path)
     deadline = time.monotonic() + _DEADLINE_S
     try:
-        while not socket_path.exists():
+        while not _is_served(socket_path):
             assert serve.poll() is None, stderr_path.read_text()
             assert time.monotonic() < deadline, stderr_path.read_text()
             time.sleep(0.01)

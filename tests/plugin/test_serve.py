@@ -263,7 +263,7 @@ def test_a_signal_ends_it_cleanly(
     """Status 0; the socket is gone and so is nbdkit; no traceback; the data is on the server."""
     path = directory / "s"
     process = start(backing_file.url(), path)
-    wait_until(path.exists, "the socket is there")
+    wait_until(lambda: is_served(path), "somebody serves")
     with NbdClient(path, DEADLINE_S) as client:
         client.write(0, b"x" * PAGE)
         (worker,) = children(process)
@@ -279,7 +279,7 @@ def test_a_connected_client_is_waited_for(backing_file: FileOnServer, directory:
     """nbdkit ends when its clients have gone, and serve says that it waits for that."""
     path = directory / "s"
     process = start(backing_file.url(), path)
-    wait_until(path.exists, "the socket is there")
+    wait_until(lambda: is_served(path), "somebody serves")
     with NbdClient(path, DEADLINE_S) as client:
         client.write(0, b"x" * PAGE)
         process.terminate()
@@ -294,7 +294,7 @@ def test_a_second_signal_does_not_wait(backing_file: FileOnServer, directory: Pa
     """With a client connected that does not go."""
     path = directory / "s"
     process = start(backing_file.url(), path)
-    wait_until(path.exists, "the socket is there")
+    wait_until(lambda: is_served(path), "somebody serves")
     with NbdClient(path, DEADLINE_S) as client:
         client.read(0, PAGE)
         process.send_signal(signal.SIGINT)
@@ -309,7 +309,7 @@ def test_ctrl_c_in_a_terminal(backing_file: FileOnServer, directory: Path, start
     """The whole process group gets SIGINT, nbdkit too: still status 0 and no socket."""
     path = directory / "s"
     process = start(backing_file.url(), path, start_new_session=True)
-    wait_until(path.exists, "the socket is there")
+    wait_until(lambda: is_served(path), "somebody serves")
     with NbdClient(path, DEADLINE_S) as client:
         client.read(0, PAGE)
     os.killpg(process.pid, signal.SIGINT)
@@ -339,7 +339,7 @@ def test_the_worker_dies_with_serve(backing_file: FileOnServer, directory: Path,
     """SIGKILL to serve: nbdkit does not stay behind. What stays is the socket file, which the next one replaces."""
     path = directory / "s"
     process = start(backing_file.url(), path)
-    wait_until(path.exists, "the socket is there")
+    wait_until(lambda: is_served(path), "somebody serves")
     with NbdClient(path, DEADLINE_S) as client:
         client.read(0, PAGE)
     (worker,) = children(process)
@@ -359,7 +359,7 @@ def test_the_death_of_the_worker_is_told(backing_file: FileOnServer, directory: 
     """nbdkit is killed: serve ends too, with the status that a shell gives, and takes the socket along."""
     path = directory / "s"
     process = start(backing_file.url(), path)
-    wait_until(path.exists, "the socket is there")
+    wait_until(lambda: is_served(path), "somebody serves")
     with NbdClient(path, DEADLINE_S) as client:
         client.read(0, PAGE)
     (worker,) = children(process)
@@ -374,7 +374,7 @@ def test_a_second_signal_ends_a_worker_that_waits_for_its_server(
     """The server says nothing and a read waits: the first SIGTERM waits with it, the second does not."""
     path = directory / "s"
     process = start(backing_file.url(nfsport=proxy.port), path)
-    wait_until(path.exists, "the socket is there")
+    wait_until(lambda: is_served(path), "somebody serves")
     with NbdClient(path, DEADLINE_S) as client:
         client.read(0, PAGE)
         proxy.black_hole = True
@@ -400,7 +400,7 @@ def test_the_socket_is_its_owners(backing_file: FileOnServer, directory: Path, s
     """Mode 0600, whatever the umask: who may connect may read and write what the machine has swapped out."""
     path = directory / "s"
     process = start(backing_file.url(), path, umask=0)
-    wait_until(path.exists, "the socket is there")
+    wait_until(lambda: is_served(path), "somebody serves")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     process.terminate()
     assert process.wait(DEADLINE_S) == 0
@@ -498,7 +498,7 @@ def test_it_needs_no_root(new_file: Callable[..., FileOnServer], directory: Path
     os.chown(directory, NOBODY, NOBODY)
     path = directory / "s"
     process = start(file.url(), path, **how)
-    wait_until(lambda: path.exists() or process.poll() is not None, "the socket is there")
+    wait_until(lambda: is_served(path) or process.poll() is not None, "somebody serves")
     assert process.poll() is None, (directory / "err").read_text()
     with NbdClient(path, DEADLINE_S) as client:
         (worker,) = children(process)
