@@ -158,6 +158,7 @@ struct nfsio {
 	pthread_mutex_t lock;   /* guards everything below */
 	pthread_cond_t io_work; /* the I/O thread has something to do, and is not in poll() */
 	enum receiver receiver;
+	bool io_thread_polls;
 	unsigned batches;       /* threads in nfsio_batch_wait() */
 	unsigned detached;      /* requests and name operations under way that no batch waits for */
 	int64_t waited_at_ms;   /* when a waiter received last */
@@ -231,12 +232,30 @@ static void list_prepend(struct req_list *to, struct req_list *from)
 	from->head = from->tail = NULL;
 }
 
-/* Have the I/O thread, and whoever receives in its place, look again. */
-static void wake_io_thread(struct nfsio *io)
+/* Have whoever is in poll() look again. */
+static void kick(struct nfsio *io)
 {
 	uint64_t one = 1;
 
 	(void)!write(io->wake_fd, &one, sizeof(one));
+}
+
+/*
+ * The I/O thread has something to do. It may be in poll() although another receives: a waiter has taken its
+ * place meanwhile, and has taken in what would have ended the poll.
+ */
+static void call_io_thread(struct nfsio *io)
+{
+	if (io->io_thread_polls)
+		kick(io);
+	else
+		pthread_cond_signal(&io->io_work);
+}
+
+/* Have the I/O thread, and whoever receives in its place, look again. */
+static void wake_io_thread(struct nfsio *io)
+{
+	kick(io);
 	pthread_cond_signal(&io->io_work);
 }
 
@@ -496,9 +515,13 @@ static void receive(struct nfsio *io)
 
 		timeout_ms = left_ms > 0 ? (int)left_ms : 0;
 	}
+	if (me == THE_IO_THREAD)
+		io->io_thread_polls = true;
 	pthread_mutex_unlock(&io->lock);
 	poll(fds, 2, timeout_ms);
 	pthread_mutex_lock(&io->lock);
+	if (me == THE_IO_THREAD)
+		io->io_thread_polls = false;
 	if (io->receiver != me)
 		return;
 	if (fds[1].revents != 0)
@@ -519,7 +542,7 @@ static void wake_if_needed(struct nfsio *io)
 	if (io->broken || io->later.head != NULL || nfs_which_events(io->nfs) & POLLOUT)
 		wake_io_thread(io);
 	else if (io->detached > 0 && io->receiver == NOBODY)
-		pthread_cond_signal(&io->io_work);
+		call_io_thread(io);
 }
 
 static void enqueue(struct nfsio *io, struct nfsio_req *req, struct nfsio_batch *batch)
@@ -576,7 +599,7 @@ void nfsio_batch_wait(struct nfsio_batch *batch)
 			io->receiver = NOBODY;
 		} else {
 			if (received && io->receiver == NOBODY)
-				pthread_cond_signal(&io->io_work);
+				call_io_thread(io);
 			batch->sleeping = true;
 			pthread_cond_wait(&batch->all_done, &io->lock);
 			batch->sleeping = false;
@@ -586,7 +609,7 @@ void nfsio_batch_wait(struct nfsio_batch *batch)
 		io->waited_at_ms = now_ms();
 	if (--io->batches > 0 || io->detached > 0 || io->broken)
 		if (io->receiver == NOBODY)
-			pthread_cond_signal(&io->io_work);
+			call_io_thread(io);
 	pthread_mutex_unlock(&io->lock);
 	pthread_cond_destroy(&batch->all_done);
 }
