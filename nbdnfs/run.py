@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import shutil
 import socket
@@ -55,14 +56,16 @@ def run(argv: Sequence[str], *, what: str, timeout_s: float = 60.0, env: Mapping
 def start_listening(argv: Sequence[str], listener: socket.socket, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start a socket-activated program: it finds `listener` as descriptor 3 (sd_listen_fds(3)).
 
-    LISTEN_PID must be the program's own pid, which only a process of that pid can say: a shell sets it and
-    becomes the program.
+    LISTEN_PID must be the program's own pid, which only the process that becomes the program can say: not for
+    programs that have threads (subprocess, preexec_fn).
     """
     log.debug("start: %s", shlex.join(argv))
-    script = f'fd=$1; shift; exec {_LISTEN_FD}<&"$fd"; LISTEN_PID=$$; export LISTEN_PID; exec "$@"'
-    return subprocess.Popen(
-        ["/bin/sh", "-c", script, "sh", str(listener.fileno()), *argv],
-        env={**env, "LISTEN_FDS": "1"},
-        stdin=subprocess.DEVNULL,
-        pass_fds=(listener.fileno(),),
-    )
+
+    def become_ready() -> None:
+        os.environ.clear()
+        os.environ.update(env, LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+        os.dup2(listener.fileno(), _LISTEN_FD)
+        os.set_inheritable(_LISTEN_FD, True)
+
+    # all other descriptors of ours are close-on-exec (PEP 446)
+    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, preexec_fn=become_ready, close_fds=False)
