@@ -34,6 +34,8 @@ _RPCBIND_PORT = 111
 _START_DEADLINE_S = 30.0
 _STOP_DEADLINE_S = 15.0
 _POLL_S = 0.02
+_REGISTRATION_ATTEMPTS = 10
+_REGISTRATION_PAUSE_S = 0.1
 _LOG_TAIL_LINES = 15
 
 # Below net.ipv4.ip_local_port_range (32768-60999): while the server is stopped, no outgoing connection of
@@ -124,6 +126,8 @@ def _spawn(argv: Sequence[str]) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        # a sanitizer that is preloaded for the tests is not for the server
+        env={key: value for key, value in os.environ.items() if key != "LD_PRELOAD"},
         start_new_session=True,
     ).result(_START_DEADLINE_S)
 
@@ -220,10 +224,12 @@ class Ganesha:
             ensure_rpcbind(self.workdir / "rpcbind.pid")
         (self.workdir / "ganesha.conf").write_text(self._config())
         deadline = time.monotonic() + deadline_s
-        while not self._start_once(deadline):
-            pass
+        for attempts_left in reversed(range(_REGISTRATION_ATTEMPTS)):
+            if self._start_once(deadline, may_try_again=attempts_left > 0):
+                return
+            time.sleep(_REGISTRATION_PAUSE_S)
 
-    def _start_once(self, deadline: float) -> bool:
+    def _start_once(self, deadline: float, *, may_try_again: bool) -> bool:
         """True: it answers. False: it ended for a reason that passes. ServerError: it will not run."""
         log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         self._process = _spawn(
@@ -236,7 +242,7 @@ class Ganesha:
         while not self._answers():
             status = self._process.poll()
             if status is not None:
-                if "Cannot register" in self._log_since(log_start) and time.monotonic() < deadline:
+                if may_try_again and "Cannot register" in self._log_since(log_start):
                     return False
                 raise ServerError(f"ganesha.nfsd ended with status {status}\n{self.log_tail()}")
             if time.monotonic() > deadline:
