@@ -112,9 +112,11 @@ def _build(suite: str, folder: Path) -> None:
     mmdebstrap = host.find_program("mmdebstrap", "mmdebstrap")
     mke2fs = host.find_program("mke2fs", "e2fsprogs")
     root = folder / "root"
+    # It mounts /proc, /sys and /dev in the folder. In a mount namespace of its own, nothing stays mounted, and
+    # nothing of the host's is removed with the folder, when it is killed half-way.
     host.run(
         [
-            mmdebstrap,
+            *(host.find_program("unshare", "util-linux"), "--mount", mmdebstrap),
             "--variant=minbase",
             f"--include={','.join(_PACKAGES)}",
             "--dpkgopt=path-exclude=/usr/share/doc/*",
