@@ -239,7 +239,8 @@ class Ganesha:
                 *("-L", str(self.log_path), "-p", str(self.workdir / "ganesha.pid")),
             ]
         )
-        while not self._answers():
+        # Services answer before they are registered, on which it may yet give up.
+        while not (self._answers() and "NFS SERVER INITIALIZED" in self._log_since(log_start)):
             status = self._process.poll()
             if status is not None:
                 if may_try_again and "Cannot register" in self._log_since(log_start):

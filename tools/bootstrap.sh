@@ -22,7 +22,8 @@ packages="gcc libc6-dev make pkg-config libnfs-dev python3-dev python3-venv"
 # run
 packages="$packages nbdkit nbdkit-plugin-python libnbd-bin"
 # the throwaway NFS server, also on a file system that fills up
-packages="$packages nfs-ganesha nfs-ganesha-vfs rpcbind e2fsprogs"
+# (netbase: without /etc/rpc and /etc/services it cannot register with rpcbind)
+packages="$packages nfs-ganesha nfs-ganesha-vfs rpcbind netbase e2fsprogs"
 # guests
 packages="$packages qemu-system-x86 qemu-utils ipxe-qemu mmdebstrap gpg iproute2"
 packages="$packages $packages_for_mode"
