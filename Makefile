@@ -3,7 +3,7 @@
 
 PYTHON := .venv/bin/python
 # A throwaway NFS server, guests' images and kernel devices need root.
-AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,HERE)
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,HERE,NBDNFS_CACHE,NBDNFS_VM_ACCEL)
 PYTEST := $(AS_ROOT) $(PYTHON) -m pytest
 
 .PHONY: help demo test vm-test lint
