@@ -116,13 +116,8 @@ def _detach(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The entry point. Exit statuses are those of sysexits(3); 130 after Ctrl-C, as shells have it."""
     try:
-        args = _parser().parse_args(argv)
-        logging.basicConfig(
-            level=logging.DEBUG if args.verbose else logging.WARNING,
-            format="nbdnfs: %(message)s",
-            stream=sys.stderr,
-        )
-        status = args.run(args)
+        status = _run(argv)
+        sys.stdout.flush()  # here, where a reader that went away can be told from a bug
     except NbdnfsError as error:
         print(*error.lines(), sep="\n", file=sys.stderr)
         status = error.exit_code
@@ -132,3 +127,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush at exit
         status = os.EX_IOERR
     sys.exit(status)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as end:  # --help and --version have said what there is to say
+        return int(end.code or 0)
+    logging.basicConfig(
+        level=logging.DEBUG if args.verbose else logging.WARNING, format="nbdnfs: %(message)s", stream=sys.stderr
+    )
+    return int(args.run(args))
