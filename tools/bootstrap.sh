@@ -55,7 +55,8 @@ install_packages() {
     [ "$(id -u)" = 0 ] || command -v sudo >/dev/null || die "that needs root, or sudo" "run this as root"
 
     # The tests start NFS servers of their own. The one that the package would start, on all addresses, and again
-    # at every boot, is nobody's wish: masked while it is installed, and then left disabled.
+    # at every boot, is nobody's wish: masked while it is installed, and then left disabled. (dpkg's helper
+    # complains about masked units, and goes on.)
     keep_off=""
     case "$missing" in *nfs-ganesha*) is_installed nfs-ganesha || keep_off="nfs-ganesha.service nfs-ganesha-lock.service" ;; esac
     [ -d /run/systemd/system ] || keep_off=""
