@@ -7,6 +7,10 @@ when somebody runs nbdkit by hand without an address, or when there is something
 
 from __future__ import annotations
 
+import os
+import sys
+import time
+
 from nbdnfs import memlock
 from nbdnfs.engine import Engine, keep_thread_states, libnfs_version
 from nbdnfs.errors import ConfigError
@@ -18,16 +22,23 @@ if TYPE_CHECKING:
     from nbdnfs.reference import Engine as ReferenceEngine
 
 ENGINES = ("c", "libnfs-python")
+DESCRIPTORS = range(1 << 20)
 # settings of the C engine that are whole numbers, with what nbdnfs.engine.Engine takes
 ENGINE_NUMBERS = {
-    "region_fd": range(1 << 20),
+    "region_fd": DESCRIPTORS,
     "region_pages": range(256, 1 << 24),
     "connections": range(1, 3),
     "stable_writes": range(2),
     "read_ahead_pages": range(4097),
 }
 LOCKS = ("wanted", "required", "off")
-KEYS = ("url", "address", "engine", "lock", "realtime", "without", *ENGINE_NUMBERS)
+KEYS = ("url", "address", "engine", "lock", "realtime", "without", "control_fd", *ENGINE_NUMBERS)
+
+# What a standby and its keeper say to each other over the control socket; see wait_for_turn.
+READY, GO = b"r", b"g"
+# What the engine allocates when it opens, on top of memlock.HEAP_BYTES: a standby has it touched before.
+ENGINE_HEAP_BYTES = 2 * 1024 * 1024
+_RETRY_PAUSES_S = (0.2, 0.5, 1, 2, 5)
 
 # The kernel's requests are far smaller; nbdkit itself allows 64 MiB (docs/nbdkit-protocol.pod).
 MAX_REQUEST_BYTES = 32 * 1024 * 1024
@@ -40,11 +51,19 @@ CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", 
 class WorkerConfig:
     """What the plugin was told. `address` is the server's, resolved before anything is locked or short."""
 
-    __slots__ = ("address", "engine", "lock", "numbers", "url", "without")
+    __slots__ = ("address", "control_fd", "engine", "lock", "numbers", "url", "without")
 
     def __init__(
-        self, url: str, address: str, engine: str, lock: str, without: tuple[str, ...], numbers: dict[str, int]
+        self,
+        url: str,
+        address: str,
+        engine: str,
+        lock: str,
+        without: tuple[str, ...],
+        numbers: dict[str, int],
+        control_fd: int | None = None,
     ) -> None:
+        self.control_fd = control_fd
         self.url = url
         self.address = address
         self.engine = engine
@@ -67,6 +86,23 @@ class WorkerConfig:
         if self.lock != "off":
             self._heed(memlock.settle(CODE, skip=self.without))
 
+    def wait_for_turn(self) -> None:
+        """A worker with a control socket is a standby: ready but for the server and the region. It says so, and
+        waits for the keeper's word, or ends with the keeper. Taking over then needs next to no memory.
+        """
+        if self.control_fd is None:
+            return
+        if self.lock != "off":
+            self._heed(memlock.settle(CODE, heap_bytes=memlock.HEAP_BYTES + ENGINE_HEAP_BYTES, skip=self.without))
+        try:
+            os.write(self.control_fd, READY)
+            word = os.read(self.control_fd, 1)
+        except OSError:
+            word = b""
+        if word != GO:
+            os._exit(0)
+        os.close(self.control_fd)
+
     def _heed(self, measures: list[memlock.Measure]) -> None:
         if self.lock == "required":
             memlock.require(measure for measure in measures if measure.name not in self.without)
@@ -74,18 +110,31 @@ class WorkerConfig:
             memlock.report(measures)
 
     def open_engine(self) -> Engine | ReferenceEngine:
-        """Connect to the server and open the file. Raises NbdnfsError."""
-        try:
-            if self.engine == "libnfs-python":
-                from nbdnfs.reference import Engine as Reference
+        """Connect to the server and open the file. Raises NbdnfsError.
 
-                return Reference(self.url, self.address)
-            keep_thread_states()
-            return Engine(self.url, self.address, **self.numbers)  # type: ignore[arg-type]
-        except OSError as error:
-            from nbdnfs import diagnose, url
+        A worker of a keeper's has the kernel's requests waiting: it tries for as long as nobody answers.
+        """
+        failures = 0
+        while True:
+            try:
+                return self._open_engine()
+            except OSError as error:
+                if self.control_fd is None or getattr(error, "phase", "") != "connect":
+                    from nbdnfs import diagnose, url
 
-            raise diagnose.explain(error, url.parse(self.url), self.address) from None
+                    raise diagnose.explain(error, url.parse(self.url), self.address) from None
+            if failures == 0:
+                print("nbdnfs: the server does not answer; trying again until it does", file=sys.stderr, flush=True)
+            time.sleep(_RETRY_PAUSES_S[min(failures, len(_RETRY_PAUSES_S) - 1)])
+            failures += 1
+
+    def _open_engine(self) -> Engine | ReferenceEngine:
+        if self.engine == "libnfs-python":
+            from nbdnfs.reference import Engine as Reference
+
+            return Reference(self.url, self.address)
+        keep_thread_states()
+        return Engine(self.url, self.address, **self.numbers)  # type: ignore[arg-type]
 
 
 def parse(settings: Mapping[str, str]) -> WorkerConfig:
@@ -108,8 +157,9 @@ def parse(settings: Mapping[str, str]) -> WorkerConfig:
     url, address = settings["url"], settings.get("address")
     if address is None:
         url, address = check_url(url)
-    numbers = {key: _number(key, settings[key]) for key in ENGINE_NUMBERS if key in settings}
-    return WorkerConfig(url, address, kind, lock, without, numbers)
+    numbers = {key: _number(key, settings[key], ENGINE_NUMBERS[key]) for key in ENGINE_NUMBERS if key in settings}
+    control_fd = _number("control_fd", settings["control_fd"], DESCRIPTORS) if "control_fd" in settings else None
+    return WorkerConfig(url, address, kind, lock, without, numbers, control_fd)
 
 
 def check_url(text: str) -> tuple[str, str]:
@@ -128,8 +178,7 @@ def _nearest(key: str) -> str:
     return f"did you mean '{near[0]}'?" if near else "the keys are " + ", ".join(KEYS)
 
 
-def _number(key: str, text: str) -> int:
-    allowed = ENGINE_NUMBERS[key]
+def _number(key: str, text: str, allowed: range) -> int:
     if not text.isascii() or not text.isdigit() or int(text) not in allowed:
         raise ConfigError(f"{key} cannot be '{text}'", f"it is a number from {allowed[0]} to {allowed[-1]}")
     return int(text)

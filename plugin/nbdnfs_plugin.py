@@ -48,6 +48,7 @@ def config_complete():
 def after_fork():
     global _engine
     _or_exit(_worker.lock_memory)
+    _or_exit(_worker.wait_for_turn)
     _engine = _or_exit(_worker.open_engine)
     _or_exit(_worker.settle_memory)
 
