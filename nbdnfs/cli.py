@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The command line: `nbdnfs create | serve | attach | detach`. The only caller of sys.exit."""
+"""The command line: its subcommands, each in a function of its own. The only caller of sys.exit."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nbdnfs import __version__, units
-from nbdnfs.errors import NbdnfsError, UsageError
+from nbdnfs.errors import NbdnfsError, NoInputError, UsageError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     create.add_argument("url", metavar="URL")
     create.add_argument("--size", required=True, metavar="SIZE", help="for example 512M or 2G")
     create.add_argument("--force", action="store_true", help="overwrite an existing file; it is never made smaller")
+    create.add_argument("--if-missing", action="store_true", help="leave a file that is there as it is")
     create.set_defaults(run=_create)
 
     serve = commands.add_parser("serve", help="serve a backing file over NBD, in the foreground")
@@ -47,6 +49,25 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--engine", default="c", metavar="NAME", help="c (the default), or libnfs-python for comparison")
     serve.add_argument("--threads", type=int, default=4, metavar="N", help="nbdkit's threads for each connection (4)")
     serve.set_defaults(run=_serve)
+
+    name_help = "the NAME of /etc/nbdnfs/NAME.toml"
+    up = commands.add_parser("up", help="swap to a configured device; returns when swap is on")
+    up.add_argument("name", metavar="NAME", help=name_help)
+    up.set_defaults(run=_up)
+
+    down = commands.add_parser("down", help="swap off, and take the device down")
+    down.add_argument("name", metavar="NAME", help=name_help)
+    down.add_argument("--service", action="store_true", help="as ExecStop= of the unit: not in a restart")
+    down.set_defaults(run=_down)
+
+    status = commands.add_parser("status", help="tell how the devices are; exit status 0 when all is well")
+    status.add_argument("name", metavar="NAME", nargs="?", help=f"{name_help}; all of them without")
+    status.add_argument("--json", action="store_true", help="for programs, with all counters")
+    status.set_defaults(run=_status)
+
+    keep = commands.add_parser("run", help="keep a device alive, in the foreground (what the unit starts)")
+    keep.add_argument("name", metavar="NAME", help=name_help)
+    keep.set_defaults(run=_run)
 
     attach = commands.add_parser("attach", help="give the kernel a served file as block device /dev/nbdN")
     attach.add_argument("socket", type=Path, metavar="SOCKET")
@@ -87,6 +108,13 @@ def _create(args: argparse.Namespace) -> int:
     from nbdnfs import provision
 
     size_bytes = units.parse_size_bytes(args.size)
+    if args.if_missing:
+        try:
+            provision.inspect(args.url)
+        except NoInputError:
+            pass
+        else:
+            return 0
     provision.create(args.url, size_bytes, force=args.force, progress=_progress_line())
     return 0
 
@@ -97,6 +125,38 @@ def _serve(args: argparse.Namespace) -> int:
     if not 1 <= args.threads <= 64:
         raise UsageError(f"--threads {args.threads} is not possible", "1 to 64; more than 4 does not make it faster")
     return worker.serve(args.url, args.socket, engine=args.engine, threads=args.threads)
+
+
+def _up(args: argparse.Namespace) -> int:
+    from nbdnfs import lifecycle
+
+    lifecycle.up(args.name)
+    return 0
+
+
+def _down(args: argparse.Namespace) -> int:
+    from nbdnfs import lifecycle
+
+    show = _progress_line()
+    lifecycle.down(args.name, lambda left, total: show(total - left, total), service=args.service)
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from nbdnfs import status
+
+    found = [status.read(name) for name in ([args.name] if args.name else status.names())]
+    if args.json:
+        print(json.dumps([one.to_json() for one in found], indent=2))
+    else:
+        print("\n".join(one.text() for one in found) or "nbdnfs: no device is configured")
+    return 0 if all(one.is_green for one in found) else os.EX_UNAVAILABLE
+
+
+def _run(args: argparse.Namespace) -> int:
+    from nbdnfs import keeper_work
+
+    return keeper_work.run(args.name)
 
 
 def _attach(args: argparse.Namespace) -> int:

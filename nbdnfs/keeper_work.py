@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What `nbdnfs run NAME` is made of on a real machine: configuration, memory, workers and helpers for the keeper."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import nbdnfs
+from nbdnfs import (
+    config,
+    link,
+    memlock,
+    notify,
+    run_dir,
+    swap_area,
+    worker,
+    worker_config,
+    worker_process,
+)
+from nbdnfs.config import Config
+from nbdnfs.errors import CannotCreateError, PermissionDeniedError
+from nbdnfs.keeper import Helper, Keeper
+from nbdnfs.link import Attached
+from nbdnfs.run_dir import RunDir
+from nbdnfs.worker_process import WorkerProcess
+
+# How the names of the files begin whose code the keeper runs.
+CODE = ("python3", "libpython3", "libc.so", "ld-linux", "_memlock.", "_socket.", "_struct.", "select.", "mmap.")
+
+# Free in the heap when the work begins: netlink messages, texts of /proc and /sys, sockets' objects.
+_HEAP_BYTES = 1024 * 1024
+
+
+def plugin_settings(settings: Config, text: str, address: str) -> dict[str, str]:
+    """The plugin's key=value settings. `text` is the URL as libnfs is to get it, `address` the server's."""
+    return {
+        "url": text,
+        "address": address,
+        "engine": "c",
+        "lock": settings.lock,
+        "realtime": "yes" if settings.realtime else "no",
+        "region_pages": str(settings.region_pages),
+        "connections": str(settings.connections),
+        "stable_writes": str(int(settings.stable_writes)),
+        "read_ahead_pages": str(settings.read_ahead_pages),
+    }
+
+
+class RealWork:
+    """keeper.Work: nbdkit, `nbdnfs create` and swap_area as processes of their own. Read-only once initialized."""
+
+    def __init__(self, settings: Config, text: str, address: str) -> None:
+        """Find all programs and make all arguments now. ConfigError or UnavailableError when one is missing."""
+        worker.check_nbdkit()
+        self._settings = settings
+        self._program, self._argv = worker_process.command(
+            plugin_settings(settings, text, address), threads=settings.threads
+        )
+        # less $NOTIFY_SOCKET and the like: nobody else is to speak for the keeper
+        self._environment = {
+            key: value
+            for key, value in worker.worker_environment().items()
+            if not key.startswith(("NOTIFY_", "WATCHDOG_", "LISTEN_"))
+        }
+
+    def start_worker(self, region_fd: int) -> WorkerProcess:
+        return WorkerProcess.start(self._program, self._argv, self._environment, region_fd)
+
+    def provision(self) -> Helper | None:
+        """`nbdnfs create`, where the configuration says how large the file is to be."""
+        if not self._settings.size_bytes:
+            return None
+        size = str(self._settings.size_bytes)
+        return self._python("nbdnfs", "create", self._settings.url, "--size", size, "--if-missing")
+
+    def swap_on(self, attached: Attached) -> Helper:
+        """swap_area."""
+        priority = "-" if self._settings.priority is None else str(self._settings.priority)
+        flags = ["--discard"] if self._settings.discard else []
+        return self._python("nbdnfs.swap_area", attached.path, priority, self._settings.name, *flags)
+
+    def is_swapped_on(self, attached: Attached) -> bool:
+        return swap_area.find(attached.path) is not None
+
+    def _python(self, module: str, *arguments: str) -> Helper:
+        return Helper([sys.executable, "-m", module, *arguments], self._environment)
+
+
+def run(name: str) -> int:
+    """`nbdnfs run NAME`, to its end; the exit status. Raises NbdnfsError for what no further try can mend."""
+    settings = config.load(name)
+    if os.geteuid() != 0:
+        raise PermissionDeniedError("only root can make a swap device", f"sudo nbdnfs run {name}")
+    if os.environ.get("PYTHONMALLOC") != "malloc":
+        _start_anew(name)
+    measures = []
+    if settings.lock != "off":
+        skip = () if settings.realtime else ("realtime",)
+        measures = memlock.prepare() + memlock.lock(CODE, skip=skip)
+        _heed(settings, [measure for measure in measures if measure.name not in skip])
+    if not os.isatty(2):
+        os.set_blocking(2, False)  # a journal that waits for swap is not waited for
+    records = RunDir(name)
+    try:
+        records.make()
+    except OSError as error:
+        raise CannotCreateError(f"cannot make {records.path}: {error.strerror}") from None
+    notifier = notify.Notifier()
+    stored = notify.stored()
+    backend = link.backend_of(name)
+    text, address = _server(settings, records, adopting=link.find(backend) is not None)
+    link.load_driver()
+    kernel = link.Link(
+        backend,
+        io_timeout_ms=settings.io_timeout_ms,
+        max_sectors_bytes=settings.max_sectors_kb * 1024,
+        wanted=settings.device or None,
+    )
+    work = RealWork(settings, text, address)
+
+    def warm_up() -> None:
+        if settings.lock != "off":
+            _heed(settings, memlock.settle(CODE, heap_bytes=_HEAP_BYTES))
+
+    return Keeper(kernel, work, records, notifier, stored=stored, warm_up=warm_up).run()
+
+
+def _start_anew(name: str) -> NoReturn:
+    """With the memory settings that only a new process can have: CPython's own allocator maps and unmaps."""
+    paths = [str(Path(nbdnfs.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONMALLOC": "malloc", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    os.execve(sys.executable, [sys.executable, "-m", "nbdnfs", "run", name], environment)
+
+
+def _server(settings: Config, records: RunDir, *, adopting: bool) -> tuple[str, str]:
+    """The URL as libnfs is to get it, and the server's address: with swap in use, the one that the last keeper had.
+
+    The resolver may need what is swapped out, or be reached over what no longer answers.
+    """
+    known = (records.read(run_dir.ADDRESS) or "").split("\n")
+    if adopting and len(known) == 2:
+        return known[0], known[1]
+    text, address = worker_config.check_url(settings.url)
+    records.write(run_dir.ADDRESS, f"{text}\n{address}")
+    return text, address
+
+
+def _heed(settings: Config, measures: list[memlock.Measure]) -> None:
+    if settings.lock == "required":
+        memlock.require(measures)
+    else:
+        memlock.report(measures)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a keeper leaves in /run/nbdnfs/NAME, so that the next one, `down` and `status` need no configuration.
+
+Small text files, each written whole and renamed into place. A process is named by its pid and its start time
+(proc_pid_stat(5), field 22), so that a pid that was used again is not taken for it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+RUN = "run/nbdnfs"
+WORKER, KEEPER, ADDRESS, STATE = "worker", "keeper", "address", "state"
+
+
+@dataclass(frozen=True)
+class ProcessRecord:
+    """A process, and the version of nbdnfs that it runs."""
+
+    pid: int
+    start_time_ticks: int
+    version: str
+
+    def is_alive(self, root: Path = Path("/")) -> bool:
+        """Whether it runs; a zombie does not."""
+        return start_time_ticks(self.pid, root) == self.start_time_ticks
+
+
+class RunDir:
+    """The records of the device `name`."""
+
+    def __init__(self, name: str, root: Path = Path("/"), *, run: Path | None = None) -> None:
+        """`root` stands for "/"; `run` is another place for the records alone."""
+        self.name = name
+        self._root = root
+        self.path = (root / RUN if run is None else run) / name
+
+    def make(self) -> None:
+        self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+
+    def write(self, key: str, text: str) -> None:
+        """OSError where it cannot be written: the caller says what that means."""
+        new = self.path / f".{key}.new"
+        new.write_text(text + "\n")
+        new.rename(self.path / key)
+
+    def read(self, key: str) -> str | None:
+        try:
+            return (self.path / key).read_text().strip()
+        except OSError:
+            return None
+
+    def write_process(self, key: str, pid: int, version: str) -> None:
+        """Record a living process. ProcessLookupError when it has ended."""
+        started = start_time_ticks(pid, self._root)
+        if started is None:
+            raise ProcessLookupError(pid)
+        self.write(key, f"{pid} {started} {version}")
+
+    def process(self, key: str) -> ProcessRecord | None:
+        """The recorded process, alive or not; None without a record."""
+        words = (self.read(key) or "").split()
+        if len(words) != 3 or not (words[0].isdigit() and words[1].isdigit()):
+            return None
+        return ProcessRecord(int(words[0]), int(words[1]), words[2])
+
+    def living(self, key: str) -> ProcessRecord | None:
+        """The recorded process if it runs."""
+        record = self.process(key)
+        return record if record is not None and record.is_alive(self._root) else None
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def names(root: Path = Path("/")) -> list[str]:
+    """The devices that have records."""
+    folder = root / RUN
+    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def start_time_ticks(pid: int, root: Path = Path("/")) -> int | None:
+    """When a process began, in clock ticks since boot; None when it has ended."""
+    try:
+        text = (root / "proc" / str(pid) / "stat").read_text(errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else int(fields[19])

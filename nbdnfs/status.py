@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What `nbdnfs status` tells: of each device, what the kernel, the records and the region say; green or not.
+
+Reads only, from /proc, /sys, /run and the region's counters, which need no lock.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from nbdnfs import config, link, run_dir, shared_region, swap_area, units
+from nbdnfs.engine import region_counters
+from nbdnfs.run_dir import RunDir
+
+PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Status:
+    """One device. `problems` is empty when all is well; what is None could not be known, or is not there."""
+
+    name: str
+    state: str
+    device: str | None = None
+    device_bytes: int | None = None
+    swap_bytes: int | None = None
+    swap_used_bytes: int | None = None
+    keeper_pid: int | None = None
+    worker_pid: int | None = None
+    server: str | None = None
+    unstable_bytes: int | None = None
+    counters: dict[str, int | list[int]] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+    @property
+    def is_green(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, object]:
+        return {**asdict(self), "green": self.is_green}
+
+    def text(self) -> str:
+        """A few lines for people."""
+        size = units.format_size
+        lines = [f"{self.name}: {'ok' if self.is_green else '; '.join(self.problems)}"]
+        if self.device is not None and self.device_bytes is not None:
+            lines.append(
+                f"  device   {self.device}, {size(self.device_bytes)}, on {self.server or 'an unknown server'}"
+            )
+        if self.swap_used_bytes is not None and self.swap_bytes is not None:
+            lines.append(f"  swap     {size(self.swap_used_bytes)} of {size(self.swap_bytes)} in use")
+        lines.append(f"  keeper   {_process(self.keeper_pid)}, {self.state}")
+        lines.append(f"  worker   {_process(self.worker_pid)}")
+        if self.unstable_bytes is not None:
+            waits = size(self.unstable_bytes)
+            lines.append(f"  region   {waits} not on the NAS yet, worker number {self.counters.get('generation', '?')}")
+        return "\n".join(lines)
+
+
+def _process(pid: int | None) -> str:
+    return "none" if pid is None else f"process {pid}"
+
+
+def names(root: Path = Path("/")) -> list[str]:
+    """Everything that is configured or up."""
+    return sorted({*config.names(root), *run_dir.names(root)})
+
+
+def read(name: str, root: Path = Path("/")) -> Status:
+    """What is known of `name` now. UsageError when that can be no device's name."""
+    config.check_name(name)
+    records = RunDir(name, root)
+    attached = link.find(link.backend_of(name), root)
+    keeper = records.living(run_dir.KEEPER)
+    worker = records.living(run_dir.WORKER)
+    swap = swap_area.find(attached.path, root) if attached is not None else None
+    counters = _counters(worker.pid, root) if worker is not None else {}
+    address = (records.read(run_dir.ADDRESS) or "").partition("\n")[2]
+    return Status(
+        name=name,
+        state=(records.read(run_dir.STATE) or "unknown") if keeper is not None else "not running",
+        device=attached.path if attached is not None else None,
+        device_bytes=attached.size_bytes if attached is not None else None,
+        swap_bytes=swap.size_bytes if swap is not None else None,
+        swap_used_bytes=swap.used_bytes if swap is not None else None,
+        keeper_pid=keeper.pid if keeper is not None else None,
+        worker_pid=worker.pid if worker is not None else None,
+        server=address or None,
+        unstable_bytes=_number(counters, "unstable_pages") * PAGE_BYTES if counters else None,
+        counters=counters,
+        problems=tuple(
+            problem
+            for problem, holds in (
+                ("it is not up", attached is None),
+                ("nobody swaps to it", attached is not None and swap is None),
+                ("no keeper watches it", attached is not None and keeper is None),
+                ("no worker serves it", attached is not None and worker is None),
+                ("the server does not answer", _number(counters, "disconnected") != 0),
+                (_refusal(_number(counters, "write_back_error")), _number(counters, "write_back_error") != 0),
+                ("pages had a wrong checksum", _number(counters, "checksum_failures") != 0),
+            )
+            if holds
+        ),
+    )
+
+
+def _counters(worker_pid: int, root: Path) -> dict[str, int | list[int]]:
+    """The region's, through its worker's descriptor; empty where that is not to be had."""
+    descriptor = shared_region.take_from(worker_pid, root)
+    if descriptor is None:
+        return {}
+    try:
+        return region_counters(descriptor) if shared_region.is_made(descriptor) else {}
+    finally:
+        os.close(descriptor)
+
+
+def _number(counters: dict[str, int | list[int]], key: str) -> int:
+    value = counters.get(key, 0)
+    return value if isinstance(value, int) else 0
+
+
+def _refusal(code: int) -> str:
+    return f"the server refuses to write ({os.strerror(code)})"

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A device as swap: signature, swapon, and the way back. mkswap(8), swapon(8) and swapoff(8) do the work.
+
+    python -m nbdnfs.swap_area DEVICE PRIORITY LABEL [--discard]
+
+is what the keeper starts in a process of its own: reading a device whose worker has died waits for the next
+worker, and the keeper is who brings it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from nbdnfs import kernel_state, run, units
+from nbdnfs.errors import BusyError, CannotCreateError, IOFailureError, NbdnfsError, UnavailableError
+from nbdnfs.kernel_state import Swap
+
+# include/linux/swap.h: union swap_header, at the end of the first page
+_SIGNATURE = b"SWAPSPACE2"
+_PAGE_BYTES = 4096
+_PIECE_BYTES = 1 << 20
+_MKSWAP_TIMEOUT_S = 300.0
+
+# Memory that must stay available when all that is swapped out has come in: the kernel's own needs, and the
+# worker's while it brings the pages.
+_MARGIN_BYTES = 16 << 20
+_PROGRESS_EVERY_S = 1.0
+
+# Called with the bytes that are still swapped out, and those at the beginning.
+Progress = Callable[[int, int], None]
+
+
+def enable(path: Path, *, priority: int | None, label: str, discard: bool) -> None:
+    """Swap to a device; make a swap area of it first where it is all zeros.
+
+    CannotCreateError: it holds something else. NbdnfsError: mkswap or swapon fails.
+    """
+    if not has_signature(path):
+        refuse_data(path)
+        run.run(
+            [run.find_program("mkswap", "util-linux"), "--label", label[:15], str(path)],
+            what=f"making a swap area on {path}",
+            timeout_s=_MKSWAP_TIMEOUT_S,
+        )
+    run.run(
+        [
+            run.find_program("swapon", "mount"),
+            *(["--priority", str(priority)] if priority is not None and priority >= 0 else []),
+            *(["--discard"] if discard else []),
+            str(path),
+        ],
+        what=f"swapping to {path}",
+        timeout_s=_MKSWAP_TIMEOUT_S,
+    )
+
+
+def has_signature(path: Path) -> bool:
+    """Whether mkswap has been there."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        page = os.pread(descriptor, _PAGE_BYTES, 0)
+    except OSError as error:
+        raise IOFailureError(f"{path} cannot be read: {error.strerror}", "see the journal of the worker") from None
+    finally:
+        os.close(descriptor)
+    return page.endswith(_SIGNATURE)
+
+
+def refuse_data(path: Path) -> None:
+    """CannotCreateError unless every byte is zero. Reads all of it: that happens once in a backing file's life."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        offset = 0
+        zeros = bytes(_PIECE_BYTES)
+        while piece := os.pread(descriptor, _PIECE_BYTES, offset):
+            if piece != zeros[: len(piece)]:
+                raise CannotCreateError(
+                    f"{path} is neither swap nor empty: there is data at {units.format_size(offset)}",
+                    "swap would destroy it; name another file, or make this one anew: nbdnfs create --force",
+                )
+            offset += len(piece)
+            os.posix_fadvise(descriptor, 0, offset, os.POSIX_FADV_DONTNEED)
+    except OSError as error:
+        raise IOFailureError(f"{path} cannot be read: {error.strerror}", "see the journal of the worker") from None
+    finally:
+        os.close(descriptor)
+
+
+def find(path: str, root: Path = kernel_state.ROOT) -> Swap | None:
+    """The device's line in /proc/swaps; None while nobody swaps to it."""
+    for swap in kernel_state.swaps(root):
+        if swap.path.removesuffix(" (deleted)") == path:
+            return swap
+    return None
+
+
+def refuse_unless_it_fits(swap: Swap, root: Path = kernel_state.ROOT) -> None:
+    """BusyError when what is swapped out to `swap` has no room in memory and in the other swap areas."""
+    memory = kernel_state.meminfo(root)
+    elsewhere = sum(
+        other.size_bytes - other.used_bytes for other in kernel_state.swaps(root) if other.path != swap.path
+    )
+    room = memory.available_bytes + elsewhere - _MARGIN_BYTES
+    if swap.used_bytes > room:
+        raise BusyError(
+            f"{units.format_size(swap.used_bytes)} are swapped out to {swap.path}, and there is room for"
+            f" {units.format_size(max(room, 0))}: nothing has been changed",
+            "end something that needs memory, or add another swap area, and try again",
+        )
+
+
+def disable(swap: Swap, progress: Progress, root: Path = kernel_state.ROOT) -> None:
+    """swapoff, however long that takes, with `progress` about every second. Interrupted, the swap stays on.
+
+    BusyError: no room. NbdnfsError: swapoff fails otherwise.
+    """
+    path = swap.path.removesuffix(" (deleted)")
+    total_bytes = swap.used_bytes
+    swapoff = subprocess.Popen(
+        [run.find_program("swapoff", "mount"), path], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while True:
+            try:
+                _, said = swapoff.communicate(timeout=_PROGRESS_EVERY_S)
+                break
+            except subprocess.TimeoutExpired:
+                now = find(path, root)  # in the list until the end, counting down
+                progress(min(now.used_bytes, total_bytes) if now is not None else 0, total_bytes)
+    except BaseException:
+        swapoff.terminate()  # try_to_unuse gives up on a signal
+        swapoff.wait()
+        raise
+    if swapoff.returncode != 0:
+        text = said.strip().splitlines()[-1] if said.strip() else f"exit status {swapoff.returncode}"
+        if "Cannot allocate memory" in text:
+            raise BusyError(f"{path} stays in use as swap: {text}", "end something that needs memory, and try again")
+        raise UnavailableError(f"{path} stays in use as swap: {text}", "see the kernel's log: dmesg | tail")
+    progress(0, total_bytes)
+
+
+def wait_for(path: str, timeout_s: float, root: Path = kernel_state.ROOT) -> bool:
+    """Whether the device is in use as swap within that time."""
+    deadline = time.monotonic() + timeout_s
+    while find(path, root) is None:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _main(arguments: list[str]) -> int:
+    path, priority, label, *flags = arguments
+    try:
+        enable(
+            Path(path),
+            priority=int(priority) if priority != "-" else None,
+            label=label,
+            discard="--discard" in flags,
+        )
+    except NbdnfsError as error:
+        print(*error.lines(), sep="\n", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))

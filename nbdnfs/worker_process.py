@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The keeper's workers: nbdkit with our plugin on one end of a socketpair, started as standby, adopted, ended.
+
+`nbdkit -s` serves the one connection that it is started with, so that a worker and its connection end together:
+no listening socket, no shell in between for LISTEN_PID. docs/decisions/0004 and 0005 say why.
+
+Starting one is posix_spawn(3): no copy of the keeper's page tables, no memory of its size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import socket
+from collections.abc import Mapping
+
+from nbdnfs import run, worker, worker_config
+
+# Where a worker finds what it inherits. nbdkit -s speaks NBD on 0 and 1.
+_REGION_FD = 10
+_CONTROL_FD = 11
+
+# systemd spares processes whose name begins so when it kills what is left at shutdown
+# (ROOT_STORAGE_DAEMONS): the swap of a machine that is going down may still need this one.
+NAME = "@nbdkit"
+
+
+def command(settings: Mapping[str, str], *, threads: int) -> tuple[str, list[str]]:
+    """The program, and its arguments, of a worker for a keeper. UnavailableError or ConfigError where it is missing."""
+    program = run.find_program("nbdkit", "nbdkit")
+    inherited = {"region_fd": str(_REGION_FD), "control_fd": str(_CONTROL_FD)}
+    argv = [
+        NAME,
+        "--single",
+        "--log=stderr",
+        f"--threads={threads}",
+        "python",
+        str(worker.plugin_path()),
+        *(f"{key}={value}" for key, value in {**settings, **inherited}.items()),
+    ]
+    return program, argv
+
+
+class WorkerProcess:
+    """A worker, started by this keeper or by the one before. Not thread-safe; used by the keeper's loop alone.
+
+    One that was started is a standby until `go`, and ends when the keeper does. `socket` is the end of its connection
+    that the kernel is to get; None for one that was adopted, and once the kernel has it.
+    """
+
+    def __init__(self, pid: int, pidfd: int, *, child: bool) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.socket: socket.socket | None = None
+        self.is_ready = not child
+        self.has_gone = not child
+        self._child = child
+        self._control: socket.socket | None = None
+        self._peer: socket.socket | None = None
+        self._status: int | None = None
+
+    @classmethod
+    def start(cls, program: str, argv: list[str], environment: Mapping[str, str], region_fd: int) -> WorkerProcess:
+        """Start a standby. OSError where the kernel cannot."""
+        with contextlib.ExitStack() as stack:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            control, their_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            for sock in (ours, theirs, control):
+                stack.callback(sock.close)
+            with their_control:
+                pid = os.posix_spawn(
+                    program,
+                    argv,
+                    environment,
+                    file_actions=[
+                        # the copies that are above all that is inherited come first: none overwrites another
+                        (os.POSIX_SPAWN_DUP2, region_fd, _REGION_FD),
+                        (os.POSIX_SPAWN_DUP2, their_control.fileno(), _CONTROL_FD),
+                        (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
+                        (os.POSIX_SPAWN_DUP2, theirs.fileno(), 1),
+                    ],
+                    setsid=True,
+                    setsigmask=(),
+                    setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE),
+                )
+            process = cls(pid, os.pidfd_open(pid), child=True)
+            control.setblocking(False)
+            process.socket, process._peer, process._control = ours, theirs, control
+            stack.pop_all()
+        return process
+
+    @classmethod
+    def adopt(cls, pid: int) -> WorkerProcess | None:
+        """A worker of the keeper before. The caller has compared its start time, and does so again afterwards."""
+        try:
+            return cls(pid, os.pidfd_open(pid), child=False)
+        except OSError:
+            return None
+
+    def descriptors(self) -> list[int]:
+        """What to poll for input: each becomes readable when there is something for `look`, `has_ended` or `greets`."""
+        found = [self.pidfd] if self._status is None else []
+        if not self.is_ready and self._control is not None:
+            found.append(self._control.fileno())
+        if self.has_gone and self.socket is not None:
+            found.append(self.socket.fileno())
+        return found
+
+    def look(self) -> None:
+        """Take notice of a standby that has become ready."""
+        if not self.is_ready and self._control is not None:
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                self.is_ready = self._control.recv(1) == worker_config.READY
+
+    def go(self) -> None:
+        """End its wait: it is to connect to the server, take the region over and serve. Also before it is ready."""
+        self.has_gone = True
+        if self._control is not None:
+            with contextlib.suppress(OSError):  # it has ended, which `has_ended` tells
+                self._control.send(worker_config.GO)
+
+    def greets(self) -> bool:
+        """Whether it has begun the handshake: it is connected to the server and has the region."""
+        return self.socket is not None and _readable(self.socket.fileno())
+
+    def is_kept_by_kernel(self) -> bool:
+        """Let go of the socket, and say whether the kernel has a hold of it: the worker's end sees a hang-up otherwise.
+
+        Closing is done when close(2) and sendmsg(2) return (fs/file_table.c: fput's task work), so there is nothing
+        to wait for.
+        """
+        assert self.socket is not None
+        assert self._peer is not None
+        self.socket.close()
+        self.socket = None
+        poll = select.poll()
+        poll.register(self._peer, 0)
+        kept = not poll.poll(0)
+        self._drop_peer()
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        return kept
+
+    def has_ended(self) -> bool:
+        """Whether it is gone, region lock and all; collects its exit status if it was ours."""
+        if self._status is None and _readable(self.pidfd):
+            self._status = 0
+            if self._child:
+                with contextlib.suppress(ChildProcessError):
+                    self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            self.close()
+        return self._status is not None
+
+    @property
+    def status(self) -> int:
+        """Its exit status, or minus the signal; of an adopted one nobody knows, and it is 0. After `has_ended`."""
+        assert self._status is not None
+        return self._status
+
+    def kill(self) -> None:
+        """SIGKILL. It loses nothing: what the NAS does not have lies in the region."""
+        if self._status is None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Let go of everything that is the keeper's. A standby ends by that."""
+        for sock in (self.socket, self._control):
+            if sock is not None:
+                sock.close()
+        self.socket = self._control = None
+        self._drop_peer()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def _drop_peer(self) -> None:
+        if self._peer is not None:
+            self._peer.close()
+            self._peer = None
+
+
+def _readable(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    while True:
+        try:
+            return bool(poll.poll(0))
+        except OSError as error:
+            if error.errno != errno.EINTR:
+                raise
