@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The keeper with real workers (nbdkit, plugin, engine) against a fake kernel and a fake server: nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fake_kernel import FakeKernel
+from fake_nfs import NFS3ERR_NOSPC, NFS3_OK, FakeNfsServer
+
+from nbdnfs import keeper as keeper_module
+from nbdnfs import run_dir
+from nbdnfs.config import Config
+from nbdnfs.engine import region_counters
+from nbdnfs.keeper import Helper, Keeper
+from nbdnfs.keeper_work import RealWork
+from nbdnfs.link import Attached
+from nbdnfs.notify import Notifier
+from nbdnfs.run_dir import RunDir
+
+PAGE = 4096
+DEVICE_BYTES = 16 << 20
+SLOTS = 1024
+
+
+class FakeSwap(RealWork):
+    """Real workers; a swap that is a word."""
+
+    on = False
+
+    def provision(self) -> Helper | None:
+        return None
+
+    def swap_on(self, attached: Attached) -> Helper:
+        self.on = True
+        return Helper(["/bin/true"], {})
+
+    def is_swapped_on(self, attached: Attached) -> bool:
+        return self.on
+
+
+class Setup:
+    """A server, a kernel, and the keepers that come and go on them."""
+
+    def __init__(self, server: FakeNfsServer, root: Path) -> None:
+        settings = Config("t", server.url(), region_pages=SLOTS, lock="off")
+        self.server = server
+        self.kernel = FakeKernel()
+        self.work = FakeSwap(settings, server.url(), "127.0.0.1")
+        self.records = RunDir("t", run=root)
+        self.records.make()
+        self.parked: dict[str, int] = {}
+        self.keeper: Keeper | None = None
+
+    def run(self, scenario: Callable[[Keeper], None]) -> int:
+        """A keeper in this thread until `scenario`, in another one, has ended."""
+        keeper = Keeper(
+            self.kernel,
+            self.work,
+            self.records,
+            Notifier({}),
+            stored={name: os.dup(descriptor) for name, descriptor in self.parked.items()},
+        )
+        self.parked = {"region": os.dup(keeper._region)}  # what systemd's store does
+        failure: list[BaseException] = []
+
+        def play() -> None:
+            try:
+                scenario(keeper)
+            except BaseException as error:
+                failure.append(error)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=play)
+        thread.start()
+        status = keeper.run()
+        thread.join(60)
+        if failure:
+            raise failure[0]
+        return status
+
+    def kill_worker(self) -> int:
+        """SIGKILL for the worker that serves; returns its pid."""
+        record = self.records.living(run_dir.WORKER)
+        assert record is not None
+        os.kill(record.pid, signal.SIGKILL)
+        return record.pid
+
+    def counters(self) -> dict[str, int]:
+        return {k: v for k, v in region_counters(self.parked["region"]).items() if isinstance(v, int)}
+
+    def end(self) -> None:
+        self.kernel.close()
+        with contextlib.suppress(AssertionError, ProcessLookupError):
+            self.kill_worker()
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Iterator[Setup]:
+    with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
+        made = Setup(server, tmp_path)
+        yield made
+        made.end()
+
+
+def page_of(number: int, generation: int) -> bytes:
+    return random.Random(number << 32 | generation).randbytes(PAGE)
+
+
+def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.01)
+
+
+def ready(keeper: Keeper) -> None:
+    """The keeper watches, and has a standby."""
+    until(lambda: keeper._told_ready and keeper.standby is not None and keeper.standby.is_ready)
+
+
+def test_nothing_is_lost_when_a_dirty_worker_is_killed(setup: Setup) -> None:
+    """Pages that the server has refused so far come from the next worker, and reach the server through it."""
+    pages = {number: page_of(number, 1) for number in range(0, 800)}
+
+    def scenario(keeper: Keeper) -> None:
+        setup.kernel.wait_for_link(1)
+        ready(keeper)
+        setup.server.fail("WRITE", NFS3ERR_NOSPC)
+        for number, data in pages.items():
+            setup.kernel.write(number * PAGE, data)
+        setup.kill_worker()
+        setup.kernel.wait_for_link(2)
+        assert setup.counters()["replayed_pages"] >= 800
+        for number, data in pages.items():
+            assert setup.kernel.read(number * PAGE, PAGE) == data, number
+        setup.server.fail("WRITE", NFS3_OK)
+        setup.kernel.flush()
+
+    assert setup.run(scenario) == 0
+    content = bytes(setup.server.on_disk)
+    assert all(content[number * PAGE :][:PAGE] == data for number, data in pages.items())
+
+
+@pytest.mark.timeout(300)
+def test_fifty_kills_with_a_dirty_region(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifty times the worker dies with nine tenths of the region dirty and requests under way: no wrong page."""
+    dice = random.Random(1)
+    dirty = SLOTS * 9 // 10
+    monkeypatch.setattr(keeper_module, "_LASTED_S", 0.0)  # fifty times in a row is no crash of its own doing here
+    written: dict[int, bytes] = {}
+    resumed_s: list[float] = []
+
+    def scenario(keeper: Keeper) -> None:
+        setup.kernel.wait_for_link(1)
+        ready(keeper)
+        setup.server.fail("WRITE", NFS3ERR_NOSPC)
+        numbers = dice.sample(range(DEVICE_BYTES // PAGE), dirty)
+        for number in numbers:
+            written[number] = page_of(number, 0)
+            setup.kernel.write(number * PAGE, written[number])
+        for generation in range(1, 51):
+            until(lambda: keeper.standby is not None and keeper.standby.is_ready)
+            assert setup.counters()["unstable_pages"] >= dirty
+            killer = threading.Timer(dice.uniform(0, 0.02), setup.kill_worker)
+            killer.start()
+            changing = dice.sample(numbers, 100)
+            for number in changing:
+                written[number] = page_of(number, generation)
+                setup.kernel.write(number * PAGE, written[number])
+            killer.join()
+            setup.kernel.wait_for_link(generation + 1)
+            resumed_s.append(setup.kernel.last_outage_s)
+            for number in dice.sample(numbers, 200):
+                assert setup.kernel.read(number * PAGE, PAGE) == written[number], (generation, number)
+        for number in numbers:
+            assert setup.kernel.read(number * PAGE, PAGE) == written[number], number
+        setup.server.fail("WRITE", NFS3_OK)
+        setup.kernel.flush()
+
+    assert setup.run(scenario) == 0
+    content = bytes(setup.server.on_disk)
+    assert not [number for number, data in written.items() if content[number * PAGE :][:PAGE] != data]
+    resumed_s.sort()
+    print(f"resumed after {resumed_s[25] * 1000:.0f} ms (median), {resumed_s[-1] * 1000:.0f} ms (longest)")
+
+
+def test_a_keeper_takes_over_from_a_killed_one(setup: Setup) -> None:
+    """The next keeper adopts the worker that lives; the device and its link stay as they are."""
+    pids = []
+
+    def first(keeper: Keeper) -> None:
+        ready(keeper)
+        setup.kernel.write(0, page_of(0, 1))
+        record = setup.records.living(run_dir.WORKER)
+        assert record is not None
+        pids.append(record.pid)
+
+    def second(keeper: Keeper) -> None:
+        ready(keeper)
+        assert keeper.worker is not None
+        assert keeper.worker.pid == pids[0]
+        assert setup.kernel.read(0, PAGE) == page_of(0, 1)
+        setup.kill_worker()
+        setup.kernel.wait_for_link(2)
+        assert setup.kernel.read(0, PAGE) == page_of(0, 1)
+
+    setup.run(first)
+    setup.run(second)
+    assert (setup.kernel.attaches, setup.kernel.reconnects, setup.kernel.disconnects) == (1, 1, 0)
+
+
+def test_both_at_once(setup: Setup) -> None:
+    """With keeper and worker gone, the parked region and the device are enough to go on."""
+
+    def first(keeper: Keeper) -> None:
+        ready(keeper)
+        setup.server.fail("WRITE", NFS3ERR_NOSPC)
+        for number in range(700):
+            setup.kernel.write(number * PAGE, page_of(number, 1))
+
+    def second(keeper: Keeper) -> None:
+        setup.kernel.wait_for_link(2)
+        for number in range(700):
+            assert setup.kernel.read(number * PAGE, PAGE) == page_of(number, 1)
+        ready(keeper)
+
+    setup.run(first)
+    setup.kill_worker()
+    setup.run(second)
+
+
+def test_a_worker_without_a_record_is_found(setup: Setup) -> None:
+    """A keeper that died before it had written the record leaves a worker that is found by its region."""
+    pids = []
+
+    def first(keeper: Keeper) -> None:
+        ready(keeper)
+        record = setup.records.process(run_dir.WORKER)
+        assert record is not None
+        pids.append(record.pid)
+
+    def second(keeper: Keeper) -> None:
+        ready(keeper)
+        assert keeper.worker is not None
+        # a version that is not known is replaced
+        until(lambda: keeper.worker is not None and keeper.worker.pid != pids[0])
+        setup.kernel.wait_for_link(2)
+
+    setup.run(first)
+    (setup.records.path / run_dir.WORKER).unlink()
+    setup.run(second)
+
+
+def test_sighup_replaces_the_worker(setup: Setup) -> None:
+    """A fresh standby first, then the worker goes, and no write is lost."""
+
+    def scenario(keeper: Keeper) -> None:
+        ready(keeper)
+        assert keeper.worker is not None
+        before = keeper.worker.pid
+        setup.kernel.write(0, page_of(0, 1))
+        os.kill(os.getpid(), signal.SIGHUP)
+        setup.kernel.wait_for_link(2)
+        assert setup.kernel.read(0, PAGE) == page_of(0, 1)
+        until(lambda: keeper.worker is not None and keeper.worker.pid != before)
+
+    setup.run(scenario)
+
+
+def test_a_server_that_is_away_is_waited_for(setup: Setup) -> None:
+    """A worker that takes over while nobody answers goes on trying; the kernel's requests wait."""
+
+    def scenario(keeper: Keeper) -> None:
+        ready(keeper)
+        setup.kernel.write(0, page_of(0, 1))
+        setup.server.hold("MNT")
+        setup.kill_worker()
+        setup.server.wait_for(1, timeout_s=20)
+        assert setup.kernel.links == 1
+        setup.server.release()
+        setup.kernel.wait_for_link(2)
+        assert setup.kernel.read(0, PAGE) == page_of(0, 1)
+
+    setup.run(scenario)
