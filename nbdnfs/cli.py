@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
     keep = commands.add_parser("run", help="keep a device alive, in the foreground (what the unit starts)")
     keep.add_argument("name", metavar="NAME", help=name_help)
-    keep.set_defaults(run=_run)
+    keep.set_defaults(run=_keep)
 
     attach = commands.add_parser("attach", help="give the kernel a served file as block device /dev/nbdN")
     attach.add_argument("socket", type=Path, metavar="SOCKET")
@@ -153,7 +153,7 @@ def _status(args: argparse.Namespace) -> int:
     return 0 if all(one.is_green for one in found) else os.EX_UNAVAILABLE
 
 
-def _run(args: argparse.Namespace) -> int:
+def _keep(args: argparse.Namespace) -> int:
     from nbdnfs import keeper_work
 
     return keeper_work.run(args.name)

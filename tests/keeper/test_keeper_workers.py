@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from fake_kernel import FakeKernel
-from fake_nfs import NFS3ERR_NOSPC, NFS3_OK, FakeNfsServer
+from fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
 
 from nbdnfs import keeper as keeper_module
 from nbdnfs import run_dir
@@ -130,7 +130,7 @@ def ready(keeper: Keeper) -> None:
 
 def test_nothing_is_lost_when_a_dirty_worker_is_killed(setup: Setup) -> None:
     """Pages that the server has refused so far come from the next worker, and reach the server through it."""
-    pages = {number: page_of(number, 1) for number in range(0, 800)}
+    pages = {number: page_of(number, 1) for number in range(800)}
 
     def scenario(keeper: Keeper) -> None:
         setup.kernel.wait_for_link(1)
