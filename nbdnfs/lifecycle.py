@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`up` and `down`: from outside of the keeper, with systemd where it runs. docs/decisions/0004 says what stops what."""
+"""`up` and `down`: from outside of the keeper, with systemd where it runs. docs/decisions/0005 says what stops what."""
 
 from __future__ import annotations
 

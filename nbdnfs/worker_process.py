@@ -2,7 +2,7 @@
 """The keeper's workers: nbdkit with our plugin on one end of a socketpair, started as standby, adopted, ended.
 
 `nbdkit -s` serves the one connection that it is started with, so that a worker and its connection end together:
-no listening socket, no shell in between for LISTEN_PID. docs/decisions/0004 and 0005 say why.
+no listening socket, no shell in between for LISTEN_PID. docs/decisions/0005 and 0006 say why.
 
 Starting one is posix_spawn(3): no copy of the keeper's page tables, no memory of its size.
 """
