@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One device's configuration: NAME.toml and the drop-ins NAME.toml.d/*.toml, read once and checked in full.
 
-Both are looked up in /etc/nbdnfs, then in /run/nbdnfs, where what the kernel command line asks for lies. The
-first NAME.toml counts. Drop-ins of all folders are read in the order of their names, later ones win, and one in
-/etc hides one of the same name in /run, as systemd.unit(5) has it. An empty file hides as well.
+Both are looked up in /etc/nbdnfs, then in /run/nbdnfs-config, where systemd/nbdnfs-generator puts what the kernel
+command line asks for. The first NAME.toml counts. Drop-ins of both folders are read in the order of their names, later
+ones win, and one in /etc hides one of the same name in /run, as systemd.unit(5) has it. An empty file hides as well.
 
 Each file must be right on its own, also where a later one overrides it. What is wrong is a ConfigError with
 file, line and what would have been right.
@@ -22,7 +22,7 @@ from nbdnfs import units, url
 from nbdnfs.errors import ConfigError, NoInputError, UsageError
 
 # In this order of precedence.
-FOLDERS = ("etc/nbdnfs", "run/nbdnfs")
+FOLDERS = ("etc/nbdnfs", "run/nbdnfs-config")
 
 PAGE_BYTES = 4096
 _MIB = 1 << 20
