@@ -69,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     keep.add_argument("name", metavar="NAME", help=name_help)
     keep.set_defaults(run=_keep)
 
+    units_files = commands.add_parser("install-units", help="put the systemd units in place; again after an update")
+    units_files.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="of an image, instead of /")
+    units_files.add_argument("--program", metavar="PATH", help="the nbdnfs that they start there (this one)")
+    units_files.add_argument("--force", action="store_true", help="overwrite files that somebody has changed")
+    units_files.set_defaults(run=_install_units)
+
     attach = commands.add_parser("attach", help="give the kernel a served file as block device /dev/nbdN")
     attach.add_argument("socket", type=Path, metavar="SOCKET")
     attach.add_argument("--device", metavar="DEVICE", help="for example /dev/nbd0; the kernel chooses otherwise")
@@ -157,6 +163,14 @@ def _keep(args: argparse.Namespace) -> int:
     from nbdnfs import keeper_work
 
     return keeper_work.run(args.name)
+
+
+def _install_units(args: argparse.Namespace) -> int:
+    from nbdnfs import install_units
+
+    written = install_units.install(args.root, program=args.program, force=args.force)
+    print(install_units.explain(written, args.root))
+    return 0
 
 
 def _attach(args: argparse.Namespace) -> int:

@@ -33,6 +33,7 @@ RANKS = {
     "link": 3,
     "worker_process": 4,
     "doctor": 4,
+    "install_units": 4,
     "status": 4,
     "keeper": 5,
     "keeper_work": 6,
