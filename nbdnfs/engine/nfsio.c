@@ -135,6 +135,19 @@ struct req_list {
 	struct nfsio_req *head, *tail;
 };
 
+/*
+ * One libnfs call of a context that nobody else knows yet. It lives as long as the context: one that is destroyed
+ * in the middle of a call still calls back.
+ */
+struct step {
+	bool done;
+	bool insists;           /* goes on although the thread is to stop: its deadline is short */
+	int error;
+	void *data;             /* what a successful call made; an error string does not outlive the callback */
+	struct nfsio_stat st;
+	uint64_t fileid;
+};
+
 /* Who polls the connection and takes in what comes. */
 enum receiver { NOBODY, THE_IO_THREAD, A_WAITER };
 
@@ -152,6 +165,8 @@ struct nfsio {
 	int64_t connected_at_ms; /* the I/O thread's own */
 	int wake_fd;            /* an eventfd: written to wake the I/O thread out of poll() */
 	pthread_t thread;
+
+	struct step step;       /* the I/O thread's own: the call that connecting is waiting for */
 
 	atomic_bool stop;       /* set once, by nfsio_close() */
 
@@ -748,16 +763,6 @@ int nfsio_unlink(struct nfsio *io, const char *path, struct nfsio_failure *why)
 
 /* ------------------------------------------------------------------ connecting, I/O thread ------------- */
 
-/* One libnfs call of a context that nobody else knows yet. */
-struct step {
-	bool done;
-	bool insists;           /* goes on although the thread is to stop: its deadline is short */
-	int error;
-	void *data;             /* what a successful call made; an error string does not outlive the callback */
-	struct nfsio_stat st;
-	uint64_t fileid;
-};
-
 static void step_done(int error, struct nfs_context *nfs, void *data, void *arg)
 {
 	struct step *step = arg;
@@ -787,6 +792,12 @@ static void step_getattr3_done(struct rpc_context *rpc, int status, void *data, 
 		step->error = 0;
 		step->fileid = res->GETATTR3res_u.resok.obj_attributes.fileid;
 	}
+}
+
+static struct step *new_step(struct nfsio *io)
+{
+	io->step = (struct step){ 0 };
+	return &io->step;
 }
 
 /* Serve `nfs` until `step` is done. Returns step->error, -ETIMEDOUT or -ECANCELED. */
@@ -867,11 +878,11 @@ static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, struct n
 
 	snprintf(path, sizeof(path), "%s", chosen ? io->mount_path : (*url)->path);
 	for (;;) {
-		struct step step = { 0 };
+		struct step *step = new_step(io);
 		int error = -EIO;
 
-		if (nfs_mount_async(*nfs, io->address, path, step_done, &step) == 0)
-			error = pump(io, *nfs, &step, deadline_ms);
+		if (nfs_mount_async(*nfs, io->address, path, step_done, step) == 0)
+			error = pump(io, *nfs, step, deadline_ms);
 		if (error == 0)
 			break;
 		if (first)
@@ -907,7 +918,7 @@ static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, struct n
 static int open_file(struct nfsio *io, struct nfs_context *nfs, const char *path, int64_t deadline_ms,
 		     struct nfsfh **fh)
 {
-	struct step step = { 0 };
+	struct step *step = new_step(io);
 	int flags = (io->options.read_only ? O_RDONLY : O_RDWR) | O_SYNC;
 	int error;
 
@@ -915,19 +926,19 @@ static int open_file(struct nfsio *io, struct nfs_context *nfs, const char *path
 	bool create = io->options.create && !io->opened_once;
 
 	if (!(create && io->options.exclusive)) {
-		if (nfs_open_async(nfs, path, flags, step_done, &step) != 0)
+		if (nfs_open_async(nfs, path, flags, step_done, step) != 0)
 			return -EIO;
-		error = pump(io, nfs, &step, deadline_ms);
+		error = pump(io, nfs, step, deadline_ms);
 		if (error != -ENOENT || !create) {
-			*fh = step.data;
+			*fh = step->data;
 			return error;
 		}
 	}
-	step = (struct step){ 0 };
-	if (nfs_create_async(nfs, path, O_RDWR | O_SYNC | O_EXCL, io->options.mode, step_done, &step) != 0)
+	step = new_step(io);
+	if (nfs_create_async(nfs, path, O_RDWR | O_SYNC | O_EXCL, io->options.mode, step_done, step) != 0)
 		return -EIO;
-	error = pump(io, nfs, &step, deadline_ms);
-	*fh = step.data;
+	error = pump(io, nfs, step, deadline_ms);
+	*fh = step->data;
 	return error;
 }
 
@@ -936,7 +947,7 @@ static int check_raw_handle(struct nfsio *io, struct nfs_context *nfs, struct nf
 			    uint64_t fileid, int64_t deadline_ms)
 {
 	const struct nfs_fh_bytes *bytes = (const struct nfs_fh_bytes *)nfs_get_fh(fh);
-	struct step step = { 0 };
+	struct step *step = new_step(io);
 	GETATTR3args args;
 	int error;
 
@@ -945,10 +956,10 @@ static int check_raw_handle(struct nfsio *io, struct nfs_context *nfs, struct nf
 	raw->data.data_len = bytes->len;
 	raw->data.data_val = bytes->val;
 	args.object = *raw;
-	if (call_getattr3(nfs_get_rpc_context(nfs), step_getattr3_done, &args, &step) != 0)
+	if (call_getattr3(nfs_get_rpc_context(nfs), step_getattr3_done, &args, step) != 0)
 		return -EIO;
-	error = pump(io, nfs, &step, deadline_ms);
-	if (error == 0 && step.fileid != fileid)
+	error = pump(io, nfs, step, deadline_ms);
+	if (error == 0 && step->fileid != fileid)
 		error = -EPROTO;
 	return error;
 }
@@ -979,7 +990,7 @@ static bool connect_once(struct nfsio *io, struct connection *made, struct nfsio
 	int64_t deadline_ms = now_ms() + (int64_t)io->options.connect_timeout_s * 1000;
 	struct nfs_url *url = NULL;
 	struct nfs_context *nfs = new_context(io, &url, why);
-	struct step step = { 0 };
+	struct step *step;
 	char path[4096];
 	int error;
 
@@ -991,20 +1002,21 @@ static bool connect_once(struct nfsio *io, struct connection *made, struct nfsio
 	snprintf(path, sizeof(path), "%s%s%s", io->prefix, url->file[0] == '/' ? "" : "/", url->file);
 	error = open_file(io, nfs, path, deadline_ms, &made->fh);
 	if (error == 0) {
-		error = nfs_fstat64_async(nfs, made->fh, step_stat_done, &step) == 0
-				? pump(io, nfs, &step, deadline_ms)
+		step = new_step(io);
+		error = nfs_fstat64_async(nfs, made->fh, step_stat_done, step) == 0
+				? pump(io, nfs, step, deadline_ms)
 				: -EIO;
+		made->st = step->st;
 	}
-	if (error == 0 && !S_ISREG(step.st.mode))
-		error = S_ISDIR(step.st.mode) ? -EISDIR : -EINVAL;
+	if (error == 0 && !S_ISREG(made->st.mode))
+		error = S_ISDIR(made->st.mode) ? -EISDIR : -EINVAL;
 	if (error == 0 && io->version == 3)
-		error = check_raw_handle(io, nfs, made->fh, &made->fh3, step.st.fileid, deadline_ms);
+		error = check_raw_handle(io, nfs, made->fh, &made->fh3, made->st.fileid, deadline_ms);
 	if (error != 0) {
 		set_failure(why, is_no_answer(error) ? NFSIO_CONNECT : NFSIO_OPEN, error, nfs_get_error(nfs));
 		goto fail;
 	}
 	made->nfs = nfs;
-	made->st = step.st;
 	tune_socket(nfs_get_fd(nfs));
 	nfs_destroy_url(url);
 	return true;
@@ -1175,10 +1187,11 @@ static void *io_thread(void *arg)
 		wait_for_io_work(io); /* it has been woken, and must not find the context gone */
 	if (io->nfs != NULL && !io->broken && io->version != 3) {
 		/* the server keeps state for an open v4 file: say good-bye, but do not insist */
-		struct step step = { .insists = true };
+		struct step *step = new_step(io);
 
-		if (nfs_close_async(io->nfs, io->fh, step_done, &step) == 0)
-			pump(io, io->nfs, &step, now_ms() + CLOSE_LIMIT_MS);
+		step->insists = true;
+		if (nfs_close_async(io->nfs, io->fh, step_done, step) == 0)
+			pump(io, io->nfs, step, now_ms() + CLOSE_LIMIT_MS);
 		io->fh = NULL;
 	}
 	discard(io);
