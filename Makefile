@@ -23,6 +23,8 @@ test:
 	@tools/bootstrap.sh test
 	$(MAKE) --no-print-directory run-lint
 	$(PYTEST) tests
+	$(AS_ROOT) tools/sanitize.sh address -q
+	$(AS_ROOT) tools/sanitize.sh thread -q
 	$(PYTEST) vm-tests -m "smoke or meta"
 
 vm-test:
