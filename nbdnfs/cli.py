@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     attach = commands.add_parser("attach", help="give the kernel a served file as block device /dev/nbdN")
     attach.add_argument("socket", type=Path, metavar="SOCKET")
     attach.add_argument("--device", metavar="DEVICE", help="for example /dev/nbd0; the kernel chooses otherwise")
+    attach.add_argument("--no-warm-up", action="store_true", help="for looking only: swap needs the warm-up")
     attach.set_defaults(run=_attach)
 
     detach = commands.add_parser("detach", help="take such a block device down")
@@ -176,7 +177,7 @@ def _install_units(args: argparse.Namespace) -> int:
 def _attach(args: argparse.Namespace) -> int:
     from nbdnfs import device
 
-    print(device.attach(args.socket, args.device).path)
+    print(device.attach(args.socket, args.device, warm=not args.no_warm_up).path)
     return 0
 
 

@@ -37,6 +37,7 @@ from nbdnfs.errors import (
     UsageError,
 )
 from nbdnfs.kernel_state import NbdDevice
+from nbdnfs.warmup import warm_up as warm_up  # part of setting a device up
 
 if TYPE_CHECKING:
     from nbdnfs.netlink import NbdNetlink
@@ -55,6 +56,10 @@ DEAD_CONN_TIMEOUT_S = 86400
 # How soon after a reconnect the kernel sends again what was in flight. CONNECT with TIMEOUT 0 sets 30 s
 # (nbd_set_cmd_timeout). The price of less is one "Possible stuck request" line per request and interval.
 IO_TIMEOUT_MS = 2000
+
+# The largest request, in KiB. Reclaim writes SWAP_CLUSTER_MAX (32) pages at a time (include/linux/swap.h) and a plug
+# holds them back to be merged; a larger request only makes each thread of the worker hold a larger buffer.
+MAX_REQUEST_KIB = 128
 
 # udev looks at a device that has just appeared, or was written to, and lets go of it by itself: it is given
 # some time, and then overruled. With a dead server it hangs in there for good, and only DISCONNECT frees it.
@@ -86,13 +91,15 @@ def attach(
     dead_conn_timeout_s: int = DEAD_CONN_TIMEOUT_S,
     io_timeout_ms: int = IO_TIMEOUT_MS,
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    warm: bool = False,
     netlink: NbdNetlink | None = None,
     root: Path = kernel_state.ROOT,
 ) -> Attachment:
     """Attach `device` ("/dev/nbd0"; without one, a free one) to the NBD server on `socket_path`.
 
     Returns once the node is there and has the export's size; `timeout_s` bounds the handshake and that wait,
-    each. `backend` defaults to `backend_of(socket_path)`. Leaves no device behind when it fails.
+    each. `backend` defaults to `backend_of(socket_path)`. `warm` includes `warm_up`, and its errors. Leaves no device
+    behind when it fails.
 
     BusyError: the device is attached already, or open. NoInputError: no such device or socket. UsageError: no nbd
     disk, or an export that the kernel cannot take. UnavailableError: no driver, or no server behind the
@@ -122,7 +129,10 @@ def attach(
 
         index = take(None) if wanted is None else _insist(take, wanted, root)
         try:
-            return _settle(index, export, io_timeout_ms, timeout_s, root)
+            attachment = _settle(index, export, io_timeout_ms, timeout_s, root)
+            if warm:
+                warm_up(attachment.path)
+            return attachment
         except BaseException:
             # it is ours since a moment ago, and nobody was told of it
             with contextlib.suppress(NbdnfsError):
@@ -253,7 +263,7 @@ def _settle(index: int, export: handshake.Export, io_timeout_ms: int, timeout_s:
         )
     _set_queue(name, "io_timeout", io_timeout_ms, root)
     state = kernel_state.nbd_device(name, root)
-    largest_kb = export.max_block_bytes // 1024
+    largest_kb = min(export.max_block_bytes // 1024, MAX_REQUEST_KIB)
     if state is not None and state.max_sectors_kb is not None and state.max_sectors_kb > largest_kb:
         _set_queue(name, "max_sectors_kb", largest_kb, root)
     return Attachment(Path("/dev") / name, index, export.size_bytes)

@@ -218,13 +218,13 @@ def test_a_kernel_without_io_timeout(
 
 
 def test_requests_are_no_larger_than_the_server_takes(server: Server, kernel: FakeKernel, root: Path) -> None:
-    """max_sectors_kb goes down to the server's largest block, and never up."""
+    """max_sectors_kb goes down to the server's largest block, to 128 KiB at most, and never up."""
     server.blocks = (4096, 4096, 64 << 10)
     attach(server, kernel, "nbd0")
     assert (root / "sys/block/nbd0/queue/max_sectors_kb").read_text() == "64"
     server.blocks = (4096, 4096, 32 << 20)
     attach(server, kernel)
-    assert (root / "sys/block/nbd2/queue/max_sectors_kb").read_text() == "1280\n"
+    assert (root / "sys/block/nbd2/queue/max_sectors_kb").read_text() == "128"
 
 
 @pytest.mark.parametrize("name", ["/dev/nbd1", "nbd1", "/dev/../dev/nbd1"])

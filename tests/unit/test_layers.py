@@ -17,6 +17,7 @@ RANKS = {
     "diagnose": 1,
     "run": 1,
     "kernel_state": 1,
+    "warmup": 1,
     "memlock": 1,
     "handshake": 1,
     "netlink": 1,

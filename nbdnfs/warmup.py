@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Before swapon: make every thread and path of the worker work once, through the very device.
+
+What a worker touches for the first time it touches here, while there is memory: the threads' stacks and buffers,
+the kernel's requests and socket buffers, code of Python, libnfs and the C library that starting up did not run.
+The content stays: each page is written as it was read, under an exclusive open, so that there is neither swap nor
+a mount.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import mmap
+import os
+import queue
+import stat
+import struct
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdnfs.errors import (
+    BusyError,
+    IOFailureError,
+    NbdnfsError,
+    NoInputError,
+    PermissionDeniedError,
+    UnavailableError,
+    UsageError,
+)
+
+log = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT_S = 60.0
+
+# Requests under way at once. nbdkit's threads take turns at the socket; each is busy with one of these for the
+# time that the NAS takes, so several for each of the default four leave none out.
+PARALLEL = 16
+
+_PAGE_BYTES = 4096
+_SINGLE_PAGES = 32
+_ROUNDS = 2
+
+# include/uapi/linux/fs.h
+_BLKROGET = 0x125E
+_BLKSECTGET = 0x1267
+_SECTOR_BYTES = 512
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """What a warm-up did: bytes read and written back, and the largest request that it asked for."""
+
+    read_bytes: int
+    rewritten_bytes: int
+    largest_request_bytes: int
+
+
+def warm_up(path: Path, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Exercise:
+    """Exercise the worker behind the attached, unused block device `path`. Never changes what is on it.
+
+    A read-only device is read alone, and the log says so. Requests are of one page and of the largest size that the
+    queue allows (queue/max_sectors_kb): the block layer splits what is larger, block/blk-merge.c.
+
+    NoInputError: no such device. UsageError: no block device, or an empty one. BusyError: swap, a mount or another
+    device uses it. IOFailureError: a request failed. UnavailableError: not done within `timeout_s` seconds; the
+    threads that wait for the device are left behind, no signal ends that wait. PermissionDeniedError: not root.
+    """
+    outcome: queue.SimpleQueue[Exercise | NbdnfsError] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put(_warm_up(path))
+        except NbdnfsError as error:
+            outcome.put(error)
+
+    threading.Thread(target=run, name="warm-up", daemon=True).start()
+    try:
+        done = outcome.get(timeout=timeout_s)
+    except queue.Empty:
+        raise UnavailableError(
+            f"{path} did not answer the warm-up within {timeout_s:g} s",
+            "see whether the NAS answers, and what the worker says",
+        ) from None
+    if isinstance(done, NbdnfsError):
+        raise done
+    log.info("%s: warmed up: %d KiB read, %d KiB rewritten", path, done.read_bytes >> 10, done.rewritten_bytes >> 10)
+    return done
+
+
+def _warm_up(path: Path) -> Exercise:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            writable, largest_bytes = _limits(descriptor, path)
+        finally:
+            os.close(descriptor)
+        if not writable:
+            log.warning("%s is read-only: the warm-up reads, and leaves the paths of writing cold", path)
+        mode = os.O_RDWR if writable else os.O_RDONLY
+        descriptor = os.open(path, mode | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        raise _explain(error, path) from None
+    try:
+        return exercise(descriptor, largest_bytes=largest_bytes, writable=writable)
+    except OSError as error:
+        raise IOFailureError(
+            f"{path} failed in the warm-up: {error.strerror}", "see what the worker says, and dmesg | tail"
+        ) from None
+    finally:
+        os.close(descriptor)
+
+
+def _limits(descriptor: int, path: Path) -> tuple[bool, int]:
+    """Whether the device may be written, and its largest request in bytes."""
+    if not stat.S_ISBLK(os.fstat(descriptor).st_mode):
+        raise UsageError(f"{path} is no block device", "give the one that attach made, such as /dev/nbd0")
+    if os.lseek(descriptor, 0, os.SEEK_END) < _PAGE_BYTES:
+        raise UsageError(f"{path} is empty", "attach it first: nbdnfs attach SOCKET")
+    (read_only,) = struct.unpack("i", fcntl.ioctl(descriptor, _BLKROGET, bytes(4)))
+    (sectors,) = struct.unpack("H", fcntl.ioctl(descriptor, _BLKSECTGET, bytes(2)))
+    return not read_only, max(sectors * _SECTOR_BYTES // _PAGE_BYTES, 1) * _PAGE_BYTES
+
+
+def _explain(error: OSError, path: Path) -> NbdnfsError:
+    if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+        return NoInputError(f"there is no device {path}", "attach it first: nbdnfs attach SOCKET")
+    if error.errno == errno.EBUSY:
+        return BusyError(
+            f"{path} is in use as swap, mounted, or part of another device", "warm it up before that, or not at all"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return PermissionDeniedError(f"{path} may not be opened", "run it as root")
+    return IOFailureError(f"{path} cannot be opened: {error.strerror}", "see dmesg | tail")
+
+
+def exercise(descriptor: int, *, largest_bytes: int, writable: bool, parallel: int = PARALLEL) -> Exercise:
+    """Read, rewrite and flush parts of the open device from `parallel` threads. Raises OSError.
+
+    Each thread has a stretch of the device to itself, so that no page is read by one while another writes it.
+    """
+    size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
+    parallel = min(parallel, size_bytes // _PAGE_BYTES)
+    stretch_bytes = size_bytes // parallel // _PAGE_BYTES * _PAGE_BYTES
+    errors: queue.SimpleQueue[OSError] = queue.SimpleQueue()
+    together = threading.Barrier(parallel)
+    largest_bytes = min(largest_bytes, stretch_bytes)
+    offsets = [*range(0, stretch_bytes, max(stretch_bytes // _SINGLE_PAGES // _PAGE_BYTES, 1) * _PAGE_BYTES)]
+    extents = [(0, largest_bytes), *((offset, _PAGE_BYTES) for offset in offsets[:_SINGLE_PAGES])] * _ROUNDS
+
+    def work(start: int) -> None:
+        with mmap.mmap(-1, largest_bytes) as page_aligned, memoryview(page_aligned) as buffer:
+            together.wait()
+            try:
+                for offset, length in extents:
+                    _rewrite(descriptor, buffer[:length], start + offset, writable)
+                if writable:
+                    os.fsync(descriptor)
+            except OSError as error:
+                errors.put(error)
+
+    threads = [
+        threading.Thread(target=work, args=(number * stretch_bytes,), name=f"warm-up {number}", daemon=True)
+        for number in range(parallel)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if not errors.empty():
+        raise errors.get()
+    total_bytes = parallel * sum(length for _, length in extents)
+    return Exercise(total_bytes, total_bytes if writable else 0, largest_bytes)
+
+
+def _rewrite(descriptor: int, buffer: memoryview, offset: int, writable: bool) -> None:
+    """One read, and a write of exactly what it brought. OSError also where either is short."""
+    with buffer:
+        if os.preadv(descriptor, [buffer], offset) != len(buffer):
+            raise OSError(errno.EIO, "a read came back short")
+        if writable and os.pwrite(descriptor, buffer, offset) != len(buffer):
+            raise OSError(errno.EIO, "a write was cut short")

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The warm-up of a device, on files in its place. What it is for is tested in vm-tests/test_memory.py."""
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdnfs import warmup
+from nbdnfs.errors import NoInputError, UnavailableError, UsageError
+
+LARGEST = 128 * 1024
+PAGE = 4096
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[tuple[int, bytes]]:
+    """An open file of random bytes, and the bytes."""
+    content = os.urandom(4 << 20)
+    path = tmp_path / "device"
+    path.write_bytes(content)
+    descriptor = os.open(path, os.O_RDWR)
+    yield descriptor, content
+    os.close(descriptor)
+
+
+class Recorder:
+    """Stands for `os` in the module under test: notes what is asked for, and may fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reads: list[tuple[int, int]] = []
+        self.writes: list[tuple[int, int]] = []
+        self.syncs: set[int] = set()
+        self.threads: set[int] = set()
+        self.fail_at: int | None = None
+        self.preadv, self.pwrite, self.fsync = os.preadv, os.pwrite, os.fsync
+        monkeypatch.setattr(warmup.os, "preadv", self._preadv)
+        monkeypatch.setattr(warmup.os, "pwrite", self._pwrite)
+        monkeypatch.setattr(warmup.os, "fsync", self._fsync)
+
+    def _preadv(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        self.threads.add(threading.get_ident())
+        self.reads.append((offset, len(buffers[0])))
+        if offset == self.fail_at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self.preadv(descriptor, buffers, offset)
+
+    def _pwrite(self, descriptor: int, buffer: memoryview, offset: int) -> int:
+        self.writes.append((offset, len(buffer)))
+        return self.pwrite(descriptor, buffer, offset)
+
+    def _fsync(self, descriptor: int) -> None:
+        self.syncs.add(threading.get_ident())
+        self.fsync(descriptor)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    return Recorder(monkeypatch)
+
+
+def content_of(descriptor: int) -> bytes:
+    return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+
+
+def test_everything_works_and_nothing_changes(device: tuple[int, bytes], recorder: Recorder) -> None:
+    """Every thread reads, rewrites and flushes; single pages and the largest request; the bytes stay."""
+    descriptor, content = device
+    done = warmup.exercise(descriptor, largest_bytes=LARGEST, writable=True)
+    assert content_of(descriptor) == content
+    assert sorted(recorder.reads) == sorted(recorder.writes)
+    assert {length for _, length in recorder.reads} == {PAGE, LARGEST}
+    assert recorder.syncs == recorder.threads
+    assert len(recorder.threads) == warmup.PARALLEL
+    assert done.read_bytes == done.rewritten_bytes == sum(length for _, length in recorder.reads)
+    assert done.largest_request_bytes == LARGEST
+
+
+def test_no_two_threads_share_a_page(device: tuple[int, bytes], recorder: Recorder) -> None:
+    """What one thread reads and writes back, no other one touches meanwhile."""
+    descriptor, content = device
+    warmup.exercise(descriptor, largest_bytes=LARGEST, writable=True, parallel=4)
+    stretch = len(content) // 4
+    assert all(offset // stretch == (offset + length - 1) // stretch for offset, length in recorder.writes)
+
+
+def test_read_only(device: tuple[int, bytes], recorder: Recorder) -> None:
+    """Reads alone, no flush."""
+    descriptor, _ = device
+    done = warmup.exercise(descriptor, largest_bytes=LARGEST, writable=False)
+    assert recorder.reads
+    assert (recorder.writes, recorder.syncs, done.rewritten_bytes) == ([], set(), 0)
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3, 17, 100])
+def test_small_devices(tmp_path: Path, recorder: Recorder, pages: int) -> None:
+    """A device of a few pages is used within its bounds."""
+    content = os.urandom(pages * PAGE)
+    path = tmp_path / "small"
+    path.write_bytes(content)
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        warmup.exercise(descriptor, largest_bytes=LARGEST, writable=True)
+        assert content_of(descriptor) == content
+    finally:
+        os.close(descriptor)
+
+
+def test_a_failed_request_is_told(device: tuple[int, bytes], recorder: Recorder) -> None:
+    """One of many threads failing is enough, and no thread is left behind."""
+    descriptor, content = device
+    recorder.fail_at = len(content) // 2
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        warmup.exercise(descriptor, largest_bytes=LARGEST, writable=True)
+    assert content_of(descriptor) == content
+
+
+def test_not_a_device(tmp_path: Path) -> None:
+    """A file, a character device, nothing at all."""
+    (tmp_path / "file").write_bytes(bytes(PAGE))
+    for path in (tmp_path / "file", Path("/dev/null")):
+        with pytest.raises(UsageError, match="is no block device"):
+            warmup.warm_up(path)
+    with pytest.raises(NoInputError):
+        warmup.warm_up(tmp_path / "missing")
+
+
+def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The wait has an end, also where a read has none."""
+    never = threading.Event()
+    monkeypatch.setattr(warmup, "_warm_up", lambda path: never.wait(60))
+    with pytest.raises(UnavailableError, match="did not answer"):
+        warmup.warm_up(tmp_path, timeout_s=0.05)
+    never.set()
