@@ -206,8 +206,8 @@ class RpcServer:
                 call = heapq.heappop(self._delayed)[2]
                 self._send_reply(call, *self._run_call(call))
             timeout_s = max(0.0, self._delayed[0][0] - time.monotonic()) if self._delayed else None
-        for connection in self._connections.copy():
-            self._send(connection)
+            for connection in self._connections.copy():
+                self._send(connection)  # a test may be adding to what is to be sent
         for key, events in self._selector.select(timeout_s):
             if key.fileobj is self._wake_reader:
                 self._wake_reader.recv(4096)
