@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--socket", required=True, type=Path, metavar="PATH", help="the Unix socket to listen on")
     serve.add_argument("--engine", default="c", metavar="NAME", help="c (the default), or libnfs-python for comparison")
     serve.add_argument("--threads", type=int, default=4, metavar="N", help="nbdkit's threads for each connection (4)")
+    # for measurements, the plugin's own check applies: --plugin-setting "without=io flusher"
+    serve.add_argument("--plugin-setting", action="append", default=[], metavar="KEY=VALUE", help=argparse.SUPPRESS)
     serve.set_defaults(run=_serve)
 
     name_help = "the NAME of /etc/nbdnfs/NAME.toml"
@@ -131,7 +133,13 @@ def _serve(args: argparse.Namespace) -> int:
 
     if not 1 <= args.threads <= 64:
         raise UsageError(f"--threads {args.threads} is not possible", "1 to 64; more than 4 does not make it faster")
-    return worker.serve(args.url, args.socket, engine=args.engine, threads=args.threads)
+    settings = {}
+    for setting in args.plugin_setting:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--plugin-setting {setting} has no value", "write it as KEY=VALUE")
+        settings[key] = value
+    return worker.serve(args.url, args.socket, engine=args.engine, threads=args.threads, settings=settings)
 
 
 def _up(args: argparse.Namespace) -> int:

@@ -13,9 +13,9 @@ import socket
 import stat
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING
 
 import nbdnfs
@@ -158,16 +158,23 @@ def _remove_stale(path: Path) -> None:
     raise BusyError(f"somebody serves on {path} already", "end that one first, or choose another path for --socket")
 
 
-def serve(url: str, socket_path: Path, *, engine: str = "c", threads: int = THREADS) -> int:
+def serve(
+    url: str,
+    socket_path: Path,
+    *,
+    engine: str = "c",
+    threads: int = THREADS,
+    settings: Mapping[str, str] = MappingProxyType({}),
+) -> int:
     """Run a worker in the foreground until SIGINT, SIGTERM or its own end. Returns the exit status.
 
     On a signal the worker ends when its clients have disconnected (nbdkit(1)); on a second one at once, also
     when it waits for an unreachable server. What the worker has to say about a setting, the server or the file
-    it says on stderr itself.
+    it says on stderr itself. `settings` are further ones of the plugin's, which checks them.
     """
     check_nbdkit()
     text, address = worker_config.check_url(url)
-    argv = nbdkit_argv({"url": text, "address": address, "engine": engine}, threads=threads)
+    argv = nbdkit_argv({"url": text, "address": address, "engine": engine, **settings}, threads=threads)
     worker: subprocess.Popen[bytes] | None = None
     signals = 0
     patience = threading.Timer(
