@@ -177,7 +177,7 @@ def _statements(text: str) -> Iterator[tuple[int, dict[str, object], bool]]:
     """
     import tomllib
 
-    lines = text.split("\n")  # not splitlines(): TOML knows no other ends of lines
+    lines = text.replace("\r\n", "\n").split("\n")  # not splitlines(): TOML knows no other ends of lines
     first, is_table = 0, False
     while first < len(lines):
         for after in range(first + 1, len(lines) + 1):

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The configuration file: what it gives, and that whatever is wrong in it is told with file, line and remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from nbdnfs import config
+from nbdnfs.config import Config
+from nbdnfs.errors import ConfigError, NbdnfsError, NoInputError, UsageError
+
+URL = 'url = "nfs://nas/export/a.swap"\n'
+MACHINE_ID = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A root folder with a machine id and an empty /etc/nbdnfs."""
+    (tmp_path / "etc/nbdnfs").mkdir(parents=True)
+    (tmp_path / "etc/machine-id").write_text(MACHINE_ID + "\n")
+    return tmp_path
+
+
+def write(root: Path, text: str | bytes, path: str = "etc/nbdnfs/swap0.toml") -> Path:
+    """Write a file below the root."""
+    file = root / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return file
+
+
+def error_of(root: Path, text: str | bytes) -> NbdnfsError:
+    """What loading the text comes to."""
+    write(root, text)
+    with pytest.raises(NbdnfsError) as caught:
+        config.load("swap0", root)
+    return caught.value
+
+
+def test_one_line_suffices(root: Path) -> None:
+    """A url alone gives the defaults."""
+    write(root, 'url = "nfs://nas/export/swap/%H.swap"')
+    loaded = config.load("swap0", root)
+    assert loaded == Config(name="swap0", url=f"nfs://nas/export/swap/{socket.gethostname()}.swap")
+    assert loaded.region_bytes == 16 << 20
+
+
+def test_every_key(root: Path) -> None:
+    """Each key arrives in its field, in the field's unit."""
+    write(
+        root,
+        """
+        url = "nfs://nas/export/%m.swap?version=3&uid=0"   # a comment
+        size = "1.5G"
+        priority = 100
+        discard = true
+        region = "32M"
+        connections = 2
+        stable_writes = true
+        read_ahead = "0"
+        threads = 2
+        device = "/dev/nbd3"
+        lock = 'wanted'
+        realtime = false
+        io_timeout = "500ms"
+        max_sectors = "1M"
+        reclaim_check = false
+        """,
+    )
+    assert config.load("swap0", root) == Config(
+        name="swap0",
+        url=f"nfs://nas/export/{MACHINE_ID}.swap?version=3&uid=0",
+        size_bytes=3 << 29,
+        priority=100,
+        discard=True,
+        region_pages=8192,
+        connections=2,
+        stable_writes=True,
+        read_ahead_pages=0,
+        threads=2,
+        device="/dev/nbd3",
+        lock="wanted",
+        realtime=False,
+        io_timeout_ms=500,
+        max_sectors_kb=1024,
+        reclaim_check=False,
+    )
+
+
+def test_example_is_valid_and_complete(root: Path) -> None:
+    """The example parses as it is and with every default uncommented, to the same; and it names every key."""
+    text = config.render_example()
+    write(root, text)
+    as_is = config.load("swap0", root)
+    uncommented = "\n".join(
+        line[1:] if line.startswith("#") and not line.startswith("# ") else line for line in text.split("\n")
+    )
+    write(root, uncommented)
+    assert config.load("swap0", root) == as_is == dataclasses.replace(Config("swap0", ""), url=as_is.url)
+    for key in config.KEYS:
+        assert f"\n{key} = " in uncommented
+    assert len(config.KEYS) == len(dataclasses.fields(Config)) - 1  # less the name
+    assert max(len(line) for line in text.splitlines()) <= 110
+
+
+def test_percent_sign_survives_a_second_parse(root: Path) -> None:
+    """`%%` is a percent sign for libnfs, whoever parses the configured URL again."""
+    from nbdnfs import url
+
+    write(root, 'url = "nfs://nas/export/100%%.swap"')
+    assert url.parse(config.load("swap0", root).url).name == "100%.swap"
+
+
+def test_drop_ins(root: Path) -> None:
+    """Later names win, /etc hides /run of the same name, a link to /dev/null hides, other endings do not count."""
+    write(root, URL + "priority = 1\nthreads = 1")
+    write(root, "priority = 2\ndiscard = true", "run/nbdnfs-config/swap0.toml.d/10-a.toml")
+    write(root, "priority = 3", "etc/nbdnfs/swap0.toml.d/20-b.toml")
+    write(root, "priority = 4", "run/nbdnfs-config/swap0.toml.d/20-b.toml")
+    write(root, "priority = 5", "run/nbdnfs-config/swap0.toml.d/30-c.toml")
+    (root / "etc/nbdnfs/swap0.toml.d/30-c.toml").symlink_to("/dev/null")
+    write(root, "priority = 6", "etc/nbdnfs/swap0.toml.d/40-d.toml.bak")
+    loaded = config.load("swap0", root)
+    assert (loaded.priority, loaded.discard, loaded.threads) == (3, True, 1)
+
+
+def test_run_is_looked_up_after_etc(root: Path) -> None:
+    """What the kernel command line asked for counts where /etc says nothing."""
+    write(root, URL + "priority = 2", "run/nbdnfs-config/cmdline.toml")
+    assert config.load("cmdline", root).priority == 2
+    write(root, URL + "priority = 1", "etc/nbdnfs/cmdline.toml")
+    assert config.load("cmdline", root).priority == 1
+    assert config.names(root) == ["cmdline"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message", "hint"),
+    [
+        ("prioritty = 3", 1, "there is no key 'prioritty'", "did you mean 'priority'?"),
+        ("Read-Ahead = 3", 1, "there is no key 'Read-Ahead'", "did you mean 'read_ahead'?"),
+        ("# a\n\n\n  'sise'='2G'", 4, "there is no key 'sise'", "did you mean 'size'?"),
+        ("[swap]\nsize = '2G'", 1, "there is no table [swap]", "the keys are url, "),
+        ('x = """\na\n"""', 1, "there is no key 'x'", "the keys are url, "),
+        ('lock = """\nrequired"""\ny = 1', 3, "there is no key 'y'", "the keys are url, "),
+        (
+            'device = """\n""" # y = 1\n#y = 1\nsize = "y = 1"\ny.z = 2',
+            5,
+            "there is no table [y]",
+            "the keys are url, ",
+        ),
+        ("priority = 1\r\ndiscart = true\r\n", 2, "there is no key 'discart'", "did you mean 'discard'?"),
+        ("priority = 40000", 1, "priority cannot be 40000", "it is a number from -1 to 32767"),
+        ("priority = 0x" + "f" * 5000, 1, "priority cannot be so large", "it is a number from -1 to 32767"),
+        ('\npriority = "5"', 2, "priority is to be a whole number", "write for example priority = 32767"),
+        ("connections = true", 1, "connections is to be a whole number", "write for example connections = 1"),
+        ("threads = 1.0", 1, "threads is to be a whole number", "write for example threads = 1"),
+        ("discard = 1", 1, "discard is to be true or false", "write for example discard = true"),
+        ("discard = 'yes'", 1, "discard is to be true or false", "write for example discard = true"),
+        ("size = 2048", 1, "size is to be a text in quotes", 'write for example size = "2G"'),
+        ('size = "2X"', 1, "size: '2X' is not a size", "write a number and a unit, for example 512M or 2G"),
+        ('size = "5000"', 1, "size cannot be '5000'", 'it is 1 MiB to 16 TiB, for example "2G"'),
+        ('size = "1048577"', 1, "size cannot be '1048577': it is no multiple of 4096 bytes", "write for example size"),
+        ('region = "512K"', 1, "region cannot be '512K'", 'it is 1 MiB to 1 GiB, for example "16M"'),
+        ('read_ahead = "17M"', 1, "read_ahead cannot be '17M'", "it is 0 B to 16 MiB"),
+        ('io_timeout = "0s"', 1, "io_timeout cannot be '0s'", "it is 0.5 to 300 seconds"),
+        ('io_timeout = "2 weeks"', 1, "io_timeout: '2 weeks' is not a duration", "write a number and a unit"),
+        ('device = "/dev/sda"', 1, "device cannot be '/dev/sda'", 'it is "/dev/nbd0" and so on'),
+        ('lock = "require"', 1, "lock cannot be 'require'", "did you mean 'required'?"),
+        ("[lock]\na = 1", 1, "lock is to be a text in quotes", 'write for example lock = "required"'),
+        ("lock.a = 1", 1, "lock is to be a text in quotes", 'write for example lock = "required"'),
+        ("priority = 1\npriority = 2", 2, "no valid TOML: Cannot overwrite a value", "write lines like"),
+        ("size = \n", 1, "no valid TOML: Invalid value", "write lines like"),
+        ("# a\nsize", 2, "no valid TOML: Expected '='", "write lines like"),
+        ("priority = " + "9" * 5000, 1, "no valid TOML: ", "write lines like"),
+        ("# a\nsize = " + "[" * 3000, 2, "no valid TOML: nested too deeply", "write lines like"),
+        ("size = '\x01'", 1, "no valid TOML: Found invalid character", "write lines like"),
+    ],
+)
+def test_errors_name_line_and_remedy(root: Path, text: str, line: int, message: str, hint: str) -> None:
+    """Each kind of mistake, on its line; the url stands at the end so that it is not what is missed."""
+    error = error_of(root, URL + text if text.startswith("[") else text + "\n" + URL)
+    shift = 1 if text.startswith("[") else 0
+    assert error.message.startswith(f"{root}/etc/nbdnfs/swap0.toml:{line + shift}: {message}"), error.message
+    assert error.hint.startswith(hint)
+    assert error.exit_code == os.EX_CONFIG
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "swap0.toml:1: there is no url"),
+        ("priority = 1", "swap0.toml:1: there is no url"),
+        ("url = 5", "swap0.toml:1: url is to be a text in quotes"),
+        ('\nurl = "http://nas/x"', "swap0.toml:2: url: 'http://nas/x' is not an NFS URL"),
+        ('url = "nfs://nas/a/%q"', "swap0.toml:1: url: '%q' in the URL is no specifier"),
+        ('url = "nfs://nas/a/b?uuid=1"', "swap0.toml:1: url: 'uuid' is no option of an NFS URL"),
+        ('url = "nfs://nas/a/b\\nb"', "swap0.toml:1: url: 'nfs://nas/a/b?b' is not an NFS URL"),
+        (b"# \xc3\xa4\n# \xe4\n", "swap0.toml:2: byte 0xe4 is not UTF-8"),
+        ("#" * 20000, "swap0.toml: is larger than 16 KiB"),
+    ],
+)
+def test_errors_of_url_and_file(root: Path, text: str | bytes, message: str) -> None:
+    """A url that is missing or wrong, a file that is no text: one line each."""
+    error = error_of(root, text)
+    assert message in error.message
+    assert len(error.lines()) == 2
+    assert not any("\n" in line for line in error.lines())
+
+
+def test_error_in_drop_in_names_the_drop_in(root: Path) -> None:
+    """The file at fault is named, also for a value that a later file overrides."""
+    write(root, URL)
+    write(root, "\npriority = 'x'", "etc/nbdnfs/swap0.toml.d/10-a.toml")
+    write(root, "priority = 1", "etc/nbdnfs/swap0.toml.d/20-b.toml")
+    with pytest.raises(ConfigError, match=r"swap0\.toml\.d/10-a\.toml:2: priority is to be a whole number"):
+        config.load("swap0", root)
+
+
+def test_missing_file_names_the_nearest(root: Path) -> None:
+    """No file of that name: the one that was probably meant, or what to write."""
+    with pytest.raises(NoInputError) as caught:
+        config.load("swap0", root)
+    assert "one line is enough" in caught.value.hint
+    write(root, URL, "etc/nbdnfs/swap1.toml")
+    with pytest.raises(NoInputError) as caught:
+        config.load("swap0", root)
+    assert caught.value.message == f"there is no {root}/etc/nbdnfs/swap0.toml"
+    assert caught.value.hint == "did you mean 'swap1'?"
+
+
+@pytest.mark.parametrize("name", ["", ".a", "a/b", "../a", "a b", "a\n", "ä", "a" * 65, "swap0.toml", "a.toml.d"])
+def test_impossible_names(root: Path, name: str) -> None:
+    """A name that is no file name, unit instance or socket path is refused before any file is looked for."""
+    with pytest.raises(UsageError):
+        config.load(name, root)
+    write(root, URL, "etc/nbdnfs/.hidden.toml")
+    assert config.names(root) == []
+
+
+def test_folder_instead_of_a_file(root: Path) -> None:
+    """A file that cannot be read is told in the system's words."""
+    (root / "etc/nbdnfs/swap0.toml").mkdir()
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        config.load("swap0", root)
+
+
+toml_values = st.one_of(
+    st.integers().map(str),
+    st.booleans().map(lambda value: str(value).lower()),
+    st.text(max_size=20).map(lambda text: "'" + text.replace("'", "") + "'"),
+    st.text(max_size=20).map(lambda text: "'''" + text.replace("'", "") + "'''"),
+    st.sampled_from(
+        ['"2G"', '"4K"', '"2s"', '""', "[]", "[\n1,\n2]", "{a=1}", "1979-05-27", "nan", "inf", "1e5", '"nfs']
+    ),
+)
+toml_lines = st.one_of(
+    st.tuples(st.sampled_from([*config.KEYS, "x", '"a b"', "size.x", '"\\n"']), toml_values).map(" = ".join),
+    st.sampled_from(["", "# url = 1", "[t]", "[[t]]", "[url]", "\t", "\r", "url", 'url = "nfs://h/%m/b"']),
+    st.text(max_size=20),
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(toml_lines, max_size=8))
+@example(lines=["size = '''", "a = 1"])
+@example(lines=["a\u2028b = 1"])
+def test_random_files_never_trace_back(root: Path, lines: list[str]) -> None:
+    """Whatever the file holds: a Config, or two lines of text, with a line number that the file has."""
+    text = "\n".join(lines)
+    write(root, text.encode("utf-8", "replace"))
+    found: ConfigError | None = None
+    try:
+        config.load("swap0", root)
+    except ConfigError as error:
+        found = error
+    if found is not None:
+        assert all(line.isprintable() for line in found.lines())
+        assert found.hint
+        where = found.message.removeprefix(f"{root}/etc/nbdnfs/swap0.toml:").partition(":")[0]
+        assert 1 <= int(where) <= text.count("\n") + 1
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=200))
+def test_random_bytes_never_trace_back(root: Path, data: bytes) -> None:
+    """The same for files that are no text at all."""
+    error = error_of(root, data)
+    assert isinstance(error, ConfigError)
+    assert all(line.isprintable() for line in error.lines())
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(before=st.lists(toml_lines, max_size=6))
+def test_line_of_an_unknown_key(root: Path, before: list[str]) -> None:
+    """In a valid file the line named is the one that has the unknown key, whatever stands before it."""
+    import tomllib
+
+    text = "\n".join([*before, "zzz_unknown = 1"])
+    try:
+        values = tomllib.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if set(values) - {"zzz_unknown"} - set(config.KEYS) or "zzz_unknown" not in values:
+        return
+    error = error_of(root, text)
+    assert error.message.startswith(f"{root}/etc/nbdnfs/swap0.toml:{text.count(chr(10)) + 1}: ")

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""systemd/ and install-units: what is put where, by systemd's own checker, and the generator as systemd starts it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nbdnfs import config, install_units
+from nbdnfs.errors import ConfigError, PermissionDeniedError
+
+SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"
+PROGRAM = "/usr/local/bin/nbdnfs"
+LIB = "usr/local/lib"
+UNIT = f"{LIB}/systemd/system/nbdnfs@.service"
+URL = "nfs://nas/export/swap/%m.swap?version=3&uid=0"
+
+
+def make_systemd(root: Path, version: int) -> None:
+    """An image whose systemd has that version."""
+    library = root / f"usr/lib/x86_64-linux-gnu/systemd/libsystemd-shared-{version}.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """Everything below the root."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+# install-units
+
+
+def test_install_is_complete_and_idempotent(tmp_path: Path) -> None:
+    """Everything of systemd/ goes somewhere, scripts are executable, a second run writes nothing."""
+    make_systemd(tmp_path, 257)
+    written = install_units.install(tmp_path, program=PROGRAM)
+    installed = files(tmp_path)
+    for source in SYSTEMD.iterdir():
+        if source.name != "README" and source.is_file():
+            assert source.read_bytes() in installed.values(), source.name
+    assert all(path.stat().st_mode & 0o022 == 0 for path in written)
+    assert os.access(tmp_path / f"{LIB}/systemd/system-generators/nbdnfs-generator", os.X_OK)
+    assert install_units.install(tmp_path, program=PROGRAM) == []
+    assert files(tmp_path) == installed
+    subprocess.run(["sha256sum", "--quiet", "-c", f"{LIB}/nbdnfs/installed.sha256"], cwd=tmp_path, check=True)
+
+
+def test_the_program_that_installs_is_started(tmp_path: Path) -> None:
+    """A virtual environment's nbdnfs stands in each command of the unit; one with a blank in its path is refused."""
+    install_units.install(tmp_path, program="/opt/nbdnfs/bin/nbdnfs")
+    text = (tmp_path / UNIT).read_text()
+    assert "ExecStart=/opt/nbdnfs/bin/nbdnfs run %i\n" in text
+    assert "ExecStop=/opt/nbdnfs/bin/nbdnfs down --service %i\n" in text
+    assert "RequiresMountsFor=/opt/nbdnfs/bin/nbdnfs\n" in text
+    assert PROGRAM not in text
+    with pytest.raises(ConfigError, match="cannot be named in a unit"):
+        install_units.install(tmp_path, program="/opt/my programs/nbdnfs")
+
+
+def test_the_command_line_names_its_own_program(tmp_path: Path) -> None:
+    """`nbdnfs install-units` puts in the path of the command that it was called by."""
+    program = tmp_path / "bin/nbdnfs"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\nfrom nbdnfs.cli import main\nmain()\n")
+    program.chmod(0o755)
+    root = tmp_path / "root"
+    environment = {**os.environ, "PYTHONPATH": str(SYSTEMD.parent)}
+    command = [str(program), "install-units", "--root", str(root)]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1].endswith("then: systemctl enable --now nbdnfs@swap0")
+    assert f"ExecStart={program} run %i\n" in (root / UNIT).read_text()
+    again = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60)
+    assert again.stdout == "everything is in place already\n"
+
+
+def test_changed_file_is_never_overwritten(tmp_path: Path) -> None:
+    """Somebody's change stops everything before anything is written; --force and removing the file go on."""
+    install_units.install(tmp_path, program=PROGRAM)
+    (tmp_path / UNIT).write_text("[Service]\n")
+    before = files(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        install_units.install(tmp_path, program="/opt/bin/nbdnfs")
+    assert str(tmp_path / UNIT) in caught.value.message
+    assert "systemctl edit" in caught.value.hint
+    assert files(tmp_path) == before
+    install_units.install(tmp_path, program=PROGRAM, force=True)
+    (tmp_path / UNIT).unlink()
+    assert install_units.install(tmp_path, program=PROGRAM) == [tmp_path / UNIT]
+
+
+def test_a_file_of_somebody_else_is_not_taken_over(tmp_path: Path) -> None:
+    """A file that was there before the first install is a changed one, too."""
+    (tmp_path / "etc/nbdnfs").mkdir(parents=True)
+    (tmp_path / "etc/nbdnfs/example.toml.disabled").write_text("mine")
+    with pytest.raises(ConfigError, match=r"example\.toml\.disabled: changed"):
+        install_units.install(tmp_path, program=PROGRAM)
+
+
+def test_update_replaces_and_removes_its_own(tmp_path: Path) -> None:
+    """Another version of systemd, or of nbdnfs: unchanged files are replaced, those that are no more are removed."""
+    make_systemd(tmp_path, 257)
+    install_units.install(tmp_path, program=PROGRAM)
+    drop_ins = tmp_path / f"{LIB}/systemd/system/nbdnfs@.service.d"
+    assert sorted(path.name for path in drop_ins.iterdir()) == ["50-systemd-254.conf", "50-systemd-255.conf"]
+    shutil.rmtree(tmp_path / "usr/lib")
+    make_systemd(tmp_path, 252)
+    assert install_units.install(tmp_path, program="/opt/bin/nbdnfs") == [tmp_path / UNIT]
+    assert not drop_ins.exists()
+
+
+def test_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    """A folder where a file should be, and a root that does not let us."""
+    (tmp_path / UNIT).mkdir(parents=True)
+    with pytest.raises(PermissionDeniedError, match=r"cannot read .*Is a directory"):
+        install_units.install(tmp_path, program=PROGRAM)
+
+
+@pytest.mark.parametrize("version", [252, 253, 254, 257])
+def test_systemd_version(tmp_path: Path, version: int) -> None:
+    """By the library's name, as Debian and others place it; 0 without systemd."""
+    assert install_units.systemd_version(tmp_path) == 0
+    make_systemd(tmp_path, version)
+    assert install_units.systemd_version(tmp_path) == version
+
+
+# what systemd says to it
+
+
+def systemd_analyze() -> str:
+    """The program, which every machine that runs these tests has: it is part of the package systemd."""
+    found = shutil.which("systemd-analyze")
+    assert found is not None, "systemd-analyze is missing (Debian: apt install systemd)"
+    return found
+
+
+def test_units_verify(tmp_path: Path) -> None:
+    """`systemd-analyze verify` has nothing to say to an instance and the slice, with the drop-ins of its version."""
+    version = int(subprocess.run([systemd_analyze(), "--version"], capture_output=True, text=True).stdout.split()[1])
+    make_systemd(tmp_path, version)
+    install_units.install(tmp_path, program="/usr/bin/true")  # what it starts must exist
+    folder = tmp_path / f"{LIB}/systemd/system"
+    (folder / "nbdnfs@swap0.service").symlink_to("nbdnfs@.service")
+    done = subprocess.run(
+        [systemd_analyze(), "verify", "nbdnfs@swap0.service", "nbdnfs.slice"],
+        env={**os.environ, "SYSTEMD_UNIT_PATH": f"{folder}:", "SYSTEMD_LOG_LEVEL": "warning"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    # a machine without IPv6 is told of systemd's own units
+    said = [line for line in done.stderr.splitlines() if "IPv6" not in line]
+    assert (done.returncode, said, done.stdout) == (0, [], "")
+
+
+@pytest.mark.parametrize(("now_kib", "then_kib"), [("2048", "8192"), ("8192", "8192"), ("67584", "67584")])
+def test_reserve_is_raised_and_never_lowered(tmp_path: Path, now_kib: str, then_kib: str) -> None:
+    """The script on a file in place of /proc/sys/vm/min_free_kbytes."""
+    file = tmp_path / "min_free_kbytes"
+    file.write_text(f"{now_kib}\n")
+    subprocess.run(["/bin/sh", SYSTEMD / "reserve", file], check=True, timeout=10)
+    assert file.read_text() == f"{then_kib}\n"
+
+
+# the generator
+
+
+class Generated:
+    """What the generator made of a kernel command line."""
+
+    def __init__(self, folder: Path, cmdline: str) -> None:
+        self.root = folder
+        self.units = folder / "normal"
+        self.folder = folder / "run/nbdnfs-config"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.units, ignore_errors=True)
+        done = subprocess.run(
+            [SYSTEMD / "nbdnfs-generator", self.units, folder / "early", folder / "late"],
+            env={"SYSTEMD_PROC_CMDLINE": cmdline, "NBDNFS_CONFIG_DIR": str(self.folder)},
+            cwd=folder,
+            capture_output=True,
+            timeout=10,
+        )
+        assert (done.returncode, done.stdout) == (0, b"")
+        self.complaints = done.stderr.decode(errors="replace").splitlines()
+
+    @property
+    def values(self) -> dict[str, object]:
+        """The configuration; empty where there is none, and then there is no unit either."""
+        links = list(self.units.rglob("*.service"))
+        file = self.folder / "cmdline.toml"
+        if not file.exists():
+            assert links == []
+            return {}
+        assert [str(link.relative_to(self.units)) for link in links] == [
+            "multi-user.target.wants/nbdnfs@cmdline.service"
+        ]
+        assert [path.name for path in self.folder.iterdir()] == ["cmdline.toml"]
+        return tomllib.loads(file.read_text())
+
+
+def test_generator_makes_config_and_link(tmp_path: Path) -> None:
+    """URL, size and priority arrive; the result is what config.load reads."""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/machine-id").write_text("0123456789abcdef0123456789abcdef\n")
+    made = Generated(tmp_path, f"ro quiet nbdnfs.url={URL} nbdnfs.size=256M nbdnfs.priority=-1 nbdnfs.other=1 x")
+    assert made.values == {"url": URL, "size": "256M", "priority": -1}
+    assert made.complaints == []
+    loaded = config.load("cmdline", tmp_path)
+    assert loaded.url == "nfs://nas/export/swap/0123456789abcdef0123456789abcdef.swap?version=3&uid=0"
+    assert loaded.size_bytes == 256 << 20
+
+
+def test_generator_link_leads_to_the_unit(tmp_path: Path) -> None:
+    """Beside the generator, wherever that was installed."""
+    install_units.install(tmp_path, program=PROGRAM)
+    generator = tmp_path / f"{LIB}/systemd/system-generators/nbdnfs-generator"
+    subprocess.run(
+        [generator, tmp_path / "normal"],
+        env={"SYSTEMD_PROC_CMDLINE": f"nbdnfs.url={URL}", "NBDNFS_CONFIG_DIR": str(tmp_path / "run")},
+        check=True,
+        timeout=10,
+    )
+    link = tmp_path / "normal/multi-user.target.wants/nbdnfs@cmdline.service"
+    assert link.resolve() == tmp_path / UNIT
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "values", "complaint"),
+    [
+        ("", {}, ""),
+        ("root=/dev/nfs quiet", {}, ""),
+        (f"nbdnfs.url={URL}", {"url": URL}, ""),
+        (f'nbdnfs.url="{URL}"', {"url": URL}, ""),
+        (f"nbdnfs.url=nfs://a/b/c nbdnfs.url={URL}", {"url": URL}, ""),
+        (f"nbdnfs.url={URL} nbdnfs.url=nfs://a/$(reboot)", {"url": URL}, "nbdnfs.url is ignored"),
+        ("nbdnfs.url=nfs://[fe80::1]/a/b~c@d,e+f", {"url": "nfs://[fe80::1]/a/b~c@d,e+f"}, ""),
+        ("nbdnfs.url=http://a/b", {}, "nbdnfs.url is ignored"),
+        ("nbdnfs.url=nfs://a", {}, "nbdnfs.url is ignored"),
+        ('nbdnfs.url=nfs://a/b"c', {}, "nbdnfs.url is ignored"),
+        ("nbdnfs.url=nfs://a/b\\c", {}, "nbdnfs.url is ignored"),
+        ("nbdnfs.url=nfs://a/b'c", {}, "nbdnfs.url is ignored"),
+        ("nbdnfs.url=nfs://a/*", {}, "nbdnfs.url is ignored"),
+        ("nbdnfs.url=", {}, "nbdnfs.url is ignored"),
+        ("nbdnfs.size=2G", {}, "there is no nbdnfs.url"),
+        (f"nbdnfs.url={URL} nbdnfs.size=lots", {"url": URL}, "nbdnfs.size is ignored"),
+        (f"nbdnfs.url={URL} nbdnfs.size=2G;x", {"url": URL}, "nbdnfs.size is ignored"),
+        (f"nbdnfs.url={URL} nbdnfs.size=", {"url": URL}, "nbdnfs.size is ignored"),
+        (f"nbdnfs.url={URL} nbdnfs.priority=05", {"url": URL}, "nbdnfs.priority is ignored"),
+        (f"nbdnfs.url={URL} nbdnfs.priority=high", {"url": URL}, "nbdnfs.priority is ignored"),
+        (f"nbdnfs.url={URL} nbdnfs.priority=-", {"url": URL}, "nbdnfs.priority is ignored"),
+        (f"nbdnfs.url={URL} nbdnfs.priority=0", {"url": URL, "priority": 0}, ""),
+    ],
+)
+def test_generator_refuses_what_needs_quoting(
+    tmp_path: Path, cmdline: str, values: dict[str, object], complaint: str
+) -> None:
+    """Bad values are told and left out; the later of two words counts unless it is bad."""
+    made = Generated(tmp_path, cmdline)
+    assert made.values == values
+    assert (complaint in "\n".join(made.complaints)) if complaint else made.complaints == []
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    words=st.lists(
+        st.tuples(
+            st.sampled_from(["nbdnfs.url=", "nbdnfs.size=", "nbdnfs.priority=", "nbdnfs.", ""]),
+            st.sampled_from(["nfs://h/a/", "2", "-", '"', ""]),
+            st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=12),
+        ).map("".join),
+        max_size=5,
+    )
+)
+def test_generator_never_breaks_out(tmp_path: Path, words: list[str]) -> None:
+    """Whatever a boot server passes: valid TOML with known keys, no file anywhere else."""
+    made = Generated(tmp_path, " ".join(words))
+    assert set(made.values) <= {"url", "size", "priority"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"normal", "run"}
