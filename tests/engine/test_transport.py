@@ -505,6 +505,21 @@ def test_connections_that_end_while_requests_wait(
     assert proxy.accepted > 1
 
 
+@pytest.mark.parametrize("op", ["READ", "WRITE", "COMMIT"])
+def test_nobody_else_has_to_ask(fake: FakeNfsServer, open_engine: Callable[..., Engine], op: str) -> None:
+    """One request waits alone when the connection goes: it is sent again by itself."""
+    engine = open_engine(fake.url())
+    page = fake.content[:PAGE] if op == "READ" else os.urandom(PAGE)
+    fake.hold(op)
+    request = in_background(read, engine, 0) if op == "READ" else in_background(write, engine, page, 0)
+    fake.wait_for(1, DEADLINE_S)
+    fake.crash()
+    fake.release()
+    request.result(DEADLINE_S)
+    assert fake.on_disk[:PAGE] == page
+    assert len(fake.calls(op)) >= 2
+
+
 def test_a_network_that_hangs_for_a_while(
     backing_file: FileOnServer, proxy: TcpProxy, open_engine: Callable[..., Engine]
 ) -> None:
@@ -550,9 +565,9 @@ def test_a_file_that_was_replaced_is_not_written_into(
     engine = open_engine(fake.url())
     fileid, content = fake.fileid, fake.content
     page = os.urandom(PAGE)
+    said = SaidOnStderr(capfd)
     fake.replace(stranger := os.urandom(MIB), fileid=fileid + 1)
     fake.crash()
-    said = SaidOnStderr(capfd)
     written = in_background(write, engine, page, 0)
     said.wait_for("the file has been replaced by another")
     lookups = len(fake.calls("LOOKUP"))
@@ -609,14 +624,15 @@ def test_close_brings_everything_to_the_server(
     proxy.refuse = True
     proxy.cut()
     said.wait_for("no connection")
-    data = os.urandom(16 * PAGE)
+    data = os.urandom(8 * PAGE) + b"\0" * PAGE + b"word" * (PAGE // 2)  # pages of one word are kept as such
+    backing_file.path.write_bytes(b"\xff" * backing_file.size_bytes)
     engine.pwrite(data, PAGE)
     closed = in_background(engine.close)
     with pytest.raises(TimeoutError):
         closed.result(0.3)
     proxy.refuse = False
     closed.result(DEADLINE_S)
-    assert backing_file.path.read_bytes()[PAGE : 17 * PAGE] == data
+    assert backing_file.path.read_bytes()[PAGE : PAGE + len(data)] == data
 
 
 def test_close_waits_for_nobody(fake: FakeNfsServer) -> None:
