@@ -506,9 +506,13 @@ def test_connections_that_end_while_requests_wait(
 
 
 @pytest.mark.parametrize("op", ["READ", "WRITE", "COMMIT"])
-def test_nobody_else_has_to_ask(fake: FakeNfsServer, open_engine: Callable[..., Engine], op: str) -> None:
-    """One request waits alone when the connection goes: it is sent again by itself."""
+@pytest.mark.parametrize("idle_s", [0, 0.2], ids=["at once", "after a while"])
+def test_nobody_else_has_to_ask(
+    fake: FakeNfsServer, open_engine: Callable[..., Engine], op: str, idle_s: float
+) -> None:
+    """One request waits alone when the connection goes: it is sent again by itself, whoever listens just then."""
     engine = open_engine(fake.url())
+    time.sleep(idle_s)
     page = fake.content[:PAGE] if op == "READ" else os.urandom(PAGE)
     fake.hold(op)
     request = in_background(read, engine, 0) if op == "READ" else in_background(write, engine, page, 0)
