@@ -291,6 +291,8 @@ class Keeper:
     def _keep_link(self, now: float) -> None:
         """See to it that a worker serves the kernel."""
         self._look_at_dead_links(now)
+        if self.worker is not None:
+            self.worker.look()
         if self.worker is not None and self.worker.has_ended():
             self._worker_ended(self.worker, now)
             self.worker = None

@@ -19,9 +19,10 @@ from collections.abc import Mapping
 
 from nbdnfs import run, worker, worker_config
 
-# Where a worker finds what it inherits. nbdkit -s speaks NBD on 0 and 1.
-_REGION_FD = 10
-_CONTROL_FD = 11
+# Where a worker finds what it inherits. nbdkit -s speaks NBD on 0 and 1. Far above every descriptor that a keeper has,
+# so that putting one into its place never overwrites another.
+_REGION_FD = 200
+_CONTROL_FD = 201
 
 # systemd spares processes whose name begins so when it kills what is left at shutdown
 # (ROOT_STORAGE_DAEMONS): the swap of a machine that is going down may still need this one.
@@ -70,13 +71,13 @@ class WorkerProcess:
             control, their_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             for sock in (ours, theirs, control):
                 stack.callback(sock.close)
+            assert max(region_fd, their_control.fileno()) < _REGION_FD
             with their_control:
                 pid = os.posix_spawn(
                     program,
                     argv,
                     environment,
                     file_actions=[
-                        # the copies that are above all that is inherited come first: none overwrites another
                         (os.POSIX_SPAWN_DUP2, region_fd, _REGION_FD),
                         (os.POSIX_SPAWN_DUP2, their_control.fileno(), _CONTROL_FD),
                         (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
