@@ -6,12 +6,13 @@ PYTHON := .venv/bin/python
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,HERE,NBDNFS_CACHE,NBDNFS_VM_ACCEL)
 PYTEST := $(AS_ROOT) $(PYTHON) -m pytest
 
-.PHONY: help demo test vm-test lint
+.PHONY: help demo test vm-test bench lint
 help:
 	@echo 'make demo         a Debian guest swaps onto a file on an NFS server; a table at the end'
 	@echo 'make demo HERE=1  the same on this machine, without a guest (needs the kernel module nbd)'
 	@echo 'make test         lint, types, all tests, and one guest that swaps'
 	@echo 'make vm-test      all tests in guests; SUITE=trixie for Debian 13'
+	@echo 'make bench        our worker beside qemu-nbd, the reference engine and bare libnfs'
 	@echo 'make lint         ruff and mypy'
 
 demo:
@@ -30,6 +31,10 @@ test:
 vm-test:
 	@tools/bootstrap.sh test
 	$(PYTEST) vm-tests
+
+bench:
+	@tools/bootstrap.sh bench
+	$(AS_ROOT) $(PYTHON) bench/native.py --json build/bench.json
 
 lint:
 	@tools/bootstrap.sh test

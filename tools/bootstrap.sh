@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: LGPL-2.1-or-later
 #
-# Make a Debian 12 or 13 machine ready for `make test` (bootstrap.sh test) or `make demo` (bootstrap.sh demo):
+# Make a Debian 12 or 13 machine ready for `make test`, `make demo` or `make bench` (bootstrap.sh test|demo|bench):
 # Debian packages that are missing, .venv from the system's Python, nbdnfs in it, its C extension up to date.
 # May be run again and again; when there is nothing to do it says so in one line and takes a second.
 
@@ -14,7 +14,8 @@ die() { say "$1" >&2; shift; for hint; do say "$hint" >&2; done; exit 1; }
 case "${1:-}" in
     test) packages_for_mode="strace" ;;
     demo) packages_for_mode="" ;;
-    *) die "usage: tools/bootstrap.sh test|demo" ;;
+    bench) packages_for_mode="qemu-block-extra" ;;
+    *) die "usage: tools/bootstrap.sh test|demo|bench" ;;
 esac
 
 # build

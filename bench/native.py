@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""make bench: our worker beside its peers, on one NFS-Ganesha, one file, one machine, in turn.
+
+Peers: qemu-nbd with its libnfs driver, the reference engine (PyPI's libnfs under the same plugin), and the limit:
+libnfs's asynchronous API in a loop and nothing else. Rounds rotate the order; the table has medians, the JSON has
+everything. Then once more with a round trip that is longer by 1 ms (bench/delay.c).
+
+Everything runs in a network and a mount namespace of its own, with its own rpcbind: qemu-nbd finds servers through
+that only. Root, quiet machine, some ten minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+from nfs_server import Ganesha, program, rpc_null_answers  # noqa: E402
+from portmap import register  # noqa: E402
+
+DEVICE_BYTES = 256 << 20
+PEERS = ("nbdnfs", "qemu-nbd", "libnfs-python", "limit")
+DEADLINE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of load."""
+
+    op: str
+    pattern: str
+    block_bytes: int
+    depth: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.pattern} {self.op} {self.block_bytes // 1024} KiB, depth {self.depth}"
+
+    def argv(self, seconds: float) -> list[str]:
+        return [self.op, self.pattern, str(self.block_bytes), str(self.depth), str(seconds)]
+
+
+ROWS = (
+    Row("read", "random", 4096, 1),
+    Row("read", "random", 4096, 16),
+    Row("write", "random", 4096, 1),
+    Row("write", "random", 4096, 16),
+    Row("read", "sequential", 4096, 1),
+    Row("write", "sequential", 4096, 1),
+    Row("read", "sequential", 131072, 16),
+    Row("write", "sequential", 131072, 16),
+)
+
+
+@dataclass
+class Sample:
+    """One run: what bench/load.c says, and what the server process has used meanwhile."""
+
+    load: dict[str, float]
+    cpu_s_per_gb: float | None
+    resident_kib: int | None
+
+
+@dataclass
+class Result:
+    """All runs of one row by one peer."""
+
+    samples: list[Sample] = field(default_factory=list)
+
+    def median(self, key: str) -> float:
+        return statistics.median(sample.load[key] for sample in self.samples)
+
+    def median_cpu(self) -> float | None:
+        values = [sample.cpu_s_per_gb for sample in self.samples if sample.cpu_s_per_gb is not None]
+        return statistics.median(values) if values else None
+
+    def resident_kib(self) -> int | None:
+        values = [sample.resident_kib for sample in self.samples if sample.resident_kib is not None]
+        return max(values) if values else None
+
+
+def compile_tools(directory: Path) -> None:
+    """load and delay, from the sources beside this file."""
+    flags = subprocess.check_output(["pkg-config", "--cflags", "--libs", "libnfs"], text=True).split()
+    for name in ("load", "delay"):
+        command = ["gcc", "-O2", "-o", str(directory / name), str(HERE / f"{name}.c"), "-pthread", *flags]
+        subprocess.run(command, check=True)
+
+
+def cpu_s(pid: int) -> float:
+    """User and system seconds of a process and its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def resident_kib(pid: int) -> int:
+    """VmRSS."""
+    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) if found else 0
+
+
+@contextlib.contextmanager
+def serving(peer: str, server: Ganesha, nfs_port: int, directory: Path) -> Iterator[tuple[list[str], int | None]]:
+    """A peer's server; what load is to be pointed at, and the pid to account for."""
+    url = server.url("device", nfsport=nfs_port)
+    path = directory / "peer.sock"
+    if peer == "limit":
+        yield ["nfs", url], None
+        return
+    if peer == "qemu-nbd":
+        image = "driver=raw,file.driver=nfs,file.server.type=inet,file.server.host=127.0.0.1"
+        argv = ["qemu-nbd", "--image-opts", "-t", "-k", str(path), "--cache=none", "--shared=2"]
+        argv.append(f"{image},file.path={server.export_path}/device")
+    else:
+        engine = "c" if peer == "nbdnfs" else peer
+        argv = [sys.executable, "-m", "nbdnfs", "serve", url, "--socket", str(path), "--engine", engine]
+    process = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + DEADLINE_S
+        while not path.exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"bench: {peer} does not start: {' '.join(argv)}")
+            time.sleep(0.05)
+        time.sleep(1)  # what it still does for itself is not the load's
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        yield ["nbd", str(path)], int(children[0]) if children else process.pid
+    finally:
+        process.terminate()
+        process.wait(DEADLINE_S)
+        path.unlink(missing_ok=True)
+
+
+def run_once(tools: Path, target: list[str], pid: int | None, row: Row, seconds: float) -> Sample:
+    """One load on one peer."""
+    before = cpu_s(pid) if pid is not None else 0.0
+    text = subprocess.check_output([str(tools / "load"), *target, *row.argv(seconds)], text=True)
+    load = json.loads(text)
+    gigabytes = load["operations"] * row.block_bytes / 1e9
+    if pid is None:
+        return Sample(load, None, None)
+    return Sample(load, (cpu_s(pid) - before) / gigabytes, resident_kib(pid))
+
+
+def measure(
+    peers: list[str], server: Ganesha, nfs_port: int, directory: Path, rounds: int, seconds: float
+) -> dict[Row, dict[str, Result]]:
+    """All rows by all peers; each round begins with another peer. A peer has the file to itself while it runs."""
+    results = {row: {peer: Result() for peer in peers} for row in ROWS}
+    for number in range(rounds):
+        order = peers[number % len(peers) :] + peers[: number % len(peers)]
+        for peer in order:
+            print(f"bench: round {number + 1} of {rounds}: {peer}", file=sys.stderr, flush=True)
+            with serving(peer, server, nfs_port, directory) as (target, pid):
+                for row in ROWS:
+                    results[row][peer].samples.append(run_once(directory, target, pid, row, seconds))
+    return results
+
+
+def table(title: str, results: dict[Row, dict[str, Result]]) -> str:
+    """Requests a second of each peer, and ours as a multiple; CPU seconds for a gigabyte; the size."""
+    peers = list(next(iter(results.values())))
+    lines = [title, "", f"{'requests/s':38}" + "".join(f"{peer:>16}" for peer in peers) + "     ours / each other"]
+    for row, by_peer in results.items():
+        ours = by_peer["nbdnfs"].median("per_second")
+        ratios = [f"{ours / by_peer[peer].median('per_second'):.2f}" for peer in peers if peer != "nbdnfs"]
+        lines.append(
+            f"{row.title:38}"
+            + "".join(f"{by_peer[peer].median('per_second'):>16,.0f}" for peer in peers)
+            + "     "
+            + "  ".join(ratios)
+        )
+    lines += ["", f"{'CPU seconds/GB':38}" + "".join(f"{peer:>16}" for peer in peers)]
+    for row, by_peer in results.items():
+        cells = [by_peer[peer].median_cpu() for peer in peers]
+        lines.append(f"{row.title:38}" + "".join(f"{'-' if cell is None else f'{cell:.1f}':>16}" for cell in cells))
+    sizes = {
+        peer: max((by_peer[peer].resident_kib() or 0 for by_peer in results.values()), default=0) for peer in peers
+    }
+    lines += ["", f"{'resident KiB':38}" + "".join(f"{sizes[peer] or '-':>16}" for peer in peers)]
+    return "\n".join(lines)
+
+
+def as_json(results: dict[Row, dict[str, Result]]) -> list[dict[str, object]]:
+    """Every sample."""
+    return [
+        {
+            "row": row.title,
+            "peer": peer,
+            "samples": [
+                {**sample.load, "cpu_s_per_gb": sample.cpu_s_per_gb, "resident_kib": sample.resident_kib}
+                for sample in result.samples
+            ],
+        }
+        for row, by_peer in results.items()
+        for peer, result in by_peer.items()
+    ]
+
+
+def enter_namespaces() -> None:
+    """Run again in a network and a mount namespace of our own."""
+    if os.environ.get("NBDNFS_BENCH_INSIDE"):
+        return
+    if os.geteuid() != 0:
+        raise SystemExit("bench: namespaces and the NFS server need root\nbench: run it with sudo")
+    unshare = program("unshare", "util-linux")
+    ip = program("ip", "iproute2")
+    # an address beside loopback's: getaddrinfo(3) finds none otherwise, with AI_ADDRCONFIG
+    setup = (
+        f"{ip} link set lo up && {ip} link add bench0 type veth peer name bench1 && {ip} link set bench0 up"
+        f' && {ip} address add 192.0.2.1/30 dev bench0 && mount -t tmpfs tmpfs /run && exec "$@"'
+    )
+    os.environ["NBDNFS_BENCH_INSIDE"] = "1"
+    os.execv(unshare, [unshare, "--net", "--mount", "sh", "-c", setup, "sh", sys.executable, *sys.argv])
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each run")
+    parser.add_argument("--delay-ms", type=float, default=1.0, help="round trip to add in the second part; 0: none")
+    parser.add_argument("--json", type=Path, help="where all samples go")
+    parser.add_argument("--peers", default=",".join(PEERS))
+    options = parser.parse_args()
+    peers = [peer for peer in options.peers.split(",") if peer != "qemu-nbd" or shutil.which("qemu-nbd")]
+    if sys.version_info >= (3, 12):
+        peers = [peer for peer in peers if peer != "libnfs-python"]
+    enter_namespaces()
+    with tempfile.TemporaryDirectory(prefix="nbdnfs-bench-") as name, Ganesha(Path(name)) as server:
+        directory = Path(name)
+        compile_tools(directory)
+        (server.export_path / "device").write_bytes(os.urandom(DEVICE_BYTES))
+        results = {
+            "no added delay": measure(peers, server, server.nfs_port, directory, options.rounds, options.seconds)
+        }
+        print(table("no added delay", results["no added delay"]), flush=True)
+        if options.delay_ms:
+            port = server.nfs_port + 1
+            delay = subprocess.Popen(
+                [str(directory / "delay"), str(port), str(server.nfs_port), str(round(options.delay_ms * 500))]
+            )
+            try:
+                while not rpc_null_answers(port, 100003, 3):
+                    time.sleep(0.05)
+                register(100003, 3, port)
+                title = f"{options.delay_ms:g} ms more for each round trip"
+                results[title] = measure(peers, server, port, directory, options.rounds, options.seconds)
+                print("\n" + table(title, results[title]), flush=True)
+            finally:
+                delay.kill()
+                delay.wait()
+        if options.json:
+            options.json.write_text(json.dumps({title: as_json(part) for title, part in results.items()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
