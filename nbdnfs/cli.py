@@ -67,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="for programs, with all counters")
     status.set_defaults(run=_status)
 
+    doctor = commands.add_parser(
+        "doctor", help="tell whether this machine can be relied on to swap; 0 when all is good"
+    )
+    doctor.add_argument("name", metavar="NAME", nargs="?", help=f"{name_help}; all workers without")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(run=_doctor)
+
     keep = commands.add_parser("run", help="keep a device alive, in the foreground (what the unit starts)")
     keep.add_argument("name", metavar="NAME", help=name_help)
     keep.set_defaults(run=_keep)
@@ -166,6 +173,17 @@ def _status(args: argparse.Namespace) -> int:
     else:
         print("\n".join(one.text() for one in found) or "nbdnfs: no device is configured")
     return 0 if all(one.is_green for one in found) else os.EX_UNAVAILABLE
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from nbdnfs import doctor
+
+    findings = doctor.examine(args.name)
+    if args.json:
+        print(json.dumps([finding.to_json() for finding in findings], indent=2))
+    else:
+        print("\n".join(finding.text() for finding in findings))
+    return doctor.exit_status(findings)
 
 
 def _keep(args: argparse.Namespace) -> int:

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The doctor on golden trees: a machine that is set up, and everything that can be wrong with one."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nbdnfs import doctor
+from nbdnfs.doctor import Finding
+from nbdnfs.errors import UsageError
+
+ALL_CAPABILITIES = "000001ffffffffff"
+ROLLUP = "00400000-7fff0000 ---p 00000000 00:00 0 [rollup]\nRss:  {rss} kB\nPss:  1 kB\nLocked:  {locked} kB\n"
+# Linux 6.1: 0x580140 is PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE among others; policy 2 is SCHED_RR
+STAT = "{pid} ({name}) S 1 1 1 0 -1 {flags} 7036 0 {major} 0 193 166 0 0 -2 0 8 0 7476" + 17 * " 0" + " 1 {policy} 0\n"
+
+MACHINE = {
+    "proc/sys/kernel/osrelease": "6.1.0-38-cloud-amd64\n",
+    "sys/module/nbd/refcnt": "0\n",
+    "sys/fs/cgroup/cgroup.controllers": "cpuset cpu io memory pids\n",
+    "proc/self/limits": "Limit                     Soft Limit           Hard Limit           Units     \n"
+    "Max locked memory         unlimited            unlimited            bytes     \n",
+    "proc/self/status": f"Name:\tnbdnfs\nCapEff:\t{ALL_CAPABILITIES}\nCapBnd:\t{ALL_CAPABILITIES}\n",
+    "proc/meminfo": "MemTotal: 1000000 kB\nMemFree: 1 kB\nMemAvailable: 1 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n",
+    "proc/sys/vm/min_free_kbytes": "8192\n",
+    "proc/sys/vm/watermark_scale_factor": "100\n",
+    "proc/sys/vm/overcommit_memory": "0\n",
+    "proc/sys/vm/swappiness": "60\n",
+    "proc/sys/vm/page-cluster": "3\n",
+    "proc/net/netstat": "TcpExt: SyncookiesSent PFMemallocDrop\nTcpExt: 5 0\nIpExt: InOctets\nIpExt: 1\n",
+    "sys/devices/system/cpu/cpu0/online": "1\n",
+    "sys/devices/system/cpu/cpu1/online": "1\n",
+    "sys/devices/system/cpu/cpufreq/boost": "1\n",
+    "sys/class/net/lo/operstate": "unknown\n",
+    "sys/class/net/eth0/operstate": "up\n",
+    "sys/class/net/eth0/speed": "1000\n",
+    "sys/class/net/eth1/operstate": "down\n",
+    "sys/class/net/eth1/speed": "10000\n",
+    "sys/module/zswap/parameters/enabled": "N\n",
+    "sys/module/zswap/parameters/max_pool_percent": "20\n",
+    "sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never\n",
+}
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def process(
+    pid: int,
+    *,
+    name: str = "nbdkit",
+    locked_kib: int = 34000,
+    flags: int = 0x580140,
+    policy: int = 2,
+    oom: int = -1000,
+    command: str = "nbdkit\0python\0/usr/lib/nbdnfs_plugin.py\0url=nfs://nas/a/b\0",
+) -> dict[str, str]:
+    """A worker of two threads, as /proc shows it."""
+    stat = {"flags": flags, "policy": policy, "name": name, "major": 2}
+    return {
+        f"proc/{pid}/stat": STAT.format(pid=pid, **stat),
+        f"proc/{pid}/task/{pid}/stat": STAT.format(pid=pid, **stat),
+        f"proc/{pid}/task/{pid + 1}/stat": STAT.format(pid=pid + 1, **stat),
+        f"proc/{pid}/status": f"Name:\t{name}\nVmLck:\t{240_000 if locked_kib else 0} kB\nVmRSS:\t35000 kB\n",
+        f"proc/{pid}/smaps_rollup": ROLLUP.format(rss=35000, locked=locked_kib),
+        f"proc/{pid}/oom_score_adj": f"{oom}\n",
+        f"proc/{pid}/comm": f"{name}\n",
+        f"proc/{pid}/cmdline": command,
+    }
+
+
+def bad(root: Path, name: str | None = None) -> dict[str, Finding]:
+    return {finding.subject: finding for finding in doctor.examine(name, root) if not finding.good}
+
+
+def test_a_machine_that_is_set_up(tmp_path: Path) -> None:
+    """Every line is good, none has advice, and the exit status is 0."""
+    findings = doctor.examine(root=write(tmp_path, MACHINE))
+    assert [finding for finding in findings if not finding.good or finding.advice] == []
+    assert doctor.exit_status(findings) == 0
+    assert all(finding.text().startswith("ok   ") for finding in findings)
+    assert len({finding.subject for finding in findings}) == len(findings) == 13
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "subject", "advice"),
+    [
+        ("proc/sys/kernel/osrelease", "5.10.0-28-amd64\n", "kernel", "5.14"),
+        ("sys/fs/cgroup/cgroup.controllers", "cpu io\n", "cgroup", "unified_cgroup_hierarchy"),
+        ("proc/self/status", "CapEff:\t0\nCapBnd:\t0000000000800000\n", "capabilities", "container"),
+        ("proc/sys/vm/min_free_kbytes", "1848\n", "vm.min_free_kbytes", "sysctl vm.min_free_kbytes=8192"),
+        ("proc/sys/vm/watermark_scale_factor", "10\n", "vm.watermark_scale_factor", "=100"),
+        ("proc/sys/vm/overcommit_memory", "2\n", "vm.overcommit_memory", "=0"),
+        ("proc/sys/vm/swappiness", "0\n", "vm.swappiness", "60"),
+        ("proc/sys/vm/page-cluster", "6\n", "vm.page-cluster", "=5"),
+        ("proc/net/netstat", "TcpExt: A PFMemallocDrop\nTcpExt: 5 3\n", "packets dropped for want of memory", "raise"),
+        ("sys/class/net/eth0/speed", "10000\n", "vm.min_free_kbytes", "sysctl vm.min_free_kbytes=61540"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, file: str, text: str, subject: str, advice: str) -> None:
+    """One thing wrong is one bad line, which says what to do."""
+    findings = bad(write(tmp_path, {**MACHINE, file: text}))
+    assert list(findings) == [subject]
+    assert advice in findings[subject].advice
+    assert doctor.exit_status(list(findings.values())) == os.EX_CONFIG
+
+
+def test_the_driver(tmp_path: Path) -> None:
+    """Not loaded is one thing, not there another."""
+    files = {name: text for name, text in MACHINE.items() if "nbd" not in name}
+    assert "CONFIG_BLK_DEV_NBD" in bad(write(tmp_path, files))["nbd driver"].advice
+    write(tmp_path, {"lib/modules/6.1.0-38-cloud-amd64/modules.dep": "kernel/drivers/block/nbd.ko:\n"})
+    assert "modprobe nbd" in bad(tmp_path)["nbd driver"].advice
+
+
+@pytest.mark.parametrize(("capabilities", "good"), [("0", False), (ALL_CAPABILITIES, True)])
+def test_a_limit_that_a_capability_overrides(tmp_path: Path, capabilities: str, good: bool) -> None:
+    """A low RLIMIT_MEMLOCK is nothing to root, can_do_mlock in mm/mlock.c."""
+    limits = "Max locked memory         8388608              8388608              bytes\n"
+    status = f"CapEff:\t{capabilities}\nCapBnd:\t{ALL_CAPABILITIES}\n"
+    findings = bad(write(tmp_path, {**MACHINE, "proc/self/limits": limits, "proc/self/status": status}))
+    assert ("RLIMIT_MEMLOCK" not in findings) is good
+
+
+def test_the_reserve() -> None:
+    """8 MiB at least, more for fast links and many CPUs, never more than a sixteenth of memory."""
+    gib = 1 << 30
+    assert doctor.reserve_bytes(100, 2, gib) == 8 << 20
+    assert doctor.reserve_bytes(1000, 2, gib) == 8 << 20
+    assert doctor.reserve_bytes(1000, 2, 64 << 20) == 4 << 20
+    assert doctor.reserve_bytes(10_000, 2, 16 * gib) == 61540 << 10
+    assert doctor.reserve_bytes(1000, 64, 16 * gib) == 22232 << 10
+
+
+def test_a_link_without_a_speed(tmp_path: Path) -> None:
+    """Virtual interfaces say -1, or fail: 1 Gbit/s is assumed."""
+    write(tmp_path, {**MACHINE, "sys/class/net/eth0/speed": "-1\n"})
+    (found,) = [one.found for one in doctor.examine(root=tmp_path) if one.subject == "vm.min_free_kbytes"]
+    assert "1000 Mbit/s (eth0) and 2 CPUs" in found
+
+
+def test_a_worker_by_hand(tmp_path: Path) -> None:
+    """One that nobody recorded is found by its plugin; other nbdkits are none of ours."""
+    write(tmp_path, {**MACHINE, **process(300), **process(400, command="nbdkit\0memory\0001G\0")})
+    findings = [one for one in doctor.examine(root=tmp_path) if one.subject.startswith("worker")]
+    assert [one.subject for one in findings if not one.good] == []
+    assert {one.subject.split(",")[0] for one in findings} == {"worker 300"}
+    assert "33.2 MiB of 34.2 MiB resident are locked" in findings[0].found
+
+
+@pytest.mark.parametrize(
+    ("wrong", "subject"),
+    [
+        ({"locked_kib": 0}, "worker 300, memory"),
+        ({"flags": 0x400140}, "worker 300, IO flusher"),
+        ({"policy": 0}, "worker 300, scheduling"),
+        ({"oom": 0}, "worker 300, OOM score"),
+    ],
+)
+def test_an_unsafe_worker(tmp_path: Path, wrong: dict[str, int], subject: str) -> None:
+    """Each measure that a worker lacks is one bad line."""
+    write(tmp_path, {**MACHINE, **process(300, **wrong)})  # type: ignore[arg-type]
+    assert list(bad(tmp_path)) == [subject]
+
+
+def test_a_device(tmp_path: Path) -> None:
+    """By its name: the configuration, the keeper and the worker of its records; realtime = false is heeded."""
+    write(
+        tmp_path,
+        {
+            **MACHINE,
+            **process(300, policy=0),
+            **process(500, name="python3", policy=0, command="python3\0-m\0nbdnfs\0run\0swap0\0"),
+            "etc/nbdnfs/swap0.toml": 'url = "nfs://nas/export/swap"\nrealtime = false\n',
+            "run/nbdnfs/swap0/worker": "300 7476 0.1.0\n",
+            "run/nbdnfs/swap0/keeper": "500 7476 0.1.0\n",
+        },
+    )
+    assert bad(tmp_path, "swap0") == {}
+    subjects = {one.subject for one in doctor.examine("swap0", tmp_path)}
+    assert {"swap0: worker, memory", "swap0: keeper, memory", "swap0: configuration"} <= subjects
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    """No configuration is a bad line; a name that can be none is an error."""
+    assert list(bad(write(tmp_path, MACHINE), "swap0")) == ["swap0: configuration"]
+    with pytest.raises(UsageError):
+        doctor.examine("../etc", tmp_path)
+
+
+def test_this_machine() -> None:
+    """Whatever the machine, each line has a subject and a finding, and a bad one says what to do."""
+    findings = doctor.examine()
+    assert all(finding.subject and finding.found for finding in findings)
+    assert all(finding.advice for finding in findings if not finding.good)
+    assert {"subject", "good", "found", "advice"} == set(findings[0].to_json())
