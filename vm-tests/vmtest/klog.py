@@ -22,7 +22,9 @@ _KINDS: dict[str, str] = {
     # block/blk-core.c, mm/page_io.c, fs/buffer.c
     "io": r"I/O error|(Read|Write)-error on swap-device|lost async page write",
     # drivers/block/nbd.c; "shutting down sockets" is no trouble of its own, every detach ends with it
-    "nbd": r"\bnbd\d*: .*(error|failed|[Tt]imed out|timeout|Dead connection|invalid socket|Possible stuck request)",
+    "nbd": r"\bnbd\d*: .*(error|failed|[Tt]imed out|timeout|Dead connection|invalid socket)",
+    # drivers/block/nbd.c: a request has taken longer than queue/io_timeout, which is no error while there is no TIMEOUT
+    "slow": r"\bnbd\d*: Possible stuck request",
     # mm/swapfile.c, mm/memory.c: a page table that holds no page
     "swap": r"swap_info_get: |Bad swap (file|offset) entry|Bad page (map|state)|swap_free: ",
     # kernel/locking/lockdep.c
