@@ -231,13 +231,14 @@ def test_refuse_and_return(faulty: TcpProxy, client: socket.socket) -> None:
 
 
 def test_server_away_is_a_reset() -> None:
-    """Where nobody listens behind the proxy, the client's connection is reset."""
-    with (
-        TcpProxy(free_ports(1)[0]) as proxy,
-        socket.create_connection((LOOPBACK, proxy.port), timeout=DEADLINE_S) as client,
-        pytest.raises(ConnectionResetError),
-    ):
-        client.recv(1)
+    """Where nobody listens behind the proxy, the client's connection is reset, be it while it connects."""
+
+    def connect_and_receive(port: int) -> None:
+        with socket.create_connection((LOOPBACK, port), timeout=DEADLINE_S) as client:
+            client.recv(1)
+
+    with TcpProxy(free_ports(1)[0]) as proxy, pytest.raises(ConnectionResetError):
+        connect_and_receive(proxy.port)
 
 
 def test_close_leaves_nothing(echo: EchoServer) -> None:
