@@ -37,6 +37,7 @@
 #include <nfsc/libnfs-raw-nfs.h>
 
 #define TRANSFER_LIMIT_BYTES (1024 * 1024)
+#define TRANSFER_UNKNOWN_BYTES (128 * 1024)
 #define BACKOFF_FIRST_MS 50
 #define BACKOFF_LIMIT_MS 5000
 #define RETRY_LATER_MS 200
@@ -1145,6 +1146,14 @@ static void wait_for_io_work(struct nfsio *io)
 	pthread_cond_timedwait(&io->io_work, &io->lock, &until);
 }
 
+/* libnfs asks an NFSv3 server for its limits; over NFSv4 it says 0. */
+static uint32_t smaller_limit(uint32_t limit, uint64_t servers)
+{
+	if (servers == 0)
+		servers = TRANSFER_UNKNOWN_BYTES;
+	return servers < limit ? (uint32_t)servers : limit;
+}
+
 static void *io_thread(void *arg)
 {
 	struct nfsio *io = arg;
@@ -1159,11 +1168,8 @@ static void *io_thread(void *arg)
 		publish(io, &made);
 		io->opened = made.st;
 		io->opened_once = true;
-		io->max_transfer_bytes = TRANSFER_LIMIT_BYTES;
-		if (nfs_get_readmax(io->nfs) < io->max_transfer_bytes)
-			io->max_transfer_bytes = nfs_get_readmax(io->nfs);
-		if (nfs_get_writemax(io->nfs) < io->max_transfer_bytes)
-			io->max_transfer_bytes = nfs_get_writemax(io->nfs);
+		io->max_transfer_bytes = smaller_limit(TRANSFER_LIMIT_BYTES, nfs_get_readmax(io->nfs));
+		io->max_transfer_bytes = smaller_limit(io->max_transfer_bytes, nfs_get_writemax(io->nfs));
 	} else {
 		*io->first_failure = why;
 	}
