@@ -30,6 +30,21 @@ def pytest_configure(config: pytest.Config) -> None:
     """The markers of this folder."""
     config.addinivalue_line("markers", "smoke: the whole path in one guest; part of `make test`")
     config.addinivalue_line("markers", "meta: about the harness itself, without a guest; part of `make test`")
+    config.addinivalue_line("markers", "negative_control: what happens without; with --negative-control only")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What makes the tests of memory pressure take longer."""
+    parser.addoption("--memory-rounds", type=int, default=1, metavar="N", help="pressure N times in a row (1)")
+    parser.addoption("--negative-control", action="store_true", help="pressure without each of the measures as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is opt-in is left out, not skipped: a skip is something that went missing."""
+    if not config.option.negative_control:
+        left_out = [item for item in items if item.get_closest_marker("negative_control")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")

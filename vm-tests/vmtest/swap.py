@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vmtest.machine import Machine
@@ -68,11 +68,12 @@ class Measured:
 
 
 @contextlib.contextmanager
-def serving(machine: Machine, url: str, name: str = "swap") -> Iterator[Worker]:
-    """`nbdnfs serve` in the background, ended in order afterwards."""
+def serving(machine: Machine, url: str, name: str = "swap", settings: Sequence[str] = ()) -> Iterator[Worker]:
+    """`nbdnfs serve` in the background, ended in order afterwards. `settings`: more of the plugin's, "key=value"."""
     socket, pid_file = f"{_RUN}/{name}.sock", f"{_RUN}/{name}.pid"
     machine.run(f"mkdir -p {_RUN}")
-    serve = machine.start(f"echo $$ > {pid_file}; exec nbdnfs serve {shlex.quote(url)} --socket {socket}")
+    options = "".join(f" --plugin-setting {shlex.quote(setting)}" for setting in settings)
+    serve = machine.start(f"echo $$ > {pid_file}; exec nbdnfs serve {shlex.quote(url)} --socket {socket}{options}")
     with _tidy(machine, f"pid=$(cat {pid_file}); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done", 60):
         # The socket alone proves little: it is bound before nbdkit runs. Its plugin connects to the NAS first.
         waiting = (
@@ -100,28 +101,35 @@ def swapping(machine: Machine, worker: Worker) -> Iterator[str]:
             yield device
 
 
-def stress(
-    machine: Machine,
-    *,
-    size_mib: int,
-    limit_mib: int,
-    timeout_s: float,
-    on_progress: Callable[[Progress], None] | None = None,
-) -> Verdict:
-    """The stress program in a memory cgroup of `limit_mib`; its verdict, unchecked."""
+@contextlib.contextmanager
+def limited(machine: Machine, limit_mib: int) -> Iterator[str]:
+    """A memory cgroup of that size, swap not counted; yields its folder."""
     machine.run(
         "grep -qw memory /sys/fs/cgroup/cgroup.subtree_control || echo +memory > /sys/fs/cgroup/cgroup.subtree_control;"
         f" mkdir -p {_CGROUP} && echo {limit_mib}M > {_CGROUP}/memory.max"
     )
     with _tidy(machine, f"rmdir {_CGROUP}"):
-        command = f"exec hog --size {size_mib} --cgroup {_CGROUP} --report {machine.verdict_target}"
-        hog = machine.start(command, timeout_s)
-        try:
-            verdict = machine.wait_verdict(hog, timeout_s + 30, on_progress)
-        except BaseException:
-            hog.kill()
-            raise
-        hog.wait()
+        yield _CGROUP
+
+
+def stress(
+    machine: Machine,
+    *,
+    size_mib: int,
+    timeout_s: float,
+    cgroup: str | None = None,
+    processes: int = 1,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Verdict:
+    """The stress program, in a memory cgroup or with the whole machine's memory; its verdict, unchecked."""
+    command = f"exec hog --size {size_mib} --processes {processes} --report {machine.verdict_target}"
+    hog = machine.start(command + (f" --cgroup {cgroup}" if cgroup else ""), timeout_s)
+    try:
+        verdict = machine.wait_verdict(hog, timeout_s + 30, on_progress)
+    except BaseException:
+        hog.kill()
+        raise
+    hog.wait()
     return verdict
 
 
@@ -141,12 +149,13 @@ def run(
         tell("the kernel's device: nbdnfs attach, mkswap, swapon")
         with swapping(machine, worker) as device:
             tell(f"swapping to {device}: {size_mib} MiB of pages in a cgroup of {limit_mib} MiB")
-            before = _counters(machine)
-            verdict = stress(
-                machine, size_mib=size_mib, limit_mib=limit_mib, timeout_s=timeout_s, on_progress=on_progress
-            )
-            after = _counters(machine)
-            locked_kib, resident_kib = _memory_of(machine, worker.nbdkit_pid)
+            before = counters(machine)
+            with limited(machine, limit_mib) as cgroup:
+                verdict = stress(
+                    machine, size_mib=size_mib, cgroup=cgroup, timeout_s=timeout_s, on_progress=on_progress
+                )
+            after = counters(machine)
+            locked_kib, resident_kib = memory_of(machine, worker.nbdkit_pid)
             tell("all the way back: swapoff, nbdnfs detach")
     return Measured(
         pages_out=after["pswpout"] - before["pswpout"],
@@ -161,13 +170,13 @@ def run(
     )
 
 
-def _counters(machine: Machine) -> dict[str, int]:
+def counters(machine: Machine) -> dict[str, int]:
     """pswpin, pswpout and oom_kill (global and in cgroups) since boot: mm/vmstat.c."""
     lines = machine.run("grep -E '^(pswpin|pswpout|oom_kill) ' /proc/vmstat").stdout.splitlines()
     return {name: int(value) for name, value in (line.split() for line in lines)}
 
 
-def _memory_of(machine: Machine, pid: int) -> tuple[int, int]:
+def memory_of(machine: Machine, pid: int) -> tuple[int, int]:
     """Memory of a process that is locked and there, and all that is there, in KiB.
 
     Not VmLck: that is the size of the locked mappings, faulted or not, and a worker locks on fault. "Locked" in

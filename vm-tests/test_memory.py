@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Memory pressure in a real kernel: the worker never needs memory in order to give memory back.
+
+`--memory-rounds 3` runs the pressure three times in a row, `--negative-control` also without each of the measures.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from nfs_server import Ganesha
+from vmtest import allocations, host, swap
+from vmtest.guest import Guest, seen_from_guest
+from vmtest.outcome import GuestFailedError, LostGuestError
+from vmtest.verdict import Verdict
+
+from nbdnfs import memlock
+
+_GUEST_MIB = 256
+_HOG_MIB = 384
+_PROCESSES = 4
+_FILE_MIB = 512
+_STRESS_TIMEOUT_S = 1500.0
+_BUDGET_KIB = 36 * 1024
+
+# Without a measure a guest may hang for good: this long is enough to tell, and the load is smaller.
+_CONTROL_HOG_MIB = 320
+_CONTROL_TIMEOUT_S = 600.0
+_CONTROL_SILENCE_S = 150.0
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Of all threads of a process since it began: fields 10 and 12 of proc_pid_stat(5)."""
+
+    minor: int
+    major: int
+
+    def __sub__(self, other: Faults) -> Faults:
+        return Faults(self.minor - other.minor, self.major - other.major)
+
+
+@dataclass(frozen=True)
+class Pressure:
+    """One run. `worker` and `server` are the faults of nbdkit and of `nbdnfs serve` between swapon and the end."""
+
+    verdict: Verdict
+    worker: Faults
+    server: Faults
+    locked_kib: int
+    resident_kib: int
+    pages_out: int
+    pages_in: int
+    oom_kills: int
+    dropped_packets: int
+    allocations: allocations.Histogram
+
+    def summary(self) -> str:
+        passes = ", ".join(f"{one.order} {one.seconds:.0f}" for one in self.verdict.passes)
+        return (
+            f"{self.verdict.seconds:.0f} s ({passes}); {self.pages_out:,} pages out, {self.pages_in:,} in;"
+            f" wrong pages {self.verdict.wrong}; OOM kills {self.oom_kills};"
+            f" packets dropped {self.dropped_packets}; worker: {self.worker.major} major and"
+            f" {self.worker.minor} minor faults, {self.locked_kib} KiB locked, {self.resident_kib} KiB resident"
+        )
+
+
+@pytest.fixture
+def quick_ganesha() -> Iterator[Ganesha]:
+    """An NFS server on tmpfs: no disk of the host's decides how long a request takes."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory, Ganesha(Path(directory)) as server:
+        yield server
+
+
+def faults(guest: Guest, pid: int) -> Faults:
+    """Up to now."""
+    fields = guest.run(f"cat /proc/{pid}/stat").stdout.rpartition(")")[2].split()
+    return Faults(int(fields[7]), int(fields[9]))
+
+
+def dropped_packets(guest: Guest) -> int:
+    """Packets that the reserve was too short for, all sockets: sk_filter_trim_cap in net/core/filter.c."""
+    names, values = (line.split() for line in guest.run("grep ^TcpExt: /proc/net/netstat").stdout.splitlines())
+    return int(values[names.index("PFMemallocDrop")])
+
+
+def threads(guest: Guest, pid: int) -> list[int]:
+    """The threads that a process has now."""
+    return [int(name) for name in guest.run(f"ls /proc/{pid}/task").stdout.split()]
+
+
+def backing_file(ganesha: Ganesha) -> str:
+    """A backing file's URL, as a guest says it."""
+    url = ganesha.url("memory.swap")
+    nbdnfs = Path(sys.executable).with_name("nbdnfs")
+    host.run([nbdnfs, "create", url, "--size", f"{_FILE_MIB}M"], what="nbdnfs create", timeout_s=300)
+    return seen_from_guest(url)
+
+
+def press(
+    guest: Guest, url: str, *, hog_mib: int, timeout_s: float = _STRESS_TIMEOUT_S, settings: Sequence[str] = ()
+) -> Pressure:
+    """Swap with nothing but the machine's memory as the limit. The verdict is unchecked."""
+    with swap.serving(guest, url, settings=settings) as worker, swap.swapping(guest, worker):
+        pids = worker.nbdkit_pid, worker.serve_pid
+        before = [faults(guest, pid) for pid in pids]
+        counted, dropped = swap.counters(guest), dropped_packets(guest)
+        tids = threads(guest, worker.nbdkit_pid)
+        allocations.start(guest, tids)
+        verdict = swap.stress(guest, size_mib=hog_mib, processes=_PROCESSES, timeout_s=timeout_s)
+        histogram = allocations.read(guest)
+        after = [faults(guest, pid) for pid in pids]
+        assert threads(guest, worker.nbdkit_pid) == tids, "the worker's threads are not those that were traced"
+        now = swap.counters(guest)
+        locked_kib, resident_kib = swap.memory_of(guest, worker.nbdkit_pid)
+    return Pressure(
+        verdict=verdict,
+        worker=after[0] - before[0],
+        server=after[1] - before[1],
+        locked_kib=locked_kib,
+        resident_kib=resident_kib,
+        pages_out=now["pswpout"] - counted["pswpout"],
+        pages_in=now["pswpin"] - counted["pswpin"],
+        oom_kills=now["oom_kill"] - counted["oom_kill"],
+        dropped_packets=dropped_packets(guest) - dropped,
+        allocations=histogram,
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """As many rounds as the command line asks for."""
+    if "memory_round" in metafunc.fixturenames:
+        metafunc.parametrize("memory_round", range(1, metafunc.config.option.memory_rounds + 1))
+
+
+@pytest.mark.timeout(2400)
+def test_pressure(boot: Callable[..., Guest], quick_ganesha: Ganesha, memory_round: int) -> None:
+    """384 MiB of verified pages in 256 MiB: nothing wrong, killed or hung, no fault of the worker's, and none of its
+    allocations may enter I/O or a file system.
+    """
+    url = backing_file(quick_ganesha)
+    # how fast the host is decides whether a request takes more than queue/io_timeout: that is no part of the question
+    with boot(project=True, memory_mib=_GUEST_MIB, allow={"slow"}) as guest:
+        guest.settle()
+        pressure = press(guest, url, hog_mib=_HOG_MIB)
+        print(f"{guest.run('uname -r').stdout.strip()}: {pressure.summary()}\n{pressure.allocations.table()}")
+        pressure.verdict.check()
+        assert pressure.oom_kills == 0
+        assert pressure.pages_out > pressure.verdict.pages // 2
+        assert pressure.worker == Faults(0, 0)
+        assert pressure.resident_kib <= _BUDGET_KIB
+        assert pressure.allocations.sites, "nothing was traced"
+        assert pressure.allocations.dropped == 0
+        entering = [site for site in pressure.allocations.sites if site.may_enter_io]
+        assert not entering, "\n".join(f"{site.flags:#x} {site.hits} {' < '.join(site.functions)}" for site in entering)
+        guest.shutdown()
+
+
+@pytest.mark.timeout(1200)
+def test_cgroup_limit(boot: Callable[..., Guest], quick_ganesha: Ganesha) -> None:
+    """A process four times its memory.max swaps and lives: the cgroup reaches its limit and kills nobody.
+
+    The case of the 2012 thread: "the cgroup controller is killing my processes instead of using the swapfile".
+    """
+    limit_mib = 24
+    url = backing_file(quick_ganesha)
+    with boot(project=True, allow={"slow"}) as guest:
+        guest.settle()
+        with (
+            swap.serving(guest, url) as worker,
+            swap.swapping(guest, worker),
+            swap.limited(guest, limit_mib) as cgroup,
+        ):
+            verdict = swap.stress(guest, size_mib=4 * limit_mib, cgroup=cgroup, timeout_s=900).check()
+            lines = guest.run(f"cat {cgroup}/memory.events").stdout.splitlines()
+            events = {name: int(count) for name, count in map(str.split, lines)}
+            print(f"{verdict.seconds:.0f} s, memory.events {events}")
+            assert events["max"] > 0
+            assert events["oom_kill"] == 0
+        guest.shutdown()
+
+
+@pytest.mark.negative_control
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("without", ["", *memlock.NAMES, "everything"])
+def test_without(boot: Callable[..., Guest], quick_ganesha: Ganesha, without: str) -> None:
+    """The same pressure without one of the measures: a line of the table in docs/memory-pressure.md."""
+    names = memlock.NAMES if without == "everything" else [without]
+    url = backing_file(quick_ganesha)
+    try:
+        # what goes wrong in there is the result
+        with boot(
+            project=True,
+            memory_mib=_GUEST_MIB,
+            silence_s=_CONTROL_SILENCE_S,
+            allow={"slow", "hung", "oom", "stall", "nomem"},
+        ) as guest:
+            guest.settle()
+            settings = ["without=" + ",".join(names)] if without else []
+            pressure = press(guest, url, hog_mib=_CONTROL_HOG_MIB, timeout_s=_CONTROL_TIMEOUT_S, settings=settings)
+            entering = sum(site.hits for site in pressure.allocations.sites if site.may_enter_io)
+            hung = len(re.findall(r"blocked for more than \d+ seconds", guest.kernel_log))
+            outcome = f"{pressure.summary()}; {entering} pages with IO or FS; hung-task reports: {hung}"
+    except LostGuestError as error:
+        outcome = f"lost: {error}"
+    except GuestFailedError as error:
+        outcome = f"failed: {error}"
+    print(f"| without {without or 'nothing (all measures)'} | {' '.join(outcome.split())} |")
