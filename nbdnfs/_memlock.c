@@ -121,6 +121,12 @@ static PyObject *set_io_flusher(PyObject *module, PyObject *unused)
 	return none_or_errno(prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0 ? 0 : errno);
 }
 
+/* Of the calling thread alone: each has its own (kernel/exit.c: reparent_leader). */
+static PyObject *outlive_parent(PyObject *module, PyObject *unused)
+{
+	return none_or_errno(prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0) == 0 ? 0 : errno);
+}
+
 static PyMethodDef methods[] = {
 	{ "lock_on_fault", lock_on_fault, METH_NOARGS, "mlockall(2): what is there, and all that comes, once it is touched" },
 	{ "tune_malloc", tune_malloc, METH_VARARGS, "tune_malloc(top_pad_bytes): one arena, never mapped, never trimmed" },
@@ -130,6 +136,7 @@ static PyMethodDef methods[] = {
 	{ "populate", populate, METH_VARARGS, "populate(start, length): read a mapping's pages in, madvise(2)" },
 	{ "drop", drop, METH_VARARGS, "drop(start, length): unmap a file mapping's pages, to be read again when touched" },
 	{ "set_io_flusher", set_io_flusher, METH_NOARGS, "prctl(PR_SET_IO_FLUSHER): this task and those it starts" },
+	{ "outlive_parent", outlive_parent, METH_NOARGS, "prctl(PR_SET_PDEATHSIG, 0): no signal when the parent ends" },
 	{ NULL, NULL, 0, NULL },
 };
 

@@ -42,6 +42,8 @@ _LASTED_S = 2.0
 _STUCK_S = 3.0
 # Without news the loop turns this often: the kernel's LINK_DEAD may be lost.
 _TICK_S = 1.0
+# While a helper works, the unit's TimeoutStartSec= does not run out; told once a tick.
+_MORE_TIME = "EXTEND_TIMEOUT_USEC=60000000"
 # How long the standby may hold up swapon. The first one is read from the disk.
 _STANDBY_S = 60.0
 
@@ -81,6 +83,7 @@ class Helper:
             file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, 2, 1)],
             setsigmask=(),
             setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE),
+            scheduler=(os.SCHED_OTHER, os.sched_param(0)),  # the keeper's own may be a real-time one
         )
         self.pidfd = os.pidfd_open(self._pid)
 
@@ -275,6 +278,7 @@ class Keeper:
             return done if self._helper is None else self._step
         status = self._helper.ended()
         if status is None:
+            self._notifier.tell(_MORE_TIME)
             return self._step
         self._helper = None
         if status == 0:

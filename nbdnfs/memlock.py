@@ -85,6 +85,11 @@ def settle(code: Iterable[str], *, heap_bytes: int = HEAP_BYTES, skip: Iterable[
     return list(_run({"gc": _gc, "code": lambda: _code(code), "heap": lambda: _heap(heap_bytes)}, skip))
 
 
+def outlive_parent() -> None:
+    """Undo prctl(PR_SET_PDEATHSIG) of the main thread, which must be the caller."""
+    _memlock.outlive_parent()
+
+
 def require(measures: Iterable[Measure]) -> None:
     """Raise ConfigError when one of the measures does not hold."""
     missing = [measure for measure in measures if not measure.ok]

@@ -9,6 +9,7 @@ worker, and the keeper is who brings it.
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -73,18 +74,19 @@ def has_signature(path: Path) -> bool:
 
 def refuse_data(path: Path) -> None:
     """CannotCreateError unless every byte is zero. Reads all of it: that happens once in a backing file's life."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    # O_DIRECT: whole pieces, past a page cache that reads single pages of a device without read-ahead
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     try:
         offset = 0
         zeros = bytes(_PIECE_BYTES)
-        while piece := os.pread(descriptor, _PIECE_BYTES, offset):
-            if piece != zeros[: len(piece)]:
-                raise CannotCreateError(
-                    f"{path} is neither swap nor empty: there is data at {units.format_size(offset)}",
-                    "swap would destroy it; name another file, or make this one anew: nbdnfs create --force",
-                )
-            offset += len(piece)
-            os.posix_fadvise(descriptor, 0, offset, os.POSIX_FADV_DONTNEED)
+        with mmap.mmap(-1, _PIECE_BYTES) as piece:
+            while count := os.preadv(descriptor, [piece], offset):
+                if piece[:count] != zeros[:count]:
+                    raise CannotCreateError(
+                        f"{path} is neither swap nor empty: there is data at {units.format_size(offset)}",
+                        "swap would destroy it; name another file, or make this one anew: nbdnfs create --force",
+                    )
+                offset += count
     except OSError as error:
         raise IOFailureError(f"{path} cannot be read: {error.strerror}", "see the journal of the worker") from None
     finally:

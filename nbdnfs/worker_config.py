@@ -101,6 +101,7 @@ class WorkerConfig:
             word = b""
         if word != GO:
             os._exit(0)
+        memlock.outlive_parent()  # nbdkit -s asks for a SIGTERM when its parent ends
         os.close(self.control_fd)
 
     def _heed(self, measures: list[memlock.Measure]) -> None:

@@ -7,6 +7,9 @@ import contextlib
 import os
 import random
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +23,7 @@ from nbdnfs import keeper as keeper_module
 from nbdnfs import run_dir
 from nbdnfs.config import Config
 from nbdnfs.engine import region_counters
+from nbdnfs.handshake import Export, TransmissionFlags
 from nbdnfs.keeper import Helper, Keeper
 from nbdnfs.keeper_work import RealWork
 from nbdnfs.link import Attached
@@ -292,3 +296,54 @@ def test_a_server_that_is_away_is_waited_for(setup: Setup) -> None:
         assert setup.kernel.read(0, PAGE) == page_of(0, 1)
 
     setup.run(scenario)
+
+
+def test_a_worker_outlives_its_keeper(tmp_path: Path) -> None:
+    """The end of the process that started it is no signal to a worker that serves, and the end of a standby."""
+    with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            keeper = subprocess.Popen(
+                [sys.executable, "-c", _SHORT_LIVED_KEEPER, server.url(), str(theirs.fileno())],
+                stdout=subprocess.PIPE,
+                pass_fds=[theirs.fileno()],
+                text=True,
+                cwd=Path(__file__).parents[2],
+            )
+            with keeper:
+                assert keeper.stdout is not None
+                serving, standby = map(int, keeper.stdout.readline().split())
+                _, (descriptor,), _, _ = socket.recv_fds(ours, 1, 1)
+                keeper.kill()
+            kernel = FakeKernel()
+            with socket.socket(fileno=descriptor) as sock:
+                kernel.attach(sock, Export(DEVICE_BYTES, TransmissionFlags(0)))
+            until(lambda: run_dir.start_time_ticks(standby) is None)
+            for number in range(8):
+                assert kernel.read(number * PAGE, PAGE) == bytes(PAGE)
+            assert run_dir.start_time_ticks(serving) is not None
+            kernel.close()
+            until(lambda: run_dir.start_time_ticks(serving) is None)
+
+
+_SHORT_LIVED_KEEPER = """
+import socket, sys, time
+from nbdnfs import handshake, shared_region, worker
+from nbdnfs.worker_process import WorkerProcess, command
+
+program, argv = command({"url": sys.argv[1], "address": "127.0.0.1", "lock": "off"}, threads=4)
+region = shared_region.create()
+serving = WorkerProcess.start(program, argv, worker.worker_environment(), region)
+serving.go()
+while not serving.greets():
+    time.sleep(0.01)
+handshake.negotiate(serving.socket)
+standby = WorkerProcess.start(program, argv, worker.worker_environment(), region)
+while not standby.is_ready:
+    standby.look()
+    time.sleep(0.01)
+with socket.socket(fileno=int(sys.argv[2])) as out:
+    socket.send_fds(out, [b"x"], [serving.socket.fileno()])
+print(serving.pid, standby.pid, flush=True)
+time.sleep(60)
+"""
