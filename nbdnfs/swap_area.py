@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nbdnfs import kernel_state, run, units
+from nbdnfs import kernel_state, run, units, warmup
 from nbdnfs.errors import BusyError, CannotCreateError, IOFailureError, NbdnfsError, UnavailableError
 from nbdnfs.kernel_state import Swap
 
@@ -37,9 +37,9 @@ Progress = Callable[[int, int], None]
 
 
 def enable(path: Path, *, priority: int | None, label: str, discard: bool) -> None:
-    """Swap to a device; make a swap area of it first where it is all zeros.
+    """Swap to a device; make a swap area of it first where it is all zeros, and have the worker warm.
 
-    CannotCreateError: it holds something else. NbdnfsError: mkswap or swapon fails.
+    CannotCreateError: it holds something else. NbdnfsError: the warm-up, mkswap or swapon fails.
     """
     if not has_signature(path):
         refuse_data(path)
@@ -48,6 +48,7 @@ def enable(path: Path, *, priority: int | None, label: str, discard: bool) -> No
             what=f"making a swap area on {path}",
             timeout_s=_MKSWAP_TIMEOUT_S,
         )
+    warmup.warm_up(path, timeout_s=_MKSWAP_TIMEOUT_S)
     run.run(
         [
             run.find_program("swapon", "mount"),
