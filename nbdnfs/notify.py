@@ -38,6 +38,10 @@ class Notifier:
             return False
         return True
 
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+
     def store(self, name: str, descriptor: int) -> bool:
         """Park a descriptor under `name`, in place of what was there. It comes back through `stored`."""
         self.forget(name)
