@@ -7,6 +7,7 @@ may itself be waiting for the swap that its caller keeps alive, so a message tha
 
 from __future__ import annotations
 
+import array
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -30,10 +31,10 @@ class Notifier:
         """Send assignments such as "READY=1". False when it did not go, or there is nobody to tell."""
         if self._socket is None:
             return False
+        # not socket.send_fds: in CPython 3.11 that drops flags and address
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         try:
-            socket.send_fds(
-                self._socket, ["\n".join(lines).encode()], list(descriptors), socket.MSG_DONTWAIT, self._address
-            )
+            self._socket.sendmsg(["\n".join(lines).encode()], rights, socket.MSG_DONTWAIT, self._address)
         except OSError:
             return False
         return True
