@@ -11,7 +11,7 @@ help:
 	@echo 'make demo         a Debian guest swaps onto a file on an NFS server; a table at the end'
 	@echo 'make demo HERE=1  the same on this machine, without a guest (needs the kernel module nbd)'
 	@echo 'make test         lint, types, all tests, and one guest that swaps'
-	@echo 'make vm-test      all tests in guests; SUITE=trixie for Debian 13'
+	@echo 'make vm-test      all tests in guests; SUITE=trixie for Debian 13, ARGS="--memory-rounds 3"'
 	@echo 'make bench        our worker beside qemu-nbd, the reference engine and bare libnfs'
 	@echo 'make lint         ruff and mypy'
 
@@ -30,7 +30,7 @@ test:
 
 vm-test:
 	@tools/bootstrap.sh test
-	$(PYTEST) vm-tests
+	$(PYTEST) vm-tests $(ARGS)
 
 bench:
 	@tools/bootstrap.sh bench

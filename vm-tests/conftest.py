@@ -34,8 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What makes the tests of memory pressure take longer."""
+    """What makes the tests of memory pressure take longer, or less long where the machine is slow."""
     parser.addoption("--memory-rounds", type=int, default=1, metavar="N", help="pressure N times in a row (1)")
+    parser.addoption("--memory-hog", type=int, default=384, metavar="MIB", help="pages under pressure in 256 MiB (384)")
     parser.addoption("--negative-control", action="store_true", help="pressure without each of the measures as well")
 
 

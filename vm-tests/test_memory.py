@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Memory pressure in a real kernel: the worker never needs memory in order to give memory back.
 
-`--memory-rounds 3` runs the pressure three times in a row, `--negative-control` also without each of the measures.
+`--memory-rounds 3` runs the pressure three times in a row, `--negative-control` also without each of the measures;
+`--memory-hog 160` is less of it.
 """
 
 from __future__ import annotations
@@ -23,14 +24,12 @@ from vmtest.verdict import Verdict
 from nbdnfs import memlock
 
 _GUEST_MIB = 256
-_HOG_MIB = 384
 _PROCESSES = 4
 _FILE_MIB = 512
-_STRESS_TIMEOUT_S = 1500.0
+_STRESS_TIMEOUT_S = 2700.0
 _BUDGET_KIB = 36 * 1024
 
-# Without a measure a guest may hang for good: this long is enough to tell, and the load is smaller.
-_CONTROL_HOG_MIB = 320
+# Without a measure a guest may hang for good: this long is enough to tell.
 _CONTROL_TIMEOUT_S = 600.0
 _CONTROL_SILENCE_S = 150.0
 
@@ -139,8 +138,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("memory_round", range(1, metafunc.config.option.memory_rounds + 1))
 
 
-@pytest.mark.timeout(2400)
-def test_pressure(boot: Callable[..., Guest], quick_ganesha: Ganesha, memory_round: int) -> None:
+@pytest.fixture
+def hog_mib(request: pytest.FixtureRequest) -> int:
+    """How much the stress program touches."""
+    size: int = request.config.option.memory_hog
+    return size
+
+
+@pytest.mark.timeout(3600)
+def test_pressure(boot: Callable[..., Guest], quick_ganesha: Ganesha, memory_round: int, hog_mib: int) -> None:
     """384 MiB of verified pages in 256 MiB: nothing wrong, killed or hung, no fault of the worker's, and none of its
     allocations may enter I/O or a file system.
     """
@@ -148,11 +154,11 @@ def test_pressure(boot: Callable[..., Guest], quick_ganesha: Ganesha, memory_rou
     # how fast the host is decides whether a request takes more than queue/io_timeout: that is no part of the question
     with boot(project=True, memory_mib=_GUEST_MIB, allow={"slow"}) as guest:
         guest.settle()
-        pressure = press(guest, url, hog_mib=_HOG_MIB)
+        pressure = press(guest, url, hog_mib=hog_mib)
         print(f"{guest.run('uname -r').stdout.strip()}: {pressure.summary()}\n{pressure.allocations.table()}")
         pressure.verdict.check()
         assert pressure.oom_kills == 0
-        assert pressure.pages_out > pressure.verdict.pages // 2
+        assert pressure.pages_out > pressure.verdict.pages // 4
         assert pressure.worker == Faults(0, 0)
         assert pressure.resident_kib <= _BUDGET_KIB
         assert pressure.allocations.sites, "nothing was traced"
@@ -189,7 +195,7 @@ def test_cgroup_limit(boot: Callable[..., Guest], quick_ganesha: Ganesha) -> Non
 @pytest.mark.negative_control
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("without", ["", *memlock.NAMES, "everything"])
-def test_without(boot: Callable[..., Guest], quick_ganesha: Ganesha, without: str) -> None:
+def test_without(boot: Callable[..., Guest], quick_ganesha: Ganesha, without: str, hog_mib: int) -> None:
     """The same pressure without one of the measures: a line of the table in docs/memory-pressure.md."""
     names = memlock.NAMES if without == "everything" else [without]
     url = backing_file(quick_ganesha)
@@ -203,7 +209,7 @@ def test_without(boot: Callable[..., Guest], quick_ganesha: Ganesha, without: st
         ) as guest:
             guest.settle()
             settings = ["without=" + ",".join(names)] if without else []
-            pressure = press(guest, url, hog_mib=_CONTROL_HOG_MIB, timeout_s=_CONTROL_TIMEOUT_S, settings=settings)
+            pressure = press(guest, url, hog_mib=hog_mib, timeout_s=_CONTROL_TIMEOUT_S, settings=settings)
             entering = sum(site.hits for site in pressure.allocations.sites if site.may_enter_io)
             hung = len(re.findall(r"blocked for more than \d+ seconds", guest.kernel_log))
             outcome = f"{pressure.summary()}; {entering} pages with IO or FS; hung-task reports: {hung}"
