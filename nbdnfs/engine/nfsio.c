@@ -167,6 +167,7 @@ struct nfsio {
 	int wake_fd;            /* an eventfd: written to wake the I/O thread out of poll() */
 	pthread_t thread;
 
+	unsigned contexts;      /* the I/O thread's own: how many it has made */
 	struct step step;       /* the I/O thread's own: the call that connecting is waiting for */
 
 	atomic_bool stop;       /* set once, by nfsio_close() */
@@ -844,6 +845,7 @@ static void tune_socket(int fd)
 static struct nfs_context *new_context(struct nfsio *io, struct nfs_url **parsed, struct nfsio_failure *why)
 {
 	struct nfs_context *nfs = nfs_init_context();
+	char host[65] = "", name[160];
 
 	if (nfs == NULL) {
 		set_failure(why, NFSIO_CONNECT, -ENOMEM, NULL);
@@ -857,6 +859,14 @@ static struct nfs_context *new_context(struct nfsio *io, struct nfs_url **parsed
 	}
 	nfs_set_autoreconnect(nfs, 0);
 	nfs_set_timeout(nfs, -1);
+	/*
+	 * An NFSv4 server knows its clients by name, and takes a second context of the same name for the first one
+	 * after a reboot, whose opens it then forgets. libnfs's default is the same for all that start in a second.
+	 */
+	gethostname(host, sizeof(host) - 1);
+	snprintf(name, sizeof(name), "nbdnfs-%s-%ld-%lld-%lx-%u", host, (long)getpid(), (long long)now_ms(),
+		 (unsigned long)(uintptr_t)io, io->contexts++);
+	nfs4_set_client_name(nfs, name);
 	return nfs;
 }
 
