@@ -25,6 +25,8 @@ _OPTIONS = {
     "gid": range(2**31),
     "tcp-syncnt": range(1, 128),
 }
+_NFS_PORT = 2049
+_PROBE_TIMEOUT_S = 2.0
 _EXAMPLE = "write it like nfs://nas/export/swap/%H.swap?version=3"
 
 
@@ -49,7 +51,7 @@ class NfsUrl:
         return self.options.get("version", 3)
 
     def resolve(self) -> str:
-        """The server's first numeric address. Raises NoHostError.
+        """The server's numeric address; of several, the first that takes connections. Raises NoHostError.
 
         Called once, before memory is scarce: name resolution opens files and sockets and allocates.
         """
@@ -60,7 +62,19 @@ class NfsUrl:
                 f"the NFS server '{self.host}' is unknown: {getattr(error, 'strerror', None) or error}",
                 "check the name, or write its address in the URL",
             ) from None
-        return str(found[0][4][0])
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        port = self.options.get("nfsport", _NFS_PORT)
+        if len(addresses) > 1:
+            return next((address for address in addresses if _answers(address, port)), addresses[0])
+        return addresses[0]
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=_PROBE_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def machine_id(root: Path = Path("/")) -> str:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nbdnfs import url
 from nbdnfs.errors import NoHostError, UsageError
 
+REAL = socket.getaddrinfo
 MACHINE_ID = "0123456789abcdef0123456789abcdef"
 
 
@@ -214,3 +215,14 @@ def test_any_text_is_a_url_or_a_usage_error(text: str) -> None:
     assert parsed.name
     assert parsed.path.startswith("/")
     assert parsed.text.isprintable() or not any(ord(character) <= 32 for character in parsed.text)
+
+
+def test_a_name_of_two_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one that takes connections: a name may have an address that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        answer = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("127.0.0.3", "127.0.0.1")]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: answer if args[1] is None else REAL(*args))
+        port = listener.getsockname()[1]
+        assert url.parse(f"nfs://nas/export/swap?nfsport={port}").resolve() == "127.0.0.1"
