@@ -181,7 +181,8 @@ class RpcServer:
         self._disconnect = True
 
     def _wake(self) -> None:
-        self._wake_writer.send(b"!")
+        with contextlib.suppress(OSError):  # the thread has ended, and its end of the pair with it
+            self._wake_writer.send(b"!")
 
     # The thread
 

@@ -28,8 +28,8 @@ TRACED_CALLS = "mmap,munmap,mremap,brk,madvise,clone,clone3"
 
 @pytest.fixture(scope="module")
 def quick_server() -> Iterator[Ganesha]:
-    """An NFS server on tmpfs: 200,000 requests, half of them stable writes, would take a disk many minutes."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory, Ganesha(Path(directory)) as server:
+    """A server of the module's own, with one file."""
+    with tempfile.TemporaryDirectory() as directory, Ganesha(Path(directory)) as server:
         (server.export_path / "device").write_bytes(bytes(DEVICE_BYTES))
         yield server
 

@@ -116,8 +116,8 @@ def directory() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def image() -> Iterator[Path]:
-    """256 MiB of random bytes, in memory."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+    """256 MiB of random bytes."""
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image"
         with path.open("wb") as file:
             for _ in range(IMAGE_BYTES // MIB):
@@ -130,7 +130,7 @@ def test_an_image_goes_in_and_comes_back(image: Path, version: int) -> None:
     """nbdcopy writes it and reads it back equal, several connections and requests at once; the file behind the
     server's back has the same bytes.
     """
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, Ganesha(Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as folder, Ganesha(Path(folder)) as server:
         path = server.export_path / "swap"
         with path.open("wb") as file:
             file.truncate(IMAGE_BYTES)
