@@ -73,6 +73,7 @@ class Sample:
     load: dict[str, float]
     cpu_s_per_gb: float | None
     resident_kib: int | None
+    locked_kib: int | None
 
 
 @dataclass
@@ -88,9 +89,9 @@ class Result:
         values = [sample.cpu_s_per_gb for sample in self.samples if sample.cpu_s_per_gb is not None]
         return statistics.median(values) if values else None
 
-    def resident_kib(self) -> int | None:
-        values = [sample.resident_kib for sample in self.samples if sample.resident_kib is not None]
-        return max(values) if values else None
+    def largest_kib(self, key: str) -> int:
+        """The most that `resident_kib` or `locked_kib` was; 0 where there is no server process."""
+        return max((getattr(sample, key) or 0 for sample in self.samples), default=0)
 
 
 def compile_tools(directory: Path) -> None:
@@ -107,9 +108,9 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def resident_kib(pid: int) -> int:
-    """VmRSS."""
-    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+def memory_kib(pid: int, key: str) -> int:
+    """Rss or Locked of smaps_rollup. VmLck counts what is locked and not there, too: mm/mlock.c."""
+    found = re.search(rf"^{key}:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
     return int(found[1]) if found else 0
 
 
@@ -151,8 +152,9 @@ def run_once(tools: Path, target: list[str], pid: int | None, row: Row, seconds:
     load = json.loads(text)
     gigabytes = load["operations"] * row.block_bytes / 1e9
     if pid is None:
-        return Sample(load, None, None)
-    return Sample(load, (cpu_s(pid) - before) / gigabytes, resident_kib(pid))
+        return Sample(load, None, None, None)
+    used_s = cpu_s(pid) - before
+    return Sample(load, used_s / gigabytes, memory_kib(pid, "Rss"), memory_kib(pid, "Locked"))
 
 
 def measure(
@@ -187,10 +189,10 @@ def table(title: str, results: dict[Row, dict[str, Result]]) -> str:
     for row, by_peer in results.items():
         cells = [by_peer[peer].median_cpu() for peer in peers]
         lines.append(f"{row.title:38}" + "".join(f"{'-' if cell is None else f'{cell:.1f}':>16}" for cell in cells))
-    sizes = {
-        peer: max((by_peer[peer].resident_kib() or 0 for by_peer in results.values()), default=0) for peer in peers
-    }
-    lines += ["", f"{'resident KiB':38}" + "".join(f"{sizes[peer] or '-':>16}" for peer in peers)]
+    lines.append("")
+    for title, key in (("resident KiB", "resident_kib"), ("locked KiB", "locked_kib")):
+        sizes = [max((by_peer[peer].largest_kib(key) for by_peer in results.values()), default=0) for peer in peers]
+        lines.append(f"{title:38}" + "".join(f"{size or '-':>16}" for size in sizes))
     return "\n".join(lines)
 
 
@@ -201,7 +203,12 @@ def as_json(results: dict[Row, dict[str, Result]]) -> list[dict[str, object]]:
             "row": row.title,
             "peer": peer,
             "samples": [
-                {**sample.load, "cpu_s_per_gb": sample.cpu_s_per_gb, "resident_kib": sample.resident_kib}
+                {
+                    **sample.load,
+                    "cpu_s_per_gb": sample.cpu_s_per_gb,
+                    "resident_kib": sample.resident_kib,
+                    "locked_kib": sample.locked_kib,
+                }
                 for sample in result.samples
             ],
         }
