@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Fault tool: a program that stands for nbdkit with our plugin, as a keeper starts it; it serves zeros.
+
+    python fake_worker.py BEHAVIOUR
+
+serve     as the real one: a standby until the word comes, then an NBD server until its connection ends
+exit:N    ends with status N when the word comes
+early:N   ends with status N at once
+mute      takes the word, and never greets
+deaf      serves, and does not notice the end of its connection
+"""
+
+import os
+import socket
+import struct
+import sys
+import time
+
+_CONTROL_FD = 201
+_SIZE_BYTES = 1 << 20
+
+
+def _greeting() -> bytes:
+    head = struct.pack(">QII", 0x3E889045565A9, 7, 3)
+    return (
+        b"NBDMAGICIHAVEOPT\x00\x03"
+        + head
+        + struct.pack(">IHQH", 12, 0, _SIZE_BYTES, 0x10D)
+        + struct.pack(">QIII", 0x3E889045565A9, 7, 1, 0)
+    )
+
+
+def _exactly(sock: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        piece = sock.recv(count - len(data))
+        if not piece:
+            raise EOFError
+        data += piece
+    return data
+
+
+def _serve(sock: socket.socket) -> None:
+    sock.sendall(_greeting())
+    _exactly(sock, 4 + 8 + 4)
+    (length,) = struct.unpack(">I", _exactly(sock, 4))
+    _exactly(sock, length)
+    while True:
+        _, _, op, cookie, _, length = struct.unpack(">IHHQQI", _exactly(sock, 28))
+        if op == 1:
+            _exactly(sock, length)
+        sock.sendall(struct.pack(">IIQ", 0x67446698, 0, cookie) + (bytes(length) if op == 0 else b""))
+
+
+def main() -> None:
+    """Behave."""
+    behaviour, _, status = sys.argv[1].partition(":")
+    if behaviour == "early":
+        sys.exit(int(status))
+    os.write(_CONTROL_FD, b"r")
+    if os.read(_CONTROL_FD, 1) != b"g":
+        sys.exit(0)
+    if behaviour == "exit":
+        sys.exit(int(status))
+    if behaviour == "mute":
+        time.sleep(600)
+    try:
+        _serve(socket.socket(fileno=0))
+    except (EOFError, OSError):
+        if behaviour == "deaf":
+            time.sleep(600)
+
+
+main()

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The keeper's steps and its link, with a fake kernel and fake workers, which are real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fake_kernel import FakeKernel
+
+from nbdnfs import keeper as keeper_module
+from nbdnfs import run_dir
+from nbdnfs.errors import BusyError, NbdnfsError, UnavailableError
+from nbdnfs.keeper import Helper, Keeper
+from nbdnfs.link import Attached
+from nbdnfs.notify import Notifier
+from nbdnfs.run_dir import RunDir
+from nbdnfs.worker_process import WorkerProcess
+
+FAKE_WORKER = str(Path(__file__).resolve().parents[1] / "fake_worker.py")
+SIZE_BYTES = 1 << 20
+
+
+class FakeWork:
+    """keeper.Work. Behaviours and exit statuses are taken from the lists, the last of each again and again."""
+
+    def __init__(self) -> None:
+        self.behaviours = ["serve"]
+        self.provisions: list[int] = []
+        self.swap_ons = [0]
+        self.on = False
+        self.started: list[WorkerProcess] = []
+
+    def start_worker(self, region_fd: int) -> WorkerProcess:
+        behaviour = self.behaviours.pop(0) if len(self.behaviours) > 1 else self.behaviours[0]
+        if behaviour == "none":
+            raise OSError(12, "Cannot allocate memory")
+        if os.fstat(region_fd).st_size == 0:
+            os.ftruncate(region_fd, 8192)
+        process = WorkerProcess.start(sys.executable, ["@fake", FAKE_WORKER, behaviour], dict(os.environ), region_fd)
+        self.started.append(process)
+        return process
+
+    def provision(self) -> Helper | None:
+        return self._exits(self.provisions.pop(0)) if self.provisions else None
+
+    def swap_on(self, attached: Attached) -> Helper:
+        status = self.swap_ons.pop(0) if len(self.swap_ons) > 1 else self.swap_ons[0]
+        self.on = status == 0
+        return self._exits(status)
+
+    def is_swapped_on(self, attached: Attached) -> bool:
+        return self.on
+
+    def _exits(self, status: int) -> Helper:
+        return Helper(["/bin/sh", "-c", f"exit {status}"], {})
+
+
+class Setup:
+    """What a keeper is made of, and `run`."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.kernel = FakeKernel(timeout_s=15)
+        self.work = FakeWork()
+        self.records = RunDir("t", run=tmp_path)
+        self.records.make()
+        self.turns = 0
+
+    def make(self, stored: dict[str, int] | None = None) -> Keeper:
+        return Keeper(self.kernel, self.work, self.records, Notifier({}), stored=stored or {})
+
+    def run(self, scenario: Callable[[Keeper], None] | None, keeper: Keeper | None = None) -> int:
+        """The keeper in this thread, until `scenario` in another has ended; without one until it ends by itself."""
+        made = keeper or self.make()
+        failure: list[BaseException] = []
+
+        def play() -> None:
+            try:
+                assert scenario is not None
+                scenario(made)
+            except BaseException as error:
+                failure.append(error)
+            finally:
+                if not over.is_set():
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        over = threading.Event()
+        thread = threading.Thread(target=play)
+        if scenario is not None:
+            thread.start()
+        try:
+            status = made.run()
+        finally:
+            over.set()
+            if scenario is not None:
+                thread.join(30)
+        if failure:
+            raise failure[0]
+        return status
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Iterator[Setup]:
+    made = Setup(tmp_path)
+    yield made
+    made.kernel.close()
+    for process in made.work.started:
+        try:
+            os.kill(process.pid, signal.SIGKILL)
+            os.waitpid(process.pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+
+
+def until(condition: Callable[[], object], timeout_s: float = 15.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.01)
+
+
+def watches(keeper: Keeper) -> None:
+    until(lambda: keeper._told_ready and keeper.standby is not None and keeper.standby.is_ready)
+
+
+def test_all_steps(setup: Setup) -> None:
+    """Provision, attach, warm up, swap on, watch; at the end all stays as it is but the standby."""
+    setup.work.provisions = [0]
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        assert setup.records.read(run_dir.STATE) == "watch"
+        assert setup.records.read("device") == "nbd7"
+
+    assert setup.run(scenario) == 0
+    assert setup.work.on
+    assert setup.kernel.find() is not None
+    serving, standby = setup.work.started
+    until(lambda: run_dir.start_time_ticks(standby.pid) is None)
+    assert run_dir.start_time_ticks(serving.pid) is not None
+    assert setup.kernel.read(0, 4096) == bytes(4096)
+
+
+@pytest.mark.parametrize("status", [os.EX_CANTCREAT, os.EX_CONFIG, os.EX_NOPERM])
+def test_provision_fails_for_good(setup: Setup, status: int) -> None:
+    """Its exit status is the keeper's; nothing was attached."""
+    setup.work.provisions = [status]
+    with pytest.raises(NbdnfsError) as caught:
+        setup.run(None)
+    assert caught.value.exit_code == status
+    assert setup.kernel.attaches == 0
+    assert not setup.records.path.exists()
+
+
+def test_provision_fails_for_now(setup: Setup) -> None:
+    """A server that is away, or a helper that was killed, is tried again."""
+    setup.work.provisions = [os.EX_UNAVAILABLE, os.EX_NOHOST, 0]
+    setup.run(watches)
+
+
+def test_first_worker_fails_for_good(setup: Setup) -> None:
+    """The first worker's complaint about the file is everybody's."""
+    setup.work.behaviours = [f"exit:{os.EX_NOINPUT}"]
+    with pytest.raises(NbdnfsError) as caught:
+        setup.run(None)
+    assert caught.value.exit_code == os.EX_NOINPUT
+
+
+def test_first_worker_fails_for_now(setup: Setup) -> None:
+    """Until one greets; also when none can be started."""
+    setup.work.behaviours = [f"exit:{os.EX_UNAVAILABLE}", "early:69", "none", "none", "serve"]
+    setup.run(watches)
+
+
+def test_device_in_use(setup: Setup) -> None:
+    """CONNECT is refused: an error, no device, no worker left."""
+    setup.kernel.refuses = [BusyError("the device is in use")]
+    with pytest.raises(BusyError):
+        setup.run(None)
+    until(lambda: all(run_dir.start_time_ticks(one.pid) is None for one in setup.work.started))
+
+
+def test_mkswap_is_refused(setup: Setup) -> None:
+    """Data in the file: the device is taken down again, with the helper's status."""
+    setup.work.swap_ons = [os.EX_CANTCREAT]
+    with pytest.raises(NbdnfsError) as caught:
+        setup.run(None)
+    assert caught.value.exit_code == os.EX_CANTCREAT
+    assert setup.kernel.disconnects == 1
+    assert setup.kernel.find() is None
+
+
+def test_workers_that_fail_later_are_no_reason_to_end(setup: Setup) -> None:
+    """With the device attached there is no last try, whatever their status is."""
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        setup.work.behaviours = [f"exit:{os.EX_CONFIG}"] * 3 + ["early:1", "none", "serve"]
+        os.kill(setup.work.started[0].pid, signal.SIGKILL)
+        os.kill(setup.work.started[1].pid, signal.SIGKILL)
+        setup.kernel.wait_for_link(2)
+        watches(keeper)
+
+    setup.run(scenario)
+
+
+def test_standbys_that_fail_do_not_disturb_the_link(setup: Setup) -> None:
+    """They are started again, slower and slower."""
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        setup.work.behaviours = ["early:1", "early:1", "early:1", "serve"]
+        os.kill(setup.work.started[1].pid, signal.SIGKILL)
+        until(lambda: len(setup.work.started) >= 6)
+        watches(keeper)
+        assert setup.kernel.links == 1
+
+    setup.run(scenario)
+
+
+def test_the_kernel_does_not_take_the_socket(setup: Setup) -> None:
+    """RECONFIGURE reports success while the old link lives: the keeper notices, and tries with another worker."""
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        keeper.worker, serving = None, keeper.worker  # it believes that there is none
+        assert serving is not None
+        until(lambda: setup.kernel.dropped >= 2)
+        os.kill(serving.pid, signal.SIGKILL)
+        setup.kernel.wait_for_link(2)
+        serving.has_ended()
+        serving.close()
+
+    setup.run(scenario)
+
+
+def test_detached_by_somebody_else(setup: Setup) -> None:
+    """A device that is gone is not brought back behind anybody's back."""
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        setup.kernel.attached = None
+        setup.kernel.close()
+        time.sleep(4)
+
+    with pytest.raises(UnavailableError, match="detached by somebody else"):
+        setup.run(scenario)
+
+
+def test_stuck_worker(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LINK_DEAD for a worker that does not end: it is killed, and the next one serves."""
+    monkeypatch.setattr(keeper_module, "_STUCK_S", 0.2)
+    setup.work.behaviours = ["deaf", "serve"]
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        time.sleep(1.1)  # what comes earlier may be the last worker's
+        setup.kernel.send_link_dead(3)
+        time.sleep(0.5)
+        assert setup.kernel.links == 1, "another device's link is none of ours"
+        setup.kernel.close()
+        setup.kernel.send_link_dead(7)
+        setup.kernel.wait_for_link(2)
+
+    setup.run(scenario)
+
+
+def test_a_lost_region_is_never_replaced(setup: Setup) -> None:
+    """A device in use whose region is gone is left alone: its pages on the server may be old ones."""
+    setup.run(watches)
+    setup.kernel.close()
+    for process in setup.work.started:
+        os.kill(process.pid, signal.SIGKILL)
+        os.waitpid(process.pid, 0)
+    with pytest.raises(BusyError, match="memory that its last worker wrote to is gone"):
+        setup.make()
+
+
+def test_a_keeper_at_rest_rests(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptor keeps it spinning: about one turn a second; also while a worker waits for its server."""
+    turns = []
+    real = Keeper._turn
+    monkeypatch.setattr(Keeper, "_turn", lambda self: (turns.append(1), real(self)))
+
+    def at_rest() -> int:
+        time.sleep(0.5)
+        before = len(turns)
+        time.sleep(2)
+        return len(turns) - before
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        assert at_rest() <= 5
+        setup.work.behaviours = ["serve"]
+        os.kill(setup.work.started[0].pid, signal.SIGKILL)
+        setup.kernel.wait_for_link(2)
+        watches(keeper)
+        assert at_rest() <= 5
+
+    setup.run(scenario)
+    setup.work.behaviours = ["mute"]
+    setup.kernel.attached = None
+
+    def waiting(keeper: Keeper) -> None:
+        until(lambda: keeper.worker is not None)
+        assert at_rest() <= 5
+
+    setup.run(waiting)
