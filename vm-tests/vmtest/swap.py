@@ -77,7 +77,8 @@ def serving(machine: Machine, url: str, name: str = "swap", settings: Sequence[s
     with _tidy(machine, f"pid=$(cat {pid_file}); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done", 60):
         # The socket alone proves little: it is bound before nbdkit runs. Its plugin connects to the NAS first.
         waiting = (
-            f"until [ -s {pid_file} ]; do sleep 0.1; done; pid=$(cat {pid_file}); until [ -S {socket} ] && pgrep -P $pid -x nbdkit;"
+            f"until [ -s {pid_file} ]; do sleep 0.1; done; pid=$(cat {pid_file});"
+            f" until [ -S {socket} ] && pgrep -P $pid -x nbdkit;"
             " do kill -0 $pid || exit 1; sleep 0.2; done"
         )
         found = machine.run(waiting, _SERVE_TIMEOUT_S, check=False)
