@@ -1,61 +1,80 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The order in which a device becomes swap. With a real kernel: vm-tests/."""
+"""Swap areas: what may be made one, and whether what is swapped out fits. swapon itself is tested in vm-tests/."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from nbdnfs import swap_area
-from nbdnfs.errors import CannotCreateError, UnavailableError
+from nbdnfs.errors import BusyError, CannotCreateError
+from nbdnfs.kernel_state import Swap
 
-SIGNED = bytes(4086) + b"SWAPSPACE2"
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is done to the device, in order; no program is started."""
-    done: list[str] = []
-
-    def run(argv: Sequence[str], **options: object) -> str:
-        done.append(argv[0])
-        return ""
-
-    monkeypatch.setattr(swap_area.run, "find_program", lambda name, package: name)
-    monkeypatch.setattr(swap_area.run, "run", run)
-    monkeypatch.setattr(swap_area.warmup, "warm_up", lambda path, timeout_s: done.append("warm-up"))
-    return done
+MIB = 1 << 20
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [(SIGNED + bytes(4096), ["warm-up", "swapon"]), (bytes(8192), ["mkswap", "warm-up", "swapon"])],
-)
-def test_warm_before_swapon(steps: list[str], tmp_path: Path, content: bytes, expected: list[str]) -> None:
-    """The last thing before swapon; mkswap only where there is no swap area yet."""
-    (tmp_path / "device").write_bytes(content)
-    swap_area.enable(tmp_path / "device", priority=None, label="swap0", discard=False)
-    assert steps == expected
+def test_signature(tmp_path: Path) -> None:
+    """What mkswap makes is recognized; zeros are not."""
+    area = tmp_path / "area"
+    area.write_bytes(bytes(MIB))
+    assert not swap_area.has_signature(area)
+    subprocess.run(["/usr/sbin/mkswap", str(area)], check=True, capture_output=True)
+    assert swap_area.has_signature(area)
 
 
-def test_data_is_not_swapped_to(steps: list[str], tmp_path: Path) -> None:
-    """Neither mkswap nor a warm-up nor swapon touches what somebody may want back."""
-    (tmp_path / "device").write_bytes(bytes(4096) + b"precious".ljust(4096, b"\0"))
-    with pytest.raises(CannotCreateError):
-        swap_area.enable(tmp_path / "device", priority=None, label="swap0", discard=False)
-    assert steps == []
+@pytest.mark.parametrize("offset", [0, 4095, 3 * MIB - 1, 5 * MIB + 8191])
+def test_data_is_refused(tmp_path: Path, offset: int) -> None:
+    """A single byte anywhere is somebody's data; nothing is written."""
+    area = tmp_path / "area"
+    area.write_bytes(bytes(5 * MIB + 8192))
+    swap_area.refuse_data(area)
+    with area.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"x")
+    before = area.read_bytes()
+    with pytest.raises(CannotCreateError, match="neither swap nor empty") as caught:
+        swap_area.refuse_data(area)
+    assert caught.value.hint
+    assert area.read_bytes() == before
 
 
-def test_no_swap_on_a_worker_that_does_not_answer(
-    steps: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A warm-up that fails is no swapon."""
+def machine(tmp_path: Path, available_mib: int, other_free_mib: int = 0) -> Path:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text(
+        f"MemTotal: 262144 kB\nMemFree: 1000 kB\nMemAvailable: {available_mib << 10} kB\n"
+        "SwapTotal: 1000000 kB\nSwapFree: 500000 kB\n"
+    )
+    lines = ["Filename Type Size Used Priority", f"/dev/nbd0 partition {256 << 10} {100 << 10} 100"]
+    if other_free_mib:
+        lines.append(f"/dev/sda2 partition {other_free_mib << 10} 0 -2")
+    (tmp_path / "proc/swaps").write_text("\n".join(lines) + "\n")
+    return tmp_path
 
-    def fail(path: Path, timeout_s: float) -> None:
-        raise UnavailableError("no answer")
 
-    monkeypatch.setattr(swap_area.warmup, "warm_up", fail)
-    (tmp_path / "device").write_bytes(SIGNED)
-    with pytest.raises(UnavailableError):
-        swap_area.enable(tmp_path / "device", priority=None, label="swap0", discard=False)
-    assert steps == []
+@pytest.mark.parametrize(("available_mib", "other_free_mib"), [(200, 0), (20, 200), (116, 0)])
+def test_it_fits(tmp_path: Path, available_mib: int, other_free_mib: int) -> None:
+    """In memory, or in another swap area, with a margin."""
+    root = machine(tmp_path, available_mib, other_free_mib)
+    swap = swap_area.find("/dev/nbd0", root)
+    assert swap is not None
+    swap_area.refuse_unless_it_fits(swap, root)
+
+
+@pytest.mark.parametrize("available_mib", [0, 100, 115])
+def test_it_does_not_fit(tmp_path: Path, available_mib: int) -> None:
+    """Refused, with figures, and before anything is changed."""
+    root = machine(tmp_path, available_mib)
+    swap = swap_area.find("/dev/nbd0", root)
+    assert swap is not None
+    with pytest.raises(BusyError, match="100 MiB are swapped out to /dev/nbd0, and there is room for"):
+        swap_area.refuse_unless_it_fits(swap, root)
+
+
+def test_find(tmp_path: Path) -> None:
+    """By the device's path; also when its node has been removed."""
+    root = machine(tmp_path, 100)
+    assert swap_area.find("/dev/nbd1", root) is None
+    (root / "proc/swaps").write_text("Filename\n/dev/nbd0\\040(deleted) partition 4 0 1\n")
+    assert swap_area.find("/dev/nbd0", root) == Swap("/dev/nbd0 (deleted)", "partition", 4096, 0, 1)

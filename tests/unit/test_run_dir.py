@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Records, and the region's descriptor in other processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nbdnfs import run_dir, shared_region
+from nbdnfs.run_dir import RunDir
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> RunDir:
+    made = RunDir("swap0", run=tmp_path)
+    made.make()
+    return made
+
+
+def test_text(records: RunDir) -> None:
+    """What is written is read; what is not there is None; `remove` removes all."""
+    assert records.read("state") is None
+    records.write("state", "watch")
+    records.write("state", "attach")
+    assert records.read("state") == "attach"
+    assert os.listdir(records.path) == ["state"]
+    records.remove()
+    assert records.read("state") is None
+
+
+def test_process(records: RunDir) -> None:
+    """A living process is found; an ended one is not, nor one with another start time, nor nonsense."""
+    with subprocess.Popen(["/bin/sleep", "60"]) as sleep:
+        records.write_process("worker", sleep.pid, "1.2")
+        found = records.living("worker")
+        assert found is not None
+        assert (found.pid, found.version) == (sleep.pid, "1.2")
+        records.write("keeper", f"{sleep.pid} {found.start_time_ticks + 1} 1.2")
+        assert records.living("keeper") is None
+        sleep.kill()
+    assert records.living("worker") is None
+    assert records.process("worker") == found
+    with pytest.raises(ProcessLookupError):
+        records.write_process("worker", sleep.pid, "1.2")
+    for text in ("", "x 1 2", "1 2", "-1 5 6"):
+        records.write("worker", text)
+        assert records.process("worker") is None
+
+
+def test_a_zombie_does_not_live(records: RunDir) -> None:
+    """It has ended; only its parent has not looked yet."""
+    child = subprocess.Popen(["/bin/true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert run_dir.start_time_ticks(child.pid) is None
+    child.wait()
+
+
+def test_region_in_another_process() -> None:
+    """Found by its link in /proc, told from another region, taken, and looked up by the process's name."""
+    region, other = shared_region.create(), shared_region.create()
+    os.ftruncate(region, 8192)
+    with subprocess.Popen(["@holder", "60"], executable="/bin/sleep", pass_fds=[region]) as holder:
+        assert shared_region.is_held_by(region, holder.pid)
+        assert not shared_region.is_held_by(other, holder.pid)
+        assert shared_region.holder(region, "@holder") == holder.pid
+        assert shared_region.holder(other, "@holder") is None
+        taken = shared_region.take_from(holder.pid)
+        holder.kill()
+    assert taken is not None
+    assert os.fstat(taken).st_ino == os.fstat(region).st_ino
+    assert not os.get_inheritable(taken)
+    assert shared_region.take_from(holder.pid) is None
+    for descriptor in (region, other, taken):
+        os.close(descriptor)
+
+
+def test_hold_in_memory() -> None:
+    """All of it is mapped and resident in this process."""
+    region = shared_region.create()
+    assert not shared_region.is_made(region)
+    os.ftruncate(region, 64 * 4096)
+    assert shared_region.is_made(region)
+    with shared_region.hold_in_memory(region) as mapping:
+        assert len(mapping) == 64 * 4096
+        assert os.fstat(region).st_blocks * 512 == 64 * 4096
+    os.close(region)
