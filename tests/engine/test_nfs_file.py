@@ -18,9 +18,12 @@ from nfs_server import LOOPBACK, Ganesha, free_ports
 from proxy import TcpProxy
 from waiting import DEADLINE_S, in_background, wait_until
 
-from nbdnfs.engine import NfsError, NfsFile
+from nbdnfs.engine import NfsError, NfsFile, libnfs_version
 
 MIB = 1 << 20
+
+# libnfs 4.0 cannot write over NFSv4
+each_version = pytest.mark.parametrize("version", (3, 4) if int(libnfs_version.split(".")[0]) >= 5 else (3,))
 
 
 @pytest.fixture
@@ -73,11 +76,14 @@ def test_any_offset_and_length(ganesha: Ganesha, small_file: NfsFile, writes: li
     assert small_file.stat()["size"] == len(model)
 
 
-def test_large_transfers(new_file: Callable[..., FileOnServer], open_file: Callable[..., NfsFile]) -> None:
+@each_version
+def test_large_transfers(
+    new_file: Callable[..., FileOnServer], open_file: Callable[..., NfsFile], version: int
+) -> None:
     """More than one READ or WRITE moves, at odd offsets."""
     on_server = new_file(5 * MIB + 17)
     before = on_server.path.read_bytes()
-    file = open_file(on_server.url())
+    file = open_file(on_server.url(version))
     assert file.size_bytes == len(before)
     assert read(file, 3, 4 * MIB + 1) == before[3 : 4 * MIB + 4]
     data = os.urandom(3 * MIB + 5)
@@ -85,11 +91,12 @@ def test_large_transfers(new_file: Callable[..., FileOnServer], open_file: Calla
     assert on_server.path.read_bytes() == before[: MIB + 1] + data + before[MIB + 1 + len(data) :]
 
 
+@each_version
 def test_a_read_ends_at_the_end_of_the_file(
-    new_file: Callable[..., FileOnServer], open_file: Callable[..., NfsFile]
+    new_file: Callable[..., FileOnServer], open_file: Callable[..., NfsFile], version: int
 ) -> None:
     """Across the end fewer bytes, at the end and beyond none, into an empty buffer none."""
-    file = open_file(new_file(content=b"0123456789").url())
+    file = open_file(new_file(content=b"0123456789").url(version))
     assert read(file, 4, 100) == b"456789"
     assert read(file, 10, 5) == read(file, 1 << 40, 5) == read(file, 0, 0) == b""
 
@@ -106,12 +113,15 @@ def test_offsets_beyond_64_bits_are_einval(
             file.pwrite(b"x", offset)
 
 
-def test_stat_is_asked_of_the_server(new_file: Callable[..., FileOnServer], open_file: Callable[..., NfsFile]) -> None:
+@each_version
+def test_stat_is_asked_of_the_server(
+    new_file: Callable[..., FileOnServer], open_file: Callable[..., NfsFile], version: int
+) -> None:
     """Everything as stat(2) has it, and of this moment; `size_bytes` is that of the opening."""
     on_server = new_file(10_000)
     os.chmod(on_server.path, 0o640)
     os.chown(on_server.path, 1234, 5678)
-    file = open_file(on_server.url())
+    file = open_file(on_server.url(version))
     os.truncate(on_server.path, 20_000)
     os.link(on_server.path, on_server.path.with_suffix(".link"))
     expected = on_server.path.stat()
@@ -130,11 +140,12 @@ def test_stat_is_asked_of_the_server(new_file: Callable[..., FileOnServer], open
     assert file.size_bytes == 10_000
 
 
+@each_version
 def test_lookup_of_other_names(
-    ganesha: Ganesha, new_file: Callable[..., FileOnServer], open_file: Callable[..., NfsFile]
+    ganesha: Ganesha, new_file: Callable[..., FileOnServer], open_file: Callable[..., NfsFile], version: int
 ) -> None:
     """A file, a directory, nothing."""
-    file, other = open_file(new_file(1).url()), new_file(12_345)
+    file, other = open_file(new_file(1).url(version)), new_file(12_345)
     found = file.lookup(f"/{other.name}")
     assert (found["size"], found["ino"], found["is_regular"]) == (12_345, other.path.stat().st_ino, True)
     (ganesha.export_path / "directory").mkdir()
@@ -145,12 +156,13 @@ def test_lookup_of_other_names(
     assert (caught.value.phase, caught.value.errno) == ("name", errno.ENOENT)
 
 
+@each_version
 def test_link_rename_unlink(
-    ganesha: Ganesha, new_file: Callable[..., FileOnServer], open_file: Callable[..., NfsFile]
+    ganesha: Ganesha, new_file: Callable[..., FileOnServer], open_file: Callable[..., NfsFile], version: int
 ) -> None:
     """They do what link(2), rename(2) and unlink(2) do; link is refused where the name is taken."""
     first, second = new_file(content=b"first"), new_file(content=b"second")
-    file = open_file(first.url())
+    file = open_file(first.url(version))
     folder = ganesha.export_path
     file.link(f"/{first.name}", "/link")
     assert (folder / "link").stat().st_ino == first.path.stat().st_ino
@@ -169,12 +181,15 @@ def test_link_rename_unlink(
     assert read(file, 0, 10) == b"first"
 
 
-def test_names_are_relative_to_the_directory_of_the_url(ganesha: Ganesha, open_file: Callable[..., NfsFile]) -> None:
+@each_version
+def test_names_are_relative_to_the_directory_of_the_url(
+    ganesha: Ganesha, open_file: Callable[..., NfsFile], version: int
+) -> None:
     """Beside the file, not beside the export."""
-    folder = ganesha.export_path / "sub" / "directory"
+    folder = ganesha.export_path / f"sub{version}" / "directory"
     folder.mkdir(parents=True)
     (folder / "file").write_bytes(b"x")
-    file = open_file(ganesha.url("sub/directory/file"))
+    file = open_file(ganesha.url(f"sub{version}/directory/file", version))
     file.link("/file", "/copy")
     assert sorted(path.name for path in folder.iterdir()) == ["copy", "file"]
 
@@ -192,12 +207,13 @@ def test_a_name_that_is_too_long(new_file: Callable[..., FileOnServer], open_fil
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640])
-def test_create(ganesha: Ganesha, open_file: Callable[..., NfsFile], mode: int) -> None:
+@each_version
+def test_create(ganesha: Ganesha, open_file: Callable[..., NfsFile], mode: int, version: int) -> None:
     """An empty file with the mode that was asked for, whatever the umask of this process."""
     path = ganesha.export_path / f"new-{mode:o}"
     before = os.umask(0o077)
     try:
-        file = open_file(ganesha.url(path.name), create=True, mode=mode)
+        file = open_file(ganesha.url(path.name, version), create=True, mode=mode)
     finally:
         os.umask(before)
     assert (path.stat().st_size, stat.S_IMODE(path.stat().st_mode)) == (0, mode)
@@ -206,28 +222,33 @@ def test_create(ganesha: Ganesha, open_file: Callable[..., NfsFile], mode: int) 
     path.unlink()
 
 
-def test_create_opens_what_is_there(new_file: Callable[..., FileOnServer], open_file: Callable[..., NfsFile]) -> None:
+@each_version
+def test_create_opens_what_is_there(
+    new_file: Callable[..., FileOnServer], open_file: Callable[..., NfsFile], version: int
+) -> None:
     """Without `exclusive` an existing file keeps its bytes and its mode."""
     on_server = new_file(content=b"precious")
     os.chmod(on_server.path, 0o644)
-    file = open_file(on_server.url(), create=True, mode=0o600)
+    file = open_file(on_server.url(version), create=True, mode=0o600)
     assert read(file, 0, 100) == b"precious"
     assert stat.S_IMODE(on_server.path.stat().st_mode) == 0o644
 
 
-def test_exclusive_create_refuses_what_is_there(new_file: Callable[..., FileOnServer]) -> None:
+@each_version
+def test_exclusive_create_refuses_what_is_there(new_file: Callable[..., FileOnServer], version: int) -> None:
     """EEXIST, and the file is as it was."""
     on_server = new_file(content=b"precious")
     with pytest.raises(NfsError) as caught:
-        NfsFile(on_server.url(), LOOPBACK, create=True, exclusive=True)
+        NfsFile(on_server.url(version), LOOPBACK, create=True, exclusive=True)
     assert (caught.value.phase, caught.value.errno) == ("open", errno.EEXIST)
     assert on_server.path.read_bytes() == b"precious"
 
 
-def test_of_many_exclusive_creates_one_wins(ganesha: Ganesha) -> None:
+@each_version
+def test_of_many_exclusive_creates_one_wins(ganesha: Ganesha, version: int) -> None:
     """Eight at the same moment: one file, seven EEXIST."""
     futures = [
-        in_background(lambda: NfsFile(ganesha.url("contended"), LOOPBACK, create=True, exclusive=True))
+        in_background(lambda: NfsFile(ganesha.url("contended", version), LOOPBACK, create=True, exclusive=True))
         for _ in range(8)
     ]
     winners, errors = [], []
@@ -265,7 +286,8 @@ def test_a_created_file_is_not_created_again(
 
 
 @pytest.mark.parametrize("kind", ["missing", "directory", "below a file", "fifo"])
-def test_what_cannot_be_opened(ganesha: Ganesha, kind: str) -> None:
+@each_version
+def test_what_cannot_be_opened(ganesha: Ganesha, kind: str, version: int) -> None:
     """No file, a directory, a file in the place of a directory, a fifo: `phase` and errno tell which."""
     path = ganesha.export_path / f"odd {kind}"
     name, number = {
@@ -282,7 +304,7 @@ def test_what_cannot_be_opened(ganesha: Ganesha, kind: str) -> None:
     }[kind]()
     try:
         with pytest.raises(NfsError) as caught:
-            NfsFile(ganesha.url(name), LOOPBACK)
+            NfsFile(ganesha.url(name, version), LOOPBACK)
     finally:
         if kind == "directory":
             path.rmdir()

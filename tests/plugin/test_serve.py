@@ -114,32 +114,23 @@ def directory() -> Iterator[Path]:
 # What goes through
 
 
-@pytest.fixture(scope="module")
-def image() -> Iterator[Path]:
-    """256 MiB of random bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "image"
-        with path.open("wb") as file:
-            for _ in range(IMAGE_BYTES // MIB):
-                file.write(os.urandom(MIB))
-        yield path
-
-
 @pytest.mark.parametrize("version", VERSIONS)
-def test_an_image_goes_in_and_comes_back(image: Path, version: int) -> None:
-    """nbdcopy writes it and reads it back equal, several connections and requests at once; the file behind the
-    server's back has the same bytes.
+def test_an_image_goes_in_and_comes_back(ganesha: Ganesha, directory: Path, version: int) -> None:
+    """nbdcopy writes 256 MiB and reads them back equal, several connections and requests at once; the file behind
+    the server's back has the same bytes.
     """
-    with tempfile.TemporaryDirectory() as folder, Ganesha(Path(folder)) as server:
-        path = server.export_path / "swap"
-        with path.open("wb") as file:
-            file.truncate(IMAGE_BYTES)
-        with serving(server.url("swap", version), Path(folder)) as worker:
-            run_client("nbdcopy", "--flush", image, uri(worker.socket))
-            run_client("cmp", image, path, package="diffutils")
-            back = Path(folder) / "back"
-            run_client("nbdcopy", uri(worker.socket), back)
-            run_client("cmp", image, back, package="diffutils")
+    image, back, swap = directory / "image", directory / "back", ganesha.export_path / "image"
+    with image.open("wb") as file:
+        for _ in range(IMAGE_BYTES // MIB):
+            file.write(os.urandom(MIB))
+    with swap.open("wb") as file:
+        file.truncate(IMAGE_BYTES)
+    with serving(ganesha.url("image", version), directory) as worker:
+        run_client("nbdcopy", "--flush", image, uri(worker.socket))
+        run_client("cmp", image, swap, package="diffutils")
+        run_client("nbdcopy", uri(worker.socket), back)
+        run_client("cmp", image, back, package="diffutils")
+    swap.unlink()
 
 
 @pytest.mark.skipif(not second_reader.IS_POSSIBLE, reason=second_reader.WHY_NOT)
@@ -207,16 +198,17 @@ def test_every_request(backing_file: FileOnServer, directory: Path) -> None:
         assert client.read(5 * PAGE, PAGE) == second
 
 
-@pytest.mark.parametrize("op", [READ, WRITE, TRIM])
-@pytest.mark.parametrize(("offset", "length"), [(512, PAGE), (0, 512), (PAGE - 1, 2), (0, 3 * PAGE + 1)])
-def test_unaligned_requests_are_einval(
-    backing_file: FileOnServer, directory: Path, op: int, offset: int, length: int
-) -> None:
-    """EINVAL on the wire, nothing is written, and the connection goes on."""
-    request = Request(op, offset, length, b"x" * length if op == WRITE else b"")
+def test_unaligned_requests_are_einval(backing_file: FileOnServer, directory: Path) -> None:
+    """EINVAL on the wire for each, nothing is written, and the connection goes on."""
+    requests = [
+        Request(op, offset, length, b"x" * length if op == WRITE else b"")
+        for op in (READ, WRITE, TRIM)
+        for offset, length in ((512, PAGE), (0, 512), (PAGE - 1, 2), (0, 3 * PAGE + 1))
+    ]
     with serving(backing_file.url(), directory) as worker, NbdClient(worker.socket, DEADLINE_S) as client:
-        (reply,) = client.run([request])
-        assert reply.error == errno.EINVAL
+        for request in requests:
+            (reply,) = client.run([request])
+            assert reply.error == errno.EINVAL, request
         assert client.read(0, 4 * PAGE) == bytes(4 * PAGE)
     assert not any(backing_file.path.read_bytes())
 
