@@ -101,6 +101,7 @@ def run(name: str) -> int:
         skip = () if settings.realtime else ("realtime",)
         measures = memlock.prepare() + memlock.lock(CODE, skip=skip)
         _heed(settings, [measure for measure in measures if measure.name not in skip])
+    _outlive_shutdown()
     if not os.isatty(2):
         os.set_blocking(2, False)  # a journal that waits for swap is not waited for
     records = RunDir(name)
@@ -126,6 +127,23 @@ def run(name: str) -> int:
             _heed(settings, memlock.settle(CODE, heap_bytes=_HEAP_BYTES))
 
     return Keeper(kernel, work, records, notifier, stored=stored, warm_up=warm_up).run()
+
+
+def _outlive_shutdown() -> None:
+    """Have argv[0] begin with "@": systemd spares such a process when it kills what is left at shutdown.
+
+    https://systemd.io/ROOT_STORAGE_DAEMONS; the worker's does from the start (worker_process.NAME). Ours cannot: the
+    kernel gives a script its interpreter's path, and CPython finds its library by it. So it is overwritten, in
+    place: proc_pid_stat(5), field 48.
+    """
+    try:
+        with open("/proc/self/stat") as stat:
+            start = int(stat.read().rpartition(")")[2].split()[48 - 3])
+        with open("/proc/self/mem", "r+b", buffering=0) as memory:
+            memory.seek(start)
+            memory.write(b"@")
+    except OSError as error:  # a kernel that forbids it: then the worker alone is spared
+        print(f"nbdnfs: argv[0] stays as it is: {error.strerror}", file=sys.stderr)
 
 
 def _start_anew(name: str) -> NoReturn:

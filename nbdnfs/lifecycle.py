@@ -17,6 +17,7 @@ from pathlib import Path
 
 from nbdnfs import config, link, run, run_dir, swap_area
 from nbdnfs.errors import BusyError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError
+from nbdnfs.kernel_state import Swap
 from nbdnfs.link import Attached
 from nbdnfs.netlink import NbdNetlink
 from nbdnfs.run_dir import ProcessRecord, RunDir
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 UP_TIMEOUT_S = 600.0
 # The keeper hands over at once; a worker ends when the kernel hangs up.
 _ENDS_S = 10.0
+# How long services that are being stopped may take to give memory back; systemd kills them after 90 s.
+_OTHERS_END_S = 100.0
 _POLL_S = 0.05
 
 Progress = Callable[[int, int], None]
@@ -72,7 +75,9 @@ def down(name: str, progress: Progress, *, service: bool = False) -> None:
         return
     try:
         if attached is not None and (swap := swap_area.find(attached.path)) is not None:
-            if _must_fit(name):
+            if service and _machine_goes_down():
+                _wait_for_room(swap)
+            elif _must_fit(name):
                 swap_area.refuse_unless_it_fits(swap)
             swap_area.disable(swap, progress)
     except NbdnfsError:
@@ -85,6 +90,23 @@ def down(name: str, progress: Progress, *, service: bool = False) -> None:
             raise UnavailableError(f"{unit_of(name)} did not stop", f"see why: journalctl -u {unit_of(name)}")
         return
     _take_down(records, attached)
+
+
+def _wait_for_room(swap: Swap) -> None:
+    """At shutdown, services end beside us, and what they had swapped out goes with them: give them time.
+
+    Not for ever: afterwards swapoff is tried all the same. This is the last moment when the network is certain.
+    """
+    deadline = time.monotonic() + _OTHERS_END_S
+    while (now := swap_area.find(swap.path.removesuffix(" (deleted)"))) is not None:
+        try:
+            return swap_area.refuse_unless_it_fits(now)
+        except BusyError as error:
+            if time.monotonic() > deadline:
+                print(f"nbdnfs: {error.message}; trying it all the same", file=sys.stderr)
+                return None
+        time.sleep(_POLL_S)
+    return None
 
 
 def _take_down(records: RunDir, attached: Attached | None) -> None:
@@ -178,6 +200,12 @@ def _job_of(name: str) -> str:
         if len(fields) >= 3 and fields[1] == unit_of(name):
             return fields[2]
     return ""
+
+
+def _machine_goes_down() -> bool:
+    """Whether systemd is on its way to power-off, reboot or the like."""
+    asked = subprocess.run([_systemctl(), "is-system-running"], check=False, stdout=subprocess.PIPE, text=True)
+    return asked.stdout.strip() == "stopping"
 
 
 def _come_back(name: str) -> None:
