@@ -12,7 +12,7 @@ import sys
 import time
 
 from nbdnfs import memlock
-from nbdnfs.engine import Engine, keep_thread_states, libnfs_version
+from nbdnfs.engine import Engine, keep_thread_states, libnfs_version, region_version
 from nbdnfs.errors import ConfigError
 
 TYPE_CHECKING = False  # typing's own, without typing
@@ -92,6 +92,7 @@ class WorkerConfig:
         """
         if self.control_fd is None:
             return
+        _refuse_region(self.numbers.get("region_fd", -1))
         if self.lock != "off":
             self._heed(memlock.settle(CODE, heap_bytes=memlock.HEAP_BYTES + ENGINE_HEAP_BYTES, skip=self.without))
         try:
@@ -170,6 +171,20 @@ def check_url(text: str) -> tuple[str, str]:
     parsed = url.parse(text)
     diagnose.refuse_unsupported(parsed, libnfs_version)
     return parsed.text, parsed.resolve()
+
+
+def _refuse_region(descriptor: int) -> None:
+    """ConfigError when the region is another version's: said before the worker that knows it makes way.
+
+    nbdnfs/engine/region.h: struct region_header begins with eight bytes of magic and the version.
+    """
+    header = os.pread(descriptor, 12, 0) if descriptor >= 0 else b""
+    found = int.from_bytes(header[8:12], sys.byteorder)
+    if header[:6] == b"nbdnfs" and found != region_version:
+        raise ConfigError(
+            f"the region that is in use has version {found}, this nbdnfs has version {region_version}",
+            "nbdnfs down and up again, or install the version that was there before",
+        )
 
 
 def _nearest(key: str) -> str:

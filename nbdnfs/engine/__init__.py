@@ -32,6 +32,22 @@ not for us; "open": the file). Requests raise OSError: EINVAL for what is not wh
 EIO where the file ends before the device, and what the server answered (ENOSPC, EDQUOT, EROFS, ESTALE, ...).
 """
 
-from nbdnfs.engine._engine import Engine, NfsError, NfsFile, keep_thread_states, libnfs_version, region_counters
+from nbdnfs.engine._engine import (
+    Engine,
+    NfsError,
+    NfsFile,
+    keep_thread_states,
+    libnfs_version,
+    region_counters,
+    region_version,
+)
 
-__all__ = ["Engine", "NfsError", "NfsFile", "keep_thread_states", "libnfs_version", "region_counters"]
+__all__ = [
+    "Engine",
+    "NfsError",
+    "NfsFile",
+    "keep_thread_states",
+    "libnfs_version",
+    "region_counters",
+    "region_version",
+]

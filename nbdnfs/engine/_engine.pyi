@@ -4,6 +4,7 @@ from typing import TypedDict
 from typing_extensions import Buffer
 
 libnfs_version: str
+region_version: int
 
 def keep_thread_states() -> None: ...
 def region_counters(fd: int, /) -> dict[str, int | list[int]]: ...

@@ -663,7 +663,8 @@ PyMODINIT_FUNC PyInit__engine(void)
 	    PyModule_AddObjectRef(module, "NfsError", nfs_error) < 0 ||
 	    PyModule_AddObjectRef(module, "Engine", engine_type) < 0 ||
 	    PyModule_AddObjectRef(module, "NfsFile", file_type) < 0 ||
-	    PyModule_AddStringConstant(module, "libnfs_version", LIBNFS_BUILT_WITH) < 0)
+	    PyModule_AddStringConstant(module, "libnfs_version", LIBNFS_BUILT_WITH) < 0 ||
+	    PyModule_AddIntConstant(module, "region_version", REGION_VERSION) < 0)
 		goto fail;
 	Py_DECREF(engine_type);
 	Py_DECREF(file_type);

@@ -347,3 +347,22 @@ with socket.socket(fileno=int(sys.argv[2])) as out:
 print(serving.pid, standby.pid, flush=True)
 time.sleep(60)
 """
+
+
+def test_a_worker_of_another_region_version_is_no_standby(setup: Setup, capfd: pytest.CaptureFixture[str]) -> None:
+    """An upgrade that lays the region out anew does not get the old worker's place: it says so and ends."""
+
+    def scenario(keeper: Keeper) -> None:
+        ready(keeper)
+        assert keeper.worker is not None
+        pid = keeper.worker.pid
+        version = os.pread(setup.parked["region"], 4, 8)
+        os.pwrite(setup.parked["region"], b"\xff\0\0\0", 8)
+        os.kill(os.getpid(), signal.SIGHUP)
+        until(lambda: "has version 255, this nbdnfs has version" in capfd.readouterr().err)
+        time.sleep(0.5)
+        assert keeper.worker.pid == pid
+        os.pwrite(setup.parked["region"], version, 8)
+        setup.kernel.wait_for_link(2)
+
+    setup.run(scenario)
