@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nbdnfs import config, link, run_dir, shared_region, swap_area, units
 from nbdnfs.engine import region_counters
+from nbdnfs.errors import NoInputError
 from nbdnfs.run_dir import RunDir
 
 PAGE_BYTES = 4096
@@ -69,10 +70,15 @@ def names(root: Path = Path("/")) -> list[str]:
 
 
 def read(name: str, root: Path = Path("/")) -> Status:
-    """What is known of `name` now. UsageError when that can be no device's name."""
+    """What is known of `name` now. UsageError: that can be no device's name. NoInputError: there is none of it."""
     config.check_name(name)
     records = RunDir(name, root)
     attached = link.find(link.backend_of(name), root)
+    if attached is None and name not in names(root):
+        known = ", ".join(names(root))
+        raise NoInputError(
+            f"there is no device '{name}'", f"there are: {known}" if known else f"write /etc/nbdnfs/{name}.toml"
+        )
     keeper = records.living(run_dir.KEEPER)
     worker = records.living(run_dir.WORKER)
     swap = swap_area.find(attached.path, root) if attached is not None else None

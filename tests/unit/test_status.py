@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""status from a golden tree: what is green, what is said when it is not, and that it ends in JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nbdnfs import status
+from nbdnfs.errors import NoInputError, UsageError
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """swap0 is configured and up: keeper 10, worker 11, /dev/nbd3."""
+    files = {
+        "etc/nbdnfs/swap0.toml": 'url = "nfs://nas/export/x.swap"\n',
+        "sys/block/nbd3/size": "131072\n",
+        "sys/block/nbd3/pid": "9\n",
+        "sys/block/nbd3/backend": "nbdnfs:swap0\n",
+        "proc/swaps": "Filename Type Size Used Priority\n/dev/nbd3 partition 65532 1024 100\n",
+        "run/nbdnfs/swap0/keeper": "10 100 1.0\n",
+        "run/nbdnfs/swap0/worker": "11 200 1.0\n",
+        "run/nbdnfs/swap0/state": "watch\n",
+        "run/nbdnfs/swap0/address": "nfs://nas/export/x.swap\n192.0.2.7\n",
+    }
+    for pid, started in ((10, 100), (11, 200)):
+        files[f"proc/{pid}/stat"] = f"{pid} (a b) S " + " ".join(["0"] * 18) + f" {started} 0 0\n"
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+def test_green(root: Path) -> None:
+    """All that can be known, and no problem."""
+    found = status.read("swap0", root)
+    assert found.is_green
+    assert (found.device, found.keeper_pid, found.worker_pid, found.server) == ("/dev/nbd3", 10, 11, "192.0.2.7")
+    assert (found.swap_bytes, found.swap_used_bytes) == (65532 * 1024, 1 << 20)
+    assert found.text().startswith("swap0: ok\n")
+    assert json.loads(json.dumps(found.to_json()))["green"] is True
+
+
+@pytest.mark.parametrize(
+    ("gone", "problem"),
+    [
+        ("proc/10/stat", "no keeper watches it"),
+        ("proc/11/stat", "no worker serves it"),
+        ("proc/swaps", "nobody swaps to it"),
+        ("sys/block/nbd3/pid", "it is not up"),
+    ],
+)
+def test_problems(root: Path, gone: str, problem: str) -> None:
+    """Each thing that is missing is named."""
+    (root / gone).unlink()
+    found = status.read("swap0", root)
+    assert found.problems == (problem,)
+    assert not found.is_green
+    assert problem in found.text()
+
+
+def test_names(root: Path) -> None:
+    """What is configured, and what is up without a configuration."""
+    (root / "run/nbdnfs/old").mkdir()
+    assert status.names(root) == ["old", "swap0"]
+
+
+def test_no_such_device(root: Path) -> None:
+    """Neither configured nor up: an error that says what there is."""
+    with pytest.raises(NoInputError) as caught:
+        status.read("swapO", root)
+    assert caught.value.hint == "there are: swap0"
+    with pytest.raises(UsageError):
+        status.read("../swap0", root)
