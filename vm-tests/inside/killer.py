@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Kills what keeps a swap device alive, again and again, and measures how long swap stands still after each kill.
+
+    killer.py NAME worker|keeper|both COUNT SECONDS
+
+One line of JSON for each kill: {"killed": [pids], "resumed_s": seconds, or null when nothing moved in time}. Swap moves
+again when the device completes a request, by its counters in /sys/block: requests that nobody makes do not
+complete, so it is of use under load alone. It locks its memory: it must not be part of what it measures.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+
+RESUME_TIMEOUT_S = 60.0
+# Replies that were on their way when the worker died are no sign of life.
+GRACE_S = 0.05
+
+libc = ctypes.CDLL(None, use_errno=True)
+# MCL_CURRENT | MCL_FUTURE
+if libc.mlockall(3) != 0:
+    sys.exit(f"killer: mlockall: {os.strerror(ctypes.get_errno())}")
+os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(2))
+
+
+def pid_of(name: str, what: str) -> int:
+    with open(f"/run/nbdnfs/{name}/{what}") as record:
+        return int(record.read().split()[0])
+
+
+def completed(device: str) -> int:
+    """Reads and writes, Documentation/block/stat.rst."""
+    with open(f"/sys/block/{device}/stat") as stat:
+        fields = stat.read().split()
+    return int(fields[0]) + int(fields[4])
+
+
+def living_pid_of(name: str, what: str) -> int:
+    """Of a process that is there: a record may be that of the last one, which was killed."""
+    deadline = time.monotonic() + RESUME_TIMEOUT_S
+    while True:
+        try:
+            pid = pid_of(name, what)
+            os.kill(pid, 0)
+            return pid
+        except (OSError, ValueError):
+            if time.monotonic() > deadline:
+                sys.exit(f"killer: no {what} of {name}")
+            time.sleep(0.1)
+
+
+def main() -> None:
+    name, what, count, every_s = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+    with open(f"/run/nbdnfs/{name}/device") as record:
+        device = record.read().strip()
+    whom = ["worker", "keeper"] if what == "both" else [what]
+    for _ in range(count):
+        time.sleep(every_s)
+        pids = [living_pid_of(name, one) for one in whom]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        killed_s = time.monotonic()
+        time.sleep(GRACE_S)
+        before = completed(device)
+        resumed_s = None
+        while time.monotonic() - killed_s < RESUME_TIMEOUT_S:
+            if completed(device) > before:
+                resumed_s = round(time.monotonic() - killed_s, 3)
+                break
+            time.sleep(0.01)
+        print(json.dumps({"killed": pids, "resumed_s": resumed_s}), flush=True)
+
+
+main()

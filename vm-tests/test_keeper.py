@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The keeper under fire: workers and keepers die and are restarted while a program swaps and checks every page."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from nfs_server import Ganesha
+from vmtest import host
+from vmtest.guest import Guest, GuestJob, seen_from_guest
+from vmtest.outcome import GuestFailedError
+
+_NAME = "swap0"
+_CGROUP = "/sys/fs/cgroup/nbdnfs-hog"
+_KILLER = "/root/killer.py"
+_DEVICE_MIB = 192
+_PASSES = ",".join(["fill", *["random", "sequential"] * 3])
+
+# "Receive control failed" and "Possible stuck request" are what a kill looks like to the kernel's driver; an I/O
+# error, which is a kind of its own, would be a page lost.
+_EXPECTED = {"nbd"}
+
+
+@contextlib.contextmanager
+def swapping(boot: Callable[..., Guest], server: Ganesha, **options: object) -> Iterator[Guest]:
+    """A guest whose nbdnfs@swap0 is up; its memory figures are printed, and all is well at the end."""
+    url = server.url("swap0.swap")
+    nbdnfs = Path(sys.executable).with_name("nbdnfs")
+    host.run([nbdnfs, "create", url, "--size", f"{_DEVICE_MIB}M"], what="nbdnfs create", timeout_s=120)
+    with boot(project=True, allow=_EXPECTED, **options) as guest:
+        guest.settle()
+        guest.push(Path(__file__).parent / "inside/killer.py", _KILLER)
+        guest.run(
+            f"nbdnfs install-units && systemctl daemon-reload && mkdir -p /etc/nbdnfs"
+            f" && cat > /etc/nbdnfs/{_NAME}.toml <<'.'\nurl = \"{seen_from_guest(url)}\"\npriority = 100\n."
+        )
+        try:
+            guest.run(f"systemctl start nbdnfs@{_NAME}", 240)
+            print(guest.run(f"nbdnfs status {_NAME}").stdout)
+            print(memory_of(guest))
+            yield guest
+            status = guest.run(f"nbdnfs status {_NAME}", 60)
+            print(status.stdout)
+            print(memory_of(guest))
+        finally:
+            with contextlib.suppress(Exception):
+                print(guest.run(f"journalctl -u nbdnfs@{_NAME} --no-pager -o short-monotonic | tail -n 150").stdout)
+
+
+def memory_of(guest: Guest) -> str:
+    """Locked and resident memory of keeper, worker and standby in KiB: proc_pid_status(5)."""
+    return guest.run(
+        f"for p in $(cat /sys/fs/cgroup/nbdnfs.slice/nbdnfs@{_NAME}.service/cgroup.procs"
+        f" || cat /sys/fs/cgroup/*/*/nbdnfs@{_NAME}.service/cgroup.procs);"
+        " do cut -c1-60 /proc/$p/cmdline | tr '\\0' ' '; grep -hE '^(VmLck|VmRSS|Rss.*):' /proc/$p/status"
+        " | tr -s '\\t\\n' ' '; echo; done",
+        check=False,
+    ).stdout
+
+
+def start_hog(guest: Guest, size_mib: int, limit_mib: int | None, timeout_s: float) -> GuestJob:
+    """The stress program, in a cgroup of `limit_mib` where there is one; it ends when it is done, or killed."""
+    cgroup = ""
+    if limit_mib is not None:
+        guest.run(
+            "grep -qw memory /sys/fs/cgroup/cgroup.subtree_control"
+            " || echo +memory > /sys/fs/cgroup/cgroup.subtree_control;"
+            f" mkdir -p {_CGROUP} && echo {limit_mib}M > {_CGROUP}/memory.max"
+        )
+        cgroup = f"--cgroup {_CGROUP}"
+    return guest.start(
+        f"exec hog --size {size_mib} --passes {_PASSES} {cgroup} --report {guest.verdict_target}", timeout_s
+    )
+
+
+def kill_under_load(
+    guest: Guest, what: str, count: int, every_s: float, *, size_mib: int, limit_mib: int | None, timeout_s: float
+) -> list[float]:
+    """Kill `count` times while the hog runs; the seconds of standstill. GuestFailedError for whatever is lost."""
+    hog = start_hog(guest, size_mib, limit_mib, timeout_s)
+    guest.wait_until(lambda: swapped_out(guest) > 1000, 120, "the first pages to go out")
+    killer = guest.start(f"exec python3 {_KILLER} {_NAME} {what} {count} {every_s}", timeout_s)
+    done = killer.wait()
+    print(done.stdout)
+    assert done.status == 0, done.stderr
+    running = hog.running
+    verdict = guest.wait_verdict(hog, timeout_s).check()
+    hog.wait()
+    kills = [json.loads(line) for line in done.stdout.splitlines()]
+    assert running, "the hog was done before the last kill: give it more passes"
+    assert len(kills) == count
+    lost = [kill for kill in kills if kill["resumed_s"] is None]
+    if lost:
+        raise GuestFailedError(f"swap did not move again after {lost}")
+    resumed_s = sorted(float(kill["resumed_s"]) for kill in kills)
+    print(
+        f"{count} kills of {what}: swap moves again after {statistics.median(resumed_s):.2f} s (median),"
+        f" {resumed_s[0]:.2f} to {resumed_s[-1]:.2f} s; {verdict.checked} pages checked, {verdict.wrong} wrong"
+    )
+    guest.check_kernel_log()
+    return resumed_s
+
+
+def swapped_out(guest: Guest) -> int:
+    """Pages since boot."""
+    return int(guest.run("awk '/^pswpout/ {print $2}' /proc/vmstat").stdout)
+
+
+@pytest.mark.timeout(1800)
+def test_kill_the_worker(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
+    """Twenty times, every eight seconds: no wrong page, no I/O error, and under three seconds at the median."""
+    with swapping(boot, ganesha) as guest:
+        resumed_s = kill_under_load(guest, "worker", 20, 8, size_mib=64, limit_mib=24, timeout_s=1200)
+        assert statistics.median(resumed_s) < 3
+
+
+@pytest.mark.timeout(1800)
+def test_kill_the_keeper_and_both_and_restart(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
+    """The keeper dies alone: nothing stands still. Both die: systemd brings one, that brings the other. A restart and a
+    reload are ordinary events."""
+    with swapping(boot, ganesha) as guest:
+        kill_under_load(guest, "keeper", 3, 8, size_mib=64, limit_mib=24, timeout_s=900)
+        kill_under_load(guest, "both", 3, 20, size_mib=64, limit_mib=24, timeout_s=900)
+        hog = start_hog(guest, 64, 24, 900)
+        for command in ("restart", "reload", "restart"):
+            time.sleep(5)
+            guest.run(f"systemctl {command} nbdnfs@{_NAME}", 120)
+            assert "/dev/nbd" in guest.run("cat /proc/swaps").stdout
+        guest.wait_verdict(hog, 900).check()
+        hog.wait()
+        guest.run(f"systemctl stop nbdnfs@{_NAME}", 300)
+        assert "/dev/nbd" not in guest.run("cat /proc/swaps").stdout
+        assert guest.run(f"nbdnfs status {_NAME}", check=False).stdout.startswith(f"{_NAME}: it is not up")
+        guest.run(f"systemctl start nbdnfs@{_NAME}", 240)
+
+
+@pytest.mark.timeout(1800)
+def test_kill_the_worker_under_global_pressure(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
+    """256 MiB, and a program of more than all of it, without a cgroup: recovery needs no memory that only swap-out
+    could free. Five kills."""
+    with swapping(boot, ganesha, memory_mib=256) as guest:
+        kill_under_load(guest, "worker", 5, 10, size_mib=224, limit_mib=None, timeout_s=1500)
