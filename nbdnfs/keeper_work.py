@@ -53,8 +53,7 @@ class RealWork:
     """keeper.Work: nbdkit, `nbdnfs create` and swap_area as processes of their own. Read-only once initialized."""
 
     def __init__(self, settings: Config, text: str, address: str) -> None:
-        """Find all programs and make all arguments now. ConfigError or UnavailableError when one is missing."""
-        worker.check_nbdkit()
+        """Find the program and make its arguments now. ConfigError or UnavailableError when something is missing."""
         self._settings = settings
         self._program, self._argv = worker_process.command(
             plugin_settings(settings, text, address), threads=settings.threads
@@ -112,7 +111,10 @@ def run(name: str) -> int:
     notifier = notify.Notifier()
     stored = notify.stored()
     backend = link.backend_of(name)
-    text, address = _server(settings, records, adopting=link.find(backend) is not None)
+    adopting = link.find(backend) is not None
+    text, address = _server(settings, records, adopting=adopting)
+    if not adopting:  # with swap standing still, nothing is started that need not be
+        worker.check_nbdkit()
     link.load_driver()
     kernel = link.Link(
         backend,
