@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -90,12 +91,13 @@ def test_watchdog(environment: dict[str, str], expected: float | None) -> None:
 
 def test_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Descriptors come back under their names; of two with one name the last; none is for our children."""
-    first, second, third = (os.memfd_create(name) for name in "abc")
-    low = min(first, second, third)
-    assert sorted((first, second, third)) == [low, low + 1, low + 2]
+    low = fcntl.fcntl(0, fcntl.F_DUPFD, 700)  # three in a row, as systemd hands them down
+    os.close(low)
+    for number, name in enumerate("abc"):
+        descriptor = os.memfd_create(name)
+        os.dup2(descriptor, low + number)
+        os.close(descriptor)
     monkeypatch.setattr(notify, "LISTEN_FDS_START", low)
-    for descriptor in (first, second, third):
-        os.set_inheritable(descriptor, True)
     found = notify.stored({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "3", "LISTEN_FDNAMES": "region:region:other"})
     assert found == {"region": low + 1, "other": low + 2}
     assert not os.get_inheritable(low + 1)
