@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,13 +68,6 @@ class Pressure:
             f" packets dropped {self.dropped_packets}; worker: {self.worker.major} major and"
             f" {self.worker.minor} minor faults, {self.locked_kib} KiB locked, {self.resident_kib} KiB resident"
         )
-
-
-@pytest.fixture
-def quick_ganesha() -> Iterator[Ganesha]:
-    """An NFS server on tmpfs: no disk of the host's decides how long a request takes."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory, Ganesha(Path(directory)) as server:
-        yield server
 
 
 def faults(guest: Guest, pid: int) -> Faults:
@@ -147,11 +139,11 @@ def hog_mib(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.mark.timeout(3600)
-def test_pressure(boot: Callable[..., Guest], quick_ganesha: Ganesha, memory_round: int, hog_mib: int) -> None:
+def test_pressure(boot: Callable[..., Guest], ganesha: Ganesha, memory_round: int, hog_mib: int) -> None:
     """384 MiB of verified pages in 256 MiB: nothing wrong, killed or hung, no fault of the worker's, and none of its
     allocations may enter I/O or a file system.
     """
-    url = backing_file(quick_ganesha)
+    url = backing_file(ganesha)
     # how fast the host is decides whether a request takes more than queue/io_timeout: that is no part of the question
     with boot(project=True, memory_mib=_GUEST_MIB, allow={"slow"}) as guest:
         guest.settle()
@@ -170,14 +162,14 @@ def test_pressure(boot: Callable[..., Guest], quick_ganesha: Ganesha, memory_rou
 
 
 @pytest.mark.timeout(1200)
-def test_cgroup_limit(boot: Callable[..., Guest], quick_ganesha: Ganesha) -> None:
+def test_cgroup_limit(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
     """A process four times its memory.max swaps and lives: the cgroup reaches its limit and kills nobody.
 
     The case of the 2012 thread: "the cgroup controller is killing my processes instead of using the swapfile". The
     doctor has nothing to say about the worker, which has all of its measures: it runs as root.
     """
     limit_mib = 8
-    url = backing_file(quick_ganesha)
+    url = backing_file(ganesha)
     with boot(project=True, allow={"slow"}) as guest:
         guest.settle()
         with (
@@ -200,10 +192,10 @@ def test_cgroup_limit(boot: Callable[..., Guest], quick_ganesha: Ganesha) -> Non
 @pytest.mark.negative_control
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("without", ["", *memlock.NAMES, "everything"])
-def test_without(boot: Callable[..., Guest], quick_ganesha: Ganesha, without: str, hog_mib: int) -> None:
+def test_without(boot: Callable[..., Guest], ganesha: Ganesha, without: str, hog_mib: int) -> None:
     """The same pressure without one of the measures: a line of the table in docs/memory-pressure.md."""
     names = memlock.NAMES if without == "everything" else [without]
-    url = backing_file(quick_ganesha)
+    url = backing_file(ganesha)
     try:
         # what goes wrong in there is the result
         with boot(
