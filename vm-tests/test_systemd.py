@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Boot and shutdown: swap comes up by itself, and goes before what it needs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+
+import pytest
+from nfs_server import Ganesha
+from vmtest.guest import Guest, seen_from_guest
+from vmtest.outcome import GuestFailedError
+
+# The figure asked for is 30 s on a machine; an emulated CPU on a busy host is some five times slower.
+_POWER_OFF_TIMEOUT_S = 150.0
+_SWAPPED_MIB = 200
+
+
+def _install(guest: Guest, name: str, config: str) -> None:
+    """Units and one configuration, as a user puts them there; the journal is kept over a reboot."""
+    guest.run("mkdir -p /var/log/journal && journalctl --flush")
+    guest.run("nbdnfs install-units", 90)
+    if config:
+        guest.run(f"cat > /etc/nbdnfs/{name}.toml <<'.'\n{config}.")
+
+
+def _status(guest: Guest, name: str) -> dict[str, object]:
+    """The device's status; GuestFailedError unless it is green."""
+    result = guest.run(f"nbdnfs status --json {name}", check=False)
+    if result.status != 0:
+        journal = guest.run(f"journalctl -b --no-pager -n 30 -u nbdnfs@{name}", check=False).stdout
+        raise GuestFailedError(f"nbdnfs status {name}: {result.status}\n{result.stdout}{result.stderr}{journal}")
+    (found,) = json.loads(result.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def _wait_for_swap(guest: Guest, name: str) -> None:
+    """Until the unit that somebody has started is up: its job may have timed out, on an emulated CPU."""
+    unit = f"nbdnfs@{name}"
+    guest.run(f"until systemctl -q is-active {unit} || systemctl -q is-failed {unit}; do sleep 1; done", 600)
+    _status(guest, name)
+
+
+def _check_journal(guest: Guest, boot: int) -> None:
+    """No ordering cycle, nothing refused, no unit file that systemd grumbles about; `boot` as journalctl -b has it."""
+    journal = guest.run(f"journalctl -b {boot} --no-pager -o cat _PID=1", 120).stdout
+    assert len(journal.splitlines()) > 20, f"the journal of boot {boot} has not been kept"
+    bad = re.compile(
+        r"ordering cycle|Found dependency on|deleted to break|Unknown (key|section|lvalue)|nbdnfs.*ignoring"
+    )
+    found = [line for line in journal.splitlines() if bad.search(line)]
+    assert not found, "\n".join(found)
+
+
+def _swap_out(guest: Guest, mib: int) -> None:
+    """A service that has `mib` MiB swapped out, and holds them until systemd ends it."""
+    program = f"import os,time; data = bytearray(os.urandom(1 << 20) * {mib + 60}); time.sleep(9999)"
+    guest.run(f"systemd-run --unit=eater -p MemoryMax=40M -p OOMPolicy=continue python3 -c '{program}'")
+    guest.run(
+        f"until [ $(awk '/nbd/ {{print $4}}' /proc/swaps) -ge {mib << 10} ]; do"
+        " systemctl -q is-active eater || exit 1; sleep 0.5; done",
+        400,
+    )
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("memory_mib", [512, 256])
+def test_enable_reboot_power_off(boot: Callable[..., Guest], ganesha: Ganesha, memory_mib: int) -> None:
+    """enable --now makes the file and swaps; a reboot swaps again; with 200 MiB swapped out it goes off in time."""
+    url = seen_from_guest(ganesha.url("swap0.swap"))
+    with boot(project=True, memory_mib=memory_mib) as guest:
+        guest.settle()
+        _install(guest, "swap0", f'url = "{url}"\nsize = "256M"\n')
+        guest.run("systemctl enable --now nbdnfs@swap0", 300, check=False)
+        _wait_for_swap(guest, "swap0")
+        assert (ganesha.export_path / "swap0.swap").stat().st_size == 256 << 20
+        assert _status(guest, "swap0")["swap_bytes"] == (256 << 20) - 4096
+        assert guest.run("nbdnfs install-units").stdout == "everything is in place already\n"
+        verify = guest.run("systemd-analyze verify nbdnfs@swap0.service nbdnfs.slice 2>&1", 120, check=False)
+        assert (verify.status, verify.stdout) == (0, "")
+        assert int(guest.run("cat /proc/sys/vm/min_free_kbytes").stdout) >= 8192
+        guest.reboot(_POWER_OFF_TIMEOUT_S)
+        guest.settle()
+        _wait_for_swap(guest, "swap0")
+        assert guest.run("cat /proc/sys/vm/watermark_scale_factor").stdout.strip() == "100"
+        _check_journal(guest, -1)
+        _check_journal(guest, 0)
+        _swap_out(guest, _SWAPPED_MIB)
+        seconds = guest.shutdown(_POWER_OFF_TIMEOUT_S)
+        print(f"power-off with {_SWAPPED_MIB} MiB swapped out, {memory_mib} MiB of memory: {seconds:.1f} s")
+        guest.boot()
+        _wait_for_swap(guest, "swap0")
+        _check_journal(guest, -1)
+        print(
+            guest.run("journalctl -b -1 --no-pager -o short-monotonic -n 60 _PID=1 + UNIT=nbdnfs@swap0.service").stdout
+        )
+        guest.shutdown(_POWER_OFF_TIMEOUT_S)
+
+
+@pytest.mark.timeout(900)
+def test_kernel_command_line_alone(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
+    """nbdnfs.url= and nbdnfs.size= are all that a stock guest needs: no file in /etc, no enabled unit."""
+    url = seen_from_guest(ganesha.url("machine.swap")).replace("machine.swap", "%m.swap")
+    arguments = (f"nbdnfs.url={url}", "nbdnfs.size=256M", "nbdnfs.priority=7")
+    with boot(project=True, arguments=arguments) as guest:
+        guest.settle()
+        _install(guest, "cmdline", "")
+        guest.reboot(_POWER_OFF_TIMEOUT_S)
+        guest.settle()
+        _wait_for_swap(guest, "cmdline")
+        machine_id = guest.run("cat /etc/machine-id").stdout.strip()
+        assert (ganesha.export_path / f"{machine_id}.swap").stat().st_size == 256 << 20
+        assert guest.run("awk '/nbd/ {print $5}' /proc/swaps").stdout == "7\n"
+        assert guest.run("ls /etc/nbdnfs").stdout == "example.toml.disabled\n"
+        _check_journal(guest, 0)
+        seconds = guest.shutdown(_POWER_OFF_TIMEOUT_S)
+        print(f"power-off: {seconds:.1f} s")
