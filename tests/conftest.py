@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,12 @@ from nfs_server import Ganesha
 from proxy import TcpProxy
 
 MIB = 1 << 20
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A shell that starts us in the background has SIGINT ignored, and so would be whatever a test starts: sh(1)."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclasses.dataclass(frozen=True)
