@@ -57,6 +57,8 @@ class GuestJob:
         self._number = number
         self._state = state
         self.command = command
+        self.verdicts_before = guest.verdict_path.read_text(errors="replace")
+        """What the verdict port had said when it was started: of the programs before it."""
 
     @property
     def running(self) -> bool:
@@ -305,7 +307,7 @@ class Guest:
         def over() -> bool:
             nonlocal shown, found
             ended = not job.running
-            progress, found = verdict.parse(self.verdict_path.read_text(errors="replace"))
+            progress, found = verdict.parse(self._said_since(job))
             if progress != shown and progress is not None and on_progress is not None:
                 on_progress(progress)
             shown = progress
@@ -325,6 +327,10 @@ class Guest:
         """The command channel of the last boot."""
         assert self._channel is not None, "it does not run"
         return self._channel
+
+    def _said_since(self, job: Job) -> str:
+        said = self.verdict_path.read_text(errors="replace")
+        return said.removeprefix(job.verdicts_before) if isinstance(job, GuestJob) else said
 
     def start(self, command: str, timeout_s: float = 3600) -> GuestJob:
         """Start a shell command. The agent kills it, and its process group, after `timeout_s`."""
