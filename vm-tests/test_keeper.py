@@ -9,19 +9,23 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from nfs_server import Ganesha
 from vmtest import host
 from vmtest.guest import Guest, GuestJob, seen_from_guest
+from vmtest.image import Image
 from vmtest.outcome import GuestFailedError
+from vmtest.payload import wheel
 from vmtest.verdict import Verdict
 
 _NAME = "swap0"
 _CGROUP = "/sys/fs/cgroup/nbdnfs-hog"
 _KILLER = "/root/killer.py"
-_DEVICE_MIB = 192
+_DEVICE_MIB = 128
+_NEXT_VERSION = "99.0"
 # As many as the hog takes: a file tells it when the last kill has been.
 _PASSES = ",".join(["fill", *["random", "sequential"] * 31])
 _ENOUGH = "/run/enough"
@@ -32,11 +36,13 @@ _EXPECTED = {"nbd", "slow"}
 
 
 @contextlib.contextmanager
-def swapping(boot: Callable[..., Guest], server: Ganesha, **options: object) -> Iterator[Guest]:
+def swapping(
+    boot: Callable[..., Guest], server: Ganesha, *, device_mib: int = _DEVICE_MIB, **options: object
+) -> Iterator[Guest]:
     """A guest whose nbdnfs@swap0 is up; its memory figures are printed, and all is well at the end."""
     url = server.url("swap0.swap")
     nbdnfs = Path(sys.executable).with_name("nbdnfs")
-    host.run([nbdnfs, "create", url, "--size", f"{_DEVICE_MIB}M"], what="nbdnfs create", timeout_s=120)
+    host.run([nbdnfs, "create", url, "--size", f"{device_mib}M"], what="nbdnfs create", timeout_s=120)
     with boot(project=True, allow=_EXPECTED, **options) as guest:
         guest.settle()
         guest.push(Path(__file__).parent / "inside/killer.py", _KILLER)
@@ -124,6 +130,38 @@ def swapped_out(guest: Guest) -> int:
     return int(guest.run("awk '/^pswpout/ {print $2}' /proc/vmstat").stdout)
 
 
+def systemctl(guest: Guest, command: str, timeout_s: float = 120) -> None:
+    """Some seconds into the load, and swap is on afterwards but for a stop."""
+    time.sleep(5)
+    guest.run(f"systemctl {command} nbdnfs@{_NAME}", timeout_s)
+    if command != "stop":
+        assert "/dev/nbd" in guest.run("cat /proc/swaps").stdout
+
+
+@dataclass(frozen=True)
+class Running:
+    """The worker that serves: by its record, and whether its engine is the file that is installed now."""
+
+    pid: int
+    version: str
+    is_installed: bool
+
+
+def worker_of(guest: Guest) -> Running:
+    """Pid 0 while there is none."""
+    found = guest.run(
+        f"read -r pid started version < /run/nbdnfs/{_NAME}/worker && echo $pid $version"
+        " && grep -m1 /engine/_engine /proc/$pid/maps"
+        " && stat -c %i /usr/local/lib/python3*/dist-packages/nbdnfs/engine/_engine*.so",
+        check=False,
+    )
+    if found.status != 0:
+        return Running(0, "", False)
+    record, mapping, inode = found.stdout.splitlines()
+    pid, version = record.split()
+    return Running(int(pid), version, mapping.split()[4] == inode)
+
+
 @pytest.mark.timeout(1800)
 def test_kill_the_worker(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
     """Twenty times, every eight seconds: no wrong page, no I/O error, and under three seconds at the median."""
@@ -132,28 +170,52 @@ def test_kill_the_worker(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
         assert statistics.median(resumed_s) < 3
 
 
-@pytest.mark.timeout(1800)
-def test_kill_the_keeper_and_both_and_restart(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
-    """The keeper dies alone: nothing stands still. Both die: systemd brings one, that brings the other. A restart and a
-    reload are ordinary events."""
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize(("what", "every_s"), [("keeper", 5), ("both", 10)])
+def test_kill_the_keeper(boot: Callable[..., Guest], ganesha: Ganesha, what: str, every_s: float) -> None:
+    """Alone: nothing stands still. With its worker: systemd brings one, and that brings the other. Twenty times."""
     with swapping(boot, ganesha) as guest:
-        kill_under_load(guest, "keeper", 3, 8, size_mib=64, limit_mib=24, timeout_s=900)
-        kill_under_load(guest, "both", 3, 20, size_mib=64, limit_mib=24, timeout_s=900)
-        hog = start_hog(guest, 64, 24, 900)
-        for command in ("restart", "reload", "restart"):
-            time.sleep(5)
-            guest.run(f"systemctl {command} nbdnfs@{_NAME}", 120)
-            assert "/dev/nbd" in guest.run("cat /proc/swaps").stdout
-        finish(guest, hog, 900)
-        guest.run(f"systemctl stop nbdnfs@{_NAME}", 300)
+        kill_under_load(guest, what, 20, every_s, size_mib=64, limit_mib=24, timeout_s=1800)
+
+
+@pytest.mark.timeout(2400)
+def test_restart_and_upgrade(boot: Callable[..., Guest], ganesha: Ganesha, image: Image) -> None:
+    """Under load: restarts and a reload, then another version installed over the running one, and a restart. The worker
+    is of that version then, and a reload brings another one. A stop takes all down, a start brings all back."""
+    new = wheel(image, _NEXT_VERSION)
+    with swapping(boot, ganesha) as guest:
+        hog = start_hog(guest, 64, 24, 1800)
+        guest.wait_until(lambda: swapped_out(guest) > 1000, 120, "the first pages to go out")
+        first = worker_of(guest)
+        systemctl(guest, "restart")
+        assert worker_of(guest).pid == first.pid, "a restart is none of the worker's business"
+        systemctl(guest, "reload")
+        guest.wait_until(lambda: worker_of(guest).pid not in (0, first.pid), 120, "another worker")
+        systemctl(guest, "restart")
+        guest.push(new, f"/root/{new.name}")
+        guest.run(f"pip install --quiet --no-index --no-deps --break-system-packages /root/{new.name}", 300)
+        assert guest.run("nbdnfs --version").stdout == f"nbdnfs {_NEXT_VERSION}\n"
+        old = worker_of(guest)
+        assert not old.is_installed
+        systemctl(guest, "restart")
+        guest.wait_until(lambda: worker_of(guest).is_installed, 120, "a worker of the new version")
+        upgraded = worker_of(guest)
+        assert (old.version, upgraded.version) == (first.version, _NEXT_VERSION)
+        systemctl(guest, "reload")
+        guest.wait_until(lambda: worker_of(guest).pid not in (0, upgraded.pid), 120, "another worker")
+        moved = swapped_out(guest)
+        guest.wait_until(lambda: swapped_out(guest) > moved + 1000, 120, "pages that go out to the new version")
+        verdict = finish(guest, hog, 900)
+        print(f"{verdict.checked} pages checked, {verdict.wrong} wrong")
+        systemctl(guest, "stop", 300)
         assert "/dev/nbd" not in guest.run("cat /proc/swaps").stdout
         assert guest.run(f"nbdnfs status {_NAME}", check=False).stdout.startswith(f"{_NAME}: it is not up")
-        guest.run(f"systemctl start nbdnfs@{_NAME}", 240)
+        systemctl(guest, "start", 240)
 
 
 @pytest.mark.timeout(1800)
 def test_kill_the_worker_under_global_pressure(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
     """256 MiB, and a program of more than all of it, without a cgroup: recovery needs no memory that only swap-out
     could free. Five kills."""
-    with swapping(boot, ganesha, memory_mib=256) as guest:
+    with swapping(boot, ganesha, device_mib=320, memory_mib=256) as guest:
         kill_under_load(guest, "worker", 5, 10, size_mib=224, limit_mib=None, timeout_s=1500)

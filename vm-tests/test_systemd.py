@@ -88,6 +88,7 @@ def test_enable_reboot_power_off(boot: Callable[..., Guest], ganesha: Ganesha, m
         _check_journal(guest, -1)
         _check_journal(guest, 0)
         _swap_out(guest, _SWAPPED_MIB)
+        print(guest.run("cat /proc/swaps; free -m").stdout)
         seconds = guest.shutdown(_POWER_OFF_TIMEOUT_S)
         print(f"power-off with {_SWAPPED_MIB} MiB swapped out, {memory_mib} MiB of memory: {seconds:.1f} s")
         guest.boot()
@@ -97,6 +98,44 @@ def test_enable_reboot_power_off(boot: Callable[..., Guest], ganesha: Ganesha, m
             guest.run("journalctl -b -1 --no-pager -o short-monotonic -n 60 _PID=1 + UNIT=nbdnfs@swap0.service").stdout
         )
         guest.shutdown(_POWER_OFF_TIMEOUT_S)
+
+
+@pytest.mark.timeout(1200)
+def test_one_image_two_machines(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
+    """Two guests of one image and one configuration, whose URL has %m: each swaps to a file of its own, at once."""
+    url = seen_from_guest(ganesha.url("machine.swap")).replace("machine.swap", "%m.swap")
+    with (
+        boot(project=True, name="one", memory_mib=256, allow={"slow"}) as one,
+        boot(project=True, name="two", memory_mib=256, allow={"slow"}) as two,
+    ):
+        for guest in (one, two):
+            guest.settle()
+            _install(guest, "swap0", f'url = "{url}"\nsize = "64M"\n')
+        for guest in (one, two):
+            guest.run("systemctl start --no-block nbdnfs@swap0")
+        for guest in (one, two):
+            _wait_for_swap(guest, "swap0")
+        hogs = []
+        for guest in (one, two):
+            guest.run(
+                "echo +memory > /sys/fs/cgroup/cgroup.subtree_control;"
+                " mkdir /sys/fs/cgroup/hog && echo 12M > /sys/fs/cgroup/hog/memory.max"
+            )
+            seed = 1 if guest is one else 2
+            hogs.append(
+                guest.start(
+                    f"exec hog --size 32 --seed {seed} --cgroup /sys/fs/cgroup/hog --report {guest.verdict_target}", 600
+                )
+            )
+        for guest, hog in zip((one, two), hogs, strict=True):
+            verdict = guest.wait_verdict(hog, 600).check()
+            hog.wait()
+            pages_out = guest.run("awk '/^pswpout/ {print $2}' /proc/vmstat").stdout.strip()
+            print(f"{guest.name}: {verdict.checked} pages checked, {verdict.wrong} wrong, {pages_out} pages out")
+            assert int(pages_out) > 1000
+        ids = [guest.run("cat /etc/machine-id").stdout.strip() for guest in (one, two)]
+        assert {path.name for path in ganesha.export_path.iterdir()} == {f"{one_id}.swap" for one_id in ids}
+        assert len(set(ids)) == 2
 
 
 @pytest.mark.timeout(900)
