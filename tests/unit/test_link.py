@@ -23,9 +23,7 @@ def test_no_driver_is_no_case_for_another_try(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(run, "run", refused)
     monkeypatch.setattr(run, "find_program", lambda *_: "/sbin/modprobe")
-    with pytest.raises(
-        UnavailableError, match="the kernel's nbd driver is not there: .* Module nbd not found"
-    ) as caught:
+    with pytest.raises(UnavailableError, match=r"driver is not there: .* Module nbd not found") as caught:
         link.load_driver(tmp_path)
     assert caught.value.exit_code == os.EX_OSFILE
     final = re.search(r"^RestartPreventExitStatus=(.*)$", UNIT.read_text(), re.MULTILINE)
