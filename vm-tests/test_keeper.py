@@ -166,7 +166,7 @@ def worker_of(guest: Guest) -> Running:
 def test_kill_the_worker(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
     """Twenty times, every eight seconds: no wrong page, no I/O error, and under three seconds at the median."""
     with swapping(boot, ganesha) as guest:
-        resumed_s = kill_under_load(guest, "worker", 20, 8, size_mib=64, limit_mib=24, timeout_s=1200)
+        resumed_s = kill_under_load(guest, "worker", 20, 8, size_mib=40, limit_mib=16, timeout_s=1200)
         assert statistics.median(resumed_s) < 3
 
 
@@ -175,7 +175,7 @@ def test_kill_the_worker(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
 def test_kill_the_keeper(boot: Callable[..., Guest], ganesha: Ganesha, what: str, every_s: float) -> None:
     """Alone: nothing stands still. With its worker: systemd brings one, and that brings the other. Twenty times."""
     with swapping(boot, ganesha) as guest:
-        kill_under_load(guest, what, 20, every_s, size_mib=64, limit_mib=24, timeout_s=1800)
+        kill_under_load(guest, what, 20, every_s, size_mib=40, limit_mib=16, timeout_s=1800)
 
 
 @pytest.mark.timeout(2400)
@@ -184,7 +184,7 @@ def test_restart_and_upgrade(boot: Callable[..., Guest], ganesha: Ganesha, image
     is of that version then, and a reload brings another one. A stop takes all down, a start brings all back."""
     new = wheel(image, _NEXT_VERSION)
     with swapping(boot, ganesha) as guest:
-        hog = start_hog(guest, 64, 24, 1800)
+        hog = start_hog(guest, 40, 16, 1800)
         guest.wait_until(lambda: swapped_out(guest) > 1000, 120, "the first pages to go out")
         first = worker_of(guest)
         systemctl(guest, "restart")

@@ -70,7 +70,7 @@ def _swap_out(guest: Guest, mib: int) -> None:
 def test_enable_reboot_power_off(boot: Callable[..., Guest], ganesha: Ganesha, memory_mib: int) -> None:
     """enable --now makes the file and swaps; a reboot swaps again; with 200 MiB swapped out it goes off in time."""
     url = seen_from_guest(ganesha.url("swap0.swap"))
-    with boot(project=True, memory_mib=memory_mib) as guest:
+    with boot(project=True, memory_mib=memory_mib, allow={"slow"}) as guest:
         guest.settle()
         _install(guest, "swap0", f'url = "{url}"\nsize = "256M"\n')
         guest.run("systemctl enable --now nbdnfs@swap0", 300, check=False)
@@ -143,7 +143,7 @@ def test_kernel_command_line_alone(boot: Callable[..., Guest], ganesha: Ganesha)
     """nbdnfs.url= and nbdnfs.size= are all that a stock guest needs: no file in /etc, no enabled unit."""
     url = seen_from_guest(ganesha.url("machine.swap")).replace("machine.swap", "%m.swap")
     arguments = (f"nbdnfs.url={url}", "nbdnfs.size=256M", "nbdnfs.priority=7")
-    with boot(project=True, arguments=arguments) as guest:
+    with boot(project=True, arguments=arguments, allow={"slow"}) as guest:
         guest.settle()
         _install(guest, "cmdline", "")
         guest.reboot(_POWER_OFF_TIMEOUT_S)
