@@ -55,6 +55,7 @@ def test_what_cannot_work(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
         what="nbdnfs create",
         timeout_s=120,
     )
+    host.run(["/sbin/mkswap", ganesha.export_path / "swap.swap"], what="mkswap", timeout_s=30)
     config = f'url = "{seen_from_guest(url)}"\n'
     with boot(project=True, allow={"nbd", "slow"}) as guest:
         guest.settle()
