@@ -28,6 +28,7 @@ _DEVICE_MIB = 128
 _NEXT_VERSION = "99.0"
 # As many as the hog takes: a file tells it when the last kill has been.
 _PASSES = ",".join(["fill", *["random", "sequential"] * 31])
+_SEQUENTIAL = ",".join(["fill", *["sequential"] * 63])
 _ENOUGH = "/run/enough"
 
 # "Receive control failed" and "Possible stuck request" are what a kill looks like to the kernel's driver; an I/O
@@ -76,7 +77,7 @@ def memory_of(guest: Guest) -> str:
     ).stdout
 
 
-def start_hog(guest: Guest, size_mib: int, limit_mib: int | None, timeout_s: float) -> GuestJob:
+def start_hog(guest: Guest, size_mib: int, limit_mib: int | None, timeout_s: float, passes: str = _PASSES) -> GuestJob:
     """The stress program, in a cgroup of `limit_mib` where there is one; it ends when it is done, or killed."""
     cgroup = ""
     if limit_mib is not None:
@@ -88,7 +89,7 @@ def start_hog(guest: Guest, size_mib: int, limit_mib: int | None, timeout_s: flo
         cgroup = f"--cgroup {_CGROUP}"
     guest.run(f"rm -f {_ENOUGH}")
     return guest.start(
-        f"exec hog --size {size_mib} --passes {_PASSES} --until {_ENOUGH} {cgroup} --report {guest.verdict_target}",
+        f"exec hog --size {size_mib} --passes {passes} --until {_ENOUGH} {cgroup} --report {guest.verdict_target}",
         timeout_s,
     )
 
@@ -104,10 +105,18 @@ def finish(guest: Guest, hog: GuestJob, timeout_s: float) -> Verdict:
 
 
 def kill_under_load(
-    guest: Guest, what: str, count: int, every_s: float, *, size_mib: int, limit_mib: int | None, timeout_s: float
+    guest: Guest,
+    what: str,
+    count: int,
+    every_s: float,
+    *,
+    size_mib: int,
+    limit_mib: int | None,
+    timeout_s: float,
+    passes: str = _PASSES,
 ) -> list[float]:
     """Kill `count` times while the hog runs; the seconds of standstill. GuestFailedError for whatever is lost."""
-    hog = start_hog(guest, size_mib, limit_mib, timeout_s)
+    hog = start_hog(guest, size_mib, limit_mib, timeout_s, passes)
     guest.wait_until(lambda: swapped_out(guest) > 1000, 120, "the first pages to go out")
     killer = guest.start(f"exec python3 {_KILLER} {_NAME} {what} {count} {every_s}", timeout_s)
     done = killer.wait()
@@ -220,4 +229,6 @@ def test_kill_the_worker_under_global_pressure(boot: Callable[..., Guest], ganes
     """256 MiB, and a program of more than all of it, without a cgroup: recovery needs no memory that only swap-out
     could free. Five kills."""
     with swapping(boot, ganesha, device_mib=288, memory_mib=256) as guest:
-        kill_under_load(guest, "worker", 5, 10, size_mib=224, limit_mib=None, timeout_s=1500)
+        kill_under_load(
+            guest, "worker", 5, 10, size_mib=224, limit_mib=None, timeout_s=1500, passes=_SEQUENTIAL
+        )  # a random pass over that many pages takes an emulated CPU half an hour
