@@ -356,9 +356,8 @@ class Keeper:
 
     def _worker_ended(self, worker: WorkerProcess, now: float) -> None:
         status = worker.status
-        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         if worker is not self._given_up:
-            self._complain(how, f"worker {worker.pid} has ended ({how})")
+            self._complain(f"ended{worker.how_it_ended}", f"worker {worker.pid} has ended{worker.how_it_ended}")
         if self.device is None and status > 0 and status not in _TEMPORARY:
             raise _failed("worker", status)
         if self._linked_s is not None and now - self._linked_s >= _LASTED_S:
