@@ -15,6 +15,8 @@ from vmtest.outcome import GuestFailedError
 # The figure asked for is 30 s on a machine; an emulated CPU on a busy host is some five times slower.
 _POWER_OFF_TIMEOUT_S = 150.0
 _SWAPPED_MIB = 200
+# Of each unit, that it starts and stops.
+_TELL = "systemd.log_level=info"
 
 
 def _install(guest: Guest, name: str, config: str) -> None:
@@ -45,8 +47,8 @@ def _wait_for_swap(guest: Guest, name: str) -> None:
 
 def _check_journal(guest: Guest, boot: int) -> None:
     """No ordering cycle, nothing refused, no unit file that systemd grumbles about; `boot` as journalctl -b has it."""
-    journal = guest.run(f"journalctl -b {boot} --no-pager -o cat _PID=1", 120).stdout
-    assert len(journal.splitlines()) > 20, f"the journal of boot {boot} has not been kept"
+    journal = guest.run(f"journalctl -b {boot} --no-pager -o cat", 120).stdout
+    assert "Reached target multi-user.target" in journal, f"the journal of boot {boot} has not been kept"
     bad = re.compile(
         r"ordering cycle|Found dependency on|deleted to break|Unknown (key|section|lvalue)|nbdnfs.*ignoring"
     )
@@ -56,7 +58,10 @@ def _check_journal(guest: Guest, boot: int) -> None:
 
 def _swap_out(guest: Guest, mib: int) -> None:
     """A service that has `mib` MiB swapped out, and holds them until systemd ends it."""
-    program = f"import os,time; data = bytearray(os.urandom(1 << 20) * {mib + 60}); time.sleep(9999)"
+    program = (
+        f"import os,time; some = os.urandom(1 << 20); data = [bytearray(some) for _ in range({mib + 60})];"
+        " time.sleep(9999)"
+    )
     guest.run(f"systemd-run --unit=eater -p MemoryMax=40M -p OOMPolicy=continue python3 -c '{program}'")
     guest.run(
         f"until [ $(awk '/nbd/ {{print $4}}' /proc/swaps) -ge {mib << 10} ]; do"
@@ -70,7 +75,7 @@ def _swap_out(guest: Guest, mib: int) -> None:
 def test_enable_reboot_power_off(boot: Callable[..., Guest], ganesha: Ganesha, memory_mib: int) -> None:
     """enable --now makes the file and swaps; a reboot swaps again; with 200 MiB swapped out it goes off in time."""
     url = seen_from_guest(ganesha.url("swap0.swap"))
-    with boot(project=True, memory_mib=memory_mib, allow={"slow"}) as guest:
+    with boot(project=True, memory_mib=memory_mib, arguments=[_TELL], allow={"slow"}) as guest:
         guest.settle()
         _install(guest, "swap0", f'url = "{url}"\nsize = "256M"\n')
         guest.run("systemctl enable --now nbdnfs@swap0", 300, check=False)
@@ -92,11 +97,10 @@ def test_enable_reboot_power_off(boot: Callable[..., Guest], ganesha: Ganesha, m
         seconds = guest.shutdown(_POWER_OFF_TIMEOUT_S)
         print(f"power-off with {_SWAPPED_MIB} MiB swapped out, {memory_mib} MiB of memory: {seconds:.1f} s")
         guest.boot()
+        guest.settle()
         _wait_for_swap(guest, "swap0")
         _check_journal(guest, -1)
-        print(
-            guest.run("journalctl -b -1 --no-pager -o short-monotonic -n 60 _PID=1 + UNIT=nbdnfs@swap0.service").stdout
-        )
+        print(guest.run("journalctl -b -1 --no-pager -o short-monotonic -n 150 _PID=1 + _COMM=nbdnfs").stdout)
         guest.shutdown(_POWER_OFF_TIMEOUT_S)
 
 
@@ -143,7 +147,7 @@ def test_kernel_command_line_alone(boot: Callable[..., Guest], ganesha: Ganesha)
     """nbdnfs.url= and nbdnfs.size= are all that a stock guest needs: no file in /etc, no enabled unit."""
     url = seen_from_guest(ganesha.url("machine.swap")).replace("machine.swap", "%m.swap")
     arguments = (f"nbdnfs.url={url}", "nbdnfs.size=256M", "nbdnfs.priority=7")
-    with boot(project=True, arguments=arguments, allow={"slow"}) as guest:
+    with boot(project=True, arguments=[*arguments, _TELL], allow={"slow"}) as guest:
         guest.settle()
         _install(guest, "cmdline", "")
         guest.reboot(_POWER_OFF_TIMEOUT_S)
