@@ -150,6 +150,7 @@ class Guest:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._last_ping = 0.0
+        self._asked_since = 0.0
 
     # Life and death
 
@@ -385,11 +386,13 @@ class Guest:
         if channel.boot_id is None:
             return
         now = time.monotonic()
+        if now - self._last_ping > self.silence_s / 2:
+            self._asked_since = now  # nobody waited for this guest; silence is no answer to pings, not no pings
         if now - self._last_ping > _PING_EVERY_S:
             self._last_ping = now
             with contextlib.suppress(OSError):
                 channel.ping()
-        if now - channel.last_heard > self.silence_s:
+        if now - max(channel.last_heard, self._asked_since) > self.silence_s:
             raise LostGuestError(f"{self.name} has been silent for {self.silence_s:g} s")
 
     def _lost(self) -> LostGuestError:
