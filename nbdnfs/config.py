@@ -52,7 +52,7 @@ class Config:
     device: str = ""
     lock: str = "required"
     realtime: bool = True
-    io_timeout_ms: int = 2000
+    io_timeout_ms: int = 1000
     max_sectors_kb: int = 128
     reclaim_check: bool = True
 
@@ -423,8 +423,8 @@ _KEYS = {
     ),
     "io_timeout": _Key(
         "io_timeout_ms",
-        _duration_ms(0.5, 300.0, "2s"),
-        '"2s"',
+        _duration_ms(0.5, 300.0, "1s"),
+        '"1s"',
         "How soon the kernel sends again what was on its way when a worker was replaced. While the server is away it"
         ' logs one line for each request in each such time: "500ms" to "300s".',
     ),

@@ -149,6 +149,8 @@ class Keeper:
         self._standby_failures = 0
         self._standby_due_s = 0.0
         self._suspect_s: float | None = None
+        self._complaint = ""
+        self._given_up: WorkerProcess | None = None
         self._renew = False
         self._replace = False
         self._told_ready = False
@@ -318,8 +320,7 @@ class Keeper:
         try:
             export = handshake.negotiate(worker.socket, timeout_s=HANDSHAKE_TIMEOUT_S)
         except NbdnfsError as error:
-            self._say(f"worker {worker.pid}: {error.message}")
-            worker.kill()
+            self._give_up(worker, f"a worker's handshake: {error.message}")
             return
         if self.device is None:
             self.device = self._kernel.attach(worker.socket, export)
@@ -329,23 +330,34 @@ class Keeper:
                 self._kernel.reconnect(self.device, worker.socket)
             except NbdnfsError as error:
                 self._refuse_if_detached()
-                self._say(f"{self.device.path}: {error.message}")
-                worker.kill()
+                self._give_up(worker, f"{self.device.path}: {error.message}")
                 return
         if not worker.is_kept_by_kernel():
-            self._say(f"{self.device.path} has not taken the socket of worker {worker.pid}: its old link still lives")
-            worker.kill()
+            self._give_up(worker, f"{self.device.path} has not taken a worker's socket: its old link still lives")
             return
         self._linked_s = time.monotonic()
         self._suspect_s = None
+        self._complaint = ""
         away = f", {(self._linked_s - self._lost_s) * 1000:.0f} ms after the last" if self._lost_s is not None else ""
         self._say(f"{self.device.path}: worker {worker.pid} serves{away}")
         self._record_worker(worker)  # a file needs memory: now there is some
 
+    def _give_up(self, worker: WorkerProcess, reason: str) -> None:
+        """Kill a worker that cannot serve, and say why."""
+        self._complain(reason, reason)
+        self._given_up = worker
+        worker.kill()
+
+    def _complain(self, kind: str, text: str) -> None:
+        """Say what is wrong once, however often it is tried: until it is something else, or the link is there."""
+        if kind != self._complaint:
+            self._complaint = kind
+            self._say(text)
+
     def _worker_ended(self, worker: WorkerProcess, now: float) -> None:
         status = worker.status
-        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-        self._say(f"worker {worker.pid} has ended ({how})")
+        if worker is not self._given_up:
+            self._complain(f"ended{worker.how_it_ended}", f"worker {worker.pid} has ended{worker.how_it_ended}")
         if self.device is None and status > 0 and status not in _TEMPORARY:
             raise _failed("worker", status)
         if self._linked_s is not None and now - self._linked_s >= _LASTED_S:
@@ -389,7 +401,8 @@ class Keeper:
         if self.standby is not None:
             self.standby.look()
             if self.standby.has_ended():
-                self._say(f"standby {self.standby.pid} has ended (status {self.standby.status})")
+                if self._standby_failures == 0:
+                    self._say(f"standby {self.standby.pid} has ended (status {self.standby.status})")
                 self.standby = None
                 self._standby_due_s = now + _pause_s(self._standby_failures)
                 self._standby_failures += 1
@@ -405,7 +418,7 @@ class Keeper:
         try:
             return self._work.start_worker(self._region)
         except OSError as error:
-            self._say(f"cannot start a worker: {error.strerror}")
+            self._complain("start", f"cannot start a worker: {error.strerror}")
             return None
 
     # What an earlier keeper left

@@ -58,14 +58,16 @@ def find(backend: str, root: Path = kernel_state.ROOT) -> Attached | None:
 
 
 def load_driver(root: Path = kernel_state.ROOT) -> None:
-    """Have the kernel's nbd driver loaded. UnavailableError where that fails."""
+    """Have the kernel's nbd driver loaded. UnavailableError where that fails, with a status that says: for good."""
     if not kernel_state.nbd_module(root).loaded:
         try:
             run.run([run.find_program("modprobe", "kmod"), "nbd"], what="loading the kernel's nbd driver")
         except NbdnfsError as error:
-            raise UnavailableError(
+            missing = UnavailableError(
                 f"the kernel's nbd driver is not there: {error.message}", "use a kernel that has CONFIG_BLK_DEV_NBD"
-            ) from None
+            )
+            missing.exit_code = os.EX_OSFILE  # the unit does not try again: systemd/nbdnfs@.service
+            raise missing from None
 
 
 class Link:

@@ -162,6 +162,13 @@ class WorkerProcess:
         assert self._status is not None
         return self._status
 
+    @property
+    def how_it_ended(self) -> str:
+        """For people, in brackets; empty for an adopted one. After `has_ended`."""
+        if not self._child:
+            return ""
+        return f" (killed by signal {-self.status})" if self.status < 0 else f" (exit status {self.status})"
+
     def kill(self) -> None:
         """SIGKILL. It loses nothing: what the NAS does not have lies in the region."""
         if self._status is None:

@@ -9,31 +9,43 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from nfs_server import Ganesha
 from vmtest import host
 from vmtest.guest import Guest, GuestJob, seen_from_guest
+from vmtest.image import Image
 from vmtest.outcome import GuestFailedError
+from vmtest.payload import wheel
+from vmtest.verdict import Verdict
 
 _NAME = "swap0"
 _CGROUP = "/sys/fs/cgroup/nbdnfs-hog"
 _KILLER = "/root/killer.py"
-_DEVICE_MIB = 192
-_PASSES = ",".join(["fill", *["random", "sequential"] * 3])
+_DEVICE_MIB = 128
+_NEXT_VERSION = "99.0"
+# As many as the hog takes: a file tells it when the last kill has been.
+_PASSES = ",".join(["fill", *["random", "sequential"] * 31])
+_SEQUENTIAL = ",".join(["fill", *["sequential"] * 63])
+_ENOUGH = "/run/enough"
 
 # "Receive control failed" and "Possible stuck request" are what a kill looks like to the kernel's driver; an I/O
 # error, which is a kind of its own, would be a page lost.
-_EXPECTED = {"nbd"}
+_EXPECTED = {"nbd", "slow"}
 
 
 @contextlib.contextmanager
-def swapping(boot: Callable[..., Guest], server: Ganesha, **options: object) -> Iterator[Guest]:
+def swapping(
+    boot: Callable[..., Guest], server: Ganesha, *, device_mib: int = _DEVICE_MIB, **options: object
+) -> Iterator[Guest]:
     """A guest whose nbdnfs@swap0 is up; its memory figures are printed, and all is well at the end."""
     url = server.url("swap0.swap")
     nbdnfs = Path(sys.executable).with_name("nbdnfs")
-    host.run([nbdnfs, "create", url, "--size", f"{_DEVICE_MIB}M"], what="nbdnfs create", timeout_s=120)
+    host.run([nbdnfs, "create", url, "--size", f"{device_mib}M"], what="nbdnfs create", timeout_s=120)
+    # with a signature there the guest need not read all of it, which an emulated CPU takes minutes for
+    host.run(["/sbin/mkswap", server.export_path / "swap0.swap"], what="mkswap", timeout_s=30)
     with boot(project=True, allow=_EXPECTED, **options) as guest:
         guest.settle()
         guest.push(Path(__file__).parent / "inside/killer.py", _KILLER)
@@ -65,7 +77,7 @@ def memory_of(guest: Guest) -> str:
     ).stdout
 
 
-def start_hog(guest: Guest, size_mib: int, limit_mib: int | None, timeout_s: float) -> GuestJob:
+def start_hog(guest: Guest, size_mib: int, limit_mib: int | None, timeout_s: float, passes: str = _PASSES) -> GuestJob:
     """The stress program, in a cgroup of `limit_mib` where there is one; it ends when it is done, or killed."""
     cgroup = ""
     if limit_mib is not None:
@@ -75,26 +87,43 @@ def start_hog(guest: Guest, size_mib: int, limit_mib: int | None, timeout_s: flo
             f" mkdir -p {_CGROUP} && echo {limit_mib}M > {_CGROUP}/memory.max"
         )
         cgroup = f"--cgroup {_CGROUP}"
+    guest.run(f"rm -f {_ENOUGH}")
     return guest.start(
-        f"exec hog --size {size_mib} --passes {_PASSES} {cgroup} --report {guest.verdict_target}", timeout_s
+        f"exec hog --size {size_mib} --passes {passes} --until {_ENOUGH} {cgroup} --report {guest.verdict_target}",
+        timeout_s,
     )
 
 
+def finish(guest: Guest, hog: GuestJob, timeout_s: float) -> Verdict:
+    """Have the hog check every page once more, and no wrong one. GuestFailedError for whatever is lost."""
+    assert hog.running, "the hog was done too early: give it more passes"
+    guest.run(f"touch {_ENOUGH}")
+    verdict = guest.wait_verdict(hog, timeout_s).check()
+    hog.wait()
+    guest.check_kernel_log()
+    return verdict
+
+
 def kill_under_load(
-    guest: Guest, what: str, count: int, every_s: float, *, size_mib: int, limit_mib: int | None, timeout_s: float
+    guest: Guest,
+    what: str,
+    count: int,
+    every_s: float,
+    *,
+    size_mib: int,
+    limit_mib: int | None,
+    timeout_s: float,
+    passes: str = _PASSES,
 ) -> list[float]:
     """Kill `count` times while the hog runs; the seconds of standstill. GuestFailedError for whatever is lost."""
-    hog = start_hog(guest, size_mib, limit_mib, timeout_s)
+    hog = start_hog(guest, size_mib, limit_mib, timeout_s, passes)
     guest.wait_until(lambda: swapped_out(guest) > 1000, 120, "the first pages to go out")
     killer = guest.start(f"exec python3 {_KILLER} {_NAME} {what} {count} {every_s}", timeout_s)
     done = killer.wait()
     print(done.stdout)
     assert done.status == 0, done.stderr
-    running = hog.running
-    verdict = guest.wait_verdict(hog, timeout_s).check()
-    hog.wait()
+    verdict = finish(guest, hog, timeout_s)
     kills = [json.loads(line) for line in done.stdout.splitlines()]
-    assert running, "the hog was done before the last kill: give it more passes"
     assert len(kills) == count
     lost = [kill for kill in kills if kill["resumed_s"] is None]
     if lost:
@@ -104,7 +133,6 @@ def kill_under_load(
         f"{count} kills of {what}: swap moves again after {statistics.median(resumed_s):.2f} s (median),"
         f" {resumed_s[0]:.2f} to {resumed_s[-1]:.2f} s; {verdict.checked} pages checked, {verdict.wrong} wrong"
     )
-    guest.check_kernel_log()
     return resumed_s
 
 
@@ -113,37 +141,94 @@ def swapped_out(guest: Guest) -> int:
     return int(guest.run("awk '/^pswpout/ {print $2}' /proc/vmstat").stdout)
 
 
+def systemctl(guest: Guest, command: str, timeout_s: float = 120) -> None:
+    """Some seconds into the load, and swap is on afterwards but for a stop."""
+    time.sleep(5)
+    guest.run(f"systemctl {command} nbdnfs@{_NAME}", timeout_s)
+    if command != "stop":
+        assert "/dev/nbd" in guest.run("cat /proc/swaps").stdout
+
+
+@dataclass(frozen=True)
+class Running:
+    """The worker that serves: by its record, and whether its engine is the file that is installed now."""
+
+    pid: int
+    version: str
+    is_installed: bool
+
+
+def worker_of(guest: Guest) -> Running:
+    """Pid 0 while there is none."""
+    found = guest.run(
+        f"read -r pid started version < /run/nbdnfs/{_NAME}/worker && echo $pid $version"
+        " && grep -m1 /engine/_engine /proc/$pid/maps"
+        " && stat -c %i /usr/local/lib/python3*/dist-packages/nbdnfs/engine/_engine*.so",
+        check=False,
+    )
+    if found.status != 0:
+        return Running(0, "", False)
+    record, mapping, inode = found.stdout.splitlines()
+    pid, version = record.split()
+    return Running(int(pid), version, mapping.split()[4] == inode)
+
+
 @pytest.mark.timeout(1800)
 def test_kill_the_worker(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
     """Twenty times, every eight seconds: no wrong page, no I/O error, and under three seconds at the median."""
     with swapping(boot, ganesha) as guest:
-        resumed_s = kill_under_load(guest, "worker", 20, 8, size_mib=64, limit_mib=24, timeout_s=1200)
+        resumed_s = kill_under_load(guest, "worker", 20, 8, size_mib=40, limit_mib=16, timeout_s=1200)
         assert statistics.median(resumed_s) < 3
 
 
-@pytest.mark.timeout(1800)
-def test_kill_the_keeper_and_both_and_restart(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
-    """The keeper dies alone: nothing stands still. Both die: systemd brings one, that brings the other. A restart and a
-    reload are ordinary events."""
+@pytest.mark.timeout(2400)
+def test_kill_the_keeper(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
+    """Alone: nothing stands still. With its worker: systemd brings one, and that brings the other. Ten times each."""
     with swapping(boot, ganesha) as guest:
-        kill_under_load(guest, "keeper", 3, 8, size_mib=64, limit_mib=24, timeout_s=900)
-        kill_under_load(guest, "both", 3, 20, size_mib=64, limit_mib=24, timeout_s=900)
-        hog = start_hog(guest, 64, 24, 900)
-        for command in ("restart", "reload", "restart"):
-            time.sleep(5)
-            guest.run(f"systemctl {command} nbdnfs@{_NAME}", 120)
-            assert "/dev/nbd" in guest.run("cat /proc/swaps").stdout
-        guest.wait_verdict(hog, 900).check()
-        hog.wait()
-        guest.run(f"systemctl stop nbdnfs@{_NAME}", 300)
+        kill_under_load(guest, "keeper", 10, 5, size_mib=40, limit_mib=16, timeout_s=900)
+        kill_under_load(guest, "both", 10, 8, size_mib=40, limit_mib=16, timeout_s=1200)
+
+
+@pytest.mark.timeout(2400)
+def test_restart_and_upgrade(boot: Callable[..., Guest], ganesha: Ganesha, image: Image) -> None:
+    """Under load: restarts and a reload, then another version installed over the running one, and a restart. The worker
+    is of that version then, and a reload brings another one. A stop takes all down, a start brings all back."""
+    new = wheel(image, _NEXT_VERSION)
+    with swapping(boot, ganesha) as guest:
+        hog = start_hog(guest, 40, 16, 1800)
+        guest.wait_until(lambda: swapped_out(guest) > 1000, 120, "the first pages to go out")
+        first = worker_of(guest)
+        systemctl(guest, "restart")
+        assert worker_of(guest).pid == first.pid, "a restart is none of the worker's business"
+        systemctl(guest, "reload")
+        guest.wait_until(lambda: worker_of(guest).pid not in (0, first.pid), 120, "another worker")
+        systemctl(guest, "restart")
+        guest.push(new, f"/root/{new.name}")
+        guest.run(f"pip install --quiet --no-index --no-deps --break-system-packages /root/{new.name}", 300)
+        assert guest.run("nbdnfs --version").stdout == f"nbdnfs {_NEXT_VERSION}\n"
+        old = worker_of(guest)
+        assert not old.is_installed
+        systemctl(guest, "restart")
+        guest.wait_until(lambda: worker_of(guest).is_installed, 120, "a worker of the new version")
+        upgraded = worker_of(guest)
+        assert (old.version, upgraded.version) == (first.version, _NEXT_VERSION)
+        systemctl(guest, "reload")
+        guest.wait_until(lambda: worker_of(guest).pid not in (0, upgraded.pid), 120, "another worker")
+        moved = swapped_out(guest)
+        guest.wait_until(lambda: swapped_out(guest) > moved + 1000, 120, "pages that go out to the new version")
+        verdict = finish(guest, hog, 900)
+        print(f"{verdict.checked} pages checked, {verdict.wrong} wrong")
+        systemctl(guest, "stop", 300)
         assert "/dev/nbd" not in guest.run("cat /proc/swaps").stdout
         assert guest.run(f"nbdnfs status {_NAME}", check=False).stdout.startswith(f"{_NAME}: it is not up")
-        guest.run(f"systemctl start nbdnfs@{_NAME}", 240)
+        systemctl(guest, "start", 240)
 
 
 @pytest.mark.timeout(1800)
 def test_kill_the_worker_under_global_pressure(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
     """256 MiB, and a program of more than all of it, without a cgroup: recovery needs no memory that only swap-out
     could free. Five kills."""
-    with swapping(boot, ganesha, memory_mib=256) as guest:
-        kill_under_load(guest, "worker", 5, 10, size_mib=224, limit_mib=None, timeout_s=1500)
+    with swapping(boot, ganesha, device_mib=288, memory_mib=256) as guest:
+        kill_under_load(
+            guest, "worker", 5, 10, size_mib=224, limit_mib=None, timeout_s=1500, passes=_SEQUENTIAL
+        )  # a random pass over that many pages takes an emulated CPU half an hour

@@ -198,8 +198,9 @@ def test_fifty_kills_with_a_dirty_region(setup: Setup, monkeypatch: pytest.Monke
     print(f"resumed after {resumed_s[25] * 1000:.0f} ms (median), {resumed_s[-1] * 1000:.0f} ms (longest)")
 
 
-def test_a_keeper_takes_over_from_a_killed_one(setup: Setup) -> None:
-    """The next keeper adopts the worker that lives; the device and its link stay as they are."""
+def test_a_keeper_takes_over_from_a_killed_one(setup: Setup, capfd: pytest.CaptureFixture[str]) -> None:
+    """The next keeper adopts the worker that lives; the device and its link stay as they are. How an adopted worker
+    has ended nobody knows."""
     pids = []
 
     def first(keeper: Keeper) -> None:
@@ -221,6 +222,7 @@ def test_a_keeper_takes_over_from_a_killed_one(setup: Setup) -> None:
     setup.run(first)
     setup.run(second)
     assert (setup.kernel.attaches, setup.kernel.reconnects, setup.kernel.disconnects) == (1, 1, 0)
+    assert f"worker {pids[0]} has ended\n" in capfd.readouterr().err
 
 
 def test_both_at_once(setup: Setup) -> None:

@@ -16,7 +16,7 @@ from fake_kernel import FakeKernel
 
 from nbdnfs import keeper as keeper_module
 from nbdnfs import run_dir
-from nbdnfs.errors import BusyError, NbdnfsError, UnavailableError
+from nbdnfs.errors import BusyError, NbdnfsError, PermissionDeniedError, UnavailableError
 from nbdnfs.keeper import Helper, Keeper
 from nbdnfs.link import Attached
 from nbdnfs.notify import Notifier
@@ -238,6 +238,25 @@ def test_the_kernel_does_not_take_the_socket(setup: Setup) -> None:
         serving.close()
 
     setup.run(scenario)
+
+
+def test_what_is_tried_again_is_said_once(setup: Setup, capfd: pytest.CaptureFixture[str]) -> None:
+    """RECONFIGURE is forbidden again and again: one line, not one for each try; a second line when it is back."""
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        capfd.readouterr()
+        setup.kernel.refuses = [PermissionDeniedError("cannot: Operation not permitted") for _ in range(4)]
+        os.kill(setup.work.started[0].pid, signal.SIGKILL)
+        setup.kernel.wait_for_link(2)
+        watches(keeper)
+        assert setup.kernel.refuses == []
+
+    setup.run(scenario)
+    killed, forbidden, back, *_ = capfd.readouterr().err.splitlines()
+    assert killed.endswith("has ended (killed by signal 9)")
+    assert forbidden == "nbdnfs: t: /dev/nbd7: cannot: Operation not permitted"
+    assert " serves, " in back
 
 
 def test_detached_by_somebody_else(setup: Setup) -> None:

@@ -171,6 +171,11 @@ def test_reserve_is_raised_and_never_lowered(tmp_path: Path, now_kib: str, then_
     assert file.read_text() == f"{then_kib}\n"
 
 
+def test_reserve_reads_what_comes_in_one_piece() -> None:
+    """A number in /proc/sys is at its end for a second read, as a shell's own makes. This one is large enough."""
+    subprocess.run(["/bin/sh", SYSTEMD / "reserve", "/proc/sys/kernel/pid_max"], check=True, timeout=10)
+
+
 # the generator
 
 

@@ -8,6 +8,7 @@
 //
 // Progress and the verdict are JSON, one object a line, on stdout and to the file given with --report. The
 // last line is {"event": "verdict", ...}; a hog that was killed has none, or one with "complete": false.
+// With --until FILE it does one more pass when FILE has appeared, and no further one.
 // Exit status: 0 all pages right, 1 wrong pages, 2 it could not start, 3 one of its processes was killed.
 #include <errno.h>
 #include <fcntl.h>
@@ -46,6 +47,7 @@ static uint64_t seed = 1;
 static unsigned rewrite_percent = 25;
 static long spoiled_page = -1; // process 0 gets it wrong on purpose, to see the check at work
 static int report_fd = -1;
+static const char *until_path;
 
 // One for each process, which alone writes it; the parent reads.
 static struct counters {
@@ -262,7 +264,7 @@ static void parse_options(int argc, char **argv)
         {"passes", required_argument, NULL, 'o'},  {"seed", required_argument, NULL, 'e'},
         {"rewrite", required_argument, NULL, 'w'}, {"report", required_argument, NULL, 'r'},
         {"cgroup", required_argument, NULL, 'c'},  {"spoil", required_argument, NULL, 'x'},
-        {0},
+        {"until", required_argument, NULL, 'u'},   {0},
     };
     for (int option; (option = getopt_long(argc, argv, "", known, NULL)) != -1;) {
         switch (option) {
@@ -273,6 +275,7 @@ static void parse_options(int argc, char **argv)
         case 'w': rewrite_percent = (unsigned)atoi(optarg); break;
         case 'c': join_cgroup(optarg); break;
         case 'x': spoiled_page = atol(optarg); break;
+        case 'u': until_path = optarg; break;
         case 'r':
             if ((report_fd = open(optarg, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600)) < 0)
                 die(optarg);
@@ -282,7 +285,8 @@ static void parse_options(int argc, char **argv)
     }
     if (optind < argc || processes < 1 || processes > MAX_PROCESSES || size_mib < 1 || pass_count < 1) {
         fprintf(stderr, "usage: hog [--size MIB] [--processes N] [--passes fill,sequential,random,...] [--seed N]\n"
-                        "           [--rewrite PERCENT] [--cgroup FOLDER] [--report FILE] [--spoil PAGE]\n");
+                        "           [--rewrite PERCENT] [--cgroup FOLDER] [--report FILE] [--spoil PAGE]\n"
+                        "           [--until FILE]\n");
         exit(2);
     }
 }
@@ -321,7 +325,9 @@ int main(int argc, char **argv)
     char verdict[MAX_PASSES * 64 + 256];
     char times[MAX_PASSES * 64] = "";
     double started_s = now_s();
-    for (int pass = 0; pass < pass_count; pass++) {
+    bool is_last = false;
+    for (int pass = 0; pass < pass_count && !is_last; pass++) {
+        is_last = pass > 0 && until_path && access(until_path, F_OK) == 0;
         double pass_started_s = now_s(), finished_s = 0;
         for (int i = 0; i < processes; i++) {
             atomic_store(&counters[i].done, 0);

@@ -57,6 +57,8 @@ class GuestJob:
         self._number = number
         self._state = state
         self.command = command
+        self.verdicts_before = guest.verdict_path.read_text(errors="replace")
+        """What the verdict port had said when it was started: of the programs before it."""
 
     @property
     def running(self) -> bool:
@@ -148,6 +150,7 @@ class Guest:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._last_ping = 0.0
+        self._asked_since = 0.0
 
     # Life and death
 
@@ -305,7 +308,7 @@ class Guest:
         def over() -> bool:
             nonlocal shown, found
             ended = not job.running
-            progress, found = verdict.parse(self.verdict_path.read_text(errors="replace"))
+            progress, found = verdict.parse(self._said_since(job))
             if progress != shown and progress is not None and on_progress is not None:
                 on_progress(progress)
             shown = progress
@@ -325,6 +328,10 @@ class Guest:
         """The command channel of the last boot."""
         assert self._channel is not None, "it does not run"
         return self._channel
+
+    def _said_since(self, job: Job) -> str:
+        said = self.verdict_path.read_text(errors="replace")
+        return said.removeprefix(job.verdicts_before) if isinstance(job, GuestJob) else said
 
     def start(self, command: str, timeout_s: float = 3600) -> GuestJob:
         """Start a shell command. The agent kills it, and its process group, after `timeout_s`."""
@@ -379,11 +386,13 @@ class Guest:
         if channel.boot_id is None:
             return
         now = time.monotonic()
+        if now - self._last_ping > self.silence_s / 2:
+            self._asked_since = now  # nobody waited for this guest; silence is no answer to pings, not no pings
         if now - self._last_ping > _PING_EVERY_S:
             self._last_ping = now
             with contextlib.suppress(OSError):
                 channel.ping()
-        if now - channel.last_heard > self.silence_s:
+        if now - max(channel.last_heard, self._asked_since) > self.silence_s:
             raise LostGuestError(f"{self.name} has been silent for {self.silence_s:g} s")
 
     def _lost(self) -> LostGuestError:

@@ -19,6 +19,9 @@ _TREE = Path(__file__).parents[2]
 _SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "nbdnfs", "plugin", "systemd")
 _NOT_SOURCES = frozenset({".so", ".pyc", ".o"})
 
+# The network is not to be asked for anything.
+_PIP_OPTIONS = ("--no-index", "--no-deps", "--no-build-isolation", "--quiet")
+
 
 def payload(image: Image, *, project: bool) -> Path:
     """The payload disk for `image`, with the project as it is in the tree now or with the tools alone."""
@@ -31,6 +34,28 @@ def payload(image: Image, *, project: bool) -> Path:
     )
     name = f"payload-{image.suite}" if project else f"tools-{image.suite}"
     return cache.cached(name, key, lambda folder: _build(image, project, folder)) / "payload.raw"
+
+
+def wheel(image: Image, version: str) -> Path:
+    """The project as it is in the tree now under another version, as a wheel for `image`: what an upgrade installs."""
+    sources = _source_files()
+    parts = (part for path in sources for part in (str(path.relative_to(_TREE)), path.read_bytes()))
+    key = cache.digest(image.key, Path(__file__).read_bytes(), version, *parts)
+
+    def build(folder: Path) -> None:
+        with workspace(image) as work:
+            _copy_sources(work)
+            (work.path / "source/nbdnfs/__init__.py").write_text(f'__version__ = "{version}"\n')
+            work.run(
+                ["python3", "-m", "pip", "wheel", *_PIP_OPTIONS, "--wheel-dir", ".", "./source"],
+                what=f"building nbdnfs {version} for Debian {image.suite}",
+                timeout_s=600,
+            )
+            (built,) = work.path.glob("*.whl")
+            shutil.copy(built, folder)
+
+    (found,) = cache.cached(f"wheel-{image.suite}", key, build).glob("*.whl")
+    return found
 
 
 def _source_files() -> list[Path]:
@@ -67,16 +92,19 @@ def _install_tools(work: Workspace, tree: Path) -> None:
     (unit.parent / "sysinit.target.wants" / unit.name).symlink_to(f"/etc/systemd/system/{unit.name}")
 
 
-def _install_project(work: Workspace, tree: Path) -> None:
-    """Build and install as a user of the suite would, without the network: Debian's Python, pip and libnfs."""
+def _copy_sources(work: Workspace) -> None:
     for source in _source_files():
         target = work.path / "source" / source.relative_to(_TREE)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target)
-    flags = ["--no-index", "--no-deps", "--no-build-isolation", "--quiet"]
+
+
+def _install_project(work: Workspace, tree: Path) -> None:
+    """Build and install as a user of the suite would, without the network: Debian's Python, pip and libnfs."""
+    _copy_sources(work)
     # Without --prefix: Debian's pip then installs to /usr/local.
     work.run(
-        ["python3", "-m", "pip", "install", *flags, "--root", f"{work.inside}/payload", "./source"],
+        ["python3", "-m", "pip", "install", *_PIP_OPTIONS, "--root", f"{work.inside}/payload", "./source"],
         what=f"building nbdnfs for Debian {work.image.suite}",
         timeout_s=600,
     )

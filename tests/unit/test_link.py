@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The keeper's view of the kernel, where no kernel is needed; the rest is in vm-tests."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from nbdnfs import link, run
+from nbdnfs.errors import NbdnfsError, UnavailableError
+
+UNIT = Path(__file__).resolve().parents[2] / "systemd/nbdnfs@.service"
+
+
+def test_no_driver_is_no_case_for_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """modprobe's own words, and an exit status after which the unit stays down."""
+
+    def refused(*_: object, **__: object) -> str:
+        raise NbdnfsError("loading the kernel's nbd driver: Module nbd not found")
+
+    monkeypatch.setattr(run, "run", refused)
+    monkeypatch.setattr(run, "find_program", lambda *_: "/sbin/modprobe")
+    with pytest.raises(UnavailableError, match=r"driver is not there: .* Module nbd not found") as caught:
+        link.load_driver(tmp_path)
+    assert caught.value.exit_code == os.EX_OSFILE
+    final = re.search(r"^RestartPreventExitStatus=(.*)$", UNIT.read_text(), re.MULTILINE)
+    assert final is not None
+    assert str(os.EX_OSFILE) in final[1].split()
