@@ -34,6 +34,8 @@ class Engine:
         stable_writes: bool = False,
         read_ahead_pages: int = 64,
         connect_timeout_s: int = 15,
+        soft_limit_ms: int = 0,
+        gone_limit_ms: int = 300_000,
     ) -> None: ...
     @property
     def size_bytes(self) -> int: ...

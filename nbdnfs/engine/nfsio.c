@@ -39,9 +39,16 @@
 #define TRANSFER_LIMIT_BYTES (1024 * 1024)
 #define TRANSFER_UNKNOWN_BYTES (128 * 1024)
 #define BACKOFF_FIRST_MS 50
-#define BACKOFF_LIMIT_MS 5000
+/* Longer, and the first request after the server's return would wait for it. With jitter half as much again. */
+#define BACKOFF_LIMIT_MS 1000
 #define RETRY_LATER_MS 200
 #define CLOSE_LIMIT_MS 1000
+/* How often those who wait without a connection are looked at. */
+#define AWAY_TICK_MS 250
+/* A connection that is asked for and not answered so soon is asked for again: the kernel's own pauses double. */
+#define SYN_LIMIT_MS 2500
+/* A server that does not get through mounting and opening in time is given more of it, up to this. */
+#define PATIENCE_LIMIT_MS (10 * 60 * 1000)
 /* So long after a waiter has received the I/O thread takes over again. */
 #define QUIET_MS 100
 
@@ -163,6 +170,10 @@ struct nfsio {
 	int version;
 	bool opened_once;       /* the I/O thread's own: `opened` is valid */
 	int backoff_ms;         /* the I/O thread's own: the pause before the next attempt to connect, 0: none */
+	int64_t patience_ms;    /* the I/O thread's own: for how long an attempt may go on */
+	char handle[128];       /* the I/O thread's own: the file's, as it was first opened (NFS4_FHSIZE) */
+	int handle_bytes;       /* the I/O thread's own */
+	int64_t gone_since_ms;  /* the I/O thread's own: when the file was first found gone, 0: it is there */
 	int64_t connected_at_ms; /* the I/O thread's own */
 	int wake_fd;            /* an eventfd: written to wake the I/O thread out of poll() */
 	pthread_t thread;
@@ -171,6 +182,7 @@ struct nfsio {
 	struct step step;       /* the I/O thread's own: the call that connecting is waiting for */
 
 	atomic_bool stop;       /* set once, by nfsio_close() */
+	_Atomic uint64_t cut_bytes; /* nfsio_cut_bytes() */
 
 	pthread_mutex_t lock;   /* guards everything below */
 	pthread_cond_t io_work; /* the I/O thread has something to do, and is not in poll() */
@@ -186,6 +198,9 @@ struct nfsio {
 	struct nfs_context *nfs; /* NULL while there is no connection */
 	struct nfsfh *fh;
 	nfs_fh3 fh3;            /* points into fh */
+	struct nfsio_state state;
+	void (*changed)(void *owner); /* of nfsio_watch(), NULL: nobody does */
+	void *changed_owner;
 	bool broken;            /* the context met a transport error: the I/O thread throws it away */
 	bool useful;            /* it has brought an answer to a transfer */
 	bool discarding;        /* a context is being destroyed: its callbacks mean nothing */
@@ -298,6 +313,38 @@ static void finish_all(struct req_list *list, int error)
 		finish(list, list->head, error);
 }
 
+/* Is it time to give up? Never for write-backs: somebody has been told that they are done. */
+static bool is_hopeless(const struct nfsio *io, const struct nfsio_req *req, int64_t now)
+{
+	if (req->op != NFSIO_READ && req->batch == NULL)
+		return false;
+	return io->state.lost ||
+	       (io->options.soft_limit_ms > 0 && now - req->queued_at_ms >= io->options.soft_limit_ms);
+}
+
+/* Of what waits to be issued. */
+static void fail_hopeless(struct nfsio *io)
+{
+	struct req_list *lists[] = { &io->pending, &io->later };
+	int64_t now = now_ms();
+
+	for (size_t i = 0; i < 2; i++)
+		for (struct nfsio_req *req = lists[i]->head, *next; req != NULL; req = next) {
+			next = req->next;
+			if (is_hopeless(io, req, now))
+				finish(lists[i], req, -EIO);
+		}
+}
+
+/* A request under way is not to be waited for: libnfs takes none back, so all of them go on over another context. */
+static void give_up_on_slow(struct nfsio *io)
+{
+	int64_t now = now_ms();
+
+	for (struct nfsio_req *req = io->inflight.head; req != NULL && !io->broken; req = req->next)
+		io->broken = is_hopeless(io, req, now);
+}
+
 static void try_later(struct nfsio *io, struct req_list *list, struct nfsio_req *req)
 {
 	list_remove(list, req);
@@ -326,11 +373,38 @@ static void moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool 
 
 static void refused3(struct nfsio *io, struct nfsio_req *req, int status)
 {
+	if (status == NFS3ERR_STALE || status == NFS3ERR_BADHANDLE) {
+		io->broken = true; /* a new context looks the file up again */
+		return;
+	}
 	io->useful = true;
 	if (status == NFS3ERR_JUKEBOX)
 		try_later(io, &io->inflight, req);
+	else if (status == NFS3ERR_DQUOT)
+		finish(&io->inflight, req, -EDQUOT); /* -ERANGE to libnfs (nfsstat3_to_errno) */
 	else
 		finish(&io->inflight, req, nfsstat3_to_errno(status) < 0 ? nfsstat3_to_errno(status) : -EIO);
+}
+
+/* The server says how large the file is. */
+static void note_size(struct nfsio *io, uint64_t bytes)
+{
+	if (io->opened_once && bytes < io->opened.size_bytes && bytes < atomic_load(&io->cut_bytes))
+		atomic_store(&io->cut_bytes, bytes);
+}
+
+static void note_attributes3(struct nfsio *io, const post_op_attr *attributes)
+{
+	if (attributes->attributes_follow)
+		note_size(io, attributes->post_op_attr_u.attributes.size);
+}
+
+/* Before and after a write, which may have made a file long again that had been cut. */
+static void note_wcc3(struct nfsio *io, const wcc_data *wcc)
+{
+	if (wcc->before.attributes_follow)
+		note_size(io, wcc->before.pre_op_attr_u.attributes.size);
+	note_attributes3(io, &wcc->after);
 }
 
 /* True when this answer counts: it came from the server, over the context in use. */
@@ -359,6 +433,8 @@ static void read3_done(struct rpc_context *rpc, int status, void *data, void *ar
 	}
 	READ3resok *ok = &res->READ3res_u.resok;
 	uint32_t count = ok->count;
+
+	note_attributes3(io, &ok->file_attributes);
 
 	if (!DATA_LANDS_IN_PLACE) {
 		if (count > ok->data.data_len)
@@ -393,6 +469,7 @@ static void write3_done(struct rpc_context *rpc, int status, void *data, void *a
 	uint64_t verifier = verifier_of(ok->verf);
 	bool stable = ok->committed == FILE_SYNC;
 
+	note_wcc3(io, &ok->file_wcc);
 	if (req->op == NFSIO_WRITE && !stable) {
 		finish(&io->inflight, req, -EPROTO); /* RFC 1813, 3.3.7: a FILE_SYNC write is answered as such */
 	} else if (req->moved_bytes > 0 && !stable && verifier != req->verifier) {
@@ -428,6 +505,51 @@ static bool is_transport_error(int error)
 	return error == -EFAULT || error == -EINTR || error == -ETIMEDOUT || error == -ENOTCONN || error == -ECONNRESET;
 }
 
+/*
+ * What an NFSv4 server says of the state that it keeps for us, or does not keep any more: libnfs passes it through
+ * NFSv3's table, as -ERANGE mostly, but puts its name into the text (nfs_v4.c, check_nfs4_error).
+ */
+enum verdict4 { REFUSED4, NOT_NOW4, STATE_LOST4, OVER_QUOTA4 };
+
+static enum verdict4 verdict4(struct nfs_context *nfs)
+{
+	static const struct {
+		const char *name;
+		enum verdict4 verdict;
+	} of[] = {
+		{ "NFS4ERR_DELAY", NOT_NOW4 },		 { "NFS4ERR_GRACE", NOT_NOW4 },
+		{ "NFS4ERR_RESOURCE", NOT_NOW4 },	 { "NFS4ERR_LOCKED", NOT_NOW4 },
+		{ "NFS4ERR_DQUOT", OVER_QUOTA4 },	 { "NFS4ERR_EXPIRED", STATE_LOST4 },
+		{ "NFS4ERR_STALE", STATE_LOST4 }, /* ... _CLIENTID and _STATEID as well */
+		{ "NFS4ERR_BAD_STATEID", STATE_LOST4 },	 { "NFS4ERR_OLD_STATEID", STATE_LOST4 },
+		{ "NFS4ERR_BAD_SEQID", STATE_LOST4 },	 { "NFS4ERR_ADMIN_REVOKED", STATE_LOST4 },
+		{ "NFS4ERR_FHEXPIRED", STATE_LOST4 },	 { "NFS4ERR_BADHANDLE", STATE_LOST4 },
+		{ "NFS4ERR_NOFILEHANDLE", STATE_LOST4 }, { "NFS4ERR_OPENMODE", STATE_LOST4 },
+		{ "NFS4ERR_MOVED", STATE_LOST4 },	 { "NFS4ERR_CLID_INUSE", STATE_LOST4 },
+	};
+	const char *text = nfs_get_error(nfs);
+
+	for (size_t i = 0; text != NULL && i < sizeof(of) / sizeof(of[0]); i++)
+		if (strstr(text, of[i].name) != NULL)
+			return of[i].verdict;
+	return REFUSED4;
+}
+
+static void refused4(struct nfsio *io, struct nfsio_req *req, int error)
+{
+	enum verdict4 verdict = error == -EAGAIN ? NOT_NOW4 : verdict4(io->nfs);
+
+	if (verdict == STATE_LOST4 || error == -ESTALE) {
+		io->broken = true; /* a new context opens the file again */
+		return;
+	}
+	io->useful = true;
+	if (verdict == NOT_NOW4)
+		try_later(io, &io->inflight, req);
+	else
+		finish(&io->inflight, req, verdict == OVER_QUOTA4 ? -EDQUOT : error);
+}
+
 static void file_call_done(int error, struct nfs_context *nfs, void *data, void *arg)
 {
 	struct nfsio_req *req = arg;
@@ -435,10 +557,8 @@ static void file_call_done(int error, struct nfs_context *nfs, void *data, void 
 
 	if (!answered(io, is_transport_error(error) ? RPC_STATUS_ERROR : RPC_STATUS_SUCCESS))
 		return;
-	if (error == -EAGAIN) {
-		try_later(io, &io->inflight, req);
-	} else if (error < 0) {
-		finish(&io->inflight, req, error);
+	if (error < 0) {
+		refused4(io, req, error);
 	} else {
 		if (!DATA_LANDS_IN_PLACE && req->op == NFSIO_READ &&
 		    (uint32_t)error <= req->length_bytes - req->moved_bytes)
@@ -532,6 +652,8 @@ static void receive(struct nfsio *io)
 
 		timeout_ms = left_ms > 0 ? (int)left_ms : 0;
 	}
+	if (io->options.soft_limit_ms > 0 && (timeout_ms < 0 || timeout_ms > AWAY_TICK_MS))
+		timeout_ms = AWAY_TICK_MS;
 	if (me == THE_IO_THREAD)
 		io->io_thread_polls = true;
 	pthread_mutex_unlock(&io->lock);
@@ -547,6 +669,10 @@ static void receive(struct nfsio *io)
 		io->broken = true;
 	if (io->later.head != NULL && now_ms() >= io->later_at_ms)
 		list_prepend(&io->pending, &io->later);
+	if (io->options.soft_limit_ms > 0) {
+		fail_hopeless(io);
+		give_up_on_slow(io);
+	}
 	issue_pending(io);
 	give_back(io);
 }
@@ -554,8 +680,11 @@ static void receive(struct nfsio *io)
 /* Whoever receives polls with what he knew: tell him where that has changed. */
 static void wake_if_needed(struct nfsio *io)
 {
-	if (io->nfs == NULL)
+	if (io->nfs == NULL) {
+		if (io->finished.head != NULL)
+			kick(io);
 		return;
+	}
 	if (io->broken || io->later.head != NULL || nfs_which_events(io->nfs) & POLLOUT)
 		wake_io_thread(io);
 	else if (io->detached > 0 && io->receiver == NOBODY)
@@ -568,7 +697,8 @@ static void enqueue(struct nfsio *io, struct nfsio_req *req, struct nfsio_batch 
 	req->batch = batch;
 	req->error = 0;
 	req->moved_bytes = 0;
-	req->stable = false;
+	req->stable = req->resent = false;
+	req->queued_at_ms = now_ms();
 	list_push(&io->pending, req);
 }
 
@@ -577,6 +707,8 @@ void nfsio_submit(struct nfsio *io, struct nfsio_req *req)
 	pthread_mutex_lock(&io->lock);
 	enqueue(io, req, NULL);
 	io->detached++;
+	if (io->state.lost)
+		fail_hopeless(io);
 	issue_pending(io);
 	wake_if_needed(io);
 	pthread_mutex_unlock(&io->lock);
@@ -594,6 +726,8 @@ void nfsio_batch_start(struct nfsio *io, struct nfsio_batch *batch, struct nfsio
 	io->batches++;
 	for (size_t i = 0; i < count; i++)
 		enqueue(io, &reqs[i], batch);
+	if (io->state.lost)
+		fail_hopeless(io);
 	issue_pending(io);
 	wake_if_needed(io);
 	pthread_mutex_unlock(&io->lock);
@@ -802,31 +936,13 @@ static struct step *new_step(struct nfsio *io)
 	return &io->step;
 }
 
-/* Serve `nfs` until `step` is done. Returns step->error, -ETIMEDOUT or -ECANCELED. */
-static int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t deadline_ms)
+/* While there is no connection: whoever has waited long enough is told. Without the lock. */
+static void tend_waiting(struct nfsio *io)
 {
-	while (!step->done) {
-		struct pollfd fds[2] = {
-			{ .fd = nfs_get_fd(nfs), .events = nfs_which_events(nfs) },
-			{ .fd = io->wake_fd, .events = POLLIN },
-		};
-		int64_t left_ms = deadline_ms - now_ms();
-		uint64_t kicks;
-
-		if (atomic_load(&io->stop) && !step->insists)
-			return -ECANCELED;
-		if (left_ms <= 0)
-			return -ETIMEDOUT;
-		if (fds[0].fd < 0)
-			return -ENOTCONN;
-		if (poll(fds, 2, left_ms > 1000 ? 1000 : (int)left_ms) < 0 && errno != EINTR)
-			return -errno;
-		if (fds[1].revents != 0)
-			(void)!read(io->wake_fd, &kicks, sizeof(kicks));
-		if (fds[0].revents != 0 && nfs_service(nfs, fds[0].revents) < 0 && !step->done)
-			return -ENOTCONN;
-	}
-	return step->error;
+	pthread_mutex_lock(&io->lock);
+	fail_hopeless(io);
+	give_back(io);
+	pthread_mutex_unlock(&io->lock);
 }
 
 static void tune_socket(int fd)
@@ -840,6 +956,51 @@ static void tune_socket(int fd)
 	setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval_s, sizeof(interval_s));
 	setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof(probes));
 	setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &unacked_ms, sizeof(unacked_ms));
+}
+
+/* Has the peer not even acknowledged that we want to connect? */
+static bool is_unanswered(int fd)
+{
+	struct tcp_info info;
+	socklen_t length = sizeof(info);
+
+	return getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) == 0 && info.tcpi_state == TCP_SYN_SENT;
+}
+
+/* Serve `nfs` until `step` is done. Returns step->error, -ETIMEDOUT, -ENOTCONN or -ECANCELED. */
+static int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t deadline_ms)
+{
+	int64_t heard_at_ms = now_ms();
+
+	while (!step->done) {
+		struct pollfd fds[2] = {
+			{ .fd = nfs_get_fd(nfs), .events = nfs_which_events(nfs) },
+			{ .fd = io->wake_fd, .events = POLLIN },
+		};
+		int64_t now = now_ms(), left_ms = deadline_ms - now;
+		uint64_t kicks;
+
+		if (atomic_load(&io->stop) && !step->insists)
+			return -ECANCELED;
+		if (left_ms <= 0)
+			return -ETIMEDOUT;
+		if (fds[0].fd < 0)
+			return -ENOTCONN;
+		tune_socket(fds[0].fd); /* each time: libnfs goes from one connection to the next under one number */
+		if (!is_unanswered(fds[0].fd))
+			heard_at_ms = now;
+		else if (io->opened_once && now - heard_at_ms >= SYN_LIMIT_MS)
+			return -ENOTCONN;
+		if (poll(fds, 2, left_ms > AWAY_TICK_MS ? AWAY_TICK_MS : (int)left_ms) < 0 && errno != EINTR)
+			return -errno;
+		if (fds[1].revents != 0)
+			(void)!read(io->wake_fd, &kicks, sizeof(kicks));
+		if (fds[0].revents != 0 && nfs_service(nfs, fds[0].revents) < 0 && !step->done)
+			return -ENOTCONN;
+		if (!step->insists) /* which is called under the lock */
+			tend_waiting(io);
+	}
+	return step->error;
 }
 
 static struct nfs_context *new_context(struct nfsio *io, struct nfs_url **parsed, struct nfsio_failure *why)
@@ -870,10 +1031,11 @@ static struct nfs_context *new_context(struct nfsio *io, struct nfs_url **parsed
 	return nfs;
 }
 
-/* A connection that was refused, cut or timed out, as opposed to a server that answered no. */
-static bool is_no_answer(int error)
+/* A connection that was refused, cut or timed out, or "ask again later", as opposed to a server that answered no. */
+static bool is_no_answer(struct nfs_context *nfs, int error)
 {
-	return is_transport_error(error) || error == -EIO || error == -ECANCELED;
+	return is_transport_error(error) || error == -EIO || error == -ECANCELED || error == -EAGAIN ||
+	       verdict4(nfs) == NOT_NOW4 || verdict4(nfs) == STATE_LOST4;
 }
 
 /*
@@ -897,12 +1059,12 @@ static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, struct n
 		if (error == 0)
 			break;
 		if (first)
-			set_failure(why, is_no_answer(error) ? NFSIO_CONNECT : NFSIO_MOUNT, error, nfs_get_error(*nfs));
+			set_failure(why, is_no_answer(*nfs, error) ? NFSIO_CONNECT : NFSIO_MOUNT, error, nfs_get_error(*nfs));
 		first = false;
 
 		char *slash = strrchr(path, '/');
 
-		if (is_no_answer(error) || chosen || slash == NULL || slash == path)
+		if (is_no_answer(*nfs, error) || chosen || slash == NULL || slash == path)
 			return false;
 		*slash = '\0';
 		/* a context that failed to mount is not to be used again */
@@ -981,6 +1143,7 @@ struct connection {
 	struct nfsfh *fh;
 	nfs_fh3 fh3;
 	struct nfsio_stat st;
+	int64_t deadline_ms;    /* of the attempt that made it */
 };
 
 /* libnfs keeps no list of open files: what nfs_open() made is freed by nfs_close() only. */
@@ -998,14 +1161,14 @@ static void destroy_context(struct nfs_context *nfs, struct nfsfh *fh)
 /* Mount and open with a context of its own. Returns false and *why. Called without the lock. */
 static bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why)
 {
-	int64_t deadline_ms = now_ms() + (int64_t)io->options.connect_timeout_s * 1000;
+	int64_t deadline_ms = now_ms() + io->patience_ms;
 	struct nfs_url *url = NULL;
 	struct nfs_context *nfs = new_context(io, &url, why);
 	struct step *step;
 	char path[4096];
 	int error;
 
-	*made = (struct connection){ 0 };
+	*made = (struct connection){ .deadline_ms = deadline_ms };
 	if (nfs == NULL)
 		return false;
 	if (!mount_directory(io, &nfs, &url, deadline_ms, why))
@@ -1024,11 +1187,10 @@ static bool connect_once(struct nfsio *io, struct connection *made, struct nfsio
 	if (error == 0 && io->version == 3)
 		error = check_raw_handle(io, nfs, made->fh, &made->fh3, made->st.fileid, deadline_ms);
 	if (error != 0) {
-		set_failure(why, is_no_answer(error) ? NFSIO_CONNECT : NFSIO_OPEN, error, nfs_get_error(nfs));
+		set_failure(why, is_no_answer(nfs, error) ? NFSIO_CONNECT : NFSIO_OPEN, error, nfs_get_error(nfs));
 		goto fail;
 	}
 	made->nfs = nfs;
-	tune_socket(nfs_get_fd(nfs));
 	nfs_destroy_url(url);
 	return true;
 fail:
@@ -1041,11 +1203,27 @@ fail:
 
 /* ------------------------------------------------------------------ the I/O thread --------------------- */
 
+/*
+ * What a broken connection has not sent yet shall not arrive after its own repetition: closing resets it, instead of
+ * leaving it to the kernel to bring the rest there some time.
+ */
+static void drop_unsent(int fd)
+{
+	struct linger now = { .l_onoff = 1, .l_linger = 0 };
+
+	if (fd >= 0)
+		setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now));
+}
+
 /* Throw the context away; what was in flight waits for the next one. Lock held. */
 static void discard(struct nfsio *io)
 {
 	if (io->nfs == NULL)
 		return;
+	if (io->broken)
+		drop_unsent(nfs_get_fd(io->nfs));
+	for (struct nfsio_req *req = io->inflight.head; req != NULL; req = req->next)
+		req->resent = req->op == NFSIO_WRITE || req->op == NFSIO_WRITE_UNSTABLE;
 	io->discarding = true;
 	destroy_context(io->nfs, io->fh);
 	io->discarding = false;
@@ -1065,10 +1243,49 @@ static void publish(struct nfsio *io, const struct connection *made)
 	io->fh3 = made->fh3;
 	io->connected_at_ms = now_ms();
 	io->useful = false;
+	io->state.link = NFSIO_UP;
+	io->state.lost = false;
+	io->state.connects++;
+	io->gone_since_ms = 0;
 	issue_pending(io);
 }
 
-/* Sleep without the lock; a wake-up ends it early only when the thread is to stop. */
+/* Tell the watcher. Lock held, dropped meanwhile. */
+static void tell(struct nfsio *io)
+{
+	void (*changed)(void *owner) = io->changed;
+	void *owner = io->changed_owner;
+
+	pthread_mutex_unlock(&io->lock);
+	if (changed != NULL)
+		changed(owner);
+	pthread_mutex_lock(&io->lock);
+}
+
+/* There is no connection, and this is why. Called without the lock. */
+static void note_down(struct nfsio *io, enum nfsio_link link)
+{
+	int64_t now = now_ms();
+	bool lost = false;
+
+	if (link != NFSIO_AWAY) {
+		if (io->gone_since_ms == 0)
+			io->gone_since_ms = now;
+		lost = io->options.gone_limit_ms > 0 && now - io->gone_since_ms >= io->options.gone_limit_ms;
+	}
+	pthread_mutex_lock(&io->lock);
+	if (io->state.link != link || io->state.lost != lost) {
+		if (lost && !io->state.lost)
+			log_line("server %s: the file has been gone for %.0f s: from now on waiting for it is an error",
+				 io->address, (double)(now - io->gone_since_ms) / 1000);
+		io->state.link = link;
+		io->state.lost = lost;
+		tell(io);
+	}
+	pthread_mutex_unlock(&io->lock);
+}
+
+/* Sleep without the lock; only the end ends it early. */
 static void back_off(struct nfsio *io, int ms)
 {
 	int64_t until_ms = now_ms() + ms;
@@ -1080,15 +1297,72 @@ static void back_off(struct nfsio *io, int ms)
 
 		if (left_ms <= 0)
 			return;
-		if (poll(&fd, 1, (int)left_ms) > 0)
+		if (poll(&fd, 1, left_ms > AWAY_TICK_MS ? AWAY_TICK_MS : (int)left_ms) > 0)
 			(void)!read(io->wake_fd, &kicks, sizeof(kicks));
+		tend_waiting(io);
 	}
 }
 
-/* Is this still the file that was opened first? A stranger under its name must not be swapped into. */
-static bool is_same_file(const struct nfsio *io, const struct nfsio_stat *st)
+static void remember_handle(struct nfsio *io, const struct connection *made)
 {
-	return st->fileid == io->opened.fileid && st->size_bytes >= io->opened.size_bytes;
+	const struct nfs_fh_bytes *bytes = (const struct nfs_fh_bytes *)nfs_get_fh(made->fh);
+
+	if (bytes == NULL || bytes->len <= 0 || bytes->len > (int)sizeof(io->handle))
+		return; /* compared with none, every handle is another */
+	io->handle_bytes = bytes->len;
+	memcpy(io->handle, bytes->val, (size_t)bytes->len);
+}
+
+static bool has_same_handle(const struct nfsio *io, const struct connection *made)
+{
+	const struct nfs_fh_bytes *bytes = (const struct nfs_fh_bytes *)nfs_get_fh(made->fh);
+
+	return bytes != NULL && bytes->len > 0 && bytes->len == io->handle_bytes &&
+	       memcmp(bytes->val, io->handle, (size_t)bytes->len) == 0;
+}
+
+/*
+ * Is this still the file that was opened first? A stranger under its name must not be swapped into. The server may
+ * name the same file by another handle (its device has another number after a boot), and file systems give a new
+ * file the number of one that was removed; so with another handle it must not be shorter either.
+ */
+static bool is_same_file(const struct nfsio *io, const struct connection *made)
+{
+	if (made->st.fileid != io->opened.fileid)
+		return false;
+	return has_same_handle(io, made) || made->st.size_bytes >= io->opened.size_bytes;
+}
+
+/* An attempt to connect has failed: is it the server that is not there, or the file? */
+static enum nfsio_link link_of(const struct nfsio_failure *why)
+{
+	if (why->phase != NFSIO_OPEN)
+		return NFSIO_AWAY;
+	switch (why->error) {
+	case -ENOENT:
+	case -ESTALE:
+	case -ENOTDIR:
+		return NFSIO_REMOVED;
+	case -EISDIR:
+	case -EINVAL:
+		return NFSIO_REPLACED;
+	default:
+		return NFSIO_AWAY;
+	}
+}
+
+static void log_down(const struct nfsio *io, enum nfsio_link link, const struct nfsio_failure *why)
+{
+	static const char *const gone[] = {
+		[NFSIO_REMOVED] = "the file has been removed",
+		[NFSIO_REPLACED] = "the file has been replaced by another",
+	};
+
+	if (link == NFSIO_AWAY)
+		log_line("server %s: no connection (%s), waiting for it", io->address,
+			 why->message[0] != '\0' ? why->message : strerror(-why->error));
+	else
+		log_line("server %s: %s; nothing is written, and the old file is waited for", io->address, gone[link]);
 }
 
 /* Connect again for as long as it takes. Called with the lock held, which it drops meanwhile. */
@@ -1097,14 +1371,16 @@ static void reconnect(struct nfsio *io)
 	int64_t since_ms = now_ms();
 	unsigned seed = (unsigned)since_ms ^ (unsigned)getpid();
 	struct nfsio_failure why = { 0 };
-	bool told = false;
+	bool told[NFSIO_REPLACED + 1] = { false };
 
 	/* a connection that broke at once, and was good for nothing before, is a failed attempt like others */
 	if (io->useful || since_ms - io->connected_at_ms > BACKOFF_LIMIT_MS)
 		io->backoff_ms = 0;
 	pthread_mutex_unlock(&io->lock);
+	note_down(io, NFSIO_AWAY);
 	while (!atomic_load(&io->stop)) {
 		struct connection made;
+		enum nfsio_link link;
 
 		/* jitter: clients that lost the same server should not all come back in the same moment */
 		if (io->backoff_ms > 0)
@@ -1113,20 +1389,28 @@ static void reconnect(struct nfsio *io)
 		if (io->backoff_ms > BACKOFF_LIMIT_MS)
 			io->backoff_ms = BACKOFF_LIMIT_MS;
 		if (connect_once(io, &made, &why)) {
-			if (is_same_file(io, &made.st)) {
+			if (is_same_file(io, &made)) {
 				log_line("server %s: connected again after %.1f s", io->address,
 					 (double)(now_ms() - since_ms) / 1000);
 				pthread_mutex_lock(&io->lock);
+				note_size(io, made.st.size_bytes);
 				publish(io, &made);
+				tell(io);
 				return;
 			}
 			destroy_context(made.nfs, made.fh);
-			set_failure(&why, NFSIO_OPEN, -ESTALE, "the file has been replaced by another");
+			link = NFSIO_REPLACED;
+		} else {
+			link = link_of(&why);
+			if (why.error == -ETIMEDOUT && io->patience_ms < PATIENCE_LIMIT_MS)
+				io->patience_ms *= 2;
 		}
-		if (!told && !atomic_load(&io->stop))
-			log_line("server %s: no connection (%s), waiting for it", io->address,
-				 why.message[0] != '\0' ? why.message : strerror(-why.error));
-		told = true;
+		if (atomic_load(&io->stop))
+			break;
+		if (!told[link])
+			log_down(io, link, &why);
+		told[link] = true;
+		note_down(io, link);
 	}
 	pthread_mutex_lock(&io->lock);
 }
@@ -1175,9 +1459,10 @@ static void *io_thread(void *arg)
 	connected = connect_once(io, &made, &why);
 	pthread_mutex_lock(&io->lock);
 	if (connected) {
-		publish(io, &made);
 		io->opened = made.st;
 		io->opened_once = true;
+		remember_handle(io, &made);
+		publish(io, &made);
 		io->max_transfer_bytes = smaller_limit(TRANSFER_LIMIT_BYTES, nfs_get_readmax(io->nfs));
 		io->max_transfer_bytes = smaller_limit(io->max_transfer_bytes, nfs_get_writemax(io->nfs));
 	} else {
@@ -1275,6 +1560,9 @@ int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct n
 	io->url = strdup(options->url);
 	io->address = strdup(options->address);
 	io->version = url_version(options->url);
+	io->patience_ms = (int64_t)options->connect_timeout_s * 1000;
+	io->state.link = NFSIO_AWAY;
+	atomic_init(&io->cut_bytes, UINT64_MAX);
 	io->first_failure = why;
 	io->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	pthread_mutex_init(&io->lock, NULL);
@@ -1330,4 +1618,25 @@ bool nfsio_has_commit(const struct nfsio *io)
 uint32_t nfsio_max_transfer_bytes(const struct nfsio *io)
 {
 	return io->max_transfer_bytes;
+}
+
+void nfsio_state(struct nfsio *io, struct nfsio_state *state)
+{
+	pthread_mutex_lock(&io->lock);
+	*state = io->state;
+	pthread_mutex_unlock(&io->lock);
+}
+
+void nfsio_watch(struct nfsio *io, void (*changed)(void *owner), void *owner)
+{
+	pthread_mutex_lock(&io->lock);
+	io->changed = changed;
+	io->changed_owner = owner;
+	pthread_mutex_unlock(&io->lock);
+	changed(owner);
+}
+
+uint64_t nfsio_cut_bytes(const struct nfsio *io)
+{
+	return atomic_load(&io->cut_bytes);
 }
