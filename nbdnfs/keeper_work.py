@@ -46,6 +46,8 @@ def plugin_settings(settings: Config, text: str, address: str) -> dict[str, str]
         "connections": str(settings.connections),
         "stable_writes": str(int(settings.stable_writes)),
         "read_ahead_pages": str(settings.read_ahead_pages),
+        "soft_limit_ms": str(settings.soft_limit_ms if settings.recovery == "soft" else 0),
+        "gone_limit_ms": str(settings.gone_limit_ms),
     }
 
 

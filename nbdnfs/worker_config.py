@@ -30,6 +30,8 @@ ENGINE_NUMBERS = {
     "connections": range(1, 3),
     "stable_writes": range(2),
     "read_ahead_pages": range(4097),
+    "soft_limit_ms": range(1 << 32),
+    "gone_limit_ms": range(1 << 32),
 }
 LOCKS = ("wanted", "required", "off")
 KEYS = ("url", "address", "engine", "lock", "realtime", "without", "control_fd", *ENGINE_NUMBERS)

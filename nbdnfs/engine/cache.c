@@ -176,6 +176,26 @@ uint32_t cache_checksum(const struct cache *cache, uint64_t page)
 	return is_filled(cache, page) ? 0 : word_of(cache, page);
 }
 
+bool cache_known_page(const struct cache *cache, uint64_t from, uint64_t *page, uint32_t *crc)
+{
+	uint64_t count = cache->region->page_count;
+
+	for (uint64_t i = 0; i < count; i++) {
+		uint64_t candidate = (from + i) % count;
+		uint32_t index;
+
+		*crc = cache_checksum(cache, candidate);
+		if (*crc == 0)
+			continue;
+		index = find(cache, candidate);
+		if (index != NO_SLOT && cache->slots[index].list != ON_CLEAN)
+			continue;
+		*page = candidate;
+		return true;
+	}
+	return false;
+}
+
 static bool is_one_word(const uint8_t *data)
 {
 	return memcmp(data, data + 4, PAGE_BYTES - 4) == 0;

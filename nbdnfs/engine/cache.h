@@ -67,6 +67,12 @@ bool cache_materialise(struct cache *cache, uint64_t *page);
 /* What a page's bytes must have as CRC-32C, 0 when that is not known. */
 uint32_t cache_checksum(const struct cache *cache, uint64_t page);
 
+/*
+ * A page of which the NAS has these very bytes, if it has kept its word: the first from `from` on, around the device's
+ * end. False when there is none.
+ */
+bool cache_known_page(const struct cache *cache, uint64_t from, uint64_t *page, uint32_t *crc);
+
 /* ---- writing back ---- */
 
 #define RUN_PAGES_MAX 32

@@ -76,7 +76,8 @@ struct engine {
 	uint64_t reconnects_before; /* of workers before this one */
 	uint32_t piece_bytes;
 	bool own_region;
-	uint8_t *buffers;       /* of the runs and fetches */
+	uint8_t *buffers;       /* of the runs and fetches, and the samples */
+	uint8_t *samples;       /* two pages, one for each connection's thread */
 	pthread_t flusher;
 
 	pthread_mutex_t lock;   /* guards everything below, and the cache */
@@ -125,6 +126,55 @@ static uint64_t cut_bytes(const struct engine *engine)
 	uint64_t one = nfsio_cut_bytes(engine->read_io), other = nfsio_cut_bytes(engine->write_io);
 
 	return one < other ? one : other;
+}
+
+static bool is_unlinked(const struct engine *engine)
+{
+	return nfsio_is_unlinked(engine->read_io) || nfsio_is_unlinked(engine->write_io);
+}
+
+/* As far as answers have told. */
+static enum region_file file_state(const struct engine *engine)
+{
+	if (is_unlinked(engine))
+		return REGION_FILE_REMOVED;
+	return cut_bytes(engine) < UINT64_MAX ? REGION_FILE_CUT : REGION_FILE_THERE;
+}
+
+/* A server that answers has another file now, or a shorter one. Lock held. */
+static void note_file(struct engine *engine, enum region_file state)
+{
+	_Atomic uint64_t *counter = &counters(engine)->file_state;
+
+	if (atomic_load_explicit(counter, memory_order_relaxed) == state)
+		return;
+	set_counter(counter, state);
+	if (state == REGION_FILE_CUT)
+		log_line("the file has been cut to %llu bytes: what lay behind that is lost, and reading it is an error",
+			 (unsigned long long)cut_bytes(engine));
+	else if (state == REGION_FILE_REMOVED && is_unlinked(engine))
+		log_line("the file has been removed; the server serves it as long as it has it open: end its use now");
+}
+
+/* Lock held. */
+static void look_at_file_locked(struct engine *engine)
+{
+	enum region_file state = file_state(engine);
+
+	/* what the connections' threads have found out by name says more */
+	if (state != REGION_FILE_THERE &&
+	    atomic_load_explicit(&counters(engine)->file_state, memory_order_relaxed) == REGION_FILE_THERE)
+		note_file(engine, state);
+}
+
+/* Some answer may have told that the file is shorter than it was, or has lost its name. */
+static void look_at_file(struct engine *engine)
+{
+	if (file_state(engine) == REGION_FILE_THERE)
+		return;
+	pthread_mutex_lock(&engine->lock);
+	look_at_file_locked(engine);
+	pthread_mutex_unlock(&engine->lock);
 }
 
 /* ------------------------------------------------------------------ write-back: completions, no lock --- */
@@ -195,6 +245,7 @@ static void run_done(struct nfsio_req *req)
 	count(&counters(engine)->nfs_in_flight, (uint64_t)-1);
 	note_result(engine, error);
 	note_unstable(engine);
+	look_at_file_locked(engine);
 	pthread_cond_broadcast(&engine->progress);
 	pthread_cond_signal(&engine->work);
 	pthread_mutex_unlock(&engine->lock);
@@ -450,17 +501,19 @@ static int check_range(const struct engine *engine, uint64_t offset_bytes, uint6
 	return 0;
 }
 
-/* A server that answers has another file now, or a shorter one. Lock held. */
-static void note_file(struct engine *engine, enum region_file state)
+/* For nfsio to recognise the file by. Called by its threads, without a lock. */
+static bool sample_page(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc)
 {
-	_Atomic uint64_t *counter = &counters(engine)->file_state;
+	struct engine *engine = owner;
+	uint64_t page = 0;
+	bool found;
 
-	if (atomic_load_explicit(counter, memory_order_relaxed) == state)
-		return;
-	set_counter(counter, state);
-	if (state == REGION_FILE_CUT)
-		log_line("the file has been cut to %llu bytes: what lay behind that is lost, and reading it is an error",
-			 (unsigned long long)cut_bytes(engine));
+	pthread_mutex_lock(&engine->lock);
+	/* from all over the device, and after a page that is wrong not its neighbour */
+	found = cache_known_page(engine->cache, number * 0x9e3779b97f4a7c15u % engine->region.page_count, &page, crc);
+	pthread_mutex_unlock(&engine->lock);
+	*offset_bytes = page * PAGE_BYTES;
+	return found;
 }
 
 /* What is known of both connections, into the counters. Called by nfsio's threads, without a lock. */
@@ -488,21 +541,15 @@ static void link_changed(void *owner)
 	set_counter(&counters(engine)->reconnects, engine->reconnects_before + connects - engine->options.connections);
 	note_file(engine, link == NFSIO_REMOVED	   ? REGION_FILE_REMOVED
 			  : link == NFSIO_REPLACED ? REGION_FILE_REPLACED
-			  : cut_bytes(engine) < UINT64_MAX ? REGION_FILE_CUT
-							   : REGION_FILE_THERE);
+						   : file_state(engine));
 	pthread_cond_broadcast(&engine->progress);
 	pthread_mutex_unlock(&engine->lock);
 }
 
-/* Some answer has told that the file is shorter than it was. */
-static void look_at_size(struct engine *engine)
+static void watch(struct engine *engine, struct nfsio *io, uint8_t *page)
 {
-	if (cut_bytes(engine) == UINT64_MAX)
-		return;
-	pthread_mutex_lock(&engine->lock);
-	if (atomic_load_explicit(&counters(engine)->file_state, memory_order_relaxed) == REGION_FILE_THERE)
-		note_file(engine, REGION_FILE_CUT);
-	pthread_mutex_unlock(&engine->lock);
+	nfsio_recognise(io, sample_page, engine, page);
+	nfsio_watch(io, link_changed, engine);
 }
 
 /*
@@ -553,7 +600,7 @@ static int verify_request(struct engine *engine, const struct nfsio_req *req)
 {
 	int error = req->error;
 
-	look_at_size(engine);
+	look_at_file(engine);
 	if (error == 0 && req->moved_bytes != req->length_bytes)
 		error = -EIO; /* the file ends before the device: it was cut */
 	for (uint32_t at = 0; error == 0 && at < req->length_bytes; at += PAGE_BYTES)
@@ -806,7 +853,7 @@ static int map_region(struct engine *engine, const struct nfsio_stat *st, struct
 static int make_buffers(struct engine *engine)
 {
 	size_t run_bytes = (size_t)RUN_PAGES_MAX * PAGE_BYTES, fetch_bytes = (size_t)FETCH_PAGES * PAGE_BYTES;
-	size_t bytes = RUNS * run_bytes + FETCHES * fetch_bytes;
+	size_t bytes = RUNS * run_bytes + FETCHES * fetch_bytes + 2 * PAGE_BYTES;
 	uint8_t *at = aligned_alloc(PAGE_BYTES, bytes);
 
 	if (at == NULL)
@@ -817,6 +864,7 @@ static int make_buffers(struct engine *engine)
 		*run = (struct run){ .engine = engine, .data = at };
 	for (struct fetch *fetch = engine->fetches; fetch < engine->fetches + FETCHES; fetch++, at += fetch_bytes)
 		*fetch = (struct fetch){ .engine = engine, .data = at };
+	engine->samples = at;
 	return 0;
 }
 
@@ -912,9 +960,9 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 		fail(why, error, "");
 		goto fail_unmap;
 	}
-	nfsio_watch(engine->read_io, link_changed, engine);
+	watch(engine, engine->read_io, engine->samples);
 	if (engine->write_io != engine->read_io)
-		nfsio_watch(engine->write_io, link_changed, engine);
+		watch(engine, engine->write_io, engine->samples + PAGE_BYTES);
 	*out = engine;
 	return 0;
 fail_unmap:

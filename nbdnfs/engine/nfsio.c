@@ -12,6 +12,7 @@
  */
 #include "nfsio.h"
 
+#include "crc32c.h"
 #include "log.h"
 #include "stack.h"
 
@@ -49,6 +50,9 @@
 #define SYN_LIMIT_MS 2500
 /* A server that does not get through mounting and opening in time is given more of it, up to this. */
 #define PATIENCE_LIMIT_MS (10 * 60 * 1000)
+/* Pages that are compared to recognise the file; one that is right will do. */
+#define SAMPLES 8
+#define SAMPLE_BYTES 4096
 /* So long after a waiter has received the I/O thread takes over again. */
 #define QUIET_MS 100
 
@@ -154,6 +158,8 @@ struct step {
 	void *data;             /* what a successful call made; an error string does not outlive the callback */
 	struct nfsio_stat st;
 	uint64_t fileid;
+	uint8_t *page;          /* where a page that is read goes */
+	uint32_t count;         /* how much of it has come */
 };
 
 /* Who polls the connection and takes in what comes. */
@@ -183,6 +189,7 @@ struct nfsio {
 
 	atomic_bool stop;       /* set once, by nfsio_close() */
 	_Atomic uint64_t cut_bytes; /* nfsio_cut_bytes() */
+	atomic_bool unlinked;   /* nfsio_is_unlinked() */
 
 	pthread_mutex_t lock;   /* guards everything below */
 	pthread_cond_t io_work; /* the I/O thread has something to do, and is not in poll() */
@@ -201,6 +208,10 @@ struct nfsio {
 	struct nfsio_state state;
 	void (*changed)(void *owner); /* of nfsio_watch(), NULL: nobody does */
 	void *changed_owner;
+	/* of nfsio_recognise(); sample NULL: no other handle is believed to be the file's, but by number and size */
+	bool (*sample)(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc);
+	void *sample_owner;
+	uint8_t *sample_page;
 	bool broken;            /* the context met a transport error: the I/O thread throws it away */
 	bool useful;            /* it has brought an answer to a transfer */
 	bool discarding;        /* a context is being destroyed: its callbacks mean nothing */
@@ -395,8 +406,11 @@ static void note_size(struct nfsio *io, uint64_t bytes)
 
 static void note_attributes3(struct nfsio *io, const post_op_attr *attributes)
 {
-	if (attributes->attributes_follow)
-		note_size(io, attributes->post_op_attr_u.attributes.size);
+	if (!attributes->attributes_follow)
+		return;
+	note_size(io, attributes->post_op_attr_u.attributes.size);
+	if (attributes->post_op_attr_u.attributes.nlink == 0)
+		atomic_store(&io->unlinked, true);
 }
 
 /* Before and after a write, which may have made a file long again that had been cut. */
@@ -930,6 +944,33 @@ static void step_getattr3_done(struct rpc_context *rpc, int status, void *data, 
 	}
 }
 
+/* A page of a file, at most; what comes of it counts only when it is whole. */
+static void step_read3_done(struct rpc_context *rpc, int status, void *data, void *arg)
+{
+	struct step *step = arg;
+	READ3res *res = data;
+
+	step->done = true;
+	step->error = -EIO;
+	if (status != RPC_STATUS_SUCCESS || res->status != NFS3_OK)
+		return;
+	step->error = 0;
+	step->count = res->READ3res_u.resok.count;
+	if (!DATA_LANDS_IN_PLACE && step->count <= SAMPLE_BYTES && step->count <= res->READ3res_u.resok.data.data_len)
+		memcpy(step->page, res->READ3res_u.resok.data.data_val, step->count);
+}
+
+static void step_pread_done(int error, struct nfs_context *nfs, void *data, void *arg)
+{
+	struct step *step = arg;
+
+	step->done = true;
+	step->error = error < 0 ? error : 0;
+	step->count = error < 0 ? 0 : (uint32_t)error;
+	if (!DATA_LANDS_IN_PLACE && step->count <= SAMPLE_BYTES && error > 0)
+		memcpy(step->page, data, step->count);
+}
+
 static struct step *new_step(struct nfsio *io)
 {
 	io->step = (struct step){ 0 };
@@ -1321,16 +1362,67 @@ static bool has_same_handle(const struct nfsio *io, const struct connection *mad
 	       memcmp(bytes->val, io->handle, (size_t)bytes->len) == 0;
 }
 
+static int read_sample(struct nfsio *io, const struct connection *made, uint64_t offset, uint8_t *page)
+{
+	struct step *step = new_step(io);
+	int error = -EIO;
+
+	step->page = page;
+	if (io->version == 3) {
+		READ3args args = { .file = made->fh3, .offset = offset, .count = SAMPLE_BYTES };
+
+		if (call_read3(nfs_get_rpc_context(made->nfs), step_read3_done, page, SAMPLE_BYTES, &args, step) == 0)
+			error = pump(io, made->nfs, step, made->deadline_ms);
+	} else if (call_pread(made->nfs, made->fh, page, SAMPLE_BYTES, offset, step_pread_done, step) == 0) {
+		error = pump(io, made->nfs, step, made->deadline_ms);
+	}
+	return error != 0 ? error : step->count == SAMPLE_BYTES ? 0 : -ENODATA;
+}
+
+/*
+ * Has the file the bytes that it should have? One page that is right will do: a server that has lost some of its writes
+ * has not lost the file. Returns 1, or 0, or -errno when that could not be found out.
+ */
+static int has_known_bytes(struct nfsio *io, const struct connection *made)
+{
+	bool (*sample)(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc);
+	void *owner;
+	uint8_t *page;
+	unsigned number;
+
+	pthread_mutex_lock(&io->lock);
+	sample = io->sample;
+	owner = io->sample_owner;
+	page = io->sample_page;
+	pthread_mutex_unlock(&io->lock);
+	for (number = 0; number < SAMPLES; number++) {
+		uint64_t offset;
+		uint32_t crc;
+		int error;
+
+		if (sample == NULL || !sample(owner, number, &offset, &crc))
+			break;
+		error = read_sample(io, made, offset, page);
+		if (error != 0 && error != -ENODATA)
+			return error;
+		if (error == 0 && crc32c(page, SAMPLE_BYTES) == crc)
+			return 1;
+	}
+	return number == 0; /* nothing of it is known: there is nothing to lose */
+}
+
 /*
  * Is this still the file that was opened first? A stranger under its name must not be swapped into. The server may
- * name the same file by another handle (its device has another number after a boot), and file systems give a new
- * file the number of one that was removed; so with another handle it must not be shorter either.
+ * name the same file by another handle (its disk has another number after a boot), and file systems give a new
+ * file the number of one that was removed. Returns 1, or 0, or -errno when that could not be found out.
  */
-static bool is_same_file(const struct nfsio *io, const struct connection *made)
+static int is_same_file(struct nfsio *io, const struct connection *made)
 {
 	if (made->st.fileid != io->opened.fileid)
-		return false;
-	return has_same_handle(io, made) || made->st.size_bytes >= io->opened.size_bytes;
+		return 0;
+	if (has_same_handle(io, made))
+		return 1;
+	return made->st.size_bytes >= io->opened.size_bytes ? has_known_bytes(io, made) : 0;
 }
 
 /* An attempt to connect has failed: is it the server that is not there, or the file? */
@@ -1389,7 +1481,9 @@ static void reconnect(struct nfsio *io)
 		if (io->backoff_ms > BACKOFF_LIMIT_MS)
 			io->backoff_ms = BACKOFF_LIMIT_MS;
 		if (connect_once(io, &made, &why)) {
-			if (is_same_file(io, &made)) {
+			int same = is_same_file(io, &made);
+
+			if (same > 0) {
 				log_line("server %s: connected again after %.1f s", io->address,
 					 (double)(now_ms() - since_ms) / 1000);
 				pthread_mutex_lock(&io->lock);
@@ -1398,8 +1492,10 @@ static void reconnect(struct nfsio *io)
 				tell(io);
 				return;
 			}
+			if (same < 0)
+				set_failure(&why, NFSIO_CONNECT, same, nfs_get_error(made.nfs));
 			destroy_context(made.nfs, made.fh);
-			link = NFSIO_REPLACED;
+			link = same < 0 ? NFSIO_AWAY : NFSIO_REPLACED;
 		} else {
 			link = link_of(&why);
 			if (why.error == -ETIMEDOUT && io->patience_ms < PATIENCE_LIMIT_MS)
@@ -1639,4 +1735,19 @@ void nfsio_watch(struct nfsio *io, void (*changed)(void *owner), void *owner)
 uint64_t nfsio_cut_bytes(const struct nfsio *io)
 {
 	return atomic_load(&io->cut_bytes);
+}
+
+bool nfsio_is_unlinked(const struct nfsio *io)
+{
+	return atomic_load(&io->unlinked);
+}
+
+void nfsio_recognise(struct nfsio *io, bool (*sample)(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc),
+		     void *owner, uint8_t *page)
+{
+	pthread_mutex_lock(&io->lock);
+	io->sample = sample;
+	io->sample_owner = owner;
+	io->sample_page = page;
+	pthread_mutex_unlock(&io->lock);
 }

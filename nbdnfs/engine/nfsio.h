@@ -119,6 +119,18 @@ void nfsio_state(struct nfsio *io, struct nfsio_state *state);
  */
 void nfsio_watch(struct nfsio *io, void (*changed)(void *owner), void *owner);
 
+/* Has the server said that the file has no name any more? It may serve it as long as it has it open. */
+bool nfsio_is_unlinked(const struct nfsio *io);
+
+/*
+ * How the file is recognised where the server knows it by another handle, as after a boot that gave its disk another
+ * number, or as a new file that was given the old one's number: by pages whose bytes are known. `sample` is
+ * called by nfsio's thread, without a lock, with the number of the try; it returns false when it knows no page, else
+ * the page's place and CRC-32C. `page` is for the bytes, 4096 of them.
+ */
+void nfsio_recognise(struct nfsio *io, bool (*sample)(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc),
+		     void *owner, uint8_t *page);
+
 /*
  * The least size that the file has been seen with since it was opened; UINT64_MAX while that is not less than
  * it was then. What the file has from there on is not what was written, whatever its size is by now.
