@@ -32,6 +32,7 @@ ENGINE_NUMBERS = {
     "read_ahead_pages": range(4097),
     "soft_limit_ms": range(1 << 32),
     "gone_limit_ms": range(1 << 32),
+    "silence_ms": range(1 << 31),
 }
 LOCKS = ("wanted", "required", "off")
 KEYS = ("url", "address", "engine", "lock", "realtime", "without", "control_fd", *ENGINE_NUMBERS)

@@ -36,6 +36,7 @@ class Engine:
         connect_timeout_s: int = 15,
         soft_limit_ms: int = 0,
         gone_limit_ms: int = 300_000,
+        silence_ms: int = 15_000,
     ) -> None: ...
     @property
     def size_bytes(self) -> int: ...

@@ -199,7 +199,8 @@ struct engine_object {
 static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
 	static char *names[] = { "url", "address", "region_fd", "region_pages", "connections", "stable_writes",
-				 "read_ahead_pages", "connect_timeout_s", "soft_limit_ms", "gone_limit_ms", NULL };
+				 "read_ahead_pages", "connect_timeout_s", "soft_limit_ms", "gone_limit_ms",
+				 "silence_ms", NULL };
 	struct engine_options options = {
 		.nfs = { .connect_timeout_s = CONNECT_TIMEOUT_S, .gone_limit_ms = GONE_LIMIT_MS },
 		.region_fd = -1,
@@ -212,10 +213,11 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
 	struct engine_object *self;
 	int stable_writes = 0, error;
 
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$iIIpIIII", names, &options.nfs.url, &options.nfs.address,
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$iIIpIIIII", names, &options.nfs.url, &options.nfs.address,
 					 &options.region_fd, &options.region_pages, &options.connections, &stable_writes,
 					 &options.read_ahead_pages, &options.nfs.connect_timeout_s,
-					 &options.nfs.soft_limit_ms, &options.nfs.gone_limit_ms))
+					 &options.nfs.soft_limit_ms, &options.nfs.gone_limit_ms,
+					 &options.nfs.silence_ms))
 		return NULL;
 	options.stable_writes = stable_writes;
 	if (options.region_pages < ENGINE_REGION_PAGES_MIN || options.connections < 1 || options.connections > 2) {
@@ -364,7 +366,7 @@ static PyType_Slot engine_slots[] = {
 	{ Py_tp_methods, engine_methods },
 	{ Py_tp_getset, engine_getset },
 	{ Py_tp_doc, (void *)"Engine(url, address, *, region_fd=-1, region_pages=4096, connections=1, stable_writes=False, "
-			     "read_ahead_pages=64, connect_timeout_s=15, soft_limit_ms=0, gone_limit_ms=300000): a block device over a file on an NFS server" },
+			     "read_ahead_pages=64, connect_timeout_s=15, soft_limit_ms=0, gone_limit_ms=300000, silence_ms=15000): a block device over a file on an NFS server" },
 	{ 0, NULL },
 };
 

@@ -14,6 +14,7 @@
 
 #include "crc32c.h"
 #include "log.h"
+#include "probe.h"
 #include "stack.h"
 
 #include <errno.h>
@@ -50,6 +51,17 @@
 #define SYN_LIMIT_MS 2500
 /* A server that does not get through mounting and opening in time is given more of it, up to this. */
 #define PATIENCE_LIMIT_MS (10 * 60 * 1000)
+/* Over an idle NFSv4 connection something is read so often; leases are 10 s and longer. */
+#define TOUCH_MS 4000
+#define SILENCE_MS 15000
+/* While a silent connection is looked into. */
+#define SILENCE_TICK_MS 250
+/* A server that has answered elsewhere has so long to answer here. */
+#define SILENCE_GRACE_MS 5000
+/* A request that is not answered while others are is sent again after so many times silence_ms. */
+#define REPEAT_FACTOR 4
+/* Both limits double each time they have cost a connection, unless the last time is so long ago. */
+#define CALM_MS (15 * 60 * 1000)
 /* Pages that are compared to recognise the file; one that is right will do. */
 #define SAMPLES 8
 #define SAMPLE_BYTES 4096
@@ -91,6 +103,10 @@ static int call_getattr3(struct rpc_context *rpc, rpc_cb cb, GETATTR3args *args,
 {
 	return rpc_nfs3_getattr_task(rpc, cb, args, arg) != NULL ? 0 : -1;
 }
+static int call_null(struct rpc_context *rpc, int version, rpc_cb cb, void *arg)
+{
+	return (version == 3 ? rpc_nfs3_null_task(rpc, cb, arg) : rpc_nfs4_null_task(rpc, cb, arg)) != NULL ? 0 : -1;
+}
 static int call_pread(struct nfs_context *nfs, struct nfsfh *fh, void *data, size_t length, uint64_t offset, nfs_cb cb,
 		      void *arg)
 {
@@ -118,6 +134,10 @@ static int call_commit3(struct rpc_context *rpc, rpc_cb cb, COMMIT3args *args, v
 static int call_getattr3(struct rpc_context *rpc, rpc_cb cb, GETATTR3args *args, void *arg)
 {
 	return rpc_nfs3_getattr_async(rpc, cb, args, arg);
+}
+static int call_null(struct rpc_context *rpc, int version, rpc_cb cb, void *arg)
+{
+	return version == 3 ? rpc_nfs3_null_async(rpc, cb, arg) : rpc_nfs4_null_async(rpc, cb, arg);
 }
 static int call_pread(struct nfs_context *nfs, struct nfsfh *fh, void *data, size_t length, uint64_t offset, nfs_cb cb,
 		      void *arg)
@@ -220,6 +240,16 @@ struct nfsio {
 	struct req_list finished; /* to be given back by the I/O thread, which then drops the lock */
 	struct req_list later;    /* the server asked to be asked again (JUKEBOX), or libnfs had no memory */
 	int64_t later_at_ms;
+
+	int64_t heard_at_ms;    /* when something came over nfs, or there was nothing to wait for */
+	int64_t silence_ms;     /* see look_into_silence() */
+	int64_t given_up_at_ms; /* when silence last cost a connection, 0: never */
+	struct probe probe;     /* beside nfs, while its silence is looked into */
+	int64_t probed_at_ms;   /* when the probe began or ended */
+
+	struct nfsio_req touch; /* NFSv4: keeps the lease alive */
+	uint8_t touch_byte;
+	bool touching;
 	struct name_op *name_ops; /* issued on nfs */
 };
 
@@ -430,6 +460,7 @@ static bool answered(struct nfsio *io, int rpc_status)
 		io->broken = true;
 		return false;
 	}
+	io->heard_at_ms = now_ms();
 	return true;
 }
 
@@ -619,6 +650,8 @@ static void issue_pending(struct nfsio *io)
 
 	if (io->nfs == NULL || io->broken)
 		return;
+	if (io->inflight.head == NULL)
+		io->heard_at_ms = now_ms();
 	while ((req = io->pending.head) != NULL) {
 		if (issue(io, req) < 0) {
 			try_later(io, &io->pending, req);
@@ -626,6 +659,7 @@ static void issue_pending(struct nfsio *io)
 		}
 		list_remove(&io->pending, req);
 		list_push(&io->inflight, req);
+		req->issued_at_ms = now_ms();
 	}
 	if (nfs_which_events(io->nfs) & POLLOUT && nfs_service(io->nfs, POLLOUT) < 0)
 		io->broken = true;
@@ -647,6 +681,116 @@ static void give_back(struct nfsio *io)
 	}
 }
 
+static void enqueue(struct nfsio *io, struct nfsio_req *req, struct nfsio_batch *batch)
+{
+	req->io = io;
+	req->batch = batch;
+	req->error = 0;
+	req->moved_bytes = 0;
+	req->stable = req->resent = false;
+	req->queued_at_ms = now_ms();
+	list_push(&io->pending, req);
+}
+
+static void touch_done(struct nfsio_req *req)
+{
+	pthread_mutex_lock(&req->io->lock);
+	req->io->touching = false;
+	pthread_mutex_unlock(&req->io->lock);
+}
+
+/*
+ * An NFSv4 server forgets a client from which it hears nothing for a lease. What renews that is a call with the open
+ * file's state id (RFC 7530, 9.5), such as READ; GETATTR has none.
+ */
+static void touch_lease(struct nfsio *io)
+{
+	if (io->version == 3 || io->touching || io->inflight.head != NULL || now_ms() - io->heard_at_ms < TOUCH_MS)
+		return;
+	io->touching = true;
+	io->touch = (struct nfsio_req){ .op = NFSIO_READ, .length_bytes = 1, .data = &io->touch_byte, .done = touch_done };
+	enqueue(io, &io->touch, NULL);
+	io->detached++;
+}
+
+static void null_done(struct rpc_context *rpc, int status, void *data, void *arg)
+{
+	answered(arg, status); /* which is all that was asked */
+}
+
+static void give_up_connection(struct nfsio *io, const char *why)
+{
+	log_line("server %s: %s: asking again over a new connection", io->address, why);
+	io->silence_ms *= 2;
+	io->given_up_at_ms = now_ms();
+	io->broken = true;
+}
+
+/*
+ * The time-outs. A server may be as slow as it likes; but a connection can die without TCP noticing (something between
+ * forgets it, and acknowledges), and a server may drop a request. So silence is looked into: with a NULL call over
+ * the same connection and one over a new connection. Where the second is answered and the first is not, the
+ * connection is given up, and all requests go over a new one. So they do when one of them alone remains
+ * unanswered. In both cases with a limit that doubles, so that a server that is only slow gets through with it.
+ */
+static void look_into_silence(struct nfsio *io)
+{
+	int64_t now = now_ms();
+	struct nfsio_req *oldest = io->inflight.head;
+
+	if (io->broken || oldest == NULL || now - io->heard_at_ms < io->silence_ms) {
+		if (io->probe.state != PROBE_NONE)
+			probe_end(&io->probe);
+		if (io->given_up_at_ms != 0 && now - io->given_up_at_ms > CALM_MS) {
+			io->silence_ms = io->options.silence_ms;
+			io->given_up_at_ms = 0;
+		}
+		if (!io->broken && oldest != NULL && now - oldest->issued_at_ms >= REPEAT_FACTOR * io->silence_ms)
+			give_up_connection(io, "a request is not answered while others are");
+		return;
+	}
+	switch (io->probe.state) {
+	case PROBE_NONE:
+		if (call_null(nfs_get_rpc_context(io->nfs), io->version, null_done, io) != 0)
+			return;
+		probe_start(&io->probe, nfs_get_fd(io->nfs));
+		io->probed_at_ms = now;
+		break;
+	case PROBE_WAITING:
+		break;
+	case PROBE_ANSWERED:
+		if (now - io->probed_at_ms >= SILENCE_GRACE_MS)
+			give_up_connection(io, "a connection is silent, and the server is not");
+		break;
+	case PROBE_FAILED: /* it does not answer there either: wait, and ask again now and then */
+		if (now - io->probed_at_ms >= SILENCE_GRACE_MS) {
+			probe_start(&io->probe, nfs_get_fd(io->nfs));
+			io->probed_at_ms = now;
+		}
+		break;
+	}
+}
+
+/* For how long a receiver may sleep. Requests that come meanwhile do not wake it. */
+static int sleep_ms(const struct nfsio *io)
+{
+	int64_t ms = io->silence_ms;
+
+	if (io->probe.state != PROBE_NONE)
+		ms = SILENCE_TICK_MS;
+	if (io->version != 3 && ms > TOUCH_MS / 4)
+		ms = TOUCH_MS / 4;
+	if (io->options.soft_limit_ms > 0 && ms > AWAY_TICK_MS)
+		ms = AWAY_TICK_MS;
+	if (io->later.head != NULL) {
+		int64_t left_ms = io->later_at_ms - now_ms();
+
+		if (left_ms < ms)
+			ms = left_ms > 0 ? left_ms : 0;
+	}
+	return (int)ms;
+}
+
 /*
  * Wait for something to come over the connection and take it in. Lock held, dropped while waiting. Whoever
  * calls this is io->receiver; where somebody else is when the wait is over, what came is left to him.
@@ -654,24 +798,18 @@ static void give_back(struct nfsio *io)
 static void receive(struct nfsio *io)
 {
 	enum receiver me = io->receiver;
-	struct pollfd fds[2] = {
+	struct pollfd fds[3] = {
 		{ .fd = nfs_get_fd(io->nfs), .events = nfs_which_events(io->nfs) },
 		{ .fd = io->wake_fd, .events = POLLIN },
+		{ .fd = io->probe.fd, .events = probe_events(&io->probe) },
 	};
-	int timeout_ms = -1;
+	int timeout_ms = sleep_ms(io);
 	uint64_t kicks;
 
-	if (io->later.head != NULL) {
-		int64_t left_ms = io->later_at_ms - now_ms();
-
-		timeout_ms = left_ms > 0 ? (int)left_ms : 0;
-	}
-	if (io->options.soft_limit_ms > 0 && (timeout_ms < 0 || timeout_ms > AWAY_TICK_MS))
-		timeout_ms = AWAY_TICK_MS;
 	if (me == THE_IO_THREAD)
 		io->io_thread_polls = true;
 	pthread_mutex_unlock(&io->lock);
-	poll(fds, 2, timeout_ms);
+	poll(fds, 3, timeout_ms);
 	pthread_mutex_lock(&io->lock);
 	if (me == THE_IO_THREAD)
 		io->io_thread_polls = false;
@@ -687,6 +825,13 @@ static void receive(struct nfsio *io)
 		fail_hopeless(io);
 		give_up_on_slow(io);
 	}
+	if (io->probe.state == PROBE_WAITING && fds[2].fd == io->probe.fd && fds[2].revents != 0) {
+		probe_service(&io->probe, fds[2].revents);
+		if (io->probe.state != PROBE_WAITING)
+			io->probed_at_ms = now_ms();
+	}
+	look_into_silence(io);
+	touch_lease(io);
 	issue_pending(io);
 	give_back(io);
 }
@@ -703,17 +848,6 @@ static void wake_if_needed(struct nfsio *io)
 		wake_io_thread(io);
 	else if (io->detached > 0 && io->receiver == NOBODY)
 		call_io_thread(io);
-}
-
-static void enqueue(struct nfsio *io, struct nfsio_req *req, struct nfsio_batch *batch)
-{
-	req->io = io;
-	req->batch = batch;
-	req->error = 0;
-	req->moved_bytes = 0;
-	req->stable = req->resent = false;
-	req->queued_at_ms = now_ms();
-	list_push(&io->pending, req);
 }
 
 void nfsio_submit(struct nfsio *io, struct nfsio_req *req)
@@ -1271,6 +1405,7 @@ static void discard(struct nfsio *io)
 	io->nfs = NULL;
 	io->fh = NULL;
 	io->broken = false;
+	probe_end(&io->probe);
 	list_prepend(&io->pending, &io->inflight);
 	while (io->name_ops != NULL)
 		name_op_finish(io->name_ops, -ECONNRESET, "the connection was lost");
@@ -1657,6 +1792,10 @@ int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct n
 	io->address = strdup(options->address);
 	io->version = url_version(options->url);
 	io->patience_ms = (int64_t)options->connect_timeout_s * 1000;
+	if (io->options.silence_ms == 0)
+		io->options.silence_ms = SILENCE_MS;
+	io->silence_ms = io->options.silence_ms;
+	probe_init(&io->probe, (uint32_t)io->version);
 	io->state.link = NFSIO_AWAY;
 	atomic_init(&io->cut_bytes, UINT64_MAX);
 	io->first_failure = why;

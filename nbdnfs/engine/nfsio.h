@@ -62,7 +62,7 @@ struct nfsio_req {
 	/* nfsio's own, guarded by its lock */
 	struct nfsio *io;
 	struct nfsio_batch *batch;
-	int64_t queued_at_ms;
+	int64_t queued_at_ms, issued_at_ms;
 	struct nfsio_req *prev, *next;
 };
 
@@ -74,6 +74,11 @@ struct nfsio_options {
 	bool read_only;
 	uint32_t mode;          /* permission bits of a new file */
 	unsigned connect_timeout_s; /* for the first attempt; a server that is slower is given more by each that follows */
+	/*
+	 * A connection over which nothing comes for so long, while requests wait, is looked into, see look_into_silence() in
+	 * nfsio.c. No request fails for being slow. 0: 15 s.
+	 */
+	unsigned silence_ms;
 	/*
 	 * What somebody waits for (every read, and what nfsio_transfer() runs) fails with -EIO
 	 * when it has waited for so long ("soft" of nfs(5)), 0: never ("hard") ...

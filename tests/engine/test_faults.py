@@ -177,6 +177,53 @@ def test_killed_under_write_load(own_ganesha: Ganesha, open_engine: OpenEngine, 
     assert path.read_bytes() == expected
 
 
+# Silence
+
+
+def test_a_connection_that_says_nothing_more(
+    backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine, said: SaidOnStderr
+) -> None:
+    """TCP sees a living peer, and nothing comes; the server answers on a new connection, and so do all requests."""
+    engine = open_engine(backing_file.url(nfsport=proxy.port), silence_ms=500)
+    proxy.silence()
+    requests = [in_background(read, engine, 1), in_background(engine.pwrite, b"word" * 1024, 0, True)]
+    for request in requests:
+        request.result(DEADLINE_S)
+    assert counter(engine, "reconnects") == 1
+    assert backing_file.path.read_bytes()[:PAGE] == b"word" * 1024
+    assert ["is silent, and the server is not" in line for line in said.lines] == [True, False]
+
+
+def test_a_slow_answer_is_no_silence(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
+    """The server is asked whether it lives, says so over the same connection, and is waited for."""
+    engine = open_engine(fake.url(), silence_ms=500)
+    fake.delay("READ", 1.8)
+    assert in_background(read, engine, 1).result(DEADLINE_S) == fake.content[PAGE : 2 * PAGE]
+    assert fake.calls("NULL")
+    assert len(fake.calls("READ")) == 1
+    assert counter(engine, "reconnects") == 0
+
+
+def test_a_request_that_was_dropped(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
+    """All others are answered, one never: it is sent again."""
+    engine = open_engine(fake.url(), silence_ms=250)
+    fake.hold("READ", times=1)
+    dropped = in_background(read, engine, 1)
+    fake.wait_for(1, DEADLINE_S)
+    while not dropped.done():
+        read(engine, 2)
+    assert dropped.result(DEADLINE_S) == fake.content[PAGE : 2 * PAGE]
+    assert counter(engine, "reconnects") == 1
+
+
+def test_a_very_slow_server_gets_through(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
+    """It needs longer for a READ than a request is given before it is sent again: each time it is given more."""
+    engine = open_engine(fake.url(), silence_ms=200)
+    fake.delay("READ", 3.0)
+    assert in_background(read, engine, 1).result(DEADLINE_S) == fake.content[PAGE : 2 * PAGE]
+    assert 1 <= counter(engine, "reconnects") <= 4
+
+
 # hard and soft
 
 

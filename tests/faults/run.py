@@ -29,6 +29,8 @@ from worker_process import serving
 
 MIB = 1 << 20
 REGION_PAGES = 1024
+# shorter than the worker's own, so that it is looked into several times in a run
+SILENCE_MS = 3000
 _PAUSES_S = (1.0, 10.0)
 _LAST_REQUESTS_S = 60.0
 
@@ -50,6 +52,7 @@ def run(
                 server.url(path.name, version, nfsport=proxy.port),
                 workdir,
                 f"--plugin-setting=region_pages={REGION_PAGES}",
+                f"--plugin-setting=silence_ms={SILENCE_MS}",
             )
         )
         load = VerifiedLoad(worker.socket, device_bytes, seed=seed)

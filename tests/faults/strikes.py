@@ -35,6 +35,7 @@ class Strikes:
             self._reset_in_a_reply,
             self._half_close,
             self._silence,
+            self._silence,
             self._black_hole,
             self._refuse,
             self._pause,
@@ -81,7 +82,7 @@ class Strikes:
 
     def _silence(self) -> tuple[str, Callable[[], None]]:
         self._proxy.silence()
-        return "silence on old connections", self._proxy.reset
+        return "silence on old connections", _nothing
 
     def _black_hole(self) -> tuple[str, Callable[[], None]]:
         self._proxy.black_hole = True
