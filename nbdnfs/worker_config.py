@@ -37,8 +37,10 @@ ENGINE_NUMBERS = {
 LOCKS = ("wanted", "required", "off")
 KEYS = ("url", "address", "engine", "lock", "realtime", "without", "control_fd", *ENGINE_NUMBERS)
 
-# What a standby and its keeper say to each other over the control socket; see wait_for_turn.
+# What a standby and its keeper say to each other over the control socket; see wait_for_turn. After GO may follow the
+# server's address, where that has changed.
 READY, GO = b"r", b"g"
+_WORD_BYTES = 128
 # What the engine allocates when it opens, on top of memlock.HEAP_BYTES: a standby has it touched before.
 ENGINE_HEAP_BYTES = 2 * 1024 * 1024
 _RETRY_PAUSES_S = (0.2, 0.5, 1, 2, 5)
@@ -100,11 +102,12 @@ class WorkerConfig:
             self._heed(memlock.settle(CODE, heap_bytes=memlock.HEAP_BYTES + ENGINE_HEAP_BYTES, skip=self.without))
         try:
             os.write(self.control_fd, READY)
-            word = os.read(self.control_fd, 1)
+            word = os.read(self.control_fd, _WORD_BYTES)
         except OSError:
             word = b""
-        if word != GO:
+        if word[:1] != GO:
             os._exit(0)
+        self.address = word[1:].decode() or self.address
         memlock.outlive_parent()  # nbdkit -s asks for a SIGTERM when its parent ends
         os.close(self.control_fd)
 

@@ -5,6 +5,7 @@ from typing_extensions import Buffer
 
 libnfs_version: str
 region_version: int
+disconnected_offset: int
 
 def keep_thread_states() -> None: ...
 def region_counters(fd: int, /) -> dict[str, int | list[int]]: ...

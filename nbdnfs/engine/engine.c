@@ -37,7 +37,7 @@
 /*
  * A write that was repeated on a new connection may still lie in the server's queue of the old one, and be done
  * after its repetition. Until it must have been, the server gets no other bytes for those pages. See
- * docs/decisions/0009.
+ * docs/decisions/0011.
  */
 #define TWIN_MS 5000
 /* The same for what a worker before this one may have had under way. */

@@ -671,7 +671,10 @@ PyMODINIT_FUNC PyInit__engine(void)
 	    PyModule_AddObjectRef(module, "Engine", engine_type) < 0 ||
 	    PyModule_AddObjectRef(module, "NfsFile", file_type) < 0 ||
 	    PyModule_AddStringConstant(module, "libnfs_version", LIBNFS_BUILT_WITH) < 0 ||
-	    PyModule_AddIntConstant(module, "region_version", REGION_VERSION) < 0)
+	    PyModule_AddIntConstant(module, "region_version", REGION_VERSION) < 0 ||
+	    /* a keeper looks at this one every second, and is not to map or allocate for it */
+	    PyModule_AddIntConstant(module, "disconnected_offset",
+				    offsetof(struct region_header, counters.disconnected)) < 0)
 		goto fail;
 	Py_DECREF(engine_type);
 	Py_DECREF(file_type);
