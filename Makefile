@@ -32,6 +32,7 @@ test:
 # Long: a minute of it is in `make test`.
 faults:
 	@tools/bootstrap.sh test
+	$(PYTEST) tests -m long
 	$(AS_ROOT) $(PYTHON) tests/faults/run.py $(ARGS)
 
 vm-test:

@@ -49,6 +49,8 @@
 #define AWAY_TICK_MS 250
 /* A connection that is asked for and not answered so soon is asked for again: the kernel's own pauses double. */
 #define SYN_LIMIT_MS 2500
+/* An attempt that takes so long is told of before it has failed. */
+#define TELL_AFTER_MS 2000
 /* A server that does not get through mounting and opening in time is given more of it, up to this. */
 #define PATIENCE_LIMIT_MS (10 * 60 * 1000)
 /* Over an idle NFSv4 connection something is read so often; leases are 10 s and longer. */
@@ -201,6 +203,8 @@ struct nfsio {
 	int handle_bytes;       /* the I/O thread's own */
 	int64_t gone_since_ms;  /* the I/O thread's own: when the file was first found gone, 0: it is there */
 	int64_t connected_at_ms; /* the I/O thread's own */
+	int64_t away_since_ms;  /* the I/O thread's own */
+	bool told[NFSIO_REPLACED + 1]; /* the I/O thread's own: what has been said since then */
 	int wake_fd;            /* an eventfd: written to wake the I/O thread out of poll() */
 	pthread_t thread;
 
@@ -1111,9 +1115,30 @@ static struct step *new_step(struct nfsio *io)
 	return &io->step;
 }
 
+/* There is no connection: said once for each reason, until there is one again. The I/O thread's. */
+static void log_down(struct nfsio *io, enum nfsio_link link, const char *reason)
+{
+	static const char *const gone[] = {
+		[NFSIO_REMOVED] = "the file has been removed",
+		[NFSIO_REPLACED] = "the file has been replaced by another",
+	};
+
+	if (io->told[link])
+		return;
+	io->told[link] = true;
+	if (link == NFSIO_AWAY)
+		log_line("server %s: no connection (%s), waiting for it", io->address, reason);
+	else
+		log_line("server %s: %s; nothing is written, and the old file is waited for", io->address, gone[link]);
+}
+
 /* While there is no connection: whoever has waited long enough is told. Without the lock. */
 static void tend_waiting(struct nfsio *io)
 {
+	bool told = io->told[NFSIO_AWAY] || io->told[NFSIO_REMOVED] || io->told[NFSIO_REPLACED];
+
+	if (io->opened_once && !told && now_ms() - io->away_since_ms >= TELL_AFTER_MS)
+		log_down(io, NFSIO_AWAY, "no answer");
 	pthread_mutex_lock(&io->lock);
 	fail_hopeless(io);
 	give_back(io);
@@ -1578,28 +1603,15 @@ static enum nfsio_link link_of(const struct nfsio_failure *why)
 	}
 }
 
-static void log_down(const struct nfsio *io, enum nfsio_link link, const struct nfsio_failure *why)
-{
-	static const char *const gone[] = {
-		[NFSIO_REMOVED] = "the file has been removed",
-		[NFSIO_REPLACED] = "the file has been replaced by another",
-	};
-
-	if (link == NFSIO_AWAY)
-		log_line("server %s: no connection (%s), waiting for it", io->address,
-			 why->message[0] != '\0' ? why->message : strerror(-why->error));
-	else
-		log_line("server %s: %s; nothing is written, and the old file is waited for", io->address, gone[link]);
-}
-
 /* Connect again for as long as it takes. Called with the lock held, which it drops meanwhile. */
 static void reconnect(struct nfsio *io)
 {
 	int64_t since_ms = now_ms();
 	unsigned seed = (unsigned)since_ms ^ (unsigned)getpid();
 	struct nfsio_failure why = { 0 };
-	bool told[NFSIO_REPLACED + 1] = { false };
 
+	io->away_since_ms = since_ms;
+	memset(io->told, 0, sizeof(io->told));
 	/* a connection that broke at once, and was good for nothing before, is a failed attempt like others */
 	if (io->useful || since_ms - io->connected_at_ms > BACKOFF_LIMIT_MS)
 		io->backoff_ms = 0;
@@ -1638,9 +1650,7 @@ static void reconnect(struct nfsio *io)
 		}
 		if (atomic_load(&io->stop))
 			break;
-		if (!told[link])
-			log_down(io, link, &why);
-		told[link] = true;
+		log_down(io, link, why.message[0] != '\0' ? why.message : strerror(-why.error));
 		note_down(io, link);
 	}
 	pthread_mutex_lock(&io->lock);

@@ -146,7 +146,8 @@ def test_a_server_that_is_slow_to_mount(fake: FakeNfsServer, open_engine: OpenEn
     assert len(fake.calls("MNT")) == 1 + 3
 
 
-@pytest.mark.parametrize("away_s", [1, 10])
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("away_s", [1, 10, pytest.param(60, marks=pytest.mark.long)])
 def test_killed_under_write_load(own_ganesha: Ganesha, open_engine: OpenEngine, away_s: float) -> None:
     """SIGKILL with the region full and a writer waiting; after the restart a request is answered within 2 s, and
     nothing is lost.
