@@ -295,8 +295,7 @@ class Keeper:
                 self._say(f"the server has the address {address} now")
                 if self.worker is not None:
                     self.worker.kill()
-        assert self._mapping is not None
-        if self._linked_s is not None and not self._work.is_server_away(self._mapping):
+        if self._linked_s is not None and self._mapping is not None and not self._work.is_server_away(self._mapping):
             self._resolve_due_s = None
         elif self._resolve_due_s is None:
             self._resolve_due_s = now + RESOLVE_AFTER_S

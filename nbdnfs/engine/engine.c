@@ -99,6 +99,7 @@ struct engine {
 	uint64_t refused_pause_ms;
 	uint64_t refused_sequence; /* what had been written when it refused last */
 	uint64_t progress_at_ms; /* when the NAS last took something */
+	uint64_t held_until_ms; /* until when pages are held back from it */
 	bool lost;              /* the file is gone, and waiting for it is an error */
 };
 
@@ -239,8 +240,13 @@ static void run_done(struct nfsio_req *req)
 		cache_run_stable(engine->cache, &run->pages);
 	else
 		cache_run_uncommitted(engine->cache, &run->pages, req->verifier);
-	if (req->resent)
-		cache_hold(engine->cache, run->pages.first_page, run->pages.count, now_ms() + TWIN_MS);
+	if (req->resent) {
+		uint64_t until_ms = now_ms() + TWIN_MS;
+
+		cache_hold(engine->cache, run->pages.first_page, run->pages.count, until_ms);
+		engine->held_until_ms = until_ms;
+		set_counter(&counters(engine)->twins_until_ms, until_ms); /* for a worker after this one */
+	}
 	run->busy = false;
 	count(&counters(engine)->nfs_in_flight, (uint64_t)-1);
 	note_result(engine, error);
@@ -687,7 +693,7 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
  */
 static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
 {
-	uint64_t limit_ms = engine->options.nfs.soft_limit_ms, end_ms;
+	uint64_t limit_ms = engine->options.nfs.soft_limit_ms, end_ms = since_ms;
 	struct timespec until;
 
 	if (engine->lost)
@@ -697,7 +703,11 @@ static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
 		pthread_cond_wait(&engine->progress, &engine->lock);
 		return true;
 	}
-	end_ms = (since_ms > engine->progress_at_ms ? since_ms : engine->progress_at_ms) + limit_ms;
+	if (engine->progress_at_ms > end_ms)
+		end_ms = engine->progress_at_ms;
+	if (engine->held_until_ms > end_ms)
+		end_ms = engine->held_until_ms; /* that is our doing, not the server's */
+	end_ms += limit_ms;
 	if (now_ms() >= end_ms)
 		return false;
 	until.tv_sec = (time_t)(end_ms / 1000);
@@ -905,6 +915,23 @@ static void close_connections(struct engine *engine)
 	nfsio_close(engine->read_io);
 }
 
+/*
+ * What a worker before this one had under way may arrive after what is sent now, and so may what that one had sent
+ * twice.
+ */
+static void hold_replay(struct engine *engine)
+{
+	uint64_t now = now_ms(), until_ms = now + REPLAY_MS;
+	uint64_t twins_ms = atomic_load_explicit(&counters(engine)->twins_until_ms, memory_order_relaxed);
+
+	if (twins_ms > until_ms && twins_ms <= now + TWIN_MS)
+		until_ms = twins_ms;
+	if (cache_dirty_count(engine->cache) > 0) {
+		engine->held_until_ms = until_ms;
+		cache_hold(engine->cache, 0, engine->region.page_count, until_ms);
+	}
+}
+
 int engine_create(const struct engine_options *options, struct engine **out, struct nfsio_failure *why)
 {
 	struct engine *engine = calloc(1, sizeof(*engine));
@@ -943,8 +970,7 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 	set_counter(&counters(engine)->nfs_in_flight, 0);
 	set_counter(&counters(engine)->write_back_error, 0);
 	engine->reconnects_before = atomic_load(&counters(engine)->reconnects);
-	if (cache_dirty_count(engine->cache) > 0)
-		cache_hold(engine->cache, 0, engine->region.page_count, now_ms() + REPLAY_MS);
+	hold_replay(engine);
 	count(&counters(engine)->replayed_pages, cache_dirty_count(engine->cache));
 	engine->aged_sequence = cache_sequence(engine->cache); /* what was replayed has waited long enough */
 	note_unstable(engine);
@@ -979,11 +1005,17 @@ fail_free:
 
 void engine_destroy(struct engine *engine)
 {
-	bool keeps_nothing = engine->own_region && engine_flush(engine) == 0;
+	bool all_written = false, lost = false;
 
+	while (engine->own_region && !all_written && !lost) {
+		all_written = engine_flush(engine) == 0; /* soft: its end is no reason to forget what is in memory */
+		pthread_mutex_lock(&engine->lock);
+		lost = engine->lost;
+		pthread_mutex_unlock(&engine->lock);
+	}
 	pthread_mutex_lock(&engine->lock);
-	engine->abandon = !keeps_nothing;
-	if (engine->own_region && !keeps_nothing)
+	engine->abandon = !all_written;
+	if (engine->own_region && !all_written)
 		log_line("%u pages are given up that the server did not take", cache_unstable_count(engine->cache));
 	engine->stop = true;
 	pthread_cond_signal(&engine->work);

@@ -49,6 +49,7 @@
 #define AWAY_TICK_MS 250
 /* A connection that is asked for and not answered so soon is asked for again: the kernel's own pauses double. */
 #define SYN_LIMIT_MS 2500
+#define FIRST_SYN_LIMIT_MS 15000
 /* An attempt that takes so long is told of before it has failed. */
 #define TELL_AFTER_MS 2000
 /* A server that does not get through mounting and opening in time is given more of it, up to this. */
@@ -742,7 +743,7 @@ static void look_into_silence(struct nfsio *io)
 	int64_t now = now_ms();
 	struct nfsio_req *oldest = io->inflight.head;
 
-	if (io->broken || oldest == NULL || now - io->heard_at_ms < io->silence_ms) {
+	if (io->broken || (oldest == NULL && io->name_ops == NULL) || now - io->heard_at_ms < io->silence_ms) {
 		if (io->probe.state != PROBE_NONE)
 			probe_end(&io->probe);
 		if (io->given_up_at_ms != 0 && now - io->given_up_at_ms > CALM_MS) {
@@ -963,6 +964,7 @@ static void name_op_done(int error, struct nfs_context *nfs, void *data, void *a
 
 	if (op->io->discarding)
 		return; /* discard() finishes it */
+	op->io->heard_at_ms = now_ms();
 	if (is_transport_error(error))
 		op->io->broken = true;
 	else if (error < 0)
@@ -991,6 +993,8 @@ static int name_call(struct nfsio *io, enum name_call call, const char *path, co
 	pthread_cond_init(&op.finished, NULL);
 	pthread_mutex_lock(&io->lock);
 	if (io->nfs != NULL && !io->broken) {
+		if (io->inflight.head == NULL && io->name_ops == NULL)
+			io->heard_at_ms = now_ms();
 		op.next = io->name_ops;
 		io->name_ops = &op;
 		io->detached++;
@@ -1189,7 +1193,7 @@ static int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, in
 		tune_socket(fds[0].fd); /* each time: libnfs goes from one connection to the next under one number */
 		if (!is_unanswered(fds[0].fd))
 			heard_at_ms = now;
-		else if (io->opened_once && now - heard_at_ms >= SYN_LIMIT_MS)
+		else if (now - heard_at_ms >= (io->opened_once ? SYN_LIMIT_MS : FIRST_SYN_LIMIT_MS))
 			return -ENOTCONN;
 		if (poll(fds, 2, left_ms > AWAY_TICK_MS ? AWAY_TICK_MS : (int)left_ms) < 0 && errno != EINTR)
 			return -errno;

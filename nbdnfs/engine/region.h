@@ -65,7 +65,8 @@ enum region_file {
 	X(nfs_in_flight)                            /* now: write-backs and read-aheads under way */ \
 	X(write_back_error)                         /* now: errno of the last refusal, 0 when none */ \
 	X(disconnected)                             /* now: 1 while there is no connection */           \
-	X(file_state)                               /* now: an enum region_file */
+	X(file_state)                               /* now: an enum region_file */                  \
+	X(twins_until_ms)                           /* CLOCK_MONOTONIC: until when pages are held */
 
 /* log2 of microseconds: bucket n counts what took less than 2^n */
 #define HISTOGRAM_BUCKETS 32

@@ -251,9 +251,25 @@ def test_soft(backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngi
         in_background(fill_region, engine).result(DEADLINE_S)
     assert read(engine, 0) == acknowledged
     proxy.refuse = False
+    wait_for_counter(engine, "disconnected", 0)
     in_background(engine.flush).result(DEADLINE_S)
     assert backing_file.path.read_bytes()[:PAGE] == acknowledged
     assert read(engine, 100) == bytes(PAGE)
+
+
+def test_soft_forgets_nothing_at_its_end(backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine) -> None:
+    """Closing waits for the server, longer than a request does: what was acknowledged is nowhere else."""
+    engine = open_engine(backing_file.url(nfsport=proxy.port), soft_limit_ms=500)
+    data = os.urandom(PAGE)
+    proxy.refuse = True
+    proxy.cut()
+    write(engine, 0, data)
+    closed = in_background(engine.close)
+    with pytest.raises(TimeoutError):
+        closed.result(2)
+    proxy.refuse = False
+    closed.result(DEADLINE_S)
+    assert backing_file.path.read_bytes()[:PAGE] == data
 
 
 def test_soft_and_a_server_that_hangs(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
@@ -566,6 +582,29 @@ def test_a_late_twin_of_a_repeated_write(fake: FakeNfsServer, open_engine: OpenE
     assert fake.on_disk[9 * PAGE : 10 * PAGE] == second
     assert read(engine, 9) == second
     assert counter(engine, "checksum_rereads") == 0
+
+
+def test_a_late_twin_of_a_dead_workers_write(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
+    """The next worker, too, waits with other bytes until the first one's repeated write must have been done."""
+    region_fd = os.memfd_create("region")
+    engine = open_engine(fake.url(), region_fd=region_fd)
+    first, second = os.urandom(PAGE), os.urandom(PAGE)
+    fake.hold("WRITE", times=1)
+    write(engine, 9, first)
+    flushed = in_background(engine.flush)
+    fake.wait_for(1, DEADLINE_S)
+    fake.disconnect()
+    flushed.result(DEADLINE_S)
+    write(engine, 9, second)
+    engine.close()
+    engine = open_engine(fake.url(), region_fd=region_fd)
+    flushed = in_background(engine.flush)
+    with pytest.raises(TimeoutError):
+        flushed.result(2)
+    fake.release()
+    flushed.result(DEADLINE_S)
+    assert fake.on_disk[9 * PAGE : 10 * PAGE] == second
+    os.close(region_fd)
 
 
 def test_others_do_not_wait_for_a_repeated_write(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
