@@ -6,11 +6,12 @@ PYTHON := .venv/bin/python
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,HERE,NBDNFS_CACHE,NBDNFS_VM_ACCEL)
 PYTEST := $(AS_ROOT) $(PYTHON) -m pytest
 
-.PHONY: help demo test vm-test bench lint
+.PHONY: help demo test faults vm-test bench lint
 help:
 	@echo 'make demo         a Debian guest swaps onto a file on an NFS server; a table at the end'
 	@echo 'make demo HERE=1  the same on this machine, without a guest (needs the kernel module nbd)'
 	@echo 'make test         lint, types, all tests, and one guest that swaps'
+	@echo 'make faults       ten minutes of verified reads and writes while faults strike; ARGS="--seed 7 --version 4"'
 	@echo 'make vm-test      all tests in guests; SUITE=trixie for Debian 13, ARGS="--memory-rounds 3"'
 	@echo 'make bench        our worker beside qemu-nbd, the reference engine and bare libnfs'
 	@echo 'make lint         ruff and mypy'
@@ -27,6 +28,12 @@ test:
 	$(AS_ROOT) tools/sanitize.sh address -q
 	$(AS_ROOT) tools/sanitize.sh thread -q
 	$(PYTEST) vm-tests -m "smoke or meta"
+
+# Long: a minute of it is in `make test`.
+faults:
+	@tools/bootstrap.sh test
+	$(PYTEST) tests -m long
+	$(AS_ROOT) $(PYTHON) tests/faults/run.py $(ARGS)
 
 vm-test:
 	@tools/bootstrap.sh test

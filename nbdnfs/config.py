@@ -28,6 +28,7 @@ PAGE_BYTES = 4096
 _MIB = 1 << 20
 _FILE_BYTES_MAX = 16 * 1024
 LOCKS = ("required", "wanted", "off")
+RECOVERIES = ("hard", "soft")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class Config:
     io_timeout_ms: int = 1000
     max_sectors_kb: int = 128
     reclaim_check: bool = True
+    recovery: str = "hard"
+    soft_limit_ms: int = 60_000
+    gone_limit_ms: int = 300_000
 
     @property
     def region_bytes(self) -> int:
@@ -317,13 +321,16 @@ def _device(key: str, value: object, root: Path) -> str:
     return text
 
 
-def _lock(key: str, value: object, root: Path) -> str:
-    _of_type(key, value, str, '"required"')
-    if value not in LOCKS:
-        near = difflib.get_close_matches(str(value)[:80], LOCKS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "it is one of: " + ", ".join(LOCKS)
-        raise UsageError(f"{key} cannot be '{_shown(value)}'", hint)
-    return str(value)
+def _one_of(words: tuple[str, ...]) -> Callable[[str, object, Path], str]:
+    def check(key: str, value: object, root: Path) -> str:
+        _of_type(key, value, str, f'"{words[0]}"')
+        if value not in words:
+            near = difflib.get_close_matches(str(value)[:80], words, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else "it is one of: " + ", ".join(words)
+            raise UsageError(f"{key} cannot be '{_shown(value)}'", hint)
+        return str(value)
+
+    return check
 
 
 @dataclass(frozen=True)
@@ -409,7 +416,7 @@ _KEYS = {
     ),
     "lock": _Key(
         "lock",
-        _lock,
+        _one_of(LOCKS),
         '"required"',
         '"required": do not start unless all memory can be locked and all else holds that keeps swap from deadlock.'
         ' "wanted": warn. "off": do without, which is for tests only: under pressure the machine will hang.',
@@ -433,6 +440,28 @@ _KEYS = {
         _size(PAGE_BYTES, 32 * _MIB, 1024, "128K"),
         '"128K"',
         'The largest request that the kernel makes of the device: "4K" to "32M".',
+    ),
+    "recovery": _Key(
+        "recovery",
+        _one_of(RECOVERIES),
+        '"hard"',
+        '"hard": a server that is away is waited for, for as long as it takes. "soft": what has waited for soft_limit'
+        " is an I/O error, which kills the process whose page it was. See nfs(5). What was written already is kept and"
+        " brought to the server in both.",
+    ),
+    "soft_limit": _Key(
+        "soft_limit_ms",
+        _duration_ms(1.0, 86_400.0, "60s"),
+        '"60s"',
+        'How long recovery = "soft" waits: "1s" to "1d".',
+    ),
+    "gone_limit": _Key(
+        "gone_limit_ms",
+        _duration_ms(1.0, 86_400.0, "5min"),
+        '"5min"',
+        "How long a server may say that the file is not there, or is another one, before what waits for it is an I/O"
+        ' error, also with recovery = "hard". It is what a NAS may need to mount its disks after it has started to'
+        ' answer: "1s" to "1d".',
     ),
     "reclaim_check": _Key(
         "reclaim_check",

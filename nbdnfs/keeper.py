@@ -44,6 +44,9 @@ _STUCK_S = 3.0
 _TICK_S = 1.0
 # While a helper works, the unit's TimeoutStartSec= does not run out; told once a tick.
 _MORE_TIME = "EXTEND_TIMEOUT_USEC=60000000"
+# When a server has been away for so long its name is looked up again, and then every so often.
+RESOLVE_AFTER_S = 60.0
+_RESOLVE_EVERY_S = 300.0
 # How long the standby may hold up swapon. The first one is read from the disk.
 _STANDBY_S = 60.0
 
@@ -69,18 +72,21 @@ class Work(Protocol):
     def provision(self) -> Helper | None: ...
     def swap_on(self, attached: Attached) -> Helper: ...
     def is_swapped_on(self, attached: Attached) -> bool: ...
+    def is_server_away(self, region: mmap.mmap) -> bool: ...
+    def resolve(self) -> Helper: ...
+    def resolved(self) -> str: ...
 
 
 class Helper:
     """A process that does one thing and ends."""
 
-    def __init__(self, argv: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, argv: list[str], environment: dict[str, str], *, stdout: int = 2) -> None:
         """Start it. OSError where the kernel cannot."""
         self._pid = os.posix_spawn(
             argv[0],
             argv,
             environment,
-            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, 2, 1)],
+            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, stdout, 1)],
             setsigmask=(),
             setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE),
             scheduler=(os.SCHED_OTHER, os.sched_param(0)),  # the keeper's own may be a real-time one
@@ -151,6 +157,9 @@ class Keeper:
         self._suspect_s: float | None = None
         self._complaint = ""
         self._given_up: WorkerProcess | None = None
+        self._resolver: Helper | None = None
+        self._resolve_due_s: float | None = None
+        self._address = ""  # the server's, where it has changed
         self._renew = False
         self._replace = False
         self._told_ready = False
@@ -182,8 +191,9 @@ class Keeper:
                 if process is not None:
                     process.close()  # a standby ends by that, a worker whom the kernel knows goes on
             os.close(self._region)
-            if self._helper is not None:
-                self._helper.terminate()
+            for helper in (self._helper, self._resolver):
+                if helper is not None:
+                    helper.terminate()
             signal.set_wakeup_fd(-1)
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -215,8 +225,9 @@ class Keeper:
         for worker in (self.worker, self.standby, *self._dying):
             for descriptor in worker.descriptors() if worker is not None else ():
                 poll.register(descriptor, select.POLLIN)
-        if self._helper is not None and self._helper.pidfd >= 0:
-            poll.register(self._helper.pidfd, select.POLLIN)
+        for helper in (self._helper, self._resolver):
+            if helper is not None and helper.pidfd >= 0:
+                poll.register(helper.pidfd, select.POLLIN)
         until = now + _TICK_S
         if self._notifier.watchdog_s is not None:
             until = min(until, self._told_s + self._notifier.watchdog_s / 3)
@@ -264,12 +275,36 @@ class Keeper:
             assert self.device is not None
             self._say(f"swap is on: {self.device.path}")
             self._notifier.tell("READY=1", f"STATUS=swap is on: {self.device.path}")
+        self._look_for_server(now)
         if self._replace and self.standby is not None and self.standby.is_ready and self._linked_s is not None:
             self._replace = False
             assert self.worker is not None
             self._say(f"worker {self.worker.pid} makes way for {self.standby.pid}")
             self.worker.kill()
         return "watch"
+
+    def _look_for_server(self, now: float) -> None:
+        """A server that is away for long may have another address: a helper asks, and the standby goes there.
+
+        docs/decisions/0012 says why not the worker itself.
+        """
+        if self._resolver is not None:
+            if self._resolver.ended() is None:
+                return
+            self._resolver = None
+            if address := self._work.resolved():
+                self._address = address
+                self._say(f"the server has the address {address} now")
+                if self.worker is not None:
+                    self.worker.kill()
+        if self._linked_s is not None and self._mapping is not None and not self._work.is_server_away(self._mapping):
+            self._resolve_due_s = None
+        elif self._resolve_due_s is None:
+            self._resolve_due_s = now + RESOLVE_AFTER_S
+        elif now >= self._resolve_due_s:
+            self._resolve_due_s = now + _RESOLVE_EVERY_S
+            with contextlib.suppress(OSError):
+                self._resolver = self._work.resolve()
 
     def _await_helper(self, now: float, start: Callable[[], Helper | None], *, done: str) -> str:
         """Start a helper and wait for its end, again and again while that may mend it. It speaks for itself."""
@@ -310,7 +345,7 @@ class Keeper:
                 self._worker_due_s = now + _pause_s(self._failures)
                 self._failures += 1
                 return
-            self.worker.go()
+            self.worker.go(self._address)
         if self.worker.socket is not None and self.worker.greets():
             self._connect(self.worker, now)
 

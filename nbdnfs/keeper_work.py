@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from nbdnfs import (
     worker_process,
 )
 from nbdnfs.config import Config
+from nbdnfs.engine import disconnected_offset
 from nbdnfs.errors import CannotCreateError, PermissionDeniedError
 from nbdnfs.keeper import Helper, Keeper
 from nbdnfs.link import Attached
@@ -29,6 +31,8 @@ from nbdnfs.worker_process import WorkerProcess
 
 # How the names of the files begin whose code the keeper runs.
 CODE = ("python3", "libpython3", "libc.so", "ld-linux", "_memlock.", "_socket.", "_struct.", "select.", "mmap.")
+
+_ADDRESS_BYTES = 128
 
 # Free in the heap when the work begins: netlink messages, texts of /proc and /sys, sockets' objects.
 _HEAP_BYTES = 1024 * 1024
@@ -46,6 +50,8 @@ def plugin_settings(settings: Config, text: str, address: str) -> dict[str, str]
         "connections": str(settings.connections),
         "stable_writes": str(int(settings.stable_writes)),
         "read_ahead_pages": str(settings.read_ahead_pages),
+        "soft_limit_ms": str(settings.soft_limit_ms if settings.recovery == "soft" else 0),
+        "gone_limit_ms": str(settings.gone_limit_ms),
     }
 
 
@@ -55,6 +61,8 @@ class RealWork:
     def __init__(self, settings: Config, text: str, address: str) -> None:
         """Find the program and make its arguments now. ConfigError or UnavailableError when something is missing."""
         self._settings = settings
+        self._text, self._address = text, address
+        self._answer = -1
         self._program, self._argv = worker_process.command(
             plugin_settings(settings, text, address), threads=settings.threads
         )
@@ -84,8 +92,36 @@ class RealWork:
     def is_swapped_on(self, attached: Attached) -> bool:
         return swap_area.find(attached.path) is not None
 
-    def _python(self, module: str, *arguments: str) -> Helper:
-        return Helper([sys.executable, "-m", module, *arguments], self._environment)
+    def is_server_away(self, region: mmap.mmap) -> bool:
+        """What the region's counter `disconnected` says."""
+        return any(region[disconnected_offset : disconnected_offset + 8])
+
+    def resolve(self) -> Helper:
+        """Look the server's name up again. It answers on a pipe: a file in /run may have been swapped out."""
+        self._forget_answer()
+        self._answer, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            return self._python("nbdnfs.resolve", self._settings.name, self._text, self._address, stdout=theirs)
+        finally:
+            os.close(theirs)
+
+    def resolved(self) -> str:
+        """The server's new address, when the helper has ended; "" when it has none, or none that answers."""
+        try:
+            address = os.read(self._answer, _ADDRESS_BYTES).decode(errors="replace").strip()
+        except OSError:
+            address = ""
+        self._forget_answer()
+        self._address = address or self._address
+        return address
+
+    def _forget_answer(self) -> None:
+        if self._answer >= 0:
+            os.close(self._answer)
+        self._answer = -1
+
+    def _python(self, module: str, *arguments: str, stdout: int = 2) -> Helper:
+        return Helper([sys.executable, "-m", module, *arguments], self._environment, stdout=stdout)
 
 
 def run(name: str) -> int:

@@ -17,6 +17,17 @@ from nbdnfs.run_dir import RunDir
 
 PAGE_BYTES = 4096
 
+# nbdnfs/engine/region.h: enum region_file
+_FILE_STATES = {
+    1: "the backing file has been removed on the server",
+    2: "the backing file has been replaced by another: nothing is written to that",
+    3: "the backing file was cut short: what lay behind that is lost",
+}
+_WRONG_CHECKSUM = (
+    "pages had a wrong checksum: the server has lost writes that it said were on disk (is the export 'async'?),"
+    " or somebody else writes to the file"
+)
+
 
 @dataclass(frozen=True)
 class Status:
@@ -104,8 +115,9 @@ def read(name: str, root: Path = Path("/")) -> Status:
                 ("no keeper watches it", attached is not None and keeper is None),
                 ("no worker serves it", attached is not None and worker is None),
                 ("the server does not answer", _number(counters, "disconnected") != 0),
+                (_FILE_STATES.get(_number(counters, "file_state"), ""), _number(counters, "file_state") != 0),
                 (_refusal(_number(counters, "write_back_error")), _number(counters, "write_back_error") != 0),
-                ("pages had a wrong checksum", _number(counters, "checksum_failures") != 0),
+                (_WRONG_CHECKSUM, _number(counters, "checksum_failures") != 0),
             )
             if holds
         ),

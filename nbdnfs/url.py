@@ -63,18 +63,18 @@ class NfsUrl:
                 "check the name, or write its address in the URL",
             ) from None
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-        port = self.options.get("nfsport", _NFS_PORT)
         if len(addresses) > 1:
-            return next((address for address in addresses if _answers(address, port)), addresses[0])
+            return next((address for address in addresses if self.answers(address)), addresses[0])
         return addresses[0]
 
-
-def _answers(address: str, port: int) -> bool:
-    try:
-        socket.create_connection((address, port), timeout=_PROBE_TIMEOUT_S).close()
-    except OSError:
-        return False
-    return True
+    def answers(self, address: str) -> bool:
+        """Whether the address takes connections on the port of NFS."""
+        try:
+            port = self.options.get("nfsport", _NFS_PORT)
+            socket.create_connection((address, port), timeout=_PROBE_TIMEOUT_S).close()
+        except OSError:
+            return False
+        return True
 
 
 def machine_id(root: Path = Path("/")) -> str:

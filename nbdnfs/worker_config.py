@@ -30,15 +30,22 @@ ENGINE_NUMBERS = {
     "connections": range(1, 3),
     "stable_writes": range(2),
     "read_ahead_pages": range(4097),
+    "soft_limit_ms": range(1 << 32),
+    "gone_limit_ms": range(1 << 32),
+    "silence_ms": range(1 << 31),
 }
 LOCKS = ("wanted", "required", "off")
 KEYS = ("url", "address", "engine", "lock", "realtime", "without", "control_fd", *ENGINE_NUMBERS)
 
-# What a standby and its keeper say to each other over the control socket; see wait_for_turn.
+# What a standby and its keeper say to each other over the control socket; see wait_for_turn. After GO may follow the
+# server's address, where that has changed.
 READY, GO = b"r", b"g"
+_WORD_BYTES = 128
 # What the engine allocates when it opens, on top of memlock.HEAP_BYTES: a standby has it touched before.
 ENGINE_HEAP_BYTES = 2 * 1024 * 1024
-_RETRY_PAUSES_S = (0.2, 0.5, 1, 2, 5)
+_RETRY_PAUSES_S = (0.2, 0.5, 1)
+# How long an attempt may take: each that was too short makes the next one longer.
+_CONNECT_TIMEOUT_S, _CONNECT_TIMEOUT_MAX_S = 15, 600
 
 # The kernel's requests are far smaller; nbdkit itself allows 64 MiB (docs/nbdkit-protocol.pod).
 MAX_REQUEST_BYTES = 32 * 1024 * 1024
@@ -97,11 +104,12 @@ class WorkerConfig:
             self._heed(memlock.settle(CODE, heap_bytes=memlock.HEAP_BYTES + ENGINE_HEAP_BYTES, skip=self.without))
         try:
             os.write(self.control_fd, READY)
-            word = os.read(self.control_fd, 1)
+            word = os.read(self.control_fd, _WORD_BYTES)
         except OSError:
             word = b""
-        if word != GO:
+        if word[:1] != GO:
             os._exit(0)
+        self.address = word[1:].decode() or self.address
         memlock.outlive_parent()  # nbdkit -s asks for a SIGTERM when its parent ends
         os.close(self.control_fd)
 
@@ -119,7 +127,7 @@ class WorkerConfig:
         failures = 0
         while True:
             try:
-                return self._open_engine()
+                return self._open_engine(min(_CONNECT_TIMEOUT_S << failures, _CONNECT_TIMEOUT_MAX_S))
             except OSError as error:
                 if self.control_fd is None or getattr(error, "phase", "") != "connect":
                     from nbdnfs import diagnose, url
@@ -130,13 +138,13 @@ class WorkerConfig:
             time.sleep(_RETRY_PAUSES_S[min(failures, len(_RETRY_PAUSES_S) - 1)])
             failures += 1
 
-    def _open_engine(self) -> Engine | ReferenceEngine:
+    def _open_engine(self, connect_timeout_s: int) -> Engine | ReferenceEngine:
         if self.engine == "libnfs-python":
             from nbdnfs.reference import Engine as Reference
 
             return Reference(self.url, self.address)
         keep_thread_states()
-        return Engine(self.url, self.address, **self.numbers)  # type: ignore[arg-type]
+        return Engine(self.url, self.address, connect_timeout_s=connect_timeout_s, **self.numbers)  # type: ignore[arg-type]
 
 
 def parse(settings: Mapping[str, str]) -> WorkerConfig:

@@ -116,12 +116,15 @@ class WorkerProcess:
             with contextlib.suppress(BlockingIOError, ConnectionError):
                 self.is_ready = self._control.recv(1) == worker_config.READY
 
-    def go(self) -> None:
-        """End its wait: it is to connect to the server, take the region over and serve. Also before it is ready."""
+    def go(self, address: str = "") -> None:
+        """End its wait: it is to connect to the server, take the region over and serve. Also before it is ready.
+
+        `address` is the server's where that is not the one that it was started with.
+        """
         self.has_gone = True
         if self._control is not None:
             with contextlib.suppress(OSError):  # it has ended, which `has_ended` tells
-                self._control.send(worker_config.GO)
+                self._control.send(worker_config.GO + address.encode())
 
     def greets(self) -> bool:
         """Whether it has begun the handshake: it is connected to the server and has the region."""

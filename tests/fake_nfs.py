@@ -109,6 +109,7 @@ class _Faults:
     mangle: Callable[[bytes], bytes] | None = None
     held: bool = False
     held_after: bool = False
+    held_times: int | None = None
 
 
 class _Refused(Exception):
@@ -198,10 +199,14 @@ class FakeNfsServer(RpcServer):
         with self._lock:
             self._of(op).mangle = change
 
-    def hold(self, op: str, *, after: bool = False) -> None:
-        """Calls of `op` wait until `release()`. With `after`, they are done when they come: the answer waits."""
+    def hold(self, op: str, *, after: bool = False, times: int | None = None) -> None:
+        """Calls of `op`, or the next `times` of them, wait until `release()`.
+
+        With `after`, they are done when they come: the answer waits.
+        """
         with self._lock:
-            self._of(op).held, self._of(op).held_after = not after, after
+            faults = self._of(op)
+            faults.held, faults.held_after, faults.held_times = not after, after, times
 
     def wait_for(self, count: int, timeout_s: float) -> None:
         """Wait until `count` calls are held. AssertionError when they are not within `timeout_s`."""
@@ -220,6 +225,7 @@ class FakeNfsServer(RpcServer):
         with self._lock:
             for faults in self._faults.values():
                 faults.held = faults.held_after = False
+                faults.held_times = None
             for call, answer in reversed(self._held) if reverse else self._held:
                 if answer is None:
                     self._answer_at(call, time.monotonic())
@@ -235,6 +241,12 @@ class FakeNfsServer(RpcServer):
             self._unstable.clear()
             self._verifier += 1
             self._held.clear()
+            self._reset_connections()
+        self._wake()
+
+    def disconnect(self) -> None:
+        """Connections are reset. What is held is not forgotten: released, it is done, and answered to nobody."""
+        with self._lock:
             self._reset_connections()
         self._wake()
 
@@ -296,7 +308,9 @@ class FakeNfsServer(RpcServer):
             return
         self._calls.append(self._describe(op, call))
         faults = self._of(op)
-        if faults.held or faults.held_after:
+        if (faults.held or faults.held_after) and faults.held_times != 0:
+            if faults.held_times is not None:
+                faults.held_times -= 1
             self._held.append((call, None if faults.held else self._run_call(call)[1]))
             self._changed.notify_all()
         else:
@@ -403,6 +417,7 @@ class FakeNfsServer(RpcServer):
         offset, _, stable, data = arguments.u64(), arguments.u32(), arguments.u32(), arguments.opaque()
         faults = self._of("WRITE")
         data = data[: self._wtmax if faults.limit_bytes is None else min(faults.limit_bytes, self._wtmax)]
+        before = u32(1) + u64(len(self._content)) + u32(0, 0, 0, 0)
         _put(self._content, offset, data)
         if not self.lying:
             self._unstable.append((offset, len(data)))
@@ -410,7 +425,7 @@ class FakeNfsServer(RpcServer):
                 self._make_stable(self._unstable.pop())
         claim = len(data) if faults.claimed_count is None else faults.claimed_count
         stable = stable if faults.claimed_stable is None else faults.claimed_stable
-        return u32(NFS3_OK) + _NO_WCC + u32(claim, stable) + u64(self._verifier)
+        return u32(NFS3_OK) + before + _NO_ATTRIBUTES + u32(claim, stable) + u64(self._verifier)
 
     def _commit(self, arguments: XdrReader) -> bytes:
         self._path_of(arguments.opaque())

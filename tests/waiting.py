@@ -9,6 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+import pytest
+
 T = TypeVar("T")
 
 # No promise is about a time this long: it only ends what hangs.
@@ -35,3 +37,24 @@ def wait_until(is_so: Callable[[], object], what: str, timeout_s: float = DEADLI
     while not is_so():
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
         time.sleep(0.005)
+
+
+class SaidOnStderr:
+    """What the C code has said on stderr from here on."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self._capfd = capfd
+        self._text = ""
+        capfd.readouterr()
+
+    @property
+    def lines(self) -> list[str]:
+        self._text += self._capfd.readouterr().err
+        return self._text.splitlines()
+
+    def wait_for(self, words: str) -> None:
+        try:
+            wait_until(lambda: any(words in line for line in self.lines), f"a line with '{words}'")
+        except AssertionError as error:
+            error.add_note(f"but it has said: {self.lines}")
+            raise

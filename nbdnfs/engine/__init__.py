@@ -22,7 +22,9 @@ requests in flight. Version, ports, uid and gid come from the URL, as libnfs rea
 
 All of them may be called from any number of threads; none holds the GIL while it waits, and requests of
 several threads are in flight together. A connection that breaks is made again for as long as that takes, and
-what was under way is sent again: callers wait, they see no error.
+what was under way is sent again: callers wait, they see no error. `soft_limit_ms` makes EIO of waits that are
+longer (0: none does); a file that the server has lost or exchanged is waited for `gone_limit_ms`, and then EIO too.
+What was written is kept in any case. docs/decisions/0010 has the whole table, 0011 what `silence_ms` is.
 
 `NfsFile` is the same for a file of any size, with byte offsets and with operations on names, for making and
 inspecting backing files.
@@ -36,6 +38,7 @@ from nbdnfs.engine._engine import (
     Engine,
     NfsError,
     NfsFile,
+    disconnected_offset,
     keep_thread_states,
     libnfs_version,
     region_counters,
@@ -46,6 +49,7 @@ __all__ = [
     "Engine",
     "NfsError",
     "NfsFile",
+    "disconnected_offset",
     "keep_thread_states",
     "libnfs_version",
     "region_counters",

@@ -5,6 +5,7 @@ from typing_extensions import Buffer
 
 libnfs_version: str
 region_version: int
+disconnected_offset: int
 
 def keep_thread_states() -> None: ...
 def region_counters(fd: int, /) -> dict[str, int | list[int]]: ...
@@ -34,6 +35,9 @@ class Engine:
         stable_writes: bool = False,
         read_ahead_pages: int = 64,
         connect_timeout_s: int = 15,
+        soft_limit_ms: int = 0,
+        gone_limit_ms: int = 300_000,
+        silence_ms: int = 15_000,
     ) -> None: ...
     @property
     def size_bytes(self) -> int: ...

@@ -33,6 +33,10 @@ struct list {
 	uint32_t head, tail, count;
 };
 
+struct hold {
+	uint64_t first_page, count, until;
+};
+
 struct cache {
 	struct region *region;
 	struct slot *slots;
@@ -42,6 +46,8 @@ struct cache {
 	uint32_t writing_count;
 	uint64_t sequence;
 	uint32_t wasted, used;
+	struct hold holds[HOLDS];
+	unsigned hold_count;
 };
 
 /* ------------------------------------------------------------------ lists and hash ---------------------- */
@@ -168,6 +174,26 @@ static uint32_t word_of(const struct cache *cache, uint64_t page)
 uint32_t cache_checksum(const struct cache *cache, uint64_t page)
 {
 	return is_filled(cache, page) ? 0 : word_of(cache, page);
+}
+
+bool cache_known_page(const struct cache *cache, uint64_t from, uint64_t *page, uint32_t *crc)
+{
+	uint64_t count = cache->region->page_count;
+
+	for (uint64_t i = 0; i < count; i++) {
+		uint64_t candidate = (from + i) % count;
+		uint32_t index;
+
+		*crc = cache_checksum(cache, candidate);
+		if (*crc == 0)
+			continue;
+		index = find(cache, candidate);
+		if (index != NO_SLOT && cache->slots[index].list != ON_CLEAN)
+			continue;
+		*page = candidate;
+		return true;
+	}
+	return false;
 }
 
 static bool is_one_word(const uint8_t *data)
@@ -428,16 +454,61 @@ bool cache_materialise(struct cache *cache, uint64_t *page)
 
 /* ------------------------------------------------------------------ writing back ------------------------ */
 
+void cache_hold(struct cache *cache, uint64_t first_page, uint64_t count, uint64_t until)
+{
+	struct hold *hold = &cache->holds[cache->hold_count];
+
+	if (cache->hold_count < HOLDS) {
+		cache->hold_count++;
+	} else {
+		hold = &cache->holds[0];
+		first_page = 0;
+		count = cache->region->page_count;
+		for (unsigned i = 0; i < HOLDS; i++)
+			if (cache->holds[i].until > until)
+				until = cache->holds[i].until;
+	}
+	*hold = (struct hold){ first_page, count, until };
+}
+
+bool cache_end_holds(struct cache *cache, uint64_t now)
+{
+	for (unsigned i = 0; i < cache->hold_count;)
+		if (cache->holds[i].until <= now)
+			cache->holds[i] = cache->holds[--cache->hold_count];
+		else
+			i++;
+	return cache->hold_count > 0;
+}
+
+static bool is_held(const struct cache *cache, uint64_t page)
+{
+	for (unsigned i = 0; i < cache->hold_count; i++)
+		if (page - cache->holds[i].first_page < cache->holds[i].count)
+			return true;
+	return false;
+}
+
+/* The slot of the oldest dirty page that may travel; NO_SLOT for none. */
+static uint32_t oldest_takable(const struct cache *cache)
+{
+	uint32_t index = cache->lists[ON_DIRTY].head;
+
+	while (index != NO_SLOT && is_held(cache, cache->slots[index].page))
+		index = cache->slots[index].next;
+	return index;
+}
+
 static bool is_takable(const struct cache *cache, uint64_t page)
 {
 	uint32_t index = find(cache, page);
 
-	return index != NO_SLOT && cache->slots[index].list == ON_DIRTY;
+	return index != NO_SLOT && cache->slots[index].list == ON_DIRTY && !is_held(cache, page);
 }
 
 bool cache_take_run(struct cache *cache, struct cache_run *run, uint32_t most, uint8_t *data)
 {
-	uint32_t oldest = cache->lists[ON_DIRTY].head;
+	uint32_t oldest = oldest_takable(cache);
 	uint64_t first;
 
 	if (oldest == NO_SLOT)
@@ -550,7 +621,7 @@ void cache_commit_failed(struct cache *cache)
 
 uint64_t cache_oldest_dirty(const struct cache *cache)
 {
-	uint32_t index = cache->lists[ON_DIRTY].head;
+	uint32_t index = oldest_takable(cache);
 
 	return index == NO_SLOT ? 0 : cache->slots[index].since;
 }

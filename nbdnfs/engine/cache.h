@@ -67,6 +67,12 @@ bool cache_materialise(struct cache *cache, uint64_t *page);
 /* What a page's bytes must have as CRC-32C, 0 when that is not known. */
 uint32_t cache_checksum(const struct cache *cache, uint64_t page);
 
+/*
+ * A page of which the NAS has these very bytes, if it has kept its word: the first from `from` on, around the device's
+ * end. False when there is none.
+ */
+bool cache_known_page(const struct cache *cache, uint64_t from, uint64_t *page, uint32_t *crc);
+
 /* ---- writing back ---- */
 
 #define RUN_PAGES_MAX 32
@@ -79,10 +85,19 @@ struct cache_run {
 };
 
 /*
- * Take the run around the oldest dirty page, `most` pages at most, and copy it to `data`. Returns false when
- * nothing is dirty that could be taken.
+ * Take the run around the oldest dirty page that is not held, `most` pages at most, and copy it to `data`. Returns
+ * false when nothing is dirty that could be taken.
  */
 bool cache_take_run(struct cache *cache, struct cache_run *run, uint32_t most, uint8_t *data);
+
+/*
+ * Take none of these pages before `until`, a time of the caller's. They are read and written as ever. What is held
+ * at once is remembered exactly for HOLDS calls; with more, everything is held until the last of them ends.
+ */
+#define HOLDS 32
+void cache_hold(struct cache *cache, uint64_t first_page, uint64_t count, uint64_t until);
+/* End those that are over at `now`. True while there are others. */
+bool cache_end_holds(struct cache *cache, uint64_t now);
 
 /* The NAS has the run: stably, or under `verifier` until the next commit. */
 void cache_run_stable(struct cache *cache, const struct cache_run *run);
@@ -96,7 +111,7 @@ uint32_t cache_commit_begin(struct cache *cache);
 uint32_t cache_commit_done(struct cache *cache, uint64_t verifier);
 void cache_commit_failed(struct cache *cache);
 
-/* The oldest write that is not under way; 0 when nothing is dirty. */
+/* The oldest write that could be taken now; 0 when there is none. */
 uint64_t cache_oldest_dirty(const struct cache *cache);
 uint32_t cache_dirty_count(const struct cache *cache);       /* dirty, and not under way */
 uint32_t cache_uncommitted_count(const struct cache *cache);

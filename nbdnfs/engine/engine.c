@@ -3,7 +3,8 @@
  * Requests, the flusher and read-ahead, over one cache. See engine.h for what is promised.
  *
  * Locks: engine->lock guards the cache, the streams and all that struct engine says it does. It is never held
- * over a call of nfsio, whose completions take it: they run in nfsio's thread, without any lock of its own.
+ * over a call of nfsio, but for nfsio_state(): completions take it. They run in nfsio's thread, without any lock
+ * of its own.
  */
 #include "engine.h"
 
@@ -30,8 +31,17 @@
 
 /* A page that nobody rewrites goes to the NAS after one to two of these, also when there is room for more. */
 #define AGE_LIMIT_MS 500
-/* What the server refuses (ENOSPC, EIO, ...) is tried again, but not at full speed. */
-#define REFUSED_PAUSE_MS 1000
+/* What the server refuses (ENOSPC, EIO, ...) is tried again, but not at full speed: these are the pauses. */
+#define REFUSED_PAUSE_MS 500
+#define REFUSED_PAUSE_LIMIT_MS 4000
+/*
+ * A write that was repeated on a new connection may still lie in the server's queue of the old one, and be done
+ * after its repetition. Until it must have been, the server gets no other bytes for those pages. See
+ * docs/decisions/0011.
+ */
+#define TWIN_MS 5000
+/* The same for what a worker before this one may have had under way. */
+#define REPLAY_MS 1000
 /* A page whose checksum is wrong is read so often before it is given up. */
 #define CHECKSUM_TRIES 3
 
@@ -63,14 +73,16 @@ struct engine {
 	struct nfsio *read_io, *write_io; /* the same with one connection */
 	struct region region;
 	uint64_t size_bytes;
+	uint64_t reconnects_before; /* of workers before this one */
 	uint32_t piece_bytes;
 	bool own_region;
-	uint8_t *buffers;       /* of the runs and fetches */
+	uint8_t *buffers;       /* of the runs and fetches, and the samples */
+	uint8_t *samples;       /* two pages, one for each connection's thread */
 	pthread_t flusher;
 
 	pthread_mutex_t lock;   /* guards everything below, and the cache */
 	pthread_cond_t work;    /* the flusher has something to do */
-	pthread_cond_t progress; /* slots became clean or free, or a fetch ended */
+	pthread_cond_t progress; /* slots became clean or free, a fetch ended, or the file or the way to it changed */
 	struct cache *cache;
 	struct streams streams;
 	struct run runs[RUNS];
@@ -84,6 +96,11 @@ struct engine {
 	uint64_t fetch_number;
 	uint64_t aged_sequence; /* what was written up to it is old enough to go */
 	uint64_t refused_until_ms; /* no write-back before, the server has refused one */
+	uint64_t refused_pause_ms;
+	uint64_t refused_sequence; /* what had been written when it refused last */
+	uint64_t progress_at_ms; /* when the NAS last took something */
+	uint64_t held_until_ms; /* until when pages are held back from it */
+	bool lost;              /* the file is gone, and waiting for it is an error */
 };
 
 static uint64_t now_us(void)
@@ -94,9 +111,71 @@ static uint64_t now_us(void)
 	return (uint64_t)ts.tv_sec * 1000000 + (uint64_t)ts.tv_nsec / 1000;
 }
 
+static uint64_t now_ms(void)
+{
+	return now_us() / 1000;
+}
+
 static struct region_counters *counters(struct engine *engine)
 {
 	return &engine->region.header->counters;
+}
+
+/* How much of the file has always been there; UINT64_MAX: all of it. */
+static uint64_t cut_bytes(const struct engine *engine)
+{
+	uint64_t one = nfsio_cut_bytes(engine->read_io), other = nfsio_cut_bytes(engine->write_io);
+
+	return one < other ? one : other;
+}
+
+static bool is_unlinked(const struct engine *engine)
+{
+	return nfsio_is_unlinked(engine->read_io) || nfsio_is_unlinked(engine->write_io);
+}
+
+/* As far as answers have told. */
+static enum region_file file_state(const struct engine *engine)
+{
+	if (is_unlinked(engine))
+		return REGION_FILE_REMOVED;
+	return cut_bytes(engine) < UINT64_MAX ? REGION_FILE_CUT : REGION_FILE_THERE;
+}
+
+/* A server that answers has another file now, or a shorter one. Lock held. */
+static void note_file(struct engine *engine, enum region_file state)
+{
+	_Atomic uint64_t *counter = &counters(engine)->file_state;
+
+	if (atomic_load_explicit(counter, memory_order_relaxed) == state)
+		return;
+	set_counter(counter, state);
+	if (state == REGION_FILE_CUT)
+		log_line("the file has been cut to %llu bytes: what lay behind that is lost, and reading it is an error",
+			 (unsigned long long)cut_bytes(engine));
+	else if (state == REGION_FILE_REMOVED && is_unlinked(engine))
+		log_line("the file has been removed; the server serves it as long as it has it open: end its use now");
+}
+
+/* Lock held. */
+static void look_at_file_locked(struct engine *engine)
+{
+	enum region_file state = file_state(engine);
+
+	/* what the connections' threads have found out by name says more */
+	if (state != REGION_FILE_THERE &&
+	    atomic_load_explicit(&counters(engine)->file_state, memory_order_relaxed) == REGION_FILE_THERE)
+		note_file(engine, state);
+}
+
+/* Some answer may have told that the file is shorter than it was, or has lost its name. */
+static void look_at_file(struct engine *engine)
+{
+	if (file_state(engine) == REGION_FILE_THERE)
+		return;
+	pthread_mutex_lock(&engine->lock);
+	look_at_file_locked(engine);
+	pthread_mutex_unlock(&engine->lock);
 }
 
 /* ------------------------------------------------------------------ write-back: completions, no lock --- */
@@ -107,26 +186,44 @@ static void note_unstable(struct engine *engine)
 	set_counter(&counters(engine)->unstable_pages, cache_unstable_count(engine->cache));
 }
 
-/* The server's word on a write-back or a commit; said once for each change. Lock held. */
+/* It refuses: said once, however often, until all that it refused is written or it refuses for another reason. */
+static void note_refusal(struct engine *engine, int error)
+{
+	struct region_counters *c = counters(engine);
+	uint64_t pause_ms = engine->refused_pause_ms * 2;
+
+	count(&c->write_errors, 1);
+	if (pause_ms == 0)
+		pause_ms = REFUSED_PAUSE_MS;
+	engine->refused_pause_ms = pause_ms < REFUSED_PAUSE_LIMIT_MS ? pause_ms : REFUSED_PAUSE_LIMIT_MS;
+	engine->refused_until_ms = now_ms() + engine->refused_pause_ms;
+	engine->refused_sequence = cache_sequence(engine->cache);
+	if (atomic_load_explicit(&c->write_back_error, memory_order_relaxed) == (uint64_t)-error)
+		return;
+	set_counter(&c->write_back_error, (uint64_t)-error);
+	log_line("the server refuses to write (%s): %u pages wait in memory, trying again", strerror(-error),
+		 cache_unstable_count(engine->cache));
+}
+
+/* The server's word on a write-back or a commit. Lock held. */
 static void note_result(struct engine *engine, int error)
 {
 	struct region_counters *c = counters(engine);
-	uint64_t before = atomic_load_explicit(&c->write_back_error, memory_order_relaxed);
 
 	if (error == -ECANCELED)
 		return;
 	if (error != 0) {
-		count(&c->write_errors, 1);
-		engine->refused_until_ms = now_us() / 1000 + REFUSED_PAUSE_MS;
-	}
-	if (before == (uint64_t)-error)
+		note_refusal(engine, error);
 		return;
-	set_counter(&c->write_back_error, (uint64_t)-error);
-	if (error != 0)
-		log_line("the server refuses to write (%s): %u pages wait in memory, trying again", strerror(-error),
-			 cache_unstable_count(engine->cache));
-	else
+	}
+	engine->progress_at_ms = now_ms();
+	engine->refused_pause_ms = 0;
+	/* a full server still takes pages that have their blocks: that one went through says little */
+	if (atomic_load_explicit(&c->write_back_error, memory_order_relaxed) != 0 &&
+	    cache_is_stable(engine->cache, engine->refused_sequence)) {
+		set_counter(&c->write_back_error, 0);
 		log_line("the server writes again");
+	}
 }
 
 static void run_done(struct nfsio_req *req)
@@ -143,10 +240,18 @@ static void run_done(struct nfsio_req *req)
 		cache_run_stable(engine->cache, &run->pages);
 	else
 		cache_run_uncommitted(engine->cache, &run->pages, req->verifier);
+	if (req->resent) {
+		uint64_t until_ms = now_ms() + TWIN_MS;
+
+		cache_hold(engine->cache, run->pages.first_page, run->pages.count, until_ms);
+		engine->held_until_ms = until_ms;
+		set_counter(&counters(engine)->twins_until_ms, until_ms); /* for a worker after this one */
+	}
 	run->busy = false;
 	count(&counters(engine)->nfs_in_flight, (uint64_t)-1);
 	note_result(engine, error);
 	note_unstable(engine);
+	look_at_file_locked(engine);
 	pthread_cond_broadcast(&engine->progress);
 	pthread_cond_signal(&engine->work);
 	pthread_mutex_unlock(&engine->lock);
@@ -228,7 +333,8 @@ static struct run *free_run(struct engine *engine)
 /* Start one write-back. Lock held, dropped meanwhile. */
 static void write_back(struct engine *engine, struct run *run)
 {
-	cache_take_run(engine->cache, &run->pages, pages_at_once(engine, RUN_PAGES_MAX), run->data);
+	if (!cache_take_run(engine->cache, &run->pages, pages_at_once(engine, RUN_PAGES_MAX), run->data))
+		return;
 	run->busy = true;
 	run->started_us = now_us();
 	run->req = (struct nfsio_req){
@@ -281,13 +387,15 @@ static void *flusher_thread(void *arg)
 	touch_stack();
 	pthread_mutex_lock(&engine->lock);
 	for (;;) {
-		uint64_t now_ms = now_us() / 1000;
+		uint64_t now = now_ms();
 		struct run *run = free_run(engine);
+
+		cache_end_holds(engine->cache, now);
 
 		if (engine->stop && (engine->abandon || cache_unstable_count(engine->cache) == 0))
 			break;
-		if (now_ms < engine->refused_until_ms) {
-			wait_for_work(engine, engine->refused_until_ms - now_ms);
+		if (now < engine->refused_until_ms) {
+			wait_for_work(engine, engine->refused_until_ms - now);
 		} else if (run != NULL && wants_write_back(engine)) {
 			write_back(engine, run);
 		} else if (wants_commit(engine)) {
@@ -309,7 +417,8 @@ static void fetch_done(struct nfsio_req *req)
 {
 	struct fetch *fetch = (struct fetch *)req;
 	struct engine *engine = fetch->engine;
-	bool ok = req->error == 0 && req->moved_bytes == req->length_bytes;
+	bool ok = req->error == 0 && req->moved_bytes == req->length_bytes &&
+		  req->offset_bytes + req->length_bytes <= cut_bytes(engine);
 	uint32_t crcs[FETCH_PAGES];
 
 	count_duration(counters(engine)->nfs_read_us, now_us() - fetch->started_us);
@@ -398,6 +507,57 @@ static int check_range(const struct engine *engine, uint64_t offset_bytes, uint6
 	return 0;
 }
 
+/* For nfsio to recognise the file by. Called by its threads, without a lock. */
+static bool sample_page(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc)
+{
+	struct engine *engine = owner;
+	uint64_t page = 0;
+	bool found;
+
+	pthread_mutex_lock(&engine->lock);
+	/* from all over the device, and after a page that is wrong not its neighbour */
+	found = cache_known_page(engine->cache, number * 0x9e3779b97f4a7c15u % engine->region.page_count, &page, crc);
+	pthread_mutex_unlock(&engine->lock);
+	*offset_bytes = page * PAGE_BYTES;
+	return found;
+}
+
+/* What is known of both connections, into the counters. Called by nfsio's threads, without a lock. */
+static void link_changed(void *owner)
+{
+	struct engine *engine = owner;
+	struct nfsio *const all[] = { engine->read_io, engine->write_io };
+	enum nfsio_link link = NFSIO_UP;
+	uint64_t connects = 0;
+	bool away = false;
+
+	pthread_mutex_lock(&engine->lock);
+	engine->lost = false;
+	for (unsigned i = 0; i < engine->options.connections; i++) {
+		struct nfsio_state state;
+
+		nfsio_state(all[i], &state);
+		connects += state.connects;
+		engine->lost |= state.lost;
+		away |= state.link == NFSIO_AWAY;
+		if (state.link > link)
+			link = state.link;
+	}
+	set_counter(&counters(engine)->disconnected, away);
+	set_counter(&counters(engine)->reconnects, engine->reconnects_before + connects - engine->options.connections);
+	note_file(engine, link == NFSIO_REMOVED	   ? REGION_FILE_REMOVED
+			  : link == NFSIO_REPLACED ? REGION_FILE_REPLACED
+						   : file_state(engine));
+	pthread_cond_broadcast(&engine->progress);
+	pthread_mutex_unlock(&engine->lock);
+}
+
+static void watch(struct engine *engine, struct nfsio *io, uint8_t *page)
+{
+	nfsio_recognise(io, sample_page, engine, page);
+	nfsio_watch(io, link_changed, engine);
+}
+
 /*
  * Make sure that a page that the NAS answered is what was written to it. What was written since it was asked for
  * is newer, and in a slot or, if that was quick, on the NAS already: asked again then.
@@ -421,8 +581,10 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 			while ((newer = cache_read(engine->cache, page, data)) == CACHE_WAIT)
 				pthread_cond_wait(&engine->progress, &engine->lock);
 		pthread_mutex_unlock(&engine->lock);
-		if (wanted == 0 || wanted == found || newer == CACHE_HIT)
+		if (newer == CACHE_HIT || (wanted != 0 && wanted == found))
 			return 0;
+		if (wanted == 0) /* where the file was cut it has zeros again, which nobody has written */
+			return (page + 1) * PAGE_BYTES <= cut_bytes(engine) ? 0 : -EIO;
 		if (tries == CHECKSUM_TRIES)
 			break;
 		count(&c->checksum_rereads, 1);
@@ -444,6 +606,7 @@ static int verify_request(struct engine *engine, const struct nfsio_req *req)
 {
 	int error = req->error;
 
+	look_at_file(engine);
 	if (error == 0 && req->moved_bytes != req->length_bytes)
 		error = -EIO; /* the file ends before the device: it was cut */
 	for (uint32_t at = 0; error == 0 && at < req->length_bytes; at += PAGE_BYTES)
@@ -524,36 +687,77 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 	return error;
 }
 
-/* Wait until the flusher has brought everything of these pages up to `sequence` to the NAS. Lock held, dropped. */
-static void wait_pages_stable(struct engine *engine, uint64_t page, uint64_t pages, uint64_t sequence)
+/*
+ * Wait for `progress`. False when that is to end in an error: the file is gone, or the mount is soft and the NAS has
+ * taken nothing for too long since `since_ms`. Lock held, dropped meanwhile.
+ */
+static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
 {
-	engine->waiting_for_stable++;
+	uint64_t limit_ms = engine->options.nfs.soft_limit_ms, end_ms = since_ms;
+	struct timespec until;
+
+	if (engine->lost)
+		return false;
 	pthread_cond_signal(&engine->work);
-	for (uint64_t i = 0; i < pages; i++)
-		while (!cache_page_is_stable(engine->cache, page + i, sequence))
-			pthread_cond_wait(&engine->progress, &engine->lock);
-	engine->waiting_for_stable--;
+	if (limit_ms == 0) {
+		pthread_cond_wait(&engine->progress, &engine->lock);
+		return true;
+	}
+	if (engine->progress_at_ms > end_ms)
+		end_ms = engine->progress_at_ms;
+	if (engine->held_until_ms > end_ms)
+		end_ms = engine->held_until_ms; /* that is our doing, not the server's */
+	end_ms += limit_ms;
+	if (now_ms() >= end_ms)
+		return false;
+	until.tv_sec = (time_t)(end_ms / 1000);
+	until.tv_nsec = (long)(end_ms % 1000) * 1000000;
+	pthread_cond_timedwait(&engine->progress, &engine->lock, &until);
+	return true;
 }
 
-/* At most BATCH_PAGES pages. */
-static void write_batch(struct engine *engine, const uint8_t *data, uint64_t page, uint32_t pages, bool fua)
+/*
+ * Wait until the flusher has brought everything of these pages up to `sequence` to the NAS. Returns 0 or -EIO.
+ * Lock held, dropped meanwhile.
+ */
+static int wait_pages_stable(struct engine *engine, uint64_t page, uint64_t pages, uint64_t sequence)
+{
+	uint64_t since_ms = now_ms();
+	int error = 0;
+
+	engine->waiting_for_stable++;
+	for (uint64_t i = 0; i < pages && error == 0; i++)
+		while (!cache_page_is_stable(engine->cache, page + i, sequence))
+			if (!wait_for_nas(engine, since_ms)) {
+				error = -EIO;
+				break;
+			}
+	engine->waiting_for_stable--;
+	return error;
+}
+
+/* At most BATCH_PAGES pages. After an error some of them are written. */
+static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page, uint32_t pages, bool fua)
 {
 	uint32_t crcs[BATCH_PAGES], filled = 0;
+	uint64_t since_ms = now_ms();
 	bool was_idle;
+	int error = 0;
 
 	for (uint32_t i = 0; i < pages; i++)
 		crcs[i] = crc32c(data + (size_t)i * PAGE_BYTES, PAGE_BYTES);
 	pthread_mutex_lock(&engine->lock);
 	was_idle = cache_unstable_count(engine->cache) == 0;
-	for (uint32_t i = 0; i < pages; i++) {
+	for (uint32_t i = 0; i < pages && error == 0; i++) {
 		enum cache_store stored;
 
 		while ((stored = cache_write(engine->cache, page + i, data + (size_t)i * PAGE_BYTES, crcs[i], !fua)) ==
-		       CACHE_FULL) {
+			       CACHE_FULL &&
+		       error == 0) {
 			count(&counters(engine)->stalls, 1);
 			engine->waiting_for_slot++;
-			pthread_cond_signal(&engine->work);
-			pthread_cond_wait(&engine->progress, &engine->lock);
+			if (!wait_for_nas(engine, since_ms))
+				error = -EIO;
 			engine->waiting_for_slot--;
 		}
 		filled += stored == CACHE_FILLED;
@@ -561,10 +765,11 @@ static void write_batch(struct engine *engine, const uint8_t *data, uint64_t pag
 	note_unstable(engine);
 	if (was_idle || is_half_full(engine))
 		pthread_cond_signal(&engine->work);
-	if (fua)
-		wait_pages_stable(engine, page, pages, cache_sequence(engine->cache));
+	if (fua && error == 0)
+		error = wait_pages_stable(engine, page, pages, cache_sequence(engine->cache));
 	pthread_mutex_unlock(&engine->lock);
 	count(&counters(engine)->filled_pages_written, filled);
+	return error;
 }
 
 int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes, bool fua)
@@ -576,7 +781,7 @@ int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_byt
 	while (error == 0 && pages > 0) {
 		uint32_t now = pages < BATCH_PAGES ? (uint32_t)pages : BATCH_PAGES;
 
-		write_batch(engine, data, page, now, fua);
+		error = write_batch(engine, data, page, now, fua);
 		data += (size_t)now * PAGE_BYTES;
 		page += now;
 		pages -= now;
@@ -589,22 +794,20 @@ int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_byt
 
 int engine_flush(struct engine *engine)
 {
-	uint64_t page = 0, sequence;
+	uint64_t page = 0, sequence, since_ms = now_ms();
+	bool in_time = true;
 
 	count(&counters(engine)->flushes, 1);
 	pthread_mutex_lock(&engine->lock);
 	engine->waiting_for_stable++;
-	while (!cache_materialise(engine->cache, &page)) {
-		pthread_cond_signal(&engine->work);
-		pthread_cond_wait(&engine->progress, &engine->lock);
-	}
+	while (in_time && !cache_materialise(engine->cache, &page))
+		in_time = wait_for_nas(engine, since_ms);
 	sequence = cache_sequence(engine->cache);
-	pthread_cond_signal(&engine->work);
-	while (!cache_is_stable(engine->cache, sequence))
-		pthread_cond_wait(&engine->progress, &engine->lock);
+	while (in_time && !cache_is_stable(engine->cache, sequence))
+		in_time = wait_for_nas(engine, since_ms);
 	engine->waiting_for_stable--;
 	pthread_mutex_unlock(&engine->lock);
-	return 0;
+	return in_time ? 0 : -EIO;
 }
 
 int engine_trim(struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes)
@@ -660,7 +863,7 @@ static int map_region(struct engine *engine, const struct nfsio_stat *st, struct
 static int make_buffers(struct engine *engine)
 {
 	size_t run_bytes = (size_t)RUN_PAGES_MAX * PAGE_BYTES, fetch_bytes = (size_t)FETCH_PAGES * PAGE_BYTES;
-	size_t bytes = RUNS * run_bytes + FETCHES * fetch_bytes;
+	size_t bytes = RUNS * run_bytes + FETCHES * fetch_bytes + 2 * PAGE_BYTES;
 	uint8_t *at = aligned_alloc(PAGE_BYTES, bytes);
 
 	if (at == NULL)
@@ -671,6 +874,7 @@ static int make_buffers(struct engine *engine)
 		*run = (struct run){ .engine = engine, .data = at };
 	for (struct fetch *fetch = engine->fetches; fetch < engine->fetches + FETCHES; fetch++, at += fetch_bytes)
 		*fetch = (struct fetch){ .engine = engine, .data = at };
+	engine->samples = at;
 	return 0;
 }
 
@@ -711,6 +915,23 @@ static void close_connections(struct engine *engine)
 	nfsio_close(engine->read_io);
 }
 
+/*
+ * What a worker before this one had under way may arrive after what is sent now, and so may what that one had sent
+ * twice.
+ */
+static void hold_replay(struct engine *engine)
+{
+	uint64_t now = now_ms(), until_ms = now + REPLAY_MS;
+	uint64_t twins_ms = atomic_load_explicit(&counters(engine)->twins_until_ms, memory_order_relaxed);
+
+	if (twins_ms > until_ms && twins_ms <= now + TWIN_MS)
+		until_ms = twins_ms;
+	if (cache_dirty_count(engine->cache) > 0) {
+		engine->held_until_ms = until_ms;
+		cache_hold(engine->cache, 0, engine->region.page_count, until_ms);
+	}
+}
+
 int engine_create(const struct engine_options *options, struct engine **out, struct nfsio_failure *why)
 {
 	struct engine *engine = calloc(1, sizeof(*engine));
@@ -747,6 +968,9 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 		goto fail_unmap;
 	}
 	set_counter(&counters(engine)->nfs_in_flight, 0);
+	set_counter(&counters(engine)->write_back_error, 0);
+	engine->reconnects_before = atomic_load(&counters(engine)->reconnects);
+	hold_replay(engine);
 	count(&counters(engine)->replayed_pages, cache_dirty_count(engine->cache));
 	engine->aged_sequence = cache_sequence(engine->cache); /* what was replayed has waited long enough */
 	note_unstable(engine);
@@ -755,13 +979,16 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 	pthread_condattr_init(&monotonic);
 	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
 	pthread_cond_init(&engine->work, &monotonic);
+	pthread_cond_init(&engine->progress, &monotonic);
 	pthread_condattr_destroy(&monotonic);
-	pthread_cond_init(&engine->progress, NULL);
 	error = start_flusher(engine);
 	if (error != 0) {
 		fail(why, error, "");
 		goto fail_unmap;
 	}
+	watch(engine, engine->read_io, engine->samples);
+	if (engine->write_io != engine->read_io)
+		watch(engine, engine->write_io, engine->samples + PAGE_BYTES);
 	*out = engine;
 	return 0;
 fail_unmap:
@@ -778,10 +1005,18 @@ fail_free:
 
 void engine_destroy(struct engine *engine)
 {
-	if (engine->own_region)
-		engine_flush(engine);
+	bool all_written = false, lost = false;
+
+	while (engine->own_region && !all_written && !lost) {
+		all_written = engine_flush(engine) == 0; /* soft: its end is no reason to forget what is in memory */
+		pthread_mutex_lock(&engine->lock);
+		lost = engine->lost;
+		pthread_mutex_unlock(&engine->lock);
+	}
 	pthread_mutex_lock(&engine->lock);
-	engine->abandon = !engine->own_region;
+	engine->abandon = !all_written;
+	if (engine->own_region && !all_written)
+		log_line("%u pages are given up that the server did not take", cache_unstable_count(engine->cache));
 	engine->stop = true;
 	pthread_cond_signal(&engine->work);
 	pthread_mutex_unlock(&engine->lock);

@@ -4,7 +4,9 @@
  *
  * Every request function may be called from any thread, blocks until it is done, and returns 0 or -errno:
  * -EINVAL for what is not a multiple of 4096 at a multiple of 4096 inside the device, -EIO for a page whose
- * checksum is wrong, what the server answered for reads that it refuses.
+ * checksum is wrong, what the server answered for reads that it refuses. A server that is away is waited for,
+ * unless nfs.soft_limit_ms says for how long; a file that is gone for nfs.gone_limit_ms: both are -EIO, for
+ * whoever waits. What was acknowledged is kept all the same, and written when that is possible again.
  *
  * After engine_create() none of them maps memory, allocates of the engine's own, or starts a thread.
  */
@@ -35,8 +37,8 @@ struct engine_options {
 int engine_create(const struct engine_options *options, struct engine **engine, struct nfsio_failure *why);
 
 /*
- * Ends the threads. With a region of its own, waits until the NAS has everything; a region of the caller's keeps
- * what it holds for the next engine.
+ * Ends the threads. With a region of its own, waits until the NAS has everything, or until waiting is an error; a
+ * region of the caller's keeps what it holds for the next engine.
  */
 void engine_destroy(struct engine *engine);
 

@@ -17,6 +17,8 @@
 #include "stack.h"
 
 #define CONNECT_TIMEOUT_S 15
+/* As long as a NAS may need to mount the file's disk after it serves the export already. */
+#define GONE_LIMIT_MS 300000
 
 static PyObject *nfs_error; /* nbdnfs.engine.NfsError; set once by the module's init */
 
@@ -97,7 +99,9 @@ static int parse_options(PyObject *args, PyObject *kwargs, struct nfsio_options 
 	static char *names[] = { "url", "address", "create", "exclusive", "mode", "read_only", "connect_timeout_s", NULL };
 	int create = 0, exclusive = 0, read_only = 0;
 
-	*options = (struct nfsio_options){ .mode = 0600, .connect_timeout_s = CONNECT_TIMEOUT_S };
+	*options = (struct nfsio_options){
+		.mode = 0600, .connect_timeout_s = CONNECT_TIMEOUT_S, .gone_limit_ms = GONE_LIMIT_MS
+	};
 	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$ppIpI", names, &options->url, &options->address, &create,
 					 &exclusive, &options->mode, &read_only, &options->connect_timeout_s))
 		return -1;
@@ -195,9 +199,10 @@ struct engine_object {
 static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
 	static char *names[] = { "url", "address", "region_fd", "region_pages", "connections", "stable_writes",
-				 "read_ahead_pages", "connect_timeout_s", NULL };
+				 "read_ahead_pages", "connect_timeout_s", "soft_limit_ms", "gone_limit_ms",
+				 "silence_ms", NULL };
 	struct engine_options options = {
-		.nfs = { .connect_timeout_s = CONNECT_TIMEOUT_S },
+		.nfs = { .connect_timeout_s = CONNECT_TIMEOUT_S, .gone_limit_ms = GONE_LIMIT_MS },
 		.region_fd = -1,
 		.region_pages = 4096,
 		.connections = 1,
@@ -208,9 +213,11 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
 	struct engine_object *self;
 	int stable_writes = 0, error;
 
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$iIIpII", names, &options.nfs.url, &options.nfs.address,
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$iIIpIIIII", names, &options.nfs.url, &options.nfs.address,
 					 &options.region_fd, &options.region_pages, &options.connections, &stable_writes,
-					 &options.read_ahead_pages, &options.nfs.connect_timeout_s))
+					 &options.read_ahead_pages, &options.nfs.connect_timeout_s,
+					 &options.nfs.soft_limit_ms, &options.nfs.gone_limit_ms,
+					 &options.nfs.silence_ms))
 		return NULL;
 	options.stable_writes = stable_writes;
 	if (options.region_pages < ENGINE_REGION_PAGES_MIN || options.connections < 1 || options.connections > 2) {
@@ -359,7 +366,7 @@ static PyType_Slot engine_slots[] = {
 	{ Py_tp_methods, engine_methods },
 	{ Py_tp_getset, engine_getset },
 	{ Py_tp_doc, (void *)"Engine(url, address, *, region_fd=-1, region_pages=4096, connections=1, stable_writes=False, "
-			     "read_ahead_pages=64, connect_timeout_s=15): a block device over a file on an NFS server" },
+			     "read_ahead_pages=64, connect_timeout_s=15, soft_limit_ms=0, gone_limit_ms=300000, silence_ms=15000): a block device over a file on an NFS server" },
 	{ 0, NULL },
 };
 
@@ -664,7 +671,10 @@ PyMODINIT_FUNC PyInit__engine(void)
 	    PyModule_AddObjectRef(module, "Engine", engine_type) < 0 ||
 	    PyModule_AddObjectRef(module, "NfsFile", file_type) < 0 ||
 	    PyModule_AddStringConstant(module, "libnfs_version", LIBNFS_BUILT_WITH) < 0 ||
-	    PyModule_AddIntConstant(module, "region_version", REGION_VERSION) < 0)
+	    PyModule_AddIntConstant(module, "region_version", REGION_VERSION) < 0 ||
+	    /* a keeper looks at this one every second, and is not to map or allocate for it */
+	    PyModule_AddIntConstant(module, "disconnected_offset",
+				    offsetof(struct region_header, counters.disconnected)) < 0)
 		goto fail;
 	Py_DECREF(engine_type);
 	Py_DECREF(file_type);

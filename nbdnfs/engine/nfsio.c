@@ -12,7 +12,9 @@
  */
 #include "nfsio.h"
 
+#include "crc32c.h"
 #include "log.h"
+#include "probe.h"
 #include "stack.h"
 
 #include <errno.h>
@@ -39,9 +41,33 @@
 #define TRANSFER_LIMIT_BYTES (1024 * 1024)
 #define TRANSFER_UNKNOWN_BYTES (128 * 1024)
 #define BACKOFF_FIRST_MS 50
-#define BACKOFF_LIMIT_MS 5000
+/* Longer, and the first request after the server's return would wait for it. With jitter half as much again. */
+#define BACKOFF_LIMIT_MS 1000
 #define RETRY_LATER_MS 200
 #define CLOSE_LIMIT_MS 1000
+/* How often those who wait without a connection are looked at. */
+#define AWAY_TICK_MS 250
+/* A connection that is asked for and not answered so soon is asked for again: the kernel's own pauses double. */
+#define SYN_LIMIT_MS 2500
+#define FIRST_SYN_LIMIT_MS 15000
+/* An attempt that takes so long is told of before it has failed. */
+#define TELL_AFTER_MS 2000
+/* A server that does not get through mounting and opening in time is given more of it, up to this. */
+#define PATIENCE_LIMIT_MS (10 * 60 * 1000)
+/* Over an idle NFSv4 connection something is read so often; leases are 10 s and longer. */
+#define TOUCH_MS 4000
+#define SILENCE_MS 15000
+/* While a silent connection is looked into. */
+#define SILENCE_TICK_MS 250
+/* A server that has answered elsewhere has so long to answer here. */
+#define SILENCE_GRACE_MS 5000
+/* A request that is not answered while others are is sent again after so many times silence_ms. */
+#define REPEAT_FACTOR 4
+/* Both limits double each time they have cost a connection, unless the last time is so long ago. */
+#define CALM_MS (15 * 60 * 1000)
+/* Pages that are compared to recognise the file; one that is right will do. */
+#define SAMPLES 8
+#define SAMPLE_BYTES 4096
 /* So long after a waiter has received the I/O thread takes over again. */
 #define QUIET_MS 100
 
@@ -80,6 +106,10 @@ static int call_getattr3(struct rpc_context *rpc, rpc_cb cb, GETATTR3args *args,
 {
 	return rpc_nfs3_getattr_task(rpc, cb, args, arg) != NULL ? 0 : -1;
 }
+static int call_null(struct rpc_context *rpc, int version, rpc_cb cb, void *arg)
+{
+	return (version == 3 ? rpc_nfs3_null_task(rpc, cb, arg) : rpc_nfs4_null_task(rpc, cb, arg)) != NULL ? 0 : -1;
+}
 static int call_pread(struct nfs_context *nfs, struct nfsfh *fh, void *data, size_t length, uint64_t offset, nfs_cb cb,
 		      void *arg)
 {
@@ -107,6 +137,10 @@ static int call_commit3(struct rpc_context *rpc, rpc_cb cb, COMMIT3args *args, v
 static int call_getattr3(struct rpc_context *rpc, rpc_cb cb, GETATTR3args *args, void *arg)
 {
 	return rpc_nfs3_getattr_async(rpc, cb, args, arg);
+}
+static int call_null(struct rpc_context *rpc, int version, rpc_cb cb, void *arg)
+{
+	return version == 3 ? rpc_nfs3_null_async(rpc, cb, arg) : rpc_nfs4_null_async(rpc, cb, arg);
 }
 static int call_pread(struct nfs_context *nfs, struct nfsfh *fh, void *data, size_t length, uint64_t offset, nfs_cb cb,
 		      void *arg)
@@ -147,6 +181,8 @@ struct step {
 	void *data;             /* what a successful call made; an error string does not outlive the callback */
 	struct nfsio_stat st;
 	uint64_t fileid;
+	uint8_t *page;          /* where a page that is read goes */
+	uint32_t count;         /* how much of it has come */
 };
 
 /* Who polls the connection and takes in what comes. */
@@ -163,7 +199,13 @@ struct nfsio {
 	int version;
 	bool opened_once;       /* the I/O thread's own: `opened` is valid */
 	int backoff_ms;         /* the I/O thread's own: the pause before the next attempt to connect, 0: none */
+	int64_t patience_ms;    /* the I/O thread's own: for how long an attempt may go on */
+	char handle[128];       /* the I/O thread's own: the file's, as it was first opened (NFS4_FHSIZE) */
+	int handle_bytes;       /* the I/O thread's own */
+	int64_t gone_since_ms;  /* the I/O thread's own: when the file was first found gone, 0: it is there */
 	int64_t connected_at_ms; /* the I/O thread's own */
+	int64_t away_since_ms;  /* the I/O thread's own */
+	bool told[NFSIO_REPLACED + 1]; /* the I/O thread's own: what has been said since then */
 	int wake_fd;            /* an eventfd: written to wake the I/O thread out of poll() */
 	pthread_t thread;
 
@@ -171,6 +213,8 @@ struct nfsio {
 	struct step step;       /* the I/O thread's own: the call that connecting is waiting for */
 
 	atomic_bool stop;       /* set once, by nfsio_close() */
+	_Atomic uint64_t cut_bytes; /* nfsio_cut_bytes() */
+	atomic_bool unlinked;   /* nfsio_is_unlinked() */
 
 	pthread_mutex_t lock;   /* guards everything below */
 	pthread_cond_t io_work; /* the I/O thread has something to do, and is not in poll() */
@@ -186,6 +230,13 @@ struct nfsio {
 	struct nfs_context *nfs; /* NULL while there is no connection */
 	struct nfsfh *fh;
 	nfs_fh3 fh3;            /* points into fh */
+	struct nfsio_state state;
+	void (*changed)(void *owner); /* of nfsio_watch(), NULL: nobody does */
+	void *changed_owner;
+	/* of nfsio_recognise(); sample NULL: no other handle is believed to be the file's, but by number and size */
+	bool (*sample)(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc);
+	void *sample_owner;
+	uint8_t *sample_page;
 	bool broken;            /* the context met a transport error: the I/O thread throws it away */
 	bool useful;            /* it has brought an answer to a transfer */
 	bool discarding;        /* a context is being destroyed: its callbacks mean nothing */
@@ -194,6 +245,16 @@ struct nfsio {
 	struct req_list finished; /* to be given back by the I/O thread, which then drops the lock */
 	struct req_list later;    /* the server asked to be asked again (JUKEBOX), or libnfs had no memory */
 	int64_t later_at_ms;
+
+	int64_t heard_at_ms;    /* when something came over nfs, or there was nothing to wait for */
+	int64_t silence_ms;     /* see look_into_silence() */
+	int64_t given_up_at_ms; /* when silence last cost a connection, 0: never */
+	struct probe probe;     /* beside nfs, while its silence is looked into */
+	int64_t probed_at_ms;   /* when the probe began or ended */
+
+	struct nfsio_req touch; /* NFSv4: keeps the lease alive */
+	uint8_t touch_byte;
+	bool touching;
 	struct name_op *name_ops; /* issued on nfs */
 };
 
@@ -298,6 +359,38 @@ static void finish_all(struct req_list *list, int error)
 		finish(list, list->head, error);
 }
 
+/* Is it time to give up? Never for write-backs: somebody has been told that they are done. */
+static bool is_hopeless(const struct nfsio *io, const struct nfsio_req *req, int64_t now)
+{
+	if (req->op != NFSIO_READ && req->batch == NULL)
+		return false;
+	return io->state.lost ||
+	       (io->options.soft_limit_ms > 0 && now - req->queued_at_ms >= io->options.soft_limit_ms);
+}
+
+/* Of what waits to be issued. */
+static void fail_hopeless(struct nfsio *io)
+{
+	struct req_list *lists[] = { &io->pending, &io->later };
+	int64_t now = now_ms();
+
+	for (size_t i = 0; i < 2; i++)
+		for (struct nfsio_req *req = lists[i]->head, *next; req != NULL; req = next) {
+			next = req->next;
+			if (is_hopeless(io, req, now))
+				finish(lists[i], req, -EIO);
+		}
+}
+
+/* A request under way is not to be waited for: libnfs takes none back, so all of them go on over another context. */
+static void give_up_on_slow(struct nfsio *io)
+{
+	int64_t now = now_ms();
+
+	for (struct nfsio_req *req = io->inflight.head; req != NULL && !io->broken; req = req->next)
+		io->broken = is_hopeless(io, req, now);
+}
+
 static void try_later(struct nfsio *io, struct req_list *list, struct nfsio_req *req)
 {
 	list_remove(list, req);
@@ -326,11 +419,41 @@ static void moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool 
 
 static void refused3(struct nfsio *io, struct nfsio_req *req, int status)
 {
+	if (status == NFS3ERR_STALE || status == NFS3ERR_BADHANDLE) {
+		io->broken = true; /* a new context looks the file up again */
+		return;
+	}
 	io->useful = true;
 	if (status == NFS3ERR_JUKEBOX)
 		try_later(io, &io->inflight, req);
+	else if (status == NFS3ERR_DQUOT)
+		finish(&io->inflight, req, -EDQUOT); /* -ERANGE to libnfs (nfsstat3_to_errno) */
 	else
 		finish(&io->inflight, req, nfsstat3_to_errno(status) < 0 ? nfsstat3_to_errno(status) : -EIO);
+}
+
+/* The server says how large the file is. */
+static void note_size(struct nfsio *io, uint64_t bytes)
+{
+	if (io->opened_once && bytes < io->opened.size_bytes && bytes < atomic_load(&io->cut_bytes))
+		atomic_store(&io->cut_bytes, bytes);
+}
+
+static void note_attributes3(struct nfsio *io, const post_op_attr *attributes)
+{
+	if (!attributes->attributes_follow)
+		return;
+	note_size(io, attributes->post_op_attr_u.attributes.size);
+	if (attributes->post_op_attr_u.attributes.nlink == 0)
+		atomic_store(&io->unlinked, true);
+}
+
+/* Before and after a write, which may have made a file long again that had been cut. */
+static void note_wcc3(struct nfsio *io, const wcc_data *wcc)
+{
+	if (wcc->before.attributes_follow)
+		note_size(io, wcc->before.pre_op_attr_u.attributes.size);
+	note_attributes3(io, &wcc->after);
 }
 
 /* True when this answer counts: it came from the server, over the context in use. */
@@ -342,6 +465,7 @@ static bool answered(struct nfsio *io, int rpc_status)
 		io->broken = true;
 		return false;
 	}
+	io->heard_at_ms = now_ms();
 	return true;
 }
 
@@ -359,6 +483,8 @@ static void read3_done(struct rpc_context *rpc, int status, void *data, void *ar
 	}
 	READ3resok *ok = &res->READ3res_u.resok;
 	uint32_t count = ok->count;
+
+	note_attributes3(io, &ok->file_attributes);
 
 	if (!DATA_LANDS_IN_PLACE) {
 		if (count > ok->data.data_len)
@@ -393,6 +519,7 @@ static void write3_done(struct rpc_context *rpc, int status, void *data, void *a
 	uint64_t verifier = verifier_of(ok->verf);
 	bool stable = ok->committed == FILE_SYNC;
 
+	note_wcc3(io, &ok->file_wcc);
 	if (req->op == NFSIO_WRITE && !stable) {
 		finish(&io->inflight, req, -EPROTO); /* RFC 1813, 3.3.7: a FILE_SYNC write is answered as such */
 	} else if (req->moved_bytes > 0 && !stable && verifier != req->verifier) {
@@ -428,6 +555,51 @@ static bool is_transport_error(int error)
 	return error == -EFAULT || error == -EINTR || error == -ETIMEDOUT || error == -ENOTCONN || error == -ECONNRESET;
 }
 
+/*
+ * What an NFSv4 server says of the state that it keeps for us, or does not keep any more: libnfs passes it through
+ * NFSv3's table, as -ERANGE mostly, but puts its name into the text (nfs_v4.c, check_nfs4_error).
+ */
+enum verdict4 { REFUSED4, NOT_NOW4, STATE_LOST4, OVER_QUOTA4 };
+
+static enum verdict4 verdict4(struct nfs_context *nfs)
+{
+	static const struct {
+		const char *name;
+		enum verdict4 verdict;
+	} of[] = {
+		{ "NFS4ERR_DELAY", NOT_NOW4 },		 { "NFS4ERR_GRACE", NOT_NOW4 },
+		{ "NFS4ERR_RESOURCE", NOT_NOW4 },	 { "NFS4ERR_LOCKED", NOT_NOW4 },
+		{ "NFS4ERR_DQUOT", OVER_QUOTA4 },	 { "NFS4ERR_EXPIRED", STATE_LOST4 },
+		{ "NFS4ERR_STALE", STATE_LOST4 }, /* ... _CLIENTID and _STATEID as well */
+		{ "NFS4ERR_BAD_STATEID", STATE_LOST4 },	 { "NFS4ERR_OLD_STATEID", STATE_LOST4 },
+		{ "NFS4ERR_BAD_SEQID", STATE_LOST4 },	 { "NFS4ERR_ADMIN_REVOKED", STATE_LOST4 },
+		{ "NFS4ERR_FHEXPIRED", STATE_LOST4 },	 { "NFS4ERR_BADHANDLE", STATE_LOST4 },
+		{ "NFS4ERR_NOFILEHANDLE", STATE_LOST4 }, { "NFS4ERR_OPENMODE", STATE_LOST4 },
+		{ "NFS4ERR_MOVED", STATE_LOST4 },	 { "NFS4ERR_CLID_INUSE", STATE_LOST4 },
+	};
+	const char *text = nfs_get_error(nfs);
+
+	for (size_t i = 0; text != NULL && i < sizeof(of) / sizeof(of[0]); i++)
+		if (strstr(text, of[i].name) != NULL)
+			return of[i].verdict;
+	return REFUSED4;
+}
+
+static void refused4(struct nfsio *io, struct nfsio_req *req, int error)
+{
+	enum verdict4 verdict = error == -EAGAIN ? NOT_NOW4 : verdict4(io->nfs);
+
+	if (verdict == STATE_LOST4 || error == -ESTALE) {
+		io->broken = true; /* a new context opens the file again */
+		return;
+	}
+	io->useful = true;
+	if (verdict == NOT_NOW4)
+		try_later(io, &io->inflight, req);
+	else
+		finish(&io->inflight, req, verdict == OVER_QUOTA4 ? -EDQUOT : error);
+}
+
 static void file_call_done(int error, struct nfs_context *nfs, void *data, void *arg)
 {
 	struct nfsio_req *req = arg;
@@ -435,10 +607,8 @@ static void file_call_done(int error, struct nfs_context *nfs, void *data, void 
 
 	if (!answered(io, is_transport_error(error) ? RPC_STATUS_ERROR : RPC_STATUS_SUCCESS))
 		return;
-	if (error == -EAGAIN) {
-		try_later(io, &io->inflight, req);
-	} else if (error < 0) {
-		finish(&io->inflight, req, error);
+	if (error < 0) {
+		refused4(io, req, error);
 	} else {
 		if (!DATA_LANDS_IN_PLACE && req->op == NFSIO_READ &&
 		    (uint32_t)error <= req->length_bytes - req->moved_bytes)
@@ -485,6 +655,8 @@ static void issue_pending(struct nfsio *io)
 
 	if (io->nfs == NULL || io->broken)
 		return;
+	if (io->inflight.head == NULL)
+		io->heard_at_ms = now_ms();
 	while ((req = io->pending.head) != NULL) {
 		if (issue(io, req) < 0) {
 			try_later(io, &io->pending, req);
@@ -492,6 +664,7 @@ static void issue_pending(struct nfsio *io)
 		}
 		list_remove(&io->pending, req);
 		list_push(&io->inflight, req);
+		req->issued_at_ms = now_ms();
 	}
 	if (nfs_which_events(io->nfs) & POLLOUT && nfs_service(io->nfs, POLLOUT) < 0)
 		io->broken = true;
@@ -513,6 +686,116 @@ static void give_back(struct nfsio *io)
 	}
 }
 
+static void enqueue(struct nfsio *io, struct nfsio_req *req, struct nfsio_batch *batch)
+{
+	req->io = io;
+	req->batch = batch;
+	req->error = 0;
+	req->moved_bytes = 0;
+	req->stable = req->resent = false;
+	req->queued_at_ms = now_ms();
+	list_push(&io->pending, req);
+}
+
+static void touch_done(struct nfsio_req *req)
+{
+	pthread_mutex_lock(&req->io->lock);
+	req->io->touching = false;
+	pthread_mutex_unlock(&req->io->lock);
+}
+
+/*
+ * An NFSv4 server forgets a client from which it hears nothing for a lease. What renews that is a call with the open
+ * file's state id (RFC 7530, 9.5), such as READ; GETATTR has none.
+ */
+static void touch_lease(struct nfsio *io)
+{
+	if (io->version == 3 || io->touching || io->inflight.head != NULL || now_ms() - io->heard_at_ms < TOUCH_MS)
+		return;
+	io->touching = true;
+	io->touch = (struct nfsio_req){ .op = NFSIO_READ, .length_bytes = 1, .data = &io->touch_byte, .done = touch_done };
+	enqueue(io, &io->touch, NULL);
+	io->detached++;
+}
+
+static void null_done(struct rpc_context *rpc, int status, void *data, void *arg)
+{
+	answered(arg, status); /* which is all that was asked */
+}
+
+static void give_up_connection(struct nfsio *io, const char *why)
+{
+	log_line("server %s: %s: asking again over a new connection", io->address, why);
+	io->silence_ms *= 2;
+	io->given_up_at_ms = now_ms();
+	io->broken = true;
+}
+
+/*
+ * The time-outs. A server may be as slow as it likes; but a connection can die without TCP noticing (something between
+ * forgets it, and acknowledges), and a server may drop a request. So silence is looked into: with a NULL call over
+ * the same connection and one over a new connection. Where the second is answered and the first is not, the
+ * connection is given up, and all requests go over a new one. So they do when one of them alone remains
+ * unanswered. In both cases with a limit that doubles, so that a server that is only slow gets through with it.
+ */
+static void look_into_silence(struct nfsio *io)
+{
+	int64_t now = now_ms();
+	struct nfsio_req *oldest = io->inflight.head;
+
+	if (io->broken || (oldest == NULL && io->name_ops == NULL) || now - io->heard_at_ms < io->silence_ms) {
+		if (io->probe.state != PROBE_NONE)
+			probe_end(&io->probe);
+		if (io->given_up_at_ms != 0 && now - io->given_up_at_ms > CALM_MS) {
+			io->silence_ms = io->options.silence_ms;
+			io->given_up_at_ms = 0;
+		}
+		if (!io->broken && oldest != NULL && now - oldest->issued_at_ms >= REPEAT_FACTOR * io->silence_ms)
+			give_up_connection(io, "a request is not answered while others are");
+		return;
+	}
+	switch (io->probe.state) {
+	case PROBE_NONE:
+		if (call_null(nfs_get_rpc_context(io->nfs), io->version, null_done, io) != 0)
+			return;
+		probe_start(&io->probe, nfs_get_fd(io->nfs));
+		io->probed_at_ms = now;
+		break;
+	case PROBE_WAITING:
+		break;
+	case PROBE_ANSWERED:
+		if (now - io->probed_at_ms >= SILENCE_GRACE_MS)
+			give_up_connection(io, "a connection is silent, and the server is not");
+		break;
+	case PROBE_FAILED: /* it does not answer there either: wait, and ask again now and then */
+		if (now - io->probed_at_ms >= SILENCE_GRACE_MS) {
+			probe_start(&io->probe, nfs_get_fd(io->nfs));
+			io->probed_at_ms = now;
+		}
+		break;
+	}
+}
+
+/* For how long a receiver may sleep. Requests that come meanwhile do not wake it. */
+static int sleep_ms(const struct nfsio *io)
+{
+	int64_t ms = io->silence_ms;
+
+	if (io->probe.state != PROBE_NONE)
+		ms = SILENCE_TICK_MS;
+	if (io->version != 3 && ms > TOUCH_MS / 4)
+		ms = TOUCH_MS / 4;
+	if (io->options.soft_limit_ms > 0 && ms > AWAY_TICK_MS)
+		ms = AWAY_TICK_MS;
+	if (io->later.head != NULL) {
+		int64_t left_ms = io->later_at_ms - now_ms();
+
+		if (left_ms < ms)
+			ms = left_ms > 0 ? left_ms : 0;
+	}
+	return (int)ms;
+}
+
 /*
  * Wait for something to come over the connection and take it in. Lock held, dropped while waiting. Whoever
  * calls this is io->receiver; where somebody else is when the wait is over, what came is left to him.
@@ -520,22 +803,18 @@ static void give_back(struct nfsio *io)
 static void receive(struct nfsio *io)
 {
 	enum receiver me = io->receiver;
-	struct pollfd fds[2] = {
+	struct pollfd fds[3] = {
 		{ .fd = nfs_get_fd(io->nfs), .events = nfs_which_events(io->nfs) },
 		{ .fd = io->wake_fd, .events = POLLIN },
+		{ .fd = io->probe.fd, .events = probe_events(&io->probe) },
 	};
-	int timeout_ms = -1;
+	int timeout_ms = sleep_ms(io);
 	uint64_t kicks;
 
-	if (io->later.head != NULL) {
-		int64_t left_ms = io->later_at_ms - now_ms();
-
-		timeout_ms = left_ms > 0 ? (int)left_ms : 0;
-	}
 	if (me == THE_IO_THREAD)
 		io->io_thread_polls = true;
 	pthread_mutex_unlock(&io->lock);
-	poll(fds, 2, timeout_ms);
+	poll(fds, 3, timeout_ms);
 	pthread_mutex_lock(&io->lock);
 	if (me == THE_IO_THREAD)
 		io->io_thread_polls = false;
@@ -547,6 +826,17 @@ static void receive(struct nfsio *io)
 		io->broken = true;
 	if (io->later.head != NULL && now_ms() >= io->later_at_ms)
 		list_prepend(&io->pending, &io->later);
+	if (io->options.soft_limit_ms > 0) {
+		fail_hopeless(io);
+		give_up_on_slow(io);
+	}
+	if (io->probe.state == PROBE_WAITING && fds[2].fd == io->probe.fd && fds[2].revents != 0) {
+		probe_service(&io->probe, fds[2].revents);
+		if (io->probe.state != PROBE_WAITING)
+			io->probed_at_ms = now_ms();
+	}
+	look_into_silence(io);
+	touch_lease(io);
 	issue_pending(io);
 	give_back(io);
 }
@@ -554,22 +844,15 @@ static void receive(struct nfsio *io)
 /* Whoever receives polls with what he knew: tell him where that has changed. */
 static void wake_if_needed(struct nfsio *io)
 {
-	if (io->nfs == NULL)
+	if (io->nfs == NULL) {
+		if (io->finished.head != NULL)
+			kick(io);
 		return;
+	}
 	if (io->broken || io->later.head != NULL || nfs_which_events(io->nfs) & POLLOUT)
 		wake_io_thread(io);
 	else if (io->detached > 0 && io->receiver == NOBODY)
 		call_io_thread(io);
-}
-
-static void enqueue(struct nfsio *io, struct nfsio_req *req, struct nfsio_batch *batch)
-{
-	req->io = io;
-	req->batch = batch;
-	req->error = 0;
-	req->moved_bytes = 0;
-	req->stable = false;
-	list_push(&io->pending, req);
 }
 
 void nfsio_submit(struct nfsio *io, struct nfsio_req *req)
@@ -577,6 +860,8 @@ void nfsio_submit(struct nfsio *io, struct nfsio_req *req)
 	pthread_mutex_lock(&io->lock);
 	enqueue(io, req, NULL);
 	io->detached++;
+	if (io->state.lost)
+		fail_hopeless(io);
 	issue_pending(io);
 	wake_if_needed(io);
 	pthread_mutex_unlock(&io->lock);
@@ -594,6 +879,8 @@ void nfsio_batch_start(struct nfsio *io, struct nfsio_batch *batch, struct nfsio
 	io->batches++;
 	for (size_t i = 0; i < count; i++)
 		enqueue(io, &reqs[i], batch);
+	if (io->state.lost)
+		fail_hopeless(io);
 	issue_pending(io);
 	wake_if_needed(io);
 	pthread_mutex_unlock(&io->lock);
@@ -677,6 +964,7 @@ static void name_op_done(int error, struct nfs_context *nfs, void *data, void *a
 
 	if (op->io->discarding)
 		return; /* discard() finishes it */
+	op->io->heard_at_ms = now_ms();
 	if (is_transport_error(error))
 		op->io->broken = true;
 	else if (error < 0)
@@ -705,6 +993,8 @@ static int name_call(struct nfsio *io, enum name_call call, const char *path, co
 	pthread_cond_init(&op.finished, NULL);
 	pthread_mutex_lock(&io->lock);
 	if (io->nfs != NULL && !io->broken) {
+		if (io->inflight.head == NULL && io->name_ops == NULL)
+			io->heard_at_ms = now_ms();
 		op.next = io->name_ops;
 		io->name_ops = &op;
 		io->detached++;
@@ -796,37 +1086,67 @@ static void step_getattr3_done(struct rpc_context *rpc, int status, void *data, 
 	}
 }
 
+/* A page of a file, at most; what comes of it counts only when it is whole. */
+static void step_read3_done(struct rpc_context *rpc, int status, void *data, void *arg)
+{
+	struct step *step = arg;
+	READ3res *res = data;
+
+	step->done = true;
+	step->error = -EIO;
+	if (status != RPC_STATUS_SUCCESS || res->status != NFS3_OK)
+		return;
+	step->error = 0;
+	step->count = res->READ3res_u.resok.count;
+	if (!DATA_LANDS_IN_PLACE && step->count <= SAMPLE_BYTES && step->count <= res->READ3res_u.resok.data.data_len)
+		memcpy(step->page, res->READ3res_u.resok.data.data_val, step->count);
+}
+
+static void step_pread_done(int error, struct nfs_context *nfs, void *data, void *arg)
+{
+	struct step *step = arg;
+
+	step->done = true;
+	step->error = error < 0 ? error : 0;
+	step->count = error < 0 ? 0 : (uint32_t)error;
+	if (!DATA_LANDS_IN_PLACE && step->count <= SAMPLE_BYTES && error > 0)
+		memcpy(step->page, data, step->count);
+}
+
 static struct step *new_step(struct nfsio *io)
 {
 	io->step = (struct step){ 0 };
 	return &io->step;
 }
 
-/* Serve `nfs` until `step` is done. Returns step->error, -ETIMEDOUT or -ECANCELED. */
-static int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t deadline_ms)
+/* There is no connection: said once for each reason, until there is one again. The I/O thread's. */
+static void log_down(struct nfsio *io, enum nfsio_link link, const char *reason)
 {
-	while (!step->done) {
-		struct pollfd fds[2] = {
-			{ .fd = nfs_get_fd(nfs), .events = nfs_which_events(nfs) },
-			{ .fd = io->wake_fd, .events = POLLIN },
-		};
-		int64_t left_ms = deadline_ms - now_ms();
-		uint64_t kicks;
+	static const char *const gone[] = {
+		[NFSIO_REMOVED] = "the file has been removed",
+		[NFSIO_REPLACED] = "the file has been replaced by another",
+	};
 
-		if (atomic_load(&io->stop) && !step->insists)
-			return -ECANCELED;
-		if (left_ms <= 0)
-			return -ETIMEDOUT;
-		if (fds[0].fd < 0)
-			return -ENOTCONN;
-		if (poll(fds, 2, left_ms > 1000 ? 1000 : (int)left_ms) < 0 && errno != EINTR)
-			return -errno;
-		if (fds[1].revents != 0)
-			(void)!read(io->wake_fd, &kicks, sizeof(kicks));
-		if (fds[0].revents != 0 && nfs_service(nfs, fds[0].revents) < 0 && !step->done)
-			return -ENOTCONN;
-	}
-	return step->error;
+	if (io->told[link])
+		return;
+	io->told[link] = true;
+	if (link == NFSIO_AWAY)
+		log_line("server %s: no connection (%s), waiting for it", io->address, reason);
+	else
+		log_line("server %s: %s; nothing is written, and the old file is waited for", io->address, gone[link]);
+}
+
+/* While there is no connection: whoever has waited long enough is told. Without the lock. */
+static void tend_waiting(struct nfsio *io)
+{
+	bool told = io->told[NFSIO_AWAY] || io->told[NFSIO_REMOVED] || io->told[NFSIO_REPLACED];
+
+	if (io->opened_once && !told && now_ms() - io->away_since_ms >= TELL_AFTER_MS)
+		log_down(io, NFSIO_AWAY, "no answer");
+	pthread_mutex_lock(&io->lock);
+	fail_hopeless(io);
+	give_back(io);
+	pthread_mutex_unlock(&io->lock);
 }
 
 static void tune_socket(int fd)
@@ -840,6 +1160,51 @@ static void tune_socket(int fd)
 	setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval_s, sizeof(interval_s));
 	setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof(probes));
 	setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &unacked_ms, sizeof(unacked_ms));
+}
+
+/* Has the peer not even acknowledged that we want to connect? */
+static bool is_unanswered(int fd)
+{
+	struct tcp_info info;
+	socklen_t length = sizeof(info);
+
+	return getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) == 0 && info.tcpi_state == TCP_SYN_SENT;
+}
+
+/* Serve `nfs` until `step` is done. Returns step->error, -ETIMEDOUT, -ENOTCONN or -ECANCELED. */
+static int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t deadline_ms)
+{
+	int64_t heard_at_ms = now_ms();
+
+	while (!step->done) {
+		struct pollfd fds[2] = {
+			{ .fd = nfs_get_fd(nfs), .events = nfs_which_events(nfs) },
+			{ .fd = io->wake_fd, .events = POLLIN },
+		};
+		int64_t now = now_ms(), left_ms = deadline_ms - now;
+		uint64_t kicks;
+
+		if (atomic_load(&io->stop) && !step->insists)
+			return -ECANCELED;
+		if (left_ms <= 0)
+			return -ETIMEDOUT;
+		if (fds[0].fd < 0)
+			return -ENOTCONN;
+		tune_socket(fds[0].fd); /* each time: libnfs goes from one connection to the next under one number */
+		if (!is_unanswered(fds[0].fd))
+			heard_at_ms = now;
+		else if (now - heard_at_ms >= (io->opened_once ? SYN_LIMIT_MS : FIRST_SYN_LIMIT_MS))
+			return -ENOTCONN;
+		if (poll(fds, 2, left_ms > AWAY_TICK_MS ? AWAY_TICK_MS : (int)left_ms) < 0 && errno != EINTR)
+			return -errno;
+		if (fds[1].revents != 0)
+			(void)!read(io->wake_fd, &kicks, sizeof(kicks));
+		if (fds[0].revents != 0 && nfs_service(nfs, fds[0].revents) < 0 && !step->done)
+			return -ENOTCONN;
+		if (!step->insists) /* which is called under the lock */
+			tend_waiting(io);
+	}
+	return step->error;
 }
 
 static struct nfs_context *new_context(struct nfsio *io, struct nfs_url **parsed, struct nfsio_failure *why)
@@ -870,10 +1235,11 @@ static struct nfs_context *new_context(struct nfsio *io, struct nfs_url **parsed
 	return nfs;
 }
 
-/* A connection that was refused, cut or timed out, as opposed to a server that answered no. */
-static bool is_no_answer(int error)
+/* A connection that was refused, cut or timed out, or "ask again later", as opposed to a server that answered no. */
+static bool is_no_answer(struct nfs_context *nfs, int error)
 {
-	return is_transport_error(error) || error == -EIO || error == -ECANCELED;
+	return is_transport_error(error) || error == -EIO || error == -ECANCELED || error == -EAGAIN ||
+	       verdict4(nfs) == NOT_NOW4 || verdict4(nfs) == STATE_LOST4;
 }
 
 /*
@@ -897,12 +1263,12 @@ static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, struct n
 		if (error == 0)
 			break;
 		if (first)
-			set_failure(why, is_no_answer(error) ? NFSIO_CONNECT : NFSIO_MOUNT, error, nfs_get_error(*nfs));
+			set_failure(why, is_no_answer(*nfs, error) ? NFSIO_CONNECT : NFSIO_MOUNT, error, nfs_get_error(*nfs));
 		first = false;
 
 		char *slash = strrchr(path, '/');
 
-		if (is_no_answer(error) || chosen || slash == NULL || slash == path)
+		if (is_no_answer(*nfs, error) || chosen || slash == NULL || slash == path)
 			return false;
 		*slash = '\0';
 		/* a context that failed to mount is not to be used again */
@@ -981,6 +1347,7 @@ struct connection {
 	struct nfsfh *fh;
 	nfs_fh3 fh3;
 	struct nfsio_stat st;
+	int64_t deadline_ms;    /* of the attempt that made it */
 };
 
 /* libnfs keeps no list of open files: what nfs_open() made is freed by nfs_close() only. */
@@ -998,14 +1365,14 @@ static void destroy_context(struct nfs_context *nfs, struct nfsfh *fh)
 /* Mount and open with a context of its own. Returns false and *why. Called without the lock. */
 static bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why)
 {
-	int64_t deadline_ms = now_ms() + (int64_t)io->options.connect_timeout_s * 1000;
+	int64_t deadline_ms = now_ms() + io->patience_ms;
 	struct nfs_url *url = NULL;
 	struct nfs_context *nfs = new_context(io, &url, why);
 	struct step *step;
 	char path[4096];
 	int error;
 
-	*made = (struct connection){ 0 };
+	*made = (struct connection){ .deadline_ms = deadline_ms };
 	if (nfs == NULL)
 		return false;
 	if (!mount_directory(io, &nfs, &url, deadline_ms, why))
@@ -1024,11 +1391,10 @@ static bool connect_once(struct nfsio *io, struct connection *made, struct nfsio
 	if (error == 0 && io->version == 3)
 		error = check_raw_handle(io, nfs, made->fh, &made->fh3, made->st.fileid, deadline_ms);
 	if (error != 0) {
-		set_failure(why, is_no_answer(error) ? NFSIO_CONNECT : NFSIO_OPEN, error, nfs_get_error(nfs));
+		set_failure(why, is_no_answer(nfs, error) ? NFSIO_CONNECT : NFSIO_OPEN, error, nfs_get_error(nfs));
 		goto fail;
 	}
 	made->nfs = nfs;
-	tune_socket(nfs_get_fd(nfs));
 	nfs_destroy_url(url);
 	return true;
 fail:
@@ -1041,17 +1407,34 @@ fail:
 
 /* ------------------------------------------------------------------ the I/O thread --------------------- */
 
+/*
+ * What a broken connection has not sent yet shall not arrive after its own repetition: closing resets it, instead of
+ * leaving it to the kernel to bring the rest there some time.
+ */
+static void drop_unsent(int fd)
+{
+	struct linger now = { .l_onoff = 1, .l_linger = 0 };
+
+	if (fd >= 0)
+		setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now));
+}
+
 /* Throw the context away; what was in flight waits for the next one. Lock held. */
 static void discard(struct nfsio *io)
 {
 	if (io->nfs == NULL)
 		return;
+	if (io->broken)
+		drop_unsent(nfs_get_fd(io->nfs));
+	for (struct nfsio_req *req = io->inflight.head; req != NULL; req = req->next)
+		req->resent = req->op == NFSIO_WRITE || req->op == NFSIO_WRITE_UNSTABLE;
 	io->discarding = true;
 	destroy_context(io->nfs, io->fh);
 	io->discarding = false;
 	io->nfs = NULL;
 	io->fh = NULL;
 	io->broken = false;
+	probe_end(&io->probe);
 	list_prepend(&io->pending, &io->inflight);
 	while (io->name_ops != NULL)
 		name_op_finish(io->name_ops, -ECONNRESET, "the connection was lost");
@@ -1065,10 +1448,49 @@ static void publish(struct nfsio *io, const struct connection *made)
 	io->fh3 = made->fh3;
 	io->connected_at_ms = now_ms();
 	io->useful = false;
+	io->state.link = NFSIO_UP;
+	io->state.lost = false;
+	io->state.connects++;
+	io->gone_since_ms = 0;
 	issue_pending(io);
 }
 
-/* Sleep without the lock; a wake-up ends it early only when the thread is to stop. */
+/* Tell the watcher. Lock held, dropped meanwhile. */
+static void tell(struct nfsio *io)
+{
+	void (*changed)(void *owner) = io->changed;
+	void *owner = io->changed_owner;
+
+	pthread_mutex_unlock(&io->lock);
+	if (changed != NULL)
+		changed(owner);
+	pthread_mutex_lock(&io->lock);
+}
+
+/* There is no connection, and this is why. Called without the lock. */
+static void note_down(struct nfsio *io, enum nfsio_link link)
+{
+	int64_t now = now_ms();
+	bool lost = false;
+
+	if (link != NFSIO_AWAY) {
+		if (io->gone_since_ms == 0)
+			io->gone_since_ms = now;
+		lost = io->options.gone_limit_ms > 0 && now - io->gone_since_ms >= io->options.gone_limit_ms;
+	}
+	pthread_mutex_lock(&io->lock);
+	if (io->state.link != link || io->state.lost != lost) {
+		if (lost && !io->state.lost)
+			log_line("server %s: the file has been gone for %.0f s: from now on waiting for it is an error",
+				 io->address, (double)(now - io->gone_since_ms) / 1000);
+		io->state.link = link;
+		io->state.lost = lost;
+		tell(io);
+	}
+	pthread_mutex_unlock(&io->lock);
+}
+
+/* Sleep without the lock; only the end ends it early. */
 static void back_off(struct nfsio *io, int ms)
 {
 	int64_t until_ms = now_ms() + ms;
@@ -1080,15 +1502,109 @@ static void back_off(struct nfsio *io, int ms)
 
 		if (left_ms <= 0)
 			return;
-		if (poll(&fd, 1, (int)left_ms) > 0)
+		if (poll(&fd, 1, left_ms > AWAY_TICK_MS ? AWAY_TICK_MS : (int)left_ms) > 0)
 			(void)!read(io->wake_fd, &kicks, sizeof(kicks));
+		tend_waiting(io);
 	}
 }
 
-/* Is this still the file that was opened first? A stranger under its name must not be swapped into. */
-static bool is_same_file(const struct nfsio *io, const struct nfsio_stat *st)
+static void remember_handle(struct nfsio *io, const struct connection *made)
 {
-	return st->fileid == io->opened.fileid && st->size_bytes >= io->opened.size_bytes;
+	const struct nfs_fh_bytes *bytes = (const struct nfs_fh_bytes *)nfs_get_fh(made->fh);
+
+	if (bytes == NULL || bytes->len <= 0 || bytes->len > (int)sizeof(io->handle))
+		return; /* compared with none, every handle is another */
+	io->handle_bytes = bytes->len;
+	memcpy(io->handle, bytes->val, (size_t)bytes->len);
+}
+
+static bool has_same_handle(const struct nfsio *io, const struct connection *made)
+{
+	const struct nfs_fh_bytes *bytes = (const struct nfs_fh_bytes *)nfs_get_fh(made->fh);
+
+	return bytes != NULL && bytes->len > 0 && bytes->len == io->handle_bytes &&
+	       memcmp(bytes->val, io->handle, (size_t)bytes->len) == 0;
+}
+
+static int read_sample(struct nfsio *io, const struct connection *made, uint64_t offset, uint8_t *page)
+{
+	struct step *step = new_step(io);
+	int error = -EIO;
+
+	step->page = page;
+	if (io->version == 3) {
+		READ3args args = { .file = made->fh3, .offset = offset, .count = SAMPLE_BYTES };
+
+		if (call_read3(nfs_get_rpc_context(made->nfs), step_read3_done, page, SAMPLE_BYTES, &args, step) == 0)
+			error = pump(io, made->nfs, step, made->deadline_ms);
+	} else if (call_pread(made->nfs, made->fh, page, SAMPLE_BYTES, offset, step_pread_done, step) == 0) {
+		error = pump(io, made->nfs, step, made->deadline_ms);
+	}
+	return error != 0 ? error : step->count == SAMPLE_BYTES ? 0 : -ENODATA;
+}
+
+/*
+ * Has the file the bytes that it should have? One page that is right will do: a server that has lost some of its writes
+ * has not lost the file. Returns 1, or 0, or -errno when that could not be found out.
+ */
+static int has_known_bytes(struct nfsio *io, const struct connection *made)
+{
+	bool (*sample)(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc);
+	void *owner;
+	uint8_t *page;
+	unsigned number;
+
+	pthread_mutex_lock(&io->lock);
+	sample = io->sample;
+	owner = io->sample_owner;
+	page = io->sample_page;
+	pthread_mutex_unlock(&io->lock);
+	for (number = 0; number < SAMPLES; number++) {
+		uint64_t offset;
+		uint32_t crc;
+		int error;
+
+		if (sample == NULL || !sample(owner, number, &offset, &crc))
+			break;
+		error = read_sample(io, made, offset, page);
+		if (error != 0 && error != -ENODATA)
+			return error;
+		if (error == 0 && crc32c(page, SAMPLE_BYTES) == crc)
+			return 1;
+	}
+	return number == 0; /* nothing of it is known: there is nothing to lose */
+}
+
+/*
+ * Is this still the file that was opened first? A stranger under its name must not be swapped into. The server may
+ * name the same file by another handle (its disk has another number after a boot), and file systems give a new
+ * file the number of one that was removed. Returns 1, or 0, or -errno when that could not be found out.
+ */
+static int is_same_file(struct nfsio *io, const struct connection *made)
+{
+	if (made->st.fileid != io->opened.fileid)
+		return 0;
+	if (has_same_handle(io, made))
+		return 1;
+	return made->st.size_bytes >= io->opened.size_bytes ? has_known_bytes(io, made) : 0;
+}
+
+/* An attempt to connect has failed: is it the server that is not there, or the file? */
+static enum nfsio_link link_of(const struct nfsio_failure *why)
+{
+	if (why->phase != NFSIO_OPEN)
+		return NFSIO_AWAY;
+	switch (why->error) {
+	case -ENOENT:
+	case -ESTALE:
+	case -ENOTDIR:
+		return NFSIO_REMOVED;
+	case -EISDIR:
+	case -EINVAL:
+		return NFSIO_REPLACED;
+	default:
+		return NFSIO_AWAY;
+	}
 }
 
 /* Connect again for as long as it takes. Called with the lock held, which it drops meanwhile. */
@@ -1097,14 +1613,17 @@ static void reconnect(struct nfsio *io)
 	int64_t since_ms = now_ms();
 	unsigned seed = (unsigned)since_ms ^ (unsigned)getpid();
 	struct nfsio_failure why = { 0 };
-	bool told = false;
 
+	io->away_since_ms = since_ms;
+	memset(io->told, 0, sizeof(io->told));
 	/* a connection that broke at once, and was good for nothing before, is a failed attempt like others */
 	if (io->useful || since_ms - io->connected_at_ms > BACKOFF_LIMIT_MS)
 		io->backoff_ms = 0;
 	pthread_mutex_unlock(&io->lock);
+	note_down(io, NFSIO_AWAY);
 	while (!atomic_load(&io->stop)) {
 		struct connection made;
+		enum nfsio_link link;
 
 		/* jitter: clients that lost the same server should not all come back in the same moment */
 		if (io->backoff_ms > 0)
@@ -1113,20 +1632,30 @@ static void reconnect(struct nfsio *io)
 		if (io->backoff_ms > BACKOFF_LIMIT_MS)
 			io->backoff_ms = BACKOFF_LIMIT_MS;
 		if (connect_once(io, &made, &why)) {
-			if (is_same_file(io, &made.st)) {
+			int same = is_same_file(io, &made);
+
+			if (same > 0) {
 				log_line("server %s: connected again after %.1f s", io->address,
 					 (double)(now_ms() - since_ms) / 1000);
 				pthread_mutex_lock(&io->lock);
+				note_size(io, made.st.size_bytes);
 				publish(io, &made);
+				tell(io);
 				return;
 			}
+			if (same < 0)
+				set_failure(&why, NFSIO_CONNECT, same, nfs_get_error(made.nfs));
 			destroy_context(made.nfs, made.fh);
-			set_failure(&why, NFSIO_OPEN, -ESTALE, "the file has been replaced by another");
+			link = same < 0 ? NFSIO_AWAY : NFSIO_REPLACED;
+		} else {
+			link = link_of(&why);
+			if (why.error == -ETIMEDOUT && io->patience_ms < PATIENCE_LIMIT_MS)
+				io->patience_ms *= 2;
 		}
-		if (!told && !atomic_load(&io->stop))
-			log_line("server %s: no connection (%s), waiting for it", io->address,
-				 why.message[0] != '\0' ? why.message : strerror(-why.error));
-		told = true;
+		if (atomic_load(&io->stop))
+			break;
+		log_down(io, link, why.message[0] != '\0' ? why.message : strerror(-why.error));
+		note_down(io, link);
 	}
 	pthread_mutex_lock(&io->lock);
 }
@@ -1175,9 +1704,10 @@ static void *io_thread(void *arg)
 	connected = connect_once(io, &made, &why);
 	pthread_mutex_lock(&io->lock);
 	if (connected) {
-		publish(io, &made);
 		io->opened = made.st;
 		io->opened_once = true;
+		remember_handle(io, &made);
+		publish(io, &made);
 		io->max_transfer_bytes = smaller_limit(TRANSFER_LIMIT_BYTES, nfs_get_readmax(io->nfs));
 		io->max_transfer_bytes = smaller_limit(io->max_transfer_bytes, nfs_get_writemax(io->nfs));
 	} else {
@@ -1275,6 +1805,13 @@ int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct n
 	io->url = strdup(options->url);
 	io->address = strdup(options->address);
 	io->version = url_version(options->url);
+	io->patience_ms = (int64_t)options->connect_timeout_s * 1000;
+	if (io->options.silence_ms == 0)
+		io->options.silence_ms = SILENCE_MS;
+	io->silence_ms = io->options.silence_ms;
+	probe_init(&io->probe, (uint32_t)io->version);
+	io->state.link = NFSIO_AWAY;
+	atomic_init(&io->cut_bytes, UINT64_MAX);
 	io->first_failure = why;
 	io->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	pthread_mutex_init(&io->lock, NULL);
@@ -1330,4 +1867,40 @@ bool nfsio_has_commit(const struct nfsio *io)
 uint32_t nfsio_max_transfer_bytes(const struct nfsio *io)
 {
 	return io->max_transfer_bytes;
+}
+
+void nfsio_state(struct nfsio *io, struct nfsio_state *state)
+{
+	pthread_mutex_lock(&io->lock);
+	*state = io->state;
+	pthread_mutex_unlock(&io->lock);
+}
+
+void nfsio_watch(struct nfsio *io, void (*changed)(void *owner), void *owner)
+{
+	pthread_mutex_lock(&io->lock);
+	io->changed = changed;
+	io->changed_owner = owner;
+	pthread_mutex_unlock(&io->lock);
+	changed(owner);
+}
+
+uint64_t nfsio_cut_bytes(const struct nfsio *io)
+{
+	return atomic_load(&io->cut_bytes);
+}
+
+bool nfsio_is_unlinked(const struct nfsio *io)
+{
+	return atomic_load(&io->unlinked);
+}
+
+void nfsio_recognise(struct nfsio *io, bool (*sample)(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc),
+		     void *owner, uint8_t *page)
+{
+	pthread_mutex_lock(&io->lock);
+	io->sample = sample;
+	io->sample_owner = owner;
+	io->sample_page = page;
+	pthread_mutex_unlock(&io->lock);
 }

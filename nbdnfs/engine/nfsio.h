@@ -26,6 +26,14 @@ enum nfsio_op {
 /* What the server was asked when it failed. */
 enum nfsio_phase { NFSIO_CONNECT, NFSIO_MOUNT, NFSIO_OPEN, NFSIO_NAME };
 
+/* What is known of the file and of the way to it. All but NFSIO_UP are being mended, for as long as it takes. */
+enum nfsio_link {
+	NFSIO_UP,
+	NFSIO_AWAY,     /* there is no connection */
+	NFSIO_REMOVED,  /* the server answers and has no such file, or has not mounted what it lies on yet */
+	NFSIO_REPLACED, /* the server has another file under its name */
+};
+
 /* Why something failed. `message` is libnfs's own words, "" when it had none. */
 struct nfsio_failure {
 	enum nfsio_phase phase;
@@ -49,9 +57,12 @@ struct nfsio_req {
 	uint64_t verifier;      /* of the server that took the write or the commit (RFC 1813: writeverf3) */
 	bool stable;            /* a write that needs no COMMIT */
 
+	bool resent;            /* a write: also on its way on a connection that has broken, where it may yet arrive */
+
 	/* nfsio's own, guarded by its lock */
 	struct nfsio *io;
 	struct nfsio_batch *batch;
+	int64_t queued_at_ms, issued_at_ms;
 	struct nfsio_req *prev, *next;
 };
 
@@ -62,7 +73,19 @@ struct nfsio_options {
 	bool exclusive;         /* with create: fail with EEXIST when it is */
 	bool read_only;
 	uint32_t mode;          /* permission bits of a new file */
-	unsigned connect_timeout_s;
+	unsigned connect_timeout_s; /* for the first attempt; a server that is slower is given more by each that follows */
+	/*
+	 * A connection over which nothing comes for so long, while requests wait, is looked into, see look_into_silence() in
+	 * nfsio.c. No request fails for being slow. 0: 15 s.
+	 */
+	unsigned silence_ms;
+	/*
+	 * What somebody waits for (every read, and what nfsio_transfer() runs) fails with -EIO
+	 * when it has waited for so long ("soft" of nfs(5)), 0: never ("hard") ...
+	 */
+	unsigned soft_limit_ms;
+	/* ... and at once, when the server has answered for so long that the file is gone. 0: never. */
+	unsigned gone_limit_ms;
 };
 
 struct nfsio_stat {
@@ -83,6 +106,41 @@ void nfsio_close(struct nfsio *io);
 
 /* The file as it was opened. */
 void nfsio_opened_stat(const struct nfsio *io, struct nfsio_stat *st);
+
+/*
+ * How it stands. `lost`: the file is gone, and for so long that reads fail. `connects`: how many connections there
+ * have been.
+ */
+struct nfsio_state {
+	enum nfsio_link link;
+	bool lost;
+	uint64_t connects;
+};
+void nfsio_state(struct nfsio *io, struct nfsio_state *state);
+
+/*
+ * Have `changed` called whenever the state has changed, by nfsio's thread and without a lock, and once before this
+ * returns. It may come to be called by two threads at once.
+ */
+void nfsio_watch(struct nfsio *io, void (*changed)(void *owner), void *owner);
+
+/* Has the server said that the file has no name any more? It may serve it as long as it has it open. */
+bool nfsio_is_unlinked(const struct nfsio *io);
+
+/*
+ * How the file is recognised where the server knows it by another handle, as after a boot that gave its disk another
+ * number, or as a new file that was given the old one's number: by pages whose bytes are known. `sample` is
+ * called by nfsio's thread, without a lock, with the number of the try; it returns false when it knows no page, else
+ * the page's place and CRC-32C. `page` is for the bytes, 4096 of them.
+ */
+void nfsio_recognise(struct nfsio *io, bool (*sample)(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc),
+		     void *owner, uint8_t *page);
+
+/*
+ * The least size that the file has been seen with since it was opened; UINT64_MAX while that is not less than
+ * it was then. What the file has from there on is not what was written, whatever its size is by now.
+ */
+uint64_t nfsio_cut_bytes(const struct nfsio *io);
 
 /* The most that one request may move: what the server takes in one READ and one WRITE, 1 MiB at most. */
 uint32_t nfsio_max_transfer_bytes(const struct nfsio *io);

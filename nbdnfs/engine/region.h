@@ -24,7 +24,7 @@
 #include <stdint.h>
 
 #define PAGE_BYTES 4096u
-#define REGION_VERSION 1u
+#define REGION_VERSION 2u
 
 /* What a slot holds, as the next worker will find it. FETCHING and WRITING are the worker's own business. */
 enum slot_content { SLOT_FREE = 0, SLOT_CLEAN = 1, SLOT_DIRTY = 2 };
@@ -34,6 +34,14 @@ struct region_identity {
 	uint64_t device_bytes;
 	uint64_t fileid;
 	uint64_t path_hash;
+};
+
+/* What has become of the backing file. */
+enum region_file {
+	REGION_FILE_THERE = 0,
+	REGION_FILE_REMOVED = 1,
+	REGION_FILE_REPLACED = 2,
+	REGION_FILE_CUT = 3,    /* it was cut short; until the next worker, even if it has its length again */
 };
 
 #define HISTOGRAM_BUCKETS 32
@@ -56,7 +64,9 @@ struct region_identity {
 	X(unstable_pages)                           /* now: what the NAS does not have for good */  \
 	X(nfs_in_flight)                            /* now: write-backs and read-aheads under way */ \
 	X(write_back_error)                         /* now: errno of the last refusal, 0 when none */ \
-	X(disconnected)                             /* now: 1 while there is no connection */
+	X(disconnected)                             /* now: 1 while there is no connection */           \
+	X(file_state)                               /* now: an enum region_file */                  \
+	X(twins_until_ms)                           /* CLOCK_MONOTONIC: until when pages are held */
 
 /* log2 of microseconds: bucket n counts what took less than 2^n */
 #define HISTOGRAM_BUCKETS 32

@@ -73,6 +73,9 @@ def build(directory: Path) -> ctypes.CDLL:
         "cache_commit_done": (c_uint32, c_void_p, c_uint64),
         "cache_commit_failed": (None, c_void_p),
         "cache_dirty_count": (c_uint32, c_void_p),
+        "cache_hold": (None, c_void_p, c_uint64, c_uint64, c_uint64),
+        "cache_end_holds": (c_bool, c_void_p, c_uint64),
+        "cache_known_page": (c_bool, c_void_p, c_uint64, POINTER(c_uint64), POINTER(c_uint32)),
         "cache_uncommitted_count": (c_uint32, c_void_p),
         "cache_unstable_count": (c_uint32, c_void_p),
         "cache_fetch_begin": (c_uint32, c_void_p, c_uint64, c_uint32, c_uint64),
@@ -160,6 +163,20 @@ class Cache:
         if not self.library.cache_take_run(self.pointer, byref(struct), most, buffer):
             return None
         return Run(struct, buffer.raw)
+
+    def hold(self, first: int, count: int, until: int) -> None:
+        """None of these pages travels before `until`."""
+        self.library.cache_hold(self.pointer, first, count, until)
+
+    def end_holds(self, now: int) -> bool:
+        """Whether there are others."""
+        return bool(self.library.cache_end_holds(self.pointer, now))
+
+    def known_page(self, start: int) -> tuple[int, int] | None:
+        """A page that the NAS has, and its CRC."""
+        page, crc = c_uint64(), c_uint32()
+        found = self.library.cache_known_page(self.pointer, start, byref(page), byref(crc))
+        return (page.value, crc.value) if found else None
 
     def run_stable(self, run: Run) -> None:
         """The NAS has it."""

@@ -82,12 +82,14 @@ class CacheMachine(RuleBasedStateMachine):
         self.fetches: list[Fetch] = []
         self.commit_under_way = False
         self.number = 0
+        self.now = 0
         self.open()
 
     def open(self) -> None:
         """A new worker."""
         self.region = Region(self.library, self.fd, IDENTITY, SLOTS)
         self.cache = Cache(self.region)
+        self.holds: list[tuple[range, int]] = []
 
     def close(self) -> None:
         """Its end: nothing but the region stays."""
@@ -104,6 +106,7 @@ class CacheMachine(RuleBasedStateMachine):
         if self.commit_under_way:
             self.cache.commit_failed()
         self.runs = []
+        assert not self.cache.end_holds(1 << 32)
         materialised = False
         for _ in range(DEVICE_PAGES * 4):
             materialised = materialised or self.cache.materialise()
@@ -154,8 +157,29 @@ class CacheMachine(RuleBasedStateMachine):
         if run is not None:
             under_way = {page for other in self.runs for page in other.pages}
             assert not under_way & set(run.pages), "two writes of a page under way"
+            assert not any(set(pages) & set(run.pages) for pages, until in self.holds if until > self.now)
             assert len(run.pages) <= most
             self.runs.append(run)
+
+    @rule(first=PAGES, count=st.integers(1, DEVICE_PAGES), length=st.integers(1, 5))
+    def hold(self, first: int, count: int, length: int) -> None:
+        self.cache.hold(first, count, self.now + length)
+        self.holds.append((range(first, first + count), self.now + length))
+
+    @rule(length=st.integers(1, 5))
+    def time_passes(self, length: int) -> None:
+        self.now += length
+        self.holds = [(pages, until) for pages, until in self.holds if until > self.now]
+        assert self.cache.end_holds(self.now) == bool(self.holds)
+
+    @rule(start=PAGES)
+    def known_page(self, start: int) -> None:
+        """The server has the bytes of that page that were acknowledged."""
+        found = self.cache.known_page(start)
+        if found is not None:
+            page, crc = found
+            assert self.cache.crc(self.server.read(page)) == crc
+            assert self.acknowledged[page] in (None, self.server.read(page))
 
     @precondition(lambda self: self.runs)
     @rule(data=st.data(), stable=st.booleans())
@@ -315,3 +339,23 @@ def test_full_of_dirty_pages(library: ctypes.CDLL) -> None:
     cache.run_stable(run)
     assert cache.write(SLOTS, pages[SLOTS])
     assert cache.read(SLOTS) == (HIT, pages[SLOTS])
+
+
+def test_more_holds_than_are_remembered(library: ctypes.CDLL) -> None:
+    """Beyond those nothing travels at all until the last of them ends: too much is held, never too little."""
+    fd = os.memfd_create("region")
+    region = Region(library, fd, Identity(100 * PAGE, 7, 8), SLOTS)
+    cache = Cache(region)
+    for number in range(40):
+        cache.hold(number, 1, 10 + number)
+    cache.write(90, os.urandom(PAGE))
+    assert cache.take_run(1) is None
+    assert cache.end_holds(48)
+    assert cache.take_run(1) is None
+    assert not cache.end_holds(49)
+    run = cache.take_run(1)
+    assert run is not None
+    assert list(run.pages) == [90]
+    cache.destroy()
+    region.unmap()
+    os.close(fd)

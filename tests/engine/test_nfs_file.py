@@ -273,7 +273,7 @@ def test_a_created_file_is_not_created_again(
     path.rename(path.with_suffix(".aside"))
     proxy.cut()
     request = in_background(read, file, 0, 4)
-    wait_until(lambda: "no connection" in capfd.readouterr().err, "a line that there is no such file")
+    wait_until(lambda: "has been removed" in capfd.readouterr().err, "a line that there is no such file")
     attempts = proxy.accepted
     wait_until(lambda: proxy.accepted > attempts, "it tries again")
     assert not path.exists()

@@ -23,7 +23,7 @@ from fake_nfs import (
 )
 from nfs_server import LOOPBACK, Ganesha
 from proxy import TcpProxy
-from waiting import DEADLINE_S, in_background, wait_until
+from waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
 from nbdnfs.engine import Engine, NfsError
 
@@ -71,27 +71,6 @@ def write(engine: Engine, data: bytes, offset: int) -> None:
     """On the server when it returns."""
     engine.pwrite(data, offset)
     engine.flush()
-
-
-class SaidOnStderr:
-    """What the C code has said on stderr from here on."""
-
-    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
-        self._capfd = capfd
-        self._text = ""
-        capfd.readouterr()
-
-    @property
-    def lines(self) -> list[str]:
-        self._text += self._capfd.readouterr().err
-        return self._text.splitlines()
-
-    def wait_for(self, words: str) -> None:
-        try:
-            wait_until(lambda: any(words in line for line in self.lines), f"a line with '{words}'")
-        except AssertionError as error:
-            error.add_note(f"but it has said: {self.lines}")
-            raise
 
 
 def results(futures: list[Future[bytes]]) -> list[bytes]:
@@ -455,12 +434,12 @@ def test_a_server_that_lies_is_caught(
 def test_resets_in_the_middle_of_a_reply(
     backing_file: FileOnServer, proxy: TcpProxy, open_engine: Callable[..., Engine]
 ) -> None:
-    """30 times RST inside a READ's reply, with eight reads under way: every one returns the right bytes."""
+    """200 times RST inside a READ's reply, with eight reads under way: every one returns the right bytes."""
     backing_file.path.write_bytes(content := os.urandom(backing_file.size_bytes))
     engine = open_engine(backing_file.url(nfsport=proxy.port))
     length = 64 * 1024
-    for number in range(30):
-        proxy.reset_after_reply_bytes(1 + number * 17_000)  # 30 places in eight replies of 64 KiB
+    for number in range(200):
+        proxy.reset_after_reply_bytes(1 + number * 2_550)  # 200 places in eight replies of 64 KiB
         offsets = [(number * 8 + reader) * length % len(content) for reader in range(8)]
         pieces = results([in_background(read, engine, offset, length) for offset in offsets])
         for offset, piece in zip(offsets, pieces, strict=True):

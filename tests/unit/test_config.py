@@ -71,6 +71,9 @@ def test_every_key(root: Path) -> None:
         realtime = false
         io_timeout = "500ms"
         max_sectors = "1M"
+        recovery = "soft"
+        soft_limit = "90s"
+        gone_limit = "10min"
         reclaim_check = false
         """,
     )
@@ -90,6 +93,9 @@ def test_every_key(root: Path) -> None:
         realtime=False,
         io_timeout_ms=500,
         max_sectors_kb=1024,
+        recovery="soft",
+        soft_limit_ms=90_000,
+        gone_limit_ms=600_000,
         reclaim_check=False,
     )
 

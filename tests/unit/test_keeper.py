@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import sys
@@ -35,6 +36,9 @@ class FakeWork:
         self.provisions: list[int] = []
         self.swap_ons = [0]
         self.on = False
+        self.away = False
+        self.addresses = [""]
+        self.resolves = 0
         self.started: list[WorkerProcess] = []
 
     def start_worker(self, region_fd: int) -> WorkerProcess:
@@ -57,6 +61,16 @@ class FakeWork:
 
     def is_swapped_on(self, attached: Attached) -> bool:
         return self.on
+
+    def is_server_away(self, region: mmap.mmap) -> bool:
+        return self.away
+
+    def resolve(self) -> Helper:
+        self.resolves += 1
+        return self._exits(0)
+
+    def resolved(self) -> str:
+        return self.addresses.pop(0) if self.addresses else ""
 
     def _exits(self, status: int) -> Helper:
         return Helper(["/bin/sh", "-c", f"exit {status}"], {})
@@ -331,3 +345,38 @@ def test_a_keeper_at_rest_rests(setup: Setup, monkeypatch: pytest.MonkeyPatch) -
         assert at_rest() <= 5
 
     setup.run(waiting)
+
+
+def test_a_server_with_a_new_address(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Away for long: its name is looked up, again and again; when it means another address, the standby is sent there,
+    and so are all that come after it. With the server back, nobody asks any more.
+    """
+    monkeypatch.setattr(keeper_module, "RESOLVE_AFTER_S", 0.1)
+    monkeypatch.setattr(keeper_module, "_RESOLVE_EVERY_S", 0.1)
+    sent: list[str] = []
+    go = WorkerProcess.go
+
+    def note_and_go(self: WorkerProcess, address: str = "") -> None:
+        sent.append(address)
+        go(self, address)
+
+    monkeypatch.setattr(WorkerProcess, "go", note_and_go)
+    setup.work.addresses = ["", "192.0.2.9"]
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        assert setup.work.resolves == 0
+        setup.work.away = True
+        until(lambda: sent == ["", "192.0.2.9"])
+        setup.work.away = False
+        watches(keeper)
+        asked = setup.work.resolves
+        assert keeper.worker is not None
+        os.kill(keeper.worker.pid, signal.SIGKILL)
+        until(lambda: len(sent) == 3)
+        watches(keeper)
+        time.sleep(1.2)  # a turn of the loop and more
+        assert setup.work.resolves <= asked + 1  # one may have been due while nobody served
+
+    assert setup.run(scenario) == 0
+    assert sent == ["", "192.0.2.9", "192.0.2.9"]

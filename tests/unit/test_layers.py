@@ -27,6 +27,7 @@ RANKS = {
     "device": 2,
     "notify": 1,
     "run_dir": 1,
+    "resolve": 2,
     "shared_region": 1,
     "swap_area": 2,
     "worker_config": 2,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -61,6 +62,27 @@ def test_problems(root: Path, gone: str, problem: str) -> None:
     assert found.problems == (problem,)
     assert not found.is_green
     assert problem in found.text()
+
+
+@pytest.mark.parametrize(
+    ("counter", "value", "words"),
+    [
+        ("disconnected", 1, "the server does not answer"),
+        ("file_state", 1, "has been removed"),
+        ("file_state", 2, "has been replaced"),
+        ("file_state", 3, "was cut short"),
+        ("write_back_error", errno.ENOSPC, "No space left on device"),
+        ("write_back_error", errno.EDQUOT, "quota exceeded"),
+        ("checksum_failures", 1, "is the export 'async'?"),
+    ],
+)
+def test_what_the_region_tells(
+    root: Path, monkeypatch: pytest.MonkeyPatch, counter: str, value: int, words: str
+) -> None:
+    """Each state of server and file is a problem, in words."""
+    monkeypatch.setattr(status, "_counters", lambda pid, root: {counter: value})
+    (problem,) = status.read("swap0", root).problems
+    assert words in problem
 
 
 def test_names(root: Path) -> None:

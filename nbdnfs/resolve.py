@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Looks up the server's name again, for a keeper whose server has been away for long.
+
+    python -m nbdnfs.resolve NAME URL KNOWN-ADDRESS
+
+A process of its own: name resolution reads files, opens sockets and allocates, none of which a keeper or a worker may
+do while swap stands still. It may itself stand still until the server is back, and is the first that the kernel kills
+when memory runs out. Where the name means another address by now, and that takes connections, it is recorded for the
+next keeper, printed for this one, and the exit status is 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+from nbdnfs import run_dir, url
+from nbdnfs.errors import NbdnfsError
+
+# proc_pid_oom_score_adj(5): the keeper's own -1000 is inherited
+_FIRST_TO_BE_KILLED = "1000"
+
+
+def main(argv: list[str]) -> int:
+    name, text, known = argv
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write(_FIRST_TO_BE_KILLED)
+    parsed = url.parse(text.replace("%", "%%"))
+    try:
+        address = parsed.resolve()
+    except NbdnfsError as error:
+        return error.exit_code
+    if address == known or not parsed.answers(address):
+        return 1
+    run_dir.RunDir(name).write(run_dir.ADDRESS, f"{text}\n{address}")
+    print(address, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""NFSv4: the lease of an idle device, state that the server has forgotten, and its grace period."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from nfs_server import LOOPBACK, Ganesha
+from proxy import TcpProxy
+from waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
+
+from nbdnfs.engine import Engine, libnfs_version
+
+pytestmark = pytest.mark.skipif(
+    int(libnfs_version.split(".")[0]) < 5, reason="libnfs 4.0 cannot write over NFSv4 (sahlberg/libnfs#319)"
+)
+
+PAGE = 4096
+MIB = 1 << 20
+LEASE_S = 10
+
+StartServer = Callable[..., Ganesha]
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[StartServer]:
+    """`start_server(...)`: a server for NFSv4 with a file `swap` of 1 MiB of zeros; options as Ganesha."""
+    servers: list[Ganesha] = []
+
+    def start(**options: int) -> Ganesha:
+        servers.append(Ganesha(tmp_path / "ganesha", protocols=(4,), lease_s=LEASE_S, **options))
+        servers[-1].start()
+        (servers[-1].export_path / "swap").write_bytes(bytes(MIB))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def open_engine(start_server: StartServer) -> Iterator[Callable[[str], Engine]]:
+    """`open_engine(url)`: closed before the servers end."""
+    engines: list[Engine] = []
+
+    def open_it(url: str) -> Engine:
+        engines.append(Engine(url, LOOPBACK, region_pages=256, read_ahead_pages=0))
+        return engines[-1]
+
+    yield open_it
+    for engine in engines:
+        in_background(engine.close).result(DEADLINE_S)
+
+
+def exchange(engine: Engine, path: Path, page: int) -> None:
+    """One write that is on the server, and one read that comes from there."""
+    data = os.urandom(PAGE)
+    engine.pwrite(data, page * PAGE, True)
+    assert path.read_bytes()[page * PAGE : (page + 1) * PAGE] == data
+    buffer = bytearray(PAGE)
+    engine.pread(buffer, 200 * PAGE)
+    assert buffer == bytes(PAGE)
+
+
+def test_idle_for_three_leases(
+    start_server: StartServer, open_engine: Callable[[str], Engine], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody asks for anything for so long; then a read and a write are done, over the same connection."""
+    server = start_server()
+    engine = open_engine(server.url("swap", 4))
+    said = SaidOnStderr(capfd)
+    exchange(engine, server.export_path / "swap", 1)
+    time.sleep(3 * LEASE_S + 1)  # the time is what is promised
+    in_background(exchange, engine, server.export_path / "swap", 2).result(DEADLINE_S)
+    assert engine.counters()["reconnects"] == 0
+    assert said.lines == []
+
+
+def test_a_lease_that_has_run_out(start_server: StartServer, open_engine: Callable[[str], Engine]) -> None:
+    """The network hangs for longer than the lease, on a connection that stays: the file is opened again."""
+    server = start_server()
+    with TcpProxy(server.nfs_port) as proxy:
+        engine = open_engine(server.url("swap", 4, nfsport=proxy.port))
+        exchange(engine, server.export_path / "swap", 1)
+        proxy.black_hole = True
+        time.sleep(2.5 * LEASE_S)
+        proxy.black_hole = False
+        in_background(exchange, engine, server.export_path / "swap", 2).result(DEADLINE_S)
+        in_background(engine.close).result(DEADLINE_S)
+
+
+def test_a_server_in_its_grace_period(start_server: StartServer, open_engine: Callable[[str], Engine]) -> None:
+    """Killed and started again it lets nobody open a file for a while: requests wait, and then go on."""
+    server = start_server(grace_s=5)
+    # Ganesha has a grace period after its first start, too
+    opened: list[Engine] = []
+
+    def is_open() -> bool:
+        try:
+            opened.append(open_engine(server.url("swap", 4)))
+        except OSError:
+            return False
+        return True
+
+    wait_until(is_open, "the first grace period is over")
+    exchange(opened[0], server.export_path / "swap", 1)
+    server.kill()
+    server.start()
+    in_background(exchange, opened[0], server.export_path / "swap", 2).result(DEADLINE_S)
+    assert opened[0].counters()["write_errors"] == 0

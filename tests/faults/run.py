@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A seeded fault-injection run: verified reads and writes through a real worker while faults strike at random.
+
+    .venv/bin/python tests/faults/run.py --seconds 600 [--seed N] [--version 4]
+
+Everything that is drawn comes from the seed, which is printed: the faults with their times, and each thread's
+requests. How the two meet is up to the machine. Exit status 0: no wrong byte, no error, nothing that hung. Needs
+root, for the server and a small file system under its export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nfs_server import Ganesha
+from proxy import TcpProxy
+from small_filesystem import small_filesystem
+from strikes import Strikes
+from verified_load import VerifiedLoad
+from worker_process import serving
+
+MIB = 1 << 20
+REGION_PAGES = 1024
+# shorter than the worker's own, so that it is looked into several times in a run
+SILENCE_MS = 3000
+_PAUSES_S = (1.0, 10.0)
+_LAST_REQUESTS_S = 60.0
+
+
+def run(
+    *, seconds: float, seed: int, version: int = 3, device_bytes: int = 512 * MIB, workdir: Path
+) -> tuple[list[str], list[str]]:
+    """One run. Returns what went wrong, in texts, and what the worker said on stderr."""
+    draw = random.Random(seed)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(small_filesystem(workdir, device_bytes * 5 // 4))
+        server = stack.enter_context(Ganesha(workdir / "ganesha", export=folder))
+        proxy = stack.enter_context(TcpProxy(server.nfs_port))
+        path = server.export_path / "swap"
+        with path.open("wb") as file:
+            file.truncate(device_bytes)  # all of it holes, so that a full file system matters
+        worker = stack.enter_context(
+            serving(
+                server.url(path.name, version, nfsport=proxy.port),
+                workdir,
+                f"--plugin-setting=region_pages={REGION_PAGES}",
+                f"--plugin-setting=silence_ms={SILENCE_MS}",
+            )
+        )
+        load = VerifiedLoad(worker.socket, device_bytes, seed=seed)
+        strikes = Strikes(server, proxy, draw)
+        load.start()
+        _strike_until(time.monotonic() + seconds, strikes, load, draw)
+        load.stop(_LAST_REQUESTS_S)
+        failures = load.failures
+        if not failures:
+            if wrong := load.verify():
+                failures.append(f"{wrong} pages of the device are wrong at the end")
+            if wrong := load.verify_file(path):
+                failures.append(f"{wrong} pages of the file are wrong at the end")
+        print(f"{load.requests} requests, the longest took {max(load.longest_s):.1f} s", flush=True)
+        said = worker.stderr.read_text(errors="replace").splitlines()
+    return failures, said
+
+
+def _strike_until(end_s: float, strikes: Strikes, load: VerifiedLoad, draw: random.Random) -> None:
+    start_s = time.monotonic()
+    before = load.requests
+    while time.monotonic() < end_s and not load.failures:
+        name, mend = strikes.strike()
+        pause_s = draw.uniform(*_PAUSES_S)
+        fault_s = draw.uniform(0.0, pause_s)
+        print(f"[{time.monotonic() - start_s:6.1f} s] {name}, for {fault_s:.1f} s", end="", flush=True)
+        time.sleep(fault_s)
+        mend()
+        time.sleep(pause_s - fault_s)
+        print(f": {load.requests - before} requests", flush=True)
+        before = load.requests
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Verified reads and writes while faults strike at random.")
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="of an earlier run, to replay it")
+    parser.add_argument("--version", type=int, choices=(3, 4), default=3, help="of NFS; 4 needs libnfs 5 or newer")
+    parser.add_argument("--device-mib", type=int, default=512)
+    args = parser.parse_args()
+    print(f"seed {args.seed}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="nbdnfs-faults-") as folder:
+        failures, said = run(
+            seconds=args.seconds,
+            seed=args.seed,
+            version=args.version,
+            device_bytes=args.device_mib * MIB,
+            workdir=Path(folder),
+        )
+    if failures:
+        print(*said[-40:], *failures, f"again: --seed {args.seed}", sep="\n", flush=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A server that has got another address: a standby of the old one is sent to it, by a helper that asks in earnest."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fake_nfs import FakeNfsServer
+
+from nbdnfs import run_dir, shared_region
+from nbdnfs.config import Config
+from nbdnfs.keeper_work import RealWork
+from nbdnfs.run_dir import RunDir
+
+NOBODY_THERE = "127.0.0.9"
+
+
+def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.01)
+
+
+def test_a_standby_is_sent_to_another_address(tmp_path: Path) -> None:
+    """It was started with an address where nobody answers, and is told another one with the word to go."""
+    with FakeNfsServer(bytes(1 << 20)) as server:
+        work = RealWork(Config("t", server.url(), region_pages=256, lock="off"), server.url(), NOBODY_THERE)
+        region = shared_region.create()
+        worker = work.start_worker(region)
+        try:
+            until(lambda: worker.look() or worker.is_ready)
+            worker.go("127.0.0.1")
+            until(worker.greets)
+        finally:
+            worker.kill()
+            until(worker.has_ended)
+            os.close(region)
+
+
+def test_the_helper_answers_on_its_pipe(tmp_path: Path) -> None:
+    """`resolve` and `resolved`, with the process that they are about."""
+    # /run/nbdnfs of the machine that tests is not touched
+    (tmp_path / "sitecustomize.py").write_text(
+        "import pathlib, nbdnfs.run_dir as run_dir\n"
+        f"run_dir.RunDir.__init__.__kwdefaults__['run'] = pathlib.Path({str(tmp_path)!r})\n"
+    )
+    RunDir("t", run=tmp_path).make()
+    with FakeNfsServer(bytes(1 << 20)) as server:
+        work = RealWork(Config("t", server.url(), lock="off"), server.url(), NOBODY_THERE)
+        work._environment["PYTHONPATH"] += f":{tmp_path}"
+        assert ask(work) == "127.0.0.1"
+        assert RunDir("t", run=tmp_path).read(run_dir.ADDRESS) == f"{server.url()}\n127.0.0.1"
+        assert ask(work) == ""  # it has that one by now
+
+
+def ask(work: RealWork) -> str:
+    helper = work.resolve()
+    assert select.select([helper.pidfd], [], [], 20)[0]
+    helper.ended()
+    return work.resolved()
