@@ -27,10 +27,12 @@ DESCRIPTORS = range(1 << 20)
 ENGINE_NUMBERS = {
     "region_fd": DESCRIPTORS,
     "region_pages": range(256, 1 << 24),
-    "connections": range(1, 3),
+    "connections": range(1, 17),
     "stable_writes": range(2),
     "read_ahead_pages": range(4097),
 }
+# See docs/decisions/0010.
+CONNECTIONS = 4
 LOCKS = ("wanted", "required", "off")
 KEYS = ("url", "address", "engine", "lock", "realtime", "without", "control_fd", *ENGINE_NUMBERS)
 
@@ -136,7 +138,7 @@ class WorkerConfig:
 
             return Reference(self.url, self.address)
         keep_thread_states()
-        return Engine(self.url, self.address, **self.numbers)  # type: ignore[arg-type]
+        return Engine(self.url, self.address, **{"connections": CONNECTIONS, **self.numbers})  # type: ignore[arg-type]
 
 
 def parse(settings: Mapping[str, str]) -> WorkerConfig:

@@ -60,7 +60,12 @@ struct fetch {
 struct engine {
 	/* constant after engine_create() */
 	struct engine_options options;
-	struct nfsio *read_io, *write_io; /* the same with one connection */
+	/*
+	 * The first is for write-backs, read-ahead, and reads that find no other idle. Each of the others is lent to one
+	 * reader at a time, who receives his answer himself (nfsio.c): nobody has to be woken to hand it to him.
+	 */
+	struct nfsio *ios[ENGINE_CONNECTIONS_MAX];
+	unsigned io_count;
 	struct region region;
 	uint64_t size_bytes;
 	uint32_t piece_bytes;
@@ -81,6 +86,7 @@ struct engine {
 	bool abandon;
 	uint32_t waiting_for_stable; /* requests that wait for the NAS */
 	uint32_t waiting_for_slot;
+	bool lent[ENGINE_CONNECTIONS_MAX]; /* ios that have their reader */
 	uint64_t fetch_number;
 	uint64_t aged_sequence; /* what was written up to it is old enough to go */
 	uint64_t refused_until_ms; /* no write-back before, the server has refused one */
@@ -242,7 +248,7 @@ static void write_back(struct engine *engine, struct run *run)
 	count(&counters(engine)->nfs_written_bytes, run->req.length_bytes);
 	count(&counters(engine)->nfs_in_flight, 1);
 	pthread_mutex_unlock(&engine->lock);
-	nfsio_submit(engine->write_io, &run->req);
+	nfsio_submit(engine->ios[0], &run->req);
 	pthread_mutex_lock(&engine->lock);
 }
 
@@ -254,7 +260,7 @@ static void commit(struct engine *engine)
 	engine->commit = (struct nfsio_req){ .op = NFSIO_COMMIT, .done = commit_done, .owner = engine };
 	count(&counters(engine)->nfs_commits, 1);
 	pthread_mutex_unlock(&engine->lock);
-	nfsio_submit(engine->write_io, &engine->commit);
+	nfsio_submit(engine->ios[0], &engine->commit);
 	pthread_mutex_lock(&engine->lock);
 }
 
@@ -365,7 +371,7 @@ static void fetch_pages(struct engine *engine, uint64_t first_page, uint32_t pag
 		count(&counters(engine)->nfs_read_bytes, fetch->req.length_bytes);
 		count(&counters(engine)->nfs_in_flight, 1);
 		pthread_mutex_unlock(&engine->lock);
-		nfsio_submit(engine->read_io, &fetch->req);
+		nfsio_submit(engine->ios[0], &fetch->req);
 		pthread_mutex_lock(&engine->lock);
 	}
 }
@@ -426,7 +432,7 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 		if (tries == CHECKSUM_TRIES)
 			break;
 		count(&c->checksum_rereads, 1);
-		error = nfsio_transfer(engine->read_io, &req);
+		error = nfsio_transfer(engine->ios[0], &req);
 		if (error != 0)
 			return error;
 		if (req.moved_bytes != PAGE_BYTES)
@@ -451,6 +457,17 @@ static int verify_request(struct engine *engine, const struct nfsio_req *req)
 	return error;
 }
 
+/* The number of a connection to read over. Lock held. */
+static unsigned lend(struct engine *engine)
+{
+	for (unsigned i = 1; i < engine->io_count; i++)
+		if (!engine->lent[i]) {
+			engine->lent[i] = true;
+			return i;
+		}
+	return 0;
+}
+
 /*
  * At most BATCH_PAGES pages. What is in no slot comes straight into the request's buffer; a page that is read
  * once is in the reader's memory then, and has no need of a slot.
@@ -462,6 +479,7 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 	uint64_t started_us;
 	uint32_t missed = 0;
 	size_t used = 0;
+	unsigned io = 0;
 	int error = 0;
 
 	pthread_mutex_lock(&engine->lock);
@@ -486,11 +504,18 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 				.data = target,
 			};
 	}
+	if (used > 0)
+		io = lend(engine);
 	pthread_mutex_unlock(&engine->lock);
 	started_us = now_us();
-	nfsio_batch_start(engine->read_io, &batch, reqs, used);
+	nfsio_batch_start(engine->ios[io], &batch, reqs, used);
 	read_ahead(engine, page, pages); /* behind what somebody waits for */
 	nfsio_batch_wait(&batch);
+	if (io > 0) {
+		pthread_mutex_lock(&engine->lock);
+		engine->lent[io] = false;
+		pthread_mutex_unlock(&engine->lock);
+	}
 	for (size_t i = 0; i < used; i++) {
 		count(&counters(engine)->nfs_reads, 1);
 		count(&counters(engine)->nfs_read_bytes, reqs[i].length_bytes);
@@ -690,25 +715,27 @@ static int start_flusher(struct engine *engine)
 	return -error;
 }
 
-static int open_connections(struct engine *engine, struct nfsio_failure *why)
-{
-	int error = nfsio_open(&engine->options.nfs, &engine->read_io, why);
-
-	if (error == 0 && engine->options.connections > 1) {
-		error = nfsio_open(&engine->options.nfs, &engine->write_io, why);
-		if (error != 0)
-			nfsio_close(engine->read_io);
-	} else if (error == 0) {
-		engine->write_io = engine->read_io;
-	}
-	return error;
-}
-
 static void close_connections(struct engine *engine)
 {
-	if (engine->write_io != engine->read_io)
-		nfsio_close(engine->write_io);
-	nfsio_close(engine->read_io);
+	while (engine->io_count > 0)
+		nfsio_close(engine->ios[--engine->io_count]);
+}
+
+static int open_connections(struct engine *engine, struct nfsio_failure *why)
+{
+	struct nfsio_options options = engine->options.nfs;
+
+	while (engine->io_count < engine->options.connections) {
+		int error = nfsio_open(&options, &engine->ios[engine->io_count], why);
+
+		if (error != 0) {
+			close_connections(engine);
+			return error;
+		}
+		engine->io_count++;
+		options.quiet = true; /* the first one tells what there is to tell about the server */
+	}
+	return 0;
 }
 
 int engine_create(const struct engine_options *options, struct engine **out, struct nfsio_failure *why)
@@ -725,10 +752,10 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 	error = open_connections(engine, why);
 	if (error != 0)
 		goto fail_free;
-	nfsio_opened_stat(engine->read_io, &st);
+	nfsio_opened_stat(engine->ios[0], &st);
 	engine->size_bytes = st.size_bytes;
-	engine->piece_bytes = nfsio_max_transfer_bytes(engine->read_io);
-	if (!nfsio_has_commit(engine->write_io))
+	engine->piece_bytes = nfsio_max_transfer_bytes(engine->ios[0]);
+	if (!nfsio_has_commit(engine->ios[0]))
 		engine->options.stable_writes = true;
 	if (st.size_bytes == 0 || st.size_bytes % PAGE_BYTES != 0) {
 		char message[128];

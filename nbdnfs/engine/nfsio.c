@@ -1114,8 +1114,9 @@ static void reconnect(struct nfsio *io)
 			io->backoff_ms = BACKOFF_LIMIT_MS;
 		if (connect_once(io, &made, &why)) {
 			if (is_same_file(io, &made.st)) {
-				log_line("server %s: connected again after %.1f s", io->address,
-					 (double)(now_ms() - since_ms) / 1000);
+				if (!io->options.quiet)
+					log_line("server %s: connected again after %.1f s", io->address,
+						 (double)(now_ms() - since_ms) / 1000);
 				pthread_mutex_lock(&io->lock);
 				publish(io, &made);
 				return;
@@ -1123,7 +1124,7 @@ static void reconnect(struct nfsio *io)
 			destroy_context(made.nfs, made.fh);
 			set_failure(&why, NFSIO_OPEN, -ESTALE, "the file has been replaced by another");
 		}
-		if (!told && !atomic_load(&io->stop))
+		if (!told && !io->options.quiet && !atomic_load(&io->stop))
 			log_line("server %s: no connection (%s), waiting for it", io->address,
 				 why.message[0] != '\0' ? why.message : strerror(-why.error));
 		told = true;
