@@ -84,6 +84,9 @@ struct cache_run {
  */
 bool cache_take_run(struct cache *cache, struct cache_run *run, uint32_t most, uint8_t *data);
 
+/* How many pages it would take. */
+uint32_t cache_next_run(const struct cache *cache, uint32_t most);
+
 /* The NAS has the run: stably, or under `verifier` until the next commit. */
 void cache_run_stable(struct cache *cache, const struct cache_run *run);
 void cache_run_uncommitted(struct cache *cache, const struct cache_run *run, uint64_t verifier);

@@ -23,10 +23,18 @@
 
 /* Pages of a request that are looked up, checksummed and fetched in one go. */
 #define BATCH_PAGES 64
-/* Write-backs and read-aheads under way at once, and what one of each moves at most. */
-#define RUNS 4
+/*
+ * Write-backs and read-aheads under way at once, and what one of each moves at most. Short runs are for pages that
+ * lie alone: a server that is a millisecond away takes many of them in the time of one. They take no more than lies
+ * together anyway; what is longer waits for a long one rather than being cut to pieces.
+ */
+#define LONG_RUNS 8
+#define SHORT_RUNS 8
+#define SHORT_RUN_PAGES 4
 #define FETCHES 4
-#define FETCH_PAGES 32
+#define FETCH_PAGES RUN_PAGES_MAX
+/* Buffers of RUN_PAGES_MAX pages, for long runs and for fetches: few of the one are under way beside many of the other. */
+#define LONG_BUFFERS 10
 
 /* A page that nobody rewrites goes to the NAS after one to two of these, also when there is room for more. */
 #define AGE_LIMIT_MS 500
@@ -40,7 +48,8 @@ struct run {
 	struct nfsio_req req;   /* first: its owner is found from it */
 	struct engine *engine;
 	struct cache_run pages;
-	uint8_t *data;          /* RUN_PAGES_MAX pages */
+	uint8_t *data;          /* pages_max pages; a long run has them while it is busy */
+	uint32_t pages_max;
 	uint64_t started_us;
 	bool busy;              /* guarded by engine->lock */
 };
@@ -52,7 +61,7 @@ struct fetch {
 	uint64_t first_page;
 	uint64_t number;
 	uint32_t count;
-	uint8_t *data;          /* FETCH_PAGES pages */
+	uint8_t *data;          /* FETCH_PAGES pages, while it is busy */
 	uint64_t started_us;
 	bool busy;              /* guarded by engine->lock */
 };
@@ -78,7 +87,9 @@ struct engine {
 	pthread_cond_t progress; /* slots became clean or free, or a fetch ended */
 	struct cache *cache;
 	struct streams streams;
-	struct run runs[RUNS];
+	struct run runs[LONG_RUNS + SHORT_RUNS]; /* the long ones first */
+	uint8_t *spare[LONG_BUFFERS]; /* that nobody has */
+	unsigned spare_count;
 	struct fetch fetches[FETCHES];
 	struct nfsio_req commit;
 	bool committing;
@@ -150,6 +161,8 @@ static void run_done(struct nfsio_req *req)
 	else
 		cache_run_uncommitted(engine->cache, &run->pages, req->verifier);
 	run->busy = false;
+	if (run->pages_max > SHORT_RUN_PAGES)
+		engine->spare[engine->spare_count++] = run->data;
 	count(&counters(engine)->nfs_in_flight, (uint64_t)-1);
 	note_result(engine, error);
 	note_unstable(engine);
@@ -223,18 +236,27 @@ static uint32_t pages_at_once(const struct engine *engine, uint32_t wanted)
 	return wanted <= most ? wanted : most > 0 ? most : 1;
 }
 
+/* One for the run that is next; NULL when none is free that takes all of it. Lock held. */
 static struct run *free_run(struct engine *engine)
 {
-	for (struct run *run = engine->runs; run < engine->runs + RUNS; run++)
-		if (!run->busy)
-			return run;
-	return NULL;
+	uint32_t pages = cache_next_run(engine->cache, pages_at_once(engine, RUN_PAGES_MAX));
+	struct run *fits = NULL;
+
+	for (struct run *run = engine->runs; run < engine->runs + LONG_RUNS + SHORT_RUNS; run++) {
+		bool is_short = run->pages_max == SHORT_RUN_PAGES;
+
+		if (!run->busy && run->pages_max >= pages && (is_short || engine->spare_count > 0))
+			fits = run; /* the last: a short one, where one will do */
+	}
+	return fits;
 }
 
 /* Start one write-back. Lock held, dropped meanwhile. */
 static void write_back(struct engine *engine, struct run *run)
 {
-	cache_take_run(engine->cache, &run->pages, pages_at_once(engine, RUN_PAGES_MAX), run->data);
+	if (run->pages_max > SHORT_RUN_PAGES)
+		run->data = engine->spare[--engine->spare_count];
+	cache_take_run(engine->cache, &run->pages, pages_at_once(engine, run->pages_max), run->data);
 	run->busy = true;
 	run->started_us = now_us();
 	run->req = (struct nfsio_req){
@@ -288,13 +310,13 @@ static void *flusher_thread(void *arg)
 	pthread_mutex_lock(&engine->lock);
 	for (;;) {
 		uint64_t now_ms = now_us() / 1000;
-		struct run *run = free_run(engine);
+		struct run *run = wants_write_back(engine) ? free_run(engine) : NULL;
 
 		if (engine->stop && (engine->abandon || cache_unstable_count(engine->cache) == 0))
 			break;
 		if (now_ms < engine->refused_until_ms) {
 			wait_for_work(engine, engine->refused_until_ms - now_ms);
-		} else if (run != NULL && wants_write_back(engine)) {
+		} else if (run != NULL) {
 			write_back(engine, run);
 		} else if (wants_commit(engine)) {
 			commit(engine);
@@ -324,6 +346,7 @@ static void fetch_done(struct nfsio_req *req)
 	pthread_mutex_lock(&engine->lock);
 	cache_fetch_done(engine->cache, fetch->first_page, fetch->count, fetch->number, ok ? fetch->data : NULL, crcs);
 	fetch->busy = false;
+	engine->spare[engine->spare_count++] = fetch->data;
 	count(&counters(engine)->nfs_in_flight, (uint64_t)-1);
 	pthread_cond_broadcast(&engine->progress);
 	pthread_mutex_unlock(&engine->lock);
@@ -345,7 +368,8 @@ static void fetch_pages(struct engine *engine, uint64_t first_page, uint32_t pag
 		uint32_t most = pages_at_once(engine, pages < FETCH_PAGES ? pages : FETCH_PAGES);
 
 		/* it must not take the place of pages that writes will need at once */
-		if (fetch == NULL || cache_unstable_count(engine->cache) >= engine->region.slot_count * 3 / 4)
+		if (fetch == NULL || engine->spare_count == 0 ||
+		    cache_unstable_count(engine->cache) >= engine->region.slot_count * 3 / 4)
 			return;
 		fetch->number = ++engine->fetch_number;
 		fetch->count = cache_fetch_begin(engine->cache, first_page, most, fetch->number);
@@ -355,6 +379,7 @@ static void fetch_pages(struct engine *engine, uint64_t first_page, uint32_t pag
 			continue;
 		}
 		fetch->busy = true;
+		fetch->data = engine->spare[--engine->spare_count];
 		fetch->first_page = first_page;
 		fetch->started_us = now_us();
 		fetch->req = (struct nfsio_req){
@@ -684,18 +709,22 @@ static int map_region(struct engine *engine, const struct nfsio_stat *st, struct
 
 static int make_buffers(struct engine *engine)
 {
-	size_t run_bytes = (size_t)RUN_PAGES_MAX * PAGE_BYTES, fetch_bytes = (size_t)FETCH_PAGES * PAGE_BYTES;
-	size_t bytes = RUNS * run_bytes + FETCHES * fetch_bytes;
+	size_t long_bytes = (size_t)RUN_PAGES_MAX * PAGE_BYTES, short_bytes = (size_t)SHORT_RUN_PAGES * PAGE_BYTES;
+	size_t bytes = LONG_BUFFERS * long_bytes + SHORT_RUNS * short_bytes;
 	uint8_t *at = aligned_alloc(PAGE_BYTES, bytes);
 
 	if (at == NULL)
 		return -ENOMEM;
 	memset(at, 0, bytes); /* touched now, not in an emergency */
 	engine->buffers = at;
-	for (struct run *run = engine->runs; run < engine->runs + RUNS; run++, at += run_bytes)
-		*run = (struct run){ .engine = engine, .data = at };
-	for (struct fetch *fetch = engine->fetches; fetch < engine->fetches + FETCHES; fetch++, at += fetch_bytes)
-		*fetch = (struct fetch){ .engine = engine, .data = at };
+	for (; engine->spare_count < LONG_BUFFERS; at += long_bytes)
+		engine->spare[engine->spare_count++] = at;
+	for (unsigned i = 0; i < LONG_RUNS; i++)
+		engine->runs[i] = (struct run){ .engine = engine, .pages_max = RUN_PAGES_MAX };
+	for (unsigned i = LONG_RUNS; i < LONG_RUNS + SHORT_RUNS; i++, at += short_bytes)
+		engine->runs[i] = (struct run){ .engine = engine, .pages_max = SHORT_RUN_PAGES, .data = at };
+	for (struct fetch *fetch = engine->fetches; fetch < engine->fetches + FETCHES; fetch++)
+		*fetch = (struct fetch){ .engine = engine };
 	return 0;
 }
 
