@@ -2,6 +2,9 @@
 /*
  * Requests, the flusher and read-ahead, over one cache. See engine.h for what is promised.
  *
+ * The flusher starts write-backs; as long as there is more to write, each that is done starts the next one from nfsio's
+ * thread, without a detour over the flusher's.
+ *
  * Locks: engine->lock guards the cache, the streams and all that struct engine says it does. It is never held
  * over a call of nfsio, whose completions take it: they run in nfsio's thread, without any lock of its own.
  */
@@ -90,9 +93,12 @@ struct engine {
 	struct run runs[LONG_RUNS + SHORT_RUNS]; /* the long ones first */
 	uint8_t *spare[LONG_BUFFERS]; /* that nobody has */
 	unsigned spare_count;
+	unsigned runs_busy;
 	struct fetch fetches[FETCHES];
 	struct nfsio_req commit;
 	bool committing;
+	bool starved;           /* a run is wanted and none is free: the next one that is done goes on, by itself */
+	bool flusher_rests;     /* until it is called */
 	bool stop;              /* the flusher is to end, once the NAS has all or `abandon` is set */
 	bool abandon;
 	uint32_t waiting_for_stable; /* requests that wait for the NAS */
@@ -146,6 +152,8 @@ static void note_result(struct engine *engine, int error)
 		log_line("the server writes again");
 }
 
+static void keep_flushing(struct engine *engine, bool changed);
+
 static void run_done(struct nfsio_req *req)
 {
 	struct run *run = (struct run *)req;
@@ -161,13 +169,15 @@ static void run_done(struct nfsio_req *req)
 	else
 		cache_run_uncommitted(engine->cache, &run->pages, req->verifier);
 	run->busy = false;
+	engine->runs_busy--;
 	if (run->pages_max > SHORT_RUN_PAGES)
 		engine->spare[engine->spare_count++] = run->data;
 	count(&counters(engine)->nfs_in_flight, (uint64_t)-1);
 	note_result(engine, error);
 	note_unstable(engine);
-	pthread_cond_broadcast(&engine->progress);
-	pthread_cond_signal(&engine->work);
+	if (error != 0 || req->stable) /* else nobody gains anything before the COMMIT */
+		pthread_cond_broadcast(&engine->progress);
+	keep_flushing(engine, error != 0);
 	pthread_mutex_unlock(&engine->lock);
 }
 
@@ -189,7 +199,7 @@ static void commit_done(struct nfsio_req *req)
 	note_result(engine, req->error);
 	note_unstable(engine);
 	pthread_cond_broadcast(&engine->progress);
-	pthread_cond_signal(&engine->work);
+	keep_flushing(engine, req->error != 0);
 	pthread_mutex_unlock(&engine->lock);
 }
 
@@ -258,6 +268,7 @@ static void write_back(struct engine *engine, struct run *run)
 		run->data = engine->spare[--engine->spare_count];
 	cache_take_run(engine->cache, &run->pages, pages_at_once(engine, run->pages_max), run->data);
 	run->busy = true;
+	engine->runs_busy++;
 	run->started_us = now_us();
 	run->req = (struct nfsio_req){
 		.op = engine->options.stable_writes ? NFSIO_WRITE : NFSIO_WRITE_UNSTABLE,
@@ -301,6 +312,47 @@ static bool wait_for_work(struct engine *engine, uint64_t ms)
 	return pthread_cond_timedwait(&engine->work, &engine->lock, &until) == ETIMEDOUT;
 }
 
+/* Start one write-back or COMMIT, if there is reason to. Lock held, dropped meanwhile. */
+static bool flush_step(struct engine *engine)
+{
+	struct run *run;
+
+	if (engine->abandon || now_us() / 1000 < engine->refused_until_ms)
+		return false;
+	if (wants_write_back(engine)) {
+		run = free_run(engine);
+		engine->starved = run == NULL && engine->runs_busy > 0;
+		if (run != NULL) {
+			write_back(engine, run);
+			return true;
+		}
+	}
+	if (!wants_commit(engine))
+		return false;
+	commit(engine);
+	return true;
+}
+
+/* There is something to do, unless all runs are under way. Lock held. */
+static void call_flusher(struct engine *engine)
+{
+	if (!engine->starved)
+		pthread_cond_signal(&engine->work);
+}
+
+/*
+ * A write-back or COMMIT is done: start what is next. The flusher is called where it has to look at the clock: for
+ * pages that grow old, for a server that has refused one (`changed`), and for the end. Lock held, dropped meanwhile.
+ */
+static void keep_flushing(struct engine *engine, bool changed)
+{
+	engine->starved = false;
+	while (flush_step(engine))
+		;
+	if (changed || engine->stop || (engine->flusher_rests && cache_dirty_count(engine->cache) > 0))
+		pthread_cond_signal(&engine->work);
+}
+
 static void *flusher_thread(void *arg)
 {
 	struct engine *engine = arg;
@@ -310,18 +362,17 @@ static void *flusher_thread(void *arg)
 	pthread_mutex_lock(&engine->lock);
 	for (;;) {
 		uint64_t now_ms = now_us() / 1000;
-		struct run *run = wants_write_back(engine) ? free_run(engine) : NULL;
 
 		if (engine->stop && (engine->abandon || cache_unstable_count(engine->cache) == 0))
 			break;
+		if (flush_step(engine))
+			continue;
 		if (now_ms < engine->refused_until_ms) {
 			wait_for_work(engine, engine->refused_until_ms - now_ms);
-		} else if (run != NULL) {
-			write_back(engine, run);
-		} else if (wants_commit(engine)) {
-			commit(engine);
 		} else if (cache_dirty_count(engine->cache) == 0) {
+			engine->flusher_rests = true;
 			pthread_cond_wait(&engine->work, &engine->lock);
+			engine->flusher_rests = false;
 		} else if (wait_for_work(engine, AGE_LIMIT_MS)) {
 			engine->aged_sequence = young_sequence;
 			young_sequence = cache_sequence(engine->cache);
@@ -578,7 +629,7 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 static void wait_pages_stable(struct engine *engine, uint64_t page, uint64_t pages, uint64_t sequence)
 {
 	engine->waiting_for_stable++;
-	pthread_cond_signal(&engine->work);
+	call_flusher(engine);
 	for (uint64_t i = 0; i < pages; i++)
 		while (!cache_page_is_stable(engine->cache, page + i, sequence))
 			pthread_cond_wait(&engine->progress, &engine->lock);
@@ -602,7 +653,7 @@ static void write_batch(struct engine *engine, const uint8_t *data, uint64_t pag
 		       CACHE_FULL) {
 			count(&counters(engine)->stalls, 1);
 			engine->waiting_for_slot++;
-			pthread_cond_signal(&engine->work);
+			call_flusher(engine);
 			pthread_cond_wait(&engine->progress, &engine->lock);
 			engine->waiting_for_slot--;
 		}
@@ -610,7 +661,7 @@ static void write_batch(struct engine *engine, const uint8_t *data, uint64_t pag
 	}
 	note_unstable(engine);
 	if (was_idle || is_half_full(engine))
-		pthread_cond_signal(&engine->work);
+		call_flusher(engine);
 	if (fua)
 		wait_pages_stable(engine, page, pages, cache_sequence(engine->cache));
 	pthread_mutex_unlock(&engine->lock);
@@ -645,11 +696,11 @@ int engine_flush(struct engine *engine)
 	pthread_mutex_lock(&engine->lock);
 	engine->waiting_for_stable++;
 	while (!cache_materialise(engine->cache, &page)) {
-		pthread_cond_signal(&engine->work);
+		call_flusher(engine);
 		pthread_cond_wait(&engine->progress, &engine->lock);
 	}
 	sequence = cache_sequence(engine->cache);
-	pthread_cond_signal(&engine->work);
+	call_flusher(engine);
 	while (!cache_is_stable(engine->cache, sequence))
 		pthread_cond_wait(&engine->progress, &engine->lock);
 	engine->waiting_for_stable--;
