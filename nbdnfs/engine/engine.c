@@ -39,8 +39,12 @@
 /* Buffers of RUN_PAGES_MAX pages, for long runs and for fetches: few of the one are under way beside many of the other. */
 #define LONG_BUFFERS 10
 
-/* A page that nobody rewrites goes to the NAS after one to two of these, also when there is room for more. */
-#define AGE_LIMIT_MS 500
+/*
+ * A page that nobody rewrites goes to the NAS after one to two of these, also when there is room for more. Swap is not
+ * there for later: what counts is that the region is empty when much comes at once. With a tenth of that, a machine that
+ * swaps fifty pages a second found no neighbours for them (13 KiB for each NFS write).
+ */
+#define AGE_LIMIT_MS 5000
 /* What the server refuses (ENOSPC, EIO, ...) is tried again, but not at full speed. */
 #define REFUSED_PAUSE_MS 1000
 /* A page whose checksum is wrong is read so often before it is given up. */
