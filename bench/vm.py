@@ -109,7 +109,7 @@ def _measure(options: argparse.Namespace, load: Load, earlier: Results) -> Resul
     with contextlib.ExitStack() as stack:
         workdir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdnfs-bench-")))
         server = stack.enter_context(Ganesha(workdir / "nas"))
-        files = _files(server, 2 * load.size_mib)
+        files = _files(server, load.device_mib)
         # a request is "stuck" after two seconds, which a busy machine may take
         guest = stack.enter_context(
             Guest(built, disk, workdir / "guest", memory_mib=_GUEST_MIB, allow={"slow"}, name="bench")

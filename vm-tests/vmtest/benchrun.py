@@ -24,6 +24,11 @@ class Load:
     processes: int
     timeout_s: float
 
+    @property
+    def device_mib(self) -> int:
+        """What is swapped to: with much less of it, the kernel soon finds no free slots side by side."""
+        return 4 * self.size_mib
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -93,7 +98,7 @@ def one_round(
     samples = []
     for delay_ms in delays_ms:
         for peer in peers:
-            with delayed(guest, delay_ms), PEERS[peer](guest, files, 2 * load.size_mib) as swapping:
+            with delayed(guest, delay_ms), PEERS[peer](guest, files, load.device_mib) as swapping:
                 for processes in (1, load.processes):
                     sample = _run(guest, load, peer, delay_ms, processes, swapping.counters)
                     passes = " ".join(f"{seconds:.1f}" for seconds in sample.passes)
