@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,HERE,NBDNFS_CACHE,NBDNFS_VM_ACCEL)
 PYTEST := $(AS_ROOT) $(PYTHON) -m pytest
 
-.PHONY: help demo test faults vm-test bench lint
+.PHONY: help demo test faults vm-test bench bench-vm lint
 help:
 	@echo 'make demo         a Debian guest swaps onto a file on an NFS server; a table at the end'
 	@echo 'make demo HERE=1  the same on this machine, without a guest (needs the kernel module nbd)'
@@ -14,6 +14,7 @@ help:
 	@echo 'make faults       ten minutes of verified reads and writes while faults strike; ARGS="--seed 7 --version 4"'
 	@echo 'make vm-test      all tests in guests; SUITE=trixie for Debian 13, ARGS="--memory-rounds 3"'
 	@echo 'make bench        our worker beside qemu-nbd, the reference engine and bare libnfs'
+	@echo 'make bench-vm     a guest swaps to zram, kernel nbd, kernel NFS and nbdnfs; ARGS="--size 32 --rounds 1" is short'
 	@echo 'make lint         ruff and mypy'
 
 demo:
@@ -41,7 +42,11 @@ vm-test:
 
 bench:
 	@tools/bootstrap.sh bench
-	$(AS_ROOT) $(PYTHON) bench/native.py --json build/bench.json
+	$(AS_ROOT) $(PYTHON) bench/native.py --json build/bench.json --svg build/bench.svg $(ARGS)
+
+bench-vm:
+	@tools/bootstrap.sh demo
+	$(AS_ROOT) $(PYTHON) bench/vm.py --json build/bench-vm.json --svg build/bench-vm.svg $(ARGS)
 
 lint:
 	@tools/bootstrap.sh test

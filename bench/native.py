@@ -17,41 +17,24 @@ import json
 import os
 import re
 import shutil
-import statistics
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
+from nativereport import Result, Row, Sample, as_json, missed_goals, picture, table  # noqa: E402
 from nfs_server import Ganesha, program, rpc_null_answers  # noqa: E402
 from portmap import register  # noqa: E402
 
 DEVICE_BYTES = 256 << 20
 PEERS = ("nbdnfs", "qemu-nbd", "libnfs-python", "limit")
 DEADLINE_S = 30.0
-
-
-@dataclass(frozen=True)
-class Row:
-    """One kind of load."""
-
-    op: str
-    pattern: str
-    block_bytes: int
-    depth: int
-
-    @property
-    def title(self) -> str:
-        return f"{self.pattern} {self.op} {self.block_bytes // 1024} KiB, depth {self.depth}"
-
-    def argv(self, seconds: float) -> list[str]:
-        return [self.op, self.pattern, str(self.block_bytes), str(self.depth), str(seconds)]
 
 
 ROWS = (
@@ -64,34 +47,6 @@ ROWS = (
     Row("read", "sequential", 131072, 16),
     Row("write", "sequential", 131072, 16),
 )
-
-
-@dataclass
-class Sample:
-    """One run: what bench/load.c says, and what the server process has used meanwhile."""
-
-    load: dict[str, float]
-    cpu_s_per_gb: float | None
-    resident_kib: int | None
-    locked_kib: int | None
-
-
-@dataclass
-class Result:
-    """All runs of one row by one peer."""
-
-    samples: list[Sample] = field(default_factory=list)
-
-    def median(self, key: str) -> float:
-        return statistics.median(sample.load[key] for sample in self.samples)
-
-    def median_cpu(self) -> float | None:
-        values = [sample.cpu_s_per_gb for sample in self.samples if sample.cpu_s_per_gb is not None]
-        return statistics.median(values) if values else None
-
-    def largest_kib(self, key: str) -> int:
-        """The most that `resident_kib` or `locked_kib` was; 0 where there is no server process."""
-        return max((getattr(sample, key) or 0 for sample in self.samples), default=0)
 
 
 def compile_tools(directory: Path) -> None:
@@ -136,6 +91,7 @@ def serving(peer: str, server: Ganesha, nfs_port: int, directory: Path) -> Itera
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"bench: {peer} does not start: {' '.join(argv)}")
             time.sleep(0.05)
+        _wait_for_answer(peer, path, process, deadline)
         time.sleep(1)  # what it still does for itself is not the load's
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         yield ["nbd", str(path)], int(children[0]) if children else process.pid
@@ -143,6 +99,18 @@ def serving(peer: str, server: Ganesha, nfs_port: int, directory: Path) -> Itera
         process.terminate()
         process.wait(DEADLINE_S)
         path.unlink(missing_ok=True)
+
+
+def _wait_for_answer(peer: str, path: Path, process: subprocess.Popen[bytes], deadline: float) -> None:
+    """Until it takes connections: qemu-nbd binds its socket before it knows whether it has a driver for the file."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            return
+        if process.poll() is not None or time.monotonic() > deadline:
+            hint = "\nbench: its NFS driver is in Debian's qemu-block-extra" if peer == "qemu-nbd" else ""
+            raise SystemExit(f"bench: {peer} does not serve the file{hint}")
+        time.sleep(0.05)
 
 
 def run_once(tools: Path, target: list[str], pid: int | None, row: Row, seconds: float) -> Sample:
@@ -172,51 +140,6 @@ def measure(
     return results
 
 
-def table(title: str, results: dict[Row, dict[str, Result]]) -> str:
-    """Requests a second of each peer, and ours as a multiple; CPU seconds for a gigabyte; the size."""
-    peers = list(next(iter(results.values())))
-    lines = [title, "", f"{'requests/s':38}" + "".join(f"{peer:>16}" for peer in peers) + "     ours / each other"]
-    for row, by_peer in results.items():
-        ours = by_peer["nbdnfs"].median("per_second")
-        ratios = [f"{ours / by_peer[peer].median('per_second'):.2f}" for peer in peers if peer != "nbdnfs"]
-        lines.append(
-            f"{row.title:38}"
-            + "".join(f"{by_peer[peer].median('per_second'):>16,.0f}" for peer in peers)
-            + "     "
-            + "  ".join(ratios)
-        )
-    lines += ["", f"{'CPU seconds/GB':38}" + "".join(f"{peer:>16}" for peer in peers)]
-    for row, by_peer in results.items():
-        cells = [by_peer[peer].median_cpu() for peer in peers]
-        lines.append(f"{row.title:38}" + "".join(f"{'-' if cell is None else f'{cell:.1f}':>16}" for cell in cells))
-    lines.append("")
-    for title, key in (("resident KiB", "resident_kib"), ("locked KiB", "locked_kib")):
-        sizes = [max((by_peer[peer].largest_kib(key) for by_peer in results.values()), default=0) for peer in peers]
-        lines.append(f"{title:38}" + "".join(f"{size or '-':>16}" for size in sizes))
-    return "\n".join(lines)
-
-
-def as_json(results: dict[Row, dict[str, Result]]) -> list[dict[str, object]]:
-    """Every sample."""
-    return [
-        {
-            "row": row.title,
-            "peer": peer,
-            "samples": [
-                {
-                    **sample.load,
-                    "cpu_s_per_gb": sample.cpu_s_per_gb,
-                    "resident_kib": sample.resident_kib,
-                    "locked_kib": sample.locked_kib,
-                }
-                for sample in result.samples
-            ],
-        }
-        for row, by_peer in results.items()
-        for peer, result in by_peer.items()
-    ]
-
-
 def enter_namespaces() -> None:
     """Run again in a network and a mount namespace of our own."""
     if os.environ.get("NBDNFS_BENCH_INSIDE"):
@@ -241,6 +164,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.5, help="of each run")
     parser.add_argument("--delay-ms", type=float, default=1.0, help="round trip to add in the second part; 0: none")
     parser.add_argument("--json", type=Path, help="where all samples go")
+    parser.add_argument("--svg", type=Path, help="where the picture goes")
     parser.add_argument("--peers", default=",".join(PEERS))
     options = parser.parse_args()
     peers = [peer for peer in options.peers.split(",") if peer != "qemu-nbd" or shutil.which("qemu-nbd")]
@@ -270,8 +194,14 @@ def main() -> None:
             finally:
                 delay.kill()
                 delay.wait()
-        if options.json:
-            options.json.write_text(json.dumps({title: as_json(part) for title, part in results.items()}, indent=1))
+    for path, text in (
+        (options.json, json.dumps({title: as_json(part) for title, part in results.items()}, indent=1)),
+        (options.svg, picture(results)),
+    ):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    print("\n" + "\n".join(missed_goals(results)))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,19 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(run=_doctor)
 
+    top = commands.add_parser("top", help="show what the workers do just now")
+    top.add_argument("name", metavar="NAME", nargs="?", help=f"{name_help}; all of them without")
+    top.add_argument("--interval", default="1s", metavar="TIME", help="between two looks (1s)")
+    top.add_argument("--count", type=int, metavar="N", help="end after N looks; without, at Ctrl-C")
+    top.set_defaults(run=_top)
+
+    bench = commands.add_parser("bench", help="measure a server with a file that is made for it, and removed")
+    bench.add_argument("url", metavar="URL", help="of a file that does not exist")
+    bench.add_argument("--size", default="64M", metavar="SIZE", help="of the file (64M)")
+    bench.add_argument("--time", default="3s", metavar="TIME", help="for each kind of load, at most (3s)")
+    bench.add_argument("--json", action="store_true", help="for programs")
+    bench.set_defaults(run=_bench)
+
     keep = commands.add_parser("run", help="keep a device alive, in the foreground (what the unit starts)")
     keep.add_argument("name", metavar="NAME", help=name_help)
     keep.set_defaults(run=_keep)
@@ -184,6 +197,30 @@ def _doctor(args: argparse.Namespace) -> int:
     else:
         print("\n".join(finding.text() for finding in findings))
     return doctor.exit_status(findings)
+
+
+def _top(args: argparse.Namespace) -> int:
+    from nbdnfs import config, top
+
+    interval_s = units.parse_duration_s(args.interval)
+    if interval_s <= 0 or (args.count is not None and args.count < 1):
+        raise UsageError("--interval and --count must be more than nothing", "for example --interval 2s --count 5")
+    if args.name is not None:
+        config.check_name(args.name)
+    top.show([args.name] if args.name else [], interval_s=interval_s, count=args.count)
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from nbdnfs import bench
+
+    size_bytes, seconds = units.parse_size_bytes(args.size), units.parse_duration_s(args.time)
+    rows = bench.run(
+        args.url, size_bytes, seconds, (lambda row: None) if args.json else lambda row: print(row.text(), flush=True)
+    )
+    if args.json:
+        print(json.dumps([row.to_json() for row in rows], indent=2))
+    return 0
 
 
 def _keep(args: argparse.Namespace) -> int:

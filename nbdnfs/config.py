@@ -46,7 +46,7 @@ class Config:
     priority: int | None = None
     discard: bool = False
     region_pages: int = 16 * _MIB // PAGE_BYTES
-    connections: int = 1
+    connections: int = 4
     stable_writes: bool = False
     read_ahead_pages: int = 64
     threads: int = 4
@@ -385,9 +385,10 @@ _KEYS = {
     ),
     "connections": _Key(
         "connections",
-        _whole(1, 2),
-        "1",
-        "TCP connections to the server: 1, or 2, so that reads do not queue behind writes.",
+        _whole(1, 16),
+        "4",
+        "TCP connections to the server: one for writes, read-ahead and all else, and each further one for one read at a"
+        " time. As many as there are threads are of use; 1 spares a server that many clients share, and costs speed.",
     ),
     "stable_writes": _Key(
         "stable_writes",

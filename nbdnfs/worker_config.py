@@ -27,13 +27,15 @@ DESCRIPTORS = range(1 << 20)
 ENGINE_NUMBERS = {
     "region_fd": DESCRIPTORS,
     "region_pages": range(256, 1 << 24),
-    "connections": range(1, 3),
+    "connections": range(1, 17),
     "stable_writes": range(2),
     "read_ahead_pages": range(4097),
     "soft_limit_ms": range(1 << 32),
     "gone_limit_ms": range(1 << 32),
     "silence_ms": range(1 << 31),
 }
+# See docs/decisions/0013.
+CONNECTIONS = 4
 LOCKS = ("wanted", "required", "off")
 KEYS = ("url", "address", "engine", "lock", "realtime", "without", "control_fd", *ENGINE_NUMBERS)
 
@@ -144,7 +146,8 @@ class WorkerConfig:
 
             return Reference(self.url, self.address)
         keep_thread_states()
-        return Engine(self.url, self.address, connect_timeout_s=connect_timeout_s, **self.numbers)  # type: ignore[arg-type]
+        numbers = {"connections": CONNECTIONS, **self.numbers}
+        return Engine(self.url, self.address, connect_timeout_s=connect_timeout_s, **numbers)  # type: ignore[arg-type]
 
 
 def parse(settings: Mapping[str, str]) -> WorkerConfig:

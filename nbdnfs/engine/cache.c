@@ -506,24 +506,37 @@ static bool is_takable(const struct cache *cache, uint64_t page)
 	return index != NO_SLOT && cache->slots[index].list == ON_DIRTY && !is_held(cache, page);
 }
 
-bool cache_take_run(struct cache *cache, struct cache_run *run, uint32_t most, uint8_t *data)
+/* The run around the oldest dirty page: its first page, and how many; 0 when nothing is dirty that could be taken. */
+static uint32_t find_run(const struct cache *cache, uint32_t most, uint64_t *first)
 {
-	uint32_t oldest = oldest_takable(cache);
-	uint64_t first;
+	uint32_t oldest = oldest_takable(cache), count = 1;
 
 	if (oldest == NO_SLOT)
-		return false;
-	first = cache->slots[oldest].page;
-	run->count = 1;
-	while (run->count < most && first > 0 && is_takable(cache, first - 1)) {
-		first--;
-		run->count++;
+		return 0;
+	*first = cache->slots[oldest].page;
+	while (count < most && *first > 0 && is_takable(cache, *first - 1)) {
+		--*first;
+		count++;
 	}
-	while (run->count < most && is_takable(cache, first + run->count))
-		run->count++;
-	run->first_page = first;
+	while (count < most && is_takable(cache, *first + count))
+		count++;
+	return count;
+}
+
+uint32_t cache_next_run(const struct cache *cache, uint32_t most)
+{
+	uint64_t first;
+
+	return find_run(cache, most, &first);
+}
+
+bool cache_take_run(struct cache *cache, struct cache_run *run, uint32_t most, uint8_t *data)
+{
+	run->count = find_run(cache, most, &run->first_page);
+	if (run->count == 0)
+		return false;
 	for (uint32_t i = 0; i < run->count; i++) {
-		uint32_t index = find(cache, first + i);
+		uint32_t index = find(cache, run->first_page + i);
 
 		list_drop(cache, index);
 		cache->slots[index].writing = true;

@@ -90,6 +90,9 @@ struct cache_run {
  */
 bool cache_take_run(struct cache *cache, struct cache_run *run, uint32_t most, uint8_t *data);
 
+/* How many pages it would take. */
+uint32_t cache_next_run(const struct cache *cache, uint32_t most);
+
 /*
  * Take none of these pages before `until`, a time of the caller's. They are read and written as ever. What is held
  * at once is remembered exactly for HOLDS calls; with more, everything is held until the last of them ends.

@@ -2,6 +2,9 @@
 /*
  * Requests, the flusher and read-ahead, over one cache. See engine.h for what is promised.
  *
+ * The flusher starts write-backs; as long as there is more to write, each that is done starts the next one from nfsio's
+ * thread, without a detour over the flusher's.
+ *
  * Locks: engine->lock guards the cache, the streams and all that struct engine says it does. It is never held
  * over a call of nfsio, but for nfsio_state(): completions take it. They run in nfsio's thread, without any lock
  * of its own.
@@ -24,13 +27,25 @@
 
 /* Pages of a request that are looked up, checksummed and fetched in one go. */
 #define BATCH_PAGES 64
-/* Write-backs and read-aheads under way at once, and what one of each moves at most. */
-#define RUNS 4
+/*
+ * Write-backs and read-aheads under way at once, and what one of each moves at most. Short runs are for pages that
+ * lie alone: a server that is a millisecond away takes many of them in the time of one. They take no more than lies
+ * together anyway; what is longer waits for a long one rather than being cut to pieces.
+ */
+#define LONG_RUNS 8
+#define SHORT_RUNS 8
+#define SHORT_RUN_PAGES 4
 #define FETCHES 4
-#define FETCH_PAGES 32
+#define FETCH_PAGES RUN_PAGES_MAX
+/* Buffers of RUN_PAGES_MAX pages, for long runs and for fetches: few of the one are under way beside many of the other. */
+#define LONG_BUFFERS 10
 
-/* A page that nobody rewrites goes to the NAS after one to two of these, also when there is room for more. */
-#define AGE_LIMIT_MS 500
+/*
+ * A page that nobody rewrites goes to the NAS after one to two of these, also when there is room for more. Swap is not
+ * there for later: what counts is that the region is empty when much comes at once. With a tenth of that, a machine that
+ * swaps fifty pages a second found no neighbours for them (13 KiB for each NFS write).
+ */
+#define AGE_LIMIT_MS 5000
 /* What the server refuses (ENOSPC, EIO, ...) is tried again, but not at full speed: these are the pauses. */
 #define REFUSED_PAUSE_MS 500
 #define REFUSED_PAUSE_LIMIT_MS 4000
@@ -42,6 +57,8 @@
 #define TWIN_MS 5000
 /* The same for what a worker before this one may have had under way. */
 #define REPLAY_MS 1000
+/* How often the flusher looks whether pages may travel again. */
+#define HOLD_TICK_MS 250
 /* A page whose checksum is wrong is read so often before it is given up. */
 #define CHECKSUM_TRIES 3
 
@@ -50,7 +67,8 @@ struct run {
 	struct nfsio_req req;   /* first: its owner is found from it */
 	struct engine *engine;
 	struct cache_run pages;
-	uint8_t *data;          /* RUN_PAGES_MAX pages */
+	uint8_t *data;          /* pages_max pages; a long run has them while it is busy */
+	uint32_t pages_max;
 	uint64_t started_us;
 	bool busy;              /* guarded by engine->lock */
 };
@@ -62,7 +80,7 @@ struct fetch {
 	uint64_t first_page;
 	uint64_t number;
 	uint32_t count;
-	uint8_t *data;          /* FETCH_PAGES pages */
+	uint8_t *data;          /* FETCH_PAGES pages, while it is busy */
 	uint64_t started_us;
 	bool busy;              /* guarded by engine->lock */
 };
@@ -70,14 +88,19 @@ struct fetch {
 struct engine {
 	/* constant after engine_create() */
 	struct engine_options options;
-	struct nfsio *read_io, *write_io; /* the same with one connection */
+	/*
+	 * The first is for write-backs, read-ahead, and reads that find no other idle. Each of the others is lent to one
+	 * reader at a time, who receives his answer himself (nfsio.c): nobody has to be woken to hand it to him.
+	 */
+	struct nfsio *ios[ENGINE_CONNECTIONS_MAX];
+	unsigned io_count;
 	struct region region;
 	uint64_t size_bytes;
 	uint64_t reconnects_before; /* of workers before this one */
 	uint32_t piece_bytes;
 	bool own_region;
 	uint8_t *buffers;       /* of the runs and fetches, and the samples */
-	uint8_t *samples;       /* two pages, one for each connection's thread */
+	uint8_t *samples;       /* a page for each connection's thread */
 	pthread_t flusher;
 
 	pthread_mutex_t lock;   /* guards everything below, and the cache */
@@ -85,14 +108,20 @@ struct engine {
 	pthread_cond_t progress; /* slots became clean or free, a fetch ended, or the file or the way to it changed */
 	struct cache *cache;
 	struct streams streams;
-	struct run runs[RUNS];
+	struct run runs[LONG_RUNS + SHORT_RUNS]; /* the long ones first */
+	uint8_t *spare[LONG_BUFFERS]; /* that nobody has */
+	unsigned spare_count;
+	unsigned runs_busy;
 	struct fetch fetches[FETCHES];
 	struct nfsio_req commit;
 	bool committing;
+	bool starved;           /* a run is wanted and none is free: the next one that is done goes on, by itself */
+	bool flusher_rests;     /* until it is called */
 	bool stop;              /* the flusher is to end, once the NAS has all or `abandon` is set */
 	bool abandon;
 	uint32_t waiting_for_stable; /* requests that wait for the NAS */
 	uint32_t waiting_for_slot;
+	bool lent[ENGINE_CONNECTIONS_MAX]; /* ios that have their reader */
 	uint64_t fetch_number;
 	uint64_t aged_sequence; /* what was written up to it is old enough to go */
 	uint64_t refused_until_ms; /* no write-back before, the server has refused one */
@@ -124,14 +153,20 @@ static struct region_counters *counters(struct engine *engine)
 /* How much of the file has always been there; UINT64_MAX: all of it. */
 static uint64_t cut_bytes(const struct engine *engine)
 {
-	uint64_t one = nfsio_cut_bytes(engine->read_io), other = nfsio_cut_bytes(engine->write_io);
+	uint64_t least = UINT64_MAX;
 
-	return one < other ? one : other;
+	for (unsigned i = 0; i < engine->io_count; i++)
+		if (nfsio_cut_bytes(engine->ios[i]) < least)
+			least = nfsio_cut_bytes(engine->ios[i]);
+	return least;
 }
 
 static bool is_unlinked(const struct engine *engine)
 {
-	return nfsio_is_unlinked(engine->read_io) || nfsio_is_unlinked(engine->write_io);
+	for (unsigned i = 0; i < engine->io_count; i++)
+		if (nfsio_is_unlinked(engine->ios[i]))
+			return true;
+	return false;
 }
 
 /* As far as answers have told. */
@@ -226,6 +261,8 @@ static void note_result(struct engine *engine, int error)
 	}
 }
 
+static void keep_flushing(struct engine *engine, bool changed);
+
 static void run_done(struct nfsio_req *req)
 {
 	struct run *run = (struct run *)req;
@@ -248,12 +285,16 @@ static void run_done(struct nfsio_req *req)
 		set_counter(&counters(engine)->twins_until_ms, until_ms); /* for a worker after this one */
 	}
 	run->busy = false;
+	engine->runs_busy--;
+	if (run->pages_max > SHORT_RUN_PAGES)
+		engine->spare[engine->spare_count++] = run->data;
 	count(&counters(engine)->nfs_in_flight, (uint64_t)-1);
 	note_result(engine, error);
 	note_unstable(engine);
 	look_at_file_locked(engine);
-	pthread_cond_broadcast(&engine->progress);
-	pthread_cond_signal(&engine->work);
+	if (error != 0 || req->stable) /* else nobody gains anything before the COMMIT */
+		pthread_cond_broadcast(&engine->progress);
+	keep_flushing(engine, error != 0 || req->resent);
 	pthread_mutex_unlock(&engine->lock);
 }
 
@@ -275,7 +316,7 @@ static void commit_done(struct nfsio_req *req)
 	note_result(engine, req->error);
 	note_unstable(engine);
 	pthread_cond_broadcast(&engine->progress);
-	pthread_cond_signal(&engine->work);
+	keep_flushing(engine, req->error != 0);
 	pthread_mutex_unlock(&engine->lock);
 }
 
@@ -322,20 +363,29 @@ static uint32_t pages_at_once(const struct engine *engine, uint32_t wanted)
 	return wanted <= most ? wanted : most > 0 ? most : 1;
 }
 
+/* One for the run that is next; NULL when none is free that takes all of it. Lock held. */
 static struct run *free_run(struct engine *engine)
 {
-	for (struct run *run = engine->runs; run < engine->runs + RUNS; run++)
-		if (!run->busy)
-			return run;
-	return NULL;
+	uint32_t pages = cache_next_run(engine->cache, pages_at_once(engine, RUN_PAGES_MAX));
+	struct run *fits = NULL;
+
+	for (struct run *run = engine->runs; run < engine->runs + LONG_RUNS + SHORT_RUNS; run++) {
+		bool is_short = run->pages_max == SHORT_RUN_PAGES;
+
+		if (!run->busy && run->pages_max >= pages && (is_short || engine->spare_count > 0))
+			fits = run; /* the last: a short one, where one will do */
+	}
+	return fits;
 }
 
 /* Start one write-back. Lock held, dropped meanwhile. */
 static void write_back(struct engine *engine, struct run *run)
 {
-	if (!cache_take_run(engine->cache, &run->pages, pages_at_once(engine, RUN_PAGES_MAX), run->data))
-		return;
+	if (run->pages_max > SHORT_RUN_PAGES)
+		run->data = engine->spare[--engine->spare_count];
+	cache_take_run(engine->cache, &run->pages, pages_at_once(engine, run->pages_max), run->data);
 	run->busy = true;
+	engine->runs_busy++;
 	run->started_us = now_us();
 	run->req = (struct nfsio_req){
 		.op = engine->options.stable_writes ? NFSIO_WRITE : NFSIO_WRITE_UNSTABLE,
@@ -348,7 +398,7 @@ static void write_back(struct engine *engine, struct run *run)
 	count(&counters(engine)->nfs_written_bytes, run->req.length_bytes);
 	count(&counters(engine)->nfs_in_flight, 1);
 	pthread_mutex_unlock(&engine->lock);
-	nfsio_submit(engine->write_io, &run->req);
+	nfsio_submit(engine->ios[0], &run->req);
 	pthread_mutex_lock(&engine->lock);
 }
 
@@ -360,12 +410,12 @@ static void commit(struct engine *engine)
 	engine->commit = (struct nfsio_req){ .op = NFSIO_COMMIT, .done = commit_done, .owner = engine };
 	count(&counters(engine)->nfs_commits, 1);
 	pthread_mutex_unlock(&engine->lock);
-	nfsio_submit(engine->write_io, &engine->commit);
+	nfsio_submit(engine->ios[0], &engine->commit);
 	pthread_mutex_lock(&engine->lock);
 }
 
-/* Wait for `work`, at most `ms`. Lock held, dropped meanwhile. True when the time was up. */
-static bool wait_for_work(struct engine *engine, uint64_t ms)
+/* Wait for `work`, at most `ms`. Lock held, dropped meanwhile. */
+static void wait_for_work(struct engine *engine, uint64_t ms)
 {
 	struct timespec until;
 
@@ -376,35 +426,82 @@ static bool wait_for_work(struct engine *engine, uint64_t ms)
 		until.tv_nsec -= 1000000000;
 		until.tv_sec++;
 	}
-	return pthread_cond_timedwait(&engine->work, &engine->lock, &until) == ETIMEDOUT;
+	pthread_cond_timedwait(&engine->work, &engine->lock, &until);
+}
+
+/* Start one write-back or COMMIT, if there is reason to. Lock held, dropped meanwhile. */
+static bool flush_step(struct engine *engine)
+{
+	struct run *run;
+
+	if (engine->abandon || now_ms() < engine->refused_until_ms)
+		return false;
+	if (wants_write_back(engine)) {
+		run = free_run(engine);
+		engine->starved = run == NULL && engine->runs_busy > 0;
+		if (run != NULL) {
+			write_back(engine, run);
+			return true;
+		}
+	}
+	if (!wants_commit(engine))
+		return false;
+	commit(engine);
+	return true;
+}
+
+/* There is something to do, unless all runs are under way. Lock held. */
+static void call_flusher(struct engine *engine)
+{
+	if (!engine->starved)
+		pthread_cond_signal(&engine->work);
+}
+
+/*
+ * A write-back or COMMIT is done: start what is next. The flusher is called where it has to look at the clock: for
+ * pages that grow old, for a server that has refused one (`changed`), and for the end. Lock held, dropped meanwhile.
+ */
+static void keep_flushing(struct engine *engine, bool changed)
+{
+	engine->starved = false;
+	while (flush_step(engine))
+		;
+	if (changed || engine->stop || (engine->flusher_rests && cache_dirty_count(engine->cache) > 0))
+		pthread_cond_signal(&engine->work);
 }
 
 static void *flusher_thread(void *arg)
 {
 	struct engine *engine = arg;
-	uint64_t young_sequence = 0; /* what was written up to it is one AGE_LIMIT_MS old */
+	uint64_t young_sequence, young_at_ms; /* what was written up to it was there then */
 
 	touch_stack();
 	pthread_mutex_lock(&engine->lock);
+	young_sequence = engine->aged_sequence;
+	young_at_ms = now_ms();
 	for (;;) {
-		uint64_t now = now_ms();
-		struct run *run = free_run(engine);
-
-		cache_end_holds(engine->cache, now);
+		bool are_held = cache_end_holds(engine->cache, now_ms());
+		uint64_t now;
 
 		if (engine->stop && (engine->abandon || cache_unstable_count(engine->cache) == 0))
 			break;
-		if (now < engine->refused_until_ms) {
-			wait_for_work(engine, engine->refused_until_ms - now);
-		} else if (run != NULL && wants_write_back(engine)) {
-			write_back(engine, run);
-		} else if (wants_commit(engine)) {
-			commit(engine);
-		} else if (cache_dirty_count(engine->cache) == 0) {
-			pthread_cond_wait(&engine->work, &engine->lock);
-		} else if (wait_for_work(engine, AGE_LIMIT_MS)) {
+		if (flush_step(engine))
+			continue;
+		now = now_ms();
+		if (now - young_at_ms >= AGE_LIMIT_MS) {
 			engine->aged_sequence = young_sequence;
 			young_sequence = cache_sequence(engine->cache);
+			young_at_ms = now;
+		} else if (now < engine->refused_until_ms) {
+			wait_for_work(engine, engine->refused_until_ms - now);
+		} else if (cache_dirty_count(engine->cache) == 0) {
+			engine->flusher_rests = true;
+			pthread_cond_wait(&engine->work, &engine->lock);
+			engine->flusher_rests = false;
+		} else {
+			uint64_t left_ms = young_at_ms + AGE_LIMIT_MS - now;
+
+			wait_for_work(engine, are_held && left_ms > HOLD_TICK_MS ? HOLD_TICK_MS : left_ms);
 		}
 	}
 	pthread_mutex_unlock(&engine->lock);
@@ -427,6 +524,7 @@ static void fetch_done(struct nfsio_req *req)
 	pthread_mutex_lock(&engine->lock);
 	cache_fetch_done(engine->cache, fetch->first_page, fetch->count, fetch->number, ok ? fetch->data : NULL, crcs);
 	fetch->busy = false;
+	engine->spare[engine->spare_count++] = fetch->data;
 	count(&counters(engine)->nfs_in_flight, (uint64_t)-1);
 	pthread_cond_broadcast(&engine->progress);
 	pthread_mutex_unlock(&engine->lock);
@@ -448,7 +546,8 @@ static void fetch_pages(struct engine *engine, uint64_t first_page, uint32_t pag
 		uint32_t most = pages_at_once(engine, pages < FETCH_PAGES ? pages : FETCH_PAGES);
 
 		/* it must not take the place of pages that writes will need at once */
-		if (fetch == NULL || cache_unstable_count(engine->cache) >= engine->region.slot_count * 3 / 4)
+		if (fetch == NULL || engine->spare_count == 0 ||
+		    cache_unstable_count(engine->cache) >= engine->region.slot_count * 3 / 4)
 			return;
 		fetch->number = ++engine->fetch_number;
 		fetch->count = cache_fetch_begin(engine->cache, first_page, most, fetch->number);
@@ -458,6 +557,7 @@ static void fetch_pages(struct engine *engine, uint64_t first_page, uint32_t pag
 			continue;
 		}
 		fetch->busy = true;
+		fetch->data = engine->spare[--engine->spare_count];
 		fetch->first_page = first_page;
 		fetch->started_us = now_us();
 		fetch->req = (struct nfsio_req){
@@ -474,7 +574,7 @@ static void fetch_pages(struct engine *engine, uint64_t first_page, uint32_t pag
 		count(&counters(engine)->nfs_read_bytes, fetch->req.length_bytes);
 		count(&counters(engine)->nfs_in_flight, 1);
 		pthread_mutex_unlock(&engine->lock);
-		nfsio_submit(engine->read_io, &fetch->req);
+		nfsio_submit(engine->ios[0], &fetch->req);
 		pthread_mutex_lock(&engine->lock);
 	}
 }
@@ -522,21 +622,20 @@ static bool sample_page(void *owner, unsigned number, uint64_t *offset_bytes, ui
 	return found;
 }
 
-/* What is known of both connections, into the counters. Called by nfsio's threads, without a lock. */
+/* What is known of all connections, into the counters. Called by nfsio's threads, without a lock. */
 static void link_changed(void *owner)
 {
 	struct engine *engine = owner;
-	struct nfsio *const all[] = { engine->read_io, engine->write_io };
 	enum nfsio_link link = NFSIO_UP;
 	uint64_t connects = 0;
 	bool away = false;
 
 	pthread_mutex_lock(&engine->lock);
 	engine->lost = false;
-	for (unsigned i = 0; i < engine->options.connections; i++) {
+	for (unsigned i = 0; i < engine->io_count; i++) {
 		struct nfsio_state state;
 
-		nfsio_state(all[i], &state);
+		nfsio_state(engine->ios[i], &state);
 		connects += state.connects;
 		engine->lost |= state.lost;
 		away |= state.link == NFSIO_AWAY;
@@ -544,7 +643,7 @@ static void link_changed(void *owner)
 			link = state.link;
 	}
 	set_counter(&counters(engine)->disconnected, away);
-	set_counter(&counters(engine)->reconnects, engine->reconnects_before + connects - engine->options.connections);
+	set_counter(&counters(engine)->reconnects, engine->reconnects_before + connects - engine->io_count);
 	note_file(engine, link == NFSIO_REMOVED	   ? REGION_FILE_REMOVED
 			  : link == NFSIO_REPLACED ? REGION_FILE_REPLACED
 						   : file_state(engine));
@@ -588,7 +687,7 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 		if (tries == CHECKSUM_TRIES)
 			break;
 		count(&c->checksum_rereads, 1);
-		error = nfsio_transfer(engine->read_io, &req);
+		error = nfsio_transfer(engine->ios[0], &req);
 		if (error != 0)
 			return error;
 		if (req.moved_bytes != PAGE_BYTES)
@@ -614,6 +713,17 @@ static int verify_request(struct engine *engine, const struct nfsio_req *req)
 	return error;
 }
 
+/* The number of a connection to read over. Lock held. */
+static unsigned lend(struct engine *engine)
+{
+	for (unsigned i = 1; i < engine->io_count; i++)
+		if (!engine->lent[i]) {
+			engine->lent[i] = true;
+			return i;
+		}
+	return 0;
+}
+
 /*
  * At most BATCH_PAGES pages. What is in no slot comes straight into the request's buffer; a page that is read
  * once is in the reader's memory then, and has no need of a slot.
@@ -625,6 +735,7 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 	uint64_t started_us;
 	uint32_t missed = 0;
 	size_t used = 0;
+	unsigned io = 0;
 	int error = 0;
 
 	pthread_mutex_lock(&engine->lock);
@@ -649,11 +760,18 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 				.data = target,
 			};
 	}
+	if (used > 0)
+		io = lend(engine);
 	pthread_mutex_unlock(&engine->lock);
 	started_us = now_us();
-	nfsio_batch_start(engine->read_io, &batch, reqs, used);
+	nfsio_batch_start(engine->ios[io], &batch, reqs, used);
 	read_ahead(engine, page, pages); /* behind what somebody waits for */
 	nfsio_batch_wait(&batch);
+	if (io > 0) {
+		pthread_mutex_lock(&engine->lock);
+		engine->lent[io] = false;
+		pthread_mutex_unlock(&engine->lock);
+	}
 	for (size_t i = 0; i < used; i++) {
 		count(&counters(engine)->nfs_reads, 1);
 		count(&counters(engine)->nfs_read_bytes, reqs[i].length_bytes);
@@ -698,7 +816,7 @@ static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
 
 	if (engine->lost)
 		return false;
-	pthread_cond_signal(&engine->work);
+	call_flusher(engine);
 	if (limit_ms == 0) {
 		pthread_cond_wait(&engine->progress, &engine->lock);
 		return true;
@@ -764,7 +882,7 @@ static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page
 	}
 	note_unstable(engine);
 	if (was_idle || is_half_full(engine))
-		pthread_cond_signal(&engine->work);
+		call_flusher(engine);
 	if (fua && error == 0)
 		error = wait_pages_stable(engine, page, pages, cache_sequence(engine->cache));
 	pthread_mutex_unlock(&engine->lock);
@@ -862,18 +980,22 @@ static int map_region(struct engine *engine, const struct nfsio_stat *st, struct
 
 static int make_buffers(struct engine *engine)
 {
-	size_t run_bytes = (size_t)RUN_PAGES_MAX * PAGE_BYTES, fetch_bytes = (size_t)FETCH_PAGES * PAGE_BYTES;
-	size_t bytes = RUNS * run_bytes + FETCHES * fetch_bytes + 2 * PAGE_BYTES;
+	size_t long_bytes = (size_t)RUN_PAGES_MAX * PAGE_BYTES, short_bytes = (size_t)SHORT_RUN_PAGES * PAGE_BYTES;
+	size_t bytes = LONG_BUFFERS * long_bytes + SHORT_RUNS * short_bytes + engine->io_count * PAGE_BYTES;
 	uint8_t *at = aligned_alloc(PAGE_BYTES, bytes);
 
 	if (at == NULL)
 		return -ENOMEM;
 	memset(at, 0, bytes); /* touched now, not in an emergency */
 	engine->buffers = at;
-	for (struct run *run = engine->runs; run < engine->runs + RUNS; run++, at += run_bytes)
-		*run = (struct run){ .engine = engine, .data = at };
-	for (struct fetch *fetch = engine->fetches; fetch < engine->fetches + FETCHES; fetch++, at += fetch_bytes)
-		*fetch = (struct fetch){ .engine = engine, .data = at };
+	for (; engine->spare_count < LONG_BUFFERS; at += long_bytes)
+		engine->spare[engine->spare_count++] = at;
+	for (unsigned i = 0; i < LONG_RUNS; i++)
+		engine->runs[i] = (struct run){ .engine = engine, .pages_max = RUN_PAGES_MAX };
+	for (unsigned i = LONG_RUNS; i < LONG_RUNS + SHORT_RUNS; i++, at += short_bytes)
+		engine->runs[i] = (struct run){ .engine = engine, .pages_max = SHORT_RUN_PAGES, .data = at };
+	for (struct fetch *fetch = engine->fetches; fetch < engine->fetches + FETCHES; fetch++)
+		*fetch = (struct fetch){ .engine = engine };
 	engine->samples = at;
 	return 0;
 }
@@ -894,25 +1016,27 @@ static int start_flusher(struct engine *engine)
 	return -error;
 }
 
-static int open_connections(struct engine *engine, struct nfsio_failure *why)
-{
-	int error = nfsio_open(&engine->options.nfs, &engine->read_io, why);
-
-	if (error == 0 && engine->options.connections > 1) {
-		error = nfsio_open(&engine->options.nfs, &engine->write_io, why);
-		if (error != 0)
-			nfsio_close(engine->read_io);
-	} else if (error == 0) {
-		engine->write_io = engine->read_io;
-	}
-	return error;
-}
-
 static void close_connections(struct engine *engine)
 {
-	if (engine->write_io != engine->read_io)
-		nfsio_close(engine->write_io);
-	nfsio_close(engine->read_io);
+	while (engine->io_count > 0)
+		nfsio_close(engine->ios[--engine->io_count]);
+}
+
+static int open_connections(struct engine *engine, struct nfsio_failure *why)
+{
+	struct nfsio_options options = engine->options.nfs;
+
+	while (engine->io_count < engine->options.connections) {
+		int error = nfsio_open(&options, &engine->ios[engine->io_count], why);
+
+		if (error != 0) {
+			close_connections(engine);
+			return error;
+		}
+		engine->io_count++;
+		options.quiet = true; /* the first one tells what there is to tell about the server */
+	}
+	return 0;
 }
 
 /*
@@ -946,10 +1070,10 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 	error = open_connections(engine, why);
 	if (error != 0)
 		goto fail_free;
-	nfsio_opened_stat(engine->read_io, &st);
+	nfsio_opened_stat(engine->ios[0], &st);
 	engine->size_bytes = st.size_bytes;
-	engine->piece_bytes = nfsio_max_transfer_bytes(engine->read_io);
-	if (!nfsio_has_commit(engine->write_io))
+	engine->piece_bytes = nfsio_max_transfer_bytes(engine->ios[0]);
+	if (!nfsio_has_commit(engine->ios[0]))
 		engine->options.stable_writes = true;
 	if (st.size_bytes == 0 || st.size_bytes % PAGE_BYTES != 0) {
 		char message[128];
@@ -986,9 +1110,8 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 		fail(why, error, "");
 		goto fail_unmap;
 	}
-	watch(engine, engine->read_io, engine->samples);
-	if (engine->write_io != engine->read_io)
-		watch(engine, engine->write_io, engine->samples + PAGE_BYTES);
+	for (unsigned i = 0; i < engine->io_count; i++)
+		watch(engine, engine->ios[i], engine->samples + (size_t)i * PAGE_BYTES);
 	*out = engine;
 	return 0;
 fail_unmap:

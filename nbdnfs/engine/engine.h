@@ -21,6 +21,7 @@
 
 /* Fewer slots than this leave no room for write-backs and read-aheads side by side. */
 #define ENGINE_REGION_PAGES_MIN 256
+#define ENGINE_CONNECTIONS_MAX 16
 
 struct engine;
 
@@ -28,7 +29,7 @@ struct engine_options {
 	struct nfsio_options nfs;
 	int region_fd;          /* a memfd that the caller keeps, -1: one of the engine's own */
 	uint32_t region_pages;  /* slots of a region that is made */
-	unsigned connections;   /* 1, or 2: reads do not share one with write-backs */
+	unsigned connections;   /* 1 to ENGINE_CONNECTIONS_MAX: one for all, the others for one reader at a time each */
 	bool stable_writes;     /* FILE_SYNC each, rather than UNSTABLE with a COMMIT now and then */
 	uint32_t read_ahead_pages; /* at most so many; 0: none */
 };

@@ -220,8 +220,8 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
 					 &options.nfs.silence_ms))
 		return NULL;
 	options.stable_writes = stable_writes;
-	if (options.region_pages < ENGINE_REGION_PAGES_MIN || options.connections < 1 || options.connections > 2) {
-		PyErr_SetString(PyExc_ValueError, "region_pages must be 256 or more, connections 1 or 2");
+	if (options.region_pages < ENGINE_REGION_PAGES_MIN || options.connections < 1 || options.connections > ENGINE_CONNECTIONS_MAX) {
+		PyErr_SetString(PyExc_ValueError, "region_pages must be 256 or more, connections 1 to 16");
 		return NULL;
 	}
 	Py_BEGIN_ALLOW_THREADS

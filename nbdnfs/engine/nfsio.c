@@ -1127,7 +1127,7 @@ static void log_down(struct nfsio *io, enum nfsio_link link, const char *reason)
 		[NFSIO_REPLACED] = "the file has been replaced by another",
 	};
 
-	if (io->told[link])
+	if (io->told[link] || io->options.quiet)
 		return;
 	io->told[link] = true;
 	if (link == NFSIO_AWAY)
@@ -1480,7 +1480,7 @@ static void note_down(struct nfsio *io, enum nfsio_link link)
 	}
 	pthread_mutex_lock(&io->lock);
 	if (io->state.link != link || io->state.lost != lost) {
-		if (lost && !io->state.lost)
+		if (lost && !io->state.lost && !io->options.quiet)
 			log_line("server %s: the file has been gone for %.0f s: from now on waiting for it is an error",
 				 io->address, (double)(now - io->gone_since_ms) / 1000);
 		io->state.link = link;
@@ -1635,8 +1635,9 @@ static void reconnect(struct nfsio *io)
 			int same = is_same_file(io, &made);
 
 			if (same > 0) {
-				log_line("server %s: connected again after %.1f s", io->address,
-					 (double)(now_ms() - since_ms) / 1000);
+				if (!io->options.quiet)
+					log_line("server %s: connected again after %.1f s", io->address,
+						 (double)(now_ms() - since_ms) / 1000);
 				pthread_mutex_lock(&io->lock);
 				note_size(io, made.st.size_bytes);
 				publish(io, &made);

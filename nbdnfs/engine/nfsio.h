@@ -72,6 +72,7 @@ struct nfsio_options {
 	bool create;            /* make the file when it is not there */
 	bool exclusive;         /* with create: fail with EEXIST when it is */
 	bool read_only;
+	bool quiet;             /* another connection to the same server tells when it goes and comes */
 	uint32_t mode;          /* permission bits of a new file */
 	unsigned connect_timeout_s; /* for the first attempt; a server that is slower is given more by each that follows */
 	/*

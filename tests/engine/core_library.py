@@ -66,6 +66,7 @@ def build(directory: Path) -> ctypes.CDLL:
         "cache_materialise": (c_bool, c_void_p, POINTER(c_uint64)),
         "cache_checksum": (c_uint32, c_void_p, c_uint64),
         "cache_take_run": (c_bool, c_void_p, POINTER(RunStruct), c_uint32, c_char_p),
+        "cache_next_run": (c_uint32, c_void_p, c_uint32),
         "cache_run_stable": (None, c_void_p, POINTER(RunStruct)),
         "cache_run_uncommitted": (None, c_void_p, POINTER(RunStruct), c_uint64),
         "cache_run_failed": (None, c_void_p, POINTER(RunStruct)),
@@ -158,10 +159,13 @@ class Cache:
         return int(self.library.cache_checksum(self.pointer, page))
 
     def take_run(self, most: int) -> Run | None:
-        """The run around the oldest dirty page."""
+        """The run around the oldest dirty page; what was foretold of it holds."""
         struct, buffer = RunStruct(), ctypes.create_string_buffer(32 * PAGE)
+        foretold = self.library.cache_next_run(self.pointer, most)
         if not self.library.cache_take_run(self.pointer, byref(struct), most, buffer):
+            assert foretold == 0
             return None
+        assert foretold == struct.count
         return Run(struct, buffer.raw)
 
     def hold(self, first: int, count: int, until: int) -> None:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -48,6 +50,13 @@ def run(argv: Sequence[str | Path], *, what: str, timeout_s: float, env: Mapping
         said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-30:])
         raise HarnessError(f"{what}: exit status {done.returncode}\n{said}", command)
     return done.stdout
+
+
+def listens(port: int) -> bool:
+    """Whether somebody takes connections on a TCP port of loopback."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
 
 
 def start(

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What `make bench` measured: rows, samples, and how they are told: a table, JSON, a picture, and the goals missed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from svg import Group, bars
+
+OURS, QEMU, LIMIT = "nbdnfs", "qemu-nbd", "limit"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of load."""
+
+    op: str
+    pattern: str
+    block_bytes: int
+    depth: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.pattern} {self.op} {self.block_bytes // 1024} KiB, depth {self.depth}"
+
+    def argv(self, seconds: float) -> list[str]:
+        return [self.op, self.pattern, str(self.block_bytes), str(self.depth), str(seconds)]
+
+
+@dataclass
+class Sample:
+    """One run: what bench/load.c says, and what the server process has used meanwhile."""
+
+    load: dict[str, float]
+    cpu_s_per_gb: float | None
+    resident_kib: int | None
+    locked_kib: int | None
+
+
+@dataclass
+class Result:
+    """All runs of one row by one peer."""
+
+    samples: list[Sample] = field(default_factory=list)
+
+    def median(self, key: str) -> float:
+        return statistics.median(sample.load[key] for sample in self.samples)
+
+    def median_cpu(self) -> float | None:
+        values = [sample.cpu_s_per_gb for sample in self.samples if sample.cpu_s_per_gb is not None]
+        return statistics.median(values) if values else None
+
+    def largest_kib(self, key: str) -> int:
+        """The most that `resident_kib` or `locked_kib` was; 0 where there is no server process."""
+        return max((getattr(sample, key) or 0 for sample in self.samples), default=0)
+
+
+def table(title: str, results: dict[Row, dict[str, Result]]) -> str:
+    """Requests a second of each peer, and ours as a multiple; CPU seconds for a gigabyte; the size."""
+    peers = list(next(iter(results.values())))
+    lines = [title, "", f"{'requests/s':38}" + "".join(f"{peer:>16}" for peer in peers) + "     ours / each other"]
+    for row, by_peer in results.items():
+        ours = by_peer["nbdnfs"].median("per_second")
+        ratios = [f"{ours / by_peer[peer].median('per_second'):.2f}" for peer in peers if peer != "nbdnfs"]
+        lines.append(
+            f"{row.title:38}"
+            + "".join(f"{by_peer[peer].median('per_second'):>16,.0f}" for peer in peers)
+            + "     "
+            + "  ".join(ratios)
+        )
+    lines += ["", f"{'CPU seconds/GB':38}" + "".join(f"{peer:>16}" for peer in peers)]
+    for row, by_peer in results.items():
+        cells = [by_peer[peer].median_cpu() for peer in peers]
+        lines.append(f"{row.title:38}" + "".join(f"{'-' if cell is None else f'{cell:.1f}':>16}" for cell in cells))
+    lines.append("")
+    for title, key in (("resident KiB", "resident_kib"), ("locked KiB", "locked_kib")):
+        sizes = [max((by_peer[peer].largest_kib(key) for by_peer in results.values()), default=0) for peer in peers]
+        lines.append(f"{title:38}" + "".join(f"{size or '-':>16}" for size in sizes))
+    return "\n".join(lines)
+
+
+def as_json(results: dict[Row, dict[str, Result]]) -> list[dict[str, object]]:
+    """Every sample."""
+    return [
+        {
+            "row": row.title,
+            "peer": peer,
+            "samples": [
+                {
+                    **sample.load,
+                    "cpu_s_per_gb": sample.cpu_s_per_gb,
+                    "resident_kib": sample.resident_kib,
+                    "locked_kib": sample.locked_kib,
+                }
+                for sample in result.samples
+            ],
+        }
+        for row, by_peer in results.items()
+        for peer, result in by_peer.items()
+    ]
+
+
+def picture(parts: Mapping[str, dict[Row, dict[str, Result]]]) -> str:
+    """Requests a second. The rows differ too much for one scale: each has its own."""
+    groups = [
+        Group(
+            f"{row.title}{'' if number == 0 else ', far'}",
+            {peer: result.median("per_second") for peer, result in by_peer.items()},
+        )
+        for number, results in enumerate(parts.values())
+        for row, by_peer in results.items()
+    ]
+    far = "".join(f"; far: {title}" for title in list(parts)[1:])
+    return bars(f"Requests a second, each row on its own scale{far}", "more is better", groups)
+
+
+def missed_goals(parts: Mapping[str, dict[Row, dict[str, Result]]]) -> list[str]:
+    """The goals: as fast as qemu-nbd everywhere, three times where a page waits for the one before, 0.7 of the limit.
+
+    The last two are about the unchanged round trip.
+    """
+    missed = []
+    for number, (title, results) in enumerate(parts.items()):
+        for row, by_peer in results.items():
+            wanted = {QEMU: 1.0}
+            if number == 0 and row.depth == 1 and (row.op, row.pattern) != ("read", "random"):
+                wanted[QEMU] = 3.0
+            if number == 0 and (row.op, row.pattern, row.block_bytes, row.depth) == ("read", "random", 4096, 16):
+                wanted[LIMIT] = 0.7
+            for peer, factor in wanted.items():
+                if OURS not in by_peer or peer not in by_peer:
+                    continue
+                found = by_peer[OURS].median("per_second") / by_peer[peer].median("per_second")
+                if found < factor:
+                    missed.append(f"missed: {row.title}, {title}: {found:.2f} of {peer}, wanted {factor:g}")
+    return missed or ["no goal is missed"]

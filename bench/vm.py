@@ -1,0 +1,222 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""make bench-vm: one guest swaps to zram, to the kernel's nbd, to the kernel's NFS and to nbdnfs, in turn.
+
+The same stress program each time, in a cgroup of a quarter of its pages: fill, sequential, random, sequential, by one
+process and then by several; every page is checked, and a wrong one fails the benchmark. All with no added round trip
+and with 1 ms (netem in the guest). Each round begins with another peer; the table has medians, the JSON all samples.
+`--continue` adds rounds to those of an earlier run with the same sizes.
+
+The server and the guest share this machine: ratios count, seconds do not travel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(_HERE), str(_HERE.parent / "vm-tests"), str(_HERE.parent / "tests")]
+
+from nfs_server import Ganesha, ServerError, free_ports  # noqa: E402
+from svg import Group, bars  # noqa: E402
+from vmtest import host, image, initramfs  # noqa: E402
+from vmtest.benchpeers import FLOOR, KERNEL_NBD, KERNEL_NFS, OURS, PEERS, Files  # noqa: E402
+from vmtest.benchrun import Load, Results, one_round  # noqa: E402
+from vmtest.guest import Guest, seen_from_guest  # noqa: E402
+from vmtest.outcome import GuestFailedError, HarnessError, LostGuestError  # noqa: E402
+from vmtest.payload import payload  # noqa: E402
+
+_GUEST_MIB = 512
+_PASSES = ("fill", "sequential", "random", "sequential")
+
+
+def main() -> int:
+    """Run it; returns the exit status."""
+    options = _options()
+    logging.basicConfig(level=logging.DEBUG if options.verbose else logging.WARNING, format="%(message)s")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left behind
+    load = Load(options.size, options.size // 4, options.processes, options.timeout)
+    try:
+        if options.continued and options.json is None:
+            raise HarnessError("--continue without --json has nothing to continue")
+        earlier = Results(load, ())
+        if options.continued and options.json.exists():
+            earlier = Results.load_from(options.json, load)
+        results = _measure(options, load, earlier)
+    except (HarnessError, ServerError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except (GuestFailedError, LostGuestError) as error:
+        print(f"bench: failed: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("bench: interrupted; nothing is left running", file=sys.stderr)
+        return 130
+    print(tables(results))
+    if options.svg:
+        options.svg.parent.mkdir(parents=True, exist_ok=True)
+        options.svg.write_text(picture(results))
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="5, for medians; one takes many minutes")
+    parser.add_argument("--size", type=int, default=96, metavar="MIB", help="of pages; a quarter is the limit (96)")
+    parser.add_argument("--processes", type=int, default=4, metavar="N", help="of the second run on each peer (4)")
+    parser.add_argument("--delays-ms", type=_numbers, default=[0.0, 1.0], metavar="N,N", help="round trip added (0,1)")
+    parser.add_argument("--peers", type=_peers, default=list(PEERS), metavar="A,B", help=",".join(PEERS))
+    parser.add_argument("--timeout", type=float, default=1800, metavar="S", help="for one run of the stress program")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where all samples go, after each round")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="where the picture goes")
+    parser.add_argument("--continue", dest="continued", action="store_true", help="keep what the JSON file has")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the programs that are started")
+    return parser.parse_args()
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
+
+
+def _peers(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - set(PEERS):
+        raise argparse.ArgumentTypeError(f"not known: {', '.join(sorted(unknown))}")
+    return names
+
+
+def _measure(options: argparse.Namespace, load: Load, earlier: Results) -> Results:
+    """All rounds, in one guest."""
+    started = time.monotonic()
+
+    def tell(text: str) -> None:
+        print(f"[{time.monotonic() - started:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    host.need_root("the throwaway NFS server")
+    built = image.image(image.default_suite())
+    initramfs.initrd(built)
+    disk = payload(built, project=True)
+    results = earlier
+    # rounds that were there count: the next one begins with the next peer
+    first = max((len(earlier.of(peer, options.delays_ms[0], 1)) for peer in options.peers), default=0)
+    with contextlib.ExitStack() as stack:
+        workdir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdnfs-bench-")))
+        server = stack.enter_context(Ganesha(workdir / "nas"))
+        files = _files(server, load.device_mib)
+        # a request is "stuck" after two seconds, which a busy machine may take
+        guest = stack.enter_context(
+            Guest(built, disk, workdir / "guest", memory_mib=_GUEST_MIB, allow={"slow"}, name="bench")
+        )
+        guest.settle()
+        tell(f"a guest with Linux {guest.run('uname -r').stdout.strip()}")
+        for number in range(first, first + options.rounds):
+            turn = number % len(options.peers)
+            order = options.peers[turn:] + options.peers[:turn]
+            tell(f"round {number + 1}: {', '.join(order)}")
+            samples = one_round(guest, files, load, peers=order, delays_ms=options.delays_ms, tell=tell)
+            results = Results(load, (*results.samples, *samples))
+            if options.json:
+                results.save(options.json)
+        guest.shutdown()
+    return results
+
+
+def _files(server: Ganesha, size_mib: int) -> Files:
+    """Three files of the same size, all of their blocks written: one for each peer that is not memory."""
+    for name in ("ours.swap", "kernel.swap", "nbd.swap"):
+        host.run(
+            ["dd", "if=/dev/zero", f"of={server.export_path / name}", "bs=1M", f"count={size_mib}", "conv=fsync"],
+            what=f"writing {name}",
+            timeout_s=300,
+        )
+    return Files(
+        ours_url=seen_from_guest(server.url("ours.swap")),
+        kernel_url=seen_from_guest(server.url("kernel.swap")),
+        nbd_file=server.export_path / "nbd.swap",
+        nbd_port=free_ports(1)[0],
+    )
+
+
+def tables(results: Results) -> str:
+    """Medians: seconds of each pass and in all, and ours as a multiple of each other peer's."""
+    load = results.load
+    lines = [f"{load.size_mib} MiB of pages in a cgroup of {load.limit_mib} MiB; seconds, medians; no page wrong"]
+    for delay_ms, processes in _cells(results):
+        rounds = max(len(results.of(peer, delay_ms, processes)) for peer in PEERS)
+        lines += ["", f"{delay_ms:g} ms added, {processes} process{'es' if processes > 1 else ''}, {rounds} rounds"]
+        lines.append(f"  {'':12}" + "".join(f"{name:>12}" for name in (*_PASSES, "all", "ours / this", "sequential")))
+        lines += [_line(results, peer, delay_ms, processes) for peer in PEERS if results.of(peer, delay_ms, processes)]
+        if found := our_figures(results, delay_ms, processes):
+            lines.append("  " + found)
+    return "\n".join(lines)
+
+
+def _cells(results: Results) -> list[tuple[float, int]]:
+    return sorted({(sample.delay_ms, sample.processes) for sample in results.samples})
+
+
+def _line(results: Results, peer: str, delay_ms: float, processes: int) -> str:
+    passes = [
+        results.median(peer, delay_ms, processes, lambda sample, n=number: sample.passes[n])  # type: ignore[misc]
+        for number in range(len(_PASSES))
+    ]
+    total = results.median(peer, delay_ms, processes, lambda sample: sample.seconds)
+    sequential = results.median(peer, delay_ms, processes, lambda sample: sample.sequential_s)
+    ours = results.median(OURS, delay_ms, processes, lambda sample: sample.seconds)
+    ours_sequential = results.median(OURS, delay_ms, processes, lambda sample: sample.sequential_s)
+    cells = [f"{value:>12.1f}" for value in (*passes, total) if value is not None]
+    cells += [_ratio(ours, total), _ratio(ours_sequential, sequential)] if peer != OURS else []
+    return f"  {peer:12}" + "".join(cells)
+
+
+def _ratio(ours: float | None, other: float | None) -> str:
+    return f"{ours / other:>12.2f}" if ours is not None and other else f"{'-':>12}"
+
+
+def our_figures(results: Results, delay_ms: float, processes: int) -> str:
+    """What our region counted in these runs: above all, how much an NFS write carries."""
+    samples = results.of(OURS, delay_ms, processes)
+    if not samples:
+        return ""
+
+    def total(name: str) -> int:
+        return sum(sample.counters.get(name, 0) for sample in samples)
+
+    def each(name: str, count: str) -> float:
+        return total(name) / max(total(count), 1)
+
+    return (
+        f"nbdnfs: {each('nfs_written_bytes', 'nfs_writes') / 1024:.0f} KiB for each NFS write"
+        f" and {each('nfs_read_bytes', 'nfs_reads') / 1024:.0f} for each read;"
+        f" {total('writes') // len(samples):,} NBD writes of {each('written_bytes', 'writes') / 1024:.1f} KiB,"
+        f" {total('reads') // len(samples):,} reads of {each('read_bytes', 'reads') / 1024:.1f};"
+        f" read-ahead: {total('read_ahead_hits')} of {total('read_ahead_pages')} pages used;"
+        f" {100 * total('hit_pages') / max(total('hit_pages') + total('missed_pages'), 1):.0f}% of pages read were in"
+        f" the region; {total('cpu_ms') / 1000 / len(samples):.1f} CPU seconds;"
+        f" {max(sample.counters.get('resident_kib', 0) for sample in samples):,} KiB resident"
+    )
+
+
+def picture(results: Results) -> str:
+    """Seconds in all."""
+    groups = []
+    for delay_ms, processes in _cells(results):
+        values = {
+            peer: results.median(peer, delay_ms, processes, lambda sample: sample.seconds)
+            for peer in (OURS, KERNEL_NBD, KERNEL_NFS, FLOOR)
+        }
+        groups.append(Group(f"{delay_ms:g} ms added, {processes} process{'es' if processes > 1 else ''}", values))
+    load = results.load
+    title = f"Swapping {load.size_mib} MiB of pages in {load.limit_mib} MiB of memory, every page checked"
+    return bars(title, "seconds (less is better)", groups, one_scale=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`nbdnfs bench` on a real server: it checks what it reads, leaves nothing behind, and touches nobody's file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+
+import pytest
+from conftest import FileOnServer
+from nfs_server import Ganesha
+
+from nbdnfs import bench, cli
+from nbdnfs.errors import CannotCreateError, IOFailureError, UsageError
+
+MIB = 1 << 20
+
+
+def test_rows(ganesha: Ganesha, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row for each kind of load, and the file is gone."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["bench", ganesha.url("bench.swap"), "--size", "2M", "--time", "200ms", "--json"])
+    assert caught.value.code == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["title"].partition(",")[0] for row in rows] == [
+        *("sequential writes", "sequential reads", "random writes", "random reads", "random reads"),
+    ]
+    assert all(0 < row["pages"] <= 512 and row["pages_per_second"] > 0 for row in rows)
+    assert not (ganesha.export_path / "bench.swap").exists()
+
+
+def test_wrong_page(ganesha: Ganesha, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that were not written end it with an error; the file goes all the same."""
+
+    write = bench._Device.write
+
+    def forgetful_write(device: bench._Device, page: int) -> None:
+        write(device, page)
+        if page == 1:
+            device.engine.pwrite(bytes(4096), 4096)
+
+    monkeypatch.setattr(bench._Device, "write", forgetful_write)
+    with pytest.raises(IOFailureError, match="page 1 "):
+        bench.run(ganesha.url("wrong.swap"), MIB, 5.0)
+    assert not (ganesha.export_path / "wrong.swap").exists()
+
+
+def test_a_file_that_exists_is_refused(new_file: Callable[..., FileOnServer]) -> None:
+    """Nobody's file is written to."""
+    file = new_file(content=(content := os.urandom(MIB)))
+    with pytest.raises(CannotCreateError):
+        bench.run(file.url(), MIB, 0.1)
+    assert file.path.read_bytes() == content
+
+
+def test_too_small(ganesha: Ganesha) -> None:
+    """Less than a region is no measurement."""
+    with pytest.raises(UsageError):
+        bench.run(ganesha.url("small.swap"), 4096, 0.1)

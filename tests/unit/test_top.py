@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""top: rates and medians from two looks at a region's counters, and what is said when there is nothing to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nbdnfs import top
+from nbdnfs.errors import NoInputError
+
+BEFORE: top.Counters = {"reads": 100, "read_bytes": 0, "nfs_writes": 5, "nfs_written_bytes": 0, "read_us": [1, 1, 0, 0]}
+AFTER: top.Counters = {
+    **BEFORE,
+    "reads": 300,
+    "read_bytes": 200 * 4096,
+    "nfs_writes": 7,
+    "nfs_written_bytes": 2 * 128 * 1024,
+    "read_us": [1, 2, 0, 8],
+    "hit_pages": 3,
+    "missed_pages": 1,
+    "unstable_pages": 512,
+    "disconnected": 1,
+}
+
+
+def test_rates_and_medians() -> None:
+    """What happened in between, a second; a median is that of this time alone; counters that are missing are 0."""
+    frame = top.Frame("swap0", 2.0, BEFORE, AFTER)
+    assert frame.rate("reads") == 100
+    assert frame.ratio("nfs_written_bytes", "nfs_writes") == 128 * 1024
+    assert frame.ratio("read_ahead_hits", "read_ahead_pages") == 0
+    assert frame.median_us("read_us") == 8
+    assert frame.median_us("write_us") == 0
+
+
+def test_text() -> None:
+    """The lines name what matters: what is not on the NAS, how writes coalesce, and a server that is away."""
+    text = top.Frame("swap0", 2.0, BEFORE, AFTER).text()
+    assert text.startswith("swap0: 2.0 MiB not on the NAS yet")
+    assert "THE SERVER DOES NOT ANSWER" in text
+    assert "75% from the region" in text
+    assert "128 KiB each" in text
+
+
+def test_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each frame is about the time since the one before; one that has come meanwhile is shown from the next on."""
+    looks = iter([{"a": BEFORE}, {"a": AFTER, "b": BEFORE}, {"b": AFTER}])
+    times = iter([10.0, 12.0, 13.0])
+    slept: list[float] = []
+    monkeypatch.setattr(top, "_read", lambda names, root: next(looks))
+    frames = top.watch(["a", "b"], interval_s=5, sleep=slept.append, clock=lambda: next(times))
+    assert [(frame.name, frame.seconds) for frame in next(frames)] == [("a", 2.0)]
+    assert [(frame.name, frame.rate("reads")) for frame in next(frames)] == [("b", 200.0)]
+    assert slept == [5, 5]
+
+
+def test_nothing_to_watch(tmp_path: Path) -> None:
+    """No worker: an error that says where to look."""
+    with pytest.raises(NoInputError) as caught:
+        next(top.watch(["swap0"], root=tmp_path))
+    assert "swap0" in caught.value.message
+    assert caught.value.hint == "see: nbdnfs status"

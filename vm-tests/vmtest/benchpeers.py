@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What `make bench-vm` compares: four things that a machine can swap to, set up and taken down in a guest.
+
+zram        compressed memory: no network at all, the floor
+kernel-nbd  the kernel's nbd over TCP to `nbdkit file` on the server: what the 2012 patches compared with
+kernel-nfs  the kernel's swap file on an NFSv3 mount
+nbdnfs      ours
+
+The last two use files on the same NFS server, and `nbdkit file` serves one beside them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from vmtest import host, swap
+from vmtest.guest import HOST_ADDRESS, Guest
+from vmtest.outcome import GuestFailedError, HarnessError
+
+OURS, KERNEL_NFS, KERNEL_NBD, FLOOR = "nbdnfs", "kernel-nfs", "kernel-nbd", "zram"
+
+_ATTACH_TCP = Path(__file__).parents[2] / "bench/attach_tcp.py"
+_MOUNT = "/mnt/bench"
+_PRIORITY = 32767
+_NBDKIT_DEADLINE_S = 20.0
+
+# The region's counters of a worker, and the processor time that it has used.
+_READ_COUNTERS = """\
+import json, os, sys
+from nbdnfs import shared_region
+from nbdnfs.engine import region_counters
+pid = int(sys.argv[1])
+fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
+counters = region_counters(shared_region.take_from(pid))
+counters["cpu_ms"] = (int(fields[11]) + int(fields[12])) * 1000 // os.sysconf("SC_CLK_TCK")
+print(json.dumps(counters))
+"""
+
+Counters = Mapping[str, int | list[int]]
+
+
+@dataclass(frozen=True)
+class Swapping:
+    """A peer that is swapped to: how to read its counters, which peers that are not ours do not have."""
+
+    counters: Callable[[], Counters] = field(default=dict)
+
+
+@dataclass(frozen=True)
+class Files:
+    """The server's side: URLs of two files as a guest says them, and the file that `nbdkit file` serves."""
+
+    ours_url: str
+    kernel_url: str
+    nbd_file: Path
+    nbd_port: int
+
+
+Peer = Callable[[Guest, Files, int], AbstractContextManager[Swapping]]
+
+
+@contextlib.contextmanager
+def zram(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
+    """Compressed memory. The stress program's pages do not compress: the guest needs memory for all of them."""
+    guest.run(f"modprobe zram num_devices=1 && echo {size_mib}M > /sys/block/zram0/disksize && mkswap /dev/zram0")
+    with _swap_on(guest, "/dev/zram0"):
+        yield Swapping()
+    guest.run("echo 1 > /sys/block/zram0/reset")
+
+
+@contextlib.contextmanager
+def kernel_nbd(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
+    """`nbdkit file` on the host, TCP, the kernel's nbd in the guest. The server keeps it in its page cache."""
+    with _nbdkit(files):
+        guest.push(_ATTACH_TCP, "/root/attach_tcp.py")
+        guest.run("modprobe nbd")
+        device = guest.run(f"python3 /root/attach_tcp.py {HOST_ADDRESS} {files.nbd_port}").stdout.strip()
+        guest.run(f"mkswap {device}", 90)
+        with _swap_on(guest, device):
+            yield Swapping()
+        # udev may still have it open for a moment, which detach waits for
+        guest.run(f"nbdnfs detach {device}", 60)
+
+
+@contextlib.contextmanager
+def kernel_nfs(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
+    """A swap file on an NFSv3 mount, as the kernel does it by itself: Documentation/filesystems/nfs."""
+    url = urlsplit(files.kernel_url)
+    query = parse_qs(url.query)
+    folder, _, name = url.path.rpartition("/")
+    ports = f"port={query['nfsport'][0]},mountport={query['mountport'][0]}"
+    options = f"vers=3,proto=tcp,mountproto=tcp,nolock,hard,{ports}"
+    file = shlex.quote(f"{_MOUNT}/{name}")
+    guest.run(f"mkdir -p {_MOUNT} && mount -t nfs -o {options} {url.hostname}:{shlex.quote(folder)} {_MOUNT}", 120)
+    guest.run(f"mkswap {file}", 90)
+    with _swap_on(guest, file):
+        yield Swapping()
+    guest.run(f"umount {_MOUNT}", 90)
+
+
+@contextlib.contextmanager
+def ours(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
+    """nbdnfs serve and attach, as by hand."""
+    with swap.serving(guest, files.ours_url) as worker:
+
+        def counters() -> Counters:
+            text = guest.run(f"python3 -c {shlex.quote(_READ_COUNTERS)} {worker.nbdkit_pid}").stdout
+            found: dict[str, int | list[int]] = json.loads(text)
+            found["locked_kib"], found["resident_kib"] = swap.memory_of(guest, worker.nbdkit_pid)
+            return found
+
+        with swap.swapping(guest, worker):
+            yield Swapping(counters)
+
+
+PEERS: Mapping[str, Peer] = {FLOOR: zram, KERNEL_NBD: kernel_nbd, KERNEL_NFS: kernel_nfs, OURS: ours}
+
+
+@contextlib.contextmanager
+def delayed(guest: Guest, delay_ms: float) -> Iterator[None]:
+    """Every packet that leaves the guest waits so long first: that much more for each round trip. tc-netem(8)"""
+    if not delay_ms:
+        yield
+        return
+    guest.run(f"tc qdisc add dev eth0 root netem delay {delay_ms:g}ms limit 10000")
+    yield
+    guest.run("tc qdisc del dev eth0 root")
+
+
+@contextlib.contextmanager
+def _swap_on(guest: Guest, target: str) -> Iterator[None]:
+    guest.run(f"swapon --priority {_PRIORITY} {target}", 90)
+    yield
+    guest.run(f"swapoff {target}", 300)
+
+
+@contextlib.contextmanager
+def _nbdkit(files: Files) -> Iterator[None]:
+    """`nbdkit file` on loopback, where guests find it under the host's address."""
+    nbdkit = host.find_program("nbdkit", "nbdkit")
+    process = host.start(
+        [nbdkit, "--foreground", "--ipaddr", "127.0.0.1", "--port", str(files.nbd_port), "file", files.nbd_file]
+    )
+    try:
+        deadline = time.monotonic() + _NBDKIT_DEADLINE_S
+        while not host.listens(files.nbd_port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise HarnessError(f"nbdkit does not serve {files.nbd_file} on port {files.nbd_port}")
+            time.sleep(0.05)
+        yield
+        if process.poll() is not None:
+            raise GuestFailedError(f"nbdkit ended with {process.returncode} while it was swapped to")
+    finally:
+        process.terminate()
+        process.wait(_NBDKIT_DEADLINE_S)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Rounds of the same verified stress run on each peer of benchpeers.py, in one guest; the samples, and their JSON."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from vmtest import swap, verdict
+from vmtest.benchpeers import PEERS, Counters, Files, delayed
+from vmtest.guest import Guest
+from vmtest.outcome import GuestFailedError, HarnessError
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is run: `size_mib` of pages, a cgroup of `limit_mib`; once by one process, once by `processes` at once."""
+
+    size_mib: int
+    limit_mib: int
+    processes: int
+    timeout_s: float
+
+    @property
+    def device_mib(self) -> int:
+        """What is swapped to: with much less of it, the kernel soon finds no free slots side by side."""
+        return 4 * self.size_mib
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One verified run. `passes` are the seconds of each, in order: fill, sequential, random, sequential.
+
+    `counters` are what the region counted during the run; peers that are not ours have none.
+    """
+
+    peer: str
+    delay_ms: float
+    processes: int
+    seconds: float
+    passes: tuple[float, ...]
+    pages_out: int
+    pages_in: int
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def sequential_s(self) -> float:
+        """Both sequential passes."""
+        return self.passes[1] + self.passes[3]
+
+
+@dataclass(frozen=True)
+class Results:
+    """All samples of one `load`."""
+
+    load: Load
+    samples: tuple[Sample, ...]
+
+    def of(self, peer: str, delay_ms: float, processes: int) -> list[Sample]:
+        """Those of one cell of the table."""
+        wanted = (peer, delay_ms, processes)
+        return [one for one in self.samples if (one.peer, one.delay_ms, one.processes) == wanted]
+
+    def median(self, peer: str, delay_ms: float, processes: int, value: Callable[[Sample], float]) -> float | None:
+        """None where there is no sample."""
+        values = [value(sample) for sample in self.of(peer, delay_ms, processes)]
+        return statistics.median(values) if values else None
+
+    def save(self, path: Path) -> None:
+        """As JSON, every sample."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load_from(cls, path: Path, load: Load) -> Results:
+        """What `save` wrote. HarnessError when that was another load."""
+        data = json.loads(path.read_text())
+        there = Load(**data["load"])
+        if there != load:
+            raise HarnessError(f"{path} is about another load: {there}", "give it another name, or the same sizes")
+        samples = [Sample(**{**sample, "passes": tuple(sample["passes"])}) for sample in data["samples"]]
+        return cls(load, tuple(samples))
+
+
+def one_round(
+    guest: Guest,
+    files: Files,
+    load: Load,
+    *,
+    peers: Sequence[str],
+    delays_ms: Sequence[float],
+    tell: Callable[[str], None],
+) -> list[Sample]:
+    """Each peer in that order, with each delay, by one process and by several. GuestFailedError for a wrong page."""
+    samples = []
+    for delay_ms in delays_ms:
+        for peer in peers:
+            with delayed(guest, delay_ms), PEERS[peer](guest, files, load.device_mib) as swapping:
+                for processes in (1, load.processes):
+                    sample = _run(guest, load, peer, delay_ms, processes, swapping.counters)
+                    passes = " ".join(f"{seconds:.1f}" for seconds in sample.passes)
+                    tell(f"{peer}, {delay_ms:g} ms, {processes} process(es): {sample.seconds:.1f} s ({passes})")
+                    samples.append(sample)
+    return samples
+
+
+def _run(guest: Guest, load: Load, peer: str, delay_ms: float, processes: int, read: Callable[[], Counters]) -> Sample:
+    guest.run("sync; echo 3 > /proc/sys/vm/drop_caches", 120)
+    before, counted = swap.counters(guest), read()
+    with swap.limited(guest, load.limit_mib) as cgroup:
+        found = _stress(guest, load, processes, cgroup).check()
+    now, after = read(), swap.counters(guest)
+    pages_out, pages_in = after["pswpout"] - before["pswpout"], after["pswpin"] - before["pswpin"]
+    if after["oom_kill"] != before["oom_kill"]:
+        raise GuestFailedError(f"{peer}: something was killed for want of memory")
+    if not pages_out or not pages_in:
+        raise GuestFailedError(f"{peer}: nothing was swapped: {pages_out} pages out, {pages_in} in")
+    return Sample(
+        peer=peer,
+        delay_ms=delay_ms,
+        processes=processes,
+        seconds=found.seconds,
+        passes=tuple(one.seconds for one in found.passes),
+        pages_out=pages_out,
+        pages_in=pages_in,
+        counters=_difference(counted, now),
+    )
+
+
+def _stress(guest: Guest, load: Load, processes: int, cgroup: str) -> verdict.Verdict:
+    """The stress program's verdict, from its stdout: the verdict port has the verdicts of earlier runs as well."""
+    command = f"exec hog --size {load.size_mib} --processes {processes} --cgroup {cgroup}"
+    result = guest.start(command, load.timeout_s).wait()
+    _, found = verdict.parse(result.stdout)
+    if found is None:
+        raise GuestFailedError(f"no verdict: the stress program ended with {result.status}\n{result.stderr}")
+    return found
+
+
+_SIZES = ("locked_kib", "resident_kib")
+
+
+def _difference(before: Counters, after: Counters) -> dict[str, int]:
+    """What was counted meanwhile; sizes as they are at the end. Histograms are left out."""
+    found = {}
+    for name, value in after.items():
+        earlier = before.get(name, 0)
+        if isinstance(value, int) and isinstance(earlier, int):
+            found[name] = value if name in _SIZES else value - earlier
+    return found
