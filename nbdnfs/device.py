@@ -61,6 +61,12 @@ IO_TIMEOUT_MS = 2000
 # holds them back to be merged; a larger request only makes each thread of the worker hold a larger buffer.
 MAX_REQUEST_KIB = 128
 
+# Requests under way; the kernel would have 128. Pages that are being written cannot be reclaimed, and in a memory
+# cgroup nobody waits for them (mm/vmscan.c, shrink_folio_list: writeback_throttling_sane): where that is all of its
+# pages, its processes are killed. With fewer requests reclaim waits for a free one instead, for as long as the NAS
+# takes. The worker has less than this under way at once anyway.
+QUEUE_DEPTH = 16
+
 # udev looks at a device that has just appeared, or was written to, and lets go of it by itself: it is given
 # some time, and then overruled. With a dead server it hangs in there for good, and only DISCONNECT frees it.
 _OPENERS_GRACE_S = 3.0
@@ -262,6 +268,7 @@ def _settle(index: int, export: handshake.Export, io_timeout_ms: int, timeout_s:
             "see the kernel's log: dmesg | tail",
         )
     _set_queue(name, "io_timeout", io_timeout_ms, root)
+    _set_queue(name, "nr_requests", QUEUE_DEPTH, root)
     state = kernel_state.nbd_device(name, root)
     largest_kb = min(export.max_block_bytes // 1024, MAX_REQUEST_KIB)
     if state is not None and state.max_sectors_kb is not None and state.max_sectors_kb > largest_kb:

@@ -24,9 +24,6 @@ from nbdnfs.netlink import LinkDeadEvents, NbdNetlink
 _APPEARS_S = 10.0
 _POLL_S = 0.01
 
-# Requests under way for one device. Swap-out comes in bursts; more of them wait in the kernel instead.
-_NR_REQUESTS = 128
-
 
 @dataclass(frozen=True)
 class Attached:
@@ -177,12 +174,12 @@ class Link:
         """Settings that suit swap. One that this kernel refuses is left as it is: none is needed for safety.
 
         scheduler none: requests are merged before, and the NAS orders them. read_ahead_kb 0: swap reads ahead by
-        itself (vm.page-cluster). rq_affinity and the rest stay.
+        itself (vm.page-cluster). nr_requests: device.QUEUE_DEPTH. rq_affinity and the rest stay.
         """
         settings = {
             "scheduler": "none",
             "io_timeout": str(self._io_timeout_ms),
-            "nr_requests": str(_NR_REQUESTS),
+            "nr_requests": str(device.QUEUE_DEPTH),
             "read_ahead_kb": "0",
         }
         if self._max_sectors_bytes is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from nfs_server import Ganesha
 from vmtest import allocations, host, swap
 from vmtest.guest import Guest, seen_from_guest
 from vmtest.outcome import GuestFailedError, LostGuestError
-from vmtest.verdict import Verdict
+from vmtest.verdict import Progress, Verdict
 
 from nbdnfs import memlock
 
@@ -28,6 +29,7 @@ _PROCESSES = 4
 _FILE_MIB = 512
 _STRESS_TIMEOUT_S = 2700.0
 _BUDGET_KIB = 36 * 1024
+_NAS_HANGS_S = 20.0
 
 # Without a measure a guest may hang for good: this long is enough to tell.
 _CONTROL_TIMEOUT_S = 600.0
@@ -186,6 +188,40 @@ def test_cgroup_limit(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
             assert events["max"] > 0
             assert events["oom_kill"] == 0
             assert [one for one in found if one["subject"].startswith("worker") and not one["good"]] == []
+        guest.shutdown()
+
+
+@pytest.mark.timeout(1200)
+def test_cgroup_limit_and_a_nas_that_hangs(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
+    """The same, and in the middle of it the NAS answers nothing for 20 s: the process waits, and lives.
+
+    The region is full long before: all that can be written is being written, and nothing of the cgroup can be had.
+    """
+    limit_mib = 8
+    url = backing_file(ganesha)
+    resumption = threading.Timer(_NAS_HANGS_S, ganesha.resume)
+
+    def hang_once(progress: Progress) -> None:
+        if progress.order == "fill" and resumption.ident is None:
+            ganesha.pause()
+            resumption.start()
+
+    with boot(project=True, allow={"slow"}) as guest:
+        guest.settle()
+        with (
+            swap.serving(guest, url) as worker,
+            swap.swapping(guest, worker),
+            swap.limited(guest, limit_mib) as cgroup,
+        ):
+            # twice the region
+            hog = 8 * limit_mib
+            verdict = swap.stress(guest, size_mib=hog, cgroup=cgroup, timeout_s=900, on_progress=hang_once).check()
+            lines = guest.run(f"cat {cgroup}/memory.events").stdout.splitlines()
+            events = {name: int(count) for name, count in map(str.split, lines)}
+            print(f"{verdict.seconds:.0f} s, fill {verdict.passes[0].seconds:.0f} s, memory.events {events}")
+            assert resumption.finished.is_set()
+            assert verdict.passes[0].seconds > _NAS_HANGS_S
+            assert events["oom_kill"] == 0
         guest.shutdown()
 
 

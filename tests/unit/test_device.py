@@ -71,6 +71,7 @@ def add_device(root: Path, index: int, *, size_bytes: int = 0, pid: int | None =
     (folder / "dev").write_text(f"43:{index * 32}\n")
     (folder / "ro").write_text("0\n")
     (folder / "queue/io_timeout").write_text("30000\n")
+    (folder / "queue/nr_requests").write_text("128\n")
     (folder / "queue/max_sectors_kb").write_text("1280\n")
     if pid is not None:
         (folder / "pid").write_text(f"{pid}\n")
@@ -198,6 +199,7 @@ def test_attach_with_a_backend_and_timeouts_of_ones_own(server: Server, kernel: 
     assert kernel.connects[0]["backend"] == "swap0"
     assert kernel.connects[0]["dead_conn_timeout_s"] == 60
     assert (root / "sys/block/nbd2/queue/io_timeout").read_text() == "500"
+    assert (root / "sys/block/nbd2/queue/nr_requests").read_text() == "16"
 
 
 def test_a_kernel_without_io_timeout(
