@@ -139,7 +139,7 @@ def test_one_image_two_machines(boot: Callable[..., Guest], ganesha: Ganesha) ->
         assert len(set(ids)) == 2
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_kernel_command_line_alone(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
     """nbdnfs.url= and nbdnfs.size= are all that a stock guest needs: no file in /etc, no enabled unit."""
     url = seen_from_guest(ganesha.url("machine.swap")).replace("machine.swap", "%m.swap")
