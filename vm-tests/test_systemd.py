@@ -104,7 +104,7 @@ def test_enable_reboot_power_off(boot: Callable[..., Guest], ganesha: Ganesha, m
         guest.shutdown(_POWER_OFF_TIMEOUT_S)
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_one_image_two_machines(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
     """Two guests of one image and one configuration, whose URL has %m: each swaps to a file of its own, at once."""
     url = seen_from_guest(ganesha.url("machine.swap")).replace("machine.swap", "%m.swap")
@@ -123,16 +123,13 @@ def test_one_image_two_machines(boot: Callable[..., Guest], ganesha: Ganesha) ->
         for guest in (one, two):
             guest.run(
                 "echo +memory > /sys/fs/cgroup/cgroup.subtree_control;"
-                " mkdir /sys/fs/cgroup/hog && echo 12M > /sys/fs/cgroup/hog/memory.max"
+                " mkdir /sys/fs/cgroup/hog && echo 8M > /sys/fs/cgroup/hog/memory.max"
             )
             seed = 1 if guest is one else 2
-            hogs.append(
-                guest.start(
-                    f"exec hog --size 32 --seed {seed} --cgroup /sys/fs/cgroup/hog --report {guest.verdict_target}", 600
-                )
-            )
+            hog = f"exec hog --size 24 --passes fill,sequential,sequential --seed {seed} --cgroup /sys/fs/cgroup/hog"
+            hogs.append(guest.start(f"{hog} --report {guest.verdict_target}", 900))
         for guest, hog in zip((one, two), hogs, strict=True):
-            verdict = guest.wait_verdict(hog, 600).check()
+            verdict = guest.wait_verdict(hog, 900).check()
             hog.wait()
             pages_out = guest.run("awk '/^pswpout/ {print $2}' /proc/vmstat").stdout.strip()
             print(f"{guest.name}: {verdict.checked} pages checked, {verdict.wrong} wrong, {pages_out} pages out")
@@ -142,7 +139,7 @@ def test_one_image_two_machines(boot: Callable[..., Guest], ganesha: Ganesha) ->
         assert len(set(ids)) == 2
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_kernel_command_line_alone(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
     """nbdnfs.url= and nbdnfs.size= are all that a stock guest needs: no file in /etc, no enabled unit."""
     url = seen_from_guest(ganesha.url("machine.swap")).replace("machine.swap", "%m.swap")
