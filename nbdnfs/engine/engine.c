@@ -95,7 +95,8 @@ struct engine {
 	uint32_t waiting_for_slot;
 	uint64_t fetch_number;
 	uint64_t aged_sequence; /* what was written up to it is old enough to go */
-	uint64_t refused_until_ms; /* no write-back before, the server has refused one */
+	uint64_t refused_until_ms; /* what the server refuses is held back until then, and no commit before the other */
+	uint64_t commit_refused_until_ms;
 	uint64_t refused_pause_ms;
 	uint64_t refused_sequence; /* what had been written when it refused last */
 	uint64_t progress_at_ms; /* when the NAS last took something */
@@ -186,17 +187,26 @@ static void note_unstable(struct engine *engine)
 	set_counter(&counters(engine)->unstable_pages, cache_unstable_count(engine->cache));
 }
 
-/* It refuses: said once, however often, until all that it refused is written or it refuses for another reason. */
-static void note_refusal(struct engine *engine, int error)
+/*
+ * It refuses these pages, or a commit. They are held back for a pause that grows, while others may go: a full server
+ * still takes what has its blocks. Said once, however often, until all that it refused is written or it refuses for
+ * another reason. Lock held.
+ */
+static void note_refusal(struct engine *engine, int error, uint64_t first_page, uint64_t count_pages)
 {
 	struct region_counters *c = counters(engine);
-	uint64_t pause_ms = engine->refused_pause_ms * 2;
+	uint64_t now = now_ms();
 
+	if (now >= engine->refused_until_ms) {
+		uint64_t pause_ms = engine->refused_pause_ms * 2;
+
+		if (pause_ms < REFUSED_PAUSE_MS)
+			pause_ms = REFUSED_PAUSE_MS;
+		engine->refused_pause_ms = pause_ms < REFUSED_PAUSE_LIMIT_MS ? pause_ms : REFUSED_PAUSE_LIMIT_MS;
+		engine->refused_until_ms = now + engine->refused_pause_ms;
+	}
+	cache_hold(engine->cache, first_page, count_pages, engine->refused_until_ms);
 	count(&c->write_errors, 1);
-	if (pause_ms == 0)
-		pause_ms = REFUSED_PAUSE_MS;
-	engine->refused_pause_ms = pause_ms < REFUSED_PAUSE_LIMIT_MS ? pause_ms : REFUSED_PAUSE_LIMIT_MS;
-	engine->refused_until_ms = now_ms() + engine->refused_pause_ms;
 	engine->refused_sequence = cache_sequence(engine->cache);
 	if (atomic_load_explicit(&c->write_back_error, memory_order_relaxed) == (uint64_t)-error)
 		return;
@@ -205,25 +215,18 @@ static void note_refusal(struct engine *engine, int error)
 		 cache_unstable_count(engine->cache));
 }
 
-/* The server's word on a write-back or a commit. Lock held. */
-static void note_result(struct engine *engine, int error)
+/* It has taken something. That one page went through does not say that it takes all again. Lock held. */
+static void note_success(struct engine *engine)
 {
 	struct region_counters *c = counters(engine);
 
-	if (error == -ECANCELED)
-		return;
-	if (error != 0) {
-		note_refusal(engine, error);
-		return;
-	}
 	engine->progress_at_ms = now_ms();
-	engine->refused_pause_ms = 0;
-	/* a full server still takes pages that have their blocks: that one went through says little */
-	if (atomic_load_explicit(&c->write_back_error, memory_order_relaxed) != 0 &&
-	    cache_is_stable(engine->cache, engine->refused_sequence)) {
-		set_counter(&c->write_back_error, 0);
-		log_line("the server writes again");
-	}
+	if (atomic_load_explicit(&c->write_back_error, memory_order_relaxed) == 0 ||
+	    !cache_is_stable(engine->cache, engine->refused_sequence))
+		return;
+	engine->refused_pause_ms = engine->commit_refused_until_ms = 0;
+	set_counter(&c->write_back_error, 0);
+	log_line("the server writes again");
 }
 
 static void run_done(struct nfsio_req *req)
@@ -249,7 +252,10 @@ static void run_done(struct nfsio_req *req)
 	}
 	run->busy = false;
 	count(&counters(engine)->nfs_in_flight, (uint64_t)-1);
-	note_result(engine, error);
+	if (error == 0)
+		note_success(engine);
+	else if (error != -ECANCELED)
+		note_refusal(engine, error, run->pages.first_page, run->pages.count);
 	note_unstable(engine);
 	look_at_file_locked(engine);
 	pthread_cond_broadcast(&engine->progress);
@@ -272,7 +278,12 @@ static void commit_done(struct nfsio_req *req)
 			log_line("the server has restarted: writing %u pages again that it had not on disk", lost);
 	}
 	engine->committing = false;
-	note_result(engine, req->error);
+	if (req->error == 0) {
+		note_success(engine);
+	} else if (req->error != -ECANCELED) {
+		note_refusal(engine, req->error, 0, engine->region.page_count);
+		engine->commit_refused_until_ms = engine->refused_until_ms;
+	}
 	note_unstable(engine);
 	pthread_cond_broadcast(&engine->progress);
 	pthread_cond_signal(&engine->work);
@@ -304,13 +315,14 @@ static bool wants_commit(const struct engine *engine)
 {
 	uint32_t uncommitted = cache_uncommitted_count(engine->cache);
 
-	if (uncommitted == 0 || engine->committing)
+	if (uncommitted == 0 || engine->committing || now_ms() < engine->commit_refused_until_ms)
 		return false;
 	/* one commit for many writes: while more are coming, it waits for a good number of pages */
 	if (uncommitted >= engine->region.slot_count / 4)
 		return true;
+	/* what is held back is not waited for */
 	if (engine->waiting_for_stable > 0 || engine->waiting_for_slot > 0)
-		return cache_dirty_count(engine->cache) == 0;
+		return cache_oldest_dirty(engine->cache) == 0;
 	return cache_unstable_count(engine->cache) == uncommitted;
 }
 
@@ -387,20 +399,16 @@ static void *flusher_thread(void *arg)
 	touch_stack();
 	pthread_mutex_lock(&engine->lock);
 	for (;;) {
-		uint64_t now = now_ms();
 		struct run *run = free_run(engine);
 
-		cache_end_holds(engine->cache, now);
-
+		cache_end_holds(engine->cache, now_ms());
 		if (engine->stop && (engine->abandon || cache_unstable_count(engine->cache) == 0))
 			break;
-		if (now < engine->refused_until_ms) {
-			wait_for_work(engine, engine->refused_until_ms - now);
-		} else if (run != NULL && wants_write_back(engine)) {
+		if (run != NULL && wants_write_back(engine)) {
 			write_back(engine, run);
 		} else if (wants_commit(engine)) {
 			commit(engine);
-		} else if (cache_dirty_count(engine->cache) == 0) {
+		} else if (cache_unstable_count(engine->cache) == 0) {
 			pthread_cond_wait(&engine->work, &engine->lock);
 		} else if (wait_for_work(engine, AGE_LIMIT_MS)) {
 			engine->aged_sequence = young_sequence;

@@ -354,6 +354,9 @@ def test_a_file_system_that_is_full(tmp_path: Path, open_engine: OpenEngine, sai
         flushed = in_background(engine.flush)
         wait_for_counter(engine, "write_back_error", errno.ENOSPC)
         wait_until(lambda: counter(engine, "write_errors") >= 8, "it is tried again")
+        expected[:PAGE] = data = os.urandom(PAGE)
+        in_background(engine.pwrite, data, 0, True).result(DEADLINE_S)
+        assert path.read_bytes()[:PAGE] == data
         assert not flushed.done()
         filler.unlink()
         flushed.result(DEADLINE_S)
