@@ -55,6 +55,11 @@ def program(name: str, package: str) -> str:
     return path
 
 
+def environment() -> dict[str, str]:
+    """For programs that are not what is tested: a sanitizer that is preloaded for the tests is not for them."""
+    return {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+
+
 def rpc_null_answers(port: int, rpc_program: int, version: int, timeout_s: float = 1.0) -> bool:
     """Whether the NULL procedure of an RPC program answers on a TCP port of loopback.
 
@@ -87,7 +92,9 @@ def ensure_rpcbind(pid_file: Path) -> None:
         return
     rpcbind = program("rpcbind", "rpcbind")
     script = 'setsid "$1" -w -f </dev/null >/dev/null 2>&1 & echo $!'
-    started = subprocess.run(["/bin/sh", "-c", script, "sh", rpcbind], check=True, capture_output=True, timeout=10)
+    started = subprocess.run(
+        ["/bin/sh", "-c", script, "sh", rpcbind], check=True, capture_output=True, timeout=10, env=environment()
+    )
     pid_file.write_bytes(started.stdout)
     deadline = time.monotonic() + 10
     while not rpc_null_answers(_RPCBIND_PORT, _PORTMAPPER, 2):
@@ -126,8 +133,7 @@ def _spawn(argv: Sequence[str]) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # a sanitizer that is preloaded for the tests is not for the server
-        env={key: value for key, value in os.environ.items() if key != "LD_PRELOAD"},
+        env=environment(),
         start_new_session=True,
     ).result(_START_DEADLINE_S)
 
