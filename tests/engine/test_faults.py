@@ -211,8 +211,7 @@ def test_a_request_that_was_dropped(fake: FakeNfsServer, open_engine: OpenEngine
     fake.hold("READ", times=1)
     dropped = in_background(read, engine, 1)
     fake.wait_for(1, DEADLINE_S)
-    while not dropped.done():
-        read(engine, 2)
+    wait_until(lambda: read(engine, 2) and dropped.done(), "it is done")
     assert dropped.result(DEADLINE_S) == fake.content[PAGE : 2 * PAGE]
     assert counter(engine, "reconnects") == 1
 
