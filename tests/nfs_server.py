@@ -55,8 +55,8 @@ def program(name: str, package: str) -> str:
     return path
 
 
-def _server_environment() -> dict[str, str]:
-    """A sanitizer that is preloaded for the tests is not for the servers."""
+def environment() -> dict[str, str]:
+    """For programs that are not what is tested: a sanitizer that is preloaded for the tests is not for them."""
     return {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
 
 
@@ -93,11 +93,7 @@ def ensure_rpcbind(pid_file: Path) -> None:
     rpcbind = program("rpcbind", "rpcbind")
     script = 'setsid "$1" -w -f </dev/null >/dev/null 2>&1 & echo $!'
     started = subprocess.run(
-        ["/bin/sh", "-c", script, "sh", rpcbind],
-        check=True,
-        capture_output=True,
-        timeout=10,
-        env=_server_environment(),
+        ["/bin/sh", "-c", script, "sh", rpcbind], check=True, capture_output=True, timeout=10, env=environment()
     )
     pid_file.write_bytes(started.stdout)
     deadline = time.monotonic() + 10
@@ -137,7 +133,7 @@ def _spawn(argv: Sequence[str]) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=_server_environment(),
+        env=environment(),
         start_new_session=True,
     ).result(_START_DEADLINE_S)
 

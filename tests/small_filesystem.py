@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from nfs_server import program
+from nfs_server import environment, program
 
 _DEADLINE_S = 30.0
 
@@ -35,6 +35,6 @@ def small_filesystem(workdir: Path, size_bytes: int) -> Iterator[Path]:
 
 
 def _run(*argv: str) -> None:
-    done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=_DEADLINE_S)
+    done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=_DEADLINE_S, env=environment())
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(argv)}: {done.stderr.strip()}")

@@ -124,7 +124,8 @@ struct engine {
 	bool lent[ENGINE_CONNECTIONS_MAX]; /* ios that have their reader */
 	uint64_t fetch_number;
 	uint64_t aged_sequence; /* what was written up to it is old enough to go */
-	uint64_t refused_until_ms; /* no write-back before, the server has refused one */
+	uint64_t refused_until_ms; /* what the server refuses is held back until then, and no commit before the other */
+	uint64_t commit_refused_until_ms;
 	uint64_t refused_pause_ms;
 	uint64_t refused_sequence; /* what had been written when it refused last */
 	uint64_t progress_at_ms; /* when the NAS last took something */
@@ -221,17 +222,26 @@ static void note_unstable(struct engine *engine)
 	set_counter(&counters(engine)->unstable_pages, cache_unstable_count(engine->cache));
 }
 
-/* It refuses: said once, however often, until all that it refused is written or it refuses for another reason. */
-static void note_refusal(struct engine *engine, int error)
+/*
+ * It refuses these pages, or a commit. They are held back for a pause that grows, while others may go: a full server
+ * still takes what has its blocks. Said once, however often, until all that it refused is written or it refuses for
+ * another reason. Lock held.
+ */
+static void note_refusal(struct engine *engine, int error, uint64_t first_page, uint64_t count_pages)
 {
 	struct region_counters *c = counters(engine);
-	uint64_t pause_ms = engine->refused_pause_ms * 2;
+	uint64_t now = now_ms();
 
+	if (now >= engine->refused_until_ms) {
+		uint64_t pause_ms = engine->refused_pause_ms * 2;
+
+		if (pause_ms < REFUSED_PAUSE_MS)
+			pause_ms = REFUSED_PAUSE_MS;
+		engine->refused_pause_ms = pause_ms < REFUSED_PAUSE_LIMIT_MS ? pause_ms : REFUSED_PAUSE_LIMIT_MS;
+		engine->refused_until_ms = now + engine->refused_pause_ms;
+	}
+	cache_hold(engine->cache, first_page, count_pages, engine->refused_until_ms);
 	count(&c->write_errors, 1);
-	if (pause_ms == 0)
-		pause_ms = REFUSED_PAUSE_MS;
-	engine->refused_pause_ms = pause_ms < REFUSED_PAUSE_LIMIT_MS ? pause_ms : REFUSED_PAUSE_LIMIT_MS;
-	engine->refused_until_ms = now_ms() + engine->refused_pause_ms;
 	engine->refused_sequence = cache_sequence(engine->cache);
 	if (atomic_load_explicit(&c->write_back_error, memory_order_relaxed) == (uint64_t)-error)
 		return;
@@ -240,25 +250,18 @@ static void note_refusal(struct engine *engine, int error)
 		 cache_unstable_count(engine->cache));
 }
 
-/* The server's word on a write-back or a commit. Lock held. */
-static void note_result(struct engine *engine, int error)
+/* It has taken something. That one page went through does not say that it takes all again. Lock held. */
+static void note_success(struct engine *engine)
 {
 	struct region_counters *c = counters(engine);
 
-	if (error == -ECANCELED)
-		return;
-	if (error != 0) {
-		note_refusal(engine, error);
-		return;
-	}
 	engine->progress_at_ms = now_ms();
-	engine->refused_pause_ms = 0;
-	/* a full server still takes pages that have their blocks: that one went through says little */
-	if (atomic_load_explicit(&c->write_back_error, memory_order_relaxed) != 0 &&
-	    cache_is_stable(engine->cache, engine->refused_sequence)) {
-		set_counter(&c->write_back_error, 0);
-		log_line("the server writes again");
-	}
+	if (atomic_load_explicit(&c->write_back_error, memory_order_relaxed) == 0 ||
+	    !cache_is_stable(engine->cache, engine->refused_sequence))
+		return;
+	engine->refused_pause_ms = engine->commit_refused_until_ms = 0;
+	set_counter(&c->write_back_error, 0);
+	log_line("the server writes again");
 }
 
 static void keep_flushing(struct engine *engine, bool changed);
@@ -289,7 +292,10 @@ static void run_done(struct nfsio_req *req)
 	if (run->pages_max > SHORT_RUN_PAGES)
 		engine->spare[engine->spare_count++] = run->data;
 	count(&counters(engine)->nfs_in_flight, (uint64_t)-1);
-	note_result(engine, error);
+	if (error == 0)
+		note_success(engine);
+	else if (error != -ECANCELED)
+		note_refusal(engine, error, run->pages.first_page, run->pages.count);
 	note_unstable(engine);
 	look_at_file_locked(engine);
 	if (error != 0 || req->stable) /* else nobody gains anything before the COMMIT */
@@ -313,7 +319,12 @@ static void commit_done(struct nfsio_req *req)
 			log_line("the server has restarted: writing %u pages again that it had not on disk", lost);
 	}
 	engine->committing = false;
-	note_result(engine, req->error);
+	if (req->error == 0) {
+		note_success(engine);
+	} else if (req->error != -ECANCELED) {
+		note_refusal(engine, req->error, 0, engine->region.page_count);
+		engine->commit_refused_until_ms = engine->refused_until_ms;
+	}
 	note_unstable(engine);
 	pthread_cond_broadcast(&engine->progress);
 	keep_flushing(engine, req->error != 0);
@@ -345,13 +356,14 @@ static bool wants_commit(const struct engine *engine)
 {
 	uint32_t uncommitted = cache_uncommitted_count(engine->cache);
 
-	if (uncommitted == 0 || engine->committing)
+	if (uncommitted == 0 || engine->committing || now_ms() < engine->commit_refused_until_ms)
 		return false;
 	/* one commit for many writes: while more are coming, it waits for a good number of pages */
 	if (uncommitted >= engine->region.slot_count / 4)
 		return true;
+	/* what is held back is not waited for */
 	if (engine->waiting_for_stable > 0 || engine->waiting_for_slot > 0)
-		return cache_dirty_count(engine->cache) == 0;
+		return cache_oldest_dirty(engine->cache) == 0;
 	return cache_unstable_count(engine->cache) == uncommitted;
 }
 
@@ -434,7 +446,7 @@ static bool flush_step(struct engine *engine)
 {
 	struct run *run;
 
-	if (engine->abandon || now_ms() < engine->refused_until_ms)
+	if (engine->abandon)
 		return false;
 	if (wants_write_back(engine)) {
 		run = free_run(engine);
@@ -492,9 +504,7 @@ static void *flusher_thread(void *arg)
 			engine->aged_sequence = young_sequence;
 			young_sequence = cache_sequence(engine->cache);
 			young_at_ms = now;
-		} else if (now < engine->refused_until_ms) {
-			wait_for_work(engine, engine->refused_until_ms - now);
-		} else if (cache_dirty_count(engine->cache) == 0) {
+		} else if (cache_unstable_count(engine->cache) == 0) {
 			engine->flusher_rests = true;
 			pthread_cond_wait(&engine->work, &engine->lock);
 			engine->flusher_rests = false;

@@ -211,8 +211,7 @@ def test_a_request_that_was_dropped(fake: FakeNfsServer, open_engine: OpenEngine
     fake.hold("READ", times=1)
     dropped = in_background(read, engine, 1)
     fake.wait_for(1, DEADLINE_S)
-    while not dropped.done():
-        read(engine, 2)
+    wait_until(lambda: read(engine, 2) and dropped.done(), "it is done")
     assert dropped.result(DEADLINE_S) == fake.content[PAGE : 2 * PAGE]
     assert counter(engine, "reconnects") == 1
 
@@ -354,6 +353,9 @@ def test_a_file_system_that_is_full(tmp_path: Path, open_engine: OpenEngine, sai
         flushed = in_background(engine.flush)
         wait_for_counter(engine, "write_back_error", errno.ENOSPC)
         wait_until(lambda: counter(engine, "write_errors") >= 8, "it is tried again")
+        expected[:PAGE] = data = os.urandom(PAGE)
+        in_background(engine.pwrite, data, 0, True).result(DEADLINE_S)
+        assert path.read_bytes()[:PAGE] == data
         assert not flushed.done()
         filler.unlink()
         flushed.result(DEADLINE_S)
