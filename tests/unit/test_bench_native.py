@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What make bench says: medians, ratios, and which goals are missed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+import nativereport
+from nativereport import Result, Row, Sample
+
+READ = Row("read", "random", 4096, 16)
+WRITE = Row("write", "random", 4096, 1)
+
+
+def result(*per_second: float) -> Result:
+    return Result([Sample({"per_second": value}, 10.0, 36000, 33000) for value in per_second])
+
+
+def parts(ours_read: float, ours_write: float) -> dict[str, dict[Row, dict[str, Result]]]:
+    return {
+        "no added delay": {
+            READ: {"nbdnfs": result(1, ours_read, 99999), "qemu-nbd": result(900), "limit": result(2000)},
+            WRITE: {"nbdnfs": result(ours_write), "qemu-nbd": result(100), "limit": result(50)},
+        }
+    }
+
+
+def test_table() -> None:
+    """Medians, ours as a multiple of each other's, and the size."""
+    text = nativereport.table("no added delay", parts(1500, 300)["no added delay"])
+    assert "1,500" in text
+    assert "1.67  0.75" in text
+    assert "36000" in text
+
+
+def test_goals() -> None:
+    """Three times where a page waits for the one before, 0.7 of the limit; what is missed is named with its figure."""
+    assert nativereport.missed_goals(parts(1500, 300)) == ["no goal is missed"]
+    missed = nativereport.missed_goals(parts(1000, 299))
+    assert [line.partition(", no")[0] for line in missed] == [
+        "missed: random read 4 KiB, depth 16",
+        "missed: random write 4 KiB, depth 1",
+    ]
+    assert "0.50 of limit, wanted 0.7" in missed[0]
+
+
+def test_picture() -> None:
+    """Well-formed, the same each time, a bar for each peer of each row."""
+    drawn = nativereport.picture(parts(1500, 300))
+    assert drawn == nativereport.picture(parts(1500, 300))
+    bars = [e for e in ElementTree.fromstring(drawn).iter() if e.tag.endswith("rect")]
+    assert len(bars) == 1 + 3 + 6

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What make bench-vm says: medians, ratios, how our writes coalesce; and that its JSON can be gone on with."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from vmtest.benchpeers import KERNEL_NBD, KERNEL_NFS, OURS
+from vmtest.benchrun import Load, Results, Sample
+from vmtest.outcome import HarnessError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import vm
+
+pytestmark = pytest.mark.meta
+
+LOAD = Load(size_mib=96, limit_mib=24, processes=4, timeout_s=60)
+COUNTERS = {"nfs_writes": 2, "nfs_written_bytes": 200 * 1024, "hit_pages": 3, "missed_pages": 1}
+
+
+def sample(peer: str, seconds: float, **counters: int) -> Sample:
+    passes = (seconds / 10, seconds / 5, seconds / 2, seconds / 5)
+    return Sample(peer, 0.0, 1, seconds, passes, pages_out=1, pages_in=1, counters=counters)
+
+
+@pytest.fixture
+def results() -> Results:
+    """Three rounds of ours, the median of which is 30 s, and one of two peers."""
+    ours = [sample(OURS, seconds, **COUNTERS) for seconds in (10.0, 90.0, 30.0)]
+    return Results(LOAD, (*ours, sample(KERNEL_NFS, 40.0), sample(KERNEL_NBD, 20.0)))
+
+
+def test_tables(results: Results) -> None:
+    """The median counts; ours is given as a multiple of each other's; peers that did not run have no line."""
+    lines = {line.split()[0]: line.split() for line in vm.tables(results).splitlines() if line.strip()}
+    assert lines[OURS][-1] == "30.0"
+    assert lines[KERNEL_NFS][-3:] == ["40.0", "0.75", "0.75"]
+    assert lines[KERNEL_NBD][-2:] == ["1.50", "1.50"]
+    assert "zram" not in lines
+
+
+def test_our_figures(results: Results) -> None:
+    """What each NFS write carries is told, over all rounds."""
+    figures = vm.our_figures(results, 0.0, 1)
+    assert "100 KiB for each NFS write" in figures
+    assert "75% of pages read were in the region" in figures
+
+
+def test_json(results: Results, tmp_path: Path) -> None:
+    """What was saved comes back, for more rounds; not for another load."""
+    results.save(path := tmp_path / "build/bench.json")
+    assert Results.load_from(path, LOAD) == results
+    with pytest.raises(HarnessError, match="another load"):
+        Results.load_from(path, Load(48, 12, 4, 60))
+
+
+def test_picture(results: Results) -> None:
+    """Well-formed, with a bar for each peer that ran."""
+    texts = [element.text for element in ElementTree.fromstring(vm.picture(results)).iter() if element.text]
+    assert {"30.0", "40.0", "20.0", "none"} <= set(texts)
