@@ -24,6 +24,9 @@ All of them may be called from any number of threads; none holds the GIL while i
 several threads are in flight together. A connection that breaks is made again for as long as that takes, and
 what was under way is sent again: callers wait, they see no error.
 
+With `owner_path` and `owner_identity` the engine writes only while the record of that name, beside the file, has that
+line; see nbdnfs.owner. Once it has another, all requests raise EIO, or, with `exit_status_when_lost`, the process ends.
+
 `NfsFile` is the same for a file of any size, with byte offsets and with operations on names, for making and
 inspecting backing files.
 

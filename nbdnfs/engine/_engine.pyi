@@ -20,6 +20,7 @@ class FileStat(TypedDict):
     ino: int
     nlink: int
     used: int
+    mtime_us: int
     is_regular: bool
 
 class Engine:
@@ -34,6 +35,10 @@ class Engine:
         stable_writes: bool = False,
         read_ahead_pages: int = 64,
         connect_timeout_s: int = 15,
+        owner_path: str | None = None,
+        owner_identity: str | None = None,
+        owner_refresh_ms: int = 10000,
+        exit_status_when_lost: int = 0,
     ) -> None: ...
     @property
     def size_bytes(self) -> int: ...

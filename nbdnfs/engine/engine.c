@@ -10,10 +10,12 @@
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "cache.h"
 #include "crc32c.h"
@@ -67,6 +69,9 @@ struct engine {
 	bool own_region;
 	uint8_t *buffers;       /* of the runs and fetches */
 	pthread_t flusher;
+	struct owner *owner;    /* NULL: nobody asked for one */
+
+	atomic_bool lost;       /* somebody else has the file: nothing works any more; set once, under `lock` */
 
 	pthread_mutex_t lock;   /* guards everything below, and the cache */
 	pthread_cond_t work;    /* the flusher has something to do */
@@ -113,7 +118,7 @@ static void note_result(struct engine *engine, int error)
 	struct region_counters *c = counters(engine);
 	uint64_t before = atomic_load_explicit(&c->write_back_error, memory_order_relaxed);
 
-	if (error == -ECANCELED)
+	if (error == -ECANCELED || atomic_load(&engine->lost))
 		return;
 	if (error != 0) {
 		count(&c->write_errors, 1);
@@ -284,9 +289,12 @@ static void *flusher_thread(void *arg)
 		uint64_t now_ms = now_us() / 1000;
 		struct run *run = free_run(engine);
 
-		if (engine->stop && (engine->abandon || cache_unstable_count(engine->cache) == 0))
+		if (engine->stop &&
+		    (engine->abandon || atomic_load(&engine->lost) || cache_unstable_count(engine->cache) == 0))
 			break;
-		if (now_ms < engine->refused_until_ms) {
+		if (atomic_load(&engine->lost)) {
+			pthread_cond_wait(&engine->work, &engine->lock);
+		} else if (now_ms < engine->refused_until_ms) {
 			wait_for_work(engine, engine->refused_until_ms - now_ms);
 		} else if (run != NULL && wants_write_back(engine)) {
 			write_back(engine, run);
@@ -396,6 +404,12 @@ static int check_range(const struct engine *engine, uint64_t offset_bytes, uint6
 	    offset_bytes > engine->size_bytes || length_bytes > engine->size_bytes - offset_bytes)
 		return -EINVAL;
 	return 0;
+}
+
+/* What a request returns that is otherwise without error. */
+static int result_of(struct engine *engine)
+{
+	return atomic_load(&engine->lost) ? -EIO : 0;
 }
 
 /*
@@ -510,10 +524,14 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 	uint64_t page = offset_bytes / PAGE_BYTES, pages = length_bytes / PAGE_BYTES;
 	int error = check_range(engine, offset_bytes, length_bytes);
 
+	if (error == 0)
+		error = result_of(engine);
 	while (error == 0 && pages > 0) {
 		uint32_t now = pages < BATCH_PAGES ? (uint32_t)pages : BATCH_PAGES;
 
 		error = read_batch(engine, data, page, now);
+		if (error == 0)
+			error = result_of(engine); /* it may have been somebody else's page already */
 		data += (size_t)now * PAGE_BYTES;
 		page += now;
 		pages -= now;
@@ -530,13 +548,13 @@ static void wait_pages_stable(struct engine *engine, uint64_t page, uint64_t pag
 	engine->waiting_for_stable++;
 	pthread_cond_signal(&engine->work);
 	for (uint64_t i = 0; i < pages; i++)
-		while (!cache_page_is_stable(engine->cache, page + i, sequence))
+		while (!atomic_load(&engine->lost) && !cache_page_is_stable(engine->cache, page + i, sequence))
 			pthread_cond_wait(&engine->progress, &engine->lock);
 	engine->waiting_for_stable--;
 }
 
 /* At most BATCH_PAGES pages. */
-static void write_batch(struct engine *engine, const uint8_t *data, uint64_t page, uint32_t pages, bool fua)
+static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page, uint32_t pages, bool fua)
 {
 	uint32_t crcs[BATCH_PAGES], filled = 0;
 	bool was_idle;
@@ -550,6 +568,8 @@ static void write_batch(struct engine *engine, const uint8_t *data, uint64_t pag
 
 		while ((stored = cache_write(engine->cache, page + i, data + (size_t)i * PAGE_BYTES, crcs[i], !fua)) ==
 		       CACHE_FULL) {
+			if (atomic_load(&engine->lost))
+				break;
 			count(&counters(engine)->stalls, 1);
 			engine->waiting_for_slot++;
 			pthread_cond_signal(&engine->work);
@@ -565,6 +585,7 @@ static void write_batch(struct engine *engine, const uint8_t *data, uint64_t pag
 		wait_pages_stable(engine, page, pages, cache_sequence(engine->cache));
 	pthread_mutex_unlock(&engine->lock);
 	count(&counters(engine)->filled_pages_written, filled);
+	return result_of(engine);
 }
 
 int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes, bool fua)
@@ -573,10 +594,12 @@ int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_byt
 	uint64_t page = offset_bytes / PAGE_BYTES, pages = length_bytes / PAGE_BYTES;
 	int error = check_range(engine, offset_bytes, length_bytes);
 
+	if (error == 0)
+		error = result_of(engine);
 	while (error == 0 && pages > 0) {
 		uint32_t now = pages < BATCH_PAGES ? (uint32_t)pages : BATCH_PAGES;
 
-		write_batch(engine, data, page, now, fua);
+		error = write_batch(engine, data, page, now, fua);
 		data += (size_t)now * PAGE_BYTES;
 		page += now;
 		pages -= now;
@@ -594,17 +617,17 @@ int engine_flush(struct engine *engine)
 	count(&counters(engine)->flushes, 1);
 	pthread_mutex_lock(&engine->lock);
 	engine->waiting_for_stable++;
-	while (!cache_materialise(engine->cache, &page)) {
+	while (!atomic_load(&engine->lost) && !cache_materialise(engine->cache, &page)) {
 		pthread_cond_signal(&engine->work);
 		pthread_cond_wait(&engine->progress, &engine->lock);
 	}
 	sequence = cache_sequence(engine->cache);
 	pthread_cond_signal(&engine->work);
-	while (!cache_is_stable(engine->cache, sequence))
+	while (!atomic_load(&engine->lost) && !cache_is_stable(engine->cache, sequence))
 		pthread_cond_wait(&engine->progress, &engine->lock);
 	engine->waiting_for_stable--;
 	pthread_mutex_unlock(&engine->lock);
-	return 0;
+	return result_of(engine);
 }
 
 int engine_trim(struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes)
@@ -690,6 +713,23 @@ static int start_flusher(struct engine *engine)
 	return -error;
 }
 
+/* The owner's word on the file. No lock held. */
+static void owner_changed(void *arg, enum owner_state state)
+{
+	struct engine *engine = arg;
+
+	set_counter(&counters(engine)->owner_state, state);
+	if (state != OWNER_LOST)
+		return;
+	if (engine->options.exit_status_when_lost != 0)
+		_exit(engine->options.exit_status_when_lost);
+	pthread_mutex_lock(&engine->lock);
+	atomic_store(&engine->lost, true);
+	pthread_cond_broadcast(&engine->progress);
+	pthread_cond_signal(&engine->work);
+	pthread_mutex_unlock(&engine->lock);
+}
+
 static int open_connections(struct engine *engine, struct nfsio_failure *why)
 {
 	int error = nfsio_open(&engine->options.nfs, &engine->read_io, why);
@@ -711,6 +751,15 @@ static void close_connections(struct engine *engine)
 	nfsio_close(engine->read_io);
 }
 
+static void stop_owner(struct engine *engine)
+{
+	if (engine->owner == NULL)
+		return;
+	nfsio_stop(engine->write_io); /* it may wait for the server */
+	owner_destroy(engine->owner);
+	engine->owner = NULL;
+}
+
 int engine_create(const struct engine_options *options, struct engine **out, struct nfsio_failure *why)
 {
 	struct engine *engine = calloc(1, sizeof(*engine));
@@ -722,6 +771,15 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 		return fail(why, -ENOMEM, "");
 	engine->options = *options;
 	engine->own_region = options->region_fd < 0;
+	if (options->owner.identity != NULL) {
+		engine->owner = owner_create(&options->owner);
+		if (engine->owner == NULL) {
+			error = fail(why, -ENOMEM, "");
+			goto fail_free;
+		}
+		engine->options.nfs.may_write = owner_may_write;
+		engine->options.nfs.judge = engine->owner;
+	}
 	error = open_connections(engine, why);
 	if (error != 0)
 		goto fail_free;
@@ -757,13 +815,21 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 	pthread_cond_init(&engine->work, &monotonic);
 	pthread_condattr_destroy(&monotonic);
 	pthread_cond_init(&engine->progress, NULL);
+	set_counter(&counters(engine)->owner_state, OWNER_NONE);
+	if (engine->owner != NULL) {
+		error = owner_start(engine->owner, engine->write_io, owner_changed, engine, why);
+		if (error != 0)
+			goto fail_unmap;
+	}
 	error = start_flusher(engine);
 	if (error != 0) {
 		fail(why, error, "");
-		goto fail_unmap;
+		goto fail_owner;
 	}
 	*out = engine;
 	return 0;
+fail_owner:
+	stop_owner(engine);
 fail_unmap:
 	if (engine->cache != NULL)
 		cache_destroy(engine->cache);
@@ -772,6 +838,8 @@ fail_unmap:
 fail_close:
 	close_connections(engine);
 fail_free:
+	if (engine->owner != NULL)
+		owner_destroy(engine->owner);
 	free(engine);
 	return error;
 }
@@ -786,6 +854,7 @@ void engine_destroy(struct engine *engine)
 	pthread_cond_signal(&engine->work);
 	pthread_mutex_unlock(&engine->lock);
 	pthread_join(engine->flusher, NULL);
+	stop_owner(engine);
 	close_connections(engine); /* ends what is still under way */
 	cache_destroy(engine->cache);
 	region_unmap(&engine->region);

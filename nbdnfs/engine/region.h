@@ -24,7 +24,7 @@
 #include <stdint.h>
 
 #define PAGE_BYTES 4096u
-#define REGION_VERSION 1u
+#define REGION_VERSION 2u
 
 /* What a slot holds, as the next worker will find it. FETCHING and WRITING are the worker's own business. */
 enum slot_content { SLOT_FREE = 0, SLOT_CLEAN = 1, SLOT_DIRTY = 2 };
@@ -56,7 +56,8 @@ struct region_identity {
 	X(unstable_pages)                           /* now: what the NAS does not have for good */  \
 	X(nfs_in_flight)                            /* now: write-backs and read-aheads under way */ \
 	X(write_back_error)                         /* now: errno of the last refusal, 0 when none */ \
-	X(disconnected)                             /* now: 1 while there is no connection */
+	X(disconnected)                             /* now: 1 while there is no connection */      \
+	X(owner_state)                              /* now: enum owner_state */
 
 /* log2 of microseconds: bucket n counts what took less than 2^n */
 #define HISTOGRAM_BUCKETS 32
