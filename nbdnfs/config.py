@@ -55,6 +55,7 @@ class Config:
     io_timeout_ms: int = 2000
     max_sectors_kb: int = 128
     reclaim_check: bool = True
+    owner: bool = True
 
     @property
     def region_bytes(self) -> int:
@@ -439,6 +440,13 @@ _KEYS = {
         _boolean,
         "true",
         "Refuse to take the device down (nbdnfs down, systemctl stop) when what is swapped out does not fit in memory.",
+    ),
+    "owner": _Key(
+        "owner",
+        _boolean,
+        "true",
+        "Keep a record beside the file (.FILE.owner) of which machine swaps to it, and refuse a file that is another"
+        " one's. Two machines on one file destroy each other's memory. The directory must be writable for that.",
     ),
 }
 

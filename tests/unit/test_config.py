@@ -72,6 +72,7 @@ def test_every_key(root: Path) -> None:
         io_timeout = "500ms"
         max_sectors = "1M"
         reclaim_check = false
+        owner = false
         """,
     )
     assert config.load("swap0", root) == Config(
@@ -91,6 +92,7 @@ def test_every_key(root: Path) -> None:
         io_timeout_ms=500,
         max_sectors_kb=1024,
         reclaim_check=False,
+        owner=False,
     )
 
 
