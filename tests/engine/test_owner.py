@@ -21,6 +21,7 @@ import pytest
 from conftest import FileOnServer
 from nfs_server import LOOPBACK, Ganesha
 from proxy import TcpProxy
+from small_filesystem import small_filesystem
 from waiting import DEADLINE_S, in_background, wait_until
 
 from nbdnfs import cli, config, keeper_work, lifecycle, link, owner, owner_record, provision, run_dir
@@ -446,6 +447,25 @@ def test_a_server_that_was_away_changes_nothing(own_ganesha: Ganesha, hold: Call
     in_background(held.engine.flush).result(DEADLINE_S)
     assert file.path.read_bytes()[: 512 * PAGE] == ONE * 512
     wait_until(lambda: held.state == OWNER_HELD, "its own again")
+
+
+def test_a_theft_from_a_full_server(tmp_path: Path, hold: Callable[..., Held]) -> None:
+    """Who waits for a page that the server has no room for is told, too, that it will never be written."""
+    with small_filesystem(tmp_path, 4 * MIB) as folder, Ganesha(tmp_path / "server", export=folder) as server:
+        file = FileOnServer(server, "swap", 64 * MIB)
+        with file.path.open("wb") as hole:
+            hole.truncate(file.size_bytes)
+        box1, box2 = machine("box1"), machine("box2")
+        claim(file, box1)
+        theirs = owner_record.new(box2, HOLDER, None, "held", QUICK)
+        new = folder / "theirs"
+        new.write_bytes(theirs.to_bytes())
+        held = hold(file.url(), file, box1)
+        ended = in_background(held.write_until_it_fails)
+        wait_until(lambda: held.engine.counters()["write_back_error"] == errno.ENOSPC, "no room")
+        new.rename(record_path(file))
+        assert ended.result(DEADLINE_S) == errno.EIO
+        held.close()
 
 
 def test_a_record_that_is_removed(
