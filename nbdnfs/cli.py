@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from nbdnfs import __version__, units
-from nbdnfs.errors import NbdnfsError, NoInputError, UsageError
+from nbdnfs.errors import NbdnfsError, NoInputError, OwnedError, UsageError
+
+_STEAL_HELP = "take the file from another machine that has it: what that one has swapped out is lost"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--socket", required=True, type=Path, metavar="PATH", help="the Unix socket to listen on")
     serve.add_argument("--engine", default="c", metavar="NAME", help="c (the default), or libnfs-python for comparison")
     serve.add_argument("--threads", type=int, default=8, metavar="N", help="nbdkit's threads for each connection (8)")
+    serve.add_argument("--no-owner", action="store_true", help="whoever owns the file: two machines on one corrupt it")
     # for measurements, the plugin's own check applies: --plugin-setting "without=io flusher"
     serve.add_argument("--plugin-setting", action="append", default=[], metavar="KEY=VALUE", help=argparse.SUPPRESS)
     serve.set_defaults(run=_serve)
@@ -55,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     name_help = "the NAME of /etc/nbdnfs/NAME.toml"
     up = commands.add_parser("up", help="swap to a configured device; returns when swap is on")
     up.add_argument("name", metavar="NAME", help=name_help)
+    up.add_argument("--steal", action="store_true", help=_STEAL_HELP)
     up.set_defaults(run=_up)
 
     down = commands.add_parser("down", help="swap off, and take the device down")
@@ -89,7 +93,16 @@ def _parser() -> argparse.ArgumentParser:
 
     keep = commands.add_parser("run", help="keep a device alive, in the foreground (what the unit starts)")
     keep.add_argument("name", metavar="NAME", help=name_help)
+    keep.add_argument("--steal", action="store_true", help=_STEAL_HELP)
     keep.set_defaults(run=_keep)
+
+    # no help: what a keeper starts
+    claim = commands.add_parser("claim", description="make a backing file where it is missing, and take it")
+    claim.add_argument("url", metavar="URL")
+    claim.add_argument("--size", metavar="SIZE")
+    claim.add_argument("--holder", metavar="HOLDER")
+    claim.add_argument("--steal", action="store_true")
+    claim.set_defaults(run=_claim)
 
     units_files = commands.add_parser("install-units", help="put the systemd units in place; again after an update")
     units_files.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="of an image, instead of /")
@@ -137,14 +150,35 @@ def _create(args: argparse.Namespace) -> int:
     from nbdnfs import provision
 
     size_bytes = units.parse_size_bytes(args.size)
-    if args.if_missing:
-        try:
-            provision.inspect(args.url)
-        except NoInputError:
-            pass
-        else:
-            return 0
+    if args.if_missing and _is_there(args.url):
+        return 0
     provision.create(args.url, size_bytes, force=args.force, progress=_progress_line())
+    return 0
+
+
+def _is_there(url: str) -> bool:
+    from nbdnfs import provision
+
+    try:
+        provision.inspect(url)
+    except NoInputError:
+        return False
+    return True
+
+
+def _claim(args: argparse.Namespace) -> int:
+    from nbdnfs import owner, owner_record, provision, run_dir
+
+    if args.size is not None and not _is_there(args.url):
+        provision.create(args.url, units.parse_size_bytes(args.size), progress=_progress_line())
+    if args.holder is not None:
+        name = args.holder.rpartition(":")[2]
+        try:
+            owner.claim(args.url, args.holder, owner_record.identity(), steal=args.steal)
+        except OwnedError as error:
+            run_dir.write_refusal(name, error.message)
+            raise
+        run_dir.write_refusal(name, None)
     return 0
 
 
@@ -159,13 +193,20 @@ def _serve(args: argparse.Namespace) -> int:
         if not equals:
             raise UsageError(f"--plugin-setting {setting} has no value", "write it as KEY=VALUE")
         settings[key] = value
-    return worker.serve(args.url, args.socket, engine=args.engine, threads=args.threads, settings=settings)
+    return worker.serve(
+        args.url,
+        args.socket,
+        engine=args.engine,
+        threads=args.threads,
+        settings=settings,
+        owned=not args.no_owner,
+    )
 
 
 def _up(args: argparse.Namespace) -> int:
     from nbdnfs import lifecycle
 
-    lifecycle.up(args.name)
+    lifecycle.up(args.name, steal=args.steal)
     return 0
 
 
@@ -226,7 +267,7 @@ def _bench(args: argparse.Namespace) -> int:
 def _keep(args: argparse.Namespace) -> int:
     from nbdnfs import keeper_work
 
-    return keeper_work.run(args.name)
+    return keeper_work.run(args.name, steal=args.steal)
 
 
 def _install_units(args: argparse.Namespace) -> int:

@@ -59,6 +59,7 @@ class Config:
     recovery: str = "hard"
     soft_limit_ms: int = 60_000
     gone_limit_ms: int = 300_000
+    owner: bool = True
 
     @property
     def region_bytes(self) -> int:
@@ -469,6 +470,13 @@ _KEYS = {
         _boolean,
         "true",
         "Refuse to take the device down (nbdnfs down, systemctl stop) when what is swapped out does not fit in memory.",
+    ),
+    "owner": _Key(
+        "owner",
+        _boolean,
+        "true",
+        "Keep a record beside the file (.FILE.owner) of which machine swaps to it, and refuse a file that is another"
+        " one's. Two machines on one file destroy each other's memory. The directory must be writable for that.",
     ),
 }
 

@@ -268,6 +268,8 @@ def _device(name: str, root: Path) -> Iterator[Finding]:
     except NbdnfsError as error:
         yield Finding(f"{name}: configuration", False, error.message, error.hint)
     records = _records(name, root)
+    if (refused := run_dir.refusal(name, root)) is not None:
+        yield Finding(f"{name}: owner of the file", False, refused, "nbdnfs down there, or nbdnfs up --steal here")
     if not records:
         yield Finding(f"{name}: processes", True, "not up: nothing to examine")
     for role, record in records.items():

@@ -77,6 +77,10 @@ class PermissionDeniedError(NbdnfsError):
     exit_code = os.EX_NOPERM
 
 
+class OwnedError(PermissionDeniedError):
+    """Another machine owns the backing file, or something else on this one. Trying again does not help."""
+
+
 class BusyError(NbdnfsError):
     """The thing is in use; try again when it is not."""
 

@@ -24,11 +24,12 @@ from types import FrameType
 from typing import Protocol
 
 from nbdnfs import __version__, handshake, run_dir, shared_region
-from nbdnfs.errors import BusyError, NbdnfsError, UnavailableError
+from nbdnfs.errors import BusyError, NbdnfsError, OwnedError, UnavailableError
 from nbdnfs.handshake import Export
 from nbdnfs.link import Attached
 from nbdnfs.notify import Notifier
 from nbdnfs.run_dir import RunDir
+from nbdnfs.worker_config import LOST_STATUS
 from nbdnfs.worker_process import NAME as _WORKER_NAME
 from nbdnfs.worker_process import WorkerProcess
 
@@ -393,6 +394,8 @@ class Keeper:
         status = worker.status
         if worker is not self._given_up:
             self._complain(f"ended{worker.how_it_ended}", f"worker {worker.pid} has ended{worker.how_it_ended}")
+        if status == LOST_STATUS:
+            raise self._lost()
         if self.device is None and status > 0 and status not in _TEMPORARY:
             raise _failed("worker", status)
         if self._linked_s is not None and now - self._linked_s >= _LASTED_S:
@@ -402,6 +405,15 @@ class Keeper:
         self._linked_s = None
         self._worker_due_s = now + _pause_s(self._failures)
         self._failures += 1
+
+    def _lost(self) -> OwnedError:
+        """Another machine has the file, as the worker has said. What waits for the device fails, rather than for ever:
+        no other worker can serve it."""
+        if self.device is not None and self._work.is_swapped_on(self.device):  # else _undo does it
+            with contextlib.suppress(NbdnfsError):
+                self._kernel.disconnect(self.device)
+        self._note(run_dir.LOST)
+        return lost(self._records.name)
 
     def _refuse_if_detached(self) -> None:
         found = self._kernel.find()
@@ -543,6 +555,14 @@ class Keeper:
 
 def _pause_s(failures: int) -> float:
     return PAUSES_S[min(failures, len(PAUSES_S) - 1)]
+
+
+def lost(name: str) -> OwnedError:
+    """The error of a device whose file another machine has taken. While it is in use as swap it stays, and is dead."""
+    return OwnedError(
+        f"{name}: the backing file is another machine's: swap has ended here",
+        "what was swapped out is lost: start this machine anew",
+    )
 
 
 def _failed(what: str, status: int) -> NbdnfsError:

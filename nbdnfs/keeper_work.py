@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import os
 import sys
@@ -12,9 +13,11 @@ from typing import NoReturn
 import nbdnfs
 from nbdnfs import (
     config,
+    keeper,
     link,
     memlock,
     notify,
+    owner_record,
     run_dir,
     swap_area,
     worker,
@@ -23,7 +26,7 @@ from nbdnfs import (
 )
 from nbdnfs.config import Config
 from nbdnfs.engine import disconnected_offset
-from nbdnfs.errors import CannotCreateError, PermissionDeniedError
+from nbdnfs.errors import CannotCreateError, NbdnfsError, PermissionDeniedError
 from nbdnfs.keeper import Helper, Keeper
 from nbdnfs.link import Attached
 from nbdnfs.run_dir import RunDir
@@ -52,17 +55,22 @@ def plugin_settings(settings: Config, text: str, address: str) -> dict[str, str]
         "read_ahead_pages": str(settings.read_ahead_pages),
         "soft_limit_ms": str(settings.soft_limit_ms if settings.recovery == "soft" else 0),
         "gone_limit_ms": str(settings.gone_limit_ms),
+        **(worker.owner_settings(text) if settings.owner else {}),
     }
 
 
 class RealWork:
     """keeper.Work: nbdkit, `nbdnfs create` and swap_area as processes of their own. Read-only once initialized."""
 
-    def __init__(self, settings: Config, text: str, address: str) -> None:
-        """Find the program and make its arguments now. ConfigError or UnavailableError when something is missing."""
+    def __init__(self, settings: Config, text: str, address: str, *, steal: bool = False) -> None:
+        """Find the program and make its arguments now. ConfigError or UnavailableError when something is missing.
+
+        steal  take the file from another machine that has it
+        """
         self._settings = settings
         self._text, self._address = text, address
         self._answer = -1
+        self._steal = steal
         self._program, self._argv = worker_process.command(
             plugin_settings(settings, text, address), threads=settings.threads
         )
@@ -77,11 +85,14 @@ class RealWork:
         return WorkerProcess.start(self._program, self._argv, self._environment, region_fd)
 
     def provision(self) -> Helper | None:
-        """`nbdnfs create`, where the configuration says how large the file is to be."""
-        if not self._settings.size_bytes:
+        """The file made where it is missing and the configuration says how large it is to be, and claimed."""
+        settings = self._settings
+        if not settings.size_bytes and not settings.owner:
             return None
-        size = str(self._settings.size_bytes)
-        return self._python("nbdnfs", "create", self._settings.url, "--size", size, "--if-missing")
+        options = [f"--size={settings.size_bytes}"] if settings.size_bytes else []
+        if settings.owner:
+            options += [f"--holder={owner_record.keeper_holder(settings.name)}", *(["--steal"] if self._steal else [])]
+        return self._python("nbdnfs", "claim", settings.url, *options)
 
     def swap_on(self, attached: Attached) -> Helper:
         """swap_area."""
@@ -124,13 +135,16 @@ class RealWork:
         return Helper([sys.executable, "-m", module, *arguments], self._environment, stdout=stdout)
 
 
-def run(name: str) -> int:
-    """`nbdnfs run NAME`, to its end; the exit status. Raises NbdnfsError for what no further try can mend."""
+def run(name: str, *, steal: bool = False) -> int:
+    """`nbdnfs run NAME`, to its end; the exit status. Raises NbdnfsError for what no further try can mend.
+
+    `steal` takes the file from another machine that has it.
+    """
     settings = config.load(name)
     if os.geteuid() != 0:
         raise PermissionDeniedError("only root can make a swap device", f"sudo nbdnfs run {name}")
     if os.environ.get("PYTHONMALLOC") != "malloc":
-        _start_anew(name)
+        _start_anew(name, ["--steal"] if steal else [])
     measures = []
     if settings.lock != "off":
         skip = () if settings.realtime else ("realtime",)
@@ -148,23 +162,31 @@ def run(name: str) -> int:
     stored = notify.stored()
     backend = link.backend_of(name)
     adopting = link.find(backend) is not None
+    if adopting and records.read(run_dir.STATE) == run_dir.LOST:
+        raise keeper.lost(name)
     text, address = _server(settings, records, adopting=adopting)
     if not adopting:  # with swap standing still, nothing is started that need not be
         worker.check_nbdkit()
     link.load_driver()
+    settings = dataclasses.replace(settings, owner=_owns(settings, records, adopting=adopting))
     kernel = link.Link(
         backend,
         io_timeout_ms=settings.io_timeout_ms,
         max_sectors_bytes=settings.max_sectors_kb * 1024,
         wanted=settings.device or None,
     )
-    work = RealWork(settings, text, address)
+    work = RealWork(settings, text, address, steal=steal)
 
     def warm_up() -> None:
         if settings.lock != "off":
             _heed(settings, memlock.settle(CODE, heap_bytes=_HEAP_BYTES))
 
-    return Keeper(kernel, work, records, notifier, stored=stored, warm_up=warm_up).run()
+    try:
+        return Keeper(kernel, work, records, notifier, stored=stored, warm_up=warm_up).run()
+    except NbdnfsError:
+        if settings.owner:
+            _give_up_unless_attached(name, text, address)
+        raise
 
 
 def _outlive_shutdown() -> None:
@@ -184,11 +206,11 @@ def _outlive_shutdown() -> None:
         print(f"nbdnfs: argv[0] stays as it is: {error.strerror}", file=sys.stderr)
 
 
-def _start_anew(name: str) -> NoReturn:
+def _start_anew(name: str, options: list[str]) -> NoReturn:
     """With the memory settings that only a new process can have: CPython's own allocator maps and unmaps."""
     paths = [str(Path(nbdnfs.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONMALLOC": "malloc", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    os.execve(sys.executable, [sys.executable, "-m", "nbdnfs", "run", name], environment)
+    os.execve(sys.executable, [sys.executable, "-m", "nbdnfs", "run", name, *options], environment)
 
 
 def _server(settings: Config, records: RunDir, *, adopting: bool) -> tuple[str, str]:
@@ -202,6 +224,29 @@ def _server(settings: Config, records: RunDir, *, adopting: bool) -> tuple[str, 
     text, address = worker_config.check_url(settings.url)
     records.write(run_dir.ADDRESS, f"{text}\n{address}")
     return text, address
+
+
+def _owns(settings: Config, records: RunDir, *, adopting: bool) -> bool:
+    """Whether the workers are to see to the owner record. A device that is there goes on as it was begun: a file that
+    nobody has claimed has no record, which a worker would take for a theft."""
+    if adopting:
+        return records.read(run_dir.OWNER) == "yes"
+    records.write(run_dir.OWNER, "yes" if settings.owner else "no")
+    return settings.owner
+
+
+def _give_up_unless_attached(name: str, text: str, address: str) -> None:
+    """After a failure: a file that nothing here uses is anybody's. Where it was another machine's, it stays so."""
+    if link.find(link.backend_of(name)) is not None:
+        return
+    from nbdnfs import owner  # nothing is locked for the sake of swap any more
+
+    try:
+        owner.release(
+            text.replace("%", "%%"), owner_record.keeper_holder(name), owner_record.identity(), address=address
+        )
+    except NbdnfsError as error:
+        print(f"nbdnfs: {name}: the owner record stays: {error.message}", file=sys.stderr)
 
 
 def _heed(settings: Config, measures: list[memlock.Measure]) -> None:

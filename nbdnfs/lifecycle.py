@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nbdnfs import config, link, run, run_dir, swap_area
+from nbdnfs import config, link, owner, owner_record, run, run_dir, swap_area
 from nbdnfs.errors import BusyError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError
 from nbdnfs.kernel_state import Swap
 from nbdnfs.link import Attached
@@ -39,13 +39,16 @@ def unit_of(name: str) -> str:
     return f"nbdnfs@{name}.service"
 
 
-def up(name: str, *, timeout_s: float = UP_TIMEOUT_S) -> None:
+def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> None:
     """Start the keeper of `name` and return when swap is on.
 
+    `steal` takes the file from another machine first, here and now: the keeper, whoever starts it, then finds it ours.
     UnavailableError: not within `timeout_s`. Others as the keeper's own; it has said what they are about.
     """
-    config.load(name)
+    settings = config.load(name)
     _need_root(f"nbdnfs up {name}")
+    if steal and settings.owner:
+        owner.claim(settings.url, owner_record.keeper_holder(name), owner_record.identity(), steal=True)
     if _systemd_has(name):
         if subprocess.run([_systemctl(), "start", unit_of(name)], check=False).returncode != 0:
             raise UnavailableError(f"{unit_of(name)} did not start", f"see why: journalctl -u {unit_of(name)}")
@@ -124,7 +127,23 @@ def _take_down(records: RunDir, attached: Attached | None) -> None:
         _end(worker, 0, "the worker")  # by itself: the kernel has hung up
         worker = None
     _end(worker, signal.SIGKILL, "the worker")
+    _give_up(records)
     records.remove()
+
+
+def _give_up(records: RunDir) -> None:
+    """Let any machine have the file. What goes wrong is said, and no reason not to go on: this machine may go down.
+
+    Of the records, so that no configuration is needed: the URL as the worker had it, and the server's address.
+    """
+    text, _, address = (records.read(run_dir.ADDRESS) or "").partition("\n")
+    if not address:
+        return
+    try:
+        holder = owner_record.keeper_holder(records.name)
+        owner.release(text.replace("%", "%%"), holder, owner_record.identity(), address=address)
+    except NbdnfsError as error:
+        print(f"nbdnfs: {records.name}: the owner record stays: {error.message}", file=sys.stderr)
 
 
 def _end(record: ProcessRecord | None, number: int, what: str) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
-from nbdnfs import diagnose, units
+from nbdnfs import diagnose, owner, owner_record, units
 from nbdnfs import url as nfs_url
 from nbdnfs.engine import NfsFile, libnfs_version
 from nbdnfs.errors import (
@@ -89,13 +89,14 @@ def create(url: str, size_bytes: int, *, force: bool = False, progress: Progress
     """Make a backing file of `size_bytes` zero bytes, mode 0600, all of its blocks written.
 
     An existing file is refused unless `force`; then all of it is written with zeros and it grows to the size; it
-    is never made smaller. Interrupted, even by SIGKILL or a power cut, the same call goes on where it stood (with
-    `force` on an existing file: from the start). While the server is away it waits.
+    is never made smaller, and never overwritten while somebody owns it. Interrupted, even by SIGKILL or a power
+    cut, the same call goes on where it stood (with `force` on an existing file: from the start). While the server
+    is away it waits.
 
     UsageError: no possible size or URL. CannotCreateError: it exists, or there is no room (what was written is
     removed then). PermissionDeniedError: not allowed, or root is squashed. ConfigError: an existing file that
     others may read. BusyError: another create of this file runs on this machine. IOFailureError: the server
-    fails to write. Others as `diagnose.explain`.
+    fails to write. OwnedError: somebody swaps to it. Others as `diagnose.explain`.
     """
     _check_size(size_bytes)
     target = nfs_url.parse(url)
@@ -110,6 +111,7 @@ def create(url: str, size_bytes: int, *, force: bool = False, progress: Progress
         with _closing(existing):
             _remove_leftover(existing, target)
             _check_may_overwrite(_stat(existing), target, size_bytes, force)
+            owner.refuse_if_owned(url, owner_record.identity())
             _write_zeros(existing, 0, size_bytes, target, report)
             _warn_unless_allocated(existing, target, size_bytes)
 

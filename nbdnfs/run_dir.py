@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RUN = "run/nbdnfs"
-WORKER, KEEPER, ADDRESS, STATE = "worker", "keeper", "address", "state"
+WORKER, KEEPER, ADDRESS, STATE, OWNER = "worker", "keeper", "address", "state", "owner"
+# The state that a keeper leaves behind when another machine has taken the file.
+LOST = "lost"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,26 @@ def names(root: Path = Path("/")) -> list[str]:
     """The devices that have records."""
     folder = root / RUN
     return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def write_refusal(name: str, text: str | None, root: Path = Path("/")) -> None:
+    """Why the device did not get its file, for `status`; None: it did. Beside the records, which go when it fails."""
+    path = root / RUN / f"{name}.refused"
+    try:
+        if text is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_text(text + "\n")
+    except OSError:  # then only the journal knows
+        pass
+
+
+def refusal(name: str, root: Path = Path("/")) -> str | None:
+    """What `write_refusal` has written."""
+    try:
+        return (root / RUN / f"{name}.refused").read_text().strip()
+    except OSError:
+        return None
 
 
 def start_time_ticks(pid: int, root: Path = Path("/")) -> int | None:

@@ -16,6 +16,8 @@ from nbdnfs.errors import NoInputError
 from nbdnfs.run_dir import RunDir
 
 PAGE_BYTES = 4096
+# enum owner_state of engine/owner.h
+_OWNER_UNSURE, _OWNER_LOST = 2, 3
 
 # nbdnfs/engine/region.h: enum region_file
 _FILE_STATES = {
@@ -95,6 +97,9 @@ def read(name: str, root: Path = Path("/")) -> Status:
     swap = swap_area.find(attached.path, root) if attached is not None else None
     counters = _counters(worker.pid, root) if worker is not None else {}
     address = (records.read(run_dir.ADDRESS) or "").partition("\n")[2]
+    ownership = _number(counters, "owner_state")
+    is_lost = ownership == _OWNER_LOST or records.read(run_dir.STATE) == run_dir.LOST
+    refused = run_dir.refusal(name, root)
     return Status(
         name=name,
         state=(records.read(run_dir.STATE) or "unknown") if keeper is not None else "not running",
@@ -110,10 +115,13 @@ def read(name: str, root: Path = Path("/")) -> Status:
         problems=tuple(
             problem
             for problem, holds in (
-                ("it is not up", attached is None),
+                ("another machine has taken its file: swap has ended here, start the machine anew", is_lost),
+                ("it is not up", attached is None and not is_lost),
+                (refused or "", refused is not None and attached is None),
                 ("nobody swaps to it", attached is not None and swap is None),
                 ("no keeper watches it", attached is not None and keeper is None),
                 ("no worker serves it", attached is not None and worker is None),
+                ("it cannot see whether the file is still its own: writes wait", ownership == _OWNER_UNSURE),
                 ("the server does not answer", _number(counters, "disconnected") != 0),
                 (_FILE_STATES.get(_number(counters, "file_state"), ""), _number(counters, "file_state") != 0),
                 (_refusal(_number(counters, "write_back_error")), _number(counters, "write_back_error") != 0),

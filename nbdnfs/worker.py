@@ -19,7 +19,7 @@ from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING
 
 import nbdnfs
-from nbdnfs import run, worker_config
+from nbdnfs import owner_record, run, worker_config
 from nbdnfs.errors import BusyError, CannotCreateError, ConfigError, NbdnfsError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
@@ -166,16 +166,22 @@ def serve(
     engine: str = "c",
     threads: int = THREADS,
     settings: Mapping[str, str] = MappingProxyType({}),
+    owned: bool = True,
 ) -> int:
     """Run a worker in the foreground until SIGINT, SIGTERM or its own end. Returns the exit status.
 
     On a signal the worker ends when its clients have disconnected (nbdkit(1)); on a second one at once, also
     when it waits for an unreachable server. What the worker has to say about a setting, the server or the file
     it says on stderr itself. `settings` are further ones of the plugin's, which checks them.
+
+    With `owned` the file is claimed for this machine meanwhile: OwnedError when another one has it. The engine for
+    comparison knows nothing of that.
     """
     check_nbdkit()
     text, address = worker_config.check_url(url)
-    argv = nbdkit_argv({"url": text, "address": address, "engine": engine, **settings}, threads=threads)
+    owned = owned and engine == "c"
+    more = owner_settings(text) if owned else {}
+    argv = nbdkit_argv({"url": text, "address": address, "engine": engine, **more, **settings}, threads=threads)
     worker: subprocess.Popen[bytes] | None = None
     signals = 0
     patience = threading.Timer(
@@ -194,7 +200,10 @@ def serve(
     # before there is anything that a signal could leave behind
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
-    with listening(socket_path) as listener:
+    with listening(socket_path) as listener, _owning(url, address) if owned else contextlib.nullcontext():
+        if signals:
+            patience.cancel()
+            return 0
         worker = run.start_listening(argv, listener, worker_environment())
         if signals:
             worker.send_signal(signal.SIGTERM)
@@ -202,3 +211,24 @@ def serve(
         status = worker.wait()
         patience.cancel()
         return 0 if signals else status if status >= 0 else 128 - status
+
+
+@contextlib.contextmanager
+def _owning(url: str, address: str) -> Iterator[None]:
+    """Have the file for this machine and process meanwhile. Raises as owner.claim."""
+    from nbdnfs import owner  # not for keepers, which have this module in locked memory
+
+    me, holder = owner_record.identity(), owner.serve_holder()
+    owner.claim(url, holder, me)
+    try:
+        yield
+    finally:
+        try:
+            owner.release(url, holder, me, address=address)
+        except NbdnfsError as error:
+            log.warning("the owner record stays: %s", error.message)
+
+
+def owner_settings(text: str) -> dict[str, str]:
+    """The plugin's settings for a file that has been claimed; `text` is its URL as libnfs is to get it."""
+    return owner_record.plugin_settings(text.partition("?")[0].rpartition("/")[2], owner_record.boot_id())

@@ -37,12 +37,27 @@ ENGINE_NUMBERS = {
 # See docs/decisions/0013.
 CONNECTIONS = 4
 LOCKS = ("wanted", "required", "off")
-KEYS = ("url", "address", "engine", "lock", "realtime", "without", "control_fd", *ENGINE_NUMBERS)
+KEYS = (
+    "url",
+    "address",
+    "engine",
+    "lock",
+    "realtime",
+    "without",
+    "owner",
+    "owner_record",
+    "control_fd",
+    *ENGINE_NUMBERS,
+)
 
 # What a standby and its keeper say to each other over the control socket; see wait_for_turn. After GO may follow the
 # server's address, where that has changed.
 READY, GO = b"r", b"g"
 _WORD_BYTES = 128
+# How a worker of a keeper's ends when another machine has taken its file; no status of sysexits(3). The keeper then
+# lets the kernel's requests fail.
+LOST_STATUS = 80
+
 # What the engine allocates when it opens, on top of memlock.HEAP_BYTES: a standby has it touched before.
 ENGINE_HEAP_BYTES = 2 * 1024 * 1024
 _RETRY_PAUSES_S = (0.2, 0.5, 1)
@@ -60,7 +75,7 @@ CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", 
 class WorkerConfig:
     """What the plugin was told. `address` is the server's, resolved before anything is locked or short."""
 
-    __slots__ = ("address", "control_fd", "engine", "lock", "numbers", "url", "without")
+    __slots__ = ("address", "control_fd", "engine", "lock", "numbers", "owner", "url", "without")
 
     def __init__(
         self,
@@ -71,8 +86,11 @@ class WorkerConfig:
         without: tuple[str, ...],
         numbers: dict[str, int],
         control_fd: int | None = None,
+        owner: dict[str, str | int] | None = None,
     ) -> None:
+        """owner  what nbdnfs.engine.Engine is to know of the owner record; nothing when none is kept"""
         self.control_fd = control_fd
+        self.owner = owner or {}
         self.url = url
         self.address = address
         self.engine = engine
@@ -147,7 +165,15 @@ class WorkerConfig:
             return Reference(self.url, self.address)
         keep_thread_states()
         numbers = {"connections": CONNECTIONS, **self.numbers}
-        return Engine(self.url, self.address, connect_timeout_s=connect_timeout_s, **numbers)  # type: ignore[arg-type]
+        status = LOST_STATUS if self.control_fd is not None else 0
+        return Engine(
+            self.url,
+            self.address,
+            connect_timeout_s=connect_timeout_s,
+            exit_status_when_lost=status,
+            **numbers,  # type: ignore[arg-type]
+            **self.owner,  # type: ignore[arg-type]
+        )
 
 
 def parse(settings: Mapping[str, str]) -> WorkerConfig:
@@ -172,7 +198,8 @@ def parse(settings: Mapping[str, str]) -> WorkerConfig:
         url, address = check_url(url)
     numbers = {key: _number(key, settings[key], ENGINE_NUMBERS[key]) for key in ENGINE_NUMBERS if key in settings}
     control_fd = _number("control_fd", settings["control_fd"], DESCRIPTORS) if "control_fd" in settings else None
-    return WorkerConfig(url, address, kind, lock, without, numbers, control_fd)
+    owner = _owner(settings.get("owner", "off"), settings.get("owner_record", ""))
+    return WorkerConfig(url, address, kind, lock, without, numbers, control_fd, owner)
 
 
 def check_url(text: str) -> tuple[str, str]:
@@ -196,6 +223,20 @@ def _refuse_region(descriptor: int) -> None:
             f"the region that is in use has version {found}, this nbdnfs has version {region_version}",
             "nbdnfs down and up again, or install the version that was there before",
         )
+
+
+def _owner(text: str, record: str) -> dict[str, str | int]:
+    """owner_record.plugin_settings, or off. Whoever starts us has claimed the file."""
+    if text == "off":
+        return {}
+    boot, _, refresh_ms = text.partition("/")
+    if len(boot) != 32 or any(digit not in "0123456789abcdef" for digit in boot) or not record:
+        raise ConfigError(f"owner cannot be '{text}', with the record '{record}'", "by hand it is off")
+    return {
+        "owner_path": f"/{record}",
+        "owner_identity": f"\nboot {boot}\n",
+        "owner_refresh_ms": _number("owner", refresh_ms, range(1, 1 << 24)),
+    }
 
 
 def _nearest(key: str) -> str:

@@ -26,6 +26,9 @@ what was under way is sent again: callers wait, they see no error. `soft_limit_m
 longer (0: none does); a file that the server has lost or exchanged is waited for `gone_limit_ms`, and then EIO too.
 What was written is kept in any case. docs/decisions/0010 has the whole table, 0011 what `silence_ms` is.
 
+With `owner_path` and `owner_identity` the engine writes only while the record of that name, beside the file, has that
+line; see nbdnfs.owner. Once it has another, all requests raise EIO, or, with `exit_status_when_lost`, the process ends.
+
 `NfsFile` is the same for a file of any size, with byte offsets and with operations on names, for making and
 inspecting backing files.
 

@@ -21,6 +21,7 @@ class FileStat(TypedDict):
     ino: int
     nlink: int
     used: int
+    mtime_us: int
     is_regular: bool
 
 class Engine:
@@ -38,6 +39,10 @@ class Engine:
         soft_limit_ms: int = 0,
         gone_limit_ms: int = 300_000,
         silence_ms: int = 15_000,
+        owner_path: str | None = None,
+        owner_identity: str | None = None,
+        owner_refresh_ms: int = 10000,
+        exit_status_when_lost: int = 0,
     ) -> None: ...
     @property
     def size_bytes(self) -> int: ...

@@ -14,10 +14,12 @@
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "cache.h"
 #include "crc32c.h"
@@ -102,6 +104,9 @@ struct engine {
 	uint8_t *buffers;       /* of the runs and fetches, and the samples */
 	uint8_t *samples;       /* a page for each connection's thread */
 	pthread_t flusher;
+	struct owner *owner;    /* NULL: nobody asked for one */
+
+	atomic_bool stolen;     /* somebody else has the file: nothing works any more; set once, under `lock` */
 
 	pthread_mutex_t lock;   /* guards everything below, and the cache */
 	pthread_cond_t work;    /* the flusher has something to do */
@@ -232,6 +237,8 @@ static void note_refusal(struct engine *engine, int error, uint64_t first_page, 
 	struct region_counters *c = counters(engine);
 	uint64_t now = now_ms();
 
+	if (atomic_load(&engine->stolen))
+		return;
 	if (now >= engine->refused_until_ms) {
 		uint64_t pause_ms = engine->refused_pause_ms * 2;
 
@@ -446,7 +453,7 @@ static bool flush_step(struct engine *engine)
 {
 	struct run *run;
 
-	if (engine->abandon)
+	if (engine->abandon || atomic_load(&engine->stolen))
 		return false;
 	if (wants_write_back(engine)) {
 		run = free_run(engine);
@@ -495,7 +502,8 @@ static void *flusher_thread(void *arg)
 		bool are_held = cache_end_holds(engine->cache, now_ms());
 		uint64_t now;
 
-		if (engine->stop && (engine->abandon || cache_unstable_count(engine->cache) == 0))
+		if (engine->stop &&
+		    (engine->abandon || atomic_load(&engine->stolen) || cache_unstable_count(engine->cache) == 0))
 			break;
 		if (flush_step(engine))
 			continue;
@@ -504,7 +512,7 @@ static void *flusher_thread(void *arg)
 			engine->aged_sequence = young_sequence;
 			young_sequence = cache_sequence(engine->cache);
 			young_at_ms = now;
-		} else if (cache_unstable_count(engine->cache) == 0) {
+		} else if (cache_unstable_count(engine->cache) == 0 || atomic_load(&engine->stolen)) {
 			engine->flusher_rests = true;
 			pthread_cond_wait(&engine->work, &engine->lock);
 			engine->flusher_rests = false;
@@ -615,6 +623,12 @@ static int check_range(const struct engine *engine, uint64_t offset_bytes, uint6
 	    offset_bytes > engine->size_bytes || length_bytes > engine->size_bytes - offset_bytes)
 		return -EINVAL;
 	return 0;
+}
+
+/* What a request returns that is otherwise without error. */
+static int result_of(struct engine *engine)
+{
+	return atomic_load(&engine->stolen) ? -EIO : 0;
 }
 
 /* For nfsio to recognise the file by. Called by its threads, without a lock. */
@@ -801,10 +815,14 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 	uint64_t page = offset_bytes / PAGE_BYTES, pages = length_bytes / PAGE_BYTES;
 	int error = check_range(engine, offset_bytes, length_bytes);
 
+	if (error == 0)
+		error = result_of(engine);
 	while (error == 0 && pages > 0) {
 		uint32_t now = pages < BATCH_PAGES ? (uint32_t)pages : BATCH_PAGES;
 
 		error = read_batch(engine, data, page, now);
+		if (error == 0)
+			error = result_of(engine); /* it may have been somebody else's page already */
 		data += (size_t)now * PAGE_BYTES;
 		page += now;
 		pages -= now;
@@ -824,7 +842,7 @@ static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
 	uint64_t limit_ms = engine->options.nfs.soft_limit_ms, end_ms = since_ms;
 	struct timespec until;
 
-	if (engine->lost)
+	if (engine->lost || atomic_load(&engine->stolen))
 		return false;
 	call_flusher(engine);
 	if (limit_ms == 0) {
@@ -897,7 +915,7 @@ static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page
 		error = wait_pages_stable(engine, page, pages, cache_sequence(engine->cache));
 	pthread_mutex_unlock(&engine->lock);
 	count(&counters(engine)->filled_pages_written, filled);
-	return error;
+	return error != 0 ? error : result_of(engine);
 }
 
 int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes, bool fua)
@@ -906,6 +924,8 @@ int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_byt
 	uint64_t page = offset_bytes / PAGE_BYTES, pages = length_bytes / PAGE_BYTES;
 	int error = check_range(engine, offset_bytes, length_bytes);
 
+	if (error == 0)
+		error = result_of(engine);
 	while (error == 0 && pages > 0) {
 		uint32_t now = pages < BATCH_PAGES ? (uint32_t)pages : BATCH_PAGES;
 
@@ -935,7 +955,7 @@ int engine_flush(struct engine *engine)
 		in_time = wait_for_nas(engine, since_ms);
 	engine->waiting_for_stable--;
 	pthread_mutex_unlock(&engine->lock);
-	return in_time ? 0 : -EIO;
+	return in_time ? result_of(engine) : -EIO;
 }
 
 int engine_trim(struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes)
@@ -1026,6 +1046,23 @@ static int start_flusher(struct engine *engine)
 	return -error;
 }
 
+/* The owner's word on the file. No lock held. */
+static void owner_changed(void *arg, enum owner_state state)
+{
+	struct engine *engine = arg;
+
+	set_counter(&counters(engine)->owner_state, state);
+	if (state != OWNER_LOST)
+		return;
+	if (engine->options.exit_status_when_lost != 0)
+		_exit(engine->options.exit_status_when_lost);
+	pthread_mutex_lock(&engine->lock);
+	atomic_store(&engine->stolen, true);
+	pthread_cond_broadcast(&engine->progress);
+	pthread_cond_signal(&engine->work);
+	pthread_mutex_unlock(&engine->lock);
+}
+
 static void close_connections(struct engine *engine)
 {
 	while (engine->io_count > 0)
@@ -1066,6 +1103,15 @@ static void hold_replay(struct engine *engine)
 	}
 }
 
+static void stop_owner(struct engine *engine)
+{
+	if (engine->owner == NULL)
+		return;
+	nfsio_stop(engine->ios[0]); /* it may wait for the server */
+	owner_destroy(engine->owner);
+	engine->owner = NULL;
+}
+
 int engine_create(const struct engine_options *options, struct engine **out, struct nfsio_failure *why)
 {
 	struct engine *engine = calloc(1, sizeof(*engine));
@@ -1077,6 +1123,15 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 		return fail(why, -ENOMEM, "");
 	engine->options = *options;
 	engine->own_region = options->region_fd < 0;
+	if (options->owner.identity != NULL) {
+		engine->owner = owner_create(&options->owner);
+		if (engine->owner == NULL) {
+			error = fail(why, -ENOMEM, "");
+			goto fail_free;
+		}
+		engine->options.nfs.may_write = owner_may_write;
+		engine->options.nfs.judge = engine->owner;
+	}
 	error = open_connections(engine, why);
 	if (error != 0)
 		goto fail_free;
@@ -1115,15 +1170,23 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 	pthread_cond_init(&engine->work, &monotonic);
 	pthread_cond_init(&engine->progress, &monotonic);
 	pthread_condattr_destroy(&monotonic);
+	set_counter(&counters(engine)->owner_state, OWNER_NONE);
+	if (engine->owner != NULL) {
+		error = owner_start(engine->owner, engine->ios[0], owner_changed, engine, why);
+		if (error != 0)
+			goto fail_unmap;
+	}
 	error = start_flusher(engine);
 	if (error != 0) {
 		fail(why, error, "");
-		goto fail_unmap;
+		goto fail_owner;
 	}
 	for (unsigned i = 0; i < engine->io_count; i++)
 		watch(engine, engine->ios[i], engine->samples + (size_t)i * PAGE_BYTES);
 	*out = engine;
 	return 0;
+fail_owner:
+	stop_owner(engine);
 fail_unmap:
 	if (engine->cache != NULL)
 		cache_destroy(engine->cache);
@@ -1132,6 +1195,8 @@ fail_unmap:
 fail_close:
 	close_connections(engine);
 fail_free:
+	if (engine->owner != NULL)
+		owner_destroy(engine->owner);
 	free(engine);
 	return error;
 }
@@ -1143,7 +1208,7 @@ void engine_destroy(struct engine *engine)
 	while (engine->own_region && !all_written && !lost) {
 		all_written = engine_flush(engine) == 0; /* soft: its end is no reason to forget what is in memory */
 		pthread_mutex_lock(&engine->lock);
-		lost = engine->lost;
+		lost = engine->lost || atomic_load(&engine->stolen);
 		pthread_mutex_unlock(&engine->lock);
 	}
 	pthread_mutex_lock(&engine->lock);
@@ -1154,6 +1219,7 @@ void engine_destroy(struct engine *engine)
 	pthread_cond_signal(&engine->work);
 	pthread_mutex_unlock(&engine->lock);
 	pthread_join(engine->flusher, NULL);
+	stop_owner(engine);
 	close_connections(engine); /* ends what is still under way */
 	cache_destroy(engine->cache);
 	region_unmap(&engine->region);

@@ -4,7 +4,8 @@
  *
  * Every request function may be called from any thread, blocks until it is done, and returns 0 or -errno:
  * -EINVAL for what is not a multiple of 4096 at a multiple of 4096 inside the device, -EIO for a page whose
- * checksum is wrong, what the server answered for reads that it refuses. A server that is away is waited for,
+ * checksum is wrong and for everything once somebody else has taken the file, what the server answered for reads
+ * that it refuses. A server that is away is waited for,
  * unless nfs.soft_limit_ms says for how long; a file that is gone for nfs.gone_limit_ms: both are -EIO, for
  * whoever waits. What was acknowledged is kept all the same, and written when that is possible again.
  *
@@ -17,6 +18,7 @@
 #include <stdint.h>
 
 #include "nfsio.h"
+#include "owner.h"
 #include "region.h"
 
 /* Fewer slots than this leave no room for write-backs and read-aheads side by side. */
@@ -32,6 +34,12 @@ struct engine_options {
 	unsigned connections;   /* 1 to ENGINE_CONNECTIONS_MAX: one for all, the others for one reader at a time each */
 	bool stable_writes;     /* FILE_SYNC each, rather than UNSTABLE with a COMMIT now and then */
 	uint32_t read_ahead_pages; /* at most so many; 0: none */
+	struct owner_options owner; /* identity NULL: the file is written whoever owns it */
+	/*
+	 * When somebody else takes the file: end the process with this status, so that its keeper can let the kernel's
+	 * requests fail. 0: stay, and fail all of them here.
+	 */
+	int exit_status_when_lost;
 };
 
 /* Connects, opens, maps the region and takes over what it holds. Returns 0, or -errno and *why. */

@@ -200,28 +200,35 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
 {
 	static char *names[] = { "url", "address", "region_fd", "region_pages", "connections", "stable_writes",
 				 "read_ahead_pages", "connect_timeout_s", "soft_limit_ms", "gone_limit_ms",
-				 "silence_ms", NULL };
+				 "silence_ms", "owner_path", "owner_identity", "owner_refresh_ms",
+				 "exit_status_when_lost", NULL };
 	struct engine_options options = {
 		.nfs = { .connect_timeout_s = CONNECT_TIMEOUT_S, .gone_limit_ms = GONE_LIMIT_MS },
 		.region_fd = -1,
 		.region_pages = 4096,
 		.connections = 1,
 		.read_ahead_pages = 64,
+		.owner = { .refresh_ms = OWNER_REFRESH_MS },
 	};
 	struct nfsio_failure why;
 	struct engine *engine = NULL;
 	struct engine_object *self;
 	int stable_writes = 0, error;
 
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$iIIpIIIII", names, &options.nfs.url, &options.nfs.address,
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$iIIpIIIIIzzIi", names, &options.nfs.url, &options.nfs.address,
 					 &options.region_fd, &options.region_pages, &options.connections, &stable_writes,
 					 &options.read_ahead_pages, &options.nfs.connect_timeout_s,
 					 &options.nfs.soft_limit_ms, &options.nfs.gone_limit_ms,
-					 &options.nfs.silence_ms))
+					 &options.nfs.silence_ms, &options.owner.path, &options.owner.identity,
+					 &options.owner.refresh_ms, &options.exit_status_when_lost))
 		return NULL;
 	options.stable_writes = stable_writes;
 	if (options.region_pages < ENGINE_REGION_PAGES_MIN || options.connections < 1 || options.connections > ENGINE_CONNECTIONS_MAX) {
 		PyErr_SetString(PyExc_ValueError, "region_pages must be 256 or more, connections 1 to 16");
+		return NULL;
+	}
+	if ((options.owner.path == NULL) != (options.owner.identity == NULL) || options.owner.refresh_ms == 0) {
+		PyErr_SetString(PyExc_ValueError, "owner_path and owner_identity come together, and owner_refresh_ms is not 0");
 		return NULL;
 	}
 	Py_BEGIN_ALLOW_THREADS
@@ -366,7 +373,9 @@ static PyType_Slot engine_slots[] = {
 	{ Py_tp_methods, engine_methods },
 	{ Py_tp_getset, engine_getset },
 	{ Py_tp_doc, (void *)"Engine(url, address, *, region_fd=-1, region_pages=4096, connections=1, stable_writes=False, "
-			     "read_ahead_pages=64, connect_timeout_s=15, soft_limit_ms=0, gone_limit_ms=300000, silence_ms=15000): a block device over a file on an NFS server" },
+			     "read_ahead_pages=64, connect_timeout_s=15, soft_limit_ms=0, gone_limit_ms=300000, "
+			     "silence_ms=15000, owner_path=None, owner_identity=None, owner_refresh_ms=10000, "
+			     "exit_status_when_lost=0): a block device over a file on an NFS server" },
 	{ 0, NULL },
 };
 
@@ -493,10 +502,10 @@ static PyObject *file_pwrite(struct file_object *self, PyObject *args)
 
 static PyObject *stat_dict(const struct nfsio_stat *st)
 {
-	return Py_BuildValue("{sKsIsIsIsKsKsKsO}", "size", (unsigned long long)st->size_bytes, "mode",
+	return Py_BuildValue("{sKsIsIsIsKsKsKsKsO}", "size", (unsigned long long)st->size_bytes, "mode",
 			     (unsigned)(st->mode & 07777), "uid", (unsigned)st->uid, "gid", (unsigned)st->gid, "ino",
 			     (unsigned long long)st->fileid, "nlink", (unsigned long long)st->nlink, "used",
-			     (unsigned long long)st->used_bytes, "is_regular",
+			     (unsigned long long)st->used_bytes, "mtime_us", (unsigned long long)st->mtime_us, "is_regular",
 			     (st->mode & 0170000) == 0100000 ? Py_True : Py_False);
 }
 
@@ -587,7 +596,7 @@ static PyMethodDef file_methods[] = {
 	{ "pread", (PyCFunction)file_pread, METH_VARARGS, "pread(buffer, offset) -> bytes read, less at the end of file" },
 	{ "pwrite", (PyCFunction)file_pwrite, METH_VARARGS, "pwrite(buffer, offset) -> bytes written, all of them, stable" },
 	{ "stat", (PyCFunction)file_stat, METH_NOARGS,
-	  "stat() -> {size, mode, uid, gid, ino, nlink, used (bytes), is_regular}, asked of the server" },
+	  "stat() -> {size, mode, uid, gid, ino, nlink, used (bytes), mtime_us, is_regular}, asked of the server" },
 	{ "lookup", (PyCFunction)file_lookup, METH_VARARGS, "lookup(path) -> as stat(), of another name" },
 	{ "link", (PyCFunction)file_link, METH_VARARGS, "link(old_path, new_path): a hard link; EEXIST when new_path is there" },
 	{ "rename", (PyCFunction)file_rename, METH_VARARGS, "rename(old_path, new_path): replaces new_path" },

@@ -162,6 +162,9 @@ struct name_op {
 	bool done;
 	struct nfsio_failure *why; /* error 0 while nothing has gone wrong */
 	struct nfsio_stat *st;
+	struct nfsio_look *look; /* NULL but for nfsio_look(), whose file is `fh` */
+	struct nfsfh *fh;
+	int look_error;
 	pthread_cond_t finished;
 	struct name_op *next;
 };
@@ -648,6 +651,11 @@ static int issue(struct nfsio *io, struct nfsio_req *req)
 	return call_write3(nfs_get_rpc_context(io->nfs), write3_done, &args, req);
 }
 
+static bool is_write(const struct nfsio_req *req)
+{
+	return req->op == NFSIO_WRITE || req->op == NFSIO_WRITE_UNSTABLE;
+}
+
 /* Hand libnfs what waits, and as much of it to the socket as that takes. */
 static void issue_pending(struct nfsio *io)
 {
@@ -658,7 +666,13 @@ static void issue_pending(struct nfsio *io)
 	if (io->inflight.head == NULL)
 		io->heard_at_ms = now_ms();
 	while ((req = io->pending.head) != NULL) {
-		if (issue(io, req) < 0) {
+		int refused = is_write(req) && io->options.may_write != NULL ? io->options.may_write(io->options.judge) : 0;
+
+		if (refused != 0 && refused != -EAGAIN) {
+			finish(&io->pending, req, refused);
+			continue;
+		}
+		if (refused != 0 || issue(io, req) < 0) {
 			try_later(io, &io->pending, req);
 			continue;
 		}
@@ -811,6 +825,8 @@ static void receive(struct nfsio *io)
 	int timeout_ms = sleep_ms(io);
 	uint64_t kicks;
 
+	if (io->finished.head != NULL)
+		timeout_ms = 0; /* what was refused before it went out */
 	if (me == THE_IO_THREAD)
 		io->io_thread_polls = true;
 	pthread_mutex_unlock(&io->lock);
@@ -849,7 +865,7 @@ static void wake_if_needed(struct nfsio *io)
 			kick(io);
 		return;
 	}
-	if (io->broken || io->later.head != NULL || nfs_which_events(io->nfs) & POLLOUT)
+	if (io->broken || io->later.head != NULL || io->finished.head != NULL || nfs_which_events(io->nfs) & POLLOUT)
 		wake_io_thread(io);
 	else if (io->detached > 0 && io->receiver == NOBODY)
 		call_io_thread(io);
@@ -939,6 +955,7 @@ static void copy_stat(struct nfsio_stat *st, const struct nfs_stat_64 *from)
 		.used_bytes = from->nfs_used,
 		.fileid = from->nfs_ino,
 		.nlink = from->nfs_nlink,
+		.mtime_us = from->nfs_mtime * 1000000 + from->nfs_mtime_nsec / 1000,
 		.mode = from->nfs_mode,
 		.uid = from->nfs_uid,
 		.gid = from->nfs_gid,
@@ -976,12 +993,88 @@ static void name_op_done(int error, struct nfs_context *nfs, void *data, void *a
 	}
 }
 
-enum name_call { CALL_STAT, CALL_FSTAT, CALL_LINK, CALL_RENAME, CALL_UNLINK };
+/* nfsio_look(), step by step: open, read, write where that is wanted, close. Each is the callback of the one before. */
+
+static void look_closed(int error, struct nfs_context *nfs, void *data, void *arg)
+{
+	struct name_op *op = arg;
+
+	if (!op->io->discarding)
+		name_op_finish(op, op->look_error, op->look_error != 0 ? strerror(-op->look_error) : NULL);
+}
+
+static void look_close(struct name_op *op, struct nfs_context *nfs, int error)
+{
+	struct nfsfh *fh = op->fh;
+
+	op->look_error = error;
+	op->fh = NULL;
+	if (nfs_close_async(nfs, fh, look_closed, op) != 0)
+		op->io->broken = true;
+}
+
+/* True when a step has brought a result; discard() sees to what has lost its connection. */
+static bool look_goes_on(struct name_op *op, int error)
+{
+	if (op->io->discarding)
+		return false;
+	if (is_transport_error(error))
+		op->io->broken = true;
+	return !is_transport_error(error);
+}
+
+static void look_written(int error, struct nfs_context *nfs, void *data, void *arg)
+{
+	struct name_op *op = arg;
+
+	if (!look_goes_on(op, error))
+		return;
+	op->look->changed = error == (int)op->look->change_bytes;
+	look_close(op, nfs, op->look->changed ? 0 : error < 0 ? error : -EIO);
+}
+
+static void look_read(int error, struct nfs_context *nfs, void *data, void *arg)
+{
+	struct name_op *op = arg;
+	struct nfsio_look *look = op->look;
+
+	if (!look_goes_on(op, error))
+		return;
+	if (error < 0 || (uint32_t)error > look->room_bytes) {
+		look_close(op, nfs, error < 0 ? error : -EPROTO);
+		return;
+	}
+	look->found_bytes = (uint32_t)error;
+	if (!DATA_LANDS_IN_PLACE)
+		memcpy(look->data, data, look->found_bytes);
+	if (look->wants_change == NULL || !look->wants_change(look))
+		look_close(op, nfs, 0);
+	else if (call_pwrite(nfs, op->fh, (void *)(uintptr_t)look->change, look->change_bytes, look->change_offset,
+			     look_written, op) != 0)
+		look_close(op, nfs, -ENOMEM);
+}
+
+static void look_opened(int error, struct nfs_context *nfs, void *data, void *arg)
+{
+	struct name_op *op = arg;
+
+	if (!look_goes_on(op, error))
+		return;
+	if (error < 0) {
+		name_op_finish(op, error, nfs_get_error(nfs));
+		return;
+	}
+	op->fh = data;
+	if (call_pread(nfs, op->fh, op->look->data, op->look->room_bytes, 0, look_read, op) != 0)
+		look_close(op, nfs, -ENOMEM);
+}
+
+enum name_call { CALL_STAT, CALL_FSTAT, CALL_LINK, CALL_RENAME, CALL_UNLINK, CALL_LOOK };
 
 static int name_call(struct nfsio *io, enum name_call call, const char *path, const char *new_path,
-		     struct nfsio_stat *st, struct nfsio_failure *why)
+		     struct nfsio_stat *st, struct nfsio_look *look, struct nfsio_failure *why)
 {
-	struct name_op op = { .io = io, .why = why, .st = st };
+	struct name_op op = { .io = io, .why = why, .st = st, .look = look };
 	char full[2][4096];
 	int status = -ENOTCONN;
 
@@ -1014,6 +1107,10 @@ static int name_call(struct nfsio *io, enum name_call call, const char *path, co
 		case CALL_UNLINK:
 			status = nfs_unlink_async(io->nfs, full[0], name_op_done, &op);
 			break;
+		case CALL_LOOK:
+			status = nfs_open_async(io->nfs, full[0], look->wants_change != NULL ? O_RDWR : O_RDONLY,
+						look_opened, &op);
+			break;
 		}
 		if (status != 0 && !op.done)
 			name_op_finish(&op, status < 0 ? status : -EIO, nfs_get_error(io->nfs));
@@ -1030,27 +1127,34 @@ static int name_call(struct nfsio *io, enum name_call call, const char *path, co
 
 int nfsio_stat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why)
 {
-	return name_call(io, CALL_STAT, path, NULL, st, why);
+	return name_call(io, CALL_STAT, path, NULL, st, NULL, why);
 }
 
 int nfsio_fstat(struct nfsio *io, struct nfsio_stat *st, struct nfsio_failure *why)
 {
-	return name_call(io, CALL_FSTAT, NULL, NULL, st, why);
+	return name_call(io, CALL_FSTAT, NULL, NULL, st, NULL, why);
 }
 
 int nfsio_link(struct nfsio *io, const char *old_path, const char *new_path, struct nfsio_failure *why)
 {
-	return name_call(io, CALL_LINK, old_path, new_path, NULL, why);
+	return name_call(io, CALL_LINK, old_path, new_path, NULL, NULL, why);
 }
 
 int nfsio_rename(struct nfsio *io, const char *old_path, const char *new_path, struct nfsio_failure *why)
 {
-	return name_call(io, CALL_RENAME, old_path, new_path, NULL, why);
+	return name_call(io, CALL_RENAME, old_path, new_path, NULL, NULL, why);
 }
 
 int nfsio_unlink(struct nfsio *io, const char *path, struct nfsio_failure *why)
 {
-	return name_call(io, CALL_UNLINK, path, NULL, NULL, why);
+	return name_call(io, CALL_UNLINK, path, NULL, NULL, NULL, why);
+}
+
+int nfsio_look(struct nfsio *io, const char *path, struct nfsio_look *look, struct nfsio_failure *why)
+{
+	look->found_bytes = 0;
+	look->changed = false;
+	return name_call(io, CALL_LOOK, path, NULL, NULL, look, why);
 }
 
 /* ------------------------------------------------------------------ connecting, I/O thread ------------- */
@@ -1429,6 +1533,9 @@ static void discard(struct nfsio *io)
 	for (struct nfsio_req *req = io->inflight.head; req != NULL; req = req->next)
 		req->resent = req->op == NFSIO_WRITE || req->op == NFSIO_WRITE_UNSTABLE;
 	io->discarding = true;
+	for (struct name_op *op = io->name_ops; op != NULL; op = op->next)
+		if (op->fh != NULL)
+			nfs_close_async(io->nfs, op->fh, step_ignore, NULL);
 	destroy_context(io->nfs, io->fh);
 	io->discarding = false;
 	io->nfs = NULL;
@@ -1669,7 +1776,7 @@ static bool is_mine_to_receive(const struct nfsio *io)
 {
 	if (io->receiver != NOBODY || io->broken)
 		return false;
-	return io->detached > 0 || io->batches > 0 || now_ms() - io->waited_at_ms >= QUIET_MS;
+	return io->detached > 0 || io->batches > 0 || io->finished.head != NULL || now_ms() - io->waited_at_ms >= QUIET_MS;
 }
 
 /* Lock held, dropped meanwhile. */
@@ -1845,12 +1952,17 @@ int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct n
 	return 0;
 }
 
-void nfsio_close(struct nfsio *io)
+void nfsio_stop(struct nfsio *io)
 {
 	atomic_store(&io->stop, true);
 	pthread_mutex_lock(&io->lock);
 	wake_io_thread(io);
 	pthread_mutex_unlock(&io->lock);
+}
+
+void nfsio_close(struct nfsio *io)
+{
+	nfsio_stop(io);
 	pthread_join(io->thread, NULL);
 	destroy(io);
 }

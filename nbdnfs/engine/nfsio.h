@@ -87,10 +87,17 @@ struct nfsio_options {
 	unsigned soft_limit_ms;
 	/* ... and at once, when the server has answered for so long that the file is gone. 0: never. */
 	unsigned gone_limit_ms;
+	/*
+	 * Asked each time that a write is about to go out, also again after a reconnect: 0: let it, -EAGAIN: ask again
+	 * soon, another -errno: the write fails with it. NULL: let all of them. Called with nfsio's lock held.
+	 */
+	int (*may_write)(void *judge);
+	void *judge;
 };
 
 struct nfsio_stat {
 	uint64_t size_bytes, used_bytes, fileid, nlink;
+	uint64_t mtime_us;       /* by the server's clock, since the epoch */
 	uint32_t mode, uid, gid; /* mode as in stat(2), with the file type */
 };
 
@@ -101,6 +108,12 @@ struct nfsio;
  * lost connection is made again for ever.
  */
 int nfsio_open(const struct nfsio_options *options, struct nfsio **io, struct nfsio_failure *why);
+
+/*
+ * Give up the connection and have everything that waits for it fail, now and from now on. For who has threads to end
+ * before nfsio_close(), which may not be called while another function runs.
+ */
+void nfsio_stop(struct nfsio *io);
 
 /* Fails what is still waiting with -ECANCELED, joins the thread, frees everything. */
 void nfsio_close(struct nfsio *io);
@@ -177,5 +190,27 @@ int nfsio_fstat(struct nfsio *io, struct nfsio_stat *st, struct nfsio_failure *w
 int nfsio_link(struct nfsio *io, const char *old_path, const char *new_path, struct nfsio_failure *why);
 int nfsio_rename(struct nfsio *io, const char *old_path, const char *new_path, struct nfsio_failure *why);
 int nfsio_unlink(struct nfsio *io, const char *path, struct nfsio_failure *why);
+
+/* A look at a small file, and a change to the very file that was seen, whatever has its name by then. */
+struct nfsio_look {
+	uint8_t *data;          /* filled from the file's beginning */
+	uint32_t room_bytes;
+	uint32_t found_bytes;
+	/*
+	 * Decides by what was found whether `change` is written. Called by some thread, with nfsio's lock held; NULL: it
+	 * is not.
+	 */
+	bool (*wants_change)(struct nfsio_look *look);
+	const uint8_t *change;
+	uint32_t change_bytes;
+	uint32_t change_offset;
+	bool changed;
+};
+
+/*
+ * Open the file that has the name now, read, change, close. The change may get lost with the server. An error says
+ * that not all of it was done; `changed` is true when the server has taken the change.
+ */
+int nfsio_look(struct nfsio *io, const char *path, struct nfsio_look *look, struct nfsio_failure *why);
 
 #endif

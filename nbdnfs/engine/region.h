@@ -66,7 +66,8 @@ enum region_file {
 	X(write_back_error)                         /* now: errno of the last refusal, 0 when none */ \
 	X(disconnected)                             /* now: 1 while there is no connection */           \
 	X(file_state)                               /* now: an enum region_file */                  \
-	X(twins_until_ms)                           /* CLOCK_MONOTONIC: until when pages are held */
+	X(twins_until_ms)                           /* CLOCK_MONOTONIC: until when pages are held */ \
+	X(owner_state)                              /* now: enum owner_state */
 
 /* log2 of microseconds: bucket n counts what took less than 2^n */
 #define HISTOGRAM_BUCKETS 32

@@ -135,6 +135,7 @@ def test_stat_is_asked_of_the_server(
         "ino": expected.st_ino,
         "nlink": 2,
         "used": expected.st_blocks * 512,
+        "mtime_us": expected.st_mtime_ns // 1000,
         "is_regular": True,
     }
     assert file.size_bytes == 10_000

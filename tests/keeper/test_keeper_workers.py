@@ -14,20 +14,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_kernel import FakeKernel
 from fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
+from nfs_server import Ganesha
 
 from nbdnfs import keeper as keeper_module
-from nbdnfs import run_dir
+from nbdnfs import owner, owner_record, run_dir
 from nbdnfs.config import Config
 from nbdnfs.engine import region_counters
+from nbdnfs.errors import OwnedError
 from nbdnfs.handshake import Export, TransmissionFlags
 from nbdnfs.keeper import Helper, Keeper
 from nbdnfs.keeper_work import RealWork
 from nbdnfs.link import Attached
 from nbdnfs.notify import Notifier
+from nbdnfs.owner_record import Identity, Timing
 from nbdnfs.run_dir import RunDir
 
 PAGE = 4096
@@ -54,15 +58,21 @@ class FakeSwap(RealWork):
 class Setup:
     """A server, a kernel, and the keepers that come and go on them."""
 
-    def __init__(self, server: FakeNfsServer, root: Path) -> None:
-        settings = Config("t", server.url(), region_pages=SLOTS, lock="off")
+    def __init__(self, server: Any, root: Path, *, url: str | None = None, timing: Timing | None = None) -> None:
+        """With `timing` the file at `url` has been claimed, and the workers keep its record."""
+        url = url or server.url()
+        settings = Config("t", url, region_pages=SLOTS, lock="off", owner=False)
         self.server = server
         self.kernel = FakeKernel()
-        self.work = FakeSwap(settings, server.url(), "127.0.0.1")
+        self.work = FakeSwap(settings, url, "127.0.0.1")
+        if timing is not None:
+            name = url.partition("?")[0].rpartition("/")[2]
+            more = owner_record.plugin_settings(name, owner_record.boot_id(), timing)
+            self.work._argv += [f"{key}={value}" for key, value in more.items()]
         self.records = RunDir("t", run=root)
         self.records.make()
         self.parked: dict[str, int] = {}
-        self.keeper: Keeper | None = None
+        self.over = threading.Event()
 
     def run(self, scenario: Callable[[Keeper], None]) -> int:
         """A keeper in this thread until `scenario`, in another one, has ended."""
@@ -82,12 +92,17 @@ class Setup:
             except BaseException as error:
                 failure.append(error)
             finally:
-                os.kill(os.getpid(), signal.SIGTERM)
+                if not self.over.is_set():
+                    os.kill(os.getpid(), signal.SIGTERM)
 
+        self.over.clear()
         thread = threading.Thread(target=play)
         thread.start()
-        status = keeper.run()
-        thread.join(60)
+        try:
+            status = keeper.run()
+        finally:
+            self.over.set()
+            thread.join(60)
         if failure:
             raise failure[0]
         return status
@@ -368,3 +383,35 @@ def test_a_worker_of_another_region_version_is_no_standby(setup: Setup, capfd: p
         setup.kernel.wait_for_link(2)
 
     setup.run(scenario)
+
+
+def test_a_stolen_file_ends_the_keeper(ganesha: Ganesha, tmp_path: Path) -> None:
+    """Another machine takes it under the keeper's feet: no write of this one's after that, the kernel's requests fail
+    instead of waiting, and no worker is started again and again. The record, made before, was no obstacle."""
+    path = ganesha.export_path / "stolen"
+    path.write_bytes(bytes(DEVICE_BYTES))
+    url = ganesha.url("stolen")
+    timing = Timing(refresh_ms=300, in_flight_ms=300)
+    holder = owner_record.keeper_holder("t")
+    owner.claim(url, holder, owner_record.identity(), timing=timing)
+    setup = Setup(ganesha, tmp_path, url=url, timing=timing)
+    box2 = Identity("d" * 32, "e" * 32, "-", "box2")
+    page = page_of(0, 2)
+
+    def scenario(keeper: Keeper) -> None:
+        ready(keeper)
+        for number in range(800):
+            setup.kernel.write(number * PAGE, page_of(number, 1))
+        owner.claim(url, holder, box2, steal=True, timing=timing)
+        path.write_bytes(page * (DEVICE_BYTES // PAGE))
+        assert setup.over.wait(30)
+
+    with pytest.raises(OwnedError, match="another machine's"):
+        setup.run(scenario)
+    assert setup.kernel.reconnects == 0
+    assert setup.records.read(run_dir.STATE) == run_dir.LOST
+    assert path.read_bytes() == page * (DEVICE_BYTES // PAGE)
+    assert not owner.release(url, holder, owner_record.identity())
+    setup.end()
+    for left in path.parent.glob("*stolen*"):
+        left.unlink()

@@ -487,13 +487,16 @@ def unprivileged() -> tuple[int, list[str]]:
     return 0, [setpriv, "--bounding-set=-all", "--inh-caps=-all"]
 
 
-def test_it_needs_no_root(new_file: Callable[..., FileOnServer], directory: Path, start: Start) -> None:
-    """Without a capability, and so without a reserved port, on a file of one's own. The worker has none either."""
+def test_it_needs_no_root(ganesha: Ganesha, directory: Path, start: Start) -> None:
+    """Without a capability, and so without a reserved port, on a file and in a directory of one's own. The worker has
+    none either."""
     uid, wrapper = unprivileged()
-    file = new_file(4 * MIB)
-    os.chown(file.path, uid, uid)
+    file = FileOnServer(ganesha, "own/file", 4 * MIB)
+    file.path.parent.mkdir()
+    file.path.write_bytes(bytes(4 * MIB))
     file.path.chmod(0o600)
-    os.chown(directory, uid, uid)
+    for path in (file.path.parent, file.path, directory):
+        os.chown(path, uid, uid)
     path = directory / "s"
     process = start(file.url(), path, wrapper=wrapper)
     wait_until(lambda: is_served(path) or process.poll() is not None, "somebody serves")

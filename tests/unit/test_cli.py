@@ -102,7 +102,7 @@ def test_what_serve_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("serve", URL, "--socket", "/run/s", "--engine=libnfs-python", "--threads", "2") == 7
     ((arguments, options),) = seen
     assert (arguments[0], str(arguments[1])) == (URL, "/run/s")
-    assert options == {"engine": "libnfs-python", "threads": 2, "settings": {}}
+    assert options == {"engine": "libnfs-python", "threads": 2, "settings": {}, "owned": True}
 
 
 ERRORS = {

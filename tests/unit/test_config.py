@@ -75,6 +75,7 @@ def test_every_key(root: Path) -> None:
         soft_limit = "90s"
         gone_limit = "10min"
         reclaim_check = false
+        owner = false
         """,
     )
     assert config.load("swap0", root) == Config(
@@ -97,6 +98,7 @@ def test_every_key(root: Path) -> None:
         soft_limit_ms=90_000,
         gone_limit_ms=600_000,
         reclaim_check=False,
+        owner=False,
     )
 
 

@@ -194,6 +194,14 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
         doctor.examine("../etc", tmp_path)
 
 
+def test_a_file_that_was_refused(tmp_path: Path) -> None:
+    """Who has it, and what to do."""
+    write(tmp_path, {**MACHINE, "etc/nbdnfs/swap0.toml": 'url = "nfs://nas/export/swap"\n'})
+    assert bad(tmp_path, "swap0") == {}
+    write(tmp_path, {"run/nbdnfs/swap0.refused": "x is in use as swap by box2\n"})
+    assert list(bad(tmp_path, "swap0")) == ["swap0: owner of the file"]
+
+
 def test_this_machine() -> None:
     """Whatever the machine, each line has a subject and a finding, and a bad one says what to do."""
     findings = doctor.examine()

@@ -17,11 +17,12 @@ from fake_kernel import FakeKernel
 
 from nbdnfs import keeper as keeper_module
 from nbdnfs import run_dir
-from nbdnfs.errors import BusyError, NbdnfsError, PermissionDeniedError, UnavailableError
+from nbdnfs.errors import BusyError, NbdnfsError, OwnedError, PermissionDeniedError, UnavailableError
 from nbdnfs.keeper import Helper, Keeper
 from nbdnfs.link import Attached
 from nbdnfs.notify import Notifier
 from nbdnfs.run_dir import RunDir
+from nbdnfs.worker_config import LOST_STATUS
 from nbdnfs.worker_process import WorkerProcess
 
 FAKE_WORKER = str(Path(__file__).resolve().parents[1] / "fake_worker.py")
@@ -85,6 +86,7 @@ class Setup:
         self.records = RunDir("t", run=tmp_path)
         self.records.make()
         self.turns = 0
+        self.over = threading.Event()
 
     def make(self, stored: dict[str, int] | None = None) -> Keeper:
         return Keeper(self.kernel, self.work, self.records, Notifier({}), stored=stored or {})
@@ -101,17 +103,17 @@ class Setup:
             except BaseException as error:
                 failure.append(error)
             finally:
-                if not over.is_set():
+                if not self.over.is_set():
                     os.kill(os.getpid(), signal.SIGTERM)
 
-        over = threading.Event()
+        self.over.clear()
         thread = threading.Thread(target=play)
         if scenario is not None:
             thread.start()
         try:
             status = made.run()
         finally:
-            over.set()
+            self.over.set()
             if scenario is not None:
                 thread.join(30)
         if failure:
@@ -222,6 +224,30 @@ def test_workers_that_fail_later_are_no_reason_to_end(setup: Setup) -> None:
         watches(keeper)
 
     setup.run(scenario)
+
+
+@pytest.mark.parametrize("swapped_on", [True, False])
+def test_the_file_is_lost_to_another_machine(setup: Setup, swapped_on: bool) -> None:
+    """The next worker finds it so: the device is taken down, so that what waits for it fails, and the keeper ends for
+    good, without one more worker."""
+    if not swapped_on:
+        setup.work.swap_ons = [os.EX_TEMPFAIL]
+
+    def scenario(keeper: Keeper) -> None:
+        until(lambda: keeper.standby is not None and keeper.standby.is_ready)
+        if swapped_on:
+            watches(keeper)
+        for process in setup.work.started:
+            os.kill(process.pid, signal.SIGKILL)
+        assert setup.over.wait(30)
+
+    setup.work.behaviours = ["serve", "serve", f"exit:{LOST_STATUS}", "serve"]
+    with pytest.raises(OwnedError) as caught:
+        setup.run(scenario)
+    assert caught.value.exit_code == os.EX_NOPERM
+    assert setup.kernel.find() is None
+    assert len(setup.work.started) == 3
+    assert setup.records.read(run_dir.STATE) == (run_dir.LOST if swapped_on else None)
 
 
 def test_standbys_that_fail_do_not_disturb_the_link(setup: Setup) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nbdnfs import provision
+from nbdnfs import owner, provision
 from nbdnfs import url as nfs_url
 from nbdnfs.errors import (
     BusyError,
@@ -193,6 +193,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
     """An empty server, in the place of NfsFile; chunks of one page."""
     server = FakeServer()
     monkeypatch.setattr(provision, "NfsFile", server.open)
+    monkeypatch.setattr(owner, "NfsFile", server.open)
     monkeypatch.setattr(provision, "_CHUNK_BYTES", CHUNK)
     monkeypatch.setattr(provision, "_ALLOCATION_SETTLES_S", 0.0)
     monkeypatch.setattr(provision, "_RETRY_PAUSE_S", 0.001)

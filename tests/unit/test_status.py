@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdnfs import status
+from nbdnfs import run_dir, status
 from nbdnfs.errors import NoInputError, UsageError
 
 
@@ -83,6 +83,36 @@ def test_what_the_region_tells(
     monkeypatch.setattr(status, "_counters", lambda pid, root: {counter: value})
     (problem,) = status.read("swap0", root).problems
     assert words in problem
+
+
+def test_a_lost_file(root: Path) -> None:
+    """The keeper has taken the device down and ended: that is said, rather than that it is not up."""
+    (root / "sys/block/nbd3/pid").unlink()
+    (root / "run/nbdnfs/swap0/state").write_text("lost\n")
+    (problem,) = status.read("swap0", root).problems
+    assert problem.startswith("another machine has taken its file")
+
+
+@pytest.mark.parametrize(
+    ("state", "problem"), [(1, None), (2, "writes wait"), (3, "another machine has taken its file")]
+)
+def test_what_the_worker_knows_of_the_owner(
+    root: Path, monkeypatch: pytest.MonkeyPatch, state: int, problem: str | None
+) -> None:
+    """enum owner_state, through the region's counters."""
+    monkeypatch.setattr(status, "_counters", lambda pid, root: {"owner_state": state})
+    problems = status.read("swap0", root).problems
+    assert problem in problems[0] if problem else not problems
+
+
+def test_a_refusal(root: Path) -> None:
+    """Who has the file is told until the device has got it."""
+    (root / "sys/block/nbd3/pid").unlink()
+    run_dir.write_refusal("swap0", "x is in use as swap by box2", root)
+    assert status.read("swap0", root).problems == ("it is not up", "x is in use as swap by box2")
+    assert status.names(root) == ["swap0"]
+    run_dir.write_refusal("swap0", None, root)
+    assert status.read("swap0", root).problems == ("it is not up",)
 
 
 def test_names(root: Path) -> None:

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The owner record: what it looks like, what is none, and what a newcomer may do about one."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nbdnfs import owner_record
+from nbdnfs.errors import ConfigError
+from nbdnfs.owner_record import RECORD_BYTES, REFUSALS, Identity, Record, Timing, Verdict, decide
+
+A, B, C, D = ("a" * 31 + "1", "b" * 31 + "1", "c" * 31 + "1", "d" * 31 + "1")
+ME = Identity(machine=A, boot=B, hardware=C, host="box1")
+HOLDER = "keeper:swap0"
+
+hexadecimal = st.text("0123456789abcdef", min_size=32, max_size=32)
+records = st.builds(
+    Record,
+    state=st.sampled_from(["held", "waiting", "free"]),
+    machine=hexadecimal | st.just("-"),
+    boot=hexadecimal,
+    hardware=hexadecimal | st.just("-"),
+    claim=hexadecimal,
+    generation=st.integers(1, 9_999_999_999),
+    refresh_ms=st.integers(1, 99_999_999),
+    stops_within_ms=st.integers(1, 99_999_999),
+    claimed=st.just("2026-01-02T03:04:05Z"),
+    holder=st.sampled_from(["keeper:" + "n" * 64, "serve:4194304:18446744073709551615"]),
+    host=st.text("abcXYZ019.-?", min_size=1, max_size=64),
+    refreshed=st.integers(0, 9_999_999_999),
+)
+
+
+def held(**changes: object) -> Record:
+    """A record that box2 holds."""
+    record = owner_record.new(Identity(D, D, D, "box2"), HOLDER, None, "held")
+    return dataclasses.replace(record, **changes)  # type: ignore[arg-type]
+
+
+@given(records)
+def test_what_is_written_is_read(record: Record) -> None:
+    """The longest and the shortest values fit into 512 bytes, and come back."""
+    data = record.to_bytes()
+    assert len(data) == RECORD_BYTES
+    assert owner_record.parse(data) == record
+
+
+def test_the_format_is_what_the_worker_knows() -> None:
+    """engine/owner.c writes ten digits at offset 25, and looks for whole lines."""
+    data = held(refreshed=1234567890).to_bytes()
+    assert data[:25] == b"nbdnfs owner 1\nrefreshed "
+    assert data[25:36] == b"1234567890\n"
+    assert b"\nstate held\n" in data
+    assert f"\nboot {D}\n".encode() in data
+    assert b"\nhost box2\n" in data
+    source = (Path(owner_record.__file__).parent / "engine/owner.c").read_text()
+    assert re.search(r"#define COUNTER_OFFSET 25u", source)
+    header = (Path(owner_record.__file__).parent / "engine/owner.h").read_text()
+    assert f"#define OWNER_RECORD_BYTES {RECORD_BYTES}u" in header
+    assert f"#define OWNER_REFRESH_MS {owner_record.TIMING.refresh_ms}u" in header
+
+
+@given(records, st.integers(0, RECORD_BYTES - 1), st.integers(0, 255))
+@settings(max_examples=300)
+def test_one_wrong_byte_never_becomes_another_shape(record: Record, at: int, byte: int) -> None:
+    """What still parses is written exactly so: nothing is skipped, trimmed or guessed."""
+    data = bytearray(record.to_bytes())
+    data[at] = byte
+    found = owner_record.parse(bytes(data))
+    assert found is None or found.to_bytes() == bytes(data)
+
+
+@given(st.binary(max_size=600))
+def test_anything_else_is_none(data: bytes) -> None:
+    """Empty, short, long and random files are no records."""
+    assert owner_record.parse(data) is None
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: text.replace("owner 1", "owner 2"),
+        lambda text: text.replace("state held", "state mine"),
+        lambda text: text.replace("generation 1\n", "generation 01\n"),
+        lambda text: text.replace("host box2", "host box 2"),
+        lambda text: text.replace("host box2\n", ""),
+        lambda text: text.replace("\nstate held\nmachine", "\nmachine").replace("\nboot", "\nstate held\nboot"),
+        lambda text: text.replace("host box2\n", "host box2\nmore 1\n"),
+        lambda text: text.replace("keeper:swap0", "keeper:"),
+    ],
+)
+def test_damage(spoil: object) -> None:
+    """A wrong version, value, order, missing or additional line."""
+    text = held().to_bytes().decode()
+    spoilt = spoil(text)  # type: ignore[operator]
+    assert spoilt != text
+    assert owner_record.parse(spoilt.encode().ljust(RECORD_BYTES, b"\n")[:RECORD_BYTES]) is None
+
+
+OTHER = {"machine": D, "boot": D, "hardware": D}
+EARLIER = {"machine": A, "boot": D, "hardware": D}
+# an image with a machine id of its own at each boot, on the same hardware
+SAME_BOX = {"machine": D, "boot": D, "hardware": C}
+NOW = {"machine": A, "boot": B, "hardware": C}
+
+
+@pytest.mark.parametrize(
+    ("record", "age_s", "lives", "verdict", "stolen"),
+    [
+        (OTHER, 3, False, Verdict.REFUSE_FRESH, Verdict.TAKE),
+        (OTHER, 24, False, Verdict.REFUSE_FRESH, Verdict.TAKE),
+        (OTHER, 26, False, Verdict.REFUSE_STALE, Verdict.TAKE),
+        (OTHER | {"state": "waiting"}, 3, False, Verdict.REFUSE_FRESH, Verdict.TAKE),
+        (OTHER | {"state": "free"}, 3, False, Verdict.TAKE, Verdict.TAKE),
+        (EARLIER, 26, False, Verdict.REPLACE, Verdict.REPLACE),
+        (EARLIER, 3, False, Verdict.WATCH, Verdict.TAKE),
+        (EARLIER | {"state": "waiting"}, 26, False, Verdict.TAKE, Verdict.TAKE),
+        (SAME_BOX, 26, False, Verdict.REPLACE, Verdict.REPLACE),
+        (SAME_BOX, 3, False, Verdict.WATCH, Verdict.TAKE),
+        (NOW, 3, True, Verdict.KEEP, Verdict.KEEP),
+        (NOW, 300, False, Verdict.KEEP, Verdict.KEEP),
+        (NOW | {"state": "waiting"}, 3, False, Verdict.TAKE, Verdict.TAKE),
+        (NOW | {"holder": "keeper:swap1"}, 300, True, Verdict.REFUSE_BUSY, Verdict.REFUSE_BUSY),
+        (NOW | {"holder": "keeper:swap1"}, 3, False, Verdict.REPLACE, Verdict.REPLACE),
+        # containers on one host: one boot, several machines
+        (NOW | {"machine": D, "hardware": "-"}, 3, True, Verdict.REFUSE_FRESH, Verdict.TAKE),
+        # no id is nobody's
+        ({"machine": "-", "boot": D, "hardware": "-"}, 26, False, Verdict.REFUSE_STALE, Verdict.TAKE),
+    ],
+)
+def test_decisions(record: dict[str, str], age_s: float, lives: bool, verdict: Verdict, stolen: Verdict) -> None:
+    """What box1 may do about each kind of record, without and with --steal."""
+    found = held(**record)
+    assert decide(found, ME, HOLDER, age_s=age_s, holder_lives=lives) is verdict
+    assert decide(found, ME, HOLDER, age_s=age_s, holder_lives=lives, steal=True) is stolen
+
+
+def test_no_ids_at_all() -> None:
+    """A machine without any id owns what it claimed in this boot, and nothing of before."""
+    me = Identity("-", B, "-", "box1")
+    mine = owner_record.new(me, HOLDER, None, "held")
+    assert decide(mine, me, HOLDER, age_s=0, holder_lives=False) is Verdict.KEEP
+    later = dataclasses.replace(me, boot=C)
+    assert decide(mine, later, HOLDER, age_s=100, holder_lives=False) is Verdict.REFUSE_STALE
+
+
+def test_none_and_damaged() -> None:
+    """No record: make one. Something else in its place: nobody knows, unless told."""
+    assert decide(None, ME, HOLDER, age_s=0, holder_lives=False) is Verdict.CREATE
+    assert decide(b"", ME, HOLDER, age_s=0, holder_lives=False) is Verdict.REFUSE_DAMAGED
+    assert decide(b"", ME, HOLDER, age_s=0, holder_lives=False, steal=True) is Verdict.TAKE
+
+
+def test_watched() -> None:
+    """An earlier boot's record that stood still is taken, however young the clock says it is."""
+    assert decide(held(**EARLIER), ME, HOLDER, age_s=0, holder_lives=False, watched=True) is Verdict.REPLACE
+
+
+identities = st.builds(
+    Identity,
+    machine=st.sampled_from(["-", A, D]),
+    boot=st.sampled_from([B, D]),
+    hardware=st.sampled_from(["-", C, D]),
+    host=st.just("box"),
+)
+
+
+@given(identities, identities, st.floats(0, 1000), st.booleans(), st.sampled_from(["held", "waiting"]))
+def test_a_living_stranger_is_never_replaced(
+    me: Identity, owner: Identity, age_s: float, lives: bool, state: str
+) -> None:
+    """Whatever the ids: another machine's or boot's record that is fresh is refused or watched, and taken with
+    --steal only, with the wait that lets its owner stop."""
+    record = owner_record.new(owner, HOLDER, None, state)
+    verdict = decide(record, me, HOLDER, age_s=age_s, holder_lives=lives)
+    if (owner.boot, owner.machine) != (me.boot, me.machine):
+        if age_s < record.stale_after_s:
+            assert verdict in (*REFUSALS, Verdict.WATCH)
+            assert decide(record, me, HOLDER, age_s=age_s, holder_lives=lives, steal=True) is Verdict.TAKE
+        assert verdict is not Verdict.KEEP
+    else:
+        assert verdict in (Verdict.KEEP, Verdict.TAKE)
+
+
+def test_the_wait_covers_what_the_owner_may_still_send() -> None:
+    """Two refresh times of permission, the kernel's patience with a connection, and some; stale comes after
+    permission."""
+    record = held()
+    assert record.stops_within_ms >= 2 * record.refresh_ms + 25_000 + 5_000
+    assert record.stale_after_s * 1000 > 2 * record.refresh_ms
+    quick = owner_record.new(ME, HOLDER, record, "held", Timing(refresh_ms=100, in_flight_ms=50))
+    assert (quick.refresh_ms, quick.stops_within_ms, quick.generation) == (100, 250, 2)
+    assert quick.claim != owner_record.new(ME, HOLDER, record, "held").claim
+
+
+def test_identity(tmp_path: Path) -> None:
+    """From machine-id, boot_id and SMBIOS; ids that are none; nothing of the ids themselves gets out."""
+    files = {
+        "etc/machine-id": "0123456789abcdef0123456789abcdef\n",
+        "proc/sys/kernel/random/boot_id": "01234567-89ab-cdef-0123-456789abcdef\n",
+        "sys/class/dmi/id/product_uuid": "4C4C4544-0044-4A10-8030-B4C04F4E4D32\n",
+    }
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    me = owner_record.identity(tmp_path)
+    assert me.boot == "0123456789abcdef0123456789abcdef"
+    assert re.fullmatch("[0-9a-f]{32}", me.machine)
+    assert re.fullmatch("[0-9a-f]{32}", me.hardware)
+    assert me.machine not in (me.boot, me.hardware)
+    assert owner_record.parse(owner_record.new(me, HOLDER, None, "held").to_bytes()) is not None
+
+    (tmp_path / "etc/machine-id").write_text("uninitialized\n")
+    (tmp_path / "sys/class/dmi/id/product_uuid").write_text("FFFFFFFF-FFFF-FFFF-FFFF-FFFFFFFFFFFF\n")
+    assert owner_record.identity(tmp_path).machine == owner_record.identity(tmp_path).hardware == "-"
+    (tmp_path / "sys/class/dmi/id/product_uuid").unlink()
+    board = tmp_path / "proc/device-tree/serial-number"
+    board.parent.mkdir(parents=True)
+    board.write_bytes(b"100000003d1d1c36\0")
+    assert owner_record.identity(tmp_path).hardware not in ("-", me.hardware)
+    (tmp_path / "proc/sys/kernel/random/boot_id").unlink()
+    with pytest.raises(ConfigError, match="no boot id"):
+        owner_record.identity(tmp_path)
+
+
+def test_names() -> None:
+    """Beside the file and hidden; a name that is too long for that gets one of its own."""
+    assert owner_record.name_of("box.swap") == ".box.swap.owner"
+    long = owner_record.name_of("ä" * 120)
+    assert len(long.encode()) < 100
+    assert long != owner_record.name_of("ä" * 121)
