@@ -249,7 +249,7 @@ struct nfsio {
 	struct req_list later;    /* the server asked to be asked again (JUKEBOX), or libnfs had no memory */
 	int64_t later_at_ms;
 
-	int64_t heard_at_ms;    /* when something came over nfs, or there was nothing to wait for */
+	int64_t heard_at_ms;    /* when something came over nfs, or was first waited for */
 	int64_t silence_ms;     /* see look_into_silence() */
 	int64_t given_up_at_ms; /* when silence last cost a connection, 0: never */
 	struct probe probe;     /* beside nfs, while its silence is looked into */
@@ -663,7 +663,7 @@ static void issue_pending(struct nfsio *io)
 
 	if (io->nfs == NULL || io->broken)
 		return;
-	if (io->inflight.head == NULL)
+	if (io->inflight.head == NULL && io->pending.head != NULL)
 		io->heard_at_ms = now_ms();
 	while ((req = io->pending.head) != NULL) {
 		int refused = is_write(req) && io->options.may_write != NULL ? io->options.may_write(io->options.judge) : 0;
