@@ -5,7 +5,7 @@
 #include <stddef.h>
 
 #define THREAD_STACK_BYTES (256 * 1024)
-#define TOUCHED_STACK_BYTES (96 * 1024)
+#define TOUCHED_STACK_BYTES (64 * 1024)
 
 /*
  * Have the calling thread's stack faulted further down than it will ever go: a first touch later would be a
