@@ -12,7 +12,7 @@ import sys
 import time
 
 from nbdnfs import memlock
-from nbdnfs.engine import Engine, keep_thread_states, libnfs_version, region_version
+from nbdnfs.engine import Engine, forget_services, keep_thread_states, libnfs_version, region_version
 from nbdnfs.errors import ConfigError
 
 TYPE_CHECKING = False  # typing's own, without typing
@@ -144,6 +144,7 @@ class WorkerConfig:
 
             return Reference(self.url, self.address)
         keep_thread_states()
+        forget_services()
         return Engine(self.url, self.address, connect_timeout_s=connect_timeout_s, **self.numbers)  # type: ignore[arg-type]
 
 
