@@ -12,7 +12,7 @@ import sys
 import time
 
 from nbdnfs import memlock
-from nbdnfs.engine import Engine, keep_thread_states, libnfs_version, region_version
+from nbdnfs.engine import Engine, forget_services, keep_thread_states, libnfs_version, region_version
 from nbdnfs.errors import ConfigError
 
 TYPE_CHECKING = False  # typing's own, without typing
@@ -164,6 +164,7 @@ class WorkerConfig:
 
             return Reference(self.url, self.address)
         keep_thread_states()
+        forget_services()
         numbers = {"connections": CONNECTIONS, **self.numbers}
         status = LOST_STATUS if self.control_fd is not None else 0
         return Engine(

@@ -8,6 +8,9 @@
 #include <Python.h>
 
 #include <errno.h>
+#ifdef __GLIBC__
+#include <nss.h>
+#endif
 #include <pthread.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -89,6 +92,21 @@ static void keep_thread_state(void)
 static PyObject *keep_thread_states(PyObject *module, PyObject *unused)
 {
 	keep_states = true;
+	Py_RETURN_NONE;
+}
+
+/*
+ * libnfs asks for the name of each reserved port that it is about to bind (socket.c: getservbyport), which reads
+ * /etc/services at every connection: a file that may have left the page cache, in the process that frees memory. With
+ * "dns" for a source, which knows no services, glibc opens nothing, and no longer looks whether nsswitch.conf has
+ * changed (nss/nss_database.c: reload_disabled).
+ */
+static PyObject *forget_services(PyObject *module, PyObject *unused)
+{
+#ifdef __GLIBC__
+	if (__nss_configure_lookup("services", "dns") != 0)
+		return PyErr_SetFromErrno(PyExc_OSError);
+#endif
 	Py_RETURN_NONE;
 }
 
@@ -648,6 +666,8 @@ static PyObject *region_counters(PyObject *module, PyObject *args)
 static PyMethodDef module_methods[] = {
 	{ "keep_thread_states", keep_thread_states, METH_NOARGS,
 	  "keep_thread_states(): for programs whose threads Python did not make, nbdkit above all" },
+	{ "forget_services", forget_services, METH_NOARGS,
+	  "forget_services(): this process knows no names of ports from now on, and reads no file for them" },
 	{ "region_counters", region_counters, METH_VARARGS, "region_counters(fd) -> as Engine.counters(), of a region's fd" },
 	{ NULL, NULL, 0, NULL },
 };

@@ -1469,7 +1469,7 @@ static void destroy_context(struct nfs_context *nfs, struct nfsfh *fh)
 /* Mount and open with a context of its own. Returns false and *why. Called without the lock. */
 static bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why)
 {
-	int64_t deadline_ms = now_ms() + io->patience_ms;
+	int64_t deadline_ms = now_ms() + 1 + io->patience_ms; /* now_ms() rounds down: not a moment too early */
 	struct nfs_url *url = NULL;
 	struct nfs_context *nfs = new_context(io, &url, why);
 	struct step *step;

@@ -36,7 +36,7 @@ _LAST_REQUESTS_S = 60.0
 
 
 def run(
-    *, seconds: float, seed: int, version: int = 3, device_bytes: int = 512 * MIB, workdir: Path
+    *, seconds: float, seed: int, version: int = 3, connections: int = 1, device_bytes: int = 512 * MIB, workdir: Path
 ) -> tuple[list[str], list[str]]:
     """One run. Returns what went wrong, in texts, and what the worker said on stderr."""
     draw = random.Random(seed)
@@ -52,6 +52,7 @@ def run(
                 server.url(path.name, version, nfsport=proxy.port),
                 workdir,
                 f"--plugin-setting=region_pages={REGION_PAGES}",
+                f"--plugin-setting=connections={connections}",
                 f"--plugin-setting=silence_ms={SILENCE_MS}",
             )
         )
@@ -91,6 +92,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="of an earlier run, to replay it")
     parser.add_argument("--version", type=int, choices=(3, 4), default=3, help="of NFS; 4 needs libnfs 5 or newer")
+    parser.add_argument("--connections", type=int, choices=(1, 2), default=1, help="of the worker, to the server")
     parser.add_argument("--device-mib", type=int, default=512)
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
@@ -99,6 +101,7 @@ def main() -> int:
             seconds=args.seconds,
             seed=args.seed,
             version=args.version,
+            connections=args.connections,
             device_bytes=args.device_mib * MIB,
             workdir=Path(folder),
         )

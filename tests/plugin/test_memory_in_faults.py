@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Connecting again is part of the path that frees memory: it maps nothing, faults nothing and starts no thread."""
+"""Connecting again is part of the path that frees memory: it maps nothing, faults nothing, starts no thread, and
+opens no file.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import pytest
 from conftest import FileOnServer
 from nbd_client import NbdClient
 from proxy import TcpProxy
-from test_memory_discipline import DEVICE_BYTES, run_requests, start_trace
+from test_memory_discipline import DEVICE_BYTES, TRACED_CALLS, run_requests, start_trace
 from waiting import wait_until
 from worker_process import Worker, serving
 
@@ -43,8 +45,11 @@ def strike(worker: Worker, client: NbdClient, proxy: TcpProxy, rounds: int) -> N
 
 
 @pytest.mark.timeout(300)
-def test_connecting_again_needs_no_memory(new_file: object, proxy: TcpProxy, tmp_path: Path) -> None:
-    """Forty resets under load: +0 faults, the same size, no call that maps memory or starts a thread."""
+def test_connecting_again_needs_no_memory(
+    new_file: object, proxy: TcpProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forty resets under load: +0 faults, the same size, no call that maps memory, starts a thread or opens a file."""
+    monkeypatch.setattr("test_memory_discipline.TRACED_CALLS", f"{TRACED_CALLS},open,openat,stat,newfstatat,access")
     file = new_file(content=bytes(DEVICE_BYTES))  # type: ignore[operator]
     assert isinstance(file, FileOnServer)
     with serving(file.url(nfsport=proxy.port), tmp_path) as worker, NbdClient(worker.socket) as client:
