@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#999999", "#cc79a7")
 
 _WIDTH = 860
-_NAMES_WIDTH = 250
+_NAMES_WIDTH = 280
 _VALUES_WIDTH = 90
 _BAR = 13
 _GAP = 10

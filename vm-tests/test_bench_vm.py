@@ -23,7 +23,8 @@ COUNTERS = {"nfs_writes": 2, "nfs_written_bytes": 200 * 1024, "hit_pages": 3, "m
 
 def sample(peer: str, seconds: float, **counters: int) -> Sample:
     passes = (seconds / 10, seconds / 5, seconds / 2, seconds / 5)
-    return Sample(peer, 0.0, 1, seconds, passes, pages_out=1, pages_in=1, counters=counters)
+    swap_out = {"nfs_writes": 1, "nfs_written_bytes": 128 * 1024}
+    return Sample(peer, 0.0, 1, seconds, passes, pages_out=1, pages_in=1, counters=counters, swap_out=swap_out)
 
 
 @pytest.fixture
@@ -45,7 +46,8 @@ def test_tables(results: Results) -> None:
 def test_our_figures(results: Results) -> None:
     """What each NFS write carries is told, over all rounds."""
     figures = vm.our_figures(results, 0.0, 1)
-    assert "100 KiB for each NFS write" in figures
+    assert "128 KiB for each NFS write of swap-out alone" in figures
+    assert "in the whole run 100 KiB for each write" in figures
     assert "75% of pages read were in the region" in figures
 
 

@@ -10,9 +10,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from vmtest import swap, verdict
-from vmtest.benchpeers import PEERS, Counters, Files, delayed
+from vmtest.benchpeers import OURS, PEERS, Counters, Files, delayed
 from vmtest.guest import Guest
 from vmtest.outcome import GuestFailedError, HarnessError
+
+# inside/hog.c
+_HOG_WAS_KILLED = 3
+
+
+class NotFinishedError(GuestFailedError):
+    """No page was wrong as far as it came, but something was killed."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,8 @@ class Load:
 class Sample:
     """One verified run. `passes` are the seconds of each, in order: fill, sequential, random, sequential.
 
-    `counters` are what the region counted during the run; peers that are not ours have none.
+    `counters` are what the region counted during the run; peers that are not ours have none. `swap_out` is what it
+    counted in a run before that, which does nothing but fill: swap-out in sequence, and no swap-in.
     """
 
     peer: str
@@ -45,6 +53,7 @@ class Sample:
     pages_out: int
     pages_in: int
     counters: Mapping[str, int] = field(default_factory=dict)
+    swap_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def sequential_s(self) -> float:
@@ -94,13 +103,23 @@ def one_round(
     delays_ms: Sequence[float],
     tell: Callable[[str], None],
 ) -> list[Sample]:
-    """Each peer in that order, with each delay, by one process and by several. GuestFailedError for a wrong page."""
+    """Each peer in that order, with each delay, by one process and by several.
+
+    GuestFailedError for a wrong page, and when something is killed that swaps to ours. Others may fail (a small cgroup
+    that swaps to the kernel's NFS runs out of memory now and then): that is told, and there is no sample of it.
+    """
     samples = []
     for delay_ms in delays_ms:
         for peer in peers:
             with delayed(guest, delay_ms), PEERS[peer](guest, files, load.device_mib) as swapping:
                 for processes in (1, load.processes):
-                    sample = _run(guest, load, peer, delay_ms, processes, swapping.counters)
+                    try:
+                        sample = _run(guest, load, peer, delay_ms, processes, swapping.counters)
+                    except NotFinishedError as error:
+                        if peer == OURS:
+                            raise
+                        tell(f"{peer}, {delay_ms:g} ms, {processes} process(es): no sample: {error}")
+                        continue
                     passes = " ".join(f"{seconds:.1f}" for seconds in sample.passes)
                     tell(f"{peer}, {delay_ms:g} ms, {processes} process(es): {sample.seconds:.1f} s ({passes})")
                     samples.append(sample)
@@ -109,13 +128,18 @@ def one_round(
 
 def _run(guest: Guest, load: Load, peer: str, delay_ms: float, processes: int, read: Callable[[], Counters]) -> Sample:
     guest.run("sync; echo 3 > /proc/sys/vm/drop_caches", 120)
+    swap_out = {}
+    if counted := read():
+        with swap.limited(guest, load.limit_mib) as cgroup:
+            _stress(guest, load, processes, cgroup, passes="fill")
+        swap_out = _difference(counted, read())
     before, counted = swap.counters(guest), read()
     with swap.limited(guest, load.limit_mib) as cgroup:
         found = _stress(guest, load, processes, cgroup).check()
     now, after = read(), swap.counters(guest)
     pages_out, pages_in = after["pswpout"] - before["pswpout"], after["pswpin"] - before["pswpin"]
     if after["oom_kill"] != before["oom_kill"]:
-        raise GuestFailedError(f"{peer}: something was killed for want of memory")
+        raise NotFinishedError(f"{peer}: something was killed for want of memory")
     if not pages_out or not pages_in:
         raise GuestFailedError(f"{peer}: nothing was swapped: {pages_out} pages out, {pages_in} in")
     return Sample(
@@ -127,13 +151,18 @@ def _run(guest: Guest, load: Load, peer: str, delay_ms: float, processes: int, r
         pages_out=pages_out,
         pages_in=pages_in,
         counters=_difference(counted, now),
+        swap_out=swap_out,
     )
 
 
-def _stress(guest: Guest, load: Load, processes: int, cgroup: str) -> verdict.Verdict:
+def _stress(
+    guest: Guest, load: Load, processes: int, cgroup: str, passes: str = "fill,sequential,random,sequential"
+) -> verdict.Verdict:
     """The stress program's verdict, from its stdout: the verdict port has the verdicts of earlier runs as well."""
-    command = f"exec hog --size {load.size_mib} --processes {processes} --cgroup {cgroup}"
+    command = f"exec hog --size {load.size_mib} --processes {processes} --cgroup {cgroup} --passes {passes}"
     result = guest.start(command, load.timeout_s).wait()
+    if result.status == _HOG_WAS_KILLED:
+        raise NotFinishedError("one of the stress program's processes was killed")
     _, found = verdict.parse(result.stdout)
     if found is None:
         raise GuestFailedError(f"no verdict: the stress program ended with {result.status}\n{result.stderr}")
