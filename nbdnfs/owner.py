@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 # Newcomers that are quicker than this one, one after the other, before it gives up.
 _TRIES = 5
 _TIMEOUT_S = 15
+# A record whose file is gone has another by now: that is an answer, and nothing to wait for.
+_GONE_LIMIT_MS = 1
 _WATCH_PAUSE_S = 1.0
 # For giving up: the machine may be going down, and the server with it.
 _RELEASE_TIMEOUT_S = 5
@@ -313,7 +315,11 @@ class _Place:
         """What has the name now; None when nothing has. It stays the same file when the name gets another."""
         try:
             return NfsFile(
-                self.url(self.path[1:]), self.address, read_only=read_only, connect_timeout_s=connect_timeout_s
+                self.url(self.path[1:]),
+                self.address,
+                read_only=read_only,
+                connect_timeout_s=connect_timeout_s,
+                gone_limit_ms=_GONE_LIMIT_MS,
             )
         except OSError as error:
             if error.errno == errno.ENOENT and getattr(error, "phase", "open") == "open":
@@ -337,7 +343,14 @@ class _Newcomer:
         self._name = f"{place.path[1:]}.{secrets.token_hex(6)}"
         try:
             # others may read who has the file
-            self._file = NfsFile(place.url(self._name), place.address, create=True, exclusive=True, mode=0o644)
+            self._file = NfsFile(
+                place.url(self._name),
+                place.address,
+                create=True,
+                exclusive=True,
+                mode=0o644,
+                gone_limit_ms=_GONE_LIMIT_MS,
+            )
         except OSError as error:
             raise _cannot_make(error, place) from None
 

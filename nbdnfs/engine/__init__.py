@@ -30,7 +30,7 @@ With `owner_path` and `owner_identity` the engine writes only while the record o
 line; see nbdnfs.owner. Once it has another, all requests raise EIO, or, with `exit_status_when_lost`, the process ends.
 
 `NfsFile` is the same for a file of any size, with byte offsets and with operations on names, for making and
-inspecting backing files.
+inspecting backing files. Where the file has been gone for `gone_limit_ms`, its requests raise ESTALE.
 
 Errors: opening raises `NfsError`, an OSError with `phase` ("connect": no answer; "mount": no such export, or
 not for us; "open": the file). Requests raise OSError: EINVAL for what is not whole pages inside the device,

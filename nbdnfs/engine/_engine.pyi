@@ -65,6 +65,7 @@ class NfsFile:
         mode: int = 0o600,
         read_only: bool = False,
         connect_timeout_s: int = 15,
+        gone_limit_ms: int = 300_000,
     ) -> None: ...
     @property
     def size_bytes(self) -> int: ...

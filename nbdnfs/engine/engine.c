@@ -821,6 +821,8 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 		uint32_t now = pages < BATCH_PAGES ? (uint32_t)pages : BATCH_PAGES;
 
 		error = read_batch(engine, data, page, now);
+		if (error == -ESTALE)
+			error = -EIO; /* the file is gone: NBD has no word for it */
 		if (error == 0)
 			error = result_of(engine); /* it may have been somebody else's page already */
 		data += (size_t)now * PAGE_BYTES;

@@ -114,14 +114,16 @@ static PyObject *forget_services(PyObject *module, PyObject *unused)
 
 static int parse_options(PyObject *args, PyObject *kwargs, struct nfsio_options *options)
 {
-	static char *names[] = { "url", "address", "create", "exclusive", "mode", "read_only", "connect_timeout_s", NULL };
+	static char *names[] = { "url", "address", "create", "exclusive", "mode", "read_only", "connect_timeout_s",
+				 "gone_limit_ms", NULL };
 	int create = 0, exclusive = 0, read_only = 0;
 
 	*options = (struct nfsio_options){
 		.mode = 0600, .connect_timeout_s = CONNECT_TIMEOUT_S, .gone_limit_ms = GONE_LIMIT_MS
 	};
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$ppIpI", names, &options->url, &options->address, &create,
-					 &exclusive, &options->mode, &read_only, &options->connect_timeout_s))
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$ppIpII", names, &options->url, &options->address, &create,
+					 &exclusive, &options->mode, &read_only, &options->connect_timeout_s,
+					 &options->gone_limit_ms))
 		return -1;
 	options->create = create;
 	options->exclusive = exclusive;
@@ -634,7 +636,7 @@ static PyType_Slot file_slots[] = {
 	{ Py_tp_methods, file_methods },
 	{ Py_tp_getset, file_getset },
 	{ Py_tp_doc, (void *)"NfsFile(url, address, *, create=False, exclusive=False, mode=0o600, read_only=False, "
-			     "connect_timeout_s=15): a file on an NFS server, and the names beside it" },
+			     "connect_timeout_s=15, gone_limit_ms=300000): a file on an NFS server, and the names beside it" },
 	{ 0, NULL },
 };
 

@@ -381,7 +381,7 @@ static void fail_hopeless(struct nfsio *io)
 		for (struct nfsio_req *req = lists[i]->head, *next; req != NULL; req = next) {
 			next = req->next;
 			if (is_hopeless(io, req, now))
-				finish(lists[i], req, -EIO);
+				finish(lists[i], req, io->state.lost ? -ESTALE : -EIO);
 		}
 }
 

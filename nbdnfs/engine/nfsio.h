@@ -85,7 +85,7 @@ struct nfsio_options {
 	 * when it has waited for so long ("soft" of nfs(5)), 0: never ("hard") ...
 	 */
 	unsigned soft_limit_ms;
-	/* ... and at once, when the server has answered for so long that the file is gone. 0: never. */
+	/* ... and at once, with -ESTALE, when the server has answered for so long that the file is gone. 0: never. */
 	unsigned gone_limit_ms;
 	/*
 	 * Asked each time that a write is about to go out, also again after a reconnect: 0: let it, -EAGAIN: ask again
