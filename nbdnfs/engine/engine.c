@@ -13,7 +13,6 @@
 
 #include <errno.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,8 +23,8 @@
 #include "cache.h"
 #include "crc32c.h"
 #include "log.h"
-#include "stack.h"
 #include "streams.h"
+#include "thread.h"
 
 /* Pages of a request that are looked up, checksummed and fetched in one go. */
 #define BATCH_PAGES 64
@@ -1032,22 +1031,6 @@ static int make_buffers(struct engine *engine)
 	return 0;
 }
 
-static int start_flusher(struct engine *engine)
-{
-	pthread_attr_t attributes;
-	sigset_t all, before;
-	int error;
-
-	pthread_attr_init(&attributes);
-	pthread_attr_setstacksize(&attributes, THREAD_STACK_BYTES);
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	error = pthread_create(&engine->flusher, &attributes, flusher_thread, engine);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	pthread_attr_destroy(&attributes);
-	return -error;
-}
-
 /* The owner's word on the file. No lock held. */
 static void owner_changed(void *arg, enum owner_state state)
 {
@@ -1178,7 +1161,7 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 		if (error != 0)
 			goto fail_unmap;
 	}
-	error = start_flusher(engine);
+	error = thread_start(&engine->flusher, flusher_thread, engine);
 	if (error != 0) {
 		fail(why, error, "");
 		goto fail_owner;

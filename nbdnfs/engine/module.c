@@ -17,7 +17,7 @@
 
 #include "engine.h"
 #include "nfsio.h"
-#include "stack.h"
+#include "thread.h"
 
 #define CONNECT_TIMEOUT_S 15
 /* As long as a NAS may need to mount the file's disk after it serves the export already. */

@@ -15,7 +15,7 @@
 #include "crc32c.h"
 #include "log.h"
 #include "probe.h"
-#include "stack.h"
+#include "thread.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -23,7 +23,6 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -1872,22 +1871,6 @@ static void destroy(struct nfsio *io)
 	free(io);
 }
 
-static int start_thread(struct nfsio *io)
-{
-	pthread_attr_t attributes;
-	sigset_t all, before;
-	int error;
-
-	pthread_attr_init(&attributes);
-	pthread_attr_setstacksize(&attributes, THREAD_STACK_BYTES);
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the program's own threads */
-	error = pthread_create(&io->thread, &attributes, io_thread, io);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	pthread_attr_destroy(&attributes);
-	return -error;
-}
-
 /* The NFS version that libnfs will speak; 4.0 does not tell. Like it, take the last of several. */
 static int url_version(const char *url)
 {
@@ -1933,7 +1916,7 @@ int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct n
 	else if (io->wake_fd < 0)
 		error = -errno;
 	else
-		error = start_thread(io);
+		error = thread_start(&io->thread, io_thread, io);
 	if (error != 0) {
 		set_failure(why, NFSIO_CONNECT, error, NULL);
 		destroy(io);

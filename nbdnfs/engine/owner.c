@@ -4,7 +4,6 @@
 
 #include <errno.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -13,7 +12,7 @@
 #include <time.h>
 
 #include "log.h"
-#include "stack.h"
+#include "thread.h"
 
 /* The counter in the record: ten digits behind "nbdnfs owner 1\nrefreshed ". The only bytes that a worker writes. */
 #define COUNTER_OFFSET 25u
@@ -251,23 +250,6 @@ struct owner *owner_create(const struct owner_options *options)
 	return owner;
 }
 
-static int start_thread(struct owner *owner)
-{
-	pthread_attr_t attributes;
-	sigset_t all, before;
-	int error;
-
-	pthread_attr_init(&attributes);
-	pthread_attr_setstacksize(&attributes, THREAD_STACK_BYTES);
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	error = pthread_create(&owner->thread, &attributes, owner_thread, owner);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	pthread_attr_destroy(&attributes);
-	owner->has_thread = error == 0;
-	return -error;
-}
-
 int owner_start(struct owner *owner, struct nfsio *io, void (*changed)(void *arg, enum owner_state state), void *arg,
 		struct nfsio_failure *why)
 {
@@ -284,7 +266,8 @@ int owner_start(struct owner *owner, struct nfsio *io, void (*changed)(void *arg
 		why->phase = NFSIO_CONNECT;
 	if (error != 0 || atomic_load(&owner->state) == OWNER_LOST)
 		return error;
-	error = start_thread(owner);
+	error = thread_start(&owner->thread, owner_thread, owner);
+	owner->has_thread = error == 0;
 	if (error != 0)
 		*why = (struct nfsio_failure){ .phase = NFSIO_OPEN, .error = error };
 	return error;

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#ifndef NBDNFS_STACK_H
-#define NBDNFS_STACK_H
+#ifndef NBDNFS_THREAD_H
+#define NBDNFS_THREAD_H
 
+#include <pthread.h>
 #include <stddef.h>
 
 #define THREAD_STACK_BYTES (256 * 1024)
@@ -18,5 +19,11 @@ __attribute__((noinline, unused)) static void touch_stack(void)
 	for (size_t at = 0; at < sizeof(pages); at += 4096)
 		pages[at] = 0;
 }
+
+/*
+ * Start a thread of the engine's, with a small stack, of which it is to touch what it needs, and all signals blocked,
+ * which are for the program's own threads. Returns 0 or -errno.
+ */
+int thread_start(pthread_t *thread, void *(*run)(void *arg), void *arg);
 
 #endif
