@@ -242,13 +242,13 @@ class FakeNfsServer(RpcServer):
             self._verifier += 1
             self._held.clear()
             self._reset_connections()
-        self._wake()
+        self._wait_for_reset()
 
     def disconnect(self) -> None:
         """Connections are reset. What is held is not forgotten: released, it is done, and answered to nobody."""
         with self._lock:
             self._reset_connections()
-        self._wake()
+        self._wait_for_reset()
 
     def expire_handles(self) -> None:
         """Every file handle given out so far is stale. The file is still the same."""

@@ -121,6 +121,7 @@ class RpcServer:
         self._numbers = itertools.count()
         self._connections: list[_Connection] = []
         self._disconnect = False
+        self._disconnected = threading.Event()
         self._ending = False
         self._failure: BaseException | None = None
         self._selector = selectors.DefaultSelector()
@@ -176,9 +177,15 @@ class RpcServer:
             call.connection.to_send += u32(_LAST_FRAGMENT | len(message)) + message
 
     def _reset_connections(self) -> None:
-        """RST to every client; the calls that wait are forgotten."""
+        """RST to every client; the calls that wait are forgotten. `_wait_for_reset` afterwards, without the lock."""
         self._delayed.clear()
+        self._disconnected.clear()
         self._disconnect = True
+
+    def _wait_for_reset(self) -> None:
+        """Not for the thread. Who connects after this is not meant any more."""
+        self._wake()
+        assert self._disconnected.wait(_JOIN_DEADLINE_S), "the fake server's thread is stuck"
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # the thread has ended, and its end of the pair with it
@@ -203,6 +210,7 @@ class RpcServer:
             if self._disconnect:
                 self._disconnect = False
                 self._drop_all()
+                self._disconnected.set()
             while self._delayed and self._delayed[0][0] <= time.monotonic():
                 call = heapq.heappop(self._delayed)[2]
                 self._send_reply(call, *self._run_call(call))

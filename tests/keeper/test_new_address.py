@@ -29,7 +29,9 @@ def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
 def test_a_standby_is_sent_to_another_address(tmp_path: Path) -> None:
     """It was started with an address where nobody answers, and is told another one with the word to go."""
     with FakeNfsServer(bytes(1 << 20)) as server:
-        work = RealWork(Config("t", server.url(), region_pages=256, lock="off"), server.url(), NOBODY_THERE)
+        work = RealWork(
+            Config("t", server.url(), region_pages=256, lock="off", owner=False), server.url(), NOBODY_THERE
+        )
         region = shared_region.create()
         worker = work.start_worker(region)
         try:

@@ -310,12 +310,15 @@ def test_ctrl_c_in_a_terminal(backing_file: FileOnServer, directory: Path, start
     assert "Traceback" not in (directory / "err").read_text()
 
 
-def test_a_signal_at_any_moment_leaves_no_socket(backing_file: FileOnServer, directory: Path, start: Start) -> None:
+def test_a_signal_at_any_moment_leaves_no_socket(
+    new_file: Callable[..., FileOnServer], directory: Path, start: Start
+) -> None:
     """SIGTERM while it starts, at once after the socket appeared and a little later: it ends, nothing stays."""
+    files = [new_file(content=bytes(16 * PAGE)) for _ in range(12)]  # one for each: they run two at a time
 
     def strike(index: int) -> tuple[int, bool]:
         path = directory / f"s{index}"
-        process = start(backing_file.url(), path, stderr=f"err{index}")
+        process = start(files[index].url(), path, stderr=f"err{index}")
         deadline = time.monotonic() + DEADLINE_S
         while not path.exists() and time.monotonic() < deadline:
             pass  # as soon as can be: it is the moment after that matters
