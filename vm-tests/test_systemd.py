@@ -12,7 +12,8 @@ from nfs_server import Ganesha
 from vmtest.guest import Guest, seen_from_guest
 from vmtest.outcome import GuestFailedError
 
-# The figure asked for is 30 s on a machine; an emulated CPU on a busy host is some five times slower.
+# The figure asked for is 30 s on a machine. Emulated CPUs took 20 to 31 s of a busy host, whose load this is not to
+# measure: the figure is printed, and docs/decisions/0008 says where the time goes.
 _POWER_OFF_TIMEOUT_S = 150.0
 _SWAPPED_MIB = 200
 # Of each unit, that it starts and stops.

@@ -12,7 +12,6 @@ The last two use files on the same NFS server, and `nbdkit file` serves one besi
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from vmtest import host, swap
+from vmtest.counters import Counters, read
 from vmtest.guest import HOST_ADDRESS, Guest
 from vmtest.outcome import GuestFailedError, HarnessError
 
@@ -31,20 +31,6 @@ _ATTACH_TCP = Path(__file__).parents[2] / "bench/attach_tcp.py"
 _MOUNT = "/mnt/bench"
 _PRIORITY = 32767
 _NBDKIT_DEADLINE_S = 20.0
-
-# The region's counters of a worker, and the processor time that it has used.
-_READ_COUNTERS = """\
-import json, os, sys
-from nbdnfs import shared_region
-from nbdnfs.engine import region_counters
-pid = int(sys.argv[1])
-fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
-counters = region_counters(shared_region.take_from(pid))
-counters["cpu_ms"] = (int(fields[11]) + int(fields[12])) * 1000 // os.sysconf("SC_CLK_TCK")
-print(json.dumps(counters))
-"""
-
-Counters = Mapping[str, int | list[int]]
 
 
 @dataclass(frozen=True)
@@ -112,8 +98,7 @@ def ours(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
     with swap.serving(guest, files.ours_url) as worker:
 
         def counters() -> Counters:
-            text = guest.run(f"python3 -c {shlex.quote(_READ_COUNTERS)} {worker.nbdkit_pid}").stdout
-            found: dict[str, int | list[int]] = json.loads(text)
+            found = read(guest, worker.nbdkit_pid)
             found["locked_kib"], found["resident_kib"] = swap.memory_of(guest, worker.nbdkit_pid)
             return found
 
@@ -122,17 +107,6 @@ def ours(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
 
 
 PEERS: Mapping[str, Peer] = {FLOOR: zram, KERNEL_NBD: kernel_nbd, KERNEL_NFS: kernel_nfs, OURS: ours}
-
-
-@contextlib.contextmanager
-def delayed(guest: Guest, delay_ms: float) -> Iterator[None]:
-    """Every packet that leaves the guest waits so long first: that much more for each round trip. tc-netem(8)"""
-    if not delay_ms:
-        yield
-        return
-    guest.run(f"tc qdisc add dev eth0 root netem delay {delay_ms:g}ms limit 10000")
-    yield
-    guest.run("tc qdisc del dev eth0 root")
 
 
 @contextlib.contextmanager

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from vmtest import swap, verdict
-from vmtest.benchpeers import OURS, PEERS, Counters, Files, delayed
+from vmtest.benchpeers import OURS, PEERS, Files
+from vmtest.counters import Counters
 from vmtest.guest import Guest
+from vmtest.netem import delayed
 from vmtest.outcome import GuestFailedError, HarnessError
 
 # inside/hog.c

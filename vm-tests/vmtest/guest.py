@@ -11,9 +11,9 @@ import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 from vmtest import host, initramfs, klog, verdict
 from vmtest.channel import Channel, JobState
@@ -108,6 +108,7 @@ class Guest:
     memory_mib      its memory
     arguments       more kernel arguments
     disks           more raw disks, as /dev/vdc and on
+    forwards        TCP ports of the guest by those of the host's loopback that lead there, also after another boot
     allow           kinds of kernel log lines (klog.KINDS) that this test expects
     silence_s       how long a living guest may be unheard
 
@@ -130,6 +131,7 @@ class Guest:
         network: bool = True,
         arguments: Sequence[str] = (),
         disks: Sequence[Path] = (),
+        forwards: Mapping[int, int] = MappingProxyType({}),
         allow: Collection[str] = (),
         silence_s: float = SILENCE_S,
     ) -> None:
@@ -146,6 +148,7 @@ class Guest:
         self._network = network
         self._arguments = tuple(arguments)
         self._disks = tuple(disks)
+        self._forwards = dict(forwards)
         self._overlay = workdir / f"{name}.qcow2"
         self._boots = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -254,7 +257,8 @@ class Guest:
         disks += [f"format=raw,file={disk}" for disk in self._disks]
         network = ["-nic", "none"]
         if self._network:
-            network = ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="]
+            ports = "".join(f",hostfwd=tcp:127.0.0.1:{ours}-:{its}" for ours, its in self._forwards.items())
+            network = ["-netdev", f"user,id=net{ports}", "-device", "virtio-net-pci,netdev=net,romfile="]
         return [
             host.find_program("qemu-system-x86_64", "qemu-system-x86"),
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
