@@ -13,7 +13,7 @@ help:
 	@echo 'make test         lint, types, all tests, and one guest that swaps'
 	@echo 'make vm-test      all tests in guests; SUITE=trixie for Debian 13, ARGS="--memory-rounds 3"'
 	@echo 'make bench        our worker beside qemu-nbd, the reference engine and bare libnfs'
-	@echo 'make bench-vm     a guest swaps to zram, kernel nbd, kernel NFS and nbdnfs; ARGS="--size 32 --rounds 1" is short'
+	@echo 'make bench-vm     a guest swaps to zram, kernel nbd, kernel NFS and nbdnfs; ARGS="--size 64 --rounds 1" is short'
 	@echo 'make lint         ruff and mypy'
 
 demo:
