@@ -170,8 +170,9 @@ def test_a_network_that_loses_packets(boot: Callable[..., Guest], ganesha: Ganes
         guest.settle()
         settings = [f"region_pages={_REGION_PAGES}"]
         with swap.serving(guest, url, settings=settings) as worker, swap.swapping(guest, worker):
+            # few pages: most that are read cost a round trip and more each
             with netem.delayed(guest, 50, loss_percent=2):
-                stress(guest, worker, size_mib=16, limit_mib=6, timeout_s=900)
+                stress(guest, worker, size_mib=12, limit_mib=5, timeout_s=900)
                 told = guest.run("tc -s qdisc show dev eth0").stdout
                 print(told)
             dropped = int(told.partition("dropped ")[2].partition(",")[0])
