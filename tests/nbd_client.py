@@ -51,8 +51,12 @@ class NbdClient:
     def __init__(self, path: Path, timeout_s: float = 60.0) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout_s)
-        self._socket.connect(str(path))
-        self.export = handshake.negotiate(self._socket, timeout_s=timeout_s)
+        try:
+            self._socket.connect(str(path))
+            self.export = handshake.negotiate(self._socket, timeout_s=timeout_s)
+        except BaseException:
+            self._socket.close()
+            raise
         self._socket.settimeout(timeout_s)
         self._timeout_s = timeout_s
         self._cookie = 0
@@ -61,6 +65,10 @@ class NbdClient:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Say goodbye and hang up."""
         with contextlib.suppress(OSError):
             self._socket.sendall(_REQUEST.pack(_REQUEST_MAGIC, 0, 2, 0, 0, 0))
         self._socket.close()

@@ -6,13 +6,16 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from nbd_client import NbdClient
+
+from nbdnfs.errors import UnavailableError
 
 _DEADLINE_S = 20.0
 
@@ -44,10 +47,17 @@ class Worker:
         return int(found[1])
 
 
-def _is_served(path: Path) -> bool:
-    """Whether somebody listens there: a moment after the socket file appears."""
-    with socket.socket(socket.AF_UNIX) as client:
-        return client.connect_ex(str(path)) == 0
+def _is_served(path: Path, deadline_s: float) -> bool:
+    """Whether the worker shakes hands.
+
+    nbdkit listens before it forks: to connect proves nothing. It answers once the engine has opened the file, and
+    ends when the server has gone by then.
+    """
+    try:
+        NbdClient(path, deadline_s).close()
+    except (OSError, UnavailableError):
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -66,7 +76,7 @@ def serving(url: str, directory: Path, *options: str) -> Iterator[Worker]:
     worker = Worker(socket_path, serve, stderr_path)
     deadline = time.monotonic() + _DEADLINE_S
     try:
-        while not _is_served(socket_path):
+        while not _is_served(socket_path, _DEADLINE_S):
             assert serve.poll() is None, stderr_path.read_text()
             assert time.monotonic() < deadline, stderr_path.read_text()
             time.sleep(0.01)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from nbd_client import NbdClient
 
+from nbdnfs.errors import NbdnfsError
+
 PAGE = 4096
 EXTENT_PAGES = 32
 _PATIENCE_S = 300.0
@@ -102,7 +104,7 @@ class VerifiedLoad:
                     self._request(client, draw, number, threads)
                     self.longest_s[number] = max(self.longest_s[number], time.monotonic() - begun_s)
                     self._done[number] += 1
-        except (OSError, ConnectionError, struct.error) as error:
+        except (OSError, NbdnfsError, struct.error) as error:
             self.failures.append(f"thread {number}: {type(error).__name__}: {error}")
 
     def _request(self, client: NbdClient, draw: random.Random, number: int, threads: int) -> None:
