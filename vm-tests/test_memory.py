@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from nfs_server import Ganesha
-from vmtest import allocations, host, swap
+from vmtest import allocations, faulttrace, host, swap
 from vmtest.guest import Guest, seen_from_guest
 from vmtest.outcome import GuestFailedError, LostGuestError
 from vmtest.verdict import Progress, Verdict
@@ -61,6 +61,7 @@ class Pressure:
     oom_kills: int
     dropped_packets: int
     allocations: allocations.Histogram
+    fault_trace: str
 
     def summary(self) -> str:
         passes = ", ".join(f"{one.order} {one.seconds:.0f}" for one in self.verdict.passes)
@@ -106,9 +107,10 @@ def press(
         before = [faults(guest, pid) for pid in pids]
         counted, dropped = swap.counters(guest), dropped_packets(guest)
         tids = threads(guest, worker.nbdkit_pid)
+        faulttrace.start(guest, tids)
         allocations.start(guest, tids)
         verdict = swap.stress(guest, size_mib=hog_mib, processes=_PROCESSES, timeout_s=timeout_s)
-        histogram = allocations.read(guest)
+        histogram, fault_trace = allocations.read(guest), faulttrace.read(guest, worker.nbdkit_pid)
         after = [faults(guest, pid) for pid in pids]
         assert threads(guest, worker.nbdkit_pid) == tids, "the worker's threads are not those that were traced"
         now = swap.counters(guest)
@@ -124,6 +126,7 @@ def press(
         oom_kills=now["oom_kill"] - counted["oom_kill"],
         dropped_packets=dropped_packets(guest) - dropped,
         allocations=histogram,
+        fault_trace=fault_trace,
     )
 
 
@@ -154,7 +157,7 @@ def test_pressure(boot: Callable[..., Guest], ganesha: Ganesha, memory_round: in
         pressure.verdict.check()
         assert pressure.oom_kills == 0
         assert pressure.pages_out > pressure.verdict.pages // 4
-        assert pressure.worker == Faults(0, 0)
+        assert pressure.worker == Faults(0, 0), pressure.fault_trace
         assert pressure.resident_kib <= _BUDGET_KIB
         assert pressure.allocations.sites, "nothing was traced"
         assert pressure.allocations.dropped == 0
