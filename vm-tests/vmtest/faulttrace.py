@@ -25,17 +25,17 @@ def start(machine: Machine, tids: Collection[int]) -> None:
     condition = " || ".join(f"common_pid == {tid}" for tid in sorted(tids))
     machine.run(
         "mountpoint -q /sys/kernel/tracing || mount -t tracefs nodev /sys/kernel/tracing;"
-        f" mkdir -p {_INSTANCE} && cd {_INSTANCE} && echo 1 > options/userstacktrace && cd events/exceptions"
+        f" mkdir -p {_INSTANCE} && cd {_INSTANCE}/events/exceptions"
         f" && for event in page_fault_user page_fault_kernel; do"
         f" echo '{condition}' > $event/filter && echo 1 > $event/enable; done"
     )
 
 
 def read(machine: Machine, pid: int) -> str:
-    """What was kept: for each fault the thread, the address, what is mapped there, and the trace with the stacks."""
+    """What was kept: for each fault the thread, the address, what is mapped there."""
     trace = machine.run(f"grep -v '^#' {_INSTANCE}/trace | head -n 400", check=False).stdout
     maps = machine.run(f"cat /proc/{pid}/maps").stdout
-    return "\n".join([*described(trace, maps), trace])
+    return "\n".join(described(trace, maps))
 
 
 def described(trace: str, maps: str) -> list[str]:
