@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 THREAD_STACK_BYTES = 256 * 1024
 
-# Free and touched in the heap when the work begins: libnfs allocates each call and its reply, nbdkit a buffer
-# of the largest request for each thread, CPython what a callback needs.
-HEAP_BYTES = 5 * 1024 * 1024 // 2
+# Free and touched in the heap when the work begins. nbdkit allocates a buffer of the largest request for each thread
+# (eight of 128 KiB), libnfs each call (sixteen write-backs, 1.1 MiB) and each reply (128 KiB for each of four
+# connections): 2.7 MiB when a slow server has all of it under way, and what lies between.
+HEAP_BYTES = 13 * 1024 * 1024 // 4
 _TOP_PAD_BYTES = 1024 * 1024
 
 # One above the bottom: enough to be chosen before all ordinary tasks, and to dip below the min watermark
