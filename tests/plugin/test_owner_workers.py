@@ -115,10 +115,10 @@ def test_serve_claims_and_gives_up(backing_file: FileOnServer, folders: tuple[Pa
 
 
 def test_serve_refuses_what_another_machine_has(backing_file: FileOnServer, folders: tuple[Path, Path]) -> None:
-    """Who and since when; and not with --no-owner, nor with the engine for comparison."""
+    """Who and since when; and not with --no-owner, nor with the engine for comparison, where it runs."""
     owner.claim(backing_file.url(), HOLDER, machine("box2"))
     assert "is in use as swap by box2 (since 20" in refused(backing_file, folders[0])
-    for option in ("--no-owner", "--engine=libnfs-python"):
+    for option in ("--no-owner", "--engine=libnfs-python")[: 2 if sys.version_info[:2] == (3, 11) else 1]:
         with serving(backing_file.url(), folders[0], option):
             pass
     assert record_path(backing_file).exists()

@@ -300,6 +300,7 @@ int main(int argc, char **argv)
     size_t page_count = size_mib * (1 << 20) / PAGE_BYTES / (size_t)processes;
     size_t total_pages = page_count * (size_t)processes;
     int go[MAX_PROCESSES];
+    pid_t children[MAX_PROCESSES];
     pid_t parent = getpid();
     for (int i = 0; i < processes; i++) {
         int ends[2];
@@ -317,6 +318,7 @@ int main(int argc, char **argv)
         }
         close(ends[0]);
         go[i] = ends[1];
+        children[i] = pid;
     }
     // The parent goes on telling while its children wait for memory.
     if (mlockall(MCL_CURRENT | MCL_FUTURE) < 0)
@@ -348,5 +350,10 @@ int main(int argc, char **argv)
              "\"processes\": %d, \"seconds\": %.2f, \"passes\": [%s]}\n",
              total_pages, sum(offsetof(struct counters, checked)), wrong, processes, now_s() - started_s, times);
     say(verdict);
+    // Their cgroup can be removed when this process has ended: not before their memory is given back.
+    for (int i = 0; i < processes; i++)
+        kill(children[i], SIGKILL);
+    while (wait(NULL) > 0)
+        ;
     return wrong ? 1 : 0;
 }
