@@ -1,20 +1,14 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The only file that calls libnfs. See nfsio.h for what it promises.
+ * One file on one NFS server. See nfsio.h for what it promises, nfsio_internal.h for its parts.
  *
  * NFSv3 transfers are raw READ and WRITE calls, so that the stability and the status of each are seen as the
  * server sent them. NFSv4 goes through libnfs's file API, which hides the state that v4 needs.
- *
- * A submitting thread queues its calls on the context and writes them to the socket itself; the I/O thread
- * receives, reconnects, and sends what did not fit into the socket. A thread that waits for a batch, with
- * nothing else under way, receives in the I/O thread's place: the answer finds it without a detour. libnfs is
- * not thread-safe: every call on a published context is made under `lock`.
  */
-#include "nfsio.h"
+#include "nfsio_internal.h"
 
 #include "crc32c.h"
 #include "log.h"
-#include "probe.h"
 #include "thread.h"
 
 #include <errno.h>
@@ -22,8 +16,6 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
-#include <pthread.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,10 +25,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#include <nfsc/libnfs.h>
-#include <nfsc/libnfs-raw.h>
-#include <nfsc/libnfs-raw-nfs.h>
-
 #define TRANSFER_LIMIT_BYTES (1024 * 1024)
 #define TRANSFER_UNKNOWN_BYTES (128 * 1024)
 #define BACKOFF_FIRST_MS 50
@@ -44,8 +32,6 @@
 #define BACKOFF_LIMIT_MS 1000
 #define RETRY_LATER_MS 200
 #define CLOSE_LIMIT_MS 1000
-/* How often those who wait without a connection are looked at. */
-#define AWAY_TICK_MS 250
 /* A connection that is asked for and not answered so soon is asked for again: the kernel's own pauses double. */
 #define SYN_LIMIT_MS 2500
 #define FIRST_SYN_LIMIT_MS 15000
@@ -75,205 +61,6 @@
 #define KEEPALIVE_INTERVAL_S 5
 #define KEEPALIVE_PROBES 4
 #define UNACKED_LIMIT_MS 25000
-
-/*
- * What nfs_get_fh() points to. libnfs keeps the definition in a private header, the same in 4.0, 5.0, 6.0 and
- * 7.0 (libnfs-private.h, struct nfs_fh). check_raw_handle() asks the server whether it is right.
- */
-struct nfs_fh_bytes {
-	int len;
-	char *val;
-};
-
-/* ------------------------------------------------------------------ libnfs's two interfaces ------------ */
-
-#ifdef LIBNFS_API_V2 /* 6.0 and later: buffers come with the call and the data lands in them */
-#define DATA_LANDS_IN_PLACE 1
-static int call_read3(struct rpc_context *rpc, rpc_cb cb, void *data, size_t length, READ3args *args, void *arg)
-{
-	return rpc_nfs3_read_task(rpc, cb, data, length, args, arg) != NULL ? 0 : -1;
-}
-static int call_write3(struct rpc_context *rpc, rpc_cb cb, WRITE3args *args, void *arg)
-{
-	return rpc_nfs3_write_task(rpc, cb, args, arg) != NULL ? 0 : -1;
-}
-static int call_commit3(struct rpc_context *rpc, rpc_cb cb, COMMIT3args *args, void *arg)
-{
-	return rpc_nfs3_commit_task(rpc, cb, args, arg) != NULL ? 0 : -1;
-}
-static int call_getattr3(struct rpc_context *rpc, rpc_cb cb, GETATTR3args *args, void *arg)
-{
-	return rpc_nfs3_getattr_task(rpc, cb, args, arg) != NULL ? 0 : -1;
-}
-static int call_null(struct rpc_context *rpc, int version, rpc_cb cb, void *arg)
-{
-	return (version == 3 ? rpc_nfs3_null_task(rpc, cb, arg) : rpc_nfs4_null_task(rpc, cb, arg)) != NULL ? 0 : -1;
-}
-static int call_pread(struct nfs_context *nfs, struct nfsfh *fh, void *data, size_t length, uint64_t offset, nfs_cb cb,
-		      void *arg)
-{
-	return nfs_pread_async(nfs, fh, data, length, offset, cb, arg);
-}
-static int call_pwrite(struct nfs_context *nfs, struct nfsfh *fh, void *data, size_t length, uint64_t offset, nfs_cb cb,
-		       void *arg)
-{
-	return nfs_pwrite_async(nfs, fh, data, length, offset, cb, arg);
-}
-#else
-#define DATA_LANDS_IN_PLACE 0
-static int call_read3(struct rpc_context *rpc, rpc_cb cb, void *data, size_t length, READ3args *args, void *arg)
-{
-	return rpc_nfs3_read_async(rpc, cb, args, arg);
-}
-static int call_write3(struct rpc_context *rpc, rpc_cb cb, WRITE3args *args, void *arg)
-{
-	return rpc_nfs3_write_async(rpc, cb, args, arg);
-}
-static int call_commit3(struct rpc_context *rpc, rpc_cb cb, COMMIT3args *args, void *arg)
-{
-	return rpc_nfs3_commit_async(rpc, cb, args, arg);
-}
-static int call_getattr3(struct rpc_context *rpc, rpc_cb cb, GETATTR3args *args, void *arg)
-{
-	return rpc_nfs3_getattr_async(rpc, cb, args, arg);
-}
-static int call_null(struct rpc_context *rpc, int version, rpc_cb cb, void *arg)
-{
-	return version == 3 ? rpc_nfs3_null_async(rpc, cb, arg) : rpc_nfs4_null_async(rpc, cb, arg);
-}
-static int call_pread(struct nfs_context *nfs, struct nfsfh *fh, void *data, size_t length, uint64_t offset, nfs_cb cb,
-		      void *arg)
-{
-	return nfs_pread_async(nfs, fh, offset, length, cb, arg);
-}
-static int call_pwrite(struct nfs_context *nfs, struct nfsfh *fh, void *data, size_t length, uint64_t offset, nfs_cb cb,
-		       void *arg)
-{
-	return nfs_pwrite_async(nfs, fh, offset, length, data, cb, arg);
-}
-#endif
-
-/* ------------------------------------------------------------------ data ------------------------------- */
-
-/* One name operation, on its caller's stack. Guarded by io->lock. */
-struct name_op {
-	struct nfsio *io;
-	bool done;
-	struct nfsio_failure *why; /* error 0 while nothing has gone wrong */
-	struct nfsio_stat *st;
-	struct nfsio_look *look; /* NULL but for nfsio_look(), whose file is `fh` */
-	struct nfsfh *fh;
-	int look_error;
-	pthread_cond_t finished;
-	struct name_op *next;
-};
-
-struct req_list {
-	struct nfsio_req *head, *tail;
-};
-
-/*
- * One libnfs call of a context that nobody else knows yet. It lives as long as the context: one that is destroyed
- * in the middle of a call still calls back.
- */
-struct step {
-	bool done;
-	bool insists;           /* goes on although the thread is to stop: its deadline is short */
-	int error;
-	void *data;             /* what a successful call made; an error string does not outlive the callback */
-	struct nfsio_stat st;
-	uint64_t fileid;
-	uint8_t *page;          /* where a page that is read goes */
-	uint32_t count;         /* how much of it has come */
-};
-
-/* Who polls the connection and takes in what comes. */
-enum receiver { NOBODY, THE_IO_THREAD, A_WAITER };
-
-struct nfsio {
-	/* constant once nfsio_open() has returned */
-	char *url, *address;
-	char *mount_path;       /* the part of the URL's directory that the server lets us mount */
-	char *prefix;           /* the rest of it, "" or "/sub/dir" */
-	struct nfsio_options options;
-	struct nfsio_stat opened;
-	uint32_t max_transfer_bytes;
-	int version;
-	bool opened_once;       /* the I/O thread's own: `opened` is valid */
-	int backoff_ms;         /* the I/O thread's own: the pause before the next attempt to connect, 0: none */
-	int64_t patience_ms;    /* the I/O thread's own: for how long an attempt may go on */
-	char handle[128];       /* the I/O thread's own: the file's, as it was first opened (NFS4_FHSIZE) */
-	int handle_bytes;       /* the I/O thread's own */
-	int64_t gone_since_ms;  /* the I/O thread's own: when the file was first found gone, 0: it is there */
-	int64_t connected_at_ms; /* the I/O thread's own */
-	int64_t away_since_ms;  /* the I/O thread's own */
-	bool told[NFSIO_REPLACED + 1]; /* the I/O thread's own: what has been said since then */
-	int wake_fd;            /* an eventfd: written to wake the I/O thread out of poll() */
-	pthread_t thread;
-
-	unsigned contexts;      /* the I/O thread's own: how many it has made */
-	struct step step;       /* the I/O thread's own: the call that connecting is waiting for */
-
-	atomic_bool stop;       /* set once, by nfsio_close() */
-	_Atomic uint64_t cut_bytes; /* nfsio_cut_bytes() */
-	atomic_bool unlinked;   /* nfsio_is_unlinked() */
-
-	pthread_mutex_t lock;   /* guards everything below */
-	pthread_cond_t io_work; /* the I/O thread has something to do, and is not in poll() */
-	enum receiver receiver;
-	bool io_thread_polls;
-	unsigned batches;       /* threads in nfsio_batch_wait() */
-	unsigned detached;      /* requests and name operations under way that no batch waits for */
-	int64_t waited_at_ms;   /* when a waiter received last */
-	pthread_cond_t settled; /* signalled with first_done */
-	bool first_done;        /* the first attempt to connect has ended */
-	struct nfsio_failure *first_failure; /* nfsio_open()'s caller's, until first_done */
-
-	struct nfs_context *nfs; /* NULL while there is no connection */
-	struct nfsfh *fh;
-	nfs_fh3 fh3;            /* points into fh */
-	struct nfsio_state state;
-	void (*changed)(void *owner); /* of nfsio_watch(), NULL: nobody does */
-	void *changed_owner;
-	/* of nfsio_recognise(); sample NULL: no other handle is believed to be the file's, but by number and size */
-	bool (*sample)(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc);
-	void *sample_owner;
-	uint8_t *sample_page;
-	bool broken;            /* the context met a transport error: the I/O thread throws it away */
-	bool useful;            /* it has brought an answer to a transfer */
-	bool discarding;        /* a context is being destroyed: its callbacks mean nothing */
-	struct req_list pending;  /* to be issued, first come first served */
-	struct req_list inflight; /* issued on nfs */
-	struct req_list finished; /* to be given back by the I/O thread, which then drops the lock */
-	struct req_list later;    /* the server asked to be asked again (JUKEBOX), or libnfs had no memory */
-	int64_t later_at_ms;
-
-	int64_t heard_at_ms;    /* when something came over nfs, or was first waited for */
-	int64_t silence_ms;     /* see look_into_silence() */
-	int64_t given_up_at_ms; /* when silence last cost a connection, 0: never */
-	struct probe probe;     /* beside nfs, while its silence is looked into */
-	int64_t probed_at_ms;   /* when the probe began or ended */
-
-	struct nfsio_req touch; /* NFSv4: keeps the lease alive */
-	uint8_t touch_byte;
-	bool touching;
-	struct name_op *name_ops; /* issued on nfs */
-};
-
-static int64_t now_ms(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
-
-static void set_failure(struct nfsio_failure *why, enum nfsio_phase phase, int error, const char *text)
-{
-	why->phase = phase;
-	why->error = error;
-	snprintf(why->message, sizeof(why->message), "%s", text != NULL ? text : "");
-}
 
 static void list_push(struct req_list *list, struct nfsio_req *req)
 {
@@ -549,42 +336,6 @@ static void commit3_done(struct rpc_context *rpc, int status, void *data, void *
 	}
 	req->verifier = verifier_of(res->COMMIT3res_u.resok.verf);
 	finish(&io->inflight, req, 0);
-}
-
-/* libnfs's file API reports a lost transport by these, mixed with what the server may say (libnfs.c, nfs_v4.c). */
-static bool is_transport_error(int error)
-{
-	return error == -EFAULT || error == -EINTR || error == -ETIMEDOUT || error == -ENOTCONN || error == -ECONNRESET;
-}
-
-/*
- * What an NFSv4 server says of the state that it keeps for us, or does not keep any more: libnfs passes it through
- * NFSv3's table, as -ERANGE mostly, but puts its name into the text (nfs_v4.c, check_nfs4_error).
- */
-enum verdict4 { REFUSED4, NOT_NOW4, STATE_LOST4, OVER_QUOTA4 };
-
-static enum verdict4 verdict4(struct nfs_context *nfs)
-{
-	static const struct {
-		const char *name;
-		enum verdict4 verdict;
-	} of[] = {
-		{ "NFS4ERR_DELAY", NOT_NOW4 },		 { "NFS4ERR_GRACE", NOT_NOW4 },
-		{ "NFS4ERR_RESOURCE", NOT_NOW4 },	 { "NFS4ERR_LOCKED", NOT_NOW4 },
-		{ "NFS4ERR_DQUOT", OVER_QUOTA4 },	 { "NFS4ERR_EXPIRED", STATE_LOST4 },
-		{ "NFS4ERR_STALE", STATE_LOST4 }, /* ... _CLIENTID and _STATEID as well */
-		{ "NFS4ERR_BAD_STATEID", STATE_LOST4 },	 { "NFS4ERR_OLD_STATEID", STATE_LOST4 },
-		{ "NFS4ERR_BAD_SEQID", STATE_LOST4 },	 { "NFS4ERR_ADMIN_REVOKED", STATE_LOST4 },
-		{ "NFS4ERR_FHEXPIRED", STATE_LOST4 },	 { "NFS4ERR_BADHANDLE", STATE_LOST4 },
-		{ "NFS4ERR_NOFILEHANDLE", STATE_LOST4 }, { "NFS4ERR_OPENMODE", STATE_LOST4 },
-		{ "NFS4ERR_MOVED", STATE_LOST4 },	 { "NFS4ERR_CLID_INUSE", STATE_LOST4 },
-	};
-	const char *text = nfs_get_error(nfs);
-
-	for (size_t i = 0; text != NULL && i < sizeof(of) / sizeof(of[0]); i++)
-		if (strstr(text, of[i].name) != NULL)
-			return of[i].verdict;
-	return REFUSED4;
 }
 
 static void refused4(struct nfsio *io, struct nfsio_req *req, int error)
@@ -946,20 +697,6 @@ int nfsio_transfer(struct nfsio *io, struct nfsio_req *req)
 }
 
 /* ------------------------------------------------------------------ name operations -------------------- */
-
-static void copy_stat(struct nfsio_stat *st, const struct nfs_stat_64 *from)
-{
-	*st = (struct nfsio_stat){
-		.size_bytes = from->nfs_size,
-		.used_bytes = from->nfs_used,
-		.fileid = from->nfs_ino,
-		.nlink = from->nfs_nlink,
-		.mtime_us = from->nfs_mtime * 1000000 + from->nfs_mtime_nsec / 1000,
-		.mode = from->nfs_mode,
-		.uid = from->nfs_uid,
-		.gid = from->nfs_gid,
-	};
-}
 
 static void name_op_finish(struct name_op *op, int error, const char *text)
 {
@@ -1443,15 +1180,6 @@ static int check_raw_handle(struct nfsio *io, struct nfs_context *nfs, struct nf
 		error = -EPROTO;
 	return error;
 }
-
-/* What one connection is: handed from connect_once() to the rest. */
-struct connection {
-	struct nfs_context *nfs;
-	struct nfsfh *fh;
-	nfs_fh3 fh3;
-	struct nfsio_stat st;
-	int64_t deadline_ms;    /* of the attempt that made it */
-};
 
 /* libnfs keeps no list of open files: what nfs_open() made is freed by nfs_close() only. */
 static void step_ignore(int error, struct nfs_context *nfs, void *data, void *arg)

@@ -2,7 +2,7 @@
 /*
  * nfsio: one file on one NFS server, over one disposable libnfs context.
  *
- * Nothing outside nfsio.c calls libnfs. A context is thrown away after any transport error and a new one is
+ * Nothing outside nfsio*.c calls libnfs. A context is thrown away after any transport error and a new one is
  * mounted; requests belong to their callers, who see nothing of that: what was in flight is issued again.
  *
  * Threads: nfsio_open() starts one I/O thread, which nfsio_close() ends. Every other function may be called
