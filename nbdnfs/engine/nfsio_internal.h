@@ -3,6 +3,7 @@
  * What the parts of nfsio share; nobody else includes it. nfsio.h has what nfsio promises.
  *
  * nfsio_libnfs.[ch]  what is peculiar to libnfs: its versions' signatures, its errors
+ * nfsio_names.c      stat, link, rename, unlink, and a look at a small file
  * nfsio.c            all the rest
  *
  * A submitting thread queues its calls on the context and writes them to the socket itself; the I/O thread
@@ -152,5 +153,11 @@ static inline void set_failure(struct nfsio_failure *why, enum nfsio_phase phase
 	why->error = error;
 	snprintf(why->message, sizeof(why->message), "%s", text != NULL ? text : "");
 }
+
+/* nfsio_names.c, with the lock held. */
+void name_op_finish(struct name_op *op, int error, const char *text);
+
+/* nfsio.c */
+void wake_io_thread(struct nfsio *io);
 
 #endif
