@@ -4,6 +4,7 @@
  *
  * nfsio_libnfs.[ch]  what is peculiar to libnfs: its versions' signatures, its errors
  * nfsio_names.c      stat, link, rename, unlink, and a look at a small file
+ * nfsio_connect.c    a new connection: context, mount, open, raw handle
  * nfsio.c            all the rest
  *
  * A submitting thread queues its calls on the context and writes them to the socket itself; the I/O thread
@@ -157,7 +158,22 @@ static inline void set_failure(struct nfsio_failure *why, enum nfsio_phase phase
 /* nfsio_names.c, with the lock held. */
 void name_op_finish(struct name_op *op, int error, const char *text);
 
+/*
+ * nfsio_connect.c, all for the I/O thread and without the lock. It is held for destroy_context() of a published context,
+ * and for pump() with a step that insists.
+ */
+void step_done(int error, struct nfs_context *nfs, void *data, void *arg);
+struct step *new_step(struct nfsio *io);
+void log_down(struct nfsio *io, enum nfsio_link link, const char *reason);
+void tend_waiting(struct nfsio *io);
+int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t deadline_ms);
+void step_ignore(int error, struct nfs_context *nfs, void *data, void *arg);
+void destroy_context(struct nfs_context *nfs, struct nfsfh *fh);
+bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why);
+
 /* nfsio.c */
 void wake_io_thread(struct nfsio *io);
+void fail_hopeless(struct nfsio *io);
+void give_back(struct nfsio *io);
 
 #endif
