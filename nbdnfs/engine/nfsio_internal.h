@@ -5,6 +5,7 @@
  * nfsio_libnfs.[ch]  what is peculiar to libnfs: its versions' signatures, its errors
  * nfsio_names.c      stat, link, rename, unlink, and a look at a small file
  * nfsio_connect.c    a new connection: context, mount, open, raw handle
+ * nfsio_recognise.c  is it still the file that was opened?
  * nfsio.c            all the rest
  *
  * A submitting thread queues its calls on the context and writes them to the socket itself; the I/O thread
@@ -170,6 +171,10 @@ int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t d
 void step_ignore(int error, struct nfs_context *nfs, void *data, void *arg);
 void destroy_context(struct nfs_context *nfs, struct nfsfh *fh);
 bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why);
+
+/* nfsio_recognise.c, for the I/O thread. is_same_file() waits, and takes the lock. */
+void remember_handle(struct nfsio *io, const struct connection *made);
+int is_same_file(struct nfsio *io, const struct connection *made);
 
 /* nfsio.c */
 void wake_io_thread(struct nfsio *io);
