@@ -6,6 +6,7 @@
  * nfsio_names.c      stat, link, rename, unlink, and a look at a small file
  * nfsio_connect.c    a new connection: context, mount, open, raw handle
  * nfsio_recognise.c  is it still the file that was opened?
+ * nfsio_thread.c     the I/O thread: receiving, and connecting again
  * nfsio.c            all the rest
  *
  * A submitting thread queues its calls on the context and writes them to the socket itself; the I/O thread
@@ -176,9 +177,17 @@ bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failur
 void remember_handle(struct nfsio *io, const struct connection *made);
 int is_same_file(struct nfsio *io, const struct connection *made);
 
+/* nfsio_thread.c. What nfsio_open() starts, with the nfsio as `arg`. */
+void *io_thread(void *arg);
+
 /* nfsio.c */
+void list_prepend(struct req_list *to, struct req_list *from);
 void wake_io_thread(struct nfsio *io);
+void finish_all(struct req_list *list, int error);
 void fail_hopeless(struct nfsio *io);
+void note_size(struct nfsio *io, uint64_t bytes);
+void issue_pending(struct nfsio *io);
 void give_back(struct nfsio *io);
+void receive(struct nfsio *io);
 
 #endif
