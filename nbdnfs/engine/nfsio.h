@@ -77,7 +77,7 @@ struct nfsio_options {
 	unsigned connect_timeout_s; /* for the first attempt; a server that is slower is given more by each that follows */
 	/*
 	 * A connection over which nothing comes for so long, while requests wait, is looked into, see look_into_silence() in
-	 * nfsio.c. No request fails for being slow. 0: 15 s.
+	 * nfsio_silence.c. No request fails for being slow. 0: 15 s.
 	 */
 	unsigned silence_ms;
 	/*

@@ -1,13 +1,16 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What the parts of nfsio share; nobody else includes it. nfsio.h has what nfsio promises.
+ * What the parts of nfsio share; nobody else includes it. nfsio.h has what nfsio promises. Each part calls those above
+ * it only, but for look_into_silence().
  *
  * nfsio_libnfs.[ch]  what is peculiar to libnfs: its versions' signatures, its errors
+ * nfsio_transfer.c   requests: queueing, issuing, answers, and who receives them
+ * nfsio_silence.c    the time-outs: is a silent connection dead?
  * nfsio_names.c      stat, link, rename, unlink, and a look at a small file
  * nfsio_connect.c    a new connection: context, mount, open, raw handle
  * nfsio_recognise.c  is it still the file that was opened?
  * nfsio_thread.c     the I/O thread: receiving, and connecting again
- * nfsio.c            all the rest
+ * nfsio.c            open and close, and how it stands
  *
  * A submitting thread queues its calls on the context and writes them to the socket itself; the I/O thread
  * receives, reconnects, and sends what did not fit into the socket. A thread that waits for a batch, with
@@ -157,12 +160,26 @@ static inline void set_failure(struct nfsio_failure *why, enum nfsio_phase phase
 	snprintf(why->message, sizeof(why->message), "%s", text != NULL ? text : "");
 }
 
+/* nfsio_transfer.c, all with the lock held; give_back() and receive() drop it meanwhile. */
+void list_prepend(struct req_list *to, struct req_list *from);
+void wake_io_thread(struct nfsio *io);
+void finish_all(struct req_list *list, int error);
+void fail_hopeless(struct nfsio *io);
+void note_size(struct nfsio *io, uint64_t bytes);
+bool answered(struct nfsio *io, int rpc_status);
+void issue_pending(struct nfsio *io);
+void give_back(struct nfsio *io);
+void receive(struct nfsio *io);
+
+/* nfsio_silence.c, with the lock held. */
+void look_into_silence(struct nfsio *io);
+
 /* nfsio_names.c, with the lock held. */
 void name_op_finish(struct name_op *op, int error, const char *text);
 
 /*
- * nfsio_connect.c, all for the I/O thread and without the lock. It is held for destroy_context() of a published context,
- * and for pump() with a step that insists.
+ * nfsio_connect.c, all for the I/O thread and without the lock. But it is held for destroy_context() of a published
+ * context, and for pump() with a step that insists.
  */
 void step_done(int error, struct nfs_context *nfs, void *data, void *arg);
 struct step *new_step(struct nfsio *io);
@@ -179,15 +196,5 @@ int is_same_file(struct nfsio *io, const struct connection *made);
 
 /* nfsio_thread.c. What nfsio_open() starts, with the nfsio as `arg`. */
 void *io_thread(void *arg);
-
-/* nfsio.c */
-void list_prepend(struct req_list *to, struct req_list *from);
-void wake_io_thread(struct nfsio *io);
-void finish_all(struct req_list *list, int error);
-void fail_hopeless(struct nfsio *io);
-void note_size(struct nfsio *io, uint64_t bytes);
-void issue_pending(struct nfsio *io);
-void give_back(struct nfsio *io);
-void receive(struct nfsio *io);
 
 #endif

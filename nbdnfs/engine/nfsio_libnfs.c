@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* What libnfs makes of a server's answers, in terms of ours. */
 #include "nfsio_libnfs.h"
 
 #include <errno.h>
