@@ -51,7 +51,7 @@ _APPLICATION = b"nbdnfs backing file owner"
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """How often an owner looks at its record and marks it, and how long a write that was let out may be on its way
-    (TCP_USER_TIMEOUT of nfsio.c is 25 s)."""
+    (TCP_USER_TIMEOUT of nfsio_connect.c is 25 s)."""
 
     refresh_ms: int = 10_000
     in_flight_ms: int = 30_000

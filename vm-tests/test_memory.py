@@ -183,8 +183,7 @@ def test_cgroup_limit(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
             swap.limited(guest, limit_mib) as cgroup,
         ):
             verdict = swap.stress(guest, size_mib=4 * limit_mib, cgroup=cgroup, timeout_s=900).check()
-            lines = guest.run(f"cat {cgroup}/memory.events").stdout.splitlines()
-            events = {name: int(count) for name, count in map(str.split, lines)}
+            events = swap.memory_events(guest, cgroup)
             print(f"{verdict.seconds:.0f} s, memory.events {events}")
             found = json.loads(guest.run("nbdnfs doctor --json", check=False).stdout)
             print("\n".join(f"{one['good']} {one['subject']}: {one['found']}" for one in found))
@@ -219,8 +218,7 @@ def test_cgroup_limit_and_a_nas_that_hangs(boot: Callable[..., Guest], ganesha: 
             # twice the region
             hog = 8 * limit_mib
             verdict = swap.stress(guest, size_mib=hog, cgroup=cgroup, timeout_s=900, on_progress=hang_once).check()
-            lines = guest.run(f"cat {cgroup}/memory.events").stdout.splitlines()
-            events = {name: int(count) for name, count in map(str.split, lines)}
+            events = swap.memory_events(guest, cgroup)
             print(f"{verdict.seconds:.0f} s, fill {verdict.passes[0].seconds:.0f} s, memory.events {events}")
             assert resumption.finished.is_set()
             assert verdict.passes[0].seconds > _NAS_HANGS_S

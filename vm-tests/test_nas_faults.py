@@ -91,8 +91,7 @@ def stress(
     """The stress program in a cgroup, every page right and nobody killed; GuestFailedError or an assertion else."""
     with swap.limited(guest, limit_mib) as cgroup:
         verdict = swap.stress(guest, size_mib=size_mib, cgroup=cgroup, timeout_s=timeout_s, on_progress=on_progress)
-        lines = guest.run(f"cat {cgroup}/memory.events").stdout.splitlines()
-    events = {name: int(count) for name, count in map(str.split, lines)}
+        events = swap.memory_events(guest, cgroup)
     counted = counters.read(guest, worker.nbdkit_pid)
     found = Stressed(
         verdict, events["oom_kill"], {name: value for name, value in counted.items() if isinstance(value, int)}

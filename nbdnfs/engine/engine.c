@@ -91,7 +91,7 @@ struct engine {
 	struct engine_options options;
 	/*
 	 * The first is for write-backs, read-ahead, and reads that find no other idle. Each of the others is lent to one
-	 * reader at a time, who receives his answer himself (nfsio.c): nobody has to be woken to hand it to him.
+	 * reader at a time, who receives his answer himself (nfsio_transfer.c): nobody has to be woken to hand it to him.
 	 */
 	struct nfsio *ios[ENGINE_CONNECTIONS_MAX];
 	unsigned io_count;

@@ -2,7 +2,7 @@
 /*
  * nfsio: one file on one NFS server, over one disposable libnfs context.
  *
- * Nothing outside nfsio.c calls libnfs. A context is thrown away after any transport error and a new one is
+ * Nothing outside nfsio*.c calls libnfs. A context is thrown away after any transport error and a new one is
  * mounted; requests belong to their callers, who see nothing of that: what was in flight is issued again.
  *
  * Threads: nfsio_open() starts one I/O thread, which nfsio_close() ends. Every other function may be called
@@ -77,7 +77,7 @@ struct nfsio_options {
 	unsigned connect_timeout_s; /* for the first attempt; a server that is slower is given more by each that follows */
 	/*
 	 * A connection over which nothing comes for so long, while requests wait, is looked into, see look_into_silence() in
-	 * nfsio.c. No request fails for being slow. 0: 15 s.
+	 * nfsio_silence.c. No request fails for being slow. 0: 15 s.
 	 */
 	unsigned silence_ms;
 	/*

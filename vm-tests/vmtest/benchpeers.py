@@ -56,9 +56,9 @@ Peer = Callable[[Guest, Files, int], AbstractContextManager[Swapping]]
 @contextlib.contextmanager
 def zram(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
     """Compressed memory. The stress program's pages do not compress: the guest needs memory for all of them."""
-    guest.run(f"modprobe zram num_devices=1 && echo {size_mib}M > /sys/block/zram0/disksize && mkswap /dev/zram0")
-    with _swap_on(guest, "/dev/zram0"):
-        yield Swapping()
+    guest.run(f"modprobe zram num_devices=1 && echo {size_mib}M > /sys/block/zram0/disksize")
+    with _swap_on(guest, "/dev/zram0") as swapping:
+        yield swapping
     guest.run("echo 1 > /sys/block/zram0/reset")
 
 
@@ -69,9 +69,8 @@ def kernel_nbd(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
         guest.push(_ATTACH_TCP, "/root/attach_tcp.py")
         guest.run("modprobe nbd")
         device = guest.run(f"python3 /root/attach_tcp.py {HOST_ADDRESS} {files.nbd_port}").stdout.strip()
-        guest.run(f"mkswap {device}", 90)
-        with _swap_on(guest, device):
-            yield Swapping()
+        with _swap_on(guest, device) as swapping:
+            yield swapping
         # udev may still have it open for a moment, which detach waits for
         guest.run(f"nbdnfs detach {device}", 60)
 
@@ -86,9 +85,8 @@ def kernel_nfs(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
     options = f"vers=3,proto=tcp,mountproto=tcp,nolock,hard,{ports}"
     file = shlex.quote(f"{_MOUNT}/{name}")
     guest.run(f"mkdir -p {_MOUNT} && mount -t nfs -o {options} {url.hostname}:{shlex.quote(folder)} {_MOUNT}", 120)
-    guest.run(f"mkswap {file}", 90)
-    with _swap_on(guest, file):
-        yield Swapping()
+    with _swap_on(guest, file) as swapping:
+        yield swapping
     guest.run(f"umount {_MOUNT}", 90)
 
 
@@ -110,9 +108,11 @@ PEERS: Mapping[str, Peer] = {FLOOR: zram, KERNEL_NBD: kernel_nbd, KERNEL_NFS: ke
 
 
 @contextlib.contextmanager
-def _swap_on(guest: Guest, target: str) -> Iterator[None]:
+def _swap_on(guest: Guest, target: str) -> Iterator[Swapping]:
+    """A device or file that is not ours, from mkswap to swapoff."""
+    guest.run(f"mkswap {target}", 90)
     guest.run(f"swapon --priority {_PRIORITY} {target}", 90)
-    yield
+    yield Swapping()
     guest.run(f"swapoff {target}", 300)
 
 

@@ -177,6 +177,12 @@ def counters(machine: Machine) -> dict[str, int]:
     return {name: int(value) for name, value in (line.split() for line in lines)}
 
 
+def memory_events(machine: Machine, cgroup: str) -> dict[str, int]:
+    """What a memory cgroup's limit has led to, `max` and `oom_kill` among it: mm/memcontrol.c."""
+    lines = machine.run(f"cat {cgroup}/memory.events").stdout.splitlines()
+    return {name: int(count) for name, count in map(str.split, lines)}
+
+
 def memory_of(machine: Machine, pid: int) -> tuple[int, int]:
     """Memory of a process that is locked and there, and all that is there, in KiB.
 
