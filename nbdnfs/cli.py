@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -223,10 +222,16 @@ def _status(args: argparse.Namespace) -> int:
 
     found = [status.read(name) for name in ([args.name] if args.name else status.names())]
     if args.json:
-        print(json.dumps([one.to_json() for one in found], indent=2))
+        _print_json([one.to_json() for one in found])
     else:
         print("\n".join(one.text() for one in found) or "nbdnfs: no device is configured")
     return 0 if all(one.is_green for one in found) else os.EX_UNAVAILABLE
+
+
+def _print_json(found: list[dict[str, object]]) -> None:
+    import json
+
+    print(json.dumps(found, indent=2))
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -234,7 +239,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
     findings = doctor.examine(args.name)
     if args.json:
-        print(json.dumps([finding.to_json() for finding in findings], indent=2))
+        _print_json([finding.to_json() for finding in findings])
     else:
         print("\n".join(finding.text() for finding in findings))
     return doctor.exit_status(findings)
@@ -260,7 +265,7 @@ def _bench(args: argparse.Namespace) -> int:
         args.url, size_bytes, seconds, (lambda row: None) if args.json else lambda row: print(row.text(), flush=True)
     )
     if args.json:
-        print(json.dumps([row.to_json() for row in rows], indent=2))
+        _print_json([row.to_json() for row in rows])
     return 0
 
 
