@@ -15,6 +15,22 @@ from typing import NoReturn
 from nbdnfs import __version__, units
 from nbdnfs.errors import NbdnfsError, NoInputError, OwnedError, UsageError
 
+# What a keeper ends with when no other try can mend it: RestartPreventExitStatus= of systemd/nbdnfs@.service.
+FINAL_STATUSES = frozenset(
+    {
+        os.EX_USAGE,
+        os.EX_NOINPUT,
+        os.EX_OSFILE,
+        os.EX_CANTCREAT,
+        os.EX_TEMPFAIL,
+        os.EX_NOPERM,
+        os.EX_CONFIG,
+    }
+)
+# A keeper that was killed is started again at once, by the unit. One that fails by itself sees to it that the next one
+# is not started earlier than so long after it was.
+_KEEPER_PACE_S = 1.0
+
 _STEAL_HELP = "take the file from another machine that has it: what that one has swapped out is lost"
 
 
@@ -270,9 +286,15 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _keep(args: argparse.Namespace) -> int:
-    from nbdnfs import keeper_work
+    started_s = time.monotonic()
+    try:
+        from nbdnfs import keeper_work
 
-    return keeper_work.run(args.name, steal=args.steal)
+        return keeper_work.run(args.name, steal=args.steal)
+    except Exception as error:
+        if "INVOCATION_ID" in os.environ and getattr(error, "exit_code", None) not in FINAL_STATUSES:
+            time.sleep(max(0.0, started_s + _KEEPER_PACE_S - time.monotonic()))
+        raise
 
 
 def _install_units(args: argparse.Namespace) -> int:

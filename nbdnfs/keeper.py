@@ -192,7 +192,10 @@ class Keeper:
                 self._turn()
             self._say(f"{self._stop}: the device and its worker stay as they are")
             self._notifier.tell("STOPPING=1", f"STATUS={self._stop}: handed over")
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, NbdnfsError) and self.standby is not None:  # nothing for a next keeper to go on with
+                self._forget_standby()
+                self.standby.kill()
             self._undo()
             raise
         finally:
@@ -477,7 +480,9 @@ class Keeper:
     def _park(self, standby: WorkerProcess) -> None:
         """Have systemd keep it for the next keeper, if this one is killed; the store drops one that ends."""
         if not self._is_standby_parked and self._notifier.is_heard:
-            with contextlib.suppress(OSError):  # no memory just now: at the next turn
+            with contextlib.suppress(OSError):  # no memory just now, or it has ended: at the next turn
+                # first, for `down`: some versions of systemd keep the store when the unit has stopped
+                self._records.write_process(run_dir.STANDBY, standby.pid, __version__)
                 self._is_standby_parked = self._notifier.store(_STANDBY, standby.pack(), until_hang_up=True)
 
     def _forget_standby(self) -> None:

@@ -19,8 +19,9 @@ from fake_kernel import FakeKernel
 from fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
 from fake_systemd import FakeSystemd, wait_until_ended
 
-from nbdnfs import handshake, run_dir, shared_region, worker, worker_process
+from nbdnfs import handshake, lifecycle, run_dir, shared_region, worker, worker_process
 from nbdnfs.config import Config
+from nbdnfs.errors import UnavailableError
 from nbdnfs.keeper import Helper, Keeper
 from nbdnfs.keeper_work import RealWork
 from nbdnfs.link import Attached
@@ -63,6 +64,7 @@ class Setup:
         self.records = RunDir("t", run=root)
         self.records.make()
         self.work = self.new_work()
+        self.over = threading.Event()
 
     def new_work(self, **settings: int) -> FakeSwap:
         """As the next keeper makes it, perhaps with other settings."""
@@ -83,13 +85,16 @@ class Setup:
             except BaseException as error:
                 failure.append(error)
             finally:
-                os.kill(os.getpid(), signal.SIGTERM)
+                if not self.over.is_set():
+                    os.kill(os.getpid(), signal.SIGTERM)
 
+        self.over.clear()
         thread = threading.Thread(target=play)
         thread.start()
         try:
             keeper.run()
         finally:
+            self.over.set()
             thread.join(60)
             keeper._notifier.close()
             if keeper._mapping is not None:
@@ -301,6 +306,30 @@ def test_a_stop_ends_the_standby(setup: Setup) -> None:
     standby = parked_by_a_killed_keeper(setup)
     setup.systemd.drop()
     wait_until_ended(standby)
+
+
+def test_down_ends_the_standby(setup: Setup) -> None:
+    """By its record, with a systemd that keeps the store of a stopped unit."""
+    standby = parked_by_a_killed_keeper(setup)
+    (setup.records.path / run_dir.KEEPER).unlink()  # it would be this process
+    lifecycle._take_down(setup.records, None)
+    wait_until_ended(standby)
+
+
+def test_an_error_ends_the_standby(setup: Setup) -> None:
+    """A keeper that ends for good leaves no standby in the store, although swap stays on."""
+    standby = parked_by_a_killed_keeper(setup)
+
+    def scenario(keeper: Keeper) -> None:
+        ready(keeper)
+        setup.kernel.attached = None
+        setup.kernel.close()
+        setup.over.wait(30)
+
+    with pytest.raises(UnavailableError, match="detached by somebody else"):
+        setup.run(scenario)
+    wait_until_ended(standby)
+    assert "standby" not in setup.systemd.names()
 
 
 def test_no_device_no_standby(setup: Setup) -> None:
