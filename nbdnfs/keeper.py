@@ -481,8 +481,9 @@ class Keeper:
         """Have systemd keep it for the next keeper, if this one is killed; the store drops one that ends."""
         if not self._is_standby_parked and self._notifier.is_heard:
             with contextlib.suppress(OSError):  # no memory just now, or it has ended: at the next turn
-                # first, for `down`: some versions of systemd keep the store when the unit has stopped
-                self._records.write_process(run_dir.STANDBY, standby.pid, __version__)
+                if not standby.is_packed:
+                    # first, for `down`: some versions of systemd keep the store when the unit has stopped
+                    self._records.write_process(run_dir.STANDBY, standby.pid, __version__)
                 self._is_standby_parked = self._notifier.store(_STANDBY, standby.pack(), until_hang_up=True)
 
     def _forget_standby(self) -> None:

@@ -181,11 +181,15 @@ class WorkerProcess:
             with contextlib.suppress(OSError):  # it has ended, which `has_ended` tells
                 self._control.send(worker_config.GO + address.encode())
 
+    @property
+    def is_packed(self) -> bool:
+        return self._their_control is None
+
     def pack(self) -> int:
         """Have all that another keeper needs for `take` in the control socket of a ready standby; the descriptor of
         that, which is to be parked. Again: the same. OSError where the kernel has no memory for it."""
         assert self._control is not None
-        if self._their_control is not None:
+        if self._their_control is not None:  # not is_packed
             assert self.socket is not None
             assert self._peer is not None
             descriptors = array.array("i", [self.socket.fileno(), self._peer.fileno(), self.pidfd])

@@ -549,10 +549,12 @@ time.sleep(60)
 """
 
 
-def test_without_systemd_nothing_is_parked(setup: Setup) -> None:
-    """A standby ends with its keeper then, as nobody else has its control socket."""
+@pytest.mark.parametrize("nobody", [{}, {"NOTIFY_SOCKET": "@nbdnfs-test-nobody"}])
+def test_without_systemd_nothing_is_parked(setup: Setup, nobody: dict[str, str]) -> None:
+    """A standby ends with its keeper then, as nobody else has its control socket; also after `nbdnfs up`, which hears
+    of a keeper's beginnings only."""
     pids: list[int] = []
-    del setup.systemd.environment["NOTIFY_SOCKET"]
+    setup.systemd.environment = nobody
 
     def scenario(keeper: Keeper) -> None:
         until(lambda: keeper._told_ready and keeper.standby is not None and keeper.standby.is_ready)
