@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -15,6 +14,22 @@ from typing import NoReturn
 
 from nbdnfs import __version__, units
 from nbdnfs.errors import NbdnfsError, NoInputError, OwnedError, UsageError
+
+# What a keeper ends with when no other try can mend it: RestartPreventExitStatus= of systemd/nbdnfs@.service.
+FINAL_STATUSES = frozenset(
+    {
+        os.EX_USAGE,
+        os.EX_NOINPUT,
+        os.EX_OSFILE,
+        os.EX_CANTCREAT,
+        os.EX_TEMPFAIL,
+        os.EX_NOPERM,
+        os.EX_CONFIG,
+    }
+)
+# A keeper that was killed is started again at once, by the unit. One that fails by itself sees to it that the next one
+# is not started earlier than so long after it was.
+_KEEPER_PACE_S = 1.0
 
 _STEAL_HELP = "take the file from another machine that has it: what that one has swapped out is lost"
 
@@ -223,10 +238,16 @@ def _status(args: argparse.Namespace) -> int:
 
     found = [status.read(name) for name in ([args.name] if args.name else status.names())]
     if args.json:
-        print(json.dumps([one.to_json() for one in found], indent=2))
+        _print_json([one.to_json() for one in found])
     else:
         print("\n".join(one.text() for one in found) or "nbdnfs: no device is configured")
     return 0 if all(one.is_green for one in found) else os.EX_UNAVAILABLE
+
+
+def _print_json(found: list[dict[str, object]]) -> None:
+    import json
+
+    print(json.dumps(found, indent=2))
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -234,7 +255,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
     findings = doctor.examine(args.name)
     if args.json:
-        print(json.dumps([finding.to_json() for finding in findings], indent=2))
+        _print_json([finding.to_json() for finding in findings])
     else:
         print("\n".join(finding.text() for finding in findings))
     return doctor.exit_status(findings)
@@ -260,14 +281,20 @@ def _bench(args: argparse.Namespace) -> int:
         args.url, size_bytes, seconds, (lambda row: None) if args.json else lambda row: print(row.text(), flush=True)
     )
     if args.json:
-        print(json.dumps([row.to_json() for row in rows], indent=2))
+        _print_json([row.to_json() for row in rows])
     return 0
 
 
 def _keep(args: argparse.Namespace) -> int:
-    from nbdnfs import keeper_work
+    started_s = time.monotonic()
+    try:
+        from nbdnfs import keeper_work
 
-    return keeper_work.run(args.name, steal=args.steal)
+        return keeper_work.run(args.name, steal=args.steal)
+    except Exception as error:
+        if "INVOCATION_ID" in os.environ and getattr(error, "exit_code", None) not in FINAL_STATUSES:
+            time.sleep(max(0.0, started_s + _KEEPER_PACE_S - time.monotonic()))
+        raise
 
 
 def _install_units(args: argparse.Namespace) -> int:

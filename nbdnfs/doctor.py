@@ -45,7 +45,7 @@ _LINK_MBIT_S = 1000
 # systemd/sysctl.conf; the kernel's own is 10.
 _WATERMARK_SCALE = 100
 
-# 2**5 pages are 128 KiB, the largest request of a device (device.MAX_REQUEST_KIB).
+# 2**5 pages are 128 KiB, the largest request of a device (nbd_settings.MAX_REQUEST_KIB).
 _PAGE_CLUSTER_MAX = 5
 
 _OOM_IMMUNE = -1000

@@ -48,6 +48,8 @@ _MORE_TIME = "EXTEND_TIMEOUT_USEC=60000000"
 # When a server has been away for so long its name is looked up again, and then every so often.
 RESOLVE_AFTER_S = 60.0
 _RESOLVE_EVERY_S = 300.0
+# The names of what is parked with systemd for the next keeper.
+_REGION, _STANDBY = "region", "standby"
 # How long the standby may hold up swapon. The first one is read from the disk.
 _STANDBY_S = 60.0
 
@@ -67,9 +69,11 @@ class Kernel(Protocol):
 
 
 class Work(Protocol):
-    """What the keeper has others do: start a worker on the region, and helpers that come to an end."""
+    """What the keeper has others do: start a worker on the region, or take a parked one of the same making; and
+    helpers that come to an end."""
 
     def start_worker(self, region_fd: int) -> WorkerProcess: ...
+    def take_worker(self, parked: int) -> WorkerProcess | None: ...
     def provision(self) -> Helper | None: ...
     def swap_on(self, attached: Attached) -> Helper: ...
     def is_swapped_on(self, attached: Attached) -> bool: ...
@@ -148,6 +152,7 @@ class Keeper:
         self.device = kernel.find()
         self.worker: WorkerProcess | None = None
         self.standby: WorkerProcess | None = None
+        self._is_standby_parked = False
         self._dying: list[WorkerProcess] = []
         self._linked_s: float | None = None
         self._lost_s: float | None = None
@@ -169,7 +174,10 @@ class Keeper:
 
         self._stop: str | None = None
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        parked = stored.pop(_STANDBY, None)
         self._region = self._take_region(stored)
+        if parked is not None:
+            self._take_standby(parked)
 
     # Life
 
@@ -184,13 +192,17 @@ class Keeper:
                 self._turn()
             self._say(f"{self._stop}: the device and its worker stay as they are")
             self._notifier.tell("STOPPING=1", f"STATUS={self._stop}: handed over")
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, NbdnfsError) and self.standby is not None:  # nothing for a next keeper to go on with
+                self._forget_standby()
+                self.standby.kill()
             self._undo()
             raise
         finally:
             for process in (self.worker, self.standby, *self._dying):
                 if process is not None:
-                    process.close()  # a standby ends by that, a worker whom the kernel knows goes on
+                    # a standby that is not parked ends by that; a worker whom the kernel knows goes on
+                    process.close()
             os.close(self._region)
             for helper in (self._helper, self._resolver):
                 if helper is not None:
@@ -346,6 +358,7 @@ class Keeper:
                 self._worker_due_s = now + _pause_s(self._failures)
                 self._failures += 1
                 return
+            self._forget_standby()  # before it has the word: none that has is ever handed to the next keeper
             self.worker.go(self._address)
         if self.worker.socket is not None and self.worker.greets():
             self._connect(self.worker, now)
@@ -442,6 +455,7 @@ class Keeper:
         if self._renew:
             self._renew, self._replace = False, True
             if self.standby is not None:  # it may be of an older version
+                self._forget_standby()
                 self.standby.kill()
                 self._dying.append(self.standby)
                 self.standby = None
@@ -449,17 +463,34 @@ class Keeper:
             self.standby.look()
             if self.standby.has_ended():
                 if self._standby_failures == 0:
-                    self._say(f"standby {self.standby.pid} has ended (status {self.standby.status})")
+                    self._say(f"standby {self.standby.pid} has ended{self.standby.how_it_ended}")
+                self._forget_standby()
                 self.standby = None
                 self._standby_due_s = now + _pause_s(self._standby_failures)
                 self._standby_failures += 1
             elif self.standby.is_ready:
                 self._standby_failures = 0
+                self._park(self.standby)
         if self.standby is None and self._linked_s is not None and now >= self._standby_due_s:
             self.standby = self._start()
             if self.standby is None:
                 self._standby_due_s = now + _pause_s(self._standby_failures)
                 self._standby_failures += 1
+
+    def _park(self, standby: WorkerProcess) -> None:
+        """Have systemd keep it for the next keeper, if this one is killed; the store drops one that ends."""
+        if not self._is_standby_parked and self._notifier.is_heard:
+            with contextlib.suppress(OSError):  # no memory just now, or it has ended: at the next turn
+                if not standby.is_packed:
+                    # first, for `down`: some versions of systemd keep the store when the unit has stopped
+                    self._records.write_process(run_dir.STANDBY, standby.pid, __version__)
+                self._is_standby_parked = self._notifier.store(_STANDBY, standby.pack(), until_hang_up=True)
+
+    def _forget_standby(self) -> None:
+        """Nobody waits for systemd's doing it; it takes what is told before it takes notice of the teller's end."""
+        if self._is_standby_parked:
+            self._is_standby_parked = False
+            self._notifier.forget(_STANDBY)
 
     def _start(self) -> WorkerProcess | None:
         try:
@@ -477,20 +508,33 @@ class Keeper:
             for descriptor in stored.values():
                 os.close(descriptor)
             descriptor = shared_region.create()
-            self._notifier.store("region", descriptor)
+            self._notifier.store(_REGION, descriptor)
             return descriptor
-        if "region" in stored:
-            return stored["region"]
+        if _REGION in stored:
+            return stored[_REGION]
         record = self._records.living(run_dir.WORKER)
         found = shared_region.take_from(record.pid) if record is not None else None
         if found is not None:
-            self._notifier.store("region", found)
+            self._notifier.store(_REGION, found)
             return found
         raise BusyError(
             f"{self.device.path} is attached, but the memory that its last worker wrote to is gone",
             "pages may be missing on the NAS: end what uses the device, then nbdnfs down"
             f" {self._records.name}; swapped-out programs cannot be saved",
         )
+
+    def _take_standby(self, parked: int) -> None:
+        """Have the last keeper's standby; let go of one of another version, or of a region that is no more."""
+        standby = self._work.take_worker(parked)
+        if standby is not None and self.device is not None and shared_region.is_held_by(self._region, standby.pid):
+            self.standby = standby
+            self._is_standby_parked = True
+            self._say(f"standby {standby.pid} waits, and goes on")
+            return
+        self._notifier.forget(_STANDBY)
+        if standby is not None:
+            standby.kill()
+            standby.close()
 
     def _adopt(self) -> None:
         """Take over the worker that serves our device, if it lives."""
@@ -521,7 +565,8 @@ class Keeper:
                 self._kernel.disconnect(device)
         if self.worker is not None:
             self.worker.kill()
-        self._notifier.forget("region")
+        self._notifier.forget(_REGION)
+        self._notifier.forget(_STANDBY)
         self._records.remove()
 
     # The world

@@ -84,6 +84,9 @@ class RealWork:
     def start_worker(self, region_fd: int) -> WorkerProcess:
         return WorkerProcess.start(self._program, self._argv, self._environment, region_fd)
 
+    def take_worker(self, parked: int) -> WorkerProcess | None:
+        return WorkerProcess.take(parked, worker_process.making(self._argv))
+
     def provision(self) -> Helper | None:
         """The file made where it is missing and the configuration says how large it is to be, and claimed."""
         settings = self._settings

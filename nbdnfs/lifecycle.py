@@ -113,7 +113,7 @@ def _wait_for_room(swap: Swap) -> None:
 
 
 def _take_down(records: RunDir, attached: Attached | None) -> None:
-    """Keeper, device, worker, records, in this order: nothing is started again in between."""
+    """Keeper, device, worker, standby, records, in this order: nothing is started again in between."""
     _end(records.living(run_dir.KEEPER), signal.SIGTERM, "the keeper")
     if attached is not None:
         with NbdNetlink.open() as kernel:
@@ -127,6 +127,7 @@ def _take_down(records: RunDir, attached: Attached | None) -> None:
         _end(worker, 0, "the worker")  # by itself: the kernel has hung up
         worker = None
     _end(worker, signal.SIGKILL, "the worker")
+    _end(records.living(run_dir.STANDBY), signal.SIGKILL, "the standby")  # a parked one may outlive its keeper
     _give_up(records)
     records.remove()
 

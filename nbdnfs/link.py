@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdnfs import device, kernel_state, run
+from nbdnfs import kernel_state, nbd_settings, run
 from nbdnfs.errors import NbdnfsError, UnavailableError, UsageError
 from nbdnfs.handshake import Export
 from nbdnfs.kernel_state import NbdDevice
@@ -74,7 +74,7 @@ class Link:
         self,
         backend: str,
         *,
-        io_timeout_ms: int = device.IO_TIMEOUT_MS,
+        io_timeout_ms: int = nbd_settings.IO_TIMEOUT_MS,
         max_sectors_bytes: int | None = None,
         wanted: str | None = None,
         root: Path = kernel_state.ROOT,
@@ -116,11 +116,11 @@ class Link:
             [sock.fileno()],
             index=self._wanted_index(),
             size_bytes=export.size_bytes,
-            block_size_bytes=device.BLOCK_SIZE_BYTES,
+            block_size_bytes=nbd_settings.BLOCK_SIZE_BYTES,
             server_flags=int(export.flags),
             backend=self._backend,
             timeout_s=0,
-            dead_conn_timeout_s=device.DEAD_CONN_TIMEOUT_S,
+            dead_conn_timeout_s=nbd_settings.DEAD_CONN_TIMEOUT_S,
         )
         attached = Attached(index, export.size_bytes)
         try:
@@ -174,12 +174,12 @@ class Link:
         """Settings that suit swap. One that this kernel refuses is left as it is: none is needed for safety.
 
         scheduler none: requests are merged before, and the NAS orders them. read_ahead_kb 0: swap reads ahead by
-        itself (vm.page-cluster). nr_requests: device.QUEUE_DEPTH. rq_affinity and the rest stay.
+        itself (vm.page-cluster). nr_requests: nbd_settings.QUEUE_DEPTH. rq_affinity and the rest stay.
         """
         settings = {
             "scheduler": "none",
             "io_timeout": str(self._io_timeout_ms),
-            "nr_requests": str(device.QUEUE_DEPTH),
+            "nr_requests": str(nbd_settings.QUEUE_DEPTH),
             "read_ahead_kb": "0",
         }
         if self._max_sectors_bytes is not None:
@@ -198,8 +198,8 @@ class Link:
 
 def _check(export: Export) -> None:
     """Whether the kernel can take it: 4 KiB requests, all of them full."""
-    if export.size_bytes == 0 or export.size_bytes % device.BLOCK_SIZE_BYTES:
+    if export.size_bytes == 0 or export.size_bytes % nbd_settings.BLOCK_SIZE_BYTES:
         raise UsageError(
-            f"the backing file has {export.size_bytes} bytes, no multiple of {device.BLOCK_SIZE_BYTES}",
+            f"the backing file has {export.size_bytes} bytes, no multiple of {nbd_settings.BLOCK_SIZE_BYTES}",
             "make it a multiple of 4096 bytes long",
         )

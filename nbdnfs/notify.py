@@ -43,10 +43,19 @@ class Notifier:
         if self._socket is not None:
             self._socket.close()
 
-    def store(self, name: str, descriptor: int) -> bool:
-        """Park a descriptor under `name`, in place of what was there. It comes back through `stored`."""
+    @property
+    def is_heard(self) -> bool:
+        """Whether there is anybody to tell."""
+        return self._socket is not None
+
+    def store(self, name: str, descriptor: int, *, until_hang_up: bool = False) -> bool:
+        """Park a descriptor under `name`, in place of what was there. It comes back through `stored`.
+
+        until_hang_up  the store closes it by itself once the other end of it is closed
+        """
         self.forget(name)
-        return self.tell("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", descriptors=[descriptor])
+        poll = [] if until_hang_up else ["FDPOLL=0"]
+        return self.tell("FDSTORE=1", f"FDNAME={name}", *poll, descriptors=[descriptor])
 
     def forget(self, name: str) -> None:
         """Have the store close what it keeps under `name`."""

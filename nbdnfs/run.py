@@ -8,10 +8,13 @@ import os
 import shlex
 import shutil
 import socket
-import subprocess
 from collections.abc import Mapping, Sequence
 
 from nbdnfs.errors import NbdnfsError, UnavailableError
+
+TYPE_CHECKING = False  # typing's own, without typing
+if TYPE_CHECKING:
+    import subprocess  # where it is needed, at run time: keepers have this module too, and start again and again
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,8 @@ def run(argv: Sequence[str], *, what: str, timeout_s: float = 60.0, env: Mapping
 
     NbdnfsError, with `what` and the program's last line, when it fails or takes longer than `timeout_s`.
     """
+    import subprocess
+
     log.debug("run: %s", shlex.join(argv))
     try:
         done = subprocess.run(
@@ -59,6 +64,8 @@ def start_listening(argv: Sequence[str], listener: socket.socket, env: Mapping[s
     LISTEN_PID must be the program's own pid, which only the process that becomes the program can say: not for
     programs that have threads (subprocess, preexec_fn).
     """
+    import subprocess
+
     log.debug("start: %s", shlex.join(argv))
 
     def become_ready() -> None:

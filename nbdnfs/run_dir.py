@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RUN = "run/nbdnfs"
-WORKER, KEEPER, ADDRESS, STATE, OWNER = "worker", "keeper", "address", "state", "owner"
+WORKER, KEEPER, STANDBY, ADDRESS, STATE, OWNER = "worker", "keeper", "standby", "address", "state", "owner"
 # The state that a keeper leaves behind when another machine has taken the file.
 LOST = "lost"
 

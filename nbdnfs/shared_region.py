@@ -44,15 +44,28 @@ def is_held_by(descriptor: int, pid: int, root: Path = Path("/")) -> bool:
 
 
 def holder(descriptor: int, process_name: str, root: Path = Path("/")) -> int | None:
-    """The process called `process_name` (its argv[0]) that has this region; None when none has."""
+    """The process called `process_name` (its argv[0]) that has this region locked, as a worker that serves has and a
+    standby has not; None when none has."""
     for folder in (root / "proc").glob("[0-9]*"):
         try:
             name = (folder / "cmdline").read_bytes().partition(b"\0")[0].decode(errors="replace")
         except OSError:
             continue
-        if name == process_name and is_held_by(descriptor, int(folder.name), root):
+        if name == process_name and _is_locked_by(descriptor, int(folder.name), root):
             return int(folder.name)
     return None
+
+
+def _is_locked_by(descriptor: int, pid: int, root: Path) -> bool:
+    """proc_pid_fdinfo(5): a line "lock:" stands with the very open file that has the lock."""
+    wanted = os.fstat(descriptor)
+    for path in _links_of(pid, root):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            found = os.stat(path)
+            info = (path.parent.parent / "fdinfo" / path.name).read_text()
+            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino) and "\nlock:" in info:
+                return True
+    return False
 
 
 def _links_of(pid: int, root: Path) -> list[Path]:

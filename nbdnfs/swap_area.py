@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import mmap
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nbdnfs import kernel_state, run, units, warmup
+from nbdnfs import kernel_state, run, units
 from nbdnfs.errors import BusyError, CannotCreateError, IOFailureError, NbdnfsError, UnavailableError
 from nbdnfs.kernel_state import Swap
 
@@ -48,6 +47,8 @@ def enable(path: Path, *, priority: int | None, label: str, discard: bool) -> No
             what=f"making a swap area on {path}",
             timeout_s=_MKSWAP_TIMEOUT_S,
         )
+    from nbdnfs import warmup  # here: keepers have this module too, and start again and again
+
     warmup.warm_up(path, timeout_s=_MKSWAP_TIMEOUT_S)
     run.run(
         [
@@ -122,6 +123,8 @@ def disable(swap: Swap, progress: Progress, root: Path = kernel_state.ROOT) -> N
 
     BusyError: no room. NbdnfsError: swapoff fails otherwise.
     """
+    import subprocess
+
     path = swap.path.removesuffix(" (deleted)")
     total_bytes = swap.used_bytes
     swapoff = subprocess.Popen(

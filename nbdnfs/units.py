@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 from nbdnfs.errors import UsageError
 
@@ -20,10 +19,12 @@ def parse_size_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
     if match is None:
         raise UsageError(f"'{text}' is not a size", "write a number and a unit, for example 512M or 2G")
-    size_bytes = Fraction(match[1]) * _SIZE_FACTORS[match[2].upper()]
-    if size_bytes.denominator != 1:
+    whole, _, decimals = match[1].partition(".")
+    scale: int = 10 ** len(decimals)
+    size_bytes, rest = divmod(int(whole + decimals) * _SIZE_FACTORS[match[2].upper()], scale)
+    if rest:
         raise UsageError(f"'{text}' is not a whole number of bytes", "write for example 1536M instead")
-    return int(size_bytes)
+    return size_bytes
 
 
 def format_size(size_bytes: int) -> str:

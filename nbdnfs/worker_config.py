@@ -115,13 +115,16 @@ class WorkerConfig:
 
     def wait_for_turn(self) -> None:
         """A worker with a control socket is a standby: ready but for the server and the region. It says so, and
-        waits for the keeper's word, or ends with the keeper. Taking over then needs next to no memory.
+        waits for the word of its keeper or of the next one, which finds it parked; or it ends, when nobody has the
+        other end of the control socket any more. Taking over then needs next to no memory.
         """
         if self.control_fd is None:
             return
         _refuse_region(self.numbers.get("region_fd", -1))
         if self.lock != "off":
             self._heed(memlock.settle(CODE, heap_bytes=memlock.HEAP_BYTES + ENGINE_HEAP_BYTES, skip=self.without))
+        # nbdkit -s asks for a SIGTERM when its parent ends; ours ends by the control socket, or goes on
+        memlock.outlive_parent()
         try:
             os.write(self.control_fd, READY)
             word = os.read(self.control_fd, _WORD_BYTES)
@@ -130,8 +133,6 @@ class WorkerConfig:
         if word[:1] != GO:
             os._exit(0)
         self.address = word[1:].decode() or self.address
-        memlock.outlive_parent()  # nbdkit -s asks for a SIGTERM when its parent ends
-        os.close(self.control_fd)
 
     def _heed(self, measures: list[memlock.Measure]) -> None:
         if self.lock == "required":
@@ -142,17 +143,24 @@ class WorkerConfig:
     def open_engine(self) -> Engine | ReferenceEngine:
         """Connect to the server and open the file. Raises NbdnfsError.
 
-        A worker of a keeper's has the kernel's requests waiting: it tries for as long as nobody answers.
+        A worker of a keeper's has the kernel's requests waiting: it tries for as long as nobody answers, and its
+        keeper lives, without whom the kernel never gets to know it.
         """
         failures = 0
         while True:
             try:
-                return self._open_engine(min(_CONNECT_TIMEOUT_S << failures, _CONNECT_TIMEOUT_MAX_S))
+                engine = self._open_engine(min(_CONNECT_TIMEOUT_S << failures, _CONNECT_TIMEOUT_MAX_S))
             except OSError as error:
                 if self.control_fd is None or getattr(error, "phase", "") != "connect":
                     from nbdnfs import diagnose, url
 
                     raise diagnose.explain(error, url.parse(self.url), self.address) from None
+            else:
+                if self.control_fd is not None:
+                    os.close(self.control_fd)  # from here on its connection tells
+                return engine
+            if self.control_fd is not None and _is_closed(self.control_fd):
+                os._exit(0)
             if failures == 0:
                 print("nbdnfs: the server does not answer; trying again until it does", file=sys.stderr, flush=True)
             time.sleep(_RETRY_PAUSES_S[min(failures, len(_RETRY_PAUSES_S) - 1)])
@@ -210,6 +218,17 @@ def check_url(text: str) -> tuple[str, str]:
     parsed = url.parse(text)
     diagnose.refuse_unsupported(parsed, libnfs_version)
     return parsed.text, parsed.resolve()
+
+
+def _is_closed(control_fd: int) -> bool:
+    """Whether nobody has the other end any more. The keeper says nothing after the word."""
+    os.set_blocking(control_fd, False)
+    try:
+        return os.read(control_fd, 1) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _refuse_region(descriptor: int) -> None:

@@ -23,7 +23,7 @@ from nbdnfs.link import Attached
 from nbdnfs.notify import Notifier
 from nbdnfs.run_dir import RunDir
 from nbdnfs.worker_config import LOST_STATUS
-from nbdnfs.worker_process import WorkerProcess
+from nbdnfs.worker_process import WorkerProcess, making
 
 FAKE_WORKER = str(Path(__file__).resolve().parents[1] / "fake_worker.py")
 SIZE_BYTES = 1 << 20
@@ -51,6 +51,9 @@ class FakeWork:
         process = WorkerProcess.start(sys.executable, ["@fake", FAKE_WORKER, behaviour], dict(os.environ), region_fd)
         self.started.append(process)
         return process
+
+    def take_worker(self, parked: int) -> WorkerProcess | None:
+        return WorkerProcess.take(parked, making(["@fake", FAKE_WORKER, self.behaviours[0]]))
 
     def provision(self) -> Helper | None:
         return self._exits(self.provisions.pop(0)) if self.provisions else None

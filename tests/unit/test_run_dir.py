@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 from pathlib import Path
@@ -59,12 +60,14 @@ def test_a_zombie_does_not_live(records: RunDir) -> None:
 
 
 def test_region_in_another_process() -> None:
-    """Found by its link in /proc, told from another region, taken, and looked up by the process's name."""
+    """Found by its link in /proc, told from another region, taken, and looked up by the process's name and lock."""
     region, other = shared_region.create(), shared_region.create()
     os.ftruncate(region, 8192)
     with subprocess.Popen(["@holder", "60"], executable="/bin/sleep", pass_fds=[region]) as holder:
         assert shared_region.is_held_by(region, holder.pid)
         assert not shared_region.is_held_by(other, holder.pid)
+        assert shared_region.holder(region, "@holder") is None
+        fcntl.flock(region, fcntl.LOCK_EX)  # of the open file, which is the holder's too
         assert shared_region.holder(region, "@holder") == holder.pid
         assert shared_region.holder(other, "@holder") is None
         taken = shared_region.take_from(holder.pid)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbdnfs import config, install_units
+from nbdnfs import cli, config, install_units
 from nbdnfs.errors import ConfigError, PermissionDeniedError
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"
@@ -52,6 +52,14 @@ def test_install_is_complete_and_idempotent(tmp_path: Path) -> None:
     assert install_units.install(tmp_path, program=PROGRAM) == []
     assert files(tmp_path) == installed
     subprocess.run(["sha256sum", "--quiet", "-c", f"{LIB}/nbdnfs/installed.sha256"], cwd=tmp_path, check=True)
+
+
+def test_the_keeper_paces_what_the_unit_starts_again() -> None:
+    """Its list of what no other try can mend is the unit's: anything else it makes wait."""
+    (line,) = (
+        line for line in (SYSTEMD / "nbdnfs@.service").read_text().splitlines() if line.startswith("RestartPrevent")
+    )
+    assert {int(word) for word in line.partition("=")[2].split()} == cli.FINAL_STATUSES
 
 
 def test_the_program_that_installs_is_started(tmp_path: Path) -> None:

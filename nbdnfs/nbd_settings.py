@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How a kernel nbd device is set up, by `nbdnfs attach` and by keepers. device.py says what makes it a "hard" one."""
+
+# The size of a page, and of every request that the engine takes.
+BLOCK_SIZE_BYTES = 4096
+
+# How long requests wait for another socket when theirs is dead. "Hard" is for as long as it takes; the kernel
+# multiplies it by HZ, and a day is far from any overflow.
+DEAD_CONN_TIMEOUT_S = 86400
+
+# How soon after a reconnect the kernel sends again what was in flight. CONNECT with TIMEOUT 0 sets 30 s
+# (nbd_set_cmd_timeout). The price of less is one "Possible stuck request" line per request and interval.
+IO_TIMEOUT_MS = 2000
+
+# The largest request, in KiB. Reclaim writes SWAP_CLUSTER_MAX (32) pages at a time (include/linux/swap.h) and a plug
+# holds them back to be merged; a larger request only makes each thread of the worker hold a larger buffer.
+MAX_REQUEST_KIB = 128
+
+# Requests under way; the kernel would have 128. Pages that are being written cannot be reclaimed, and in a memory
+# cgroup nobody waits for them (mm/vmscan.c, shrink_folio_list: writeback_throttling_sane): where that is all of its
+# pages, its processes are killed. With fewer requests reclaim waits for a free one instead, for as long as the NAS
+# takes. The worker has less than this under way at once anyway.
+QUEUE_DEPTH = 16

@@ -1,0 +1,566 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A standby that waits in systemd's store for the next keeper: taken, let go, ended, and never taken for a worker."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fake_kernel import FakeKernel
+from fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
+from fake_systemd import FakeSystemd, wait_until_ended
+
+from nbdnfs import handshake, lifecycle, run_dir, shared_region, worker, worker_process
+from nbdnfs.config import Config
+from nbdnfs.errors import UnavailableError
+from nbdnfs.keeper import Helper, Keeper
+from nbdnfs.keeper_work import RealWork
+from nbdnfs.link import Attached
+from nbdnfs.notify import Notifier
+from nbdnfs.run_dir import RunDir
+from nbdnfs.worker_process import WorkerProcess, command, making
+
+PAGE = 4096
+DEVICE_BYTES = 4 << 20
+
+
+class FakeSwap(RealWork):
+    """Real workers, which it counts; a swap that is a word."""
+
+    on = False
+    starts = 0
+
+    def start_worker(self, region_fd: int) -> WorkerProcess:
+        self.starts += 1
+        return super().start_worker(region_fd)
+
+    def provision(self) -> Helper | None:
+        return None
+
+    def swap_on(self, attached: Attached) -> Helper:
+        self.on = True
+        return Helper(["/bin/true"], {})
+
+    def is_swapped_on(self, attached: Attached) -> bool:
+        return self.on
+
+
+class Setup:
+    """A server, a kernel and a PID 1, on which keepers come and go."""
+
+    def __init__(self, server: FakeNfsServer, root: Path) -> None:
+        self.server = server
+        self.kernel = FakeKernel()
+        self.systemd = FakeSystemd(root)
+        self.records = RunDir("t", run=root)
+        self.records.make()
+        self.work = self.new_work()
+        self.over = threading.Event()
+
+    def new_work(self, **settings: int) -> FakeSwap:
+        """As the next keeper makes it, perhaps with other settings."""
+        url = self.server.url()
+        config = Config("t", url, lock="off", owner=False, region_pages=1024, **settings)  # type: ignore[arg-type]
+        return FakeSwap(config, url, "127.0.0.1")
+
+    def run(self, scenario: Callable[[Keeper], None], *, stored: dict[str, int] | None = None) -> None:
+        """A keeper in this thread, which gets what is stored, until `scenario` in another one has ended. It then closes
+        what it has and does no more, which is what SIGKILL leaves behind."""
+        found = self.systemd.hand_over() if stored is None else stored
+        keeper = Keeper(self.kernel, self.work, self.records, Notifier(self.systemd.environment), stored=found)
+        failure: list[BaseException] = []
+
+        def play() -> None:
+            try:
+                scenario(keeper)
+            except BaseException as error:
+                failure.append(error)
+            finally:
+                if not self.over.is_set():
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        self.over.clear()
+        thread = threading.Thread(target=play)
+        thread.start()
+        try:
+            keeper.run()
+        finally:
+            self.over.set()
+            thread.join(60)
+            keeper._notifier.close()
+            if keeper._mapping is not None:
+                keeper._mapping.close()
+        if failure:
+            raise failure[0]
+
+    def kill_worker(self) -> None:
+        record = self.records.living(run_dir.WORKER)
+        if record is not None:
+            os.kill(record.pid, signal.SIGKILL)
+            wait_until_ended(record.pid)
+
+    def end(self) -> None:
+        self.kernel.close()
+        self.systemd.close()
+        self.kill_worker()
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Iterator[Setup]:
+    with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
+        made = Setup(server, tmp_path)
+        yield made
+        made.end()
+
+
+def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.01)
+
+
+def ready(keeper: Keeper) -> int:
+    """The keeper watches, and has parked a standby; the pid of that."""
+    until(lambda: keeper._told_ready and keeper.standby is not None and keeper._is_standby_parked)
+    assert keeper.standby is not None
+    return keeper.standby.pid
+
+
+def parked_by_a_killed_keeper(setup: Setup, *, worker_too: bool = True) -> int:
+    """Dirty pages, a worker that is dead, a keeper that is; the pid of the standby that waits."""
+    pids: list[int] = []
+
+    def scenario(keeper: Keeper) -> None:
+        pids.append(ready(keeper))
+        setup.server.fail("WRITE", NFS3ERR_NOSPC)
+        for number in range(100):
+            setup.kernel.write(number * PAGE, bytes([number + 1]) * PAGE)
+
+    setup.run(scenario)
+    if worker_too:
+        setup.kill_worker()
+    assert setup.systemd.names() == {"region", "standby"}
+    return pids[0]
+
+
+def descriptors() -> list[str]:
+    """What this process has open, but for the connections of the server's, which come and go on their own."""
+    found = []
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):
+            kind = os.readlink(f"/proc/self/fd/{number}").partition(":")[0]
+            if kind == "socket":
+                with socket.socket(fileno=os.dup(number)) as sock:
+                    kind += sock.family.name
+            if kind != "socketAF_INET":
+                found.append(kind)
+    return sorted(found)
+
+
+def test_both_killed_at_once(setup: Setup) -> None:
+    """The next keeper gives the parked standby the word, and starts none before swap moves: all pages are there. It is
+    the same with the keeper after that one, and none of them leaves a descriptor behind."""
+    standby = parked_by_a_killed_keeper(setup)
+    before = descriptors()
+    for links in (2, 3):
+        starts = setup.work.starts
+        successors: list[int] = []
+
+        def scenario(
+            keeper: Keeper, links: int = links, starts: int = starts, taken: int = standby, into: list[int] = successors
+        ) -> None:
+            setup.kernel.wait_for_link(links)
+            until(lambda: keeper.worker is not None and keeper._linked_s is not None)
+            assert keeper.worker is not None
+            assert keeper.worker.pid == taken
+            assert setup.work.starts <= starts + 1
+            for number in range(100):
+                assert setup.kernel.read(number * PAGE, PAGE) == bytes([number + 1]) * PAGE
+            into.append(ready(keeper))
+
+        setup.run(scenario)
+        setup.systemd.names()  # it has closed what it was to forget
+        assert descriptors() == before
+        setup.kill_worker()
+        (standby,) = successors
+
+    def last(keeper: Keeper) -> None:
+        ready(keeper)
+        setup.server.fail("WRITE", NFS3_OK)
+        setup.kernel.flush()
+
+    setup.run(last)
+    assert bytes(setup.server.on_disk)[: 100 * PAGE] == b"".join(bytes([n + 1]) * PAGE for n in range(100))
+
+
+def test_the_worker_lives(setup: Setup) -> None:
+    """A keeper killed alone: worker and standby both go on as they are, one serving and one waiting, also through
+    keepers that do nothing but take over; then the standby serves."""
+    standby = parked_by_a_killed_keeper(setup, worker_too=False)
+    record = setup.records.living(run_dir.WORKER)
+    assert record is not None
+    starts = setup.work.starts
+    for _ in range(3):
+
+        def same(keeper: Keeper) -> None:
+            assert ready(keeper) == standby
+            assert keeper.worker is not None
+            assert keeper.worker.pid == record.pid
+
+        setup.run(same)
+    assert setup.work.starts == starts
+
+    def scenario(keeper: Keeper) -> None:
+        ready(keeper)
+        setup.kill_worker()
+        setup.kernel.wait_for_link(2)
+        assert keeper.worker is not None
+        assert keeper.worker.pid == standby
+        assert setup.kernel.read(0, PAGE) == b"\1" * PAGE
+
+    setup.run(scenario)
+
+
+def test_a_worker_without_a_record_is_not_confused_with_the_standby(setup: Setup) -> None:
+    """Both have the region; the one that has it locked serves."""
+    standby = parked_by_a_killed_keeper(setup, worker_too=False)
+    record = setup.records.living(run_dir.WORKER)
+    assert record is not None
+    (setup.records.path / run_dir.WORKER).unlink()
+
+    def scenario(keeper: Keeper) -> None:
+        until(lambda: keeper._told_ready)
+        assert setup.kernel.links in (1, 2)  # a worker whose version is not known is replaced
+        setup.kernel.wait_for_link(2)
+        assert keeper.worker is not None
+        assert keeper.worker.pid == standby
+
+    setup.run(scenario)
+    wait_until_ended(record.pid)
+
+
+@pytest.mark.parametrize("what", ["version", "settings"])
+def test_a_standby_of_another_making_ends(setup: Setup, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A live upgrade, or another configuration: the parked one is let go, and ends although systemd has been slow to
+    forget it; a new one serves."""
+    standby = parked_by_a_killed_keeper(setup)
+    setup.systemd.loses = True
+    if what == "version":
+        monkeypatch.setattr(worker_process, "__version__", "99")
+    else:
+        setup.work = setup.new_work(connections=2)
+        setup.work.on = True
+
+    def scenario(keeper: Keeper) -> None:
+        wait_until_ended(standby)
+        setup.kernel.wait_for_link(2)
+        assert keeper.worker is not None
+        assert keeper.worker.pid != standby
+        assert setup.kernel.read(0, PAGE) == b"\1" * PAGE
+        assert ready(keeper) != standby
+
+    setup.run(scenario)
+
+
+@pytest.mark.parametrize("worker_too", [True, False])
+def test_a_standby_that_died_while_there_was_no_keeper(setup: Setup, worker_too: bool) -> None:
+    """It is not taken, although its socket lay in the store when the next keeper was started."""
+    standby = parked_by_a_killed_keeper(setup, worker_too=worker_too)
+    stored = setup.systemd.hand_over()
+    assert set(stored) == {"region", "standby"}
+    os.kill(standby, signal.SIGKILL)
+    wait_until_ended(standby)
+
+    def scenario(keeper: Keeper) -> None:
+        assert ready(keeper) != standby
+        assert setup.kernel.links == 1 + worker_too
+        assert setup.kernel.read(0, PAGE) == b"\1" * PAGE
+
+    setup.run(scenario, stored=stored)
+    assert "standby" in setup.systemd.hand_over()
+
+
+def test_the_store_drops_a_standby_that_died(setup: Setup) -> None:
+    """By itself: the socket is stored with a poll for its hang-up, the region is not."""
+    standby = parked_by_a_killed_keeper(setup)
+    os.kill(standby, signal.SIGKILL)
+    wait_until_ended(standby)
+    stored = setup.systemd.hand_over()
+    assert set(stored) == {"region"}
+    for descriptor in stored.values():
+        os.close(descriptor)
+
+
+def test_a_stop_ends_the_standby(setup: Setup) -> None:
+    """systemd drops the store when the unit stops, and that is all it takes."""
+    standby = parked_by_a_killed_keeper(setup)
+    setup.systemd.drop()
+    wait_until_ended(standby)
+
+
+def test_down_ends_the_standby(setup: Setup) -> None:
+    """By its record, with a systemd that keeps the store of a stopped unit."""
+    standby = parked_by_a_killed_keeper(setup)
+    (setup.records.path / run_dir.KEEPER).unlink()  # it would be this process
+    lifecycle._take_down(setup.records, None)
+    wait_until_ended(standby)
+
+
+def test_an_error_ends_the_standby(setup: Setup) -> None:
+    """A keeper that ends for good leaves no standby in the store, although swap stays on."""
+    standby = parked_by_a_killed_keeper(setup)
+
+    def scenario(keeper: Keeper) -> None:
+        ready(keeper)
+        setup.kernel.attached = None
+        setup.kernel.close()
+        setup.over.wait(30)
+
+    with pytest.raises(UnavailableError, match="detached by somebody else"):
+        setup.run(scenario)
+    wait_until_ended(standby)
+    assert "standby" not in setup.systemd.names()
+
+
+def test_no_device_no_standby(setup: Setup) -> None:
+    """Of a device that is no more, nothing is used: the standby's region is another one."""
+    standby = parked_by_a_killed_keeper(setup)
+    setup.kernel.disconnect(Attached(7, DEVICE_BYTES))
+    setup.work.on = False
+    setup.server.fail("WRITE", NFS3_OK)
+
+    def scenario(keeper: Keeper) -> None:
+        wait_until_ended(standby)
+        assert ready(keeper) != standby
+
+    setup.run(scenario)
+
+
+def test_a_standby_of_another_region_is_not_taken(setup: Setup) -> None:
+    """What it would map is not what the last worker wrote to."""
+    standby = parked_by_a_killed_keeper(setup)
+    stored = setup.systemd.hand_over()
+    copy = shared_region.create()
+    os.write(copy, os.pread(stored["region"], os.fstat(stored["region"]).st_size, 0))
+    os.dup2(copy, stored["region"], inheritable=False)
+    os.close(copy)
+
+    def scenario(keeper: Keeper) -> None:
+        wait_until_ended(standby)
+        assert ready(keeper) != standby
+        assert setup.kernel.read(0, PAGE) == b"\1" * PAGE
+
+    setup.run(scenario, stored=stored)
+
+
+def test_sighup_parks_the_next_one(setup: Setup) -> None:
+    """A fresh standby takes the place of the parked one, which ends, and so once more in the store."""
+    standby = parked_by_a_killed_keeper(setup, worker_too=False)
+
+    def scenario(keeper: Keeper) -> None:
+        assert ready(keeper) == standby
+        os.kill(os.getpid(), signal.SIGHUP)
+        wait_until_ended(standby)
+        setup.kernel.wait_for_link(2)
+        until(lambda: keeper._is_standby_parked)
+        assert "standby" in setup.systemd.names()
+
+    setup.run(scenario)
+
+
+def test_no_word_twice(setup: Setup) -> None:
+    """A keeper that ended right after the word, with a store that never heard that the standby is to be forgotten: the
+    next keeper does not take it for a standby, and the worker that it has become is none the worse for that."""
+    setup.systemd.loses = True
+    standby = parked_by_a_killed_keeper(setup)
+
+    def first(keeper: Keeper) -> None:
+        setup.kernel.wait_for_link(2)
+        until(lambda: keeper._linked_s is not None and setup.records.living(run_dir.WORKER) is not None)
+
+    stored = setup.systemd.hand_over()
+    late = {name: os.dup(descriptor) for name, descriptor in stored.items()}
+    setup.run(first, stored=stored)
+
+    def second(keeper: Keeper) -> None:
+        assert ready(keeper) != standby
+        assert keeper.worker is not None
+        assert keeper.worker.pid == standby
+        assert setup.kernel.links == 2
+        assert setup.kernel.read(0, PAGE) == b"\1" * PAGE
+
+    setup.run(second, stored=late)
+
+
+def start(server: FakeNfsServer, region: int) -> tuple[WorkerProcess, bytes]:
+    """A standby that is ready, and its making."""
+    program, argv = command({"url": server.url(), "address": "127.0.0.1", "lock": "off"}, threads=2)
+    standby = WorkerProcess.start(program, argv, worker.worker_environment(), region)
+    until(lambda: (standby.look(), standby.is_ready)[1])
+    return standby, making(argv)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_hang_up_tells_while_the_store_has_a_copy(taken: bool, kept: bool) -> None:
+    """Whether the kernel has kept the worker's socket is seen at once, although the control socket of that worker still
+    lies in a slow systemd's store; with the keeper that has started it, and with the next."""
+    region = shared_region.create()
+    with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
+        standby, made = start(server, region)
+        copies = [os.dup(standby.pack()) for _ in range(2)]
+        pid = standby.pid
+        if taken:
+            standby.close()
+            found = WorkerProcess.take(copies.pop(), made)
+            assert found is not None
+            standby = found
+        standby.go()
+        until(standby.greets)
+        assert standby.socket is not None
+        handshake.negotiate(standby.socket)
+        kernels = os.dup(standby.socket.fileno()) if kept else -1
+        assert standby.is_kept_by_kernel() == kept
+        if kept:
+            os.close(kernels)
+        wait_until_ended(pid)
+        assert os.waitpid(pid, 0) == (pid, 0)
+        standby.close()
+        for copy in copies:
+            os.close(copy)
+    os.close(region)
+
+
+def test_one_that_lost_its_keeper_between_forgetting_and_the_word() -> None:
+    """Its socket in the store has nothing in it: it is let go, and ends by that, whoever else has a copy."""
+    region = shared_region.create()
+    with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
+        standby, made = start(server, region)
+        copies = [os.dup(standby.pack()) for _ in range(2)]
+        assert standby._control is not None
+        standby._control.recv(1 << 16)
+        assert WorkerProcess.take(copies[0], made) is None
+        wait_until_ended(standby.pid)
+        assert standby.has_ended()
+        assert standby.status == 0
+        os.close(copies[1])
+    os.close(region)
+
+
+def test_one_that_has_ended_is_not_taken() -> None:
+    """What lies in its control socket is as it was, and its pidfd is readable."""
+    region = shared_region.create()
+    with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
+        standby, made = start(server, region)
+        parked = os.dup(standby.pack())
+        standby.kill()
+        wait_until_ended(standby.pid)
+        assert WorkerProcess.take(parked, made) is None
+        assert standby.has_ended()
+    os.close(region)
+
+
+def test_one_that_has_the_word_ends_with_its_keeper() -> None:
+    """The keeper dies while the worker waits for its server: the kernel never gets to know that worker, which ends
+    instead of trying for ever."""
+    region = shared_region.create()
+    with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
+        standby, _ = start(server, region)
+    assert not _answers(server)
+    parked = os.dup(standby.pack())
+    standby.go()
+    time.sleep(0.7)  # some tries
+    assert not standby.has_ended()
+    os.close(parked)
+    pid = standby.pid
+    standby.close()
+    wait_until_ended(pid)
+    assert os.waitpid(pid, 0) == (pid, 0)
+    os.close(region)
+
+
+def _answers(server: FakeNfsServer) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", int(server.url().partition("nfsport=")[2].partition("&")[0]))) == 0
+
+
+def test_a_parked_standby_outlives_a_killed_keeper() -> None:
+    """SIGKILL for the process that started it is no signal to it (PR_SET_PDEATHSIG). It is taken in another process,
+    twice, since a look at it changes nothing; gets the word and serves; and ends with its connection."""
+    region = shared_region.create()
+    with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            keeper = subprocess.Popen(
+                [sys.executable, "-c", _SHORT_LIVED_KEEPER, server.url(), str(theirs.fileno()), str(region)],
+                pass_fds=[theirs.fileno(), region],
+                cwd=Path(__file__).parents[2],
+            )
+            with keeper:
+                made, (parked,), _, _ = socket.recv_fds(ours, 4096, 1)
+                keeper.kill()
+        again = os.dup(parked)
+        first = WorkerProcess.take(parked, made)
+        assert first is not None
+        first.close()
+        standby = WorkerProcess.take(again, made)
+        assert standby is not None
+        assert not standby.has_ended()
+        assert shared_region.is_held_by(region, standby.pid)
+        assert standby.how_it_ended == ""
+        standby.go()
+        until(standby.greets)
+        assert standby.socket is not None
+        kernel = FakeKernel()
+        kernel.attach(standby.socket, handshake.negotiate(standby.socket))
+        assert standby.is_kept_by_kernel()
+        for number in range(8):
+            assert kernel.read(number * PAGE, PAGE) == bytes(PAGE)
+        pid = standby.pid
+        kernel.close()
+        standby.close()
+        wait_until_ended(pid)
+    os.close(region)
+
+
+_SHORT_LIVED_KEEPER = """
+import socket, sys, time
+from nbdnfs import worker
+from nbdnfs.worker_process import WorkerProcess, command, making
+
+program, argv = command({"url": sys.argv[1], "address": "127.0.0.1", "lock": "off"}, threads=2)
+standby = WorkerProcess.start(program, argv, worker.worker_environment(), int(sys.argv[3]))
+while not standby.is_ready:
+    standby.look()
+    time.sleep(0.01)
+with socket.socket(fileno=int(sys.argv[2])) as out:
+    socket.send_fds(out, [making(argv)], [standby.pack()])
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("nobody", [{}, {"NOTIFY_SOCKET": "@nbdnfs-test-nobody"}])
+def test_without_systemd_nothing_is_parked(setup: Setup, nobody: dict[str, str]) -> None:
+    """A standby ends with its keeper then, as nobody else has its control socket; also after `nbdnfs up`, which hears
+    of a keeper's beginnings only."""
+    pids: list[int] = []
+    setup.systemd.environment = nobody
+
+    def scenario(keeper: Keeper) -> None:
+        until(lambda: keeper._told_ready and keeper.standby is not None and keeper.standby.is_ready)
+        assert keeper.standby is not None
+        assert not keeper._is_standby_parked
+        pids.append(keeper.standby.pid)
+
+    setup.run(scenario, stored={})
+    wait_until_ended(pids[0])
