@@ -651,6 +651,7 @@ static void link_changed(void *owner)
 	struct engine *engine = owner;
 	enum nfsio_link link = NFSIO_UP;
 	uint64_t connects = 0;
+	int64_t silent_since_ms = 0;
 	bool away = false;
 
 	pthread_mutex_lock(&engine->lock);
@@ -664,6 +665,8 @@ static void link_changed(void *owner)
 		away |= state.link == NFSIO_AWAY;
 		if (state.link > link)
 			link = state.link;
+		if (state.silent_since_ms > silent_since_ms)
+			silent_since_ms = state.silent_since_ms;
 	}
 	set_counter(&counters(engine)->disconnected, away);
 	set_counter(&counters(engine)->reconnects, engine->reconnects_before + connects - engine->io_count);
@@ -672,6 +675,8 @@ static void link_changed(void *owner)
 						   : file_state(engine));
 	pthread_cond_broadcast(&engine->progress);
 	pthread_mutex_unlock(&engine->lock);
+	for (unsigned i = 0; silent_since_ms != 0 && i < engine->io_count; i++)
+		nfsio_suspect(engine->ios[i], silent_since_ms);
 }
 
 static void watch(struct engine *engine, struct nfsio *io, uint8_t *page)

@@ -129,8 +129,15 @@ struct nfsio_state {
 	enum nfsio_link link;
 	bool lost;
 	uint64_t connects;
+	int64_t silent_since_ms; /* CLOCK_MONOTONIC: from when on a connection was waited for in vain, 0: none was */
 };
 void nfsio_state(struct nfsio *io, struct nfsio_state *state);
+
+/*
+ * Another connection to the server is dead, which has been waited for since then: what ended it may have ended this one. Where nothing has
+ * come over it since, it is made anew if nobody waits for it, and else looked into at once. Returns soon.
+ */
+void nfsio_suspect(struct nfsio *io, int64_t since_ms);
 
 /*
  * Have `changed` called whenever the state has changed, by nfsio's thread and without a lock, and once before this

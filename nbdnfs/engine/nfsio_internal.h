@@ -126,6 +126,8 @@ struct nfsio {
 
 	int64_t heard_at_ms;    /* when something came over nfs, or was first waited for */
 	int64_t silence_ms;     /* see look_into_silence() */
+	int64_t said_at_ms;     /* when something came over nfs, or it was made */
+	int64_t suspect_since_ms; /* nfsio_suspect(): dead, if nothing has come over nfs since. 0: nobody has said so */
 	int64_t given_up_at_ms; /* when silence last cost a connection, 0: never */
 	struct probe probe;     /* beside nfs, while its silence is looked into */
 	int64_t probed_at_ms;   /* when the probe began or ended */

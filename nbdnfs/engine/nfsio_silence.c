@@ -24,6 +24,25 @@ static void give_up_connection(struct nfsio *io, const char *why)
 	io->broken = true;
 }
 
+/* Lock held. */
+static bool is_suspect(const struct nfsio *io)
+{
+	return io->suspect_since_ms != 0 && io->said_at_ms <= io->suspect_since_ms;
+}
+
+void nfsio_suspect(struct nfsio *io, int64_t since_ms)
+{
+	pthread_mutex_lock(&io->lock);
+	if (io->nfs != NULL && !io->broken && io->said_at_ms <= since_ms) {
+		io->suspect_since_ms = since_ms;
+		/* nobody has missed an answer: whoever comes next shall not be the one to find out */
+		if (io->inflight.head == NULL && io->name_ops == NULL)
+			io->broken = true;
+		wake_io_thread(io);
+	}
+	pthread_mutex_unlock(&io->lock);
+}
+
 /*
  * The time-outs. A server may be as slow as it likes; but a connection can die without TCP noticing (something between
  * forgets it, and acknowledges), and a server may drop a request. So silence is looked into: with a NULL call over
@@ -35,8 +54,9 @@ void look_into_silence(struct nfsio *io)
 {
 	int64_t now = now_ms();
 	struct nfsio_req *oldest = io->inflight.head;
+	bool is_silent = is_suspect(io) || now - io->heard_at_ms >= io->silence_ms;
 
-	if (io->broken || (oldest == NULL && io->name_ops == NULL) || now - io->heard_at_ms < io->silence_ms) {
+	if (io->broken || (oldest == NULL && io->name_ops == NULL) || !is_silent) {
 		if (io->probe.state != PROBE_NONE)
 			probe_end(&io->probe);
 		if (io->given_up_at_ms != 0 && now - io->given_up_at_ms > CALM_MS) {
@@ -57,8 +77,10 @@ void look_into_silence(struct nfsio *io)
 	case PROBE_WAITING:
 		break;
 	case PROBE_ANSWERED:
-		if (now - io->probed_at_ms >= SILENCE_GRACE_MS)
+		if (now - io->probed_at_ms >= SILENCE_GRACE_MS) {
+			io->state.silent_since_ms = io->heard_at_ms;
 			give_up_connection(io, "a connection is silent, and the server is not");
+		}
 		break;
 	case PROBE_FAILED: /* it does not answer there either: wait, and ask again now and then */
 		if (now - io->probed_at_ms >= SILENCE_GRACE_MS) {

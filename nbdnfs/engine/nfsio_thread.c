@@ -69,7 +69,7 @@ static void publish(struct nfsio *io, const struct connection *made)
 	io->nfs = made->nfs;
 	io->fh = made->fh;
 	io->fh3 = made->fh3;
-	io->connected_at_ms = now_ms();
+	io->said_at_ms = io->connected_at_ms = now_ms();
 	io->useful = false;
 	io->state.link = NFSIO_UP;
 	io->state.lost = false;

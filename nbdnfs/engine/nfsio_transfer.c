@@ -210,7 +210,7 @@ bool answered(struct nfsio *io, int rpc_status)
 		io->broken = true;
 		return false;
 	}
-	io->heard_at_ms = now_ms();
+	io->said_at_ms = io->heard_at_ms = now_ms();
 	return true;
 }
 

@@ -195,6 +195,21 @@ def test_a_connection_that_says_nothing_more(
     assert ["is silent, and the server is not" in line for line in said.lines] == [True, False]
 
 
+def test_connections_that_went_silent_with_another(
+    backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine
+) -> None:
+    """What one of them has found out the others need not: they are made anew before anybody has waited for them."""
+    engine = open_engine(backing_file.url(nfsport=proxy.port), silence_ms=500, connections=4)
+    proxy.silence()
+    in_background(read, engine, 1).result(DEADLINE_S)
+    wait_until(lambda: counter(engine, "reconnects") == 4, "all have connected again")
+    begin = time.monotonic()
+    for page in range(2, 34):
+        assert in_background(read, engine, page).result(DEADLINE_S) == bytes(PAGE)
+    assert time.monotonic() - begin < 5  # or one of them has waited for an answer in vain
+    assert counter(engine, "reconnects") == 4
+
+
 def test_a_slow_answer_is_no_silence(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
     """The server is asked whether it lives, says so over the same connection, and is waited for."""
     engine = open_engine(fake.url(), silence_ms=500)

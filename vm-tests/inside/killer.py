@@ -17,8 +17,8 @@ import sys
 import time
 
 RESUME_TIMEOUT_S = 60.0
-# Replies that were on their way when the worker died are no sign of life.
-GRACE_S = 0.05
+# Replies that were on their way when the worker died are no sign of life. An emulated CPU takes them in for long.
+GRACE_S = 0.3
 
 libc = ctypes.CDLL(None, use_errno=True)
 # MCL_CURRENT | MCL_FUTURE
