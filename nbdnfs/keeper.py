@@ -203,6 +203,8 @@ class Keeper:
                 if process is not None:
                     # a standby that is not parked ends by that; a worker whom the kernel knows goes on
                     process.close()
+            if self._mapping is not None:
+                self._mapping.close()
             os.close(self._region)
             for helper in (self._helper, self._resolver):
                 if helper is not None:

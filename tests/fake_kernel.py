@@ -113,6 +113,12 @@ class FakeKernel:
                 self._socket = None
             self._lock.notify_all()
 
+    def destroy(self) -> None:
+        """Hang up, and let go of all descriptors: nobody looks at it any more."""
+        self.close()
+        os.close(self._news_read)
+        os.close(self._news_write)
+
     @property
     def links(self) -> int:
         """How many sockets it has taken so far."""

@@ -118,7 +118,7 @@ class Setup:
         return {k: v for k, v in region_counters(self.parked["region"]).items() if isinstance(v, int)}
 
     def end(self) -> None:
-        self.kernel.close()
+        self.kernel.destroy()
         with contextlib.suppress(AssertionError, ProcessLookupError):
             self.kill_worker()
 

@@ -109,7 +109,7 @@ class Setup:
             wait_until_ended(record.pid)
 
     def end(self) -> None:
-        self.kernel.close()
+        self.kernel.destroy()
         self.systemd.close()
         self.kill_worker()
 

@@ -5,6 +5,7 @@ opens no file.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -26,7 +27,10 @@ ROUNDS = 40
 def reconnects(worker: Worker) -> int:
     descriptor = shared_region.take_from(worker.pid)
     assert descriptor is not None
-    count = region_counters(descriptor)["reconnects"]
+    try:
+        count = region_counters(descriptor)["reconnects"]
+    finally:
+        os.close(descriptor)
     assert isinstance(count, int)
     return count
 

@@ -128,7 +128,7 @@ class Setup:
 def setup(tmp_path: Path) -> Iterator[Setup]:
     made = Setup(tmp_path)
     yield made
-    made.kernel.close()
+    made.kernel.destroy()
     for process in made.work.started:
         try:
             os.kill(process.pid, signal.SIGKILL)
