@@ -62,10 +62,11 @@ def prepare(skip: Iterable[str] = ()) -> list[Measure]:
     return list(_run({"malloc": _malloc, "stacks": _stacks}, skip))
 
 
-def lock(code: Iterable[str], *, skip: Iterable[str] = ()) -> list[Measure]:
+def lock(code: Iterable[str], *, skip: Iterable[str] = (), one_cpu: bool = False) -> list[Measure]:
     """In the process that stays, before it starts its threads: they inherit some of it.
 
     `code`: how the names of the files begin whose code it will run; what else is mapped is dropped first.
+    `one_cpu`: real-time threads stay together, see _realtime(). So would processes that this one starts.
     """
     return list(
         _run(
@@ -74,7 +75,7 @@ def lock(code: Iterable[str], *, skip: Iterable[str] = ()) -> list[Measure]:
                 "lock": lambda: _lock(code),
                 "io flusher": _io_flusher,
                 "oom": _oom,
-                "realtime": _realtime,
+                "realtime": lambda: _realtime(one_cpu),
             },
             skip,
         )
@@ -231,10 +232,25 @@ def _oom() -> Measure:
     return Measure("oom", found == _OOM_IMMUNE, f"oom_score_adj {found}")
 
 
-def _realtime() -> Measure:
+def _realtime(one_cpu: bool) -> Measure:
+    """SCHED_RR, and on request all threads on one CPU. docs/decisions/0015 has the figures.
+
+    The kernel moves a real-time thread that wakes up to a CPU where none runs (kernel/sched/rt.c:
+    select_task_rq_rt, push and pull): threads that hand each request on are moved all the time, and meet on locks.
+    """
     os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(REALTIME_PRIORITY))
-    ok = os.sched_getscheduler(0) == os.SCHED_RR
-    return Measure("realtime", ok, f"SCHED_RR, priority {REALTIME_PRIORITY}" if ok else "not set")
+    if os.sched_getscheduler(0) != os.SCHED_RR:
+        return Measure("realtime", False, "not set")
+    found = f"SCHED_RR, priority {REALTIME_PRIORITY}"
+    if one_cpu:
+        allowed = sorted(os.sched_getaffinity(0))
+        chosen = allowed[os.getpid() % len(allowed)]  # several workers need not all have the same one
+        try:
+            os.sched_setaffinity(0, {chosen})
+            found += f", on CPU {chosen}"
+        except OSError:  # it costs time, and no page
+            found += ", on any CPU"
+    return Measure("realtime", True, found)
 
 
 def report(measures: Iterable[Measure]) -> None:

@@ -106,7 +106,7 @@ class WorkerConfig:
     def lock_memory(self) -> None:
         """In the process that serves, before its threads start: they inherit some of it. Raises as above."""
         if self.lock != "off":
-            self._heed(memlock.lock(CODE, skip=self.without))
+            self._heed(memlock.lock(CODE, skip=self.without, one_cpu=True))
 
     def settle_memory(self) -> None:
         """When the engine is open. Raises as above."""

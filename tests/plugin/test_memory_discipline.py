@@ -68,6 +68,25 @@ def start_trace(worker: Worker, log: Path) -> subprocess.Popen[bytes]:
     return trace
 
 
+def test_real_time_threads_stay_together(quick_server: Ganesha, tmp_path: Path) -> None:
+    """With the policy all threads have one CPU, the same; without it (`without=realtime`, no CAP_SYS_NICE) any."""
+    may_have_it = subprocess.run(["chrt", "--rr", "1", "true"], check=False, stderr=subprocess.DEVNULL).returncode == 0
+    found = []
+    for settings in ((), ("--plugin-setting=without=realtime",)):
+        with serving(quick_server.url("device"), tmp_path, *settings) as worker, NbdClient(worker.socket) as client:
+            run_requests(client, 100, seed=1)
+            tids = [int(task.name) for task in Path(f"/proc/{worker.pid}/task").iterdir()]
+            assert len(tids) > 8
+            found.append({(os.sched_getscheduler(tid), frozenset(os.sched_getaffinity(tid))) for tid in tids})
+    anywhere = {(os.SCHED_OTHER, frozenset(os.sched_getaffinity(0)))}
+    if may_have_it:
+        ((policy, cpus),) = found[0]
+        assert (policy, len(cpus)) == (os.SCHED_RR, 1)
+    else:
+        assert found[0] == anywhere
+    assert found[1] == anywhere
+
+
 @pytest.mark.timeout(600)
 def test_no_fault_and_no_mapping_after_warm_up(quick_server: Ganesha, tmp_path: Path) -> None:
     """200,000 mixed requests: +0 faults, the same size, no call that maps memory or starts a thread."""
