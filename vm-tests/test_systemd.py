@@ -136,7 +136,8 @@ def test_one_image_two_machines(boot: Callable[..., Guest], ganesha: Ganesha) ->
             print(f"{guest.name}: {verdict.checked} pages checked, {verdict.wrong} wrong, {pages_out} pages out")
             assert int(pages_out) > 1000
         ids = [guest.run("cat /etc/machine-id").stdout.strip() for guest in (one, two)]
-        assert {path.name for path in ganesha.export_path.iterdir()} == {f"{one_id}.swap" for one_id in ids}
+        files = {name for one_id in ids for name in (f"{one_id}.swap", f".{one_id}.swap.owner")}
+        assert {path.name for path in ganesha.export_path.iterdir()} == files
         assert len(set(ids)) == 2
 
 
