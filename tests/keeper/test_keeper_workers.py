@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -19,7 +20,9 @@ from typing import Any
 import pytest
 from fake_kernel import FakeKernel
 from fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
+from keeper_run import FakeSwap, run_keeper
 from nfs_server import Ganesha
+from waiting import wait_until
 
 from nbdnfs import keeper as keeper_module
 from nbdnfs import owner, owner_record, run_dir
@@ -27,9 +30,7 @@ from nbdnfs.config import Config
 from nbdnfs.engine import region_counters
 from nbdnfs.errors import OwnedError
 from nbdnfs.handshake import Export, TransmissionFlags
-from nbdnfs.keeper import Helper, Keeper
-from nbdnfs.keeper_work import RealWork
-from nbdnfs.link import Attached
+from nbdnfs.keeper import Keeper
 from nbdnfs.notify import Notifier
 from nbdnfs.owner_record import Identity, Timing
 from nbdnfs.run_dir import RunDir
@@ -37,22 +38,6 @@ from nbdnfs.run_dir import RunDir
 PAGE = 4096
 DEVICE_BYTES = 16 << 20
 SLOTS = 1024
-
-
-class FakeSwap(RealWork):
-    """Real workers; a swap that is a word."""
-
-    on = False
-
-    def provision(self) -> Helper | None:
-        return None
-
-    def swap_on(self, attached: Attached) -> Helper:
-        self.on = True
-        return Helper(["/bin/true"], {})
-
-    def is_swapped_on(self, attached: Attached) -> bool:
-        return self.on
 
 
 class Setup:
@@ -84,28 +69,7 @@ class Setup:
             stored={name: os.dup(descriptor) for name, descriptor in self.parked.items()},
         )
         self.parked = {"region": os.dup(keeper._region)}  # what systemd's store does
-        failure: list[BaseException] = []
-
-        def play() -> None:
-            try:
-                scenario(keeper)
-            except BaseException as error:
-                failure.append(error)
-            finally:
-                if not self.over.is_set():
-                    os.kill(os.getpid(), signal.SIGTERM)
-
-        self.over.clear()
-        thread = threading.Thread(target=play)
-        thread.start()
-        try:
-            status = keeper.run()
-        finally:
-            self.over.set()
-            thread.join(60)
-        if failure:
-            raise failure[0]
-        return status
+        return run_keeper(keeper, scenario, self.over, join_s=60)
 
     def kill_worker(self) -> int:
         """SIGKILL for the worker that serves; returns its pid."""
@@ -135,11 +99,7 @@ def page_of(number: int, generation: int) -> bytes:
     return random.Random(number << 32 | generation).randbytes(PAGE)
 
 
-def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.01)
+until = functools.partial(wait_until, what="it is so", timeout_s=20.0)
 
 
 def ready(keeper: Keeper) -> None:

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import select
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from fake_nfs import FakeNfsServer
+from waiting import wait_until
 
 from nbdnfs import run_dir, shared_region
 from nbdnfs.config import Config
@@ -19,11 +19,7 @@ from nbdnfs.run_dir import RunDir
 NOBODY_THERE = "127.0.0.9"
 
 
-def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.01)
+until = functools.partial(wait_until, what="it is so", timeout_s=20.0)
 
 
 def test_a_standby_is_sent_to_another_address(tmp_path: Path) -> None:

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,12 +18,13 @@ import pytest
 from fake_kernel import FakeKernel
 from fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
 from fake_systemd import FakeSystemd, wait_until_ended
+from keeper_run import FakeSwap, run_keeper
+from waiting import SaidOnStderr, wait_until
 
 from nbdnfs import handshake, lifecycle, run_dir, shared_region, worker, worker_process
 from nbdnfs.config import Config
 from nbdnfs.errors import UnavailableError
-from nbdnfs.keeper import Helper, Keeper
-from nbdnfs.keeper_work import RealWork
+from nbdnfs.keeper import Keeper
 from nbdnfs.link import Attached
 from nbdnfs.notify import Notifier
 from nbdnfs.run_dir import RunDir
@@ -31,27 +32,6 @@ from nbdnfs.worker_process import WorkerProcess, command, making
 
 PAGE = 4096
 DEVICE_BYTES = 4 << 20
-
-
-class FakeSwap(RealWork):
-    """Real workers, which it counts; a swap that is a word."""
-
-    on = False
-    starts = 0
-
-    def start_worker(self, region_fd: int) -> WorkerProcess:
-        self.starts += 1
-        return super().start_worker(region_fd)
-
-    def provision(self) -> Helper | None:
-        return None
-
-    def swap_on(self, attached: Attached) -> Helper:
-        self.on = True
-        return Helper(["/bin/true"], {})
-
-    def is_swapped_on(self, attached: Attached) -> bool:
-        return self.on
 
 
 class Setup:
@@ -77,30 +57,12 @@ class Setup:
         what it has and does no more, which is what SIGKILL leaves behind."""
         found = self.systemd.hand_over() if stored is None else stored
         keeper = Keeper(self.kernel, self.work, self.records, Notifier(self.systemd.environment), stored=found)
-        failure: list[BaseException] = []
-
-        def play() -> None:
-            try:
-                scenario(keeper)
-            except BaseException as error:
-                failure.append(error)
-            finally:
-                if not self.over.is_set():
-                    os.kill(os.getpid(), signal.SIGTERM)
-
-        self.over.clear()
-        thread = threading.Thread(target=play)
-        thread.start()
         try:
-            keeper.run()
+            run_keeper(keeper, scenario, self.over, join_s=60)
         finally:
-            self.over.set()
-            thread.join(60)
             keeper._notifier.close()
             if keeper._mapping is not None:
                 keeper._mapping.close()
-        if failure:
-            raise failure[0]
 
     def kill_worker(self) -> None:
         record = self.records.living(run_dir.WORKER)
@@ -122,11 +84,7 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
         made.end()
 
 
-def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.01)
+until = functools.partial(wait_until, what="it is so", timeout_s=20.0)
 
 
 def ready(keeper: Keeper) -> int:
@@ -470,16 +428,17 @@ def test_one_that_has_ended_is_not_taken() -> None:
     os.close(region)
 
 
-def test_one_that_has_the_word_ends_with_its_keeper() -> None:
+def test_one_that_has_the_word_ends_with_its_keeper(capfd: pytest.CaptureFixture[str]) -> None:
     """The keeper dies while the worker waits for its server: the kernel never gets to know that worker, which ends
     instead of trying for ever."""
+    said = SaidOnStderr(capfd)
     region = shared_region.create()
     with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
         standby, _ = start(server, region)
     assert not _answers(server)
     parked = os.dup(standby.pack())
     standby.go()
-    time.sleep(0.7)  # some tries
+    said.wait_for("trying again until it does")
     assert not standby.has_ended()
     os.close(parked)
     pid = standby.pid

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from fake_kernel import FakeKernel
+from keeper_run import run_keeper
+from waiting import wait_until
 
 from nbdnfs import keeper as keeper_module
 from nbdnfs import run_dir
@@ -97,31 +100,9 @@ class Setup:
     def run(self, scenario: Callable[[Keeper], None] | None, keeper: Keeper | None = None) -> int:
         """The keeper in this thread, until `scenario` in another has ended; without one until it ends by itself."""
         made = keeper or self.make()
-        failure: list[BaseException] = []
-
-        def play() -> None:
-            try:
-                assert scenario is not None
-                scenario(made)
-            except BaseException as error:
-                failure.append(error)
-            finally:
-                if not self.over.is_set():
-                    os.kill(os.getpid(), signal.SIGTERM)
-
-        self.over.clear()
-        thread = threading.Thread(target=play)
-        if scenario is not None:
-            thread.start()
-        try:
-            status = made.run()
-        finally:
-            self.over.set()
-            if scenario is not None:
-                thread.join(30)
-        if failure:
-            raise failure[0]
-        return status
+        if scenario is None:
+            return made.run()
+        return run_keeper(made, scenario, self.over, join_s=30)
 
 
 @pytest.fixture
@@ -137,11 +118,7 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
             pass
 
 
-def until(condition: Callable[[], object], timeout_s: float = 15.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.01)
+until = functools.partial(wait_until, what="it is so", timeout_s=15.0)
 
 
 def watches(keeper: Keeper) -> None:

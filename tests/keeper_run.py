@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A keeper in the test's own thread, a scenario in another one; and the work of a keeper whose swap is a word."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+from nbdnfs.keeper import Helper, Keeper
+from nbdnfs.keeper_work import RealWork
+from nbdnfs.link import Attached
+from nbdnfs.worker_process import WorkerProcess
+
+
+def run_keeper(keeper: Keeper, scenario: Callable[[Keeper], None], over: threading.Event, *, join_s: float) -> int:
+    """Run it until `scenario` has ended, which then is what stops it; its exit status, or the scenario's exception.
+
+    `over` is set once the keeper has ended, by whatever.
+    """
+    failure: list[BaseException] = []
+
+    def play() -> None:
+        try:
+            scenario(keeper)
+        except BaseException as error:
+            failure.append(error)
+        finally:
+            if not over.is_set():
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    over.clear()
+    thread = threading.Thread(target=play)
+    thread.start()
+    try:
+        status = keeper.run()
+    finally:
+        over.set()
+        thread.join(join_s)
+    if failure:
+        raise failure[0]
+    return status
+
+
+class FakeSwap(RealWork):
+    """Real workers, which it counts; a swap that is a word."""
+
+    on = False
+    starts = 0
+
+    def start_worker(self, region_fd: int) -> WorkerProcess:
+        self.starts += 1
+        return super().start_worker(region_fd)
+
+    def provision(self) -> Helper | None:
+        return None
+
+    def swap_on(self, attached: Attached) -> Helper:
+        self.on = True
+        return Helper(["/bin/true"], {})
+
+    def is_swapped_on(self, attached: Attached) -> bool:
+        return self.on
