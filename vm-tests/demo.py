@@ -95,9 +95,7 @@ def _run(tell: Teller, here: bool) -> swap.Measured:
         server = stack.enter_context(Ganesha(workdir / "nas"))
         tell(f"a backing file of {_FILE_MIB} MiB on it: nbdnfs create")
         url = server.url("demo.swap")
-        # The interpreter's folder, unresolved: that of the virtual environment.
-        nbdnfs = Path(sys.executable).with_name("nbdnfs")
-        host.run([nbdnfs, "create", url, "--size", f"{_FILE_MIB}M"], what="nbdnfs create", timeout_s=300)
+        host.nbdnfs_create(url, _FILE_MIB, timeout_s=300)
         sizes = {"size_mib": _HOG_MIB, "limit_mib": _LIMIT_MIB}
         if here:
             machine = stack.enter_context(LocalMachine())

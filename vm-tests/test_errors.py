@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from nfs_server import Ganesha
@@ -50,11 +48,7 @@ def test_what_cannot_work(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
     """A misspelt key, no kernel module, no permission, a device in use: two lines and an end. No permission any more,
     with swap in use: one line, and when it is back, all goes on."""
     url = ganesha.url("swap.swap")
-    host.run(
-        [Path(sys.executable).with_name("nbdnfs"), "create", url, "--size", "64M"],
-        what="nbdnfs create",
-        timeout_s=120,
-    )
+    host.nbdnfs_create(url, 64, timeout_s=120)
     host.run(["/sbin/mkswap", ganesha.export_path / "swap.swap"], what="mkswap", timeout_s=30)
     config = f'url = "{seen_from_guest(url)}"\n'
     with boot(project=True, allow={"nbd", "slow"}) as guest:

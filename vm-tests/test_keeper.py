@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,8 +41,7 @@ def swapping(
 ) -> Iterator[Guest]:
     """A guest whose nbdnfs@swap0 is up; its memory figures are printed, and all is well at the end."""
     url = server.url("swap0.swap")
-    nbdnfs = Path(sys.executable).with_name("nbdnfs")
-    host.run([nbdnfs, "create", url, "--size", f"{device_mib}M"], what="nbdnfs create", timeout_s=120)
+    host.nbdnfs_create(url, device_mib, timeout_s=120)
     # with a signature there the guest need not read all of it, which an emulated CPU takes minutes for
     host.run(["/sbin/mkswap", server.export_path / "swap0.swap"], what="mkswap", timeout_s=30)
     with boot(project=True, allow=_EXPECTED, **options) as guest:

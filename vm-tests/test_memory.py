@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from nfs_server import Ganesha
@@ -93,8 +91,7 @@ def threads(guest: Guest, pid: int) -> list[int]:
 def backing_file(ganesha: Ganesha) -> str:
     """A backing file's URL, as a guest says it."""
     url = ganesha.url("memory.swap")
-    nbdnfs = Path(sys.executable).with_name("nbdnfs")
-    host.run([nbdnfs, "create", url, "--size", f"{_FILE_MIB}M"], what="nbdnfs create", timeout_s=300)
+    host.nbdnfs_create(url, _FILE_MIB, timeout_s=300)
     return seen_from_guest(url)
 
 

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from nfs_server import Ganesha, free_ports
@@ -74,8 +72,7 @@ class Strikes:
 
 def create(url: str) -> str:
     """A backing file; returns the URL as a guest says it."""
-    nbdnfs = Path(sys.executable).with_name("nbdnfs")
-    host.run([nbdnfs, "create", url, "--size", f"{_FILE_MIB}M"], what="nbdnfs create", timeout_s=300)
+    host.nbdnfs_create(url, _FILE_MIB, timeout_s=300)
     return seen_from_guest(url)
 
 

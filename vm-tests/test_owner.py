@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from nfs_server import Ganesha
@@ -49,8 +47,7 @@ def test_boots_and_a_theft(boot: Callable[..., Guest], ganesha: Ganesha) -> None
     it does not get the file back by itself."""
     url = ganesha.url("swap0.swap")
     path = ganesha.export_path / "swap0.swap"
-    nbdnfs = Path(sys.executable).with_name("nbdnfs")
-    host.run([nbdnfs, "create", url, "--size", "96M"], what="nbdnfs create", timeout_s=120)
+    host.nbdnfs_create(url, 96, timeout_s=120)
     with boot(project=True, allow=_EXPECTED) as guest:
         guest.settle()
         guest.run(

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from nfs_server import Ganesha
@@ -20,8 +18,7 @@ _HOG_MIB = 32
 def test_swap_on_nfs(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
     """A program four times its cgroup's limit lives: no wrong page, no OOM kill, nothing in the kernel log."""
     url = ganesha.url("smoke.swap")
-    nbdnfs = Path(sys.executable).with_name("nbdnfs")
-    host.run([nbdnfs, "create", url, "--size", "256M"], what="nbdnfs create", timeout_s=120)
+    host.nbdnfs_create(url, 256, timeout_s=120)
     with boot(project=True) as guest:
         guest.settle()
         measured = swap.run(

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -50,6 +51,12 @@ def run(argv: Sequence[str | Path], *, what: str, timeout_s: float, env: Mapping
         said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-30:])
         raise HarnessError(f"{what}: exit status {done.returncode}\n{said}", command)
     return done.stdout
+
+
+def nbdnfs_create(url: str, size_mib: int, *, timeout_s: float) -> None:
+    """Make a backing file with the checkout's own program."""
+    program = Path(sys.executable).with_name("nbdnfs")  # unresolved: in the virtual environment's folder
+    run([program, "create", url, "--size", f"{size_mib}M"], what="nbdnfs create", timeout_s=timeout_s)
 
 
 def listens(port: int) -> bool:
