@@ -48,7 +48,9 @@ def test_what_cannot_work(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
     """A misspelt key, no kernel module, no permission, a device in use: two lines and an end. No permission any more,
     with swap in use: one line, and when it is back, all goes on."""
     url = ganesha.url("swap.swap")
-    host.nbdnfs_create(url, 64, timeout_s=120)
+    other_url = ganesha.url("other.swap")
+    for one in (url, other_url):
+        host.nbdnfs_create(one, 64, timeout_s=120)
     host.run(["/sbin/mkswap", ganesha.export_path / "swap.swap"], what="mkswap", timeout_s=30)
     config = f'url = "{seen_from_guest(url)}"\n'
     with boot(project=True, allow={"nbd", "slow"}) as guest:
@@ -75,7 +77,11 @@ def test_what_cannot_work(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
         guest.run(f"cat > /etc/nbdnfs/swap0.toml <<'.'\n{config}.")
         guest.run("systemctl start nbdnfs@swap0", _START_TIMEOUT_S)
         device = guest.run("cat /run/nbdnfs/swap0/device").stdout.strip()
-        wrong, remedy = fails(guest, "in-use", config + f'device = "/dev/{device}"\n', _EX_TEMPFAIL)
+        wrong, remedy = fails(guest, "same-file", config, _EX_NOPERM)[:2]
+        assert wrong.endswith(" is in use on this machine, by swap0")
+        assert remedy == "nbdnfs: give each device a file of its own, or end that one first"
+        other = f'url = "{seen_from_guest(other_url)}"\ndevice = "/dev/{device}"\n'
+        wrong, remedy = fails(guest, "in-use", other, _EX_TEMPFAIL)
         assert wrong == f"nbdnfs: cannot attach /dev/{device}: the device is in use"
         assert remedy == "nbdnfs: detach it first, or take another one"
 
