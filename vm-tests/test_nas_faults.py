@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -101,6 +102,17 @@ def stress(
     return found
 
 
+@contextlib.contextmanager
+def swapping(boot: Callable[..., Guest], url: str) -> Iterator[tuple[Guest, swap.Worker]]:
+    """A guest that swaps to that file, with a small region, and its worker; shut down at the end."""
+    with boot(project=True, arguments=_PATIENT, allow={"slow"}) as guest:
+        guest.settle()
+        settings = [f"region_pages={_REGION_PAGES}"]
+        with swap.serving(guest, url, settings=settings) as worker, swap.swapping(guest, worker):
+            yield guest, worker
+        guest.shutdown()
+
+
 @pytest.fixture
 def nas(boot: Callable[..., Guest]) -> Iterator[tuple[Guest, str]]:
     """A guest that serves NFSv3 with its kernel from a directory on its disk, and the URL of that on the host."""
@@ -122,15 +134,11 @@ def test_a_nas_that_dies(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
         threading.Timer(_AWAY_S, ganesha.start).start()
 
     strikes = Strikes(die)
-    with boot(project=True, arguments=_PATIENT, allow={"slow"}) as guest:
-        guest.settle()
-        settings = [f"region_pages={_REGION_PAGES}"]
-        with swap.serving(guest, url, settings=settings) as worker, swap.swapping(guest, worker):
-            found = stress(guest, worker, size_mib=24, limit_mib=8, timeout_s=900, on_progress=strikes.on_progress)
-            assert len(strikes.happened) == 2
-            assert min(found.verdict.passes[0].seconds, found.verdict.passes[2].seconds) > _AWAY_S
-            assert found.counted["reconnects"] >= 2
-        guest.shutdown()
+    with swapping(boot, url) as (guest, worker):
+        found = stress(guest, worker, size_mib=24, limit_mib=8, timeout_s=900, on_progress=strikes.on_progress)
+        assert len(strikes.happened) == 2
+        assert min(found.verdict.passes[0].seconds, found.verdict.passes[2].seconds) > _AWAY_S
+        assert found.counted["reconnects"] >= 2
 
 
 @pytest.mark.timeout(2400)
@@ -147,30 +155,22 @@ def test_a_nas_that_crashes(boot: Callable[..., Guest], nas: tuple[Guest, str]) 
         server.run(_START_NFS, 240)
 
     strikes = Strikes(crash)
-    with boot(project=True, arguments=_PATIENT, allow={"slow"}) as guest:
-        guest.settle()
-        settings = [f"region_pages={_REGION_PAGES}"]
-        with swap.serving(guest, url, settings=settings) as worker, swap.swapping(guest, worker):
-            found = stress(guest, worker, size_mib=24, limit_mib=8, timeout_s=1500, on_progress=strikes.on_progress)
-            print(f"crash, boot and nfsd: {', '.join(f'{seconds:.0f} s' for seconds in strikes.happened)}")
-            assert len(strikes.happened) == 2
-            assert found.counted["lost_uncommitted_pages"] > 0
-        guest.shutdown()
+    with swapping(boot, url) as (guest, worker):
+        found = stress(guest, worker, size_mib=24, limit_mib=8, timeout_s=1500, on_progress=strikes.on_progress)
+        print(f"crash, boot and nfsd: {', '.join(f'{seconds:.0f} s' for seconds in strikes.happened)}")
+        assert len(strikes.happened) == 2
+        assert found.counted["lost_uncommitted_pages"] > 0
 
 
 @pytest.mark.timeout(1500)
 def test_a_network_that_loses_packets(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
     """Two of a hundred packets of the guest's are lost, and each of them is 50 ms on its way."""
     url = create(ganesha.url("swap"))
-    with boot(project=True, arguments=_PATIENT, allow={"slow"}) as guest:
-        guest.settle()
-        settings = [f"region_pages={_REGION_PAGES}"]
-        with swap.serving(guest, url, settings=settings) as worker, swap.swapping(guest, worker):
-            # few pages: most that are read cost a round trip and more each
-            with netem.delayed(guest, 50, loss_percent=2):
-                stress(guest, worker, size_mib=12, limit_mib=5, timeout_s=900)
-                told = guest.run("tc -s qdisc show dev eth0").stdout
-                print(told)
-            dropped = int(told.partition("dropped ")[2].partition(",")[0])
-            assert dropped > 0
-        guest.shutdown()
+    with swapping(boot, url) as (guest, worker):
+        # few pages: most that are read cost a round trip and more each
+        with netem.delayed(guest, 50, loss_percent=2):
+            stress(guest, worker, size_mib=12, limit_mib=5, timeout_s=900)
+            told = guest.run("tc -s qdisc show dev eth0").stdout
+            print(told)
+        dropped = int(told.partition("dropped ")[2].partition(",")[0])
+        assert dropped > 0
