@@ -76,6 +76,14 @@ install_packages() {
     [ "$status" = 0 ] || die "apt-get could not install them (status $status)" "what it says stands above"
 }
 
+# NFS-Ganesha looks for the mounts there. systemd's package makes it, which a bare root need not have.
+link_mtab() {
+    [ ! -e /etc/mtab ] && [ ! -L /etc/mtab ] || return 0
+    did_something=yes
+    say "making /etc/mtab, a link to /proc/self/mounts"
+    as_root ln -s ../proc/self/mounts /etc/mtab
+}
+
 # nbdkit embeds the system's Python, so that one must be the one that the extension and the packages are for.
 make_venv() {
     system_python=$(/usr/bin/python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -130,6 +138,7 @@ compare_pythons() {
 }
 
 install_packages
+link_mtab
 make_venv
 build_extension
 compare_pythons
