@@ -1055,6 +1055,11 @@ static void owner_changed(void *arg, enum owner_state state)
 
 static void close_connections(struct engine *engine)
 {
+	/* the thread of one looks at all of them: see link_changed() */
+	for (unsigned i = 0; i < engine->io_count; i++)
+		nfsio_stop(engine->ios[i]);
+	for (unsigned i = 0; i < engine->io_count; i++)
+		nfsio_end(engine->ios[i]);
 	while (engine->io_count > 0)
 		nfsio_close(engine->ios[--engine->io_count]);
 }

@@ -100,10 +100,18 @@ void nfsio_stop(struct nfsio *io)
 	pthread_mutex_unlock(&io->lock);
 }
 
-void nfsio_close(struct nfsio *io)
+void nfsio_end(struct nfsio *io)
 {
+	if (io->ended)
+		return;
 	nfsio_stop(io);
 	pthread_join(io->thread, NULL);
+	io->ended = true;
+}
+
+void nfsio_close(struct nfsio *io)
+{
+	nfsio_end(io);
 	destroy(io);
 }
 

@@ -115,7 +115,13 @@ int nfsio_open(const struct nfsio_options *options, struct nfsio **io, struct nf
  */
 void nfsio_stop(struct nfsio *io);
 
-/* Fails what is still waiting with -ECANCELED, joins the thread, frees everything. */
+/*
+ * Fails what is still waiting with -ECANCELED, and joins the thread: nothing is called back from here on. For who has
+ * several, whose callbacks look at the others: all are ended before one is closed.
+ */
+void nfsio_end(struct nfsio *io);
+
+/* Ends it, if that has not been done, and frees everything. */
 void nfsio_close(struct nfsio *io);
 
 /* The file as it was opened. */

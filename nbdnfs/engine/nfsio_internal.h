@@ -86,11 +86,12 @@ struct nfsio {
 	bool told[NFSIO_REPLACED + 1]; /* the I/O thread's own: what has been said since then */
 	int wake_fd;            /* an eventfd: written to wake the I/O thread out of poll() */
 	pthread_t thread;
+	bool ended;             /* the closing thread's own: `thread` has been joined */
 
 	unsigned contexts;      /* the I/O thread's own: how many it has made */
 	struct step step;       /* the I/O thread's own: the call that connecting is waiting for */
 
-	atomic_bool stop;       /* set once, by nfsio_close() */
+	atomic_bool stop;       /* set once, by nfsio_stop() */
 	_Atomic uint64_t cut_bytes; /* nfsio_cut_bytes() */
 	atomic_bool unlinked;   /* nfsio_is_unlinked() */
 
