@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbdnfs import handshake, kernel_state
+from nbdnfs import handshake, kernel_state, nbd_settings
 from nbdnfs.errors import (
     BusyError,
     NbdnfsError,
@@ -37,7 +37,7 @@ from nbdnfs.errors import (
     UsageError,
 )
 from nbdnfs.kernel_state import NbdDevice
-from nbdnfs.nbd_settings import BLOCK_SIZE_BYTES, DEAD_CONN_TIMEOUT_S, IO_TIMEOUT_MS, MAX_REQUEST_KIB, QUEUE_DEPTH
+from nbdnfs.nbd_settings import BLOCK_SIZE_BYTES, DEAD_CONN_TIMEOUT_S, IO_TIMEOUT_MS, MAX_REQUEST_KIB
 from nbdnfs.warmup import warm_up as warm_up  # part of setting a device up
 
 if TYPE_CHECKING:
@@ -247,22 +247,22 @@ def _settle(index: int, export: handshake.Export, io_timeout_ms: int, timeout_s:
             f"the kernel attached {name}, but /dev/{name} does not show its size within {timeout_s:g} s",
             "see the kernel's log: dmesg | tail",
         )
-    _set_queue(name, "io_timeout", io_timeout_ms, root)
-    _set_queue(name, "nr_requests", QUEUE_DEPTH, root)
+    for setting, value in nbd_settings.queue(io_timeout_ms).items():
+        _set_queue(name, setting, value, root)
     state = kernel_state.nbd_device(name, root)
     largest_kb = min(export.max_block_bytes // 1024, MAX_REQUEST_KIB)
     if state is not None and state.max_sectors_kb is not None and state.max_sectors_kb > largest_kb:
-        _set_queue(name, "max_sectors_kb", largest_kb, root)
+        _set_queue(name, "max_sectors_kb", str(largest_kb), root)
     return Attachment(Path("/dev") / name, index, export.size_bytes)
 
 
-def _set_queue(name: str, setting: str, value: int, root: Path) -> None:
+def _set_queue(name: str, setting: str, value: str, root: Path) -> None:
     """Write one queue setting. A kernel that has it not, or forbids it, costs a line in the log, no more."""
     path = root / "sys/block" / name / "queue" / setting
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
         try:
-            os.write(descriptor, str(value).encode())
+            os.write(descriptor, value.encode())
         finally:
             os.close(descriptor)
     except OSError as error:

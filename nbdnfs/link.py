@@ -171,17 +171,8 @@ class Link:
         return kernel_state.nbd_device(attached.name, self._root)
 
     def _set_queue(self, attached: Attached) -> None:
-        """Settings that suit swap. One that this kernel refuses is left as it is: none is needed for safety.
-
-        scheduler none: requests are merged before, and the NAS orders them. read_ahead_kb 0: swap reads ahead by
-        itself (vm.page-cluster). nr_requests: nbd_settings.QUEUE_DEPTH. rq_affinity and the rest stay.
-        """
-        settings = {
-            "scheduler": "none",
-            "io_timeout": str(self._io_timeout_ms),
-            "nr_requests": str(nbd_settings.QUEUE_DEPTH),
-            "read_ahead_kb": "0",
-        }
+        """What this kernel refuses is left as it is."""
+        settings = nbd_settings.queue(self._io_timeout_ms)
         if self._max_sectors_bytes is not None:
             settings["max_sectors_kb"] = str(self._max_sectors_bytes // 1024)
         for setting, value in settings.items():

@@ -21,3 +21,18 @@ MAX_REQUEST_KIB = 128
 # pages, its processes are killed. With fewer requests reclaim waits for a free one instead, for as long as the NAS
 # takes. The worker has less than this under way at once anyway.
 QUEUE_DEPTH = 16
+
+
+def queue(io_timeout_ms: int) -> dict[str, str]:
+    """Files below /sys/block/nbdN/queue and what suits swap, in the order in which they are to be written: another
+    scheduler brings another nr_requests.
+
+    scheduler none: requests are merged before, and the NAS orders them. read_ahead_kb 0: swap reads ahead by itself
+    (vm.page-cluster). rq_affinity and the rest stay. None of it is needed for safety.
+    """
+    return {
+        "scheduler": "none",
+        "read_ahead_kb": "0",
+        "io_timeout": str(io_timeout_ms),
+        "nr_requests": str(QUEUE_DEPTH),
+    }

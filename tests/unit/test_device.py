@@ -72,6 +72,8 @@ def add_device(root: Path, index: int, *, size_bytes: int = 0, pid: int | None =
     (folder / "ro").write_text("0\n")
     (folder / "queue/io_timeout").write_text("30000\n")
     (folder / "queue/nr_requests").write_text("128\n")
+    (folder / "queue/scheduler").write_text("[mq-deadline] none\n")
+    (folder / "queue/read_ahead_kb").write_text("128\n")
     (folder / "queue/max_sectors_kb").write_text("1280\n")
     if pid is not None:
         (folder / "pid").write_text(f"{pid}\n")
@@ -199,7 +201,8 @@ def test_attach_with_a_backend_and_timeouts_of_ones_own(server: Server, kernel: 
     assert kernel.connects[0]["backend"] == "swap0"
     assert kernel.connects[0]["dead_conn_timeout_s"] == 60
     assert (root / "sys/block/nbd2/queue/io_timeout").read_text() == "500"
-    assert (root / "sys/block/nbd2/queue/nr_requests").read_text() == "16"
+    for setting, value in (("nr_requests", "16"), ("scheduler", "none"), ("read_ahead_kb", "0")):
+        assert (root / "sys/block/nbd2/queue" / setting).read_text() == value
 
 
 def test_a_kernel_without_io_timeout(
