@@ -71,7 +71,7 @@ class Measured:
 def serving(machine: Machine, url: str, name: str = "swap", settings: Sequence[str] = ()) -> Iterator[Worker]:
     """`nbdnfs serve` in the background, ended in order afterwards. `settings`: more of the plugin's, "key=value"."""
     socket, pid_file = f"{_RUN}/{name}.sock", f"{_RUN}/{name}.pid"
-    machine.run(f"mkdir -p {_RUN}")
+    machine.run(f"mkdir -p {_RUN}; rm -f {pid_file}")  # not to take the last one's for this one's
     options = "".join(f" --plugin-setting {shlex.quote(setting)}" for setting in settings)
     serve = machine.start(f"echo $$ > {pid_file}; exec nbdnfs serve {shlex.quote(url)} --socket {socket}{options}")
     with _tidy(machine, f"pid=$(cat {pid_file}); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done", 60):
