@@ -55,8 +55,6 @@ setup(
     ext_modules=[
         extension("nbdnfs.engine._engine", glob.glob("nbdnfs/engine/*.c"), libraries=True),
         extension("nbdnfs._memlock", ["nbdnfs/_memlock.c"], libraries=False),
-        # not for Python: the worker preloads it
-        extension("nbdnfs._nbdkit_socket", ["nbdnfs/_nbdkit_socket.c"], libraries=False),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -58,26 +58,13 @@ def worker_environment() -> dict[str, str]:
     reference = importlib.util.find_spec("libnfs")
     if reference is not None and reference.origin is not None:
         paths.append(str(Path(reference.origin).parents[1]))
-    # what is preloaded already, such as a sanitizer, stays in front
-    preloaded = [os.environ["LD_PRELOAD"]] if os.environ.get("LD_PRELOAD") else []
     return {
         **os.environ,
-        "LD_PRELOAD": ":".join([*preloaded, *_socket_calls()]),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONMALLOC": "malloc",
         "PYTHONNOUSERSITE": "1",
     }
-
-
-def _socket_calls() -> list[str]:
-    """The library of nbdnfs/_nbdkit_socket.c. nbdkit does the same without it, slower; ld.so(8) cannot be told of a
-    path with a blank or a colon in it."""
-    return [
-        str(path)
-        for path in Path(nbdnfs.__file__).parent.glob("_nbdkit_socket.*.so")
-        if not set(str(path)) & {" ", ":"}
-    ]
 
 
 def plugin_path() -> Path:

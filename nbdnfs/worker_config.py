@@ -69,7 +69,7 @@ MAX_REQUEST_BYTES = 32 * 1024 * 1024
 
 # How the names of the files begin whose code a worker runs. nbdkit's TLS libraries are not among them: they are
 # most of what it maps, and a Unix socket needs none.
-CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", "_memlock.", "_nbdkit_socket.")
+CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", "_memlock.")
 
 
 class WorkerConfig:
