@@ -258,13 +258,8 @@ def _settle(index: int, export: handshake.Export, io_timeout_ms: int, timeout_s:
 
 def _set_queue(name: str, setting: str, value: str, root: Path) -> None:
     """Write one queue setting. A kernel that has it not, or forbids it, costs a line in the log, no more."""
-    path = root / "sys/block" / name / "queue" / setting
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
-        try:
-            os.write(descriptor, value.encode())
-        finally:
-            os.close(descriptor)
+        nbd_settings.write_queue(name, setting, value, root)
     except OSError as error:
         log.warning("%s: queue/%s stays as it is (%s)", name, setting, error.strerror)
 

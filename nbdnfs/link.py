@@ -177,14 +177,7 @@ class Link:
             settings["max_sectors_kb"] = str(self._max_sectors_bytes // 1024)
         for setting, value in settings.items():
             with contextlib.suppress(OSError):
-                self._write(f"sys/block/{attached.name}/queue/{setting}", value)
-
-    def _write(self, path: str, text: str) -> None:
-        descriptor = os.open(self._root / path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
-        try:
-            os.write(descriptor, text.encode())
-        finally:
-            os.close(descriptor)
+                nbd_settings.write_queue(attached.name, setting, value, self._root)
 
 
 def _check(export: Export) -> None:

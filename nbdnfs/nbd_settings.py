@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """How a kernel nbd device is set up, by `nbdnfs attach` and by keepers. device.py says what makes it a "hard" one."""
 
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
 # The size of a page, and of every request that the engine takes.
 BLOCK_SIZE_BYTES = 4096
 
@@ -36,3 +41,12 @@ def queue(io_timeout_ms: int) -> dict[str, str]:
         "io_timeout": str(io_timeout_ms),
         "nr_requests": str(QUEUE_DEPTH),
     }
+
+
+def write_queue(name: str, setting: str, value: str, root: Path) -> None:
+    """Write one of these files of the device `name`. OSError where this kernel has it not, or forbids it."""
+    descriptor = os.open(root / "sys/block" / name / "queue" / setting, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, value.encode())
+    finally:
+        os.close(descriptor)
