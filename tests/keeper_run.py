@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
 from collections.abc import Callable
 
+from waiting import wait_until
+
 from nbdnfs.keeper import Helper, Keeper
 from nbdnfs.keeper_work import RealWork
 from nbdnfs.link import Attached
 from nbdnfs.worker_process import WorkerProcess
+
+until = functools.partial(wait_until, what="it is so", timeout_s=20.0)
 
 
 def run_keeper(keeper: Keeper, scenario: Callable[[Keeper], None], over: threading.Event, *, join_s: float) -> int:

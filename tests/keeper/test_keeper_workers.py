@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import random
 import signal
@@ -20,9 +19,8 @@ from typing import Any
 import pytest
 from fake_kernel import FakeKernel
 from fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
-from keeper_run import FakeSwap, run_keeper
+from keeper_run import FakeSwap, run_keeper, until
 from nfs_server import Ganesha
-from waiting import wait_until
 
 from nbdnfs import keeper as keeper_module
 from nbdnfs import owner, owner_record, run_dir
@@ -97,9 +95,6 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
 
 def page_of(number: int, generation: int) -> bytes:
     return random.Random(number << 32 | generation).randbytes(PAGE)
-
-
-until = functools.partial(wait_until, what="it is so", timeout_s=20.0)
 
 
 def ready(keeper: Keeper) -> None:

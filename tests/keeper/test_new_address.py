@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import select
 from pathlib import Path
 
 from fake_nfs import FakeNfsServer
-from waiting import wait_until
+from keeper_run import until
 
 from nbdnfs import run_dir, shared_region
 from nbdnfs.config import Config
@@ -17,9 +16,6 @@ from nbdnfs.keeper_work import RealWork
 from nbdnfs.run_dir import RunDir
 
 NOBODY_THERE = "127.0.0.9"
-
-
-until = functools.partial(wait_until, what="it is so", timeout_s=20.0)
 
 
 def test_a_standby_is_sent_to_another_address(tmp_path: Path) -> None:

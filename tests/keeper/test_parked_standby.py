@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import socket
@@ -18,8 +17,8 @@ import pytest
 from fake_kernel import FakeKernel
 from fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
 from fake_systemd import FakeSystemd, wait_until_ended
-from keeper_run import FakeSwap, run_keeper
-from waiting import SaidOnStderr, wait_until
+from keeper_run import FakeSwap, run_keeper, until
+from waiting import SaidOnStderr
 
 from nbdnfs import handshake, lifecycle, run_dir, shared_region, worker, worker_process
 from nbdnfs.config import Config
@@ -82,9 +81,6 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
         made = Setup(server, tmp_path)
         yield made
         made.end()
-
-
-until = functools.partial(wait_until, what="it is so", timeout_s=20.0)
 
 
 def ready(keeper: Keeper) -> int:
