@@ -24,6 +24,7 @@ static void fetch_done(struct nfsio_req *req)
 	pthread_mutex_unlock(&engine->lock);
 }
 
+/* NULL when all are under way. Lock held. */
 static struct fetch *free_fetch(struct engine *engine)
 {
 	for (struct fetch *fetch = engine->fetches; fetch < engine->fetches + FETCHES; fetch++)

@@ -70,7 +70,6 @@ enum region_file {
 	X(owner_state)                              /* now: enum owner_state */
 
 /* log2 of microseconds: bucket n counts what took less than 2^n */
-#define HISTOGRAM_BUCKETS 32
 #define REGION_HISTOGRAMS(X) X(read_us) X(write_us) X(nfs_read_us) X(nfs_write_us)
 
 struct region_counters {
