@@ -240,6 +240,17 @@ def _vm(root: Path) -> Iterator[Finding]:
         str(swappiness),
         "" if swappiness else "at 0 nothing is swapped until the file cache is gone (mm/vmscan.c: get_scan_count): 60",
     )
+    moves = _number(vm / "compact_unevictable_allowed")
+    if moves is not None:
+        yield Finding(
+            "vm.compact_unevictable_allowed",
+            moves == 0,
+            str(moves),
+            ""
+            if moves == 0
+            else "the worker's locked pages are moved about, and it waits for them meanwhile:"
+            " nbdnfs install-units (sysctl.d), or sysctl vm.compact_unevictable_allowed=0",
+        )
     cluster = _number(vm / "page-cluster") or 0
     good = cluster <= _PAGE_CLUSTER_MAX
     yield Finding(

@@ -27,6 +27,7 @@ MACHINE = {
     "proc/sys/vm/watermark_scale_factor": "100\n",
     "proc/sys/vm/overcommit_memory": "0\n",
     "proc/sys/vm/swappiness": "60\n",
+    "proc/sys/vm/compact_unevictable_allowed": "0\n",
     "proc/sys/vm/page-cluster": "3\n",
     "proc/net/netstat": "TcpExt: SyncookiesSent PFMemallocDrop\nTcpExt: 5 0\nIpExt: InOctets\nIpExt: 1\n",
     "sys/devices/system/cpu/cpu0/online": "1\n",
@@ -85,7 +86,7 @@ def test_a_machine_that_is_set_up(tmp_path: Path) -> None:
     assert [finding for finding in findings if not finding.good or finding.advice] == []
     assert doctor.exit_status(findings) == 0
     assert all(finding.text().startswith("ok   ") for finding in findings)
-    assert len({finding.subject for finding in findings}) == len(findings) == 13
+    assert len({finding.subject for finding in findings}) == len(findings) == 14
 
 
 @pytest.mark.parametrize(
@@ -98,6 +99,7 @@ def test_a_machine_that_is_set_up(tmp_path: Path) -> None:
         ("proc/sys/vm/watermark_scale_factor", "10\n", "vm.watermark_scale_factor", "=100"),
         ("proc/sys/vm/overcommit_memory", "2\n", "vm.overcommit_memory", "=0"),
         ("proc/sys/vm/swappiness", "0\n", "vm.swappiness", "60"),
+        ("proc/sys/vm/compact_unevictable_allowed", "1\n", "vm.compact_unevictable_allowed", "=0"),
         ("proc/sys/vm/page-cluster", "6\n", "vm.page-cluster", "=5"),
         ("proc/net/netstat", "TcpExt: A PFMemallocDrop\nTcpExt: 5 3\n", "packets dropped for want of memory", "raise"),
         ("sys/class/net/eth0/speed", "10000\n", "vm.min_free_kbytes", "sysctl vm.min_free_kbytes=61540"),
