@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 THREAD_STACK_BYTES = 256 * 1024
 
 # Free and touched in the heap when the work begins. nbdkit allocates a buffer of the largest request for each thread
-# (eight of 128 KiB), libnfs each call (sixteen write-backs, 1.1 MiB) and each reply (128 KiB for each of four
-# connections): 2.7 MiB when a slow server has all of it under way, and what lies between.
-HEAP_BYTES = 13 * 1024 * 1024 // 4
+# (twelve of 128 KiB).
+HEAP_BYTES = 12 * 128 * 1024 + 512 * 1024
+# Where transfers go through libnfs (NFSv4), it allocates each call (eighteen write-backs, 1.4 MiB) and each answer
+# (128 KiB for each of four connections), when a slow server has all of that under way, and what lies between.
+LIBNFS_HEAP_BYTES = 9 * 1024 * 1024 // 4
 _TOP_PAD_BYTES = 1024 * 1024
 
 # One above the bottom: enough to be chosen before all ordinary tasks, and to dip below the min watermark

@@ -29,6 +29,7 @@ ENGINE_NUMBERS = {
     "region_pages": range(256, 1 << 24),
     "connections": range(1, 17),
     "stable_writes": range(2),
+    "libnfs_transfers": range(2),
     "read_ahead_pages": range(4097),
     "soft_limit_ms": range(1 << 32),
     "gone_limit_ms": range(1 << 32),
@@ -59,7 +60,7 @@ _WORD_BYTES = 128
 LOST_STATUS = 80
 
 # What the engine allocates when it opens, on top of memlock.HEAP_BYTES: a standby has it touched before.
-ENGINE_HEAP_BYTES = 2 * 1024 * 1024
+ENGINE_HEAP_BYTES = 5 * 1024 * 1024 // 2
 _RETRY_PAUSES_S = (0.2, 0.5, 1)
 # How long an attempt may take: each that was too short makes the next one longer.
 _CONNECT_TIMEOUT_S, _CONNECT_TIMEOUT_MAX_S = 15, 600
@@ -111,7 +112,7 @@ class WorkerConfig:
     def settle_memory(self) -> None:
         """When the engine is open. Raises as above."""
         if self.lock != "off":
-            self._heed(memlock.settle(CODE, skip=self.without))
+            self._heed(memlock.settle(CODE, heap_bytes=self._heap_bytes(), skip=self.without))
 
     def wait_for_turn(self) -> None:
         """A worker with a control socket is a standby: ready but for the server and the region. It says so, and
@@ -122,7 +123,8 @@ class WorkerConfig:
             return
         _refuse_region(self.numbers.get("region_fd", -1))
         if self.lock != "off":
-            self._heed(memlock.settle(CODE, heap_bytes=memlock.HEAP_BYTES + ENGINE_HEAP_BYTES, skip=self.without))
+            heap_bytes = self._heap_bytes() + ENGINE_HEAP_BYTES
+            self._heed(memlock.settle(CODE, heap_bytes=heap_bytes, skip=self.without))
         # nbdkit -s asks for a SIGTERM when its parent ends; ours ends by the control socket, or goes on
         memlock.outlive_parent()
         try:
@@ -133,6 +135,11 @@ class WorkerConfig:
         if word[:1] != GO:
             os._exit(0)
         self.address = word[1:].decode() or self.address
+
+    def _heap_bytes(self) -> int:
+        """What libnfs takes for calls and answers, where those go through it, is on top of what nbdkit takes."""
+        through_libnfs = "version=4" in self.url.partition("?")[2] or self.numbers.get("libnfs_transfers", 0)
+        return memlock.HEAP_BYTES + (memlock.LIBNFS_HEAP_BYTES if through_libnfs else 0)
 
     def _heed(self, measures: list[memlock.Measure]) -> None:
         if self.lock == "required":

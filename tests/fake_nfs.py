@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from urllib.parse import urlencode
 
 from nfs_server import LOOPBACK
@@ -28,10 +28,12 @@ from sunrpc import (
     PROC_UNAVAIL,
     PROG_UNAVAIL,
     SUCCESS,
+    Credentials,
     RpcCall,
     RpcServer,
     XdrReader,
     opaque,
+    record,
     u32,
     u64,
 )
@@ -88,12 +90,20 @@ def _put(file: bytearray, offset: int, data: bytes) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A call that arrived. Offset, count and stable are 0 where the procedure has none."""
+    """A call that arrived. Offset, count and stable are 0 where the procedure has none.
+
+    How it came and from whom is no part of what was asked: the xid, the connection's number and its client's port,
+    AUTH_SYS.
+    """
 
     op: str
     offset: int = 0
     count: int = 0
     stable: int = 0
+    xid: int = dataclasses.field(default=0, compare=False)
+    connection: int = dataclasses.field(default=0, compare=False)
+    client_port: int = dataclasses.field(default=0, compare=False)
+    credentials: Credentials | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass
@@ -107,6 +117,8 @@ class _Faults:
     claimed_count: int | None = None
     claimed_stable: int | None = None
     mangle: Callable[[bytes], bytes] | None = None
+    rewrite: Callable[[bytes], bytes] | None = None
+    rewritten_times: int | None = None
     held: bool = False
     held_after: bool = False
     held_times: int | None = None
@@ -127,6 +139,7 @@ class FakeNfsServer(RpcServer):
     path        the file's path; its directories are there too
     export      the directory that may be mounted; by default the file's
     rtmax, wtmax  the most bytes that a READ and a WRITE may move, as FSINFO tells
+    narrow      as RpcServer
 
     `lying` may be set at any time: an "async" export. What is written or committed meanwhile never gets to disk.
     """
@@ -139,8 +152,9 @@ class FakeNfsServer(RpcServer):
         export: str | None = None,
         rtmax: int = 1 << 20,
         wtmax: int = 1 << 20,
+        narrow: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(narrow=narrow)
         self._path = path
         self._mountable = path.rpartition("/")[0] if export is None else export
         self._rtmax, self._wtmax = rtmax, wtmax
@@ -199,6 +213,34 @@ class FakeNfsServer(RpcServer):
         with self._lock:
             self._of(op).mangle = change
 
+    def rewrite(self, op: str, change: Callable[[bytes], bytes] | None, times: int | None = None) -> None:
+        """Of an answer to `op`, or of the next `times`, `change(message)` is sent; None: the message as it is.
+
+        The message begins with the xid. What is sent is to begin with a record mark: `sunrpc.record(message)`.
+        """
+        with self._lock:
+            self._of(op).rewrite, self._of(op).rewritten_times = change, times
+
+    def send_in_pieces(self, sizes: Iterable[int] | None) -> None:
+        """What is sent from now on goes out in pieces of so many bytes, each when the client has read the one before.
+
+        When there are no more sizes, and with None: as it comes.
+        """
+        with self._lock:
+            self._piece_sizes = None if sizes is None else iter(sizes)
+
+    def receive(self, count: int | None) -> None:
+        """So many bytes are received, and then nothing; None: all that comes."""
+        with self._lock:
+            self._may_receive_bytes = count
+        self._wake()
+
+    @property
+    def has_received(self) -> bool:
+        """Whether all that `receive()` allows has come."""
+        with self._lock:
+            return self._may_receive_bytes == 0
+
     def hold(self, op: str, *, after: bool = False, times: int | None = None) -> None:
         """Calls of `op`, or the next `times` of them, wait until `release()`.
 
@@ -220,13 +262,18 @@ class FakeNfsServer(RpcServer):
         with self._lock:
             return len(self._held)
 
-    def release(self, *, reverse: bool = False) -> None:
-        """Answer what is held, the last come first if `reverse`, and hold nothing any more."""
+    def release(self, *, reverse: bool = False, order: Sequence[int] | None = None) -> None:
+        """Answer what is held, the last come first if `reverse`, and hold nothing any more.
+
+        `order` has the place in the order of arrival of what is answered first, second, ...
+        """
         with self._lock:
             for faults in self._faults.values():
                 faults.held = faults.held_after = False
                 faults.held_times = None
-            for call, answer in reversed(self._held) if reverse else self._held:
+            if order is None:
+                order = range(len(self._held))[:: -1 if reverse else 1]
+            for call, answer in [self._held[place] for place in order]:
                 if answer is None:
                     self._answer_at(call, time.monotonic())
                 else:
@@ -317,11 +364,20 @@ class FakeNfsServer(RpcServer):
             self._answer_at(call, time.monotonic() + faults.delay_s)
 
     def _describe(self, op: str, call: RpcCall) -> Call:
+        caller = (call.xid, call.connection.number, call.connection.client_port, call.credentials)
         if op not in ("READ", "WRITE", "COMMIT"):
-            return Call(op)
+            return Call(op, 0, 0, 0, *caller)
         arguments = XdrReader(call.arguments)
         arguments.opaque()
-        return Call(op, arguments.u64(), arguments.u32(), arguments.u32() if op == "WRITE" else 0)
+        return Call(op, arguments.u64(), arguments.u32(), arguments.u32() if op == "WRITE" else 0, *caller)
+
+    def _on_the_wire(self, call: RpcCall, message: bytes) -> bytes:
+        faults = self._of(self._op(call) or "NULL")
+        if faults.rewrite is None or faults.rewritten_times == 0:
+            return record(message)
+        if faults.rewritten_times is not None:
+            faults.rewritten_times -= 1
+        return faults.rewrite(message)
 
     def _run_call(self, call: RpcCall) -> tuple[int, bytes]:
         op = self._op(call)

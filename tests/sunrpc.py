@@ -12,18 +12,24 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
 from nfs_server import LOOPBACK, free_ports
+from tcp_queues import TcpQueues
 
 _JOIN_DEADLINE_S = 10.0
+_TAKEN_DEADLINE_S = 10.0
 _RECEIVE_BYTES = 256 << 10
+_NARROW_BYTES, _NARROW_SEGMENT_BYTES = 4096, 536
 _RECORD_LIMIT_BYTES = 8 << 20
-_LAST_FRAGMENT = 0x8000_0000
+LAST_FRAGMENT = 0x8000_0000
 
 # accept_stat, RFC 5531
-SUCCESS, PROG_UNAVAIL, PROC_UNAVAIL, GARBAGE_ARGS = 0, 1, 3, 4
+SUCCESS, PROG_UNAVAIL, PROG_MISMATCH, PROC_UNAVAIL, GARBAGE_ARGS, SYSTEM_ERR = range(6)
+# auth_flavor
+_AUTH_SYS = 1
 
 
 def u32(*values: int) -> bytes:
@@ -39,6 +45,11 @@ def u64(*values: int) -> bytes:
 def opaque(data: bytes) -> bytes:
     """Bytes of variable length, and strings."""
     return u32(len(data)) + data + bytes(-len(data) % 4)
+
+
+def record(message: bytes) -> bytes:
+    """A message as it goes over TCP: one fragment, behind its mark."""
+    return u32(LAST_FRAGMENT | len(message)) + message
 
 
 class XdrReader:
@@ -64,13 +75,24 @@ class XdrReader:
         return bytes(self._take(count + -count % 4)[:count])
 
 
+@dataclasses.dataclass(frozen=True)
+class Credentials:
+    """AUTH_SYS."""
+
+    machine: str
+    uid: int
+    gid: int
+
+
 class _Connection:
     """A client's socket, what has come from it and what is to go. The server thread's own."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, client_port: int, number: int) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
+        self.client_port = client_port
+        self.number = number
         self.received = bytearray()
         self.record = bytearray()
         self.to_send = bytearray()
@@ -80,14 +102,14 @@ class _Connection:
         records = []
         while len(self.received) >= 4:
             header = int.from_bytes(self.received[:4])
-            length = header & ~_LAST_FRAGMENT
+            length = header & ~LAST_FRAGMENT
             if length > _RECORD_LIMIT_BYTES:
                 raise ValueError(f"a record of {length} bytes")
             if len(self.received) < 4 + length:
                 break
             self.record += self.received[4 : 4 + length]
             del self.received[: 4 + length]
-            if header & _LAST_FRAGMENT:
+            if header & LAST_FRAGMENT:
                 records.append(bytes(self.record))
                 self.record.clear()
         return records
@@ -103,6 +125,7 @@ class RpcCall:
     version: int
     procedure: int
     arguments: bytes
+    credentials: Credentials | None = None
 
 
 class RpcServer:
@@ -111,22 +134,32 @@ class RpcServer:
     One thread owns the sockets and runs everything that a subclass defines. `_lock` guards the rest, the
     subclass's state included; it is held while the subclass's methods run. Other threads change that state
     under the lock and call `_wake()`, so that a change is in force for every call answered after it.
+
+    narrow  connections have little room in their buffers, at both ends
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, narrow: bool = False) -> None:
         self.port = free_ports(1)[0]
         self._lock = threading.RLock()
         self._delayed: list[tuple[float, int, RpcCall]] = []  # a heap, by the time when it is due
         self._ready: list[RpcCall] = []
         self._numbers = itertools.count()
         self._connections: list[_Connection] = []
+        self._connection_numbers = itertools.count()
+        self._piece_sizes: Iterator[int] | None = None
+        self._may_receive_bytes: int | None = None  # of all connections; None: no limit
         self._disconnect = False
         self._disconnected = threading.Event()
         self._ending = False
         self._failure: BaseException | None = None
+        self._queues = TcpQueues()
         self._selector = selectors.DefaultSelector()
         self._listener = socket.create_server((LOOPBACK, self.port), backlog=64)
         self._listener.setblocking(False)
+        if narrow:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _NARROW_BYTES)
+            # the client's kernel makes room for some segments: tcp_sndbuf_expand()
+            self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, _NARROW_SEGMENT_BYTES)
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -164,6 +197,10 @@ class RpcServer:
         """Do what a call asks: accept_stat and the result."""
         raise NotImplementedError
 
+    def _on_the_wire(self, call: RpcCall, message: bytes) -> bytes:
+        """What is sent for an answer."""
+        return record(message)
+
     # What a subclass uses, under the lock
 
     def _answer_at(self, call: RpcCall, when_s: float) -> None:
@@ -174,7 +211,7 @@ class RpcServer:
         if call.connection in self._connections:
             # REPLY, MSG_ACCEPTED, a verifier of AUTH_NONE
             message = u32(call.xid, 1, 0, 0, 0, accept_stat) + body
-            call.connection.to_send += u32(_LAST_FRAGMENT | len(message)) + message
+            call.connection.to_send += self._on_the_wire(call, message)
 
     def _reset_connections(self) -> None:
         """RST to every client; the calls that wait are forgotten. `_wait_for_reset` afterwards, without the lock."""
@@ -203,6 +240,7 @@ class RpcServer:
             self._drop_all()
             self._listener.close()
             self._wake_reader.close()
+            self._queues.close()
             self._selector.close()
 
     def _turn(self) -> None:
@@ -227,26 +265,48 @@ class RpcServer:
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # it may have gone again
-            connection = _Connection(self._listener.accept()[0])
+            sock, address = self._listener.accept()
+            connection = _Connection(sock, address[1], next(self._connection_numbers))
             self._connections.append(connection)
-            self._selector.register(connection.sock, selectors.EVENT_READ, connection)
+            self._watch(connection)
 
     def _send(self, connection: _Connection) -> None:
         try:
             while connection.to_send:
-                del connection.to_send[: connection.sock.send(connection.to_send)]
+                size = next(self._piece_sizes, None) if self._piece_sizes is not None else None
+                del connection.to_send[: connection.sock.send(connection.to_send[:size])]
+                if size is not None:
+                    self._wait_until_taken(connection)
         except BlockingIOError:
             pass
         except OSError:
             self._drop(connection)
             return
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.to_send else 0)
-        if self._selector.get_key(connection.sock).events != wanted:
+        self._watch(connection)
+
+    def _wait_until_taken(self, connection: _Connection) -> None:
+        deadline = time.monotonic() + _TAKEN_DEADLINE_S
+        while self._queues.of(connection.client_port, self.port)[0] > 0:
+            assert time.monotonic() < deadline, "the client does not read what it was sent"
+
+    def _watch(self, connection: _Connection) -> None:
+        wanted = selectors.EVENT_READ if self._may_receive_bytes != 0 else 0
+        wanted |= selectors.EVENT_WRITE if connection.to_send else 0
+        key = self._selector.get_map().get(connection.sock)
+        if key is not None and not wanted:
+            self._selector.unregister(connection.sock)
+        elif key is None and wanted:
+            self._selector.register(connection.sock, wanted, connection)
+        elif key is not None and key.events != wanted:
             self._selector.modify(connection.sock, wanted, connection)
 
     def _receive(self, connection: _Connection) -> None:
+        with self._lock:
+            limit = _RECEIVE_BYTES if self._may_receive_bytes is None else self._may_receive_bytes
+            if limit == 0:
+                return
         try:
-            data = connection.sock.recv(_RECEIVE_BYTES)
+            data = connection.sock.recv(limit)
             connection.received += data
             calls = [self._parse(connection, record) for record in connection.take_records()]
         except BlockingIOError:
@@ -255,6 +315,8 @@ class RpcServer:
             self._drop(connection)
             return
         with self._lock:
+            if self._may_receive_bytes is not None:
+                self._may_receive_bytes = max(0, self._may_receive_bytes - len(data))
             if self._disconnect:
                 return
             for call in calls:
@@ -267,17 +329,27 @@ class RpcServer:
         xid, kind, rpc_version, program, version, procedure = (message.u32() for _ in range(6))
         if kind != 0 or rpc_version != 2:
             raise ValueError("no call of RPC version 2")
-        for _ in ("credentials", "verifier"):
-            message.u32()
-            message.opaque()
-        return RpcCall(connection, xid, program, version, procedure, bytes(message._data))
+        flavour, credentials = message.u32(), message.opaque()
+        message.u32()  # the verifier
+        message.opaque()
+        caller = _parse_credentials(flavour, credentials)
+        return RpcCall(connection, xid, program, version, procedure, bytes(message._data), caller)
 
     def _drop(self, connection: _Connection) -> None:
         self._connections.remove(connection)
-        self._selector.unregister(connection.sock)
+        if connection.sock in self._selector.get_map():
+            self._selector.unregister(connection.sock)
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.sock.close()
 
     def _drop_all(self) -> None:
         for connection in self._connections.copy():
             self._drop(connection)
+
+
+def _parse_credentials(flavour: int, body: bytes) -> Credentials | None:
+    if flavour != _AUTH_SYS:
+        return None
+    reader = XdrReader(body)
+    reader.u32()  # the stamp
+    return Credentials(reader.opaque().decode(), reader.u32(), reader.u32())

@@ -44,6 +44,7 @@ class Engine:
         owner_identity: str | None = None,
         owner_refresh_ms: int = 10000,
         exit_status_when_lost: int = 0,
+        libnfs_transfers: bool = False,
     ) -> None: ...
     @property
     def size_bytes(self) -> int: ...

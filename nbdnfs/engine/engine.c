@@ -47,14 +47,15 @@ static int map_region(struct engine *engine, const struct nfsio_stat *st, struct
 static int make_buffers(struct engine *engine)
 {
 	size_t long_bytes = (size_t)RUN_PAGES_MAX * PAGE_BYTES, short_bytes = (size_t)SHORT_RUN_PAGES * PAGE_BYTES;
-	size_t bytes = LONG_BUFFERS * long_bytes + SHORT_RUNS * short_bytes + engine->io_count * PAGE_BYTES;
+	unsigned long_buffers = nfsio_has_names(engine->ios[0]) ? LIBNFS_LONG_BUFFERS : LONG_BUFFERS;
+	size_t bytes = long_buffers * long_bytes + SHORT_RUNS * short_bytes + engine->io_count * PAGE_BYTES;
 	uint8_t *at = aligned_alloc(PAGE_BYTES, bytes);
 
 	if (at == NULL)
 		return -ENOMEM;
 	memset(at, 0, bytes); /* touched now, not in an emergency */
 	engine->buffers = at;
-	for (; engine->spare_count < LONG_BUFFERS; at += long_bytes)
+	for (; engine->spare_count < long_buffers; at += long_bytes)
 		engine->spare[engine->spare_count++] = at;
 	for (unsigned i = 0; i < LONG_RUNS; i++)
 		engine->runs[i] = (struct run){ .engine = engine, .pages_max = RUN_PAGES_MAX };
@@ -90,6 +91,9 @@ static void close_connections(struct engine *engine)
 		nfsio_stop(engine->ios[i]);
 	for (unsigned i = 0; i < engine->io_count; i++)
 		nfsio_end(engine->ios[i]);
+	if (engine->names != NULL && engine->names != engine->ios[0])
+		nfsio_close(engine->names);
+	engine->names = NULL;
 	while (engine->io_count > 0)
 		nfsio_close(engine->ios[--engine->io_count]);
 }
@@ -97,25 +101,30 @@ static void close_connections(struct engine *engine)
 static int open_connections(struct engine *engine, struct nfsio_failure *why)
 {
 	struct nfsio_options options = engine->options.nfs;
+	int error = 0;
 
-	while (engine->io_count < engine->options.connections) {
-		int error = nfsio_open(&options, &engine->ios[engine->io_count], why);
-
-		if (error != 0) {
-			close_connections(engine);
-			return error;
-		}
-		engine->io_count++;
+	options.only_transfers = !engine->options.libnfs_transfers;
+	while (error == 0 && engine->io_count < engine->options.connections) {
+		error = nfsio_open(&options, &engine->ios[engine->io_count], why);
+		if (error == 0)
+			engine->io_count++;
 		options.quiet = true; /* the first one tells what there is to tell about the server */
 	}
-	return 0;
+	options.only_transfers = false;
+	if (error == 0 && engine->owner != NULL && nfsio_has_names(engine->ios[0]))
+		engine->names = engine->ios[0];
+	else if (error == 0 && engine->owner != NULL)
+		error = nfsio_open(&options, &engine->names, why);
+	if (error != 0)
+		close_connections(engine);
+	return error;
 }
 
 static void stop_owner(struct engine *engine)
 {
 	if (engine->owner == NULL)
 		return;
-	nfsio_stop(engine->ios[0]); /* it may wait for the server */
+	nfsio_stop(engine->names); /* it may wait for the server */
 	owner_destroy(engine->owner);
 	engine->owner = NULL;
 }
@@ -180,7 +189,7 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 	pthread_condattr_destroy(&monotonic);
 	set_counter(&counters(engine)->owner_state, OWNER_NONE);
 	if (engine->owner != NULL) {
-		error = owner_start(engine->owner, engine->ios[0], owner_changed, engine, why);
+		error = owner_start(engine->owner, engine->names, owner_changed, engine, why);
 		if (error != 0)
 			goto fail_unmap;
 	}

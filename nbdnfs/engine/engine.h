@@ -32,6 +32,7 @@ struct engine_options {
 	int region_fd;          /* a memfd that the caller keeps, -1: one of the engine's own */
 	uint32_t region_pages;  /* slots of a region that is made */
 	unsigned connections;   /* 1 to ENGINE_CONNECTIONS_MAX: one for all, the others for one reader at a time each */
+	bool libnfs_transfers;  /* over NFSv3, too, rather than without libnfs (wire.h) */
 	bool stable_writes;     /* FILE_SYNC each, rather than UNSTABLE with a COMMIT now and then */
 	uint32_t read_ahead_pages; /* at most so many; 0: none */
 	struct owner_options owner; /* identity NULL: the file is written whoever owns it */

@@ -25,13 +25,15 @@
  * lie alone: a server that is a millisecond away takes many of them in the time of one. They take no more than lies
  * together anyway; what is longer waits for a long one rather than being cut to pieces.
  */
-#define LONG_RUNS 8
+#define LONG_RUNS 12
 #define SHORT_RUNS 8
 #define SHORT_RUN_PAGES 4
 #define FETCHES 4
 #define FETCH_PAGES RUN_PAGES_MAX
 /* Buffers of RUN_PAGES_MAX pages, for long runs and for fetches: few of the one are under way beside many of the other. */
-#define LONG_BUFFERS 10
+#define LONG_BUFFERS 14
+/* The same where libnfs makes the calls, and allocates as much again for each. */
+#define LIBNFS_LONG_BUFFERS 10
 
 /* A write-back under way, or a place for one. */
 struct run {
@@ -65,6 +67,7 @@ struct engine {
 	 */
 	struct nfsio *ios[ENGINE_CONNECTIONS_MAX];
 	unsigned io_count;
+	struct nfsio *names;    /* for the owner: ios[0], where that has names, or one of its own; NULL without an owner */
 	struct region region;
 	uint64_t size_bytes;
 	uint64_t reconnects_before; /* of workers before this one */

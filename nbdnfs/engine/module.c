@@ -221,7 +221,7 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
 	static char *names[] = { "url", "address", "region_fd", "region_pages", "connections", "stable_writes",
 				 "read_ahead_pages", "connect_timeout_s", "soft_limit_ms", "gone_limit_ms",
 				 "silence_ms", "owner_path", "owner_identity", "owner_refresh_ms",
-				 "exit_status_when_lost", NULL };
+				 "exit_status_when_lost", "libnfs_transfers", NULL };
 	struct engine_options options = {
 		.nfs = { .connect_timeout_s = CONNECT_TIMEOUT_S, .gone_limit_ms = GONE_LIMIT_MS },
 		.region_fd = -1,
@@ -233,16 +233,17 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
 	struct nfsio_failure why;
 	struct engine *engine = NULL;
 	struct engine_object *self;
-	int stable_writes = 0, error;
+	int stable_writes = 0, libnfs_transfers = 0, error;
 
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$iIIpIIIIIzzIi", names, &options.nfs.url, &options.nfs.address,
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$iIIpIIIIIzzIip", names, &options.nfs.url, &options.nfs.address,
 					 &options.region_fd, &options.region_pages, &options.connections, &stable_writes,
 					 &options.read_ahead_pages, &options.nfs.connect_timeout_s,
 					 &options.nfs.soft_limit_ms, &options.nfs.gone_limit_ms,
 					 &options.nfs.silence_ms, &options.owner.path, &options.owner.identity,
-					 &options.owner.refresh_ms, &options.exit_status_when_lost))
+					 &options.owner.refresh_ms, &options.exit_status_when_lost, &libnfs_transfers))
 		return NULL;
 	options.stable_writes = stable_writes;
+	options.libnfs_transfers = libnfs_transfers;
 	if (options.region_pages < ENGINE_REGION_PAGES_MIN || options.connections < 1 || options.connections > ENGINE_CONNECTIONS_MAX) {
 		PyErr_SetString(PyExc_ValueError, "region_pages must be 256 or more, connections 1 to 16");
 		return NULL;

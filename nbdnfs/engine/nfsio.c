@@ -28,15 +28,13 @@ static void destroy(struct nfsio *io)
 	free(io);
 }
 
-/* The NFS version that libnfs will speak; 4.0 does not tell. Like it, take the last of several. */
-static int url_version(const char *url)
+/* What an NFS URL says for `key` ("uid="); libnfs 4.0 does not tell. Like it, take the last of several. */
+uint32_t url_number(const char *url, const char *key, uint32_t otherwise)
 {
-	int version = 3;
-
 	for (const char *at = strchr(url, '?'); at != NULL; at = strchr(at + 1, '&'))
-		if (strncmp(at + 1, "version=", 8) == 0)
-			version = atoi(at + 9);
-	return version;
+		if (strncmp(at + 1, key, strlen(key)) == 0)
+			otherwise = (uint32_t)strtoul(at + 1 + strlen(key), NULL, 10);
+	return otherwise;
 }
 
 int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct nfsio_failure *why)
@@ -52,7 +50,9 @@ int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct n
 	io->options.url = io->options.address = NULL;
 	io->url = strdup(options->url);
 	io->address = strdup(options->address);
-	io->version = url_version(options->url);
+	io->version = (int)url_number(options->url, "version=", 3);
+	io->wants_wire = options->only_transfers && io->version == 3;
+	wire_init(&io->wire);
 	io->patience_ms = (int64_t)options->connect_timeout_s * 1000;
 	if (io->options.silence_ms == 0)
 		io->options.silence_ms = SILENCE_MS;
@@ -123,6 +123,11 @@ void nfsio_opened_stat(const struct nfsio *io, struct nfsio_stat *st)
 bool nfsio_has_commit(const struct nfsio *io)
 {
 	return io->version == 3;
+}
+
+bool nfsio_has_names(const struct nfsio *io)
+{
+	return io->version != 3 || !io->options.only_transfers;
 }
 
 uint32_t nfsio_max_transfer_bytes(const struct nfsio *io)

@@ -5,6 +5,9 @@
  * Nothing outside nfsio*.c calls libnfs. A context is thrown away after any transport error and a new one is
  * mounted; requests belong to their callers, who see nothing of that: what was in flight is issued again.
  *
+ * libnfs makes the connection: it mounts, looks up and opens. Whose `only_transfers` is set has the context thrown away
+ * then, and READ, WRITE and COMMIT go over its connection without libnfs (wire.h).
+ *
  * Threads: nfsio_open() starts one I/O thread, which nfsio_close() ends. Every other function may be called
  * from any thread at any time between the two.
  */
@@ -15,6 +18,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#include "wire.h"
 
 enum nfsio_op {
 	NFSIO_READ,
@@ -62,6 +67,7 @@ struct nfsio_req {
 	/* nfsio's own, guarded by its lock */
 	struct nfsio *io;
 	struct nfsio_batch *batch;
+	struct wire_call call;
 	int64_t queued_at_ms, issued_at_ms;
 	struct nfsio_req *prev, *next;
 };
@@ -72,6 +78,7 @@ struct nfsio_options {
 	bool create;            /* make the file when it is not there */
 	bool exclusive;         /* with create: fail with EEXIST when it is */
 	bool read_only;
+	bool only_transfers;    /* no name operations: over NFSv3, libnfs only makes the connection */
 	bool quiet;             /* another connection to the same server tells when it goes and comes */
 	uint32_t mode;          /* permission bits of a new file */
 	unsigned connect_timeout_s; /* for the first attempt; a server that is slower is given more by each that follows */
@@ -193,8 +200,12 @@ int nfsio_transfer(struct nfsio *io, struct nfsio_req *req);
 /* Whether NFSIO_WRITE_UNSTABLE and NFSIO_COMMIT can be asked for: the verifier is seen over NFSv3 only. */
 bool nfsio_has_commit(const struct nfsio *io);
 
+/* Whether there is still a libnfs context, when it is connected. */
+bool nfsio_has_names(const struct nfsio *io);
+
 /*
- * Name operations, relative to the URL's directory ("/name"). Each returns 0, or -errno and *why. Unlike
+ * Name operations, relative to the URL's directory ("/name"). Each returns 0, or -errno and *why; -EOPNOTSUPP where
+ * nfsio_has_names() says no. Unlike
  * transfers they fail when the connection is lost: a RENAME that was sent twice may fail although the first did
  * its work, and only the caller can tell.
  */

@@ -3,6 +3,7 @@
  * What the parts of nfsio share; nobody else includes it. nfsio.h has what nfsio promises. Each part calls those above
  * it only, but for look_into_silence().
  *
+ * wire.[ch]          transfers over NFSv3 without libnfs
  * nfsio_libnfs.[ch]  what is peculiar to libnfs: its versions' signatures, its errors
  * nfsio_transfer.c   requests: queueing, issuing, answers, and who receives them
  * nfsio_silence.c    the time-outs: is a silent connection dead?
@@ -23,6 +24,7 @@
 #include "nfsio.h"
 #include "nfsio_libnfs.h"
 #include "probe.h"
+#include "wire.h"
 
 #include <stdatomic.h>
 #include <stdio.h>
@@ -76,6 +78,7 @@ struct nfsio {
 	uint32_t max_transfer_bytes;
 	int version;
 	bool opened_once;       /* the I/O thread's own: `opened` is valid */
+	bool wants_wire;        /* the I/O thread's own: connections are made for `wire` */
 	int backoff_ms;         /* the I/O thread's own: the pause before the next attempt to connect, 0: none */
 	int64_t patience_ms;    /* the I/O thread's own: for how long an attempt may go on */
 	char handle[128];       /* the I/O thread's own: the file's, as it was first opened (NFS4_FHSIZE) */
@@ -106,7 +109,9 @@ struct nfsio {
 	bool first_done;        /* the first attempt to connect has ended */
 	struct nfsio_failure *first_failure; /* nfsio_open()'s caller's, until first_done */
 
-	struct nfs_context *nfs; /* NULL while there is no connection */
+	/* The connection is `nfs`, or `wire`, or neither while there is none: is_up(). */
+	struct wire wire;
+	struct nfs_context *nfs;
 	struct nfsfh *fh;
 	nfs_fh3 fh3;            /* points into fh */
 	struct nfsio_state state;
@@ -116,21 +121,22 @@ struct nfsio {
 	bool (*sample)(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc);
 	void *sample_owner;
 	uint8_t *sample_page;
-	bool broken;            /* the context met a transport error: the I/O thread throws it away */
+	bool broken;            /* the connection met a transport error: the I/O thread throws it away */
+	bool wire_failed;       /* the server's answers are too much for `wire`: libnfs is to have them */
 	bool useful;            /* it has brought an answer to a transfer */
 	bool discarding;        /* a context is being destroyed: its callbacks mean nothing */
 	struct req_list pending;  /* to be issued, first come first served */
-	struct req_list inflight; /* issued on nfs */
+	struct req_list inflight; /* issued on the connection */
 	struct req_list finished; /* to be given back by the I/O thread, which then drops the lock */
 	struct req_list later;    /* the server asked to be asked again (JUKEBOX), or libnfs had no memory */
 	int64_t later_at_ms;
 
-	int64_t heard_at_ms;    /* when something came over nfs, or was first waited for */
+	int64_t heard_at_ms;    /* when something came over it, or was first waited for */
 	int64_t silence_ms;     /* see look_into_silence() */
-	int64_t said_at_ms;     /* when something came over nfs, or it was made */
-	int64_t suspect_since_ms; /* nfsio_suspect(): dead, if nothing has come over nfs since. 0: nobody has said so */
+	int64_t said_at_ms;     /* when something came over it, or it was made */
+	int64_t suspect_since_ms; /* nfsio_suspect(): dead, if nothing has come over it since. 0: nobody has said so */
 	int64_t given_up_at_ms; /* when silence last cost a connection, 0: never */
-	struct probe probe;     /* beside nfs, while its silence is looked into */
+	struct probe probe;     /* beside it, while its silence is looked into */
 	int64_t probed_at_ms;   /* when the probe began or ended */
 
 	struct nfsio_req touch; /* NFSv4: keeps the lease alive */
@@ -147,6 +153,18 @@ struct connection {
 	struct nfsio_stat st;
 	int64_t deadline_ms;    /* of the attempt that made it */
 };
+
+/* Lock held. */
+static inline bool is_up(const struct nfsio *io)
+{
+	return io->nfs != NULL || wire_is_up(&io->wire);
+}
+
+/* Of a connection that is up. Lock held. */
+static inline int socket_of(const struct nfsio *io)
+{
+	return io->nfs != NULL ? nfs_get_fd(io->nfs) : io->wire.fd;
+}
 
 static inline int64_t now_ms(void)
 {
@@ -196,6 +214,9 @@ bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failur
 /* nfsio_recognise.c, for the I/O thread. is_same_file() waits, and takes the lock. */
 void remember_handle(struct nfsio *io, const struct connection *made);
 int is_same_file(struct nfsio *io, const struct connection *made);
+
+/* nfsio.c, with or without the lock. */
+uint32_t url_number(const char *url, const char *key, uint32_t otherwise);
 
 /* nfsio_thread.c. What nfsio_open() starts, with the nfsio as `arg`. */
 void *io_thread(void *arg);

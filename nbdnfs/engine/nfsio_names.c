@@ -128,6 +128,10 @@ static int name_call(struct nfsio *io, enum name_call call, const char *path, co
 	    snprintf(full[1], sizeof(full[1]), "%s%s", io->prefix, new_path != NULL ? new_path : "") >=
 		    (int)sizeof(full[1]))
 		return -ENAMETOOLONG;
+	if (!nfsio_has_names(io)) {
+		set_failure(why, NFSIO_NAME, -EOPNOTSUPP, NULL);
+		return -EOPNOTSUPP;
+	}
 	pthread_cond_init(&op.finished, NULL);
 	pthread_mutex_lock(&io->lock);
 	if (io->nfs != NULL && !io->broken) {

@@ -16,6 +16,16 @@ static void null_done(struct rpc_context *rpc, int status, void *data, void *arg
 	answered(arg, status); /* which is all that was asked */
 }
 
+/* Returns 0, or anything else when that must be tried again. */
+static int send_null(struct nfsio *io)
+{
+	if (io->nfs != NULL)
+		return call_null(nfs_get_rpc_context(io->nfs), io->version, null_done, io);
+	if (wire_send_null(&io->wire) < 0)
+		io->broken = true;
+	return io->broken;
+}
+
 static void give_up_connection(struct nfsio *io, const char *why)
 {
 	log_line("server %s: %s: asking again over a new connection", io->address, why);
@@ -33,7 +43,7 @@ static bool is_suspect(const struct nfsio *io)
 void nfsio_suspect(struct nfsio *io, int64_t since_ms)
 {
 	pthread_mutex_lock(&io->lock);
-	if (io->nfs != NULL && !io->broken && io->said_at_ms <= since_ms) {
+	if (is_up(io) && !io->broken && io->said_at_ms <= since_ms) {
 		io->suspect_since_ms = since_ms;
 		/* nobody has missed an answer: whoever comes next shall not be the one to find out */
 		if (io->inflight.head == NULL && io->name_ops == NULL)
@@ -69,9 +79,9 @@ void look_into_silence(struct nfsio *io)
 	}
 	switch (io->probe.state) {
 	case PROBE_NONE:
-		if (call_null(nfs_get_rpc_context(io->nfs), io->version, null_done, io) != 0)
+		if (send_null(io) != 0)
 			return;
-		probe_start(&io->probe, nfs_get_fd(io->nfs));
+		probe_start(&io->probe, socket_of(io));
 		io->probed_at_ms = now;
 		break;
 	case PROBE_WAITING:
@@ -84,7 +94,7 @@ void look_into_silence(struct nfsio *io)
 		break;
 	case PROBE_FAILED: /* it does not answer there either: wait, and ask again now and then */
 		if (now - io->probed_at_ms >= SILENCE_GRACE_MS) {
-			probe_start(&io->probe, nfs_get_fd(io->nfs));
+			probe_start(&io->probe, socket_of(io));
 			io->probed_at_ms = now;
 		}
 		break;

@@ -9,6 +9,7 @@
 #include "thread.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,6 +25,8 @@
 #define CLOSE_LIMIT_MS 1000
 /* A server that does not get through mounting and opening in time is given more of it, up to this. */
 #define PATIENCE_LIMIT_MS (10 * 60 * 1000)
+/* For all that one connection has under way: memlock.py has it for all of them, where they begin with libnfs. */
+#define LIBNFS_HEAP_BYTES (5 * 1024 * 1024 / 4)
 /* So long after a waiter has received the I/O thread takes over again. */
 #define QUIET_MS 100
 
@@ -42,17 +45,19 @@ static void drop_unsent(int fd)
 /* Throw the context away; what was in flight waits for the next one. Lock held. */
 static void discard(struct nfsio *io)
 {
-	if (io->nfs == NULL)
+	if (!is_up(io))
 		return;
 	if (io->broken)
-		drop_unsent(nfs_get_fd(io->nfs));
+		drop_unsent(socket_of(io));
 	for (struct nfsio_req *req = io->inflight.head; req != NULL; req = req->next)
 		req->resent = req->op == NFSIO_WRITE || req->op == NFSIO_WRITE_UNSTABLE;
 	io->discarding = true;
 	for (struct name_op *op = io->name_ops; op != NULL; op = op->next)
 		if (op->fh != NULL)
 			nfs_close_async(io->nfs, op->fh, step_ignore, NULL);
-	destroy_context(io->nfs, io->fh);
+	if (io->nfs != NULL)
+		destroy_context(io->nfs, io->fh);
+	wire_end(&io->wire);
 	io->discarding = false;
 	io->nfs = NULL;
 	io->fh = NULL;
@@ -63,12 +68,42 @@ static void discard(struct nfsio *io)
 		name_op_finish(io->name_ops, -ECONNRESET, "the connection was lost");
 }
 
+/* What libnfs will allocate for calls and answers under way is there, and touched, when memory is short later. */
+static void touch_heap(size_t bytes)
+{
+	volatile char *heap = malloc(bytes);
+
+	for (size_t i = 0; heap != NULL && i < bytes; i += 4096)
+		heap[i] = 0;
+	free((void *)(uintptr_t)heap);
+}
+
+/* libnfs's socket, without libnfs. Returns whether it could be had. Lock held. */
+static bool take_over(struct nfsio *io, const struct connection *made)
+{
+	int fd = fcntl(nfs_get_fd(made->nfs), F_DUPFD_CLOEXEC, 0);
+
+	if (fd < 0)
+		return false;
+	wire_start(&io->wire, fd, (const uint8_t *)made->fh3.data.data_val, made->fh3.data.data_len,
+		   url_number(io->url, "uid=", getuid()), url_number(io->url, "gid=", getgid()));
+	destroy_context(made->nfs, made->fh);
+	return true;
+}
+
 /* Put a connection to use, and send what has waited for one. Lock held. */
 static void publish(struct nfsio *io, const struct connection *made)
 {
-	io->nfs = made->nfs;
-	io->fh = made->fh;
-	io->fh3 = made->fh3;
+	if (io->wire_failed && io->wants_wire) {
+		log_line("server %s: its answers are unusual, libnfs gets them from now on", io->address);
+		io->wants_wire = false;
+		touch_heap(LIBNFS_HEAP_BYTES);
+	}
+	if (!io->wants_wire || !take_over(io, made)) {
+		io->nfs = made->nfs;
+		io->fh = made->fh;
+		io->fh3 = made->fh3;
+	}
 	io->said_at_ms = io->connected_at_ms = now_ms();
 	io->useful = false;
 	io->state.link = NFSIO_UP;
@@ -250,9 +285,9 @@ void *io_thread(void *arg)
 		io->opened = made.st;
 		io->opened_once = true;
 		remember_handle(io, &made);
+		io->max_transfer_bytes = smaller_limit(TRANSFER_LIMIT_BYTES, nfs_get_readmax(made.nfs));
+		io->max_transfer_bytes = smaller_limit(io->max_transfer_bytes, nfs_get_writemax(made.nfs));
 		publish(io, &made);
-		io->max_transfer_bytes = smaller_limit(TRANSFER_LIMIT_BYTES, nfs_get_readmax(io->nfs));
-		io->max_transfer_bytes = smaller_limit(io->max_transfer_bytes, nfs_get_writemax(io->nfs));
 	} else {
 		*io->first_failure = why;
 	}
@@ -261,7 +296,7 @@ void *io_thread(void *arg)
 	while (connected && !atomic_load(&io->stop)) {
 		if (io->broken && io->receiver == NOBODY)
 			discard(io);
-		if (io->nfs == NULL) {
+		if (!is_up(io)) {
 			reconnect(io);
 		} else if (is_mine_to_receive(io)) {
 			io->receiver = THE_IO_THREAD;

@@ -2,13 +2,14 @@
 /*
  * Requests: how they are queued and issued, what their answers mean, and who receives these.
  *
- * NFSv3 transfers are raw READ and WRITE calls, so that the stability and the status of each are seen as the
+ * NFSv3 transfers are raw READ and WRITE calls, libnfs's or our own (wire.h), so that the stability and the status of each are seen as the
  * server sent them. NFSv4 goes through libnfs's file API, which hides the state that v4 needs.
  */
 #include "nfsio_internal.h"
 
 #include <errno.h>
 #include <poll.h>
+#include <stddef.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -184,13 +185,19 @@ void note_size(struct nfsio *io, uint64_t bytes)
 		atomic_store(&io->cut_bytes, bytes);
 }
 
+/* It says how many names the file has. */
+static void note_links(struct nfsio *io, uint32_t links)
+{
+	if (links == 0)
+		atomic_store(&io->unlinked, true);
+}
+
 static void note_attributes3(struct nfsio *io, const post_op_attr *attributes)
 {
 	if (!attributes->attributes_follow)
 		return;
 	note_size(io, attributes->post_op_attr_u.attributes.size);
-	if (attributes->post_op_attr_u.attributes.nlink == 0)
-		atomic_store(&io->unlinked, true);
+	note_links(io, attributes->post_op_attr_u.attributes.nlink);
 }
 
 /* Before and after a write, which may have made a file long again that had been cut. */
@@ -199,6 +206,11 @@ static void note_wcc3(struct nfsio *io, const wcc_data *wcc)
 	if (wcc->before.attributes_follow)
 		note_size(io, wcc->before.pre_op_attr_u.attributes.size);
 	note_attributes3(io, &wcc->after);
+}
+
+static void heard(struct nfsio *io)
+{
+	io->said_at_ms = io->heard_at_ms = now_ms();
 }
 
 /* True when this answer counts: it came from the server, over the context in use. */
@@ -210,8 +222,29 @@ bool answered(struct nfsio *io, int rpc_status)
 		io->broken = true;
 		return false;
 	}
-	io->said_at_ms = io->heard_at_ms = now_ms();
+	heard(io);
 	return true;
+}
+
+static void wrote3(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool stable, uint64_t verifier)
+{
+	if (req->op == NFSIO_WRITE && !stable) {
+		finish(&io->inflight, req, -EPROTO); /* RFC 1813, 3.3.7: a FILE_SYNC write is answered as such */
+	} else if (req->moved_bytes > 0 && !stable && verifier != req->verifier) {
+		req->moved_bytes = 0; /* the server restarted between the pieces: all of it again */
+		list_remove(&io->inflight, req);
+		list_push(&io->pending, req);
+	} else {
+		req->verifier = verifier;
+		req->stable = stable && (req->moved_bytes == 0 || req->stable);
+		moved(io, req, count, false);
+	}
+}
+
+static void committed3(struct nfsio *io, struct nfsio_req *req, uint64_t verifier)
+{
+	req->verifier = verifier;
+	finish(&io->inflight, req, 0);
 }
 
 static void read3_done(struct rpc_context *rpc, int status, void *data, void *arg)
@@ -261,21 +294,9 @@ static void write3_done(struct rpc_context *rpc, int status, void *data, void *a
 		return;
 	}
 	WRITE3resok *ok = &res->WRITE3res_u.resok;
-	uint64_t verifier = verifier_of(ok->verf);
-	bool stable = ok->committed == FILE_SYNC;
 
 	note_wcc3(io, &ok->file_wcc);
-	if (req->op == NFSIO_WRITE && !stable) {
-		finish(&io->inflight, req, -EPROTO); /* RFC 1813, 3.3.7: a FILE_SYNC write is answered as such */
-	} else if (req->moved_bytes > 0 && !stable && verifier != req->verifier) {
-		req->moved_bytes = 0; /* the server restarted between the pieces: all of it again */
-		list_remove(&io->inflight, req);
-		list_push(&io->pending, req);
-	} else {
-		req->verifier = verifier;
-		req->stable = stable && (req->moved_bytes == 0 || req->stable);
-		moved(io, req, ok->count, false);
-	}
+	wrote3(io, req, ok->count, ok->committed == FILE_SYNC, verifier_of(ok->verf));
 }
 
 static void commit3_done(struct rpc_context *rpc, int status, void *data, void *arg)
@@ -290,8 +311,47 @@ static void commit3_done(struct rpc_context *rpc, int status, void *data, void *
 		refused3(io, req, res->status);
 		return;
 	}
-	req->verifier = verifier_of(res->COMMIT3res_u.resok.verf);
-	finish(&io->inflight, req, 0);
+	committed3(io, req, verifier_of(res->COMMIT3res_u.resok.verf));
+}
+
+/* An answer that came without libnfs. */
+static void wire_answered(struct nfsio *io, const struct wire_answer *answer)
+{
+	struct nfsio_req *req = (struct nfsio_req *)((char *)answer->call - offsetof(struct nfsio_req, call));
+
+	if (answer->has_size_before)
+		note_size(io, answer->size_before_bytes);
+	if (answer->has_size) {
+		note_size(io, answer->size_bytes);
+		note_links(io, answer->links);
+	}
+	if (answer->status != NFS3_OK)
+		refused3(io, req, (int)answer->status);
+	else if (answer->call->procedure == WIRE_READ)
+		moved(io, req, answer->count_bytes, answer->end_of_file);
+	else if (answer->call->procedure == WIRE_WRITE)
+		wrote3(io, req, answer->count_bytes, answer->stable, answer->verifier);
+	else
+		committed3(io, req, answer->verifier);
+}
+
+/* What the socket is ready for. */
+static void serve_wire(struct nfsio *io, short revents)
+{
+	struct wire_answer answer;
+	int status = 1;
+
+	if (revents & POLLOUT && wire_flush(&io->wire) < 0)
+		io->broken = true;
+	while (!io->broken && (status = wire_receive(&io->wire, &answer)) > 0)
+		wire_answered(io, &answer);
+	if (io->wire.has_heard)
+		heard(io);
+	io->wire.has_heard = false;
+	if (status < 0)
+		io->broken = true;
+	if (status == -EOPNOTSUPP)
+		io->wire_failed = true;
 }
 
 static void refused4(struct nfsio *io, struct nfsio_req *req, int error)
@@ -330,8 +390,32 @@ static void file_call_done(int error, struct nfs_context *nfs, void *data, void 
 
 /* ------------------------------------------------------------------ issuing, lock held ----------------- */
 
+static int issue_on_wire(struct nfsio *io, struct nfsio_req *req)
+{
+	static const enum wire_procedure procedures[] = {
+		[NFSIO_READ] = WIRE_READ,
+		[NFSIO_WRITE] = WIRE_WRITE,
+		[NFSIO_WRITE_UNSTABLE] = WIRE_WRITE,
+		[NFSIO_COMMIT] = WIRE_COMMIT,
+	};
+
+	req->call = (struct wire_call){
+		.procedure = procedures[req->op],
+		.offset_bytes = req->offset_bytes + req->moved_bytes,
+		.length_bytes = req->length_bytes - req->moved_bytes,
+		.data = req->data + req->moved_bytes,
+		.stable = req->op == NFSIO_WRITE,
+	};
+	if (wire_send(&io->wire, &req->call) < 0)
+		io->broken = true; /* it is under way all the same, until the connection has been thrown away */
+	return 0;
+}
+
 static int issue(struct nfsio *io, struct nfsio_req *req)
 {
+	if (io->nfs == NULL)
+		return issue_on_wire(io, req);
+
 	uint64_t offset = req->offset_bytes + req->moved_bytes;
 	uint32_t length = req->length_bytes - req->moved_bytes;
 	uint8_t *data = req->data + req->moved_bytes;
@@ -362,16 +446,16 @@ static bool is_write(const struct nfsio_req *req)
 	return req->op == NFSIO_WRITE || req->op == NFSIO_WRITE_UNSTABLE;
 }
 
-/* Hand libnfs what waits, and as much of it to the socket as that takes. */
+/* Send what waits, as far as the socket takes it. */
 void issue_pending(struct nfsio *io)
 {
 	struct nfsio_req *req;
 
-	if (io->nfs == NULL || io->broken)
+	if (!is_up(io) || io->broken)
 		return;
 	if (io->inflight.head == NULL && io->pending.head != NULL)
 		io->heard_at_ms = now_ms();
-	while ((req = io->pending.head) != NULL) {
+	while ((req = io->pending.head) != NULL && !io->broken && (io->nfs != NULL || wire_has_room(&io->wire))) {
 		int refused = is_write(req) && io->options.may_write != NULL ? io->options.may_write(io->options.judge) : 0;
 
 		if (refused != 0 && refused != -EAGAIN) {
@@ -386,8 +470,16 @@ void issue_pending(struct nfsio *io)
 		list_push(&io->inflight, req);
 		req->issued_at_ms = now_ms();
 	}
-	if (nfs_which_events(io->nfs) & POLLOUT && nfs_service(io->nfs, POLLOUT) < 0)
+	if (io->nfs != NULL && nfs_which_events(io->nfs) & POLLOUT && nfs_service(io->nfs, POLLOUT) < 0)
 		io->broken = true;
+}
+
+/* What to poll the connection for. */
+static short events_of(const struct nfsio *io)
+{
+	if (io->nfs != NULL)
+		return (short)nfs_which_events(io->nfs);
+	return wire_has_room(&io->wire) ? POLLIN : POLLIN | POLLOUT;
 }
 
 /* Give finished requests back. Lock held, dropped while their `done` runs: that may submit again. */
@@ -466,7 +558,7 @@ void receive(struct nfsio *io)
 {
 	enum receiver me = io->receiver;
 	struct pollfd fds[3] = {
-		{ .fd = nfs_get_fd(io->nfs), .events = nfs_which_events(io->nfs) },
+		{ .fd = socket_of(io), .events = events_of(io) },
 		{ .fd = io->wake_fd, .events = POLLIN },
 		{ .fd = io->probe.fd, .events = probe_events(&io->probe) },
 	};
@@ -486,7 +578,9 @@ void receive(struct nfsio *io)
 		return;
 	if (fds[1].revents != 0)
 		(void)!read(io->wake_fd, &kicks, sizeof(kicks));
-	if (fds[0].revents != 0 && nfs_service(io->nfs, fds[0].revents) < 0)
+	if (fds[0].revents != 0 && io->nfs == NULL)
+		serve_wire(io, fds[0].revents);
+	else if (fds[0].revents != 0 && nfs_service(io->nfs, fds[0].revents) < 0)
 		io->broken = true;
 	if (io->later.head != NULL && now_ms() >= io->later_at_ms)
 		list_prepend(&io->pending, &io->later);
@@ -508,12 +602,12 @@ void receive(struct nfsio *io)
 /* Whoever receives polls with what he knew: tell him where that has changed. */
 static void wake_if_needed(struct nfsio *io)
 {
-	if (io->nfs == NULL) {
+	if (!is_up(io)) {
 		if (io->finished.head != NULL)
 			kick(io);
 		return;
 	}
-	if (io->broken || io->later.head != NULL || io->finished.head != NULL || nfs_which_events(io->nfs) & POLLOUT)
+	if (io->broken || io->later.head != NULL || io->finished.head != NULL || events_of(io) & POLLOUT)
 		wake_io_thread(io);
 	else if (io->detached > 0 && io->receiver == NOBODY)
 		call_io_thread(io);
@@ -560,7 +654,7 @@ void nfsio_batch_wait(struct nfsio_batch *batch)
 		/* with others under way the I/O thread serves all of them better: no role to hand over */
 		bool alone = io->batches == 1 && io->detached == 0;
 
-		if (alone && io->receiver != A_WAITER && io->nfs != NULL && !io->broken && !atomic_load(&io->stop)) {
+		if (alone && io->receiver != A_WAITER && is_up(io) && !io->broken && !atomic_load(&io->stop)) {
 			received = true;
 			io->receiver = A_WAITER; /* the I/O thread, if it polls, finds out when it wakes up */
 			receive(io);
