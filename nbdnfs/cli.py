@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("url", metavar="URL")
     serve.add_argument("--socket", required=True, type=Path, metavar="PATH", help="the Unix socket to listen on")
     serve.add_argument("--engine", default="c", metavar="NAME", help="c (the default), or libnfs-python for comparison")
-    serve.add_argument("--threads", type=int, default=8, metavar="N", help="nbdkit's threads for each connection (8)")
+    serve.add_argument("--threads", type=int, default=12, metavar="N", help="nbdkit's threads for each connection (12)")
     serve.add_argument("--no-owner", action="store_true", help="whoever owns the file: two machines on one corrupt it")
     # for measurements, the plugin's own check applies: --plugin-setting "without=io flusher"
     serve.add_argument("--plugin-setting", action="append", default=[], metavar="KEY=VALUE", help=argparse.SUPPRESS)
@@ -201,7 +201,7 @@ def _serve(args: argparse.Namespace) -> int:
     from nbdnfs import worker
 
     if not 1 <= args.threads <= 64:
-        raise UsageError(f"--threads {args.threads} is not possible", "1 to 64; more than 8 hardly make it faster")
+        raise UsageError(f"--threads {args.threads} is not possible", "1 to 64; more than 16 hardly make it faster")
     settings = {}
     for setting in args.plugin_setting:
         key, equals, value = setting.partition("=")

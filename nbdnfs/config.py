@@ -49,7 +49,7 @@ class Config:
     connections: int = 4
     stable_writes: bool = False
     read_ahead_pages: int = 64
-    threads: int = 8
+    threads: int = 12
     device: str = ""
     lock: str = "required"
     realtime: bool = True
@@ -407,8 +407,9 @@ _KEYS = {
     "threads": _Key(
         "threads",
         _whole(1, 16),
-        "8",
-        "Threads of the worker, 1 to 16: as many requests are under way. Each costs 100 KiB of locked memory.",
+        "12",
+        "Threads of the worker, 1 to 16: as many requests are under way. Each costs 50 KiB of locked memory, beyond the"
+        " twelfth 180.",
     ),
     "device": _Key(
         "device",

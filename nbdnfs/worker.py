@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# As many requests are under way as there are threads: it takes more than four where the server is a millisecond away,
-# and more than eight win little. See docs/decisions/0013.
-THREADS = 8
+# As many requests are under way as there are threads. See docs/decisions/0017.
+THREADS = 12
 
 # A Unix socket's path in sockaddr_un, unix(7)
 _SOCKET_PATH_BYTES = 107
