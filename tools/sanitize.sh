@@ -25,4 +25,5 @@ export TSAN_OPTIONS=exitcode=66:history_size=4
 # pytest as a program, not as a module: the checkout must not come before the build
 PYTHONPATH=build/$kind/lib LD_PRELOAD=$(gcc -print-file-name="$library") \
     exec .venv/bin/pytest -p no:cacheprovider "$@" \
-    tests/engine/test_transport.py tests/engine/test_conformance.py tests/engine/test_faults.py tests/engine/test_owner.py
+    tests/engine/test_transport.py tests/engine/test_conformance.py tests/engine/test_wire.py \
+    tests/engine/test_faults.py tests/engine/test_owner.py
