@@ -270,7 +270,7 @@ def test_impossible_threads(serve_fails: Callable[..., list[str]], threads: int)
     """EX_USAGE."""
     assert serve_fails(os.EX_USAGE, "nfs://nas/export/file", f"--threads={threads}") == [
         f"--threads {threads} is not possible",
-        "1 to 64; more than 8 hardly make it faster",
+        "1 to 64; more than 16 hardly make it faster",
     ]
 
 
