@@ -187,6 +187,7 @@ void wake_io_thread(struct nfsio *io);
 void finish_all(struct req_list *list, int error);
 void fail_hopeless(struct nfsio *io);
 void note_size(struct nfsio *io, uint64_t bytes);
+void heard(struct nfsio *io);
 bool answered(struct nfsio *io, int rpc_status);
 void issue_pending(struct nfsio *io);
 void give_back(struct nfsio *io);

@@ -208,7 +208,7 @@ static void note_wcc3(struct nfsio *io, const wcc_data *wcc)
 	note_attributes3(io, &wcc->after);
 }
 
-static void heard(struct nfsio *io)
+void heard(struct nfsio *io)
 {
 	io->said_at_ms = io->heard_at_ms = now_ms();
 }
