@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from nbdnfs import handshake
-from nbdnfs.netlink import NbdNetlink
+from nbdnfs.kernel import nbd_handshake
+from nbdnfs.kernel.nbd_netlink import NbdNetlink
 
 DEADLINE_S = 10.0
 
@@ -21,7 +21,7 @@ def main() -> None:
     host, port = sys.argv[1], int(sys.argv[2])
     with socket.create_connection((host, port), timeout=DEADLINE_S) as sock, NbdNetlink.open() as kernel:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        export = handshake.negotiate(sock)
+        export = nbd_handshake.negotiate(sock)
         index = kernel.connect(
             [sock.fileno()],
             index=None,

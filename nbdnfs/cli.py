@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from nbdnfs import __version__, units
+from nbdnfs import __version__, quantities
 from nbdnfs.errors import NbdnfsError, NoInputError, OwnedError, UsageError
 
 # What a keeper ends with when no other try can mend it: RestartPreventExitStatus= of systemd/nbdnfs@.service.
@@ -151,7 +151,8 @@ def _progress_line() -> Callable[[int, int], None]:
             return
         shown = step
         speed = done_bytes / max(time.monotonic() - started_s, 0.001)
-        text = f"{units.format_size(done_bytes)} of {units.format_size(total_bytes)}, {units.format_size(int(speed))}/s"
+        size = quantities.format_size
+        text = f"{size(done_bytes)} of {size(total_bytes)}, {size(int(speed))}/s"
         if on_terminal:
             bar = "#" * (percent * 40 // 100)
             print(f"\r[{bar:<40}] {text}   ", end="\n" if percent == 100 else "", file=sys.stderr, flush=True)
@@ -162,34 +163,35 @@ def _progress_line() -> Callable[[int, int], None]:
 
 
 def _create(args: argparse.Namespace) -> int:
-    from nbdnfs import provision
+    from nbdnfs.nas import backing_file
 
-    size_bytes = units.parse_size_bytes(args.size)
+    size_bytes = quantities.parse_size_bytes(args.size)
     if args.if_missing and _is_there(args.url):
         return 0
-    provision.create(args.url, size_bytes, force=args.force, progress=_progress_line())
+    backing_file.create(args.url, size_bytes, force=args.force, progress=_progress_line())
     return 0
 
 
 def _is_there(url: str) -> bool:
-    from nbdnfs import provision
+    from nbdnfs.nas import backing_file
 
     try:
-        provision.inspect(url)
+        backing_file.inspect(url)
     except NoInputError:
         return False
     return True
 
 
 def _claim(args: argparse.Namespace) -> int:
-    from nbdnfs import owner, owner_record, provision, run_dir
+    from nbdnfs.keeper import records as run_dir
+    from nbdnfs.nas import backing_file, owner_record, ownership
 
     if args.size is not None and not _is_there(args.url):
-        provision.create(args.url, units.parse_size_bytes(args.size), progress=_progress_line())
+        backing_file.create(args.url, quantities.parse_size_bytes(args.size), progress=_progress_line())
     if args.holder is not None:
         name = args.holder.rpartition(":")[2]
         try:
-            owner.claim(args.url, args.holder, owner_record.identity(), steal=args.steal)
+            ownership.claim(args.url, args.holder, owner_record.identity(), steal=args.steal)
         except OwnedError as error:
             run_dir.write_refusal(name, error.message)
             raise
@@ -198,7 +200,7 @@ def _claim(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from nbdnfs import worker
+    from nbdnfs.worker import nbdkit
 
     if not 1 <= args.threads <= 64:
         raise UsageError(f"--threads {args.threads} is not possible", "1 to 64; more than 16 hardly make it faster")
@@ -208,7 +210,7 @@ def _serve(args: argparse.Namespace) -> int:
         if not equals:
             raise UsageError(f"--plugin-setting {setting} has no value", "write it as KEY=VALUE")
         settings[key] = value
-    return worker.serve(
+    return nbdkit.serve(
         args.url,
         args.socket,
         engine=args.engine,
@@ -219,22 +221,22 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _up(args: argparse.Namespace) -> int:
-    from nbdnfs import lifecycle
+    from nbdnfs.commands import up_down
 
-    lifecycle.up(args.name, steal=args.steal)
+    up_down.up(args.name, steal=args.steal)
     return 0
 
 
 def _down(args: argparse.Namespace) -> int:
-    from nbdnfs import lifecycle
+    from nbdnfs.commands import up_down
 
     show = _progress_line()
-    lifecycle.down(args.name, lambda left, total: show(total - left, total), service=args.service)
+    up_down.down(args.name, lambda left, total: show(total - left, total), service=args.service)
     return 0
 
 
 def _status(args: argparse.Namespace) -> int:
-    from nbdnfs import status
+    from nbdnfs.commands import status
 
     found = [status.read(name) for name in ([args.name] if args.name else status.names())]
     if args.json:
@@ -251,7 +253,7 @@ def _print_json(found: list[dict[str, object]]) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from nbdnfs import doctor
+    from nbdnfs.commands import doctor
 
     findings = doctor.examine(args.name)
     if args.json:
@@ -262,9 +264,10 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _top(args: argparse.Namespace) -> int:
-    from nbdnfs import config, top
+    from nbdnfs import config
+    from nbdnfs.commands import top
 
-    interval_s = units.parse_duration_s(args.interval)
+    interval_s = quantities.parse_duration_s(args.interval)
     if interval_s <= 0 or (args.count is not None and args.count < 1):
         raise UsageError("--interval and --count must be more than nothing", "for example --interval 2s --count 5")
     if args.name is not None:
@@ -274,9 +277,9 @@ def _top(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from nbdnfs import bench
+    from nbdnfs.commands import bench
 
-    size_bytes, seconds = units.parse_size_bytes(args.size), units.parse_duration_s(args.time)
+    size_bytes, seconds = quantities.parse_size_bytes(args.size), quantities.parse_duration_s(args.time)
     rows = bench.run(
         args.url, size_bytes, seconds, (lambda row: None) if args.json else lambda row: print(row.text(), flush=True)
     )
@@ -288,9 +291,9 @@ def _bench(args: argparse.Namespace) -> int:
 def _keep(args: argparse.Namespace) -> int:
     started_s = time.monotonic()
     try:
-        from nbdnfs import keeper_work
+        from nbdnfs.keeper import real_work
 
-        return keeper_work.run(args.name, steal=args.steal)
+        return real_work.run(args.name, steal=args.steal)
     except Exception as error:
         if "INVOCATION_ID" in os.environ and getattr(error, "exit_code", None) not in FINAL_STATUSES:
             time.sleep(max(0.0, started_s + _KEEPER_PACE_S - time.monotonic()))
@@ -298,7 +301,7 @@ def _keep(args: argparse.Namespace) -> int:
 
 
 def _install_units(args: argparse.Namespace) -> int:
-    from nbdnfs import install_units
+    from nbdnfs.commands import install_units
 
     written = install_units.install(args.root, program=args.program, force=args.force)
     print(install_units.explain(written, args.root))
@@ -306,16 +309,16 @@ def _install_units(args: argparse.Namespace) -> int:
 
 
 def _attach(args: argparse.Namespace) -> int:
-    from nbdnfs import device
+    from nbdnfs.kernel import nbd_device
 
-    print(device.attach(args.socket, args.device, warm=not args.no_warm_up).path)
+    print(nbd_device.attach(args.socket, args.device, warm=not args.no_warm_up).path)
     return 0
 
 
 def _detach(args: argparse.Namespace) -> int:
-    from nbdnfs import device
+    from nbdnfs.kernel import nbd_device
 
-    device.detach(args.device)
+    nbd_device.detach(args.device)
     return 0
 
 

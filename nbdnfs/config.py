@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdnfs import units, url
+from nbdnfs import nfs_url, quantities
 from nbdnfs.errors import ConfigError, NoInputError, UsageError
 
 # In this order of precedence.
@@ -262,11 +262,12 @@ def _size(
 
     def check(key: str, value: object, root: Path) -> int:
         _of_type(key, value, str, f'"{example}"')
-        size_bytes = _parsed(key, str(value), units.parse_size_bytes, example)
+        size_bytes = _parsed(key, str(value), quantities.parse_size_bytes, example)
         if not low_bytes <= size_bytes <= high_bytes:
             raise UsageError(
                 f"{key} cannot be '{_shown(value)}'",
-                f'it is {units.format_size(low_bytes)} to {units.format_size(high_bytes)}, for example "{example}"',
+                f"it is {quantities.format_size(low_bytes)} to {quantities.format_size(high_bytes)},"
+                f' for example "{example}"',
             )
         if size_bytes % step_bytes:
             raise UsageError(
@@ -286,7 +287,7 @@ def _backing_size(key: str, value: object, root: Path) -> int:
 def _duration_ms(low_s: float, high_s: float, example: str) -> Callable[[str, object, Path], int]:
     def check(key: str, value: object, root: Path) -> int:
         _of_type(key, value, str, f'"{example}"')
-        seconds = _parsed(key, str(value), units.parse_duration_s, example)
+        seconds = _parsed(key, str(value), quantities.parse_duration_s, example)
         if not low_s <= seconds <= high_s:
             raise UsageError(
                 f"{key} cannot be '{_shown(value)}'", f'it is {low_s:g} to {high_s:g} seconds, for example "{example}"'
@@ -308,7 +309,7 @@ def _parsed(key: str, text: str, parse: Callable[[str], float], example: str) ->
 def _url(key: str, value: object, root: Path) -> str:
     _of_type(key, value, str, '"nfs://nas/export/swap/%H.swap"')
     try:
-        expanded = url.parse(str(value), root).text
+        expanded = nfs_url.parse(str(value), root).text
     except UsageError as error:
         raise UsageError(_shown(f"{key}: {error.message}"), error.hint) from None
     return expanded.replace("%", "%%")

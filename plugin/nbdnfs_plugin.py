@@ -12,8 +12,8 @@ import sys
 
 import nbdkit
 
-from nbdnfs import worker_config
 from nbdnfs.errors import NbdnfsError
+from nbdnfs.worker import settings as worker_settings
 
 API_VERSION = 2
 
@@ -41,7 +41,7 @@ def config(key, value):
 
 def config_complete():
     global _worker
-    _worker = _or_exit(lambda: worker_config.parse(_settings))
+    _worker = _or_exit(lambda: worker_settings.parse(_settings))
     _or_exit(_worker.prepare_memory)
 
 
@@ -67,7 +67,7 @@ def get_size(h):
 
 
 def block_size(h):
-    return (4096, 4096, worker_config.MAX_REQUEST_BYTES)
+    return (4096, 4096, worker_settings.MAX_REQUEST_BYTES)
 
 
 def is_rotational(h):

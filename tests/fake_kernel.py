@@ -17,8 +17,8 @@ import time
 from nbd_client import FLUSH, READ, WRITE, NbdClient, Request
 
 from nbdnfs.errors import NbdnfsError
-from nbdnfs.handshake import Export
-from nbdnfs.link import Attached
+from nbdnfs.kernel.link import Attached
+from nbdnfs.kernel.nbd_handshake import Export
 
 
 class FakeLinkError(AssertionError):

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 from waiting import wait_until
 
-from nbdnfs.keeper import Helper, Keeper
-from nbdnfs.keeper_work import RealWork
-from nbdnfs.link import Attached
-from nbdnfs.worker_process import WorkerProcess
+from nbdnfs.keeper.keeper import Helper, Keeper
+from nbdnfs.keeper.real_work import RealWork
+from nbdnfs.keeper.worker_handle import WorkerProcess
+from nbdnfs.kernel.link import Attached
 
 until = functools.partial(wait_until, what="it is so", timeout_s=20.0)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdnfs import handshake
+from nbdnfs.kernel import nbd_handshake
 
 READ, WRITE, FLUSH, TRIM = 0, 1, 3, 4
 FLAG_FUA = 1
@@ -53,7 +53,7 @@ class NbdClient:
         self._socket.settimeout(timeout_s)
         try:
             self._socket.connect(str(path))
-            self.export = handshake.negotiate(self._socket, timeout_s=timeout_s)
+            self.export = nbd_handshake.negotiate(self._socket, timeout_s=timeout_s)
         except BaseException:
             self._socket.close()
             raise

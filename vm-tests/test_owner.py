@@ -13,8 +13,8 @@ from nfs_server import Ganesha
 from vmtest import host
 from vmtest.guest import Guest, seen_from_guest
 
-from nbdnfs import owner, owner_record
-from nbdnfs.owner_record import Identity
+from nbdnfs.nas import owner_record, ownership
+from nbdnfs.nas.owner_record import Identity
 
 _NAME = "swap0"
 _UNIT = f"nbdnfs@{_NAME}"
@@ -89,7 +89,7 @@ def test_boots_and_a_theft(boot: Callable[..., Guest], ganesha: Ganesha) -> None
             guest.wait_until(
                 lambda: int(guest.run("awk '/^pswpout/ {print $2}' /proc/vmstat").stdout) > 1000, 120, "swap-out"
             )
-            owner.claim(url, f"keeper:{_NAME}", _THIEF, steal=True)
+            ownership.claim(url, f"keeper:{_NAME}", _THIEF, steal=True)
             after = hashlib.sha256(path.read_bytes()).digest()
             guest.wait_until(lambda: property_of(guest, "ActiveState") == "failed", 60, "the unit ends")
             assert property_of(guest, "ExecMainStatus") == "77"

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * owner: whether the backing file is still ours. Decision 0009 has the protocol, nbdnfs/owner_record.py the format.
+ * owner: whether the backing file is still ours. Decision 0009 has the protocol, nbdnfs/nas/owner_record.py the format.
  *
  * A record beside the backing file names the machine that owns it. Whoever takes over puts another file in the
  * record's place. A thread of its own looks at the record every refresh_ms, and marks it as a sign of life. Each

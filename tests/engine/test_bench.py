@@ -11,7 +11,8 @@ import pytest
 from conftest import FileOnServer
 from nfs_server import Ganesha
 
-from nbdnfs import bench, cli
+from nbdnfs import cli
+from nbdnfs.commands import bench
 from nbdnfs.errors import CannotCreateError, IOFailureError, UsageError
 
 MIB = 1 << 20

@@ -22,8 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nfs_server import LOOPBACK, Ganesha
 
-from nbdnfs import engine, reference
+from nbdnfs import engine
 from nbdnfs.errors import ConfigError
+from nbdnfs.worker import reference_engine
 
 PAGE = 4096
 MIB = 1 << 20
@@ -35,10 +36,10 @@ def over_libnfs(url: str, address: str) -> engine.Engine:
     return engine.Engine(url, address, libnfs_transfers=True)
 
 
-ENGINES: dict[str, Callable[[str, str], engine.Engine | reference.Engine]] = {
+ENGINES: dict[str, Callable[[str, str], engine.Engine | reference_engine.Engine]] = {
     "c": engine.Engine,
     "c-over-libnfs": over_libnfs,
-    "libnfs-python": reference.Engine,
+    "libnfs-python": reference_engine.Engine,
 }
 IS_REFERENCE_POSSIBLE = sys.version_info < (3, 12)
 # libnfs 4.0 cannot write over NFSv4; that it is refused is a test of the messages
@@ -55,7 +56,9 @@ COMBINATIONS = [
 class Device:
     """An engine and the file behind it."""
 
-    def __init__(self, kind: Callable[[str, str], engine.Engine | reference.Engine], url: str, path: Path) -> None:
+    def __init__(
+        self, kind: Callable[[str, str], engine.Engine | reference_engine.Engine], url: str, path: Path
+    ) -> None:
         self.engine = kind(url, LOOPBACK)
         self.url = url
         self.path = path
@@ -262,7 +265,7 @@ def test_another_implementation_reads_the_same(device: Device) -> None:
 def test_the_reference_engine_is_refused_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """On Python 3.12 and later it ends with a line that says which Python it needs and what to use instead."""
     if IS_REFERENCE_POSSIBLE:
-        monkeypatch.setattr(reference, "sys", types.SimpleNamespace(version_info=(3, 13, 5)))
+        monkeypatch.setattr(reference_engine, "sys", types.SimpleNamespace(version_info=(3, 13, 5)))
     with pytest.raises(ConfigError, match=r"needs Python 3\.11, this is 3\.1\d$") as caught:
-        reference.Engine("nfs://nas/export/swap", LOOPBACK)
+        reference_engine.Engine("nfs://nas/export/swap", LOOPBACK)
     assert caught.value.hint == "use the standard engine: engine=c"

@@ -24,11 +24,16 @@ from proxy import TcpProxy
 from small_filesystem import small_filesystem
 from waiting import DEADLINE_S, in_background, wait_until
 
-from nbdnfs import cli, config, keeper_work, lifecycle, link, owner, owner_record, provision, run_dir
+from nbdnfs import cli, config
+from nbdnfs.commands import up_down
 from nbdnfs.engine import Engine, NfsFile, libnfs_version
 from nbdnfs.errors import NbdnfsError, NoInputError, OwnedError, PermissionDeniedError
-from nbdnfs.owner_record import Identity, Record, Timing
-from nbdnfs.run_dir import RunDir
+from nbdnfs.keeper import real_work
+from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.records import RunDir
+from nbdnfs.kernel import link
+from nbdnfs.nas import backing_file, owner_record, ownership
+from nbdnfs.nas.owner_record import Identity, Record, Timing
 
 PAGE = 4096
 MIB = 1 << 20
@@ -80,7 +85,7 @@ def claim(
     file: FileOnServer, me: Identity, *, steal: bool = False, holder: str = HOLDER, root: Path = Path("/")
 ) -> Record:
     said: list[str] = []
-    return owner.claim(file.url(), holder, me, steal=steal, say=said.append, timing=QUICK, root=root)
+    return ownership.claim(file.url(), holder, me, steal=steal, say=said.append, timing=QUICK, root=root)
 
 
 def refused(file: FileOnServer, me: Identity, *words: str, **options: str | Path) -> None:
@@ -158,17 +163,17 @@ def hold() -> Iterator[Callable[..., Held]]:
 def test_a_second_machine_is_refused(swap_file: FileOnServer, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With who and since when; by the clock of the server alone, whether the other one lives."""
     url, box1, box2 = swap_file.url(version), machine("box1"), machine("box2")
-    record = owner.claim(url, HOLDER, box1)
+    record = ownership.claim(url, HOLDER, box1)
     assert record == record_of(swap_file)
     assert (record.state, record.host, record.generation, record.refresh_ms) == ("held", "box1", 1, 10_000)
     assert stat.S_IMODE(record_path(swap_file).stat().st_mode) == 0o644
     assert beside(swap_file) == [record_path(swap_file)]
-    assert owner.claim(url, HOLDER, box1) == record
+    assert ownership.claim(url, HOLDER, box1) == record
 
     refused(swap_file, box2, "is in use as swap by box1", record.claimed, "last sign of life", "nbdnfs down")
     grow_old(swap_file, 7200)
     refused(swap_file, box2, "box1", record.claimed, "no sign of life for 2 h", "--steal")
-    assert "box1" in owner.look(url).text()
+    assert "box1" in ownership.look(url).text()
 
     waited_s: list[float] = []
     monkeypatch.setattr(time, "sleep", waited_s.append)
@@ -205,7 +210,7 @@ def test_this_very_boot_goes_on(swap_file: FileOnServer) -> None:
     """A keeper after a crash finds its own record; another device or `serve` on this machine does not get the file
     while that one runs."""
     box1, root = machine("box1"), Path("/")
-    claim(swap_file, box1, holder=owner.serve_holder(), root=root)
+    claim(swap_file, box1, holder=ownership.serve_holder(), root=root)
     refused(swap_file, box1, "in use on this machine", f"process {os.getpid()}", holder="keeper:swap1")
     with pytest.raises(OwnedError, match="in use on this machine"):
         claim(swap_file, box1, steal=True, holder="keeper:swap1")
@@ -229,7 +234,7 @@ def test_a_steal_that_was_interrupted_waits_again(swap_file: FileOnServer) -> No
     record_path(swap_file).write_bytes(waiting.to_bytes())
     said: list[str] = []
     before_s = time.monotonic()
-    record = owner.claim(swap_file.url(), HOLDER, box2, say=said.append, timing=QUICK)
+    record = ownership.claim(swap_file.url(), HOLDER, box2, say=said.append, timing=QUICK)
     assert time.monotonic() - before_s >= QUICK.stops_within_ms / 1000
     assert record.state == record_of(swap_file).state == "held"
     assert "waiting" in said[0]
@@ -246,7 +251,7 @@ def test_of_many_newcomers_one_wins(swap_file: FileOnServer) -> None:
         def attempt(me: Identity) -> Record | None:
             barrier.wait()
             try:
-                return owner.claim(url, HOLDER, me, steal=steal, timing=QUICK, say=lambda _: None)
+                return ownership.claim(url, HOLDER, me, steal=steal, timing=QUICK, say=lambda _: None)
             except (OwnedError, NbdnfsError):
                 return None
 
@@ -267,7 +272,7 @@ def test_of_many_newcomers_one_wins(swap_file: FileOnServer) -> None:
 
 def test_a_server_without_hard_links(swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first record is renamed into place, and waits as one that takes another's."""
-    monkeypatch.setattr(owner._Newcomer, "link", lambda newcomer: False)
+    monkeypatch.setattr(ownership._Newcomer, "link", lambda newcomer: False)
     before_s = time.monotonic()
     assert claim(swap_file, machine("box1")) == record_of(swap_file)
     assert time.monotonic() - before_s >= QUICK.stops_within_ms / 1000
@@ -277,12 +282,12 @@ def test_release(swap_file: FileOnServer) -> None:
     """Who gives the file up leaves nothing; who never had it changes nothing."""
     box1, box2 = machine("box1"), machine("box2")
     claim(swap_file, box1)
-    assert not owner.release(swap_file.url(), HOLDER, box2)
-    assert not owner.release(swap_file.url(), "keeper:other", box1)
+    assert not ownership.release(swap_file.url(), HOLDER, box2)
+    assert not ownership.release(swap_file.url(), "keeper:other", box1)
     assert record_of(swap_file).state == "held"
-    assert owner.release(swap_file.url(), HOLDER, box1)
+    assert ownership.release(swap_file.url(), HOLDER, box1)
     assert beside(swap_file) == []
-    assert not owner.release(swap_file.url(), HOLDER, box1)
+    assert not ownership.release(swap_file.url(), HOLDER, box1)
     assert claim(swap_file, box2).generation == 1
 
 
@@ -308,9 +313,9 @@ def test_release_spares_a_thief(swap_file: FileOnServer, monkeypatch: pytest.Mon
             new.rename(record_path(swap_file))
             return count
 
-    monkeypatch.setattr(owner, "NfsFile", Robbed)
+    monkeypatch.setattr(ownership, "NfsFile", Robbed)
     with contextlib.suppress(NbdnfsError):  # the file that it had open is gone
-        owner.release(swap_file.url(), HOLDER, box1)
+        ownership.release(swap_file.url(), HOLDER, box1)
     assert record_of(swap_file) == theirs
 
 
@@ -321,11 +326,11 @@ def test_a_directory_that_is_not_ours(ganesha: Ganesha, swap_file: FileOnServer)
     (folder / "swap").write_bytes(bytes(DEVICE_BYTES))
     os.chown(folder / "swap", 1234, 1234)
     with pytest.raises(PermissionDeniedError) as caught:
-        owner.claim(ganesha.url("closed/swap", uid=1234, gid=1234), HOLDER, machine("box1"))
+        ownership.claim(ganesha.url("closed/swap", uid=1234, gid=1234), HOLDER, machine("box1"))
     assert "may not make an owner record" in caught.value.message
     assert "owner = false" in caught.value.hint
     with pytest.raises(NoInputError, match="there is no file"):
-        owner.claim(ganesha.url("closed/other"), HOLDER, machine("box1"))
+        ownership.claim(ganesha.url("closed/other"), HOLDER, machine("box1"))
 
 
 def test_create_force(swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,15 +342,15 @@ def test_create_force(swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch) 
     for seconds, word in ((0, "last sign of life"), (600, "no sign of life")):
         grow_old(swap_file, seconds)
         with pytest.raises(OwnedError, match=word):
-            provision.create(swap_file.url(), DEVICE_BYTES, force=True)
+            backing_file.create(swap_file.url(), DEVICE_BYTES, force=True)
     assert swap_file.path.read_bytes() == b"x" * DEVICE_BYTES
     monkeypatch.setattr(owner_record, "identity", lambda: box1)
-    record = dataclasses.replace(record_of(swap_file), holder=owner.serve_holder())
+    record = dataclasses.replace(record_of(swap_file), holder=ownership.serve_holder())
     record_path(swap_file).write_bytes(record.to_bytes())
     with pytest.raises(OwnedError, match="in use on this machine"):
-        provision.create(swap_file.url(), DEVICE_BYTES, force=True)
-    owner.release(swap_file.url(), record.holder, box1)
-    provision.create(swap_file.url(), DEVICE_BYTES, force=True)
+        backing_file.create(swap_file.url(), DEVICE_BYTES, force=True)
+    ownership.release(swap_file.url(), record.holder, box1)
+    backing_file.create(swap_file.url(), DEVICE_BYTES, force=True)
     assert swap_file.path.read_bytes() == bytes(DEVICE_BYTES)
 
 
@@ -548,14 +553,14 @@ def test_claim_and_down(swap_file: FileOnServer, tmp_path: Path, monkeypatch: py
 
     records = RunDir("swap0", run=tmp_path)
     records.make()
-    lifecycle._give_up(records)  # a device that never got so far
+    up_down._give_up(records)  # a device that never got so far
     assert record_path(swap_file).exists()
     records.write(run_dir.ADDRESS, f"{swap_file.url()}\n{LOOPBACK}")
-    lifecycle._give_up(records)
+    up_down._give_up(records)
     assert beside(swap_file) == []
 
-    owner.claim(swap_file.url(), HOLDER, machine("box2"))
-    lifecycle._give_up(records)
+    ownership.claim(swap_file.url(), HOLDER, machine("box2"))
+    up_down._give_up(records)
     assert record_of(swap_file).host == "box2"
     refusals: list[tuple[str, str | None]] = []
     monkeypatch.setattr(run_dir, "write_refusal", lambda name, text: refusals.append((name, text)))
@@ -569,12 +574,12 @@ def test_claim_and_down(swap_file: FileOnServer, tmp_path: Path, monkeypatch: py
 
 def test_a_keeper_that_fails_gives_the_file_up(swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless its device is still there, to be taken on by the next one."""
-    owner.claim(swap_file.url(), HOLDER, owner_record.identity())
+    ownership.claim(swap_file.url(), HOLDER, owner_record.identity())
     monkeypatch.setattr(link, "find", lambda backend: link.Attached(0, DEVICE_BYTES))
-    keeper_work._give_up_unless_attached("swap0", swap_file.url(), LOOPBACK)
+    real_work._give_up_unless_attached("swap0", swap_file.url(), LOOPBACK)
     assert record_path(swap_file).exists()
     monkeypatch.setattr(link, "find", lambda backend: None)
-    keeper_work._give_up_unless_attached("swap0", swap_file.url(), LOOPBACK)
+    real_work._give_up_unless_attached("swap0", swap_file.url(), LOOPBACK)
     assert beside(swap_file) == []
 
 
@@ -586,18 +591,18 @@ def test_down_does_not_wait_for_a_server(
     records.make()
     records.write(run_dir.ADDRESS, f"{own_ganesha.url('swap')}\n{LOOPBACK}")
     own_ganesha.kill()
-    lifecycle._give_up(records)
+    up_down._give_up(records)
     assert "the owner record stays: no answer" in capsys.readouterr().err
 
 
 def test_up_steals_before_it_starts_anything(swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The keeper, whoever starts it, finds the file its machine's."""
-    owner.claim(swap_file.url(), HOLDER, machine("box2"), timing=QUICK)
-    monkeypatch.setattr(owner.claim, "__kwdefaults__", {**(owner.claim.__kwdefaults__ or {}), "timing": QUICK})
+    ownership.claim(swap_file.url(), HOLDER, machine("box2"), timing=QUICK)
+    monkeypatch.setattr(ownership.claim, "__kwdefaults__", {**(ownership.claim.__kwdefaults__ or {}), "timing": QUICK})
     monkeypatch.setattr(config, "load", lambda name: config.Config(name, swap_file.url()))
-    monkeypatch.setattr(lifecycle, "_systemd_has", lambda name: False)
+    monkeypatch.setattr(up_down, "_systemd_has", lambda name: False)
     started: list[Record] = []
-    monkeypatch.setattr(lifecycle, "_start_in_background", lambda name, timeout_s: started.append(record_of(swap_file)))
-    lifecycle.up("swap0", steal=True)
+    monkeypatch.setattr(up_down, "_start_in_background", lambda name, timeout_s: started.append(record_of(swap_file)))
+    up_down.up("swap0", steal=True)
     (found,) = started
     assert (found.boot, found.state, found.generation) == (owner_record.boot_id(), "held", 2)

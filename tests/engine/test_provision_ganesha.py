@@ -19,9 +19,9 @@ from proxy import TcpProxy
 from small_filesystem import small_filesystem
 from waiting import DEADLINE_S, in_background, wait_until
 
-from nbdnfs import provision
 from nbdnfs.engine import libnfs_version
 from nbdnfs.errors import CannotCreateError, ConfigError, NbdnfsError, NoInputError, PermissionDeniedError
+from nbdnfs.nas import backing_file
 
 MIB = 1 << 20
 
@@ -79,24 +79,24 @@ def test_create_and_inspect(ganesha: Ganesha, name: str) -> None:
     """33 MiB and a page, and what the server says about them."""
     size_bytes = 33 * MIB + 4096
     seen: list[tuple[int, int]] = []
-    provision.create(ganesha.url(name), size_bytes, progress=lambda *done: seen.append(done))
+    backing_file.create(ganesha.url(name), size_bytes, progress=lambda *done: seen.append(done))
     path = ganesha.export_path / name
     assert_is_backing_file(path, size_bytes)
     assert (seen[0], seen[-1]) == ((0, size_bytes), (size_bytes, size_bytes))
-    found = provision.inspect(ganesha.url(name))
+    found = backing_file.inspect(ganesha.url(name))
     stat = path.stat()
-    assert found == provision.BackingFile(size_bytes, 0o600, stat.st_ino, stat.st_blocks * 512)
+    assert found == backing_file.BackingFile(size_bytes, 0o600, stat.st_ino, stat.st_blocks * 512)
 
 
 def test_over_nfsv4(ganesha: Ganesha, name: str) -> None:
     """The same where libnfs can; where it cannot, that is said before anything is made."""
     url = ganesha.url(name, version=4)
     if int(libnfs_version.split(".")[0]) < 5:
-        fails_with(ConfigError, "NFSv4 needs libnfs 5.0", "version=3", lambda: provision.create(url, MIB))
+        fails_with(ConfigError, "NFSv4 needs libnfs 5.0", "version=3", lambda: backing_file.create(url, MIB))
     else:
-        provision.create(url, 9 * MIB)
+        backing_file.create(url, 9 * MIB)
         assert_is_backing_file(ganesha.export_path / name, 9 * MIB)
-        assert provision.inspect(url).size_bytes == 9 * MIB
+        assert backing_file.inspect(url).size_bytes == 9 * MIB
 
 
 def test_existing_files(ganesha: Ganesha, name: str) -> None:
@@ -104,14 +104,14 @@ def test_existing_files(ganesha: Ganesha, name: str) -> None:
     path, url = ganesha.export_path / name, ganesha.url(name)
     path.write_bytes(b"\xaa" * MIB)
     path.chmod(0o600)
-    fails_with(CannotCreateError, "exists already (1 MiB)", "--force", lambda: provision.create(url, 2 * MIB))
+    fails_with(CannotCreateError, "exists already (1 MiB)", "--force", lambda: backing_file.create(url, 2 * MIB))
     assert path.read_bytes() == b"\xaa" * MIB
     fileid = path.stat().st_ino
-    provision.create(url, 2 * MIB, force=True)
+    backing_file.create(url, 2 * MIB, force=True)
     assert_is_backing_file(path, 2 * MIB)
     assert path.stat().st_ino == fileid
     fails_with(
-        CannotCreateError, "never made smaller", "remove the file", lambda: provision.create(url, MIB, force=True)
+        CannotCreateError, "never made smaller", "remove the file", lambda: backing_file.create(url, MIB, force=True)
     )
     assert_is_backing_file(path, 2 * MIB)
 
@@ -120,14 +120,17 @@ def test_directories(ganesha: Ganesha, name: str) -> None:
     """A directory is no file, and one that is not there cannot hold one."""
     (ganesha.export_path / "folder").mkdir(exist_ok=True)
     fails_with(
-        NoInputError, "is a directory", "name a file", lambda: provision.create(ganesha.url("folder"), MIB, force=True)
+        NoInputError,
+        "is a directory",
+        "name a file",
+        lambda: backing_file.create(ganesha.url("folder"), MIB, force=True),
     )
-    provision.create(ganesha.url(f"folder/{name}"), MIB)
+    backing_file.create(ganesha.url(f"folder/{name}"), MIB)
     assert_is_backing_file(ganesha.export_path / "folder" / name, MIB)
     assert os.listdir(ganesha.export_path / "folder") == [name]
     (ganesha.export_path / "folder" / name).unlink()
     (ganesha.export_path / "folder").rmdir()
-    fails_with(NoInputError, "no directory", "", lambda: provision.create(ganesha.url("folder/x"), MIB))
+    fails_with(NoInputError, "no directory", "", lambda: backing_file.create(ganesha.url("folder/x"), MIB))
 
 
 def test_a_server_that_fills_up(tmp_path: Path) -> None:
@@ -135,10 +138,10 @@ def test_a_server_that_fills_up(tmp_path: Path) -> None:
     with small_filesystem(tmp_path, 16 * MIB) as folder, Ganesha(tmp_path / "server", export=folder) as server:
         url = server.url("swap0")
         free_before = os.statvfs(folder).f_bfree
-        fails_with(CannotCreateError, "no space left in", "free space", lambda: provision.create(url, 64 * MIB))
+        fails_with(CannotCreateError, "no space left in", "free space", lambda: backing_file.create(url, 64 * MIB))
         assert [entry for entry in os.listdir(folder) if entry != "lost+found"] == []
         wait_until(lambda: os.statvfs(folder).f_bfree >= free_before - 16, "the server lets the file go")
-        provision.create(url, 8 * MIB)
+        backing_file.create(url, 8 * MIB)
         assert_is_backing_file(folder / "swap0", 8 * MIB)
 
 
@@ -147,30 +150,32 @@ def test_squashed_root(tmp_path: Path) -> None:
     with Ganesha(tmp_path, squash="root") as server:
         url = server.url("swap0")
         fails_with(
-            PermissionDeniedError, "root is squashed there", "no_root_squash", lambda: provision.create(url, MIB)
+            PermissionDeniedError, "root is squashed there", "no_root_squash", lambda: backing_file.create(url, MIB)
         )
         server.export_path.chmod(0o777)
         fails_with(
             PermissionDeniedError,
             "squashes root: a new file",
             "uid=65534&gid=65534",
-            lambda: provision.create(url, MIB),
+            lambda: backing_file.create(url, MIB),
         )
         assert os.listdir(server.export_path) == []
-        provision.create(server.url("swap0", uid=65534, gid=65534), MIB)
+        backing_file.create(server.url("swap0", uid=65534, gid=65534), MIB)
         assert_is_backing_file(server.export_path / "swap0", MIB)
 
 
 def test_no_permission(ganesha: Ganesha, name: str) -> None:
     """A user who may not write there is told so, by number."""
     url = ganesha.url(name, uid=1234, gid=1234)
-    fails_with(PermissionDeniedError, "does not let uid 1234 make a file", "uid=", lambda: provision.create(url, MIB))
+    fails_with(
+        PermissionDeniedError, "does not let uid 1234 make a file", "uid=", lambda: backing_file.create(url, MIB)
+    )
 
 
 def test_read_only_export(tmp_path: Path) -> None:
     """EROFS has its own words."""
     with Ganesha(tmp_path, access="RO") as server:
-        fails_with(PermissionDeniedError, "read-only", "writing", lambda: provision.create(server.url("swap0"), MIB))
+        fails_with(PermissionDeniedError, "read-only", "writing", lambda: backing_file.create(server.url("swap0"), MIB))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
@@ -187,7 +192,7 @@ def test_goes_on_after_the_process_died(ganesha: Ganesha, proxy: TcpProxy, name:
     fileid = part.stat().st_ino
     proxy.throttle()
     seen: list[int] = []
-    provision.create(ganesha.url(name), 64 * MIB, progress=lambda done, total: seen.append(done))
+    backing_file.create(ganesha.url(name), 64 * MIB, progress=lambda done, total: seen.append(done))
     assert seen[0] >= 64 * MIB * 3 // 10 - 9 * MIB
     assert_is_backing_file(ganesha.export_path / name, 64 * MIB)
     assert (ganesha.export_path / name).stat().st_ino == fileid
@@ -215,7 +220,7 @@ def test_the_server_dies_and_comes_back(own_ganesha: Ganesha) -> None:
             done_bytes[0] = done
 
         url = own_ganesha.url("swap0", nfsport=proxy.port)
-        creation = in_background(lambda: provision.create(url, 64 * MIB, progress=note))
+        creation = in_background(lambda: backing_file.create(url, 64 * MIB, progress=note))
         for mark in (8 * MIB, 24 * MIB, 40 * MIB):
             wait_until(lambda mark=mark: done_bytes[0] >= mark, f"{mark} bytes")  # type: ignore[misc]
             own_ganesha.kill()
@@ -233,7 +238,7 @@ def test_resets_all_along(ganesha: Ganesha, proxy: TcpProxy, name: str) -> None:
         if done % (2 * MIB) == 0:
             proxy.reset()
 
-    provision.create(ganesha.url(name, nfsport=proxy.port), 16 * MIB, progress=reset_now_and_then)
+    backing_file.create(ganesha.url(name, nfsport=proxy.port), 16 * MIB, progress=reset_now_and_then)
     assert_is_backing_file(ganesha.export_path / name, 16 * MIB)
 
 
@@ -246,14 +251,14 @@ def test_two_machines_make_one_file(ganesha: Ganesha, name: str, monkeypatch: py
         if done == 4 * MIB:
             with monkeypatch.context() as patch:
                 patch.setattr(socket, "gethostname", lambda: "another")
-                provision.create(url.replace("127.0.0.1", "127.1"), size_bytes)
+                backing_file.create(url.replace("127.0.0.1", "127.1"), size_bytes)
             outcomes.append((ganesha.export_path / name).stat().st_ino)
 
     fails_with(
         CannotCreateError,
         "has come into being meanwhile",
         "use that one",
-        lambda: provision.create(url, size_bytes, progress=another_machine),
+        lambda: backing_file.create(url, size_bytes, progress=another_machine),
     )
     assert [(ganesha.export_path / name).stat().st_ino] == outcomes
     assert_is_backing_file(ganesha.export_path / name, size_bytes)

@@ -22,16 +22,18 @@ from fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
 from keeper_run import FakeSwap, run_keeper, until
 from nfs_server import Ganesha
 
-from nbdnfs import keeper as keeper_module
-from nbdnfs import owner, owner_record, run_dir
 from nbdnfs.config import Config
 from nbdnfs.engine import region_counters
 from nbdnfs.errors import OwnedError
-from nbdnfs.handshake import Export, TransmissionFlags
-from nbdnfs.keeper import Keeper
-from nbdnfs.notify import Notifier
-from nbdnfs.owner_record import Identity, Timing
-from nbdnfs.run_dir import RunDir
+from nbdnfs.keeper import keeper as keeper_module
+from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.keeper import Keeper
+from nbdnfs.keeper.records import RunDir
+from nbdnfs.keeper.sd_notify import Notifier
+from nbdnfs.kernel import state as kernel_state
+from nbdnfs.kernel.nbd_handshake import Export, TransmissionFlags
+from nbdnfs.nas import owner_record, ownership
+from nbdnfs.nas.owner_record import Identity, Timing
 
 PAGE = 4096
 DEVICE_BYTES = 16 << 20
@@ -290,12 +292,12 @@ def test_a_worker_outlives_its_keeper(tmp_path: Path) -> None:
             kernel = FakeKernel()
             with socket.socket(fileno=descriptor) as sock:
                 kernel.attach(sock, Export(DEVICE_BYTES, TransmissionFlags(0)))
-            until(lambda: run_dir.start_time_ticks(standby) is None)
+            until(lambda: kernel_state.start_time_ticks(standby) is None)
             for number in range(8):
                 assert kernel.read(number * PAGE, PAGE) == bytes(PAGE)
-            assert run_dir.start_time_ticks(serving) is not None
+            assert kernel_state.start_time_ticks(serving) is not None
             kernel.close()
-            until(lambda: run_dir.start_time_ticks(serving) is None)
+            until(lambda: kernel_state.start_time_ticks(serving) is None)
 
 
 _SHORT_LIVED_KEEPER = """
@@ -348,7 +350,7 @@ def test_a_stolen_file_ends_the_keeper(ganesha: Ganesha, tmp_path: Path) -> None
     url = ganesha.url("stolen")
     timing = Timing(refresh_ms=300, in_flight_ms=300)
     holder = owner_record.keeper_holder("t")
-    owner.claim(url, holder, owner_record.identity(), timing=timing)
+    ownership.claim(url, holder, owner_record.identity(), timing=timing)
     setup = Setup(ganesha, tmp_path, url=url, timing=timing)
     box2 = Identity("d" * 32, "e" * 32, "-", "box2")
     page = page_of(0, 2)
@@ -357,7 +359,7 @@ def test_a_stolen_file_ends_the_keeper(ganesha: Ganesha, tmp_path: Path) -> None
         ready(keeper)
         for number in range(800):
             setup.kernel.write(number * PAGE, page_of(number, 1))
-        owner.claim(url, holder, box2, steal=True, timing=timing)
+        ownership.claim(url, holder, box2, steal=True, timing=timing)
         path.write_bytes(page * (DEVICE_BYTES // PAGE))
         assert setup.over.wait(30)
 
@@ -366,7 +368,7 @@ def test_a_stolen_file_ends_the_keeper(ganesha: Ganesha, tmp_path: Path) -> None
     assert setup.kernel.reconnects == 0
     assert setup.records.read(run_dir.STATE) == run_dir.LOST
     assert path.read_bytes() == page * (DEVICE_BYTES // PAGE)
-    assert not owner.release(url, holder, owner_record.identity())
+    assert not ownership.release(url, holder, owner_record.identity())
     setup.end()
     for left in path.parent.glob("*stolen*"):
         left.unlink()

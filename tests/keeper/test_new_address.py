@@ -10,10 +10,11 @@ from pathlib import Path
 from fake_nfs import FakeNfsServer
 from keeper_run import until
 
-from nbdnfs import run_dir, shared_region
+from nbdnfs import region
 from nbdnfs.config import Config
-from nbdnfs.keeper_work import RealWork
-from nbdnfs.run_dir import RunDir
+from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.real_work import RealWork
+from nbdnfs.keeper.records import RunDir
 
 NOBODY_THERE = "127.0.0.9"
 
@@ -24,8 +25,8 @@ def test_a_standby_is_sent_to_another_address(tmp_path: Path) -> None:
         work = RealWork(
             Config("t", server.url(), region_pages=256, lock="off", owner=False), server.url(), NOBODY_THERE
         )
-        region = shared_region.create()
-        worker = work.start_worker(region)
+        region_fd = region.create()
+        worker = work.start_worker(region_fd)
         try:
             until(lambda: worker.look() or worker.is_ready)
             worker.go("127.0.0.1")
@@ -33,14 +34,14 @@ def test_a_standby_is_sent_to_another_address(tmp_path: Path) -> None:
         finally:
             worker.kill()
             until(worker.has_ended)
-            os.close(region)
+            os.close(region_fd)
 
 
 def test_the_helper_answers_on_its_pipe(tmp_path: Path) -> None:
     """`resolve` and `resolved`, with the process that they are about."""
     # /run/nbdnfs of the machine that tests is not touched
     (tmp_path / "sitecustomize.py").write_text(
-        "import pathlib, nbdnfs.run_dir as run_dir\n"
+        "import pathlib, nbdnfs.keeper.records as run_dir\n"
         f"run_dir.RunDir.__init__.__kwdefaults__['run'] = pathlib.Path({str(tmp_path)!r})\n"
     )
     RunDir("t", run=tmp_path).make()

@@ -20,14 +20,19 @@ from fake_systemd import FakeSystemd, wait_until_ended
 from keeper_run import FakeSwap, run_keeper, until
 from waiting import SaidOnStderr
 
-from nbdnfs import handshake, lifecycle, run_dir, shared_region, worker, worker_process
+from nbdnfs import region
+from nbdnfs.commands import up_down
 from nbdnfs.config import Config
 from nbdnfs.errors import UnavailableError
-from nbdnfs.keeper import Keeper
-from nbdnfs.link import Attached
-from nbdnfs.notify import Notifier
-from nbdnfs.run_dir import RunDir
-from nbdnfs.worker_process import WorkerProcess, command, making
+from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper import worker_handle
+from nbdnfs.keeper.keeper import Keeper
+from nbdnfs.keeper.records import RunDir
+from nbdnfs.keeper.sd_notify import Notifier
+from nbdnfs.keeper.worker_handle import WorkerProcess, command, making
+from nbdnfs.kernel import nbd_handshake
+from nbdnfs.kernel.link import Attached
+from nbdnfs.worker import nbdkit
 
 PAGE = 4096
 DEVICE_BYTES = 4 << 20
@@ -210,7 +215,7 @@ def test_a_standby_of_another_making_ends(setup: Setup, what: str, monkeypatch: 
     standby = parked_by_a_killed_keeper(setup)
     setup.systemd.loses = True
     if what == "version":
-        monkeypatch.setattr(worker_process, "__version__", "99")
+        monkeypatch.setattr(worker_handle, "__version__", "99")
     else:
         setup.work = setup.new_work(connections=2)
         setup.work.on = True
@@ -266,7 +271,7 @@ def test_down_ends_the_standby(setup: Setup) -> None:
     """By its record, with a systemd that keeps the store of a stopped unit."""
     standby = parked_by_a_killed_keeper(setup)
     (setup.records.path / run_dir.KEEPER).unlink()  # it would be this process
-    lifecycle._take_down(setup.records, None)
+    up_down._take_down(setup.records, None)
     wait_until_ended(standby)
 
 
@@ -304,7 +309,7 @@ def test_a_standby_of_another_region_is_not_taken(setup: Setup) -> None:
     """What it would map is not what the last worker wrote to."""
     standby = parked_by_a_killed_keeper(setup)
     stored = setup.systemd.hand_over()
-    copy = shared_region.create()
+    copy = region.create()
     os.write(copy, os.pread(stored["region"], os.fstat(stored["region"]).st_size, 0))
     os.dup2(copy, stored["region"], inheritable=False)
     os.close(copy)
@@ -356,10 +361,10 @@ def test_no_word_twice(setup: Setup) -> None:
     setup.run(second, stored=late)
 
 
-def start(server: FakeNfsServer, region: int) -> tuple[WorkerProcess, bytes]:
+def start(server: FakeNfsServer, region_fd: int) -> tuple[WorkerProcess, bytes]:
     """A standby that is ready, and its making."""
     program, argv = command({"url": server.url(), "address": "127.0.0.1", "lock": "off"}, threads=2)
-    standby = WorkerProcess.start(program, argv, worker.worker_environment(), region)
+    standby = WorkerProcess.start(program, argv, nbdkit.worker_environment(), region_fd)
     until(lambda: (standby.look(), standby.is_ready)[1])
     return standby, making(argv)
 
@@ -369,9 +374,9 @@ def start(server: FakeNfsServer, region: int) -> tuple[WorkerProcess, bytes]:
 def test_the_hang_up_tells_while_the_store_has_a_copy(taken: bool, kept: bool) -> None:
     """Whether the kernel has kept the worker's socket is seen at once, although the control socket of that worker still
     lies in a slow systemd's store; with the keeper that has started it, and with the next."""
-    region = shared_region.create()
+    region_fd = region.create()
     with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
-        standby, made = start(server, region)
+        standby, made = start(server, region_fd)
         copies = [os.dup(standby.pack()) for _ in range(2)]
         pid = standby.pid
         if taken:
@@ -382,7 +387,7 @@ def test_the_hang_up_tells_while_the_store_has_a_copy(taken: bool, kept: bool) -
         standby.go()
         until(standby.greets)
         assert standby.socket is not None
-        handshake.negotiate(standby.socket)
+        nbd_handshake.negotiate(standby.socket)
         kernels = os.dup(standby.socket.fileno()) if kept else -1
         assert standby.is_kept_by_kernel() == kept
         if kept:
@@ -392,14 +397,14 @@ def test_the_hang_up_tells_while_the_store_has_a_copy(taken: bool, kept: bool) -
         standby.close()
         for copy in copies:
             os.close(copy)
-    os.close(region)
+    os.close(region_fd)
 
 
 def test_one_that_lost_its_keeper_between_forgetting_and_the_word() -> None:
     """Its socket in the store has nothing in it: it is let go, and ends by that, whoever else has a copy."""
-    region = shared_region.create()
+    region_fd = region.create()
     with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
-        standby, made = start(server, region)
+        standby, made = start(server, region_fd)
         copies = [os.dup(standby.pack()) for _ in range(2)]
         assert standby._control is not None
         standby._control.recv(1 << 16)
@@ -408,29 +413,29 @@ def test_one_that_lost_its_keeper_between_forgetting_and_the_word() -> None:
         assert standby.has_ended()
         assert standby.status == 0
         os.close(copies[1])
-    os.close(region)
+    os.close(region_fd)
 
 
 def test_one_that_has_ended_is_not_taken() -> None:
     """What lies in its control socket is as it was, and its pidfd is readable."""
-    region = shared_region.create()
+    region_fd = region.create()
     with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
-        standby, made = start(server, region)
+        standby, made = start(server, region_fd)
         parked = os.dup(standby.pack())
         standby.kill()
         wait_until_ended(standby.pid)
         assert WorkerProcess.take(parked, made) is None
         assert standby.has_ended()
-    os.close(region)
+    os.close(region_fd)
 
 
 def test_one_that_has_the_word_ends_with_its_keeper(capfd: pytest.CaptureFixture[str]) -> None:
     """The keeper dies while the worker waits for its server: the kernel never gets to know that worker, which ends
     instead of trying for ever."""
     said = SaidOnStderr(capfd)
-    region = shared_region.create()
+    region_fd = region.create()
     with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
-        standby, _ = start(server, region)
+        standby, _ = start(server, region_fd)
     assert not _answers(server)
     parked = os.dup(standby.pack())
     standby.go()
@@ -441,7 +446,7 @@ def test_one_that_has_the_word_ends_with_its_keeper(capfd: pytest.CaptureFixture
     standby.close()
     wait_until_ended(pid)
     assert os.waitpid(pid, 0) == (pid, 0)
-    os.close(region)
+    os.close(region_fd)
 
 
 def _answers(server: FakeNfsServer) -> bool:
@@ -452,13 +457,13 @@ def _answers(server: FakeNfsServer) -> bool:
 def test_a_parked_standby_outlives_a_killed_keeper() -> None:
     """SIGKILL for the process that started it is no signal to it (PR_SET_PDEATHSIG). It is taken in another process,
     twice, since a look at it changes nothing; gets the word and serves; and ends with its connection."""
-    region = shared_region.create()
+    region_fd = region.create()
     with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             keeper = subprocess.Popen(
-                [sys.executable, "-c", _SHORT_LIVED_KEEPER, server.url(), str(theirs.fileno()), str(region)],
-                pass_fds=[theirs.fileno(), region],
+                [sys.executable, "-c", _SHORT_LIVED_KEEPER, server.url(), str(theirs.fileno()), str(region_fd)],
+                pass_fds=[theirs.fileno(), region_fd],
                 cwd=Path(__file__).parents[2],
             )
             with keeper:
@@ -471,13 +476,13 @@ def test_a_parked_standby_outlives_a_killed_keeper() -> None:
         standby = WorkerProcess.take(again, made)
         assert standby is not None
         assert not standby.has_ended()
-        assert shared_region.is_held_by(region, standby.pid)
+        assert region.is_held_by(region_fd, standby.pid)
         assert standby.how_it_ended == ""
         standby.go()
         until(standby.greets)
         assert standby.socket is not None
         kernel = FakeKernel()
-        kernel.attach(standby.socket, handshake.negotiate(standby.socket))
+        kernel.attach(standby.socket, nbd_handshake.negotiate(standby.socket))
         assert standby.is_kept_by_kernel()
         for number in range(8):
             assert kernel.read(number * PAGE, PAGE) == bytes(PAGE)
@@ -485,7 +490,7 @@ def test_a_parked_standby_outlives_a_killed_keeper() -> None:
         kernel.close()
         standby.close()
         wait_until_ended(pid)
-    os.close(region)
+    os.close(region_fd)
 
 
 _SHORT_LIVED_KEEPER = """

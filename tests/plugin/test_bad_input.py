@@ -18,8 +18,10 @@ from nfs_server import LOOPBACK, Ganesha, free_ports, program
 from waiting import DEADLINE_S
 
 import nbdnfs
-from nbdnfs import diagnose, engine, url, worker
+from nbdnfs import engine, nfs_url
 from nbdnfs.errors import ConfigError, UnavailableError
+from nbdnfs.nas import explain
+from nbdnfs.worker import nbdkit
 
 SOMEBODY = 1234
 PAGE = 4096
@@ -124,12 +126,12 @@ def test_version_4_with_an_old_libnfs(backing_file: FileOnServer, serve_fails: C
 )
 def test_which_versions_are_refused(libnfs: str, version: int, is_refused: bool) -> None:
     """NFSv4 with libnfs 4, nothing else."""
-    parsed = url.parse(f"nfs://nas/export/file?version={version}")
+    parsed = nfs_url.parse(f"nfs://nas/export/file?version={version}")
     if is_refused:
         with pytest.raises(ConfigError, match=r"NFSv4 needs libnfs 5\.0"):
-            diagnose.refuse_unsupported(parsed, libnfs)
+            explain.refuse_unsupported(parsed, libnfs)
     else:
-        diagnose.refuse_unsupported(parsed, libnfs)
+        explain.refuse_unsupported(parsed, libnfs)
 
 
 # The file
@@ -220,7 +222,7 @@ def test_exports_that_do_not_let_root_write(
 
 def run_plugin(socket_path: Path, *settings: str) -> list[str]:
     """nbdkit with the plugin, by hand."""
-    return [program("nbdkit", "nbdkit"), "-f", "-U", str(socket_path), "python", str(worker.plugin_path()), *settings]
+    return [program("nbdkit", "nbdkit"), "-f", "-U", str(socket_path), "python", str(nbdkit.plugin_path()), *settings]
 
 
 @pytest.mark.parametrize(
@@ -238,14 +240,14 @@ def run_plugin(socket_path: Path, *settings: str) -> list[str]:
 )
 def test_bad_settings_of_the_plugin(socket_path: Path, settings: list[str], message: str, hint: str) -> None:
     """Unknown keys and values, and none at all, on nbdkit's command line: EX_CONFIG."""
-    lines = last_lines(os.EX_CONFIG, run_plugin(socket_path, *settings), env=worker.worker_environment())
+    lines = last_lines(os.EX_CONFIG, run_plugin(socket_path, *settings), env=nbdkit.worker_environment())
     assert lines == [message, hint]
 
 
 def test_a_setting_that_resembles_none(socket_path: Path) -> None:
     """Where nothing is near, all are named."""
     command = run_plugin(socket_path, "quux=1")
-    message, hint = last_lines(os.EX_CONFIG, command, env=worker.worker_environment())
+    message, hint = last_lines(os.EX_CONFIG, command, env=nbdkit.worker_environment())
     assert message == "'quux' is no setting of the nbdnfs plugin"
     assert re.fullmatch(r"the keys are url, address, engine(, \w+)*", hint)
 
@@ -253,7 +255,7 @@ def test_a_setting_that_resembles_none(socket_path: Path) -> None:
 def test_a_bad_url_given_to_the_plugin(socket_path: Path) -> None:
     """The plugin checks the URL that nobody has checked before: the same lines as from serve."""
     command = run_plugin(socket_path, "url=nfs://nas/export/")
-    lines = last_lines(os.EX_USAGE, command, env=worker.worker_environment())
+    lines = last_lines(os.EX_USAGE, command, env=nbdkit.worker_environment())
     assert lines == ["the URL 'nfs://nas/export/' names no file", URL_HINT]
 
 
@@ -334,7 +336,7 @@ def test_nbdkits_python_is_too_old(
 def test_another_python_than_nbdkits_is_told(caplog: pytest.LogCaptureFixture) -> None:
     """It works, so it is a warning: in one line, with both versions and the remedy. The same one: no word."""
     with caplog.at_level(logging.INFO):
-        worker.check_nbdkit(version_info=(3, 99))
+        nbdkit.check_nbdkit(version_info=(3, 99))
     (record,) = caplog.records
     assert re.fullmatch(
         r"nbdkit embeds Python 3\.\d+\.\d+, this is Python 3\.99: make the venv with /usr/bin/python3 -m venv",
@@ -345,7 +347,7 @@ def test_another_python_than_nbdkits_is_told(caplog: pytest.LogCaptureFixture) -
     assert minor is not None
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        worker.check_nbdkit(version_info=(3, int(minor[1])))
+        nbdkit.check_nbdkit(version_info=(3, int(minor[1])))
     assert caplog.records == []
 
 
@@ -355,7 +357,7 @@ def test_check_nbdkit_raises_what_serve_prints(
     """For other callers (doctor, up): the same errors as exceptions."""
     monkeypatch.setenv("PATH", fake_nbdkit("exit 1")["PATH"])
     with pytest.raises(UnavailableError, match="has no Python plugin"):
-        worker.check_nbdkit()
+        nbdkit.check_nbdkit()
 
 
 def test_the_plugin_is_missing(tmp_path: Path, serve_fails: Callable[..., list[str]]) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdnfs import handshake
 from nbdnfs.errors import UnavailableError
+from nbdnfs.kernel import nbd_handshake
 
 pytestmark = pytest.mark.skipif(shutil.which("nbdkit") is None, reason="nbdkit is not installed")
 
@@ -36,9 +36,9 @@ def nbdkit(*arguments: str) -> Iterator[socket.socket]:
 def test_memory_plugin() -> None:
     """Size, flags and block sizes as nbdkit 1.32 and 1.42 give them."""
     with nbdkit("memory", "64M") as sock:
-        export = handshake.negotiate(sock)
+        export = nbd_handshake.negotiate(sock)
     assert export.size_bytes == 64 << 20
-    assert handshake.TransmissionFlags.HAS_FLAGS in export.flags
+    assert nbd_handshake.TransmissionFlags.HAS_FLAGS in export.flags
     assert export.can_flush
     assert export.can_fua
     assert export.can_trim
@@ -58,7 +58,7 @@ def test_read_only_and_a_block_size_policy() -> None:
         "blocksize-preferred=65536",
         "blocksize-maximum=1M",
     ) as sock:
-        export = handshake.negotiate(sock)
+        export = nbd_handshake.negotiate(sock)
     assert export.read_only
     blocks = (export.min_block_bytes, export.preferred_block_bytes, export.max_block_bytes)
     assert blocks == (4096, 65536, 1 << 20)
@@ -67,7 +67,7 @@ def test_read_only_and_a_block_size_policy() -> None:
 def test_the_socket_is_ready_for_requests() -> None:
     """After the handshake a read request, as the kernel would send it, is answered with the data."""
     with nbdkit("pattern", "1M") as sock:
-        handshake.negotiate(sock)
+        nbd_handshake.negotiate(sock)
         # magic, flags and type (read), cookie, offset 4096, length 16
         sock.sendall(bytes.fromhex("25609513 0000 0000 0123456789abcdef 0000000000001000 00000010"))
         answer = sock.recv(16 + 16, socket.MSG_WAITALL)
@@ -77,7 +77,7 @@ def test_the_socket_is_ready_for_requests() -> None:
 def test_oldstyle() -> None:
     """nbdkit -o speaks the protocol of before 2011."""
     with nbdkit("-o", "memory", "1M") as sock, pytest.raises(UnavailableError, match="oldstyle"):
-        handshake.negotiate(sock)
+        nbd_handshake.negotiate(sock)
 
 
 def test_a_plugin_that_cannot_open() -> None:
@@ -86,7 +86,7 @@ def test_a_plugin_that_cannot_open() -> None:
         nbdkit("eval", "open=echo EIO it is broken >&2; exit 1") as sock,
         pytest.raises(UnavailableError, match=r"cannot open it|hung up") as caught,
     ):
-        handshake.negotiate(sock)
+        nbd_handshake.negotiate(sock)
     assert "log" in caught.value.hint
 
 
@@ -101,7 +101,7 @@ def test_a_tls_only_server(tmp_path: Path) -> None:
         nbdkit("--tls=require", f"--tls-psk={keys}", "memory", "1M") as sock,
         pytest.raises(UnavailableError, match="wants TLS"),
     ):
-        handshake.negotiate(sock)
+        nbd_handshake.negotiate(sock)
 
 
 def test_over_a_unix_socket(tmp_path: Path) -> None:
@@ -111,6 +111,6 @@ def test_over_a_unix_socket(tmp_path: Path) -> None:
     try:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(str(path))
-            assert handshake.negotiate(sock).size_bytes == 64 << 20
+            assert nbd_handshake.negotiate(sock).size_bytes == 64 << 20
     finally:
         os.kill(int(pid_file.read_text()), signal.SIGTERM)

@@ -18,14 +18,14 @@ from test_memory_discipline import DEVICE_BYTES, TRACED_CALLS, run_requests, sta
 from waiting import wait_until
 from worker_process import Worker, serving
 
-from nbdnfs import shared_region
+from nbdnfs import region
 from nbdnfs.engine import region_counters
 
 ROUNDS = 40
 
 
 def reconnects(worker: Worker) -> int:
-    descriptor = shared_region.take_from(worker.pid)
+    descriptor = region.take_from(worker.pid)
     assert descriptor is not None
     try:
         count = region_counters(descriptor)["reconnects"]

@@ -18,8 +18,8 @@ from nbd_client import FLUSH, READ, WRITE, NbdClient, Request
 from waiting import DEADLINE_S, in_background, wait_until
 from worker_process import serving
 
-from nbdnfs import owner, owner_record
-from nbdnfs.owner_record import Identity, Timing
+from nbdnfs.nas import owner_record, ownership
+from nbdnfs.nas.owner_record import Identity, Timing
 
 PAGE = 4096
 PAGES = 512
@@ -48,7 +48,7 @@ def folders(tmp_path: Path, backing_file: FileOnServer) -> Iterator[tuple[Path, 
 
 
 def claim(file: FileOnServer, me: Identity, *, steal: bool = False) -> None:
-    owner.claim(file.url(), HOLDER, me, steal=steal, timing=QUICK, say=lambda _: None)
+    ownership.claim(file.url(), HOLDER, me, steal=steal, timing=QUICK, say=lambda _: None)
 
 
 def as_machine(file: FileOnServer, me: Identity) -> list[str]:
@@ -116,7 +116,7 @@ def test_serve_claims_and_gives_up(backing_file: FileOnServer, folders: tuple[Pa
 
 def test_serve_refuses_what_another_machine_has(backing_file: FileOnServer, folders: tuple[Path, Path]) -> None:
     """Who and since when; and not with --no-owner, nor with the engine for comparison, where it runs."""
-    owner.claim(backing_file.url(), HOLDER, machine("box2"))
+    ownership.claim(backing_file.url(), HOLDER, machine("box2"))
     assert "is in use as swap by box2 (since 20" in refused(backing_file, folders[0])
     for option in ("--no-owner", "--engine=libnfs-python")[: 2 if sys.version_info[:2] == (3, 11) else 1]:
         with serving(backing_file.url(), folders[0], option):

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from nbdnfs import __version__, cli, errors, keeper_work, worker
+from nbdnfs import __version__, cli, errors
 from nbdnfs.errors import ConfigError, NbdnfsError, UnavailableError
+from nbdnfs.keeper import real_work
+from nbdnfs.worker import nbdkit
 
 URL = "nfs://nas/export/swap"
 
@@ -99,7 +101,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_serve_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     """URL, socket and options reach the worker; its status is the program's."""
     seen: list[object] = []
-    monkeypatch.setattr(worker, "serve", lambda *arguments, **options: seen.append((arguments, options)) or 7)
+    monkeypatch.setattr(nbdkit, "serve", lambda *arguments, **options: seen.append((arguments, options)) or 7)
     assert run("serve", URL, "--socket", "/run/s", "--engine=libnfs-python", "--threads", "2") == 7
     ((arguments, options),) = seen
     assert (arguments[0], str(arguments[1])) == (URL, "/run/s")
@@ -126,7 +128,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def serve(*_arguments: object, **_options: object) -> int:
         raise error
 
-    monkeypatch.setattr(worker, "serve", serve)
+    monkeypatch.setattr(nbdkit, "serve", serve)
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
@@ -203,7 +205,7 @@ def test_the_pace_of_keepers_that_fail(
     def run(name: str, *, steal: bool) -> int:
         raise error
 
-    monkeypatch.setattr(keeper_work, "run", run)
+    monkeypatch.setattr(real_work, "run", run)
     monkeypatch.setattr(time, "sleep", slept_s.append)
     monkeypatch.delenv("INVOCATION_ID", raising=False)
     if by_systemd:

@@ -120,10 +120,10 @@ def test_example_is_valid_and_complete(root: Path) -> None:
 
 def test_percent_sign_survives_a_second_parse(root: Path) -> None:
     """`%%` is a percent sign for libnfs, whoever parses the configured URL again."""
-    from nbdnfs import url
+    from nbdnfs import nfs_url
 
     write(root, 'url = "nfs://nas/export/100%%.swap"')
-    assert url.parse(config.load("swap0", root).url).name == "100%.swap"
+    assert nfs_url.parse(config.load("swap0", root).url).name == "100%.swap"
 
 
 def test_drop_ins(root: Path) -> None:

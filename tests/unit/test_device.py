@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from nbdnfs import device, handshake, kernel_state
 from nbdnfs.errors import (
     BusyError,
     NbdnfsError,
@@ -26,6 +25,8 @@ from nbdnfs.errors import (
     UnavailableError,
     UsageError,
 )
+from nbdnfs.kernel import nbd_device, nbd_handshake
+from nbdnfs.kernel import state as kernel_state
 
 SIZE_BYTES = 64 << 20
 FLAGS = 0x10D
@@ -161,18 +162,18 @@ def server(tmp_path: Path) -> Iterator[Server]:
     running.close()
 
 
-def attach(server: Server, kernel: FakeKernel, name: str | None = None, **settings: Any) -> device.Attachment:
+def attach(server: Server, kernel: FakeKernel, name: str | None = None, **settings: Any) -> nbd_device.Attachment:
     settings = {"timeout_s": 5, "netlink": kernel, "root": kernel.root} | settings
-    return device.attach(server.path, name, **settings)
+    return nbd_device.attach(server.path, name, **settings)
 
 
 def detach(kernel: FakeKernel, name: str = "/dev/nbd1", timeout_s: float = 5) -> None:
-    device.detach(name, timeout_s=timeout_s, netlink=kernel, root=kernel.root)  # type: ignore[arg-type]
+    nbd_device.detach(name, timeout_s=timeout_s, netlink=kernel, root=kernel.root)  # type: ignore[arg-type]
 
 
 def test_attach(server: Server, kernel: FakeKernel, root: Path) -> None:
     """The kernel gets size, block size, flags, the timeouts of the hard device and a backend to find it by."""
-    assert attach(server, kernel, "/dev/nbd0") == device.Attachment(Path("/dev/nbd0"), 0, SIZE_BYTES)
+    assert attach(server, kernel, "/dev/nbd0") == nbd_device.Attachment(Path("/dev/nbd0"), 0, SIZE_BYTES)
     assert kernel.connects == [
         {
             "index": 0,
@@ -187,7 +188,7 @@ def test_attach(server: Server, kernel: FakeKernel, root: Path) -> None:
     state = kernel_state.nbd_device("nbd0", root)
     assert state is not None
     assert state.io_timeout_ms == 2000
-    assert state.backend == device.backend_of(server.path)
+    assert state.backend == nbd_device.backend_of(server.path)
 
 
 def test_attach_takes_a_free_device(server: Server, kernel: FakeKernel) -> None:
@@ -261,7 +262,7 @@ def busy_for(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, times: int) ->
         return connect(sockets, **settings)
 
     monkeypatch.setattr(kernel, "connect", busy)
-    monkeypatch.setattr(device, "_OPENERS_GRACE_S", 0.1)
+    monkeypatch.setattr(nbd_device, "_OPENERS_GRACE_S", 0.1)
 
 
 def test_attach_waits_for_a_short_look(server: Server, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +362,7 @@ def test_no_driver(server: Server, tmp_path: Path, available: bool, hint: str) -
 def test_no_driver_on_this_machine(server: Server) -> None:
     """The same from the real netlink socket, where the kernel has no such family."""
     with pytest.raises(UnavailableError, match="no nbd driver"):
-        device.attach(server.path)
+        nbd_device.attach(server.path)
 
 
 def test_sockets_that_are_none(kernel: FakeKernel, tmp_path: Path) -> None:
@@ -378,7 +379,7 @@ def test_sockets_that_are_none(kernel: FakeKernel, tmp_path: Path) -> None:
         (tmp_path / ("x" * 300), UsageError, "File name too long"),
     ]:
         with pytest.raises(kind, match=message) as caught:
-            device.attach(path, netlink=kernel, root=kernel.root)  # type: ignore[arg-type]
+            nbd_device.attach(path, netlink=kernel, root=kernel.root)  # type: ignore[arg-type]
         assert caught.value.hint
     assert kernel.connects == []
 
@@ -391,7 +392,7 @@ def test_a_path_too_long_for_a_socket(kernel: FakeKernel, tmp_path: Path) -> Non
         sock.bind(str(tmp_path / "s"))
         os.rename(tmp_path / "s", folder / "s")
         with pytest.raises(UsageError, match="too long"):
-            device.attach(folder / "s", netlink=kernel, root=kernel.root)  # type: ignore[arg-type]
+            nbd_device.attach(folder / "s", netlink=kernel, root=kernel.root)  # type: ignore[arg-type]
 
 
 def test_a_forbidden_socket(kernel: FakeKernel, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,7 +402,7 @@ def test_a_forbidden_socket(kernel: FakeKernel, server: Server, monkeypatch: pyt
         def connect(self, _: Any) -> None:
             raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(device.socket, "socket", FakeForbidden)
+    monkeypatch.setattr(nbd_device.socket, "socket", FakeForbidden)
     with pytest.raises(PermissionDeniedError, match="may not be used"):
         attach(server, kernel)
 
@@ -412,7 +413,7 @@ def test_a_server_that_says_nothing(kernel: FakeKernel, tmp_path: Path) -> None:
         listener.bind(str(tmp_path / "s"))
         listener.listen()
         with pytest.raises(UnavailableError, match=r"within 0\.1 s"):
-            device.attach(tmp_path / "s", timeout_s=0.1, netlink=kernel, root=kernel.root)  # type: ignore[arg-type]
+            nbd_device.attach(tmp_path / "s", timeout_s=0.1, netlink=kernel, root=kernel.root)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -563,7 +564,7 @@ def opened_by(root: Path, pid: int, name: str, path: str) -> Path:
 
 def test_detach_refuses_an_open_device(kernel: FakeKernel, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the processes that have it open, once udev had its time."""
-    monkeypatch.setattr(device, "_OPENERS_GRACE_S", 0.05)
+    monkeypatch.setattr(nbd_device, "_OPENERS_GRACE_S", 0.05)
     opened_by(root, 77, "mkfs.ext4", "/dev/nbd1")
     refused(kernel, r"is open in mkfs\.ext4 \(process 77\)")
 
@@ -571,14 +572,14 @@ def test_detach_refuses_an_open_device(kernel: FakeKernel, root: Path, monkeypat
 def test_detach_waits_for_a_short_look(kernel: FakeKernel, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """udev opens what has just appeared; detach goes on once it has closed it."""
     descriptor = opened_by(root, 78, "(udev-worker)", "/dev/nbd1")
-    monkeypatch.setattr(device.time, "sleep", lambda _: descriptor.unlink())
+    monkeypatch.setattr(nbd_device.time, "sleep", lambda _: descriptor.unlink())
     detach(kernel)
     assert kernel.disconnects == [1]
 
 
 def test_detach_overrules_udev(kernel: FakeKernel, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a dead server, udev's look at a new device never ends by itself."""
-    monkeypatch.setattr(device, "_OPENERS_GRACE_S", 0.05)
+    monkeypatch.setattr(nbd_device, "_OPENERS_GRACE_S", 0.05)
     opened_by(root, 79, "(udev-worker)", "/dev/nbd1")
     detach(kernel)
     assert kernel.disconnects == [1]
@@ -592,7 +593,7 @@ def test_detach_refuses_what_the_kernel_claims(kernel: FakeKernel, monkeypatch: 
         opens.append((path.name, flags))
         raise OSError(errno.EBUSY, "busy")
 
-    monkeypatch.setattr(device.os, "open", claimed)
+    monkeypatch.setattr(nbd_device.os, "open", claimed)
     refused(kernel, "claimed by the kernel")
     assert opens == [("nbd1", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)]
 
@@ -608,8 +609,8 @@ def test_a_server_that_is_gone_does_not_keep_the_device(
         release.wait(10)
         return real_open(path, flags)
 
-    monkeypatch.setattr(device.os, "open", hangs)
-    monkeypatch.setattr(device, "_PROBE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(nbd_device.os, "open", hangs)
+    monkeypatch.setattr(nbd_device, "_PROBE_TIMEOUT_S", 0.05)
     before = threading.active_count()
     detach(kernel)
     assert kernel.disconnects == [1]
@@ -623,21 +624,21 @@ def test_a_server_that_is_gone_does_not_keep_the_device(
 
 def test_connect_hands_back_a_socket_past_the_handshake(server: Server) -> None:
     """For the keeper, which reconnects: a blocking socket and the export."""
-    sock, export = device.connect(server.path, timeout_s=5)
+    sock, export = nbd_device.connect(server.path, timeout_s=5)
     with sock:
-        assert export == handshake.Export(SIZE_BYTES, handshake.TransmissionFlags(FLAGS), 1, 4096, 1 << 25)
+        assert export == nbd_handshake.Export(SIZE_BYTES, nbd_handshake.TransmissionFlags(FLAGS), 1, 4096, 1 << 25)
         assert sock.gettimeout() is None
 
 
 def test_backend_of_a_relative_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The identifier does not depend on where the command was called."""
     monkeypatch.chdir(tmp_path)
-    assert device.backend_of(Path("s")) == f"nbdnfs:{tmp_path}/s"
+    assert nbd_device.backend_of(Path("s")) == f"nbdnfs:{tmp_path}/s"
 
 
 def test_importing_device_does_not_load_pyroute2() -> None:
     """It comes with the first attach or detach."""
-    code = "import sys, nbdnfs.device; print([m for m in sys.modules if 'pyroute2' in m])"
+    code = "import sys, nbdnfs.kernel.nbd_device; print([m for m in sys.modules if 'pyroute2' in m])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdnfs import doctor
-from nbdnfs.doctor import Finding
+from nbdnfs.commands import doctor
+from nbdnfs.commands.doctor import Finding
 from nbdnfs.errors import UsageError
 
 ALL_CAPABILITIES = "000001ffffffffff"

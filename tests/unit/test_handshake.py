@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdnfs import handshake
 from nbdnfs.errors import NbdnfsError, PermissionDeniedError, UnavailableError, UsageError
-from nbdnfs.handshake import Export, TransmissionFlags
+from nbdnfs.kernel import nbd_handshake
+from nbdnfs.kernel.nbd_handshake import Export, TransmissionFlags
 
 GREETING = b"NBDMAGICIHAVEOPT" + b"\x00\x03"  # fixed newstyle, no zeroes
 GO = 7
@@ -49,7 +49,7 @@ def said_by_server(data: bytes, *, hang_up: bool = True) -> Iterator[tuple[socke
 
 def negotiate(data: bytes, export_name: str = "", *, hang_up: bool = True, timeout_s: float = 5) -> Export:
     with said_by_server(data, hang_up=hang_up) as (client, _):
-        return handshake.negotiate(client, export_name, timeout_s=timeout_s)
+        return nbd_handshake.negotiate(client, export_name, timeout_s=timeout_s)
 
 
 def test_size_flags_and_block_sizes() -> None:
@@ -90,7 +90,7 @@ def test_other_information_is_skipped() -> None:
 def test_what_the_client_says() -> None:
     """Our flags, then NBD_OPT_GO for the export with one information request: block size (3)."""
     with said_by_server(GREETING + info_export(4096, 1) + reply(ACK)) as (client, server):
-        handshake.negotiate(client, "swäp")
+        nbd_handshake.negotiate(client, "swäp")
         client.shutdown(socket.SHUT_WR)
         said = server.makefile("rb").read()
     name = "swäp".encode()
@@ -101,14 +101,14 @@ def test_what_the_client_says() -> None:
 def test_the_client_promises_no_more_than_the_server_offers() -> None:
     """Without NO_ZEROES from the server, none from us."""
     with said_by_server(b"NBDMAGICIHAVEOPT\x00\x01" + info_export(4096, 1) + reply(ACK)) as (client, server):
-        handshake.negotiate(client)
+        nbd_handshake.negotiate(client)
         assert server.recv(4) == struct.pack(">I", 1)
 
 
 def test_nothing_of_the_transmission_phase_is_read() -> None:
     """The byte after the last reply is still there, and the socket blocks again: both are the kernel's."""
     with said_by_server(GREETING + info_export(4096, 1) + reply(ACK) + b"K") as (client, _):
-        handshake.negotiate(client)
+        nbd_handshake.negotiate(client)
         assert client.gettimeout() is None
         assert client.recv(10) == b"K"
 
@@ -167,7 +167,7 @@ def test_a_refused_client_says_goodbye() -> None:
     """The protocol wants NBD_OPT_ABORT (2) from a client that gives up."""
     with said_by_server(GREETING + reply(ERROR | 6)) as (client, server):
         with pytest.raises(UnavailableError):
-            handshake.negotiate(client)
+            nbd_handshake.negotiate(client)
         client.shutdown(socket.SHUT_WR)
         assert server.makefile("rb").read().endswith(b"IHAVEOPT" + struct.pack(">II", 2, 0))
 
@@ -212,7 +212,7 @@ def test_the_deadline_is_over_everything() -> None:
         before = time.monotonic()
         try:
             with pytest.raises(UnavailableError, match=r"within 0\.2 s"):
-                handshake.negotiate(client, timeout_s=0.2)
+                nbd_handshake.negotiate(client, timeout_s=0.2)
         finally:
             done.set()
             thread.join()
@@ -224,7 +224,7 @@ def test_a_reset_connection() -> None:
     with said_by_server(b"", hang_up=False) as (client, server):
         server.close()
         with pytest.raises(UnavailableError, match="hung up"):
-            handshake.negotiate(client)
+            nbd_handshake.negotiate(client)
 
 
 replies = st.builds(
@@ -256,7 +256,7 @@ def test_any_bytes_give_an_export_or_an_error_of_ours(data: bytes) -> None:
 @given(st.binary(max_size=300))
 def test_reads_are_bounded(data: bytes) -> None:
     """No more is read than the limits allow, whatever lengths the server announces."""
-    limit = 18 + handshake.MAX_REPLIES * (20 + handshake.MAX_REPLY_BYTES)
+    limit = 18 + nbd_handshake.MAX_REPLIES * (20 + nbd_handshake.MAX_REPLY_BYTES)
 
     class FakeSocket:
         """Serves the data over and over, and counts."""
@@ -276,5 +276,5 @@ def test_reads_are_bounded(data: bytes) -> None:
 
     fake = FakeSocket()
     with suppress(NbdnfsError):
-        handshake.negotiate(fake)  # type: ignore[arg-type]
+        nbd_handshake.negotiate(fake)  # type: ignore[arg-type]
     assert fake.read <= limit

@@ -18,15 +18,16 @@ from fake_kernel import FakeKernel
 from keeper_run import run_keeper
 from waiting import wait_until
 
-from nbdnfs import keeper as keeper_module
-from nbdnfs import run_dir
 from nbdnfs.errors import BusyError, NbdnfsError, OwnedError, PermissionDeniedError, UnavailableError
-from nbdnfs.keeper import Helper, Keeper
-from nbdnfs.link import Attached
-from nbdnfs.notify import Notifier
-from nbdnfs.run_dir import RunDir
-from nbdnfs.worker_config import LOST_STATUS
-from nbdnfs.worker_process import WorkerProcess, making
+from nbdnfs.keeper import keeper as keeper_module
+from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.keeper import Helper, Keeper
+from nbdnfs.keeper.records import RunDir
+from nbdnfs.keeper.sd_notify import Notifier
+from nbdnfs.keeper.worker_handle import WorkerProcess, making
+from nbdnfs.kernel import state as kernel_state
+from nbdnfs.kernel.link import Attached
+from nbdnfs.worker.settings import LOST_STATUS
 
 FAKE_WORKER = str(Path(__file__).resolve().parents[1] / "fake_worker.py")
 SIZE_BYTES = 1 << 20
@@ -138,8 +139,8 @@ def test_all_steps(setup: Setup) -> None:
     assert setup.work.on
     assert setup.kernel.find() is not None
     serving, standby = setup.work.started
-    until(lambda: run_dir.start_time_ticks(standby.pid) is None)
-    assert run_dir.start_time_ticks(serving.pid) is not None
+    until(lambda: kernel_state.start_time_ticks(standby.pid) is None)
+    assert kernel_state.start_time_ticks(serving.pid) is not None
     assert setup.kernel.read(0, 4096) == bytes(4096)
 
 
@@ -179,7 +180,7 @@ def test_device_in_use(setup: Setup) -> None:
     setup.kernel.refuses = [BusyError("the device is in use")]
     with pytest.raises(BusyError):
         setup.run(None)
-    until(lambda: all(run_dir.start_time_ticks(one.pid) is None for one in setup.work.started))
+    until(lambda: all(kernel_state.start_time_ticks(one.pid) is None for one in setup.work.started))
 
 
 def test_mkswap_is_refused(setup: Setup) -> None:

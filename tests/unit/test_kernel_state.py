@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdnfs import kernel_state
-from nbdnfs.kernel_state import MemInfo, Mount, NbdDevice, NbdModule, Process, Swap, Task, VmStat
+from nbdnfs.kernel import state as kernel_state
+from nbdnfs.kernel.state import MemInfo, Mount, NbdDevice, NbdModule, Process, Swap, Task, VmStat
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

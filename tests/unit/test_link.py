@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nbdnfs import link, run
+from nbdnfs import programs
 from nbdnfs.errors import NbdnfsError, UnavailableError
+from nbdnfs.kernel import link
 
 UNIT = Path(__file__).resolve().parents[2] / "systemd/nbdnfs@.service"
 
@@ -21,8 +22,8 @@ def test_no_driver_is_no_case_for_another_try(tmp_path: Path, monkeypatch: pytes
     def refused(*_: object, **__: object) -> str:
         raise NbdnfsError("loading the kernel's nbd driver: Module nbd not found")
 
-    monkeypatch.setattr(run, "run", refused)
-    monkeypatch.setattr(run, "find_program", lambda *_: "/sbin/modprobe")
+    monkeypatch.setattr(programs, "run", refused)
+    monkeypatch.setattr(programs, "find_program", lambda *_: "/sbin/modprobe")
     with pytest.raises(UnavailableError, match=r"driver is not there: .* Module nbd not found") as caught:
         link.load_driver(tmp_path)
     assert caught.value.exit_code == os.EX_OSFILE

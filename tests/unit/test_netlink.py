@@ -22,9 +22,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdnfs import netlink
 from nbdnfs.errors import BusyError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError, UsageError
-from nbdnfs.netlink import LinkDeadEvents, NbdNetlink
+from nbdnfs.kernel import nbd_netlink
+from nbdnfs.kernel.nbd_netlink import LinkDeadEvents, NbdNetlink
 
 pytestmark = pytest.mark.skipif(sys.byteorder != "little", reason="the vectors are little-endian")
 
@@ -249,7 +249,7 @@ def test_work_that_takes_the_kernel_long(monkeypatch: pytest.MonkeyPatch) -> Non
     """The time inside sendmsg(2) does not count: what the kernel did in the end is what is reported."""
     nbd, sock = opened(fails(0))
     clock = [0.0]
-    monkeypatch.setattr(netlink.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(nbd_netlink.time, "monotonic", lambda: clock[0])
     send = sock.send
 
     def slow_send(data: bytes) -> int:
@@ -263,7 +263,7 @@ def test_work_that_takes_the_kernel_long(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_stray_answers_do_not_prolong_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """The deadline holds even when other messages keep arriving."""
     clock = iter(range(100))
-    monkeypatch.setattr(netlink.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(nbd_netlink.time, "monotonic", lambda: next(clock))
     nbd, sock = opened(*[lambda sequence: message(FAMILY, sequence + 1, b"\5\1\0\0")] * 50)
     with pytest.raises(UnavailableError, match="within 1 s"):
         nbd.status()
@@ -389,7 +389,7 @@ def test_finding_the_family() -> None:
     """CTRL_CMD_GETFAMILY by name, and the number of the multicast group from the nested answer."""
     group = attribute(1, attribute(2, struct.pack("<I", 11)) + attribute(1, b"nbd_mc_group\0"))
     sock = FakeKernelSocket(family_answer(b"nbd", group))
-    assert netlink._find_family(sock, "nbd", 1) == (FAMILY, {"nbd_mc_group": 11})  # type: ignore[arg-type]
+    assert nbd_netlink._find_family(sock, "nbd", 1) == (FAMILY, {"nbd_mc_group": 11})  # type: ignore[arg-type]
     expected = """
         1c000000 1000 0100 00000000 00000000   GENL_ID_CTRL
         03 01 0000                             CTRL_CMD_GETFAMILY
@@ -414,7 +414,7 @@ def test_joining_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
     def group(number: int, name: bytes = b"nbd_mc_group") -> FakeJoiningSocket:
         nested = attribute(1, attribute(2, struct.pack("<I", number)) + attribute(1, name + b"\0"))
         sock = FakeJoiningSocket(family_answer(b"nbd", nested))
-        monkeypatch.setattr(netlink, "_open_socket", lambda: sock)
+        monkeypatch.setattr(nbd_netlink, "_open_socket", lambda: sock)
         return sock
 
     group(11)
@@ -433,7 +433,7 @@ def test_joining_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """ENOENT for the family is a missing module, with the command that loads it; the socket is closed."""
     sock = FakeKernelSocket(fails(errno.ENOENT))
-    monkeypatch.setattr(netlink, "_open_socket", lambda: sock)
+    monkeypatch.setattr(nbd_netlink, "_open_socket", lambda: sock)
     with pytest.raises(UnavailableError, match="no nbd driver") as caught:
         NbdNetlink.open()
     assert "modprobe nbd" in caught.value.hint
@@ -442,12 +442,12 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_on_the_running_kernel() -> None:
     """The real controller answers: "nlctrl" is family 16 everywhere, and an invented family is missing."""
-    with netlink._open_socket() as sock:
-        family_id, groups = netlink._find_family(sock, "nlctrl", 5)
+    with nbd_netlink._open_socket() as sock:
+        family_id, groups = nbd_netlink._find_family(sock, "nlctrl", 5)
         assert family_id == 16
         assert "notify" in groups
         with pytest.raises(UnavailableError, match="no nbdnfs-none driver"):
-            netlink._find_family(sock, "nbdnfs-none", 5)
+            nbd_netlink._find_family(sock, "nbdnfs-none", 5)
 
 
 def python(code: str, *path: Path) -> str:
@@ -471,16 +471,16 @@ def anonymous_kib():
         return int(dict(line.split(":", 1) for line in status)["RssAnon"].split()[0])
 
 before_kib = anonymous_kib()
-from nbdnfs import netlink
+from nbdnfs.kernel import nbd_netlink
 import_kib = anonymous_kib() - before_kib
 loaded = set(sys.modules)
-sock = netlink._open_socket()
-netlink._find_family(sock, "nlctrl", 5)
-nbd = netlink.NbdNetlink(sock, 16)  # the controller refuses the commands
+sock = nbd_netlink._open_socket()
+nbd_netlink._find_family(sock, "nlctrl", 5)
+nbd = nbd_netlink.NbdNetlink(sock, 16)  # the controller refuses the commands
 for call in (lambda: nbd.status(1), lambda: nbd.reconfigure(1, [0], backend="x"), lambda: nbd.disconnect(1)):
     try:
         call()
-    except netlink.NbdnfsError:
+    except nbd_netlink.NbdnfsError:
         pass
 print(import_kib, sorted(set(sys.modules) - loaded), "pyroute2" in sys.modules)
 import pyroute2
@@ -501,7 +501,7 @@ def test_a_pyroute2_that_needs_its_root_module(tmp_path: Path) -> None:
     (tmp_path / "pyroute2/netlink/__init__.py").write_text(
         "from pyroute2 import marker\nclass Base(dict):\n    fields = ()\ngenlmsg = ctrlmsg = nla = nlmsg = Base\n"
     )
-    assert python("from nbdnfs import netlink; print(netlink._messages.marker)", tmp_path) == "1\n"
+    assert python("from nbdnfs.kernel import nbd_netlink; print(nbd_netlink._messages.marker)", tmp_path) == "1\n"
 
 
 def test_no_pyroute2(tmp_path: Path) -> None:
@@ -512,7 +512,7 @@ def test_no_pyroute2(tmp_path: Path) -> None:
         """
 from nbdnfs.errors import ConfigError
 try:
-    import nbdnfs.netlink
+    import nbdnfs.kernel.nbd_netlink
 except ConfigError as error:
     print(error.lines())
 """,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdnfs import notify
-from nbdnfs.notify import Notifier
+from nbdnfs.keeper import sd_notify
+from nbdnfs.keeper.sd_notify import Notifier
 
 
 class FakeSystemd:
@@ -97,8 +97,10 @@ def test_stored(monkeypatch: pytest.MonkeyPatch) -> None:
         descriptor = os.memfd_create(name)
         os.dup2(descriptor, low + number)
         os.close(descriptor)
-    monkeypatch.setattr(notify, "LISTEN_FDS_START", low)
-    found = notify.stored({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "3", "LISTEN_FDNAMES": "region:region:other"})
+    monkeypatch.setattr(sd_notify, "LISTEN_FDS_START", low)
+    found = sd_notify.stored(
+        {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "3", "LISTEN_FDNAMES": "region:region:other"}
+    )
     assert found == {"region": low + 1, "other": low + 2}
     assert not os.get_inheritable(low + 1)
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -109,5 +111,5 @@ def test_stored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_stored_for_somebody_else() -> None:
     """$LISTEN_PID names the process that they are for."""
-    assert notify.stored({"LISTEN_PID": "1", "LISTEN_FDS": "3"}) == {}
-    assert notify.stored({}) == {}
+    assert sd_notify.stored({"LISTEN_PID": "1", "LISTEN_FDS": "3"}) == {}
+    assert sd_notify.stored({}) == {}

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdnfs import owner_record
 from nbdnfs.errors import ConfigError
-from nbdnfs.owner_record import RECORD_BYTES, REFUSALS, Identity, Record, Timing, Verdict, decide
+from nbdnfs.nas import owner_record
+from nbdnfs.nas.owner_record import RECORD_BYTES, REFUSALS, Identity, Record, Timing, Verdict, decide
 
 A, B, C, D = ("a" * 31 + "1", "b" * 31 + "1", "c" * 31 + "1", "d" * 31 + "1")
 ME = Identity(machine=A, boot=B, hardware=C, host="box1")
@@ -59,9 +59,9 @@ def test_the_format_is_what_the_worker_knows() -> None:
     assert b"\nstate held\n" in data
     assert f"\nboot {D}\n".encode() in data
     assert b"\nhost box2\n" in data
-    source = (Path(owner_record.__file__).parent / "engine/owner.c").read_text()
+    source = (Path(owner_record.__file__).parents[1] / "engine/owner.c").read_text()
     assert re.search(r"#define COUNTER_OFFSET 25u", source)
-    header = (Path(owner_record.__file__).parent / "engine/owner.h").read_text()
+    header = (Path(owner_record.__file__).parents[1] / "engine/owner.h").read_text()
     assert f"#define OWNER_RECORD_BYTES {RECORD_BYTES}u" in header
     assert f"#define OWNER_REFRESH_MS {owner_record.TIMING.refresh_ms}u" in header
 

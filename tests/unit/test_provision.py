@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from nbdnfs import owner, provision
-from nbdnfs import url as nfs_url
+from nbdnfs import nfs_url
 from nbdnfs.errors import (
     BusyError,
     CannotCreateError,
@@ -26,6 +25,7 @@ from nbdnfs.errors import (
     PermissionDeniedError,
     UsageError,
 )
+from nbdnfs.nas import backing_file, ownership
 
 URL = "nfs://192.0.2.1/export/swap0?version=3&uid=0&gid=0"
 CHUNK = 4096
@@ -192,11 +192,11 @@ def failure(number: int, phase: str = "open") -> OSError:
 def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
     """An empty server, in the place of NfsFile; chunks of one page."""
     server = FakeServer()
-    monkeypatch.setattr(provision, "NfsFile", server.open)
-    monkeypatch.setattr(owner, "NfsFile", server.open)
-    monkeypatch.setattr(provision, "_CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr(provision, "_ALLOCATION_SETTLES_S", 0.0)
-    monkeypatch.setattr(provision, "_RETRY_PAUSE_S", 0.001)
+    monkeypatch.setattr(backing_file, "NfsFile", server.open)
+    monkeypatch.setattr(ownership, "NfsFile", server.open)
+    monkeypatch.setattr(backing_file, "_CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(backing_file, "_ALLOCATION_SETTLES_S", 0.0)
+    monkeypatch.setattr(backing_file, "_RETRY_PAUSE_S", 0.001)
     monkeypatch.setattr(os, "getuid", lambda: 0)
     return server
 
@@ -208,7 +208,7 @@ def part_names(server: FakeServer) -> list[str]:
 def fails_with(kind: type[NbdnfsError], message: str, hint: str, **arguments: Any) -> None:
     """create fails with this kind of error, and these words in message and hint."""
     with pytest.raises(kind) as caught:
-        provision.create(**{"url": URL, "size_bytes": SIZE, **arguments})
+        backing_file.create(**{"url": URL, "size_bytes": SIZE, **arguments})
     assert message in caught.value.message
     assert hint in caught.value.hint
 
@@ -227,7 +227,7 @@ class InterruptAt:
 def test_a_new_file_is_all_written_zeros(server: FakeServer) -> None:
     """Size, mode, one name, no byte that was not written, several writes under way but no more than the window."""
     seen: list[tuple[int, int]] = []
-    provision.create(URL, SIZE, progress=lambda done, total: seen.append((done, total)))
+    backing_file.create(URL, SIZE, progress=lambda done, total: seen.append((done, total)))
     assert list(server.files) == ["swap0"]
     inode = server.files["swap0"]
     assert (bytes(inode.data), inode.mode, inode.nlink) == (bytes(SIZE), 0o600, 1)
@@ -237,13 +237,13 @@ def test_a_new_file_is_all_written_zeros(server: FakeServer) -> None:
     assert (seen[0], seen[-1]) == ((0, SIZE), (SIZE, SIZE))
 
 
-@pytest.mark.parametrize("size_bytes", [provision.MIN_SIZE_BYTES, 11 * 4096, 1 << 20], ids=str)
+@pytest.mark.parametrize("size_bytes", [backing_file.MIN_SIZE_BYTES, 11 * 4096, 1 << 20], ids=str)
 def test_sizes_that_are_no_multiple_of_the_chunk(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, size_bytes: int
 ) -> None:
     """The last chunk is as long as it must be."""
-    monkeypatch.setattr(provision, "_CHUNK_BYTES", 3 * 4096)
-    provision.create(URL, size_bytes)
+    monkeypatch.setattr(backing_file, "_CHUNK_BYTES", 3 * 4096)
+    backing_file.create(URL, size_bytes)
     assert bytes(server.files["swap0"].data) == bytes(size_bytes)
 
 
@@ -274,7 +274,7 @@ def test_an_existing_file_is_refused(server: FakeServer) -> None:
 def test_force_rewrites_and_grows(server: FakeServer, old_size_bytes: int) -> None:
     """Every byte of the old file is overwritten; it is the same file."""
     inode = server.add("swap0", b"\xaa" * old_size_bytes)
-    provision.create(URL, SIZE, force=True)
+    backing_file.create(URL, SIZE, force=True)
     assert server.files == {"swap0": inode}
     assert bytes(inode.data) == bytes(SIZE)
 
@@ -302,13 +302,13 @@ def test_force_on_a_directory(server: FakeServer) -> None:
 def test_goes_on_after_an_interruption(server: FakeServer, done_chunks: int) -> None:
     """Ctrl-C leaves the part file; the next create writes the rest, and again no more than the window of it."""
     with pytest.raises(KeyboardInterrupt):
-        provision.create(URL, SIZE, progress=InterruptAt(done_chunks * CHUNK))
+        backing_file.create(URL, SIZE, progress=InterruptAt(done_chunks * CHUNK))
     (part_name,) = part_names(server)
     assert list(server.files) == [part_name]
     part = server.files[part_name]
     server.writes = 0
     seen: list[int] = []
-    provision.create(URL, SIZE, progress=lambda done, total: seen.append(done))
+    backing_file.create(URL, SIZE, progress=lambda done, total: seen.append(done))
     assert server.files == {"swap0": part}
     assert bytes(part.data) == bytes(SIZE)
     assert server.writes <= SIZE // CHUNK - done_chunks + WINDOW_CHUNKS
@@ -319,11 +319,11 @@ def test_goes_on_after_an_interruption(server: FakeServer, done_chunks: int) -> 
 def test_an_interruption_leaves_holes_in_the_window_only(server: FakeServer, missing: int) -> None:
     """A file whose last writes arrived out of order, when the machine died, has no hole afterwards."""
     chunks = 30
-    name = provision._part_name(nfs_url.parse(URL))
+    name = backing_file._part_name(nfs_url.parse(URL))
     part = server.add(name, b"\0" * CHUNK * chunks)
     hole = (chunks - WINDOW_CHUNKS + missing) * CHUNK
     part.data[hole : hole + CHUNK] = b"\xff" * CHUNK
-    provision.create(URL, SIZE)
+    backing_file.create(URL, SIZE)
     assert bytes(server.files["swap0"].data) == bytes(SIZE)
 
 
@@ -343,7 +343,7 @@ def test_the_window_is_kept(server: FakeServer, monkeypatch: pytest.MonkeyPatch)
         return write(inode, data, offset)
 
     monkeypatch.setattr(server, "write", slow_write)
-    creator = threading.Thread(target=provision.create, args=(URL, SIZE))
+    creator = threading.Thread(target=backing_file.create, args=(URL, SIZE))
     creator.start()
     assert reached.wait(30)
     assert not beyond.wait(0.2)
@@ -360,9 +360,9 @@ def test_the_window_is_kept(server: FakeServer, monkeypatch: pytest.MonkeyPatch)
 )
 def test_a_part_file_that_cannot_go_on_is_made_anew(server: FakeServer, unfit: dict[str, Any]) -> None:
     """It loses its name, and nothing is written into it."""
-    name = provision._part_name(nfs_url.parse(URL))
+    name = backing_file._part_name(nfs_url.parse(URL))
     old = server.add(name, **unfit)
-    provision.create(URL, SIZE)
+    backing_file.create(URL, SIZE)
     assert list(server.files) == ["swap0"]
     assert server.files["swap0"] is not old
     assert not old.written
@@ -370,7 +370,7 @@ def test_a_part_file_that_cannot_go_on_is_made_anew(server: FakeServer, unfit: d
 
 def test_dead_between_link_and_unlink(server: FakeServer) -> None:
     """The file is complete and has both names: the next create refuses it, and takes the old name away."""
-    name = provision._part_name(nfs_url.parse(URL))
+    name = backing_file._part_name(nfs_url.parse(URL))
     server.files["swap0"] = server.add(name, bytes(SIZE), nlink=2)
     fails_with(CannotCreateError, "exists already", "--force")
     assert list(server.files) == ["swap0"]
@@ -386,7 +386,7 @@ def test_made_by_somebody_else_meanwhile(server: FakeServer) -> None:
 def test_a_server_without_hard_links(server: FakeServer) -> None:
     """The part file is renamed, unless the name is taken by then."""
     server.has_links = False
-    provision.create(URL, SIZE)
+    backing_file.create(URL, SIZE)
     assert list(server.files) == ["swap0"]
     server.files.clear()
     server.before_link = lambda: server.files.setdefault("swap0", Inode(1, bytearray(b"theirs")))
@@ -399,7 +399,7 @@ def test_lost_answers_to_name_operations(server: FakeServer, has_links: bool) ->
     """A link, rename or unlink whose answer was lost was made all the same."""
     server.has_links = has_links
     server.lost_answers = ["link", "rename", "unlink", "unlink"]
-    provision.create(URL, SIZE)
+    backing_file.create(URL, SIZE)
     assert list(server.files) == ["swap0"]
     assert bytes(server.files["swap0"].data) == bytes(SIZE)
 
@@ -454,7 +454,7 @@ def test_squashed_to_an_owner_who_may(server: FakeServer) -> None:
         PermissionDeniedError, "squashes root: a new file in /export belongs to uid 65534", "uid=65534&gid=65534"
     )
     assert not server.files
-    provision.create(URL.replace("uid=0", "uid=65534"), SIZE)
+    backing_file.create(URL.replace("uid=0", "uid=65534"), SIZE)
     assert server.files["swap0"].uid == 65534
 
 
@@ -477,7 +477,7 @@ def test_a_server_that_fails_to_write(server: FakeServer) -> None:
     fails_with(IOFailureError, "failed to write /export/swap0 at 80 KiB: Input/output error", "again")
     assert part_names(server)
     server.write_errno_at = {}
-    provision.create(URL, SIZE)
+    backing_file.create(URL, SIZE)
     assert bytes(server.files["swap0"].data) == bytes(SIZE)
 
 
@@ -489,21 +489,21 @@ def test_one_creator_on_a_machine(server: FakeServer) -> None:
         if done == 0:
             for url in (URL, URL.replace("version=3&", ""), URL.replace("swap0", "swap1")):
                 try:
-                    provision.create(url, SIZE)
+                    backing_file.create(url, SIZE)
                     outcomes.append(None)
                 except BusyError as error:
                     outcomes.append(type(error))
 
-    provision.create(URL, SIZE, progress=create_another)
+    backing_file.create(URL, SIZE, progress=create_another)
     assert outcomes == [BusyError, BusyError, None]
-    provision.create(URL, SIZE, force=True)
+    backing_file.create(URL, SIZE, force=True)
 
 
 def test_a_server_that_keeps_no_zeros(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
     """Compressed away, zeros reserve nothing: that is said, once."""
     server.allocates = 0.01
     with caplog.at_level(logging.WARNING):
-        provision.create(URL, SIZE)
+        backing_file.create(URL, SIZE)
     (warning,) = [record.getMessage() for record in caplog.records]
     assert "192.0.2.1 keeps only 2.6 KiB of the 256 KiB it was sent" in warning
 
@@ -512,7 +512,7 @@ def test_an_interruption_while_the_server_is_away(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Ctrl-C ends create although writes hang, and says how far it was."""
-    monkeypatch.setattr(provision, "_INTERRUPTED_GRACE_S", 0.05)
+    monkeypatch.setattr(backing_file, "_INTERRUPTED_GRACE_S", 0.05)
     away, release = 20 * CHUNK, threading.Event()
     write = server.write
 
@@ -523,7 +523,7 @@ def test_an_interruption_while_the_server_is_away(
 
     monkeypatch.setattr(server, "write", hanging_write)
     with pytest.raises(KeyboardInterrupt), caplog.at_level(logging.WARNING):
-        provision.create(URL, SIZE, progress=InterruptAt(away))
+        backing_file.create(URL, SIZE, progress=InterruptAt(away))
     assert "interrupted at 80 KiB of 256 KiB" in caplog.text
     release.set()
 
@@ -531,21 +531,21 @@ def test_an_interruption_while_the_server_is_away(
 def test_long_names_keep_within_255_bytes(server: FakeServer) -> None:
     """The part file's name fits wherever the final one does."""
     url = URL.replace("swap0", "x" * 255)
-    assert len(provision._part_name(nfs_url.parse(url))) <= 255
-    provision.create(url, SIZE)
+    assert len(backing_file._part_name(nfs_url.parse(url))) <= 255
+    backing_file.create(url, SIZE)
 
 
 def test_part_names_differ_by_file_and_machine(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two machines that make one file do not write into each other's."""
-    names = {provision._part_name(nfs_url.parse(url)) for url in (URL, URL.replace("swap0", "swap1"))}
+    names = {backing_file._part_name(nfs_url.parse(url)) for url in (URL, URL.replace("swap0", "swap1"))}
     monkeypatch.setattr("socket.gethostname", lambda: "another")
-    names.add(provision._part_name(nfs_url.parse(URL)))
+    names.add(backing_file._part_name(nfs_url.parse(URL)))
     assert len(names) == 3
 
 
 def test_inspect(server: FakeServer) -> None:
     """What the server says, in our words."""
     inode = server.add("swap0", bytes(SIZE), mode=0o640)
-    assert provision.inspect(URL) == provision.BackingFile(SIZE, 0o640, inode.ino, SIZE)
+    assert backing_file.inspect(URL) == backing_file.BackingFile(SIZE, 0o640, inode.ino, SIZE)
     with pytest.raises(NoInputError, match="there is no file /export/none"):
-        provision.inspect(URL.replace("swap0", "none"))
+        backing_file.inspect(URL.replace("swap0", "none"))

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from nbdnfs import resolve, run_dir, url
-from nbdnfs.run_dir import RunDir
+from nbdnfs import nfs_url
+from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.helpers import resolve_server
+from nbdnfs.keeper.records import RunDir
 
 LOOPBACK = "127.0.0.1"
 
@@ -53,9 +55,9 @@ def test_another_address(
     records: RunDir, port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It takes connections: printed, recorded beside the URL as it was, status 0."""
-    monkeypatch.setattr(url.NfsUrl, "resolve", lambda self: LOOPBACK)
+    monkeypatch.setattr(nfs_url.NfsUrl, "resolve", lambda self: LOOPBACK)
     text = f"nfs://nas/export/100%.swap?nfsport={port}"
-    assert resolve.main(["swap0", text, "192.0.2.7"]) == 0
+    assert resolve_server.main(["swap0", text, "192.0.2.7"]) == 0
     assert capsys.readouterr().out == f"{LOOPBACK}\n"
     assert records.read(run_dir.ADDRESS) == f"{text}\n{LOOPBACK}"
 
@@ -64,15 +66,15 @@ def test_another_address_that_does_not_answer(
     records: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is left alone: the old one may come back."""
-    monkeypatch.setattr(url.NfsUrl, "resolve", lambda self: LOOPBACK)
-    assert resolve.main(["swap0", "nfs://nas/export/x?nfsport=1", "192.0.2.7"]) != 0
+    monkeypatch.setattr(nfs_url.NfsUrl, "resolve", lambda self: LOOPBACK)
+    assert resolve_server.main(["swap0", "nfs://nas/export/x?nfsport=1", "192.0.2.7"]) != 0
     assert capsys.readouterr().out == ""
     assert records.read(run_dir.ADDRESS) == "x\n192.0.2.7"
 
 
 def test_the_same_address(records: RunDir, port: int, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is said."""
-    assert resolve.main(["swap0", f"nfs://{LOOPBACK}/export/x?nfsport={port}", LOOPBACK]) != 0
+    assert resolve_server.main(["swap0", f"nfs://{LOOPBACK}/export/x?nfsport={port}", LOOPBACK]) != 0
     assert capsys.readouterr().out == ""
 
 
@@ -83,5 +85,5 @@ def test_no_such_name(records: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: 
         raise socket.gaierror(socket.EAI_AGAIN, "try again")
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
-    assert resolve.main(["swap0", "nfs://nas/export/x", "192.0.2.7"]) == os.EX_NOHOST
+    assert resolve_server.main(["swap0", "nfs://nas/export/x", "192.0.2.7"]) == os.EX_NOHOST
     assert capsys.readouterr().out == ""

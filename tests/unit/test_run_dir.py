@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nbdnfs import run_dir, shared_region
-from nbdnfs.run_dir import RunDir
+from nbdnfs import region
+from nbdnfs.keeper.records import RunDir
+from nbdnfs.kernel import state as kernel_state
 
 
 @pytest.fixture
@@ -55,38 +56,38 @@ def test_a_zombie_does_not_live(records: RunDir) -> None:
     """It has ended; only its parent has not looked yet."""
     child = subprocess.Popen(["/bin/true"])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert run_dir.start_time_ticks(child.pid) is None
+    assert kernel_state.start_time_ticks(child.pid) is None
     child.wait()
 
 
 def test_region_in_another_process() -> None:
     """Found by its link in /proc, told from another region, taken, and looked up by the process's name and lock."""
-    region, other = shared_region.create(), shared_region.create()
-    os.ftruncate(region, 8192)
-    with subprocess.Popen(["@holder", "60"], executable="/bin/sleep", pass_fds=[region]) as holder:
-        assert shared_region.is_held_by(region, holder.pid)
-        assert not shared_region.is_held_by(other, holder.pid)
-        assert shared_region.holder(region, "@holder") is None
-        fcntl.flock(region, fcntl.LOCK_EX)  # of the open file, which is the holder's too
-        assert shared_region.holder(region, "@holder") == holder.pid
-        assert shared_region.holder(other, "@holder") is None
-        taken = shared_region.take_from(holder.pid)
+    region_fd, other = region.create(), region.create()
+    os.ftruncate(region_fd, 8192)
+    with subprocess.Popen(["@holder", "60"], executable="/bin/sleep", pass_fds=[region_fd]) as holder:
+        assert region.is_held_by(region_fd, holder.pid)
+        assert not region.is_held_by(other, holder.pid)
+        assert region.holder(region_fd, "@holder") is None
+        fcntl.flock(region_fd, fcntl.LOCK_EX)  # of the open file, which is the holder's too
+        assert region.holder(region_fd, "@holder") == holder.pid
+        assert region.holder(other, "@holder") is None
+        taken = region.take_from(holder.pid)
         holder.kill()
     assert taken is not None
-    assert os.fstat(taken).st_ino == os.fstat(region).st_ino
+    assert os.fstat(taken).st_ino == os.fstat(region_fd).st_ino
     assert not os.get_inheritable(taken)
-    assert shared_region.take_from(holder.pid) is None
-    for descriptor in (region, other, taken):
+    assert region.take_from(holder.pid) is None
+    for descriptor in (region_fd, other, taken):
         os.close(descriptor)
 
 
 def test_hold_in_memory() -> None:
     """All of it is mapped and resident in this process."""
-    region = shared_region.create()
-    assert not shared_region.is_made(region)
-    os.ftruncate(region, 64 * 4096)
-    assert shared_region.is_made(region)
-    with shared_region.hold_in_memory(region) as mapping:
+    region_fd = region.create()
+    assert not region.is_made(region_fd)
+    os.ftruncate(region_fd, 64 * 4096)
+    assert region.is_made(region_fd)
+    with region.hold_in_memory(region_fd) as mapping:
         assert len(mapping) == 64 * 4096
-        assert os.fstat(region).st_blocks * 512 == 64 * 4096
-    os.close(region)
+        assert os.fstat(region_fd).st_blocks * 512 == 64 * 4096
+    os.close(region_fd)

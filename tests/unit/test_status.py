@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nbdnfs import run_dir, status
+from nbdnfs.commands import status
 from nbdnfs.errors import NoInputError, UsageError
+from nbdnfs.keeper import records as run_dir
 
 
 @pytest.fixture

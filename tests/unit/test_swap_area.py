@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nbdnfs import swap_area
 from nbdnfs.errors import BusyError, CannotCreateError
-from nbdnfs.kernel_state import Swap
+from nbdnfs.kernel import swap_area
+from nbdnfs.kernel.state import Swap
 
 MIB = 1 << 20
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdnfs import top
+from nbdnfs.commands import top
 from nbdnfs.errors import NoInputError
 
 BEFORE: top.Counters = {"reads": 100, "read_bytes": 0, "nfs_writes": 5, "nfs_written_bytes": 0, "read_us": [1, 1, 0, 0]}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nbdnfs import units
+from nbdnfs import quantities
 from nbdnfs.errors import UsageError
 
 FACTORS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -34,14 +34,14 @@ SECONDS = {"": 1, "ms": Fraction(1, 1000), "s": 1, "min": 60, "h": 3600, "d": 86
 )
 def test_sizes(text: str, size_bytes: int) -> None:
     """Binary units, with or without B, in any case."""
-    assert units.parse_size_bytes(text) == size_bytes
+    assert quantities.parse_size_bytes(text) == size_bytes
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1", "+1", "1P", "1 2", "1e9", "0x10", ".5G", "5.", "1,5G", "2Gx", "nan"])
 def test_what_is_no_size(text: str) -> None:
     """It is quoted, with an example."""
     with pytest.raises(UsageError, match=r"is not a size$") as caught:
-        units.parse_size_bytes(text)
+        quantities.parse_size_bytes(text)
     assert f"'{text}'" in caught.value.message
     assert "512M or 2G" in caught.value.hint
 
@@ -50,7 +50,7 @@ def test_what_is_no_size(text: str) -> None:
 def test_no_part_of_a_byte(text: str) -> None:
     """Nothing is rounded."""
     with pytest.raises(UsageError, match=r"is not a whole number of bytes$"):
-        units.parse_size_bytes(text)
+        quantities.parse_size_bytes(text)
 
 
 @given(
@@ -64,10 +64,10 @@ def test_sizes_are_exact(whole: int, decimals: str, unit: str) -> None:
     """The very number, or an error where it is none of bytes."""
     expected = Fraction(f"{whole}{decimals}") * FACTORS[unit]
     if expected.denominator == 1:
-        assert units.parse_size_bytes(f"{whole}{decimals}{unit}") == expected
+        assert quantities.parse_size_bytes(f"{whole}{decimals}{unit}") == expected
     else:
         with pytest.raises(UsageError, match="whole number"):
-            units.parse_size_bytes(f"{whole}{decimals}{unit}")
+            quantities.parse_size_bytes(f"{whole}{decimals}{unit}")
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,13 @@ def test_sizes_are_exact(whole: int, decimals: str, unit: str) -> None:
 )
 def test_sizes_in_print(size_bytes: int, text: str) -> None:
     """One decimal at most, and no number of 1024 or more where there is a larger unit."""
-    assert units.format_size(size_bytes) == text
+    assert quantities.format_size(size_bytes) == text
 
 
 @given(st.integers(0, 2**52))
 def test_printed_sizes_are_near_and_read_back(size_bytes: int) -> None:
     """What is printed parses, but for the decimals, to within a twentieth of its unit."""
-    text = units.format_size(size_bytes)
+    text = quantities.format_size(size_bytes)
     match = re.fullmatch(r"(\d+(?:\.\d)?) ([KMGT]?)i?B", text)
     assert match is not None, text
     unit = FACTORS[match[2]]
@@ -106,21 +106,21 @@ def test_printed_sizes_are_near_and_read_back(size_bytes: int) -> None:
 )
 def test_durations(text: str, seconds: float) -> None:
     """Without a unit: seconds."""
-    assert units.parse_duration_s(text) == pytest.approx(seconds)
+    assert quantities.parse_duration_s(text) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("text", ["", "s", "-1s", "5m", "5M", "1 2", "1h30min", "1e3", "inf"])
 def test_what_is_no_duration(text: str) -> None:
     """Also "5m", which could be minutes or a slip of the keyboard for ms."""
     with pytest.raises(UsageError, match=r"is not a duration$") as caught:
-        units.parse_duration_s(text)
+        quantities.parse_duration_s(text)
     assert "ms, s, min, h or d" in caught.value.hint
 
 
 @given(whole=st.integers(0, 10**9), unit=st.sampled_from([*SECONDS]))
 def test_durations_by_unit(whole: int, unit: str) -> None:
     """Each unit is what it is called."""
-    assert units.parse_duration_s(f"{whole}{unit}") == pytest.approx(float(whole * SECONDS[unit]))
+    assert quantities.parse_duration_s(f"{whole}{unit}") == pytest.approx(float(whole * SECONDS[unit]))
 
 
 @pytest.mark.parametrize(
@@ -139,4 +139,4 @@ def test_durations_by_unit(whole: int, unit: str) -> None:
 )
 def test_durations_in_print(seconds: float, text: str) -> None:
     """Two units at most, none of them overfull."""
-    assert units.format_duration(seconds) == text
+    assert quantities.format_duration(seconds) == text

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbdnfs import cli, config, install_units
+from nbdnfs import cli, config
+from nbdnfs.commands import install_units
 from nbdnfs.errors import ConfigError, PermissionDeniedError
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdnfs import url
+from nbdnfs import nfs_url
 from nbdnfs.errors import NoHostError, UsageError
 
 REAL = socket.getaddrinfo
@@ -39,16 +39,16 @@ def root(tmp_path: Path) -> Path:
 )
 def test_parts(text: str, host: str, directory: str, name: str, version: int) -> None:
     """Host without brackets, directory, file name, version 3 unless it is said."""
-    parsed = url.parse(text)
+    parsed = nfs_url.parse(text)
     assert (parsed.host, parsed.directory, parsed.name, parsed.version) == (host, directory, name, version)
     assert parsed.text == text
 
 
 def test_path_and_options() -> None:
     """The path on the server, and every option as a number."""
-    parsed = url.parse("nfs://nas/a/b?version=4&nfsport=1&mountport=65535&uid=0&gid=100&tcp-syncnt=3")
+    parsed = nfs_url.parse("nfs://nas/a/b?version=4&nfsport=1&mountport=65535&uid=0&gid=100&tcp-syncnt=3")
     assert parsed.path == "/a/b"
-    assert url.parse("nfs://nas/b").path == "/b"
+    assert nfs_url.parse("nfs://nas/b").path == "/b"
     assert parsed.options == {"version": 4, "nfsport": 1, "mountport": 65535, "uid": 0, "gid": 100, "tcp-syncnt": 3}
 
 
@@ -76,7 +76,7 @@ def test_path_and_options() -> None:
 def test_what_is_no_url(text: str) -> None:
     """The URL is quoted and an example given."""
     with pytest.raises(UsageError, match=r"is not an NFS URL$") as caught:
-        url.parse(text)
+        nfs_url.parse(text)
     assert "nfs://nas/export" in caught.value.hint
 
 
@@ -84,14 +84,14 @@ def test_what_is_no_url(text: str) -> None:
 def test_what_names_no_file(path: str) -> None:
     """A directory, or a name that is one."""
     with pytest.raises(UsageError, match=r"names no file$"):
-        url.parse(f"nfs://nas{path}")
+        nfs_url.parse(f"nfs://nas{path}")
 
 
 @pytest.mark.parametrize("path", ["/../swap", "/a/../swap", "/a/../../b/swap"])
 def test_no_dots_in_the_path(path: str) -> None:
     """What a server would do with them nobody knows."""
     with pytest.raises(UsageError, match=r"has '\.\.' in its path$"):
-        url.parse(f"nfs://nas{path}")
+        nfs_url.parse(f"nfs://nas{path}")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_no_dots_in_the_path(path: str) -> None:
 def test_options_that_are_refused(query: str, message: str, hint: str) -> None:
     """Unknown ones, with the nearest or all names; values out of range; digits that libnfs does not read; doubles."""
     with pytest.raises(UsageError) as caught:
-        url.parse(f"nfs://nas/export/swap?{query}")
+        nfs_url.parse(f"nfs://nas/export/swap?{query}")
     assert caught.value.message == message
     assert caught.value.hint == hint or not hint
 
@@ -128,7 +128,7 @@ def test_options_that_are_refused(query: str, message: str, hint: str) -> None:
 def test_specifiers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """%H is the host name, %m the machine id, %% a percent sign; anywhere in the URL."""
     monkeypatch.setattr(socket, "gethostname", lambda: "client7")
-    parsed = url.parse("nfs://nas-%H/export/%H/%m-100%%.swap?version=3", root)
+    parsed = nfs_url.parse("nfs://nas-%H/export/%H/%m-100%%.swap?version=3", root)
     assert parsed.text == f"nfs://nas-client7/export/client7/{MACHINE_ID}-100%.swap?version=3"
     assert (parsed.host, parsed.path) == ("nas-client7", f"/export/client7/{MACHINE_ID}-100%.swap")
 
@@ -137,7 +137,7 @@ def test_specifiers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_specifiers_are_refused(root: Path, text: str) -> None:
     """Also the escapes of other URLs, and a percent sign alone."""
     with pytest.raises(UsageError, match=r"in the URL is no specifier$") as caught:
-        url.parse(text, root)
+        nfs_url.parse(text, root)
     assert caught.value.hint == "there are %H, %m, and %% for a percent sign"
 
 
@@ -148,8 +148,8 @@ def test_no_machine_id(tmp_path: Path, content: str | None) -> None:
         (tmp_path / "etc").mkdir()
         (tmp_path / "etc/machine-id").write_text(content)
     with pytest.raises(UsageError, match="this machine has no id"):
-        url.parse("nfs://nas/export/%m", tmp_path)
-    assert url.parse("nfs://nas/export/swap", tmp_path).name == "swap"
+        nfs_url.parse("nfs://nas/export/%m", tmp_path)
+    assert nfs_url.parse("nfs://nas/export/swap", tmp_path).name == "swap"
 
 
 # Addresses
@@ -158,14 +158,14 @@ def test_no_machine_id(tmp_path: Path, content: str | None) -> None:
 @pytest.mark.parametrize(("host", "address"), [("127.0.0.1", "127.0.0.1"), ("[::1]", "::1")])
 def test_an_address_is_its_own(host: str, address: str) -> None:
     """Numeric addresses resolve to themselves."""
-    assert url.parse(f"nfs://{host}/export/swap").resolve() == address
+    assert nfs_url.parse(f"nfs://{host}/export/swap").resolve() == address
 
 
 @pytest.mark.parametrize("host", ["nas.invalid", "a..b", "x" * 70, "\u2603.invalid"])
 def test_hosts_that_do_not_resolve(host: str) -> None:
     """Unknown ones, and names that can be none: NoHostError, with the name."""
     with pytest.raises(NoHostError, match=r"is unknown: .+") as caught:
-        url.parse(f"nfs://{host}/export/swap").resolve()
+        nfs_url.parse(f"nfs://{host}/export/swap").resolve()
     assert f"'{host}'" in caught.value.message
 
 
@@ -195,7 +195,7 @@ def test_what_is_put_together_comes_apart(
     directory = "/" + "/".join(directories)
     query = "&".join(f"{key}={value}" for key, value in options.items())
     path = f"{directory.rstrip('/')}/{name}"
-    parsed = url.parse(f"nfs://{host}{path}{'?' if query else ''}{query}")
+    parsed = nfs_url.parse(f"nfs://{host}{path}{'?' if query else ''}{query}")
     assert (parsed.host, parsed.directory, parsed.name, parsed.path) == (host, directory, name, path)
     assert parsed.options == options
 
@@ -209,7 +209,7 @@ def test_what_is_put_together_comes_apart(
 def test_any_text_is_a_url_or_a_usage_error(text: str) -> None:
     """No other exception; what is taken names a file and has no character that ends a line."""
     try:
-        parsed = url.parse(text, Path("/nonexistent"))
+        parsed = nfs_url.parse(text, Path("/nonexistent"))
     except UsageError:
         return
     assert parsed.name
@@ -225,4 +225,4 @@ def test_a_name_of_two_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
         answer = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("127.0.0.3", "127.0.0.1")]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: answer if args[1] is None else REAL(*args))
         port = listener.getsockname()[1]
-        assert url.parse(f"nfs://nas/export/swap?nfsport={port}").resolve() == "127.0.0.1"
+        assert nfs_url.parse(f"nfs://nas/export/swap?nfsport={port}").resolve() == "127.0.0.1"

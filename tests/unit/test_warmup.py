@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdnfs import warmup
 from nbdnfs.errors import NoInputError, UnavailableError, UsageError
+from nbdnfs.kernel import warm_up
 
 LARGEST = 128 * 1024
 PAGE = 4096
@@ -37,9 +37,9 @@ class Recorder:
         self.threads: set[int] = set()
         self.fail_at: int | None = None
         self.preadv, self.pwrite, self.fsync = os.preadv, os.pwrite, os.fsync
-        monkeypatch.setattr(warmup.os, "preadv", self._preadv)
-        monkeypatch.setattr(warmup.os, "pwrite", self._pwrite)
-        monkeypatch.setattr(warmup.os, "fsync", self._fsync)
+        monkeypatch.setattr(warm_up.os, "preadv", self._preadv)
+        monkeypatch.setattr(warm_up.os, "pwrite", self._pwrite)
+        monkeypatch.setattr(warm_up.os, "fsync", self._fsync)
 
     def _preadv(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
         self.threads.add(threading.get_ident())
@@ -69,12 +69,12 @@ def content_of(descriptor: int) -> bytes:
 def test_everything_works_and_nothing_changes(device: tuple[int, bytes], recorder: Recorder) -> None:
     """Every thread reads and rewrites; a flush; single pages and the largest request; the bytes stay."""
     descriptor, content = device
-    done = warmup.exercise(descriptor, largest_bytes=LARGEST, writable=True)
+    done = warm_up.exercise(descriptor, largest_bytes=LARGEST, writable=True)
     assert content_of(descriptor) == content
     assert sorted(recorder.reads) == sorted(recorder.writes)
     assert {length for _, length in recorder.reads} == {PAGE, LARGEST}
     assert recorder.syncs == 1
-    assert len(recorder.threads) == warmup.PARALLEL
+    assert len(recorder.threads) == warm_up.PARALLEL
     assert done.read_bytes == done.rewritten_bytes == sum(length for _, length in recorder.reads)
     assert done.largest_request_bytes == LARGEST
 
@@ -82,7 +82,7 @@ def test_everything_works_and_nothing_changes(device: tuple[int, bytes], recorde
 def test_no_two_threads_share_a_page(device: tuple[int, bytes], recorder: Recorder) -> None:
     """What one thread reads and writes back, no other one touches meanwhile."""
     descriptor, content = device
-    warmup.exercise(descriptor, largest_bytes=LARGEST, writable=True, parallel=4)
+    warm_up.exercise(descriptor, largest_bytes=LARGEST, writable=True, parallel=4)
     stretch = len(content) // 4
     assert all(offset // stretch == (offset + length - 1) // stretch for offset, length in recorder.writes)
 
@@ -90,7 +90,7 @@ def test_no_two_threads_share_a_page(device: tuple[int, bytes], recorder: Record
 def test_read_only(device: tuple[int, bytes], recorder: Recorder) -> None:
     """Reads alone, no flush."""
     descriptor, _ = device
-    done = warmup.exercise(descriptor, largest_bytes=LARGEST, writable=False)
+    done = warm_up.exercise(descriptor, largest_bytes=LARGEST, writable=False)
     assert recorder.reads
     assert (recorder.writes, recorder.syncs, done.rewritten_bytes) == ([], 0, 0)
 
@@ -103,7 +103,7 @@ def test_small_devices(tmp_path: Path, recorder: Recorder, pages: int) -> None:
     path.write_bytes(content)
     descriptor = os.open(path, os.O_RDWR)
     try:
-        warmup.exercise(descriptor, largest_bytes=LARGEST, writable=True)
+        warm_up.exercise(descriptor, largest_bytes=LARGEST, writable=True)
         assert content_of(descriptor) == content
     finally:
         os.close(descriptor)
@@ -114,7 +114,7 @@ def test_a_failed_request_is_told(device: tuple[int, bytes], recorder: Recorder)
     descriptor, content = device
     recorder.fail_at = len(content) // 2
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        warmup.exercise(descriptor, largest_bytes=LARGEST, writable=True)
+        warm_up.exercise(descriptor, largest_bytes=LARGEST, writable=True)
     assert content_of(descriptor) == content
 
 
@@ -123,15 +123,15 @@ def test_not_a_device(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(PAGE))
     for path in (tmp_path / "file", Path("/dev/null")):
         with pytest.raises(UsageError, match="is no block device"):
-            warmup.warm_up(path)
+            warm_up.warm_up(path)
     with pytest.raises(NoInputError):
-        warmup.warm_up(tmp_path / "missing")
+        warm_up.warm_up(tmp_path / "missing")
 
 
 def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The wait has an end, also where a read has none."""
     never = threading.Event()
-    monkeypatch.setattr(warmup, "_warm_up", lambda path: never.wait(60))
+    monkeypatch.setattr(warm_up, "_warm_up", lambda path: never.wait(60))
     with pytest.raises(UnavailableError, match="did not answer"):
-        warmup.warm_up(tmp_path, timeout_s=0.05)
+        warm_up.warm_up(tmp_path, timeout_s=0.05)
     never.set()

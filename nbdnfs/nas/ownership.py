@@ -19,8 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nbdnfs import diagnose, kernel_state, owner_record, run_dir
-from nbdnfs import url as nfs_url
+from nbdnfs import nfs_url
 from nbdnfs.engine import NfsFile
 from nbdnfs.errors import (
     CannotCreateError,
@@ -30,8 +29,10 @@ from nbdnfs.errors import (
     PermissionDeniedError,
     UnavailableError,
 )
-from nbdnfs.owner_record import RECORD_BYTES, REFUSALS, TIMING, Identity, Record, Timing, Verdict
-from nbdnfs.url import NfsUrl
+from nbdnfs.kernel import state as kernel_state
+from nbdnfs.nas import explain, owner_record
+from nbdnfs.nas.owner_record import RECORD_BYTES, REFUSALS, TIMING, Identity, Record, Timing, Verdict
+from nbdnfs.nfs_url import NfsUrl
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class Found:
 
 def serve_holder() -> str:
     """This very process, as holder."""
-    return f"serve:{os.getpid()}:{run_dir.start_time_ticks(os.getpid())}"
+    return f"serve:{os.getpid()}:{kernel_state.start_time_ticks(os.getpid())}"
 
 
 def claim(
@@ -266,7 +267,7 @@ def _lives(holder: str, root: Path) -> bool:
         # link.backend_of
         return any(state.attached and state.backend == f"nbdnfs:{rest}" for state in kernel_state.nbd_devices(root))
     pid, _, ticks = rest.partition(":")
-    return run_dir.start_time_ticks(int(pid), root) == int(ticks)
+    return kernel_state.start_time_ticks(int(pid), root) == int(ticks)
 
 
 def _refusal(verdict: Verdict, found: Found, target: NfsUrl) -> OwnedError:
@@ -408,7 +409,7 @@ def _cannot_make(error: OSError, place: _Place) -> NbdnfsError:
             )
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return CannotCreateError(f"no room for an owner record of 512 bytes in {where}", "free space there")
-    return diagnose.explain(error, target, place.address)
+    return explain.explain(error, target, place.address)
 
 
 @contextlib.contextmanager
@@ -420,7 +421,7 @@ def _explained(target: NfsUrl, address: str | None) -> Iterator[str]:
     except OSError as error:
         if error.errno in (errno.ECONNRESET, errno.ENOTCONN, errno.ESTALE):
             raise UnavailableError(f"{target.host} went away while {target.path} was taken", "try again") from None
-        raise diagnose.explain(error, target, resolved) from None
+        raise explain.explain(error, target, resolved) from None
 
 
 def _duration(seconds: float) -> str:

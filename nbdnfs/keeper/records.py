@@ -11,6 +11,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdnfs.kernel.state import start_time_ticks
+
 RUN = "run/nbdnfs"
 WORKER, KEEPER, STANDBY, ADDRESS, STATE, OWNER = "worker", "keeper", "standby", "address", "state", "owner"
 # The state that a keeper leaves behind when another machine has taken the file.
@@ -101,13 +103,3 @@ def refusal(name: str, root: Path = Path("/")) -> str | None:
         return (root / RUN / f"{name}.refused").read_text().strip()
     except OSError:
         return None
-
-
-def start_time_ticks(pid: int, root: Path = Path("/")) -> int | None:
-    """When a process began, in clock ticks since boot; None when it has ended."""
-    try:
-        text = (root / "proc" / str(pid) / "stat").read_text(errors="replace")
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])

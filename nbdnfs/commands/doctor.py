@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nbdnfs import config, kernel_state, run_dir, units
+from nbdnfs import config, quantities
 from nbdnfs.errors import NbdnfsError
-from nbdnfs.kernel_state import Process
+from nbdnfs.keeper import records as run_dir
+from nbdnfs.kernel import state as kernel_state
+from nbdnfs.kernel.state import Process
 
 _KIB, _MIB = 1 << 10, 1 << 20
 
@@ -138,7 +140,7 @@ def _memlock(root: Path) -> Finding:
     if match is None:
         return Finding("RLIMIT_MEMLOCK", False, "unknown", "is /proc mounted?")
     unlimited = match[1] == "unlimited"
-    found = "unlimited" if unlimited else units.format_size(int(match[1]))
+    found = "unlimited" if unlimited else quantities.format_size(int(match[1]))
     if unlimited or int(match[1]) >= _MEMLOCK_BYTES:
         return Finding("RLIMIT_MEMLOCK", True, found)
     if _has_capability(root, "CapEff", "CAP_IPC_LOCK"):
@@ -177,11 +179,11 @@ def _reserve(root: Path) -> Iterator[Finding]:
     cpus = len(list((root / "sys/devices/system/cpu").glob("cpu[0-9]*"))) or 1
     wanted = reserve_bytes(speed, cpus, kernel_state.meminfo(root).total_bytes)
     now = (_number(root / "proc/sys/vm/min_free_kbytes") or 0) * _KIB
-    basis = f"for {speed} Mbit/s ({link}) and {cpus} CPUs {units.format_size(wanted)}"
+    basis = f"for {speed} Mbit/s ({link}) and {cpus} CPUs {quantities.format_size(wanted)}"
     yield Finding(
         "vm.min_free_kbytes",
         now >= wanted,
-        f"{units.format_size(now)}; {basis}",
+        f"{quantities.format_size(now)}; {basis}",
         "" if now >= wanted else f"replies are dropped when it is used up: sysctl vm.min_free_kbytes={wanted // _KIB}",
     )
     scale = _number(root / "proc/sys/vm/watermark_scale_factor") or 0
@@ -256,7 +258,7 @@ def _vm(root: Path) -> Iterator[Finding]:
     yield Finding(
         "vm.page-cluster",
         good,
-        f"{cluster}: a fault reads {units.format_size(4096 << cluster)}",
+        f"{cluster}: a fault reads {quantities.format_size(4096 << cluster)}",
         "" if good else f"more than one request for each fault: sysctl vm.page-cluster={_PAGE_CLUSTER_MAX}",
     )
 
@@ -343,7 +345,7 @@ def _locked(subject: str, process: Process, root: Path, again: str) -> Finding:
     (fs/proc/task_mmu.c: smaps_account), and is for root's eyes.
     """
     rollup = dict(re.findall(r"^(Rss|Locked): +(\d+) kB", _text(_smaps(process.pid, root)) or "", re.MULTILINE))
-    size = units.format_size
+    size = quantities.format_size
     if not process.locked_bytes:
         return Finding(f"{subject}, memory", False, f"not locked, {size(process.resident_bytes)} resident", again)
     if len(rollup) < 2:

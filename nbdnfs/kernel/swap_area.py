@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A device as swap: signature, swapon, and the way back. mkswap(8), swapon(8) and swapoff(8) do the work.
 
-    python -m nbdnfs.swap_area DEVICE PRIORITY LABEL [--discard]
+    python -m nbdnfs.kernel.swap_area DEVICE PRIORITY LABEL [--discard]
 
 is what the keeper starts in a process of its own: reading a device whose worker has died waits for the next
 worker, and the keeper is who brings it.
@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nbdnfs import kernel_state, run, units
+from nbdnfs import programs, quantities
 from nbdnfs.errors import BusyError, CannotCreateError, IOFailureError, NbdnfsError, UnavailableError
-from nbdnfs.kernel_state import Swap
+from nbdnfs.kernel import state as kernel_state
+from nbdnfs.kernel.state import Swap
 
 # include/linux/swap.h: union swap_header, at the end of the first page
 _SIGNATURE = b"SWAPSPACE2"
@@ -42,17 +43,17 @@ def enable(path: Path, *, priority: int | None, label: str, discard: bool) -> No
     """
     if not has_signature(path):
         refuse_data(path)
-        run.run(
-            [run.find_program("mkswap", "util-linux"), "--label", label[:15], str(path)],
+        programs.run(
+            [programs.find_program("mkswap", "util-linux"), "--label", label[:15], str(path)],
             what=f"making a swap area on {path}",
             timeout_s=_MKSWAP_TIMEOUT_S,
         )
-    from nbdnfs import warmup  # here: keepers have this module too, and start again and again
+    from nbdnfs.kernel import warm_up  # here: keepers have this module too, and start again and again
 
-    warmup.warm_up(path, timeout_s=_MKSWAP_TIMEOUT_S)
-    run.run(
+    warm_up.warm_up(path, timeout_s=_MKSWAP_TIMEOUT_S)
+    programs.run(
         [
-            run.find_program("swapon", "mount"),
+            programs.find_program("swapon", "mount"),
             *(["--priority", str(priority)] if priority is not None and priority >= 0 else []),
             *(["--discard"] if discard else []),
             str(path),
@@ -85,7 +86,7 @@ def refuse_data(path: Path) -> None:
             while count := os.preadv(descriptor, [piece], offset):
                 if piece[:count] != zeros[:count]:
                     raise CannotCreateError(
-                        f"{path} is neither swap nor empty: there is data at {units.format_size(offset)}",
+                        f"{path} is neither swap nor empty: there is data at {quantities.format_size(offset)}",
                         "swap would destroy it; name another file, or make this one anew: nbdnfs create --force",
                     )
                 offset += count
@@ -112,8 +113,8 @@ def refuse_unless_it_fits(swap: Swap, root: Path = kernel_state.ROOT) -> None:
     room = memory.available_bytes + elsewhere - _MARGIN_BYTES
     if swap.used_bytes > room:
         raise BusyError(
-            f"{units.format_size(swap.used_bytes)} are swapped out to {swap.path}, and there is room for"
-            f" {units.format_size(max(room, 0))}: nothing has been changed",
+            f"{quantities.format_size(swap.used_bytes)} are swapped out to {swap.path}, and there is room for"
+            f" {quantities.format_size(max(room, 0))}: nothing has been changed",
             "end something that needs memory, or add another swap area, and try again",
         )
 
@@ -128,7 +129,7 @@ def disable(swap: Swap, progress: Progress, root: Path = kernel_state.ROOT) -> N
     path = swap.path.removesuffix(" (deleted)")
     total_bytes = swap.used_bytes
     swapoff = subprocess.Popen(
-        [run.find_program("swapoff", "mount"), path], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [programs.find_program("swapoff", "mount"), path], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
         while True:

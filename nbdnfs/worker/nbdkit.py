@@ -19,8 +19,10 @@ from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING
 
 import nbdnfs
-from nbdnfs import owner_record, run, worker_config
+from nbdnfs import programs
 from nbdnfs.errors import BusyError, CannotCreateError, ConfigError, NbdnfsError, UnavailableError, UsageError
+from nbdnfs.nas import owner_record
+from nbdnfs.worker import settings as worker_settings
 
 if TYPE_CHECKING:
     import subprocess
@@ -41,7 +43,7 @@ _PATIENCE_S = 1.0
 def nbdkit_argv(plugin_settings: dict[str, str], *, threads: int = THREADS) -> list[str]:
     """The command that runs the worker in the foreground on a socket that it inherits."""
     return [
-        run.find_program("nbdkit", "nbdkit"),
+        programs.find_program("nbdkit", "nbdkit"),
         "--foreground",
         "--exit-with-parent",
         f"--threads={threads}",
@@ -82,9 +84,9 @@ def check_nbdkit(version_info: Sequence[int] = sys.version_info[:2]) -> None:
     Raises UnavailableError or ConfigError. A Python of another minor version than this one is fine (the
     extension uses the limited API of 3.11) and said at info level.
     """
-    nbdkit = run.find_program("nbdkit", "nbdkit")
+    nbdkit = programs.find_program("nbdkit", "nbdkit")
     try:
-        dump = run.run([nbdkit, "python", "--dump-plugin"], what="asking nbdkit for its Python plugin")
+        dump = programs.run([nbdkit, "python", "--dump-plugin"], what="asking nbdkit for its Python plugin")
     except NbdnfsError:
         raise UnavailableError(
             "nbdkit has no Python plugin", "install it (Debian: apt install nbdkit-plugin-python)"
@@ -177,7 +179,7 @@ def serve(
     comparison knows nothing of that.
     """
     check_nbdkit()
-    text, address = worker_config.check_url(url)
+    text, address = worker_settings.check_url(url)
     owned = owned and engine == "c"
     more = owner_settings(text) if owned else {}
     argv = nbdkit_argv({"url": text, "address": address, "engine": engine, **more, **settings}, threads=threads)
@@ -203,7 +205,7 @@ def serve(
         if signals:
             patience.cancel()
             return 0
-        worker = run.start_listening(argv, listener, worker_environment())
+        worker = programs.start_listening(argv, listener, worker_environment())
         if signals:
             worker.send_signal(signal.SIGTERM)
         listener.close()  # the worker's alone now: when it dies, connecting fails instead of hanging
@@ -215,15 +217,15 @@ def serve(
 @contextlib.contextmanager
 def _owning(url: str, address: str) -> Iterator[None]:
     """Have the file for this machine and process meanwhile. Raises as owner.claim."""
-    from nbdnfs import owner  # not for keepers, which have this module in locked memory
+    from nbdnfs.nas import ownership  # not for keepers, which have this module in locked memory
 
-    me, holder = owner_record.identity(), owner.serve_holder()
-    owner.claim(url, holder, me)
+    me, holder = owner_record.identity(), ownership.serve_holder()
+    ownership.claim(url, holder, me)
     try:
         yield
     finally:
         try:
-            owner.release(url, holder, me, address=address)
+            ownership.release(url, holder, me, address=address)
         except NbdnfsError as error:
             log.warning("the owner record stays: %s", error.message)
 

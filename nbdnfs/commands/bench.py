@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
-from nbdnfs import diagnose, provision
-from nbdnfs import url as nfs_url
+from nbdnfs import nfs_url
 from nbdnfs.engine import Engine, NfsFile, libnfs_version
 from nbdnfs.errors import IOFailureError, UsageError
+from nbdnfs.nas import backing_file, explain
 
 PAGE_BYTES = 4096
 MIN_SIZE_BYTES = 1 << 20
@@ -93,8 +93,8 @@ def run(url: str, size_bytes: int, seconds: float, tell: Callable[[Row], None] =
     if size_bytes < MIN_SIZE_BYTES or size_bytes % PAGE_BYTES:
         raise UsageError("the file is to have 1 MiB or more, in whole pages", "for example --size 64M")
     target = nfs_url.parse(url)
-    diagnose.refuse_unsupported(target, libnfs_version)
-    provision.create(url, size_bytes)
+    explain.refuse_unsupported(target, libnfs_version)
+    backing_file.create(url, size_bytes)
     address = target.resolve()
     rows = []
     with _removed_at_the_end(target, address), contextlib.closing(_open(target, address)) as engine:
@@ -108,7 +108,7 @@ def _open(target: nfs_url.NfsUrl, address: str) -> Engine:
     try:
         return Engine(target.text, address, connections=CONNECTIONS)
     except OSError as error:
-        raise diagnose.explain(error, target, address) from None
+        raise explain.explain(error, target, address) from None
 
 
 @contextlib.contextmanager

@@ -25,8 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
-from nbdnfs import diagnose, owner, owner_record, units
-from nbdnfs import url as nfs_url
+from nbdnfs import nfs_url, quantities
 from nbdnfs.engine import NfsFile, libnfs_version
 from nbdnfs.errors import (
     BusyError,
@@ -38,7 +37,8 @@ from nbdnfs.errors import (
     PermissionDeniedError,
     UsageError,
 )
-from nbdnfs.url import NfsUrl
+from nbdnfs.nas import explain, owner_record, ownership
+from nbdnfs.nfs_url import NfsUrl
 
 if TYPE_CHECKING:
     from nbdnfs.engine._engine import FileStat
@@ -100,7 +100,7 @@ def create(url: str, size_bytes: int, *, force: bool = False, progress: Progress
     """
     _check_size(size_bytes)
     target = nfs_url.parse(url)
-    diagnose.refuse_unsupported(target, libnfs_version)
+    explain.refuse_unsupported(target, libnfs_version)
     address = target.resolve()
     report = progress or (lambda _done, _total: None)
     with _only_creator_here(target), _explained(target, address):
@@ -111,7 +111,7 @@ def create(url: str, size_bytes: int, *, force: bool = False, progress: Progress
         with _closing(existing):
             _remove_leftover(existing, target)
             _check_may_overwrite(_stat(existing), target, size_bytes, force)
-            owner.refuse_if_owned(url, owner_record.identity())
+            ownership.refuse_if_owned(url, owner_record.identity())
             _write_zeros(existing, 0, size_bytes, target, report)
             _warn_unless_allocated(existing, target, size_bytes)
 
@@ -139,7 +139,7 @@ def _remove_leftover(existing: NfsFile, target: NfsUrl) -> None:
 
 
 def _check_may_overwrite(found: FileStat, target: NfsUrl, size_bytes: int, force: bool) -> None:
-    path, size = f"{target.path} on {target.host}", units.format_size(found["size"])
+    path, size = f"{target.path} on {target.host}", quantities.format_size(found["size"])
     if not found["is_regular"]:
         raise NoInputError(f"{path} is no regular file", "name a file, for example .../%H.swap")
     if not force:
@@ -200,7 +200,7 @@ def _open_part(target: NfsUrl, part_name: str, address: str, size_bytes: int) ->
             # A second name: it is somebody's backing file by now. Other permissions: it was not made here. Too
             # long: it was to become a larger file, and nothing here truncates.
             if found["nlink"] == 1 and found["mode"] == 0o600 and found["size"] <= size_bytes:
-                log.info("going on with an interrupted create, at %s", units.format_size(found["size"]))
+                log.info("going on with an interrupted create, at %s", quantities.format_size(found["size"]))
                 return part
             with _closing(part):
                 _unlink_if_there(part, f"/{part_name}")
@@ -227,7 +227,7 @@ def _cannot_create(error: OSError, target: NfsUrl, address: str) -> NbdnfsError:
             )
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _no_room(error, target, 0)
-    return diagnose.explain(error, target, address)
+    return explain.explain(error, target, address)
 
 
 def _refuse_squashed(part: NfsFile, part_name: str, target: NfsUrl) -> None:
@@ -395,18 +395,18 @@ def _write_zeros(file: NfsFile, start: int, end: int, target: NfsUrl, report: Pr
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _no_room(error, target, done) from None
         raise IOFailureError(
-            f"{target.host} failed to write {target.path} at {units.format_size(done)}: {error.strerror}",
+            f"{target.host} failed to write {target.path} at {quantities.format_size(done)}: {error.strerror}",
             "mend that and run this again",
         ) from None
     except KeyboardInterrupt:
-        log.warning("interrupted at %s of %s", units.format_size(done), units.format_size(end))
+        log.warning("interrupted at %s of %s", quantities.format_size(done), quantities.format_size(end))
         raise
     finally:
         writers.end(_INTERRUPTED_GRACE_S)
 
 
 def _no_room(error: OSError, target: NfsUrl, done_bytes: int) -> CannotCreateError:
-    place, size = f"{target.directory} on {target.host}", units.format_size(done_bytes)
+    place, size = f"{target.directory} on {target.host}", quantities.format_size(done_bytes)
     if error.errno == errno.EDQUOT:
         return CannotCreateError(
             f"the quota for {place} is used up: it left room for {size}",
@@ -426,8 +426,8 @@ def _warn_unless_allocated(file: NfsFile, target: NfsUrl, size_bytes: int) -> No
                 "%s keeps only %s of the %s it was sent (compression, deduplication, thin volumes?): "
                 "when it gets full, swapped-out pages have no room",
                 target.host,
-                units.format_size(used),
-                units.format_size(size_bytes),
+                quantities.format_size(used),
+                quantities.format_size(size_bytes),
             )
             return
         time.sleep(_RETRY_PAUSE_S)
@@ -458,7 +458,7 @@ def _explained(target: NfsUrl, address: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise diagnose.explain(error, target, address) from None
+        raise explain.explain(error, target, address) from None
 
 
 @contextlib.contextmanager

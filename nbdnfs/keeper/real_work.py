@@ -11,26 +11,20 @@ from pathlib import Path
 from typing import NoReturn
 
 import nbdnfs
-from nbdnfs import (
-    config,
-    keeper,
-    link,
-    memlock,
-    notify,
-    owner_record,
-    run_dir,
-    swap_area,
-    worker,
-    worker_config,
-    worker_process,
-)
+from nbdnfs import config, memlock
 from nbdnfs.config import Config
 from nbdnfs.engine import disconnected_offset
 from nbdnfs.errors import CannotCreateError, NbdnfsError, PermissionDeniedError
-from nbdnfs.keeper import Helper, Keeper
-from nbdnfs.link import Attached
-from nbdnfs.run_dir import RunDir
-from nbdnfs.worker_process import WorkerProcess
+from nbdnfs.keeper import keeper, sd_notify, worker_handle
+from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.keeper import Helper, Keeper
+from nbdnfs.keeper.records import RunDir
+from nbdnfs.keeper.worker_handle import WorkerProcess
+from nbdnfs.kernel import link, swap_area
+from nbdnfs.kernel.link import Attached
+from nbdnfs.nas import owner_record
+from nbdnfs.worker import nbdkit
+from nbdnfs.worker import settings as worker_settings
 
 # How the names of the files begin whose code the keeper runs.
 CODE = ("python3", "libpython3", "libc.so", "ld-linux", "_memlock.", "_socket.", "_struct.", "select.", "mmap.")
@@ -55,7 +49,7 @@ def plugin_settings(settings: Config, text: str, address: str) -> dict[str, str]
         "read_ahead_pages": str(settings.read_ahead_pages),
         "soft_limit_ms": str(settings.soft_limit_ms if settings.recovery == "soft" else 0),
         "gone_limit_ms": str(settings.gone_limit_ms),
-        **(worker.owner_settings(text) if settings.owner else {}),
+        **(nbdkit.owner_settings(text) if settings.owner else {}),
     }
 
 
@@ -71,13 +65,13 @@ class RealWork:
         self._text, self._address = text, address
         self._answer = -1
         self._steal = steal
-        self._program, self._argv = worker_process.command(
+        self._program, self._argv = worker_handle.command(
             plugin_settings(settings, text, address), threads=settings.threads
         )
         # less $NOTIFY_SOCKET and the like: nobody else is to speak for the keeper
         self._environment = {
             key: value
-            for key, value in worker.worker_environment().items()
+            for key, value in nbdkit.worker_environment().items()
             if not key.startswith(("NOTIFY_", "WATCHDOG_", "LISTEN_"))
         }
 
@@ -85,7 +79,7 @@ class RealWork:
         return WorkerProcess.start(self._program, self._argv, self._environment, region_fd)
 
     def take_worker(self, parked: int) -> WorkerProcess | None:
-        return WorkerProcess.take(parked, worker_process.making(self._argv))
+        return WorkerProcess.take(parked, worker_handle.making(self._argv))
 
     def provision(self) -> Helper | None:
         """The file made where it is missing and the configuration says how large it is to be, and claimed."""
@@ -101,7 +95,7 @@ class RealWork:
         """swap_area."""
         priority = "-" if self._settings.priority is None else str(self._settings.priority)
         flags = ["--discard"] if self._settings.discard else []
-        return self._python("nbdnfs.swap_area", attached.path, priority, self._settings.name, *flags)
+        return self._python("nbdnfs.kernel.swap_area", attached.path, priority, self._settings.name, *flags)
 
     def is_swapped_on(self, attached: Attached) -> bool:
         return swap_area.find(attached.path) is not None
@@ -115,7 +109,9 @@ class RealWork:
         self._forget_answer()
         self._answer, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            return self._python("nbdnfs.resolve", self._settings.name, self._text, self._address, stdout=theirs)
+            return self._python(
+                "nbdnfs.keeper.helpers.resolve_server", self._settings.name, self._text, self._address, stdout=theirs
+            )
         finally:
             os.close(theirs)
 
@@ -161,15 +157,15 @@ def run(name: str, *, steal: bool = False) -> int:
         records.make()
     except OSError as error:
         raise CannotCreateError(f"cannot make {records.path}: {error.strerror}") from None
-    notifier = notify.Notifier()
-    stored = notify.stored()
+    notifier = sd_notify.Notifier()
+    stored = sd_notify.stored()
     backend = link.backend_of(name)
     adopting = link.find(backend) is not None
     if adopting and records.read(run_dir.STATE) == run_dir.LOST:
         raise keeper.lost(name)
     text, address = _server(settings, records, adopting=adopting)
     if not adopting:  # with swap standing still, nothing is started that need not be
-        worker.check_nbdkit()
+        nbdkit.check_nbdkit()
     link.load_driver()
     settings = dataclasses.replace(settings, owner=_owns(settings, records, adopting=adopting))
     kernel = link.Link(
@@ -224,7 +220,7 @@ def _server(settings: Config, records: RunDir, *, adopting: bool) -> tuple[str, 
     known = (records.read(run_dir.ADDRESS) or "").split("\n")
     if adopting and len(known) == 2:
         return known[0], known[1]
-    text, address = worker_config.check_url(settings.url)
+    text, address = worker_settings.check_url(settings.url)
     records.write(run_dir.ADDRESS, f"{text}\n{address}")
     return text, address
 
@@ -242,10 +238,10 @@ def _give_up_unless_attached(name: str, text: str, address: str) -> None:
     """After a failure: a file that nothing here uses is anybody's. Where it was another machine's, it stays so."""
     if link.find(link.backend_of(name)) is not None:
         return
-    from nbdnfs import owner  # nothing is locked for the sake of swap any more
+    from nbdnfs.nas import ownership  # nothing is locked for the sake of swap any more
 
     try:
-        owner.release(
+        ownership.release(
             text.replace("%", "%%"), owner_record.keeper_holder(name), owner_record.identity(), address=address
         )
     except NbdnfsError as error:

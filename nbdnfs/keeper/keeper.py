@@ -23,15 +23,17 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Protocol
 
-from nbdnfs import __version__, handshake, run_dir, shared_region
+from nbdnfs import __version__, region
 from nbdnfs.errors import BusyError, NbdnfsError, OwnedError, UnavailableError
-from nbdnfs.handshake import Export
-from nbdnfs.link import Attached
-from nbdnfs.notify import Notifier
-from nbdnfs.run_dir import RunDir
-from nbdnfs.worker_config import LOST_STATUS
-from nbdnfs.worker_process import NAME as _WORKER_NAME
-from nbdnfs.worker_process import WorkerProcess
+from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.records import RunDir
+from nbdnfs.keeper.sd_notify import Notifier
+from nbdnfs.keeper.worker_handle import NAME as _WORKER_NAME
+from nbdnfs.keeper.worker_handle import WorkerProcess
+from nbdnfs.kernel import nbd_handshake
+from nbdnfs.kernel.link import Attached
+from nbdnfs.kernel.nbd_handshake import Export
+from nbdnfs.worker.settings import LOST_STATUS
 
 HANDSHAKE_TIMEOUT_S = 5.0
 
@@ -267,8 +269,8 @@ class Keeper:
 
     def _warm_up(self, now: float) -> str:
         """The region and all memory of the keeper's in place, and a standby that needs none to take over."""
-        if self._mapping is None and shared_region.is_made(self._region):
-            self._mapping = shared_region.hold_in_memory(self._region)
+        if self._mapping is None and region.is_made(self._region):
+            self._mapping = region.hold_in_memory(self._region)
             self._warm_up_memory()
         if self.standby is not None and self.standby.is_ready:
             return "swap_on"
@@ -369,7 +371,7 @@ class Keeper:
         """Shake hands, and hand the socket to the kernel."""
         assert worker.socket is not None
         try:
-            export = handshake.negotiate(worker.socket, timeout_s=HANDSHAKE_TIMEOUT_S)
+            export = nbd_handshake.negotiate(worker.socket, timeout_s=HANDSHAKE_TIMEOUT_S)
         except NbdnfsError as error:
             self._give_up(worker, f"a worker's handshake: {error.message}")
             return
@@ -509,13 +511,13 @@ class Keeper:
             # what is parked belongs to a device that is no more
             for descriptor in stored.values():
                 os.close(descriptor)
-            descriptor = shared_region.create()
+            descriptor = region.create()
             self._notifier.store(_REGION, descriptor)
             return descriptor
         if _REGION in stored:
             return stored[_REGION]
         record = self._records.living(run_dir.WORKER)
-        found = shared_region.take_from(record.pid) if record is not None else None
+        found = region.take_from(record.pid) if record is not None else None
         if found is not None:
             self._notifier.store(_REGION, found)
             return found
@@ -528,7 +530,7 @@ class Keeper:
     def _take_standby(self, parked: int) -> None:
         """Have the last keeper's standby; let go of one of another version, or of a region that is no more."""
         standby = self._work.take_worker(parked)
-        if standby is not None and self.device is not None and shared_region.is_held_by(self._region, standby.pid):
+        if standby is not None and self.device is not None and region.is_held_by(self._region, standby.pid):
             self.standby = standby
             self._is_standby_parked = True
             self._say(f"standby {standby.pid} waits, and goes on")
@@ -543,10 +545,10 @@ class Keeper:
         if self.device is None:
             return
         record = self._records.living(run_dir.WORKER)
-        pid = record.pid if record is not None else shared_region.holder(self._region, _WORKER_NAME)
+        pid = record.pid if record is not None else region.holder(self._region, _WORKER_NAME)
         worker = WorkerProcess.adopt(pid) if pid is not None else None
         # only now that it is held by a descriptor is it certain that the pid still means the same process
-        if worker is not None and shared_region.is_held_by(self._region, worker.pid):
+        if worker is not None and region.is_held_by(self._region, worker.pid):
             self.worker, self._linked_s = worker, time.monotonic()
             self._say(f"{self.device.path}: worker {worker.pid} serves, and goes on")
             self._replace = record is None or record.version != __version__

@@ -17,7 +17,7 @@ from nbdnfs.errors import (
     PermissionDeniedError,
     UnavailableError,
 )
-from nbdnfs.url import NfsUrl
+from nbdnfs.nfs_url import NfsUrl
 
 _PROBE_TIMEOUT_S = 2.0
 # RFC 1057 (portmapper), RFC 1813 (NFS): what libnfs asks when the URL does not say

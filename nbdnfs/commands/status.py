@@ -10,10 +10,12 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from nbdnfs import config, link, run_dir, shared_region, swap_area, units
+from nbdnfs import config, quantities, region
 from nbdnfs.engine import region_counters
 from nbdnfs.errors import NoInputError
-from nbdnfs.run_dir import RunDir
+from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.records import RunDir
+from nbdnfs.kernel import link, swap_area
 
 PAGE_BYTES = 4096
 # enum owner_state of engine/owner.h
@@ -57,7 +59,7 @@ class Status:
 
     def text(self) -> str:
         """A few lines for people."""
-        size = units.format_size
+        size = quantities.format_size
         lines = [f"{self.name}: {'ok' if self.is_green else '; '.join(self.problems)}"]
         if self.device is not None and self.device_bytes is not None:
             lines.append(
@@ -134,11 +136,11 @@ def read(name: str, root: Path = Path("/")) -> Status:
 
 def _counters(worker_pid: int, root: Path) -> dict[str, int | list[int]]:
     """The region's, through its worker's descriptor; empty where that is not to be had."""
-    descriptor = shared_region.take_from(worker_pid, root)
+    descriptor = region.take_from(worker_pid, root)
     if descriptor is None:
         return {}
     try:
-        return region_counters(descriptor) if shared_region.is_made(descriptor) else {}
+        return region_counters(descriptor) if region.is_made(descriptor) else {}
     finally:
         os.close(descriptor)
 

@@ -15,11 +15,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdnfs import kernel_state, nbd_settings, run
+from nbdnfs import programs
 from nbdnfs.errors import NbdnfsError, UnavailableError, UsageError
-from nbdnfs.handshake import Export
-from nbdnfs.kernel_state import NbdDevice
-from nbdnfs.netlink import LinkDeadEvents, NbdNetlink
+from nbdnfs.kernel import nbd_settings
+from nbdnfs.kernel import state as kernel_state
+from nbdnfs.kernel.nbd_handshake import Export
+from nbdnfs.kernel.nbd_netlink import LinkDeadEvents, NbdNetlink
+from nbdnfs.kernel.state import NbdDevice
 
 _APPEARS_S = 10.0
 _POLL_S = 0.01
@@ -58,7 +60,7 @@ def load_driver(root: Path = kernel_state.ROOT) -> None:
     """Have the kernel's nbd driver loaded. UnavailableError where that fails, with a status that says: for good."""
     if not kernel_state.nbd_module(root).loaded:
         try:
-            run.run([run.find_program("modprobe", "kmod"), "nbd"], what="loading the kernel's nbd driver")
+            programs.run([programs.find_program("modprobe", "kmod"), "nbd"], what="loading the kernel's nbd driver")
         except NbdnfsError as error:
             missing = UnavailableError(
                 f"the kernel's nbd driver is not there: {error.message}", "use a kernel that has CONFIG_BLK_DEV_NBD"

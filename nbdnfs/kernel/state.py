@@ -257,6 +257,16 @@ def process(pid: int, root: Path = ROOT) -> Process | None:
     )
 
 
+def start_time_ticks(pid: int, root: Path = ROOT) -> int | None:
+    """When a process began, in clock ticks since boot; None when it has ended."""
+    try:
+        text = (root / "proc" / str(pid) / "stat").read_text(errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
 def device_number(path: Path) -> str | None:
     """The number ("43:0") of a block device node, symbolic links followed; None for anything else."""
     try:

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbdnfs import handshake, kernel_state, nbd_settings
 from nbdnfs.errors import (
     BusyError,
     NbdnfsError,
@@ -36,12 +35,14 @@ from nbdnfs.errors import (
     UnavailableError,
     UsageError,
 )
-from nbdnfs.kernel_state import NbdDevice
-from nbdnfs.nbd_settings import BLOCK_SIZE_BYTES, DEAD_CONN_TIMEOUT_S, IO_TIMEOUT_MS, MAX_REQUEST_KIB
-from nbdnfs.warmup import warm_up as warm_up  # part of setting a device up
+from nbdnfs.kernel import nbd_handshake, nbd_settings
+from nbdnfs.kernel import state as kernel_state
+from nbdnfs.kernel.nbd_settings import BLOCK_SIZE_BYTES, DEAD_CONN_TIMEOUT_S, IO_TIMEOUT_MS, MAX_REQUEST_KIB
+from nbdnfs.kernel.state import NbdDevice
+from nbdnfs.kernel.warm_up import warm_up as warm_up  # part of setting a device up
 
 if TYPE_CHECKING:
-    from nbdnfs.netlink import NbdNetlink
+    from nbdnfs.kernel.nbd_netlink import NbdNetlink
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ def _insist(take: Callable[[int], int], wanted: NbdDevice, root: Path) -> int:
     raise refusal
 
 
-def connect(socket_path: Path, *, timeout_s: float) -> tuple[socket.socket, handshake.Export]:
+def connect(socket_path: Path, *, timeout_s: float) -> tuple[socket.socket, nbd_handshake.Export]:
     """A socket to the NBD server that the kernel can be given, and what the server offers.
 
     Connecting and shaking hands may take `timeout_s` seconds each. Errors as in `attach`.
@@ -191,7 +192,7 @@ def connect(socket_path: Path, *, timeout_s: float) -> tuple[socket.socket, hand
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _connect(sock, socket_path, timeout_s)
-        export = handshake.negotiate(sock, timeout_s=timeout_s)
+        export = nbd_handshake.negotiate(sock, timeout_s=timeout_s)
         _check(export, socket_path)
     except BaseException:
         sock.close()
@@ -219,7 +220,7 @@ def _connect(sock: socket.socket, path: Path, timeout_s: float) -> None:
         raise UsageError(f"cannot connect to {path}: {error.strerror or error}", "give another path") from None
 
 
-def _check(export: handshake.Export, socket_path: Path) -> None:
+def _check(export: nbd_handshake.Export, socket_path: Path) -> None:
     """Whether the kernel can take it: 4 KiB requests, all of them full."""
     if export.size_bytes == 0 or export.size_bytes % BLOCK_SIZE_BYTES:
         raise UsageError(
@@ -234,7 +235,7 @@ def _check(export: handshake.Export, socket_path: Path) -> None:
         )
 
 
-def _settle(index: int, export: handshake.Export, io_timeout_ms: int, timeout_s: float, root: Path) -> Attachment:
+def _settle(index: int, export: nbd_handshake.Export, io_timeout_ms: int, timeout_s: float, root: Path) -> Attachment:
     """Set the queue up, and wait until the block device is there in full."""
     name = f"nbd{index}"
 
@@ -386,6 +387,6 @@ def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def _open_netlink() -> NbdNetlink:
-    from nbdnfs.netlink import NbdNetlink
+    from nbdnfs.kernel.nbd_netlink import NbdNetlink
 
     return NbdNetlink.open()

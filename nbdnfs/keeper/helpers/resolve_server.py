@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Looks up the server's name again, for a keeper whose server has been away for long.
 
-    python -m nbdnfs.resolve NAME URL KNOWN-ADDRESS
+    python -m nbdnfs.keeper.helpers.resolve_server NAME URL KNOWN-ADDRESS
 
 A process of its own: name resolution reads files, opens sockets and allocates, none of which a keeper or a worker may
 do while swap stands still. It may itself stand still until the server is back, and is the first that the kernel kills
@@ -14,8 +14,9 @@ from __future__ import annotations
 import contextlib
 import sys
 
-from nbdnfs import run_dir, url
+from nbdnfs import nfs_url
 from nbdnfs.errors import NbdnfsError
+from nbdnfs.keeper import records as run_dir
 
 # proc_pid_oom_score_adj(5): the keeper's own -1000 is inherited
 _FIRST_TO_BE_KILLED = "1000"
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
     name, text, known = argv
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write(_FIRST_TO_BE_KILLED)
-    parsed = url.parse(text.replace("%", "%%"))
+    parsed = nfs_url.parse(text.replace("%", "%%"))
     try:
         address = parsed.resolve()
     except NbdnfsError as error:

@@ -15,12 +15,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nbdnfs import config, link, owner, owner_record, run, run_dir, swap_area
+from nbdnfs import config, programs
 from nbdnfs.errors import BusyError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError
-from nbdnfs.kernel_state import Swap
-from nbdnfs.link import Attached
-from nbdnfs.netlink import NbdNetlink
-from nbdnfs.run_dir import ProcessRecord, RunDir
+from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.records import ProcessRecord, RunDir
+from nbdnfs.kernel import link, swap_area
+from nbdnfs.kernel.link import Attached
+from nbdnfs.kernel.nbd_netlink import NbdNetlink
+from nbdnfs.kernel.state import Swap
+from nbdnfs.nas import owner_record, ownership
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> No
     settings = config.load(name)
     _need_root(f"nbdnfs up {name}")
     if steal and settings.owner:
-        owner.claim(settings.url, owner_record.keeper_holder(name), owner_record.identity(), steal=True)
+        ownership.claim(settings.url, owner_record.keeper_holder(name), owner_record.identity(), steal=True)
     if _systemd_has(name):
         if subprocess.run([_systemctl(), "start", unit_of(name)], check=False).returncode != 0:
             raise UnavailableError(f"{unit_of(name)} did not start", f"see why: journalctl -u {unit_of(name)}")
@@ -142,7 +145,7 @@ def _give_up(records: RunDir) -> None:
         return
     try:
         holder = owner_record.keeper_holder(records.name)
-        owner.release(text.replace("%", "%%"), holder, owner_record.identity(), address=address)
+        ownership.release(text.replace("%", "%%"), holder, owner_record.identity(), address=address)
     except NbdnfsError as error:
         print(f"nbdnfs: {records.name}: the owner record stays: {error.message}", file=sys.stderr)
 
@@ -194,7 +197,7 @@ def _systemd_runs(root: Path = Path("/")) -> bool:
 
 
 def _systemctl() -> str:
-    return run.find_program("systemctl", "systemd")
+    return programs.find_program("systemctl", "systemd")
 
 
 def _systemd_has(name: str) -> bool:
@@ -206,7 +209,7 @@ def _unit_is_active(name: str) -> bool:
 
 
 def _property(name: str, key: str) -> str:
-    shown = run.run([_systemctl(), "show", "--value", f"--property={key}", unit_of(name)], what="asking systemd")
+    shown = programs.run([_systemctl(), "show", "--value", f"--property={key}", unit_of(name)], what="asking systemd")
     return shown.strip()
 
 
@@ -214,7 +217,7 @@ def _job_of(name: str) -> str:
     """What systemd is about to do with the unit: "stop", "restart", "start"; "" for nothing, or not to be known."""
     if not _systemd_runs():
         return ""
-    jobs = run.run([_systemctl(), "list-jobs", "--no-legend", "--plain"], what="asking systemd for its jobs")
+    jobs = programs.run([_systemctl(), "list-jobs", "--no-legend", "--plain"], what="asking systemd for its jobs")
     for line in jobs.splitlines():
         fields = line.split()
         if len(fields) >= 3 and fields[1] == unit_of(name):
@@ -232,7 +235,7 @@ def _come_back(name: str) -> None:
     """Have systemd start the keeper again once it has stopped it. Turned away at shutdown, and rightly so."""
     print(f"nbdnfs: {name}: swap stays on, and the keeper comes back to it", file=sys.stderr)
     with contextlib.suppress(NbdnfsError):
-        run.run([_systemctl(), "--no-block", "start", unit_of(name)], what="asking systemd for a start")
+        programs.run([_systemctl(), "--no-block", "start", unit_of(name)], what="asking systemd for a start")
 
 
 def _start_in_background(name: str, timeout_s: float) -> None:

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdnfs import run_dir, shared_region, status
+from nbdnfs import region
+from nbdnfs.commands import status
 from nbdnfs.engine import region_counters
 from nbdnfs.errors import NoInputError
-from nbdnfs.run_dir import RunDir
+from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.records import RunDir
 
 PAGE_BYTES = 4096
 _MIB = 1 << 20
@@ -119,11 +121,11 @@ def _read(names: Sequence[str], root: Path) -> dict[str, Counters]:
     found: dict[str, Counters] = {}
     for name in names:
         worker = RunDir(name, root).living(run_dir.WORKER)
-        descriptor = shared_region.take_from(worker.pid, root) if worker is not None else None
+        descriptor = region.take_from(worker.pid, root) if worker is not None else None
         if descriptor is None:
             continue
         try:
-            if shared_region.is_made(descriptor):
+            if region.is_made(descriptor):
                 found[name] = region_counters(descriptor)
         finally:
             os.close(descriptor)

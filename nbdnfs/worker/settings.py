@@ -19,7 +19,7 @@ TYPE_CHECKING = False  # typing's own, without typing
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from nbdnfs.reference import Engine as ReferenceEngine
+    from nbdnfs.worker.reference_engine import Engine as ReferenceEngine
 
 ENGINES = ("c", "libnfs-python")
 DESCRIPTORS = range(1 << 20)
@@ -159,9 +159,10 @@ class WorkerConfig:
                 engine = self._open_engine(min(_CONNECT_TIMEOUT_S << failures, _CONNECT_TIMEOUT_MAX_S))
             except OSError as error:
                 if self.control_fd is None or getattr(error, "phase", "") != "connect":
-                    from nbdnfs import diagnose, url
+                    from nbdnfs import nfs_url
+                    from nbdnfs.nas import explain
 
-                    raise diagnose.explain(error, url.parse(self.url), self.address) from None
+                    raise explain.explain(error, nfs_url.parse(self.url), self.address) from None
             else:
                 if self.control_fd is not None:
                     os.close(self.control_fd)  # from here on its connection tells
@@ -175,7 +176,7 @@ class WorkerConfig:
 
     def _open_engine(self, connect_timeout_s: int) -> Engine | ReferenceEngine:
         if self.engine == "libnfs-python":
-            from nbdnfs.reference import Engine as Reference
+            from nbdnfs.worker.reference_engine import Engine as Reference
 
             return Reference(self.url, self.address)
         keep_thread_states()
@@ -220,10 +221,11 @@ def parse(settings: Mapping[str, str]) -> WorkerConfig:
 
 def check_url(text: str) -> tuple[str, str]:
     """The URL as libnfs is to get it, and the server's address. Raises NbdnfsError."""
-    from nbdnfs import diagnose, url
+    from nbdnfs import nfs_url
+    from nbdnfs.nas import explain
 
-    parsed = url.parse(text)
-    diagnose.refuse_unsupported(parsed, libnfs_version)
+    parsed = nfs_url.parse(text)
+    explain.refuse_unsupported(parsed, libnfs_version)
     return parsed.text, parsed.resolve()
 
 

@@ -22,7 +22,9 @@ import signal
 import socket
 from collections.abc import Mapping
 
-from nbdnfs import __version__, run, worker, worker_config
+from nbdnfs import __version__, programs
+from nbdnfs.worker import nbdkit
+from nbdnfs.worker import settings as worker_settings
 
 # Where a worker finds what it inherits. nbdkit -s speaks NBD on 0 and 1. Far above every descriptor that a keeper has,
 # so that putting one into its place never overwrites another.
@@ -41,7 +43,7 @@ _DESCRIPTOR_BYTES = array.array("i").itemsize
 
 def command(settings: Mapping[str, str], *, threads: int) -> tuple[str, list[str]]:
     """The program, and its arguments, of a worker for a keeper. UnavailableError or ConfigError where it is missing."""
-    program = run.find_program("nbdkit", "nbdkit")
+    program = programs.find_program("nbdkit", "nbdkit")
     inherited = {"region_fd": str(_REGION_FD), "control_fd": str(_CONTROL_FD)}
     argv = [
         NAME,
@@ -49,7 +51,7 @@ def command(settings: Mapping[str, str], *, threads: int) -> tuple[str, list[str
         "--log=stderr",
         f"--threads={threads}",
         "python",
-        str(worker.plugin_path()),
+        str(nbdkit.plugin_path()),
         *(f"{key}={value}" for key, value in {**settings, **inherited}.items()),
     ]
     return program, argv
@@ -164,7 +166,7 @@ class WorkerProcess:
         """Take notice of a standby that has become ready."""
         if not self.is_ready and self._control is not None:
             with contextlib.suppress(BlockingIOError, ConnectionError):
-                self.is_ready = self._control.recv(1) == worker_config.READY
+                self.is_ready = self._control.recv(1) == worker_settings.READY
 
     def go(self, address: str = "") -> None:
         """End its wait: it is to connect to the server, take the region over and serve. Also before it is ready.
@@ -179,7 +181,7 @@ class WorkerProcess:
                 if self.is_ready:
                     self._control.recv(_PARCEL_BYTES)  # the kernel closes descriptors that no room is given for
             with contextlib.suppress(OSError):  # it has ended, which `has_ended` tells
-                self._control.send(worker_config.GO + address.encode())
+                self._control.send(worker_settings.GO + address.encode())
 
     @property
     def is_packed(self) -> bool:

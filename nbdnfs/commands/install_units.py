@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbdnfs
-from nbdnfs import config, run
+from nbdnfs import config, programs
 from nbdnfs.errors import CannotCreateError, ConfigError, NbdnfsError, PermissionDeniedError
 
 _LIB = "usr/local/lib"
@@ -84,8 +84,8 @@ def install(root: Path = Path("/"), *, program: str | None = None, force: bool =
         kind = PermissionDeniedError if isinstance(error, PermissionError) else CannotCreateError
         raise kind(f"cannot write {error.filename}: {error.strerror}", "run it as root, or with --root DIR") from None
     if written and root == Path("/") and Path("/run/systemd/system").is_dir():
-        systemctl = run.find_program("systemctl", "systemd")
-        run.run([systemctl, "daemon-reload"], what="systemctl daemon-reload", timeout_s=_RELOAD_TIMEOUT_S)
+        systemctl = programs.find_program("systemctl", "systemd")
+        programs.run([systemctl, "daemon-reload"], what="systemctl daemon-reload", timeout_s=_RELOAD_TIMEOUT_S)
     return written
 
 
