@@ -24,7 +24,7 @@ from pathlib import Path
 _HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(_HERE), str(_HERE.parent / "vm-tests"), str(_HERE.parent / "tests")]
 
-from nfs_server import Ganesha, ServerError, free_ports  # noqa: E402
+from support.nfs_server import Ganesha, ServerError, free_ports  # noqa: E402
 from svg import Group, bars  # noqa: E402
 from vmtest import host, image, initramfs  # noqa: E402
 from vmtest.benchpeers import FLOOR, KERNEL_NBD, KERNEL_NFS, OURS, PEERS, Files  # noqa: E402

@@ -10,16 +10,12 @@ import dataclasses
 import itertools
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from nfs_server import Ganesha
-from proxy import TcpProxy
+from support.nfs_server import Ganesha
+from support.proxy import TcpProxy
 
 MIB = 1 << 20
 

@@ -3,23 +3,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-_HERE = Path(__file__).resolve().parent
-for _folder in (_HERE, _HERE.parent / "tests"):  # tests/nfs_server.py serves us as well
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
-from nfs_server import Ganesha  # noqa: E402
-from vmtest import image as images  # noqa: E402
-from vmtest import initramfs  # noqa: E402
-from vmtest.guest import Guest  # noqa: E402
-from vmtest.payload import payload  # noqa: E402
-from vmtest.report import (  # noqa: E402, F401
+from support.nfs_server import Ganesha
+from vmtest import image as images
+from vmtest import initramfs
+from vmtest.guest import Guest
+from vmtest.payload import payload
+from vmtest.report import (  # noqa: F401
     pytest_report_teststatus,
     pytest_runtest_makereport,
     pytest_terminal_summary,

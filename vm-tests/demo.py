@@ -21,7 +21,7 @@ from types import FrameType
 _HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(_HERE), str(_HERE.parent / "tests")]
 
-from nfs_server import Ganesha, ServerError  # noqa: E402
+from support.nfs_server import Ganesha, ServerError  # noqa: E402
 from vmtest import host, image, initramfs, swap  # noqa: E402
 from vmtest.guest import Guest, seen_from_guest  # noqa: E402
 from vmtest.local import LocalMachine, check_here  # noqa: E402

@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import vm
 from vmtest.benchpeers import KERNEL_NBD, KERNEL_NFS, OURS
 from vmtest.benchrun import Load, Results, Sample
 from vmtest.outcome import HarnessError
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import vm
 
 pytestmark = pytest.mark.meta
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from nfs_server import Ganesha
+from support.nfs_server import Ganesha
 from vmtest import host
 from vmtest.guest import Guest, seen_from_guest
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from nfs_server import Ganesha
+from support.nfs_server import Ganesha
 from vmtest import host
 from vmtest.guest import Guest, GuestJob, seen_from_guest
 from vmtest.image import Image

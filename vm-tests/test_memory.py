@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
-from nfs_server import Ganesha
+from support.nfs_server import Ganesha
 from vmtest import allocations, faulttrace, host, swap
 from vmtest.guest import Guest, seen_from_guest
 from vmtest.outcome import GuestFailedError, LostGuestError

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
-from nfs_server import Ganesha, free_ports
+from support.nfs_server import Ganesha, free_ports
 from vmtest import counters, host, netem, swap
 from vmtest.guest import Guest, seen_from_guest
 from vmtest.verdict import Progress, Verdict

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from nfs_server import Ganesha
+from support.nfs_server import Ganesha
 from vmtest import host
 from vmtest.guest import Guest, seen_from_guest
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 
 import pytest
-from nfs_server import Ganesha
+from support.nfs_server import Ganesha
 from vmtest.guest import Guest, seen_from_guest
 from vmtest.outcome import GuestFailedError
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import second_reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nfs_server import LOOPBACK, Ganesha
+from support import second_reader
+from support.nfs_server import LOOPBACK, Ganesha
 
 from nbdnfs import engine
 from nbdnfs.errors import ConfigError

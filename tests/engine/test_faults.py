@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FileOnServer
-from fake_nfs import (
+from support.fake_nfs import (
     NFS3_OK,
     NFS3ERR_ACCES,
     NFS3ERR_DQUOT,
@@ -23,10 +23,10 @@ from fake_nfs import (
     NFS3ERR_STALE,
     FakeNfsServer,
 )
-from nfs_server import LOOPBACK, Ganesha
-from proxy import TcpProxy
-from small_filesystem import small_filesystem
-from waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
+from support.nfs_server import LOOPBACK, Ganesha
+from support.proxy import TcpProxy
+from support.small_filesystem import small_filesystem
+from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
 from nbdnfs.engine import Engine
 

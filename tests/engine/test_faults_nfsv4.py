@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from nfs_server import LOOPBACK, Ganesha
-from proxy import TcpProxy
-from waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
+from support.nfs_server import LOOPBACK, Ganesha
+from support.proxy import TcpProxy
+from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
 from nbdnfs.engine import Engine, libnfs_version
 

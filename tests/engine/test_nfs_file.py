@@ -14,9 +14,9 @@ import pytest
 from conftest import FileOnServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nfs_server import LOOPBACK, Ganesha, free_ports
-from proxy import TcpProxy
-from waiting import DEADLINE_S, in_background, wait_until
+from support.nfs_server import LOOPBACK, Ganesha, free_ports
+from support.proxy import TcpProxy
+from support.waiting import DEADLINE_S, in_background, wait_until
 
 from nbdnfs.engine import NfsError, NfsFile, libnfs_version
 

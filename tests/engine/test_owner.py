@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 from conftest import FileOnServer
-from nfs_server import LOOPBACK, Ganesha
-from proxy import TcpProxy
-from small_filesystem import small_filesystem
-from waiting import DEADLINE_S, in_background, wait_until
+from support.nfs_server import LOOPBACK, Ganesha
+from support.proxy import TcpProxy
+from support.small_filesystem import small_filesystem
+from support.waiting import DEADLINE_S, in_background, wait_until
 
 from nbdnfs import cli, config
 from nbdnfs.commands import up_down

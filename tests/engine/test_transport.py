@@ -12,7 +12,7 @@ from concurrent.futures import Future
 
 import pytest
 from conftest import FileOnServer
-from fake_nfs import (
+from support.fake_nfs import (
     FILE_SYNC,
     NFS3_OK,
     NFS3ERR_IO,
@@ -21,9 +21,9 @@ from fake_nfs import (
     UNSTABLE,
     FakeNfsServer,
 )
-from nfs_server import LOOPBACK, Ganesha
-from proxy import TcpProxy
-from waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
+from support.nfs_server import LOOPBACK, Ganesha
+from support.proxy import TcpProxy
+from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
 from nbdnfs.engine import Engine, NfsError
 

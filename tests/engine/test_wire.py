@@ -16,13 +16,13 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from fake_nfs import NFS3_OK, NFS3ERR_IO, NFS3ERR_JUKEBOX, UNSTABLE, Call, FakeNfsServer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from nfs_server import LOOPBACK
-from sunrpc import LAST_FRAGMENT, PROG_MISMATCH, SYSTEM_ERR, Credentials, opaque, record, u32, u64
-from tcp_queues import TcpQueues
-from waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
+from support.fake_nfs import NFS3_OK, NFS3ERR_IO, NFS3ERR_JUKEBOX, UNSTABLE, Call, FakeNfsServer
+from support.nfs_server import LOOPBACK
+from support.sunrpc import LAST_FRAGMENT, PROG_MISMATCH, SYSTEM_ERR, Credentials, opaque, record, u32, u64
+from support.tcp_queues import TcpQueues
+from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
 from nbdnfs.engine import Engine
 

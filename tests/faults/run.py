@@ -20,12 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nfs_server import Ganesha
-from proxy import TcpProxy
-from small_filesystem import small_filesystem
 from strikes import Strikes
+from support.nfs_server import Ganesha
+from support.proxy import TcpProxy
+from support.small_filesystem import small_filesystem
+from support.worker_process import serving
 from verified_load import VerifiedLoad
-from worker_process import serving
 
 MIB = 1 << 20
 REGION_PAGES = 1024

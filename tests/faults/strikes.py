@@ -8,8 +8,8 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from nfs_server import Ganesha
-from proxy import TcpProxy
+from support.nfs_server import Ganesha
+from support.proxy import TcpProxy
 
 MIB = 1 << 20
 

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from nbd_client import NbdClient
-from nfs_server import Ganesha
-from proxy import TcpProxy
-from waiting import DEADLINE_S, in_background
-from worker_process import Worker, serving
+from support.nbd_client import NbdClient
+from support.nfs_server import Ganesha
+from support.proxy import TcpProxy
+from support.waiting import DEADLINE_S, in_background
+from support.worker_process import Worker, serving
 
 PAGE = 4096
 MIB = 1 << 20

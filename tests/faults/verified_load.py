@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from nbd_client import NbdClient
+from support.nbd_client import NbdClient
 
 from nbdnfs.errors import NbdnfsError
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_kernel import FakeKernel
-from fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
-from keeper_run import FakeSwap, run_keeper, until
-from nfs_server import Ganesha
+from support.fake_kernel import FakeKernel
+from support.fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
+from support.keeper_run import FakeSwap, run_keeper, until
+from support.nfs_server import Ganesha
 
 from nbdnfs.config import Config
 from nbdnfs.engine import region_counters

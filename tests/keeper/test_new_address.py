@@ -7,8 +7,8 @@ import os
 import select
 from pathlib import Path
 
-from fake_nfs import FakeNfsServer
-from keeper_run import until
+from support.fake_nfs import FakeNfsServer
+from support.keeper_run import until
 
 from nbdnfs import region
 from nbdnfs.config import Config

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fake_kernel import FakeKernel
-from fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
-from fake_systemd import FakeSystemd, wait_until_ended
-from keeper_run import FakeSwap, run_keeper, until
-from waiting import SaidOnStderr
+from support.fake_kernel import FakeKernel
+from support.fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
+from support.fake_systemd import FakeSystemd, wait_until_ended
+from support.keeper_run import FakeSwap, run_keeper, until
+from support.waiting import SaidOnStderr
 
 from nbdnfs import region
 from nbdnfs.commands import up_down

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from conftest import FileOnServer
-from nfs_server import LOOPBACK, Ganesha, free_ports, program
-from waiting import DEADLINE_S
+from support.nfs_server import LOOPBACK, Ganesha, free_ports, program
+from support.waiting import DEADLINE_S
 
 import nbdnfs
 from nbdnfs import engine, nfs_url

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nbd_client import FLUSH, READ, TRIM, WRITE, NbdClient, Request
-from nfs_server import Ganesha
-from worker_process import Worker, serving
+from support.nbd_client import FLUSH, READ, TRIM, WRITE, NbdClient, Request
+from support.nfs_server import Ganesha
+from support.worker_process import Worker, serving
 
 MIB = 1 << 20
 PAGE = 4096

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from conftest import FileOnServer
-from nbd_client import NbdClient
-from proxy import TcpProxy
+from support.nbd_client import NbdClient
+from support.proxy import TcpProxy
+from support.waiting import wait_until
+from support.worker_process import Worker, serving
 from test_memory_discipline import DEVICE_BYTES, TRACED_CALLS, run_requests, start_trace
-from waiting import wait_until
-from worker_process import Worker, serving
 
 from nbdnfs import region
 from nbdnfs.engine import region_counters

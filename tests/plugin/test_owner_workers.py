@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from conftest import FileOnServer
-from nbd_client import FLUSH, READ, WRITE, NbdClient, Request
-from waiting import DEADLINE_S, in_background, wait_until
-from worker_process import serving
+from support.nbd_client import FLUSH, READ, WRITE, NbdClient, Request
+from support.waiting import DEADLINE_S, in_background, wait_until
+from support.worker_process import serving
 
 from nbdnfs.nas import owner_record, ownership
 from nbdnfs.nas.owner_record import Identity, Timing

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import second_reader
 from conftest import FileOnServer
-from nbd_client import READ, TRIM, WRITE, NbdClient, Request
-from nfs_server import Ganesha, program
-from proxy import TcpProxy
-from waiting import DEADLINE_S, in_background, wait_until
-from worker_process import serving
+from support import second_reader
+from support.nbd_client import READ, TRIM, WRITE, NbdClient, Request
+from support.nfs_server import Ganesha, program
+from support.proxy import TcpProxy
+from support.waiting import DEADLINE_S, in_background, wait_until
+from support.worker_process import serving
 
 from nbdnfs import engine
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fake_kernel import FakeKernel
-from keeper_run import run_keeper
-from waiting import wait_until
+from support.fake_kernel import FakeKernel
+from support.keeper_run import run_keeper
+from support.waiting import wait_until
 
 from nbdnfs.errors import BusyError, NbdnfsError, OwnedError, PermissionDeniedError, UnavailableError
 from nbdnfs.keeper import keeper as keeper_module
@@ -29,7 +29,7 @@ from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.link import Attached
 from nbdnfs.worker.settings import LOST_STATUS
 
-FAKE_WORKER = str(Path(__file__).resolve().parents[1] / "fake_worker.py")
+FAKE_WORKER = str(Path(__file__).resolve().parents[1] / "support/fake_worker.py")
 SIZE_BYTES = 1 << 20
 
 

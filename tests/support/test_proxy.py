@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from nfs_server import LOOPBACK, free_ports
-from proxy import TcpProxy
+
+from support.nfs_server import LOOPBACK, free_ports
+from support.proxy import TcpProxy
 
 DEADLINE_S = 10.0
 

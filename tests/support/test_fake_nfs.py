@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from fake_nfs import (
+
+from support.fake_nfs import (
     FILE_SYNC,
     NFS3_OK,
     NFS3ERR_ACCES,
@@ -22,8 +23,8 @@ from fake_nfs import (
     Call,
     FakeNfsServer,
 )
-from nfs_server import LOOPBACK
-from sunrpc import GARBAGE_ARGS, PROC_UNAVAIL, PROG_UNAVAIL, SUCCESS, XdrReader, opaque, u32, u64
+from support.nfs_server import LOOPBACK
+from support.sunrpc import GARBAGE_ARGS, PROC_UNAVAIL, PROG_UNAVAIL, SUCCESS, XdrReader, opaque, u32, u64
 
 DEADLINE_S = 10.0
 NFS, MOUNT = 100003, 100005

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from nfs_server import environment, program
+from support.nfs_server import environment, program
 
 _DEADLINE_S = 30.0
 

@@ -9,12 +9,11 @@ import signal
 import threading
 from collections.abc import Callable
 
-from waiting import wait_until
-
 from nbdnfs.keeper.keeper import Helper, Keeper
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.worker_handle import WorkerProcess
 from nbdnfs.kernel.link import Attached
+from support.waiting import wait_until
 
 until = functools.partial(wait_until, what="it is so", timeout_s=20.0)
 

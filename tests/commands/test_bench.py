@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from conftest import FileOnServer
-from nfs_server import Ganesha
+from support.nfs_server import Ganesha
 
 from nbdnfs import cli
 from nbdnfs.commands import bench

@@ -14,11 +14,10 @@ import socket
 import threading
 import time
 
-from nbd_client import FLUSH, READ, WRITE, NbdClient, Request
-
 from nbdnfs.errors import NbdnfsError
 from nbdnfs.kernel.link import Attached
 from nbdnfs.kernel.nbd_handshake import Export
+from support.nbd_client import FLUSH, READ, WRITE, NbdClient, Request
 
 
 class FakeLinkError(AssertionError):

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from nfs_server import Ganesha
-from proxy import TcpProxy
-from small_filesystem import small_filesystem
-from waiting import DEADLINE_S, in_background, wait_until
+from support.nfs_server import Ganesha
+from support.proxy import TcpProxy
+from support.small_filesystem import small_filesystem
+from support.waiting import DEADLINE_S, in_background, wait_until
 
 from nbdnfs.engine import libnfs_version
 from nbdnfs.errors import CannotCreateError, ConfigError, NbdnfsError, NoInputError, PermissionDeniedError

@@ -29,7 +29,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Literal, TypeVar
 
-from nfs_server import LOOPBACK, free_ports
+from support.nfs_server import LOOPBACK, free_ports
 
 T = TypeVar("T")
 

@@ -22,8 +22,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from urllib.parse import urlencode
 
-from nfs_server import LOOPBACK
-from sunrpc import (
+from support.nfs_server import LOOPBACK
+from support.sunrpc import (
     GARBAGE_ARGS,
     PROC_UNAVAIL,
     PROG_UNAVAIL,

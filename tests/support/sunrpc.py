@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
-from nfs_server import LOOPBACK, free_ports
-from tcp_queues import TcpQueues
+from support.nfs_server import LOOPBACK, free_ports
+from support.tcp_queues import TcpQueues
 
 _JOIN_DEADLINE_S = 10.0
 _TAKEN_DEADLINE_S = 10.0

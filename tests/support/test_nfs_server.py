@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 from conftest import FileOnServer
-from nfs_server import LOOPBACK, Ganesha, ServerError, rpc_null_answers
-from small_filesystem import small_filesystem
 
 from nbdnfs.engine import NfsFile
+from support.nfs_server import LOOPBACK, Ganesha, ServerError, rpc_null_answers
+from support.small_filesystem import small_filesystem
 
 DEADLINE_S = 15.0
 NFS, MOUNT = 100003, 100005

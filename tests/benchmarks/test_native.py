@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from xml.etree import ElementTree
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import nativereport
 from nativereport import Result, Row, Sample
 

@@ -10,7 +10,7 @@ import struct
 from types import TracebackType
 from typing import Self
 
-from nfs_server import LOOPBACK
+from support.nfs_server import LOOPBACK
 
 # include/uapi/linux/netlink.h, sock_diag.h, inet_diag.h
 _NETLINK_SOCK_DIAG = 4

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbd_client import NbdClient
-
 from nbdnfs.errors import UnavailableError
+from support.nbd_client import NbdClient
 
 _DEADLINE_S = 20.0
 
