@@ -20,11 +20,11 @@ from pathlib import Path
 
 from nbdnfs import nfs_url, quantities
 from nbdnfs.errors import ConfigError, NoInputError, UsageError
+from nbdnfs.sizes import KERNEL_PAGE_BYTES, SLOT_BYTES
 
 # In this order of precedence.
 FOLDERS = ("etc/nbdnfs", "run/nbdnfs-config")
 
-PAGE_BYTES = 4096
 _MIB = 1 << 20
 _FILE_BYTES_MAX = 16 * 1024
 LOCKS = ("required", "wanted", "off")
@@ -45,7 +45,7 @@ class Config:
     size_bytes: int = 0
     priority: int | None = None
     discard: bool = False
-    region_pages: int = 16 * _MIB // PAGE_BYTES
+    region_pages: int = 16 * _MIB // SLOT_BYTES
     connections: int = 4
     stable_writes: bool = False
     read_ahead_pages: int = 64
@@ -64,7 +64,7 @@ class Config:
     @property
     def region_bytes(self) -> int:
         """The size of the shared memory in which acknowledged pages wait for the NAS."""
-        return self.region_pages * PAGE_BYTES
+        return self.region_pages * SLOT_BYTES
 
 
 def load(name: str, root: Path = Path("/")) -> Config:
@@ -256,7 +256,7 @@ def _priority(key: str, value: object, root: Path) -> int | None:
 
 
 def _size(
-    low_bytes: int, high_bytes: int, unit_bytes: int, example: str, *, step_bytes: int = PAGE_BYTES
+    low_bytes: int, high_bytes: int, unit_bytes: int, example: str, *, step_bytes: int = SLOT_BYTES
 ) -> Callable[[str, object, Path], int]:
     """Counts units of `unit_bytes`. "0" is possible where `low_bytes` is 0."""
 
@@ -281,7 +281,7 @@ def _size(
 
 def _backing_size(key: str, value: object, root: Path) -> int:
     # mkswap(8) wants ten pages; the largest is what fits into the kernel's 32-bit page numbers
-    return 0 if value == "" else _size(_MIB, (2**32 - 1) * PAGE_BYTES, 1, "2G")(key, value, root)
+    return 0 if value == "" else _size(_MIB, (2**32 - 1) * KERNEL_PAGE_BYTES, 1, "2G")(key, value, root)
 
 
 def _duration_ms(low_s: float, high_s: float, example: str) -> Callable[[str, object, Path], int]:
@@ -380,7 +380,7 @@ _KEYS = {
     ),
     "region": _Key(
         "region_pages",
-        _size(_MIB, 1 << 30, PAGE_BYTES, "16M"),
+        _size(_MIB, 1 << 30, SLOT_BYTES, "16M"),
         '"16M"',
         "The locked memory in which pages wait until the server has them, and which holds what was read ahead:"
         " 1 MiB to 1 GiB. It outlives the worker and the keeper.",
@@ -401,7 +401,7 @@ _KEYS = {
     ),
     "read_ahead": _Key(
         "read_ahead_pages",
-        _size(0, 16 * _MIB, PAGE_BYTES, "256K"),
+        _size(0, 16 * _MIB, SLOT_BYTES, "256K"),
         '"256K"',
         'At most so much is read ahead of a process that reads in sequence: "0" to "16M".',
     ),
@@ -441,7 +441,7 @@ _KEYS = {
     ),
     "max_sectors": _Key(
         "max_sectors_kb",
-        _size(PAGE_BYTES, 32 * _MIB, 1024, "128K"),
+        _size(SLOT_BYTES, 32 * _MIB, 1024, "128K"),
         '"128K"',
         'The largest request that the kernel makes of the device: "4K" to "32M".',
     ),

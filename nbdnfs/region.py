@@ -8,8 +8,9 @@ import mmap
 import os
 from pathlib import Path
 
+from nbdnfs.sizes import SLOT_BYTES
+
 _NAME = "nbdnfs-region"
-_PAGE_BYTES = 4096
 
 
 def create() -> int:
@@ -89,6 +90,6 @@ def hold_in_memory(descriptor: int) -> mmap.mmap:
     """Map all of it and touch each page, so that a process that has locked its memory (mlockall(2), FUTURE) keeps
     it there while no worker does. The pages of a memfd are swappable."""
     mapping = mmap.mmap(descriptor, os.fstat(descriptor).st_size, prot=mmap.PROT_READ)
-    for offset in range(0, len(mapping), _PAGE_BYTES):
+    for offset in range(0, len(mapping), SLOT_BYTES):
         mapping[offset]
     return mapping

@@ -16,8 +16,8 @@ from nbdnfs.errors import NoInputError
 from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.records import RunDir
 from nbdnfs.kernel import link, swap_area
+from nbdnfs.sizes import SLOT_BYTES
 
-PAGE_BYTES = 4096
 # enum owner_state of engine/owner.h
 _OWNER_UNSURE, _OWNER_LOST = 2, 3
 
@@ -112,7 +112,7 @@ def read(name: str, root: Path = Path("/")) -> Status:
         keeper_pid=keeper.pid if keeper is not None else None,
         worker_pid=worker.pid if worker is not None else None,
         server=address or None,
-        unstable_bytes=_number(counters, "unstable_pages") * PAGE_BYTES if counters else None,
+        unstable_bytes=_number(counters, "unstable_pages") * SLOT_BYTES if counters else None,
         counters=counters,
         problems=tuple(
             problem

@@ -22,6 +22,7 @@ from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.nbd_handshake import Export
 from nbdnfs.kernel.nbd_netlink import LinkDeadEvents, NbdNetlink
 from nbdnfs.kernel.state import NbdDevice
+from nbdnfs.sizes import SLOT_BYTES
 
 _APPEARS_S = 10.0
 _POLL_S = 0.01
@@ -118,7 +119,7 @@ class Link:
             [sock.fileno()],
             index=self._wanted_index(),
             size_bytes=export.size_bytes,
-            block_size_bytes=nbd_settings.BLOCK_SIZE_BYTES,
+            block_size_bytes=SLOT_BYTES,
             server_flags=int(export.flags),
             backend=self._backend,
             timeout_s=0,
@@ -184,8 +185,8 @@ class Link:
 
 def _check(export: Export) -> None:
     """Whether the kernel can take it: 4 KiB requests, all of them full."""
-    if export.size_bytes == 0 or export.size_bytes % nbd_settings.BLOCK_SIZE_BYTES:
+    if export.size_bytes == 0 or export.size_bytes % SLOT_BYTES:
         raise UsageError(
-            f"the backing file has {export.size_bytes} bytes, no multiple of {nbd_settings.BLOCK_SIZE_BYTES}",
+            f"the backing file has {export.size_bytes} bytes, no multiple of {SLOT_BYTES}",
             "make it a multiple of 4096 bytes long",
         )

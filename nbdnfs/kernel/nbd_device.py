@@ -37,9 +37,10 @@ from nbdnfs.errors import (
 )
 from nbdnfs.kernel import nbd_handshake, nbd_settings
 from nbdnfs.kernel import state as kernel_state
-from nbdnfs.kernel.nbd_settings import BLOCK_SIZE_BYTES, DEAD_CONN_TIMEOUT_S, IO_TIMEOUT_MS, MAX_REQUEST_KIB
+from nbdnfs.kernel.nbd_settings import DEAD_CONN_TIMEOUT_S, IO_TIMEOUT_MS, MAX_REQUEST_KIB
 from nbdnfs.kernel.state import NbdDevice
 from nbdnfs.kernel.warm_up import warm_up as warm_up  # part of setting a device up
+from nbdnfs.sizes import SLOT_BYTES
 
 if TYPE_CHECKING:
     from nbdnfs.kernel.nbd_netlink import NbdNetlink
@@ -107,7 +108,7 @@ def attach(
                 [sock.fileno()],
                 index=index,
                 size_bytes=export.size_bytes,
-                block_size_bytes=BLOCK_SIZE_BYTES,
+                block_size_bytes=SLOT_BYTES,
                 server_flags=int(export.flags),
                 backend=backend_of(socket_path) if backend is None else backend,
                 timeout_s=0,
@@ -222,15 +223,15 @@ def _connect(sock: socket.socket, path: Path, timeout_s: float) -> None:
 
 def _check(export: nbd_handshake.Export, socket_path: Path) -> None:
     """Whether the kernel can take it: 4 KiB requests, all of them full."""
-    if export.size_bytes == 0 or export.size_bytes % BLOCK_SIZE_BYTES:
+    if export.size_bytes == 0 or export.size_bytes % SLOT_BYTES:
         raise UsageError(
-            f"the export on {socket_path} has {export.size_bytes} bytes, no multiple of {BLOCK_SIZE_BYTES}",
+            f"the export on {socket_path} has {export.size_bytes} bytes, no multiple of {SLOT_BYTES}",
             "make the backing file a multiple of 4096 bytes long",
         )
-    if not export.min_block_bytes <= BLOCK_SIZE_BYTES <= export.max_block_bytes:
+    if not export.min_block_bytes <= SLOT_BYTES <= export.max_block_bytes:
         raise UsageError(
             f"the server on {socket_path} takes requests of {export.min_block_bytes} to"
-            f" {export.max_block_bytes} bytes, not of {BLOCK_SIZE_BYTES}",
+            f" {export.max_block_bytes} bytes, not of {SLOT_BYTES}",
             "start it with a block size of 4096 bytes",
         )
 

@@ -6,9 +6,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# The size of a page, and of every request that the engine takes.
-BLOCK_SIZE_BYTES = 4096
-
 # How long requests wait for another socket when theirs is dead. "Hard" is for as long as it takes; the kernel
 # multiplies it by HZ, and a day is far from any overflow.
 DEAD_CONN_TIMEOUT_S = 86400

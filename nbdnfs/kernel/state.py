@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path("/")
+from nbdnfs.sizes import SECTOR_BYTES
 
-SECTOR_BYTES = 512
+ROOT = Path("/")
 
 # include/linux/sched.h (5.6 and later). prctl(PR_SET_IO_FLUSHER) sets both; the first alone also comes and
 # goes with memalloc_noio_save().

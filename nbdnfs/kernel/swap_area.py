@@ -20,10 +20,10 @@ from nbdnfs import programs, quantities
 from nbdnfs.errors import BusyError, CannotCreateError, IOFailureError, NbdnfsError, UnavailableError
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.state import Swap
+from nbdnfs.sizes import KERNEL_PAGE_BYTES
 
-# include/linux/swap.h: union swap_header, at the end of the first page
+# include/linux/swap.h: union swap_header, at the end of the first of the kernel's pages
 _SIGNATURE = b"SWAPSPACE2"
-_PAGE_BYTES = 4096
 _PIECE_BYTES = 1 << 20
 _MKSWAP_TIMEOUT_S = 300.0
 
@@ -67,7 +67,7 @@ def has_signature(path: Path) -> bool:
     """Whether mkswap has been there."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        page = os.pread(descriptor, _PAGE_BYTES, 0)
+        page = os.pread(descriptor, KERNEL_PAGE_BYTES, 0)
     except OSError as error:
         raise IOFailureError(f"{path} cannot be read: {error.strerror}", "see the journal of the worker") from None
     finally:

@@ -30,6 +30,7 @@ from nbdnfs.errors import (
     UnavailableError,
     UsageError,
 )
+from nbdnfs.sizes import SECTOR_BYTES, SLOT_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +40,11 @@ DEFAULT_TIMEOUT_S = 60.0
 # time that the NAS takes, so several for each of the default four leave none out.
 PARALLEL = 16
 
-_PAGE_BYTES = 4096
-_SINGLE_PAGES = 8
+_SINGLE_SLOTS = 8
 
 # include/uapi/linux/fs.h
 _BLKROGET = 0x125E
 _BLKSECTGET = 0x1267
-_SECTOR_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -116,11 +115,11 @@ def _limits(descriptor: int, path: Path) -> tuple[bool, int]:
     """Whether the device may be written, and its largest request in bytes."""
     if not stat.S_ISBLK(os.fstat(descriptor).st_mode):
         raise UsageError(f"{path} is no block device", "give the one that attach made, such as /dev/nbd0")
-    if os.lseek(descriptor, 0, os.SEEK_END) < _PAGE_BYTES:
+    if os.lseek(descriptor, 0, os.SEEK_END) < SLOT_BYTES:
         raise UsageError(f"{path} is empty", "attach it first: nbdnfs attach SOCKET")
     (read_only,) = struct.unpack("i", fcntl.ioctl(descriptor, _BLKROGET, bytes(4)))
     (sectors,) = struct.unpack("H", fcntl.ioctl(descriptor, _BLKSECTGET, bytes(2)))
-    return not read_only, max(sectors * _SECTOR_BYTES // _PAGE_BYTES, 1) * _PAGE_BYTES
+    return not read_only, max(sectors * SECTOR_BYTES // SLOT_BYTES, 1) * SLOT_BYTES
 
 
 def _explain(error: OSError, path: Path) -> NbdnfsError:
@@ -141,13 +140,13 @@ def exercise(descriptor: int, *, largest_bytes: int, writable: bool, parallel: i
     Each thread has a stretch of the device to itself, so that no page is read by one while another writes it.
     """
     size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
-    parallel = min(parallel, size_bytes // _PAGE_BYTES)
-    stretch_bytes = size_bytes // parallel // _PAGE_BYTES * _PAGE_BYTES
+    parallel = min(parallel, size_bytes // SLOT_BYTES)
+    stretch_bytes = size_bytes // parallel // SLOT_BYTES * SLOT_BYTES
     errors: queue.SimpleQueue[OSError] = queue.SimpleQueue()
     together = threading.Barrier(parallel)
     largest_bytes = min(largest_bytes, stretch_bytes)
-    offsets = [*range(0, stretch_bytes, max(stretch_bytes // _SINGLE_PAGES // _PAGE_BYTES, 1) * _PAGE_BYTES)]
-    extents = [(0, largest_bytes), *((offset, _PAGE_BYTES) for offset in offsets[:_SINGLE_PAGES])]
+    offsets = [*range(0, stretch_bytes, max(stretch_bytes // _SINGLE_SLOTS // SLOT_BYTES, 1) * SLOT_BYTES)]
+    extents = [(0, largest_bytes), *((offset, SLOT_BYTES) for offset in offsets[:_SINGLE_SLOTS])]
 
     def work(start: int) -> None:
         with mmap.mmap(-1, largest_bytes) as page_aligned, memoryview(page_aligned) as buffer:
