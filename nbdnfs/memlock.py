@@ -17,7 +17,7 @@ import os
 import resource
 import sys
 
-from nbdnfs import _memlock
+from nbdnfs import _memlock, proc_stat
 from nbdnfs.errors import ConfigError
 
 TYPE_CHECKING = False  # typing's own, without typing
@@ -37,7 +37,6 @@ _TOP_PAD_BYTES = 1024 * 1024
 # One above the bottom: enough to be chosen before all ordinary tasks, and to dip below the min watermark
 # (mm/page_alloc.c: gfp_to_alloc_flags gives real-time tasks more of the reserve), without starving the kernel's.
 REALTIME_PRIORITY = 1
-_PF_MEMALLOC_NOIO = 0x0008_0000  # include/linux/sched.h; PR_SET_IO_FLUSHER sets it
 _OOM_IMMUNE = -1000
 
 NAMES = ("malloc", "stacks", "core dump", "gc", "code", "heap", "lock", "io flusher", "oom", "realtime")
@@ -223,8 +222,7 @@ def _heap(heap_bytes: int) -> Measure:
 
 def _io_flusher() -> Measure:
     _memlock.set_io_flusher()
-    flags = int(_read("/proc/self/stat").rpartition(")")[2].split()[6])
-    ok = bool(flags & _PF_MEMALLOC_NOIO)
+    ok = proc_stat.is_io_flusher(int(proc_stat.fields(_read("/proc/self/stat"))[proc_stat.FLAGS]))
     return Measure("io flusher", ok, "set" if ok else "not set")
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from nbdnfs import config, quantities
 from nbdnfs.errors import NbdnfsError
 from nbdnfs.keeper import records as run_dir
+from nbdnfs.kernel import processes
 from nbdnfs.kernel import state as kernel_state
-from nbdnfs.kernel.state import Process
+from nbdnfs.kernel.processes import Process
 from nbdnfs.sizes import KERNEL_PAGE_BYTES
 
 _KIB, _MIB = 1 << 10, 1 << 20
@@ -309,7 +310,7 @@ def _workers_by_hand(root: Path) -> list[int]:
 
 def _process(subject: str, pid: int, root: Path, *, realtime: bool) -> Iterator[Finding]:
     """A worker or keeper: is it locked, immune, preferred, and marked as one that serves I/O?"""
-    process = kernel_state.process(pid, root)
+    process = processes.process(pid, root)
     if process is None:
         return
     again = "start it as root, without lock=off and without="

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import nbdnfs
-from nbdnfs import config, memlock
+from nbdnfs import config, memlock, proc_stat
 from nbdnfs.config import Config
 from nbdnfs.engine import disconnected_offset
 from nbdnfs.errors import CannotCreateError, NbdnfsError, PermissionDeniedError
@@ -197,7 +197,7 @@ def _outlive_shutdown() -> None:
     """
     try:
         with open("/proc/self/stat") as stat:
-            start = int(stat.read().rpartition(")")[2].split()[48 - 3])
+            start = int(proc_stat.fields(stat.read())[proc_stat.ARGUMENTS_ADDRESS])
         with open("/proc/self/mem", "r+b", buffering=0) as memory:
             memory.seek(start)
             memory.write(b"@")

@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdnfs.kernel.state import start_time_ticks
+from nbdnfs.proc_stat import start_time_ticks
 
 RUN = "run/nbdnfs"
 WORKER, KEEPER, STANDBY, ADDRESS, STATE, OWNER = "worker", "keeper", "standby", "address", "state", "owner"

@@ -35,7 +35,7 @@ from nbdnfs.errors import (
     UnavailableError,
     UsageError,
 )
-from nbdnfs.kernel import nbd_handshake, nbd_settings
+from nbdnfs.kernel import nbd_handshake, nbd_settings, processes
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.nbd_settings import DEAD_CONN_TIMEOUT_S, IO_TIMEOUT_MS, MAX_REQUEST_KIB
 from nbdnfs.kernel.state import NbdDevice
@@ -297,7 +297,7 @@ def _find(device: str, root: Path) -> NbdDevice:
 
 def _attached_already(state: NbdDevice, root: Path) -> NbdnfsError:
     pid = state.connector_pid or 0
-    process = kernel_state.process(pid, root)
+    process = processes.process(pid, root)
     return BusyError(
         f"/dev/{state.name} is attached already, by process {pid}"
         f" ({'which has ended' if process is None else process.name})"
@@ -343,7 +343,7 @@ def _refuse_in_use(state: NbdDevice, root: Path) -> None:
 
 def _openers(paths: list[str], root: Path) -> Iterator[tuple[int, str]]:
     for path in paths:
-        yield from kernel_state.openers(path, root)
+        yield from processes.openers(path, root)
 
 
 def _is_claimed(node: Path) -> bool:
