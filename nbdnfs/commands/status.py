@@ -15,7 +15,7 @@ from nbdnfs.engine import region_counters
 from nbdnfs.errors import NoInputError
 from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.records import RunDir
-from nbdnfs.kernel import link, swap_area
+from nbdnfs.kernel import nbd_device, swap_area
 from nbdnfs.sizes import SLOT_BYTES
 
 # enum owner_state of engine/owner.h
@@ -88,7 +88,7 @@ def read(name: str, root: Path = Path("/")) -> Status:
     """What is known of `name` now. UsageError: that can be no device's name. NoInputError: there is none of it."""
     config.check_name(name)
     records = RunDir(name, root)
-    attached = link.find(link.backend_of(name), root)
+    attached = nbd_device.find(nbd_device.backend_of(name), root)
     if attached is None and name not in names(root):
         known = ", ".join(names(root))
         raise NoInputError(

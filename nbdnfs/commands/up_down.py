@@ -19,8 +19,8 @@ from nbdnfs import config, programs
 from nbdnfs.errors import BusyError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError
 from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.records import ProcessRecord, RunDir
-from nbdnfs.kernel import link, swap_area
-from nbdnfs.kernel.link import Attached
+from nbdnfs.kernel import nbd_device, swap_area
+from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.kernel.nbd_netlink import NbdNetlink
 from nbdnfs.kernel.state import Swap
 from nbdnfs.nas import owner_record, ownership
@@ -74,7 +74,7 @@ def down(name: str, progress: Progress, *, service: bool = False) -> None:
         print(f"nbdnfs: {name}: restarting: swap stays on", file=sys.stderr)
         return
     records = RunDir(name)
-    attached = link.find(link.backend_of(name))
+    attached = nbd_device.find(nbd_device.backend_of(name))
     if attached is None and not records.path.exists():
         if not service:
             raise NoInputError(f"{name} is not up", "there is nothing to do; see nbdnfs status")
@@ -122,7 +122,7 @@ def _take_down(records: RunDir, attached: Attached | None) -> None:
         with NbdNetlink.open() as kernel:
             kernel.disconnect(attached.index)
         _wait(
-            lambda: link.find(link.backend_of(records.name)) is None,
+            lambda: nbd_device.find(nbd_device.backend_of(records.name)) is None,
             f"{attached.path} is disconnected, but does not go: somebody has it open",
         )
     worker = records.living(run_dir.WORKER)

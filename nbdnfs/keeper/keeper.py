@@ -31,7 +31,7 @@ from nbdnfs.keeper.sd_notify import Notifier
 from nbdnfs.keeper.worker_handle import NAME as _WORKER_NAME
 from nbdnfs.keeper.worker_handle import WorkerProcess
 from nbdnfs.kernel import nbd_handshake
-from nbdnfs.kernel.link import Attached
+from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.kernel.nbd_handshake import Export
 from nbdnfs.worker.settings import LOST_STATUS
 
@@ -60,7 +60,7 @@ _TEMPORARY = frozenset({os.EX_UNAVAILABLE, os.EX_TEMPFAIL, os.EX_NOHOST, os.EX_I
 
 
 class Kernel(Protocol):
-    """What the keeper asks of the kernel; link.Link."""
+    """What the keeper asks of the kernel; nbd_device.NbdKernel."""
 
     def fileno(self) -> int: ...
     def dead_links(self) -> list[int]: ...

@@ -20,8 +20,8 @@ from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.keeper import Helper, Keeper
 from nbdnfs.keeper.records import RunDir
 from nbdnfs.keeper.worker_handle import WorkerProcess
-from nbdnfs.kernel import link, swap_area
-from nbdnfs.kernel.link import Attached
+from nbdnfs.kernel import nbd_device, nbd_driver, swap_area
+from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.nas import owner_record
 from nbdnfs.worker import nbdkit
 from nbdnfs.worker import settings as worker_settings
@@ -159,20 +159,20 @@ def run(name: str, *, steal: bool = False) -> int:
         raise CannotCreateError(f"cannot make {records.path}: {error.strerror}") from None
     notifier = sd_notify.Notifier()
     stored = sd_notify.stored()
-    backend = link.backend_of(name)
-    adopting = link.find(backend) is not None
+    backend = nbd_device.backend_of(name)
+    adopting = nbd_device.find(backend) is not None
     if adopting and records.read(run_dir.STATE) == run_dir.LOST:
         raise keeper.lost(name)
     text, address = _server(settings, records, adopting=adopting)
     if not adopting:  # with swap standing still, nothing is started that need not be
         nbdkit.check_nbdkit()
-    link.load_driver()
+    nbd_driver.load()
     settings = dataclasses.replace(settings, owner=_owns(settings, records, adopting=adopting))
-    kernel = link.Link(
+    kernel = nbd_device.NbdKernel(
         backend,
         io_timeout_ms=settings.io_timeout_ms,
-        max_sectors_bytes=settings.max_sectors_kb * 1024,
-        wanted=settings.device or None,
+        max_sectors_kb=settings.max_sectors_kb,
+        device=settings.device or None,
     )
     work = RealWork(settings, text, address, steal=steal)
 
@@ -236,7 +236,7 @@ def _owns(settings: Config, records: RunDir, *, adopting: bool) -> bool:
 
 def _give_up_unless_attached(name: str, text: str, address: str) -> None:
     """After a failure: a file that nothing here uses is anybody's. Where it was another machine's, it stays so."""
-    if link.find(link.backend_of(name)) is not None:
+    if nbd_device.find(nbd_device.backend_of(name)) is not None:
         return
     from nbdnfs.nas import ownership  # nothing is locked for the sake of swap any more
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How a kernel nbd device is set up, by `nbdnfs attach` and by keepers. device.py says what makes it a "hard" one."""
+"""How a kernel nbd device is set up. nbd_device.py says what makes it a "hard" one."""
 
 from __future__ import annotations
 

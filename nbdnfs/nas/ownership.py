@@ -264,7 +264,7 @@ def _lives(holder: str, root: Path) -> bool:
     """Whether it runs on this machine: a keeper's device is attached, a process is the one that it was."""
     kind, _, rest = holder.partition(":")
     if kind == "keeper":
-        # link.backend_of
+        # nbd_device.backend_of
         return any(state.attached and state.backend == f"nbdnfs:{rest}" for state in kernel_state.nbd_devices(root))
     pid, _, ticks = rest.partition(":")
     return proc_stat.start_time_ticks(int(pid), root) == int(ticks)

@@ -31,7 +31,7 @@ from nbdnfs.errors import NbdnfsError, NoInputError, OwnedError, PermissionDenie
 from nbdnfs.keeper import real_work
 from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.records import RunDir
-from nbdnfs.kernel import link
+from nbdnfs.kernel import nbd_device
 from nbdnfs.nas import backing_file, owner_record, ownership
 from nbdnfs.nas.owner_record import Identity, Record, Timing
 
@@ -575,10 +575,10 @@ def test_claim_and_down(swap_file: FileOnServer, tmp_path: Path, monkeypatch: py
 def test_a_keeper_that_fails_gives_the_file_up(swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless its device is still there, to be taken on by the next one."""
     ownership.claim(swap_file.url(), HOLDER, owner_record.identity())
-    monkeypatch.setattr(link, "find", lambda backend: link.Attached(0, DEVICE_BYTES))
+    monkeypatch.setattr(nbd_device, "find", lambda backend: nbd_device.Attached(0, DEVICE_BYTES))
     real_work._give_up_unless_attached("swap0", swap_file.url(), LOOPBACK)
     assert record_path(swap_file).exists()
-    monkeypatch.setattr(link, "find", lambda backend: None)
+    monkeypatch.setattr(nbd_device, "find", lambda backend: None)
     real_work._give_up_unless_attached("swap0", swap_file.url(), LOOPBACK)
     assert beside(swap_file) == []
 

@@ -26,7 +26,7 @@ from nbdnfs.keeper.keeper import Helper, Keeper
 from nbdnfs.keeper.records import RunDir
 from nbdnfs.keeper.sd_notify import Notifier
 from nbdnfs.keeper.worker_handle import WorkerProcess, making
-from nbdnfs.kernel.link import Attached
+from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.worker.settings import LOST_STATUS
 
 FAKE_WORKER = str(Path(__file__).resolve().parents[1] / "support/fake_worker.py")

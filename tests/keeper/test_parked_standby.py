@@ -31,7 +31,7 @@ from nbdnfs.keeper.records import RunDir
 from nbdnfs.keeper.sd_notify import Notifier
 from nbdnfs.keeper.worker_handle import WorkerProcess, command, making
 from nbdnfs.kernel import nbd_handshake
-from nbdnfs.kernel.link import Attached
+from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.worker import nbdkit
 
 PAGE = 4096

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from nbdnfs.keeper.keeper import Helper, Keeper
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.worker_handle import WorkerProcess
-from nbdnfs.kernel.link import Attached
+from nbdnfs.kernel.nbd_device import Attached
 from support.waiting import wait_until
 
 until = functools.partial(wait_until, what="it is so", timeout_s=20.0)
