@@ -9,7 +9,6 @@ import os
 import select
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -53,7 +52,7 @@ def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> No
     if steal and settings.owner:
         ownership.claim(settings.url, owner_record.keeper_holder(name), owner_record.identity(), steal=True)
     if _systemd_has(name):
-        if subprocess.run([_systemctl(), "start", unit_of(name)], check=False).returncode != 0:
+        if programs.status([_systemctl(), "start", unit_of(name)]) != 0:
             raise UnavailableError(f"{unit_of(name)} did not start", f"see why: journalctl -u {unit_of(name)}")
         return
     records = RunDir(name)
@@ -92,7 +91,7 @@ def down(name: str, progress: Progress, *, service: bool = False) -> None:
         raise
     if not service and _unit_is_active(name):
         # what is left is done by this very function, as ExecStop=
-        if subprocess.run([_systemctl(), "stop", unit_of(name)], check=False).returncode != 0:
+        if programs.status([_systemctl(), "stop", unit_of(name)]) != 0:
             raise UnavailableError(f"{unit_of(name)} did not stop", f"see why: journalctl -u {unit_of(name)}")
         return
     _take_down(records, attached)
@@ -227,8 +226,7 @@ def _job_of(name: str) -> str:
 
 def _machine_goes_down() -> bool:
     """Whether systemd is on its way to power-off, reboot or the like."""
-    asked = subprocess.run([_systemctl(), "is-system-running"], check=False, stdout=subprocess.PIPE, text=True)
-    return asked.stdout.strip() == "stopping"
+    return programs.output([_systemctl(), "is-system-running"]).strip() == "stopping"
 
 
 def _come_back(name: str) -> None:
@@ -243,11 +241,8 @@ def _start_in_background(name: str, timeout_s: float) -> None:
     address = f"nbdnfs-up-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifications:
         notifications.bind("\0" + address)
-        keeper = subprocess.Popen(
-            [sys.executable, "-m", "nbdnfs", "run", name],
-            env={**os.environ, "NOTIFY_SOCKET": f"@{address}"},
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
+        keeper = programs.start(
+            [sys.executable, "-m", "nbdnfs", "run", name], {**os.environ, "NOTIFY_SOCKET": f"@{address}"}
         )
         notifications.settimeout(_POLL_S)
         deadline = time.monotonic() + timeout_s

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Protocol
 
-from nbdnfs import __version__, region
+from nbdnfs import __version__, programs, region
 from nbdnfs.errors import BusyError, NbdnfsError, OwnedError, UnavailableError
 from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.records import RunDir
@@ -89,14 +89,12 @@ class Helper:
 
     def __init__(self, argv: list[str], environment: dict[str, str], *, stdout: int = 2) -> None:
         """Start it. OSError where the kernel cannot."""
-        self._pid = os.posix_spawn(
+        self._pid = programs.spawn(
             argv[0],
             argv,
             environment,
-            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, stdout, 1)],
-            setsigmask=(),
-            setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE),
-            scheduler=(os.SCHED_OTHER, os.sched_param(0)),  # the keeper's own may be a real-time one
+            [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, stdout, 1)],
+            ordinary_priority=True,
         )
         self.pidfd = os.pidfd_open(self._pid)
 

@@ -92,19 +92,17 @@ class WorkerProcess:
             for sock in (ours, theirs, control, their_control):
                 stack.callback(sock.close)
             assert max(region_fd, their_control.fileno()) < _REGION_FD
-            pid = os.posix_spawn(
+            pid = programs.spawn(
                 program,
                 argv,
                 environment,
-                file_actions=[
+                [
                     (os.POSIX_SPAWN_DUP2, region_fd, _REGION_FD),
                     (os.POSIX_SPAWN_DUP2, their_control.fileno(), _CONTROL_FD),
                     (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
                     (os.POSIX_SPAWN_DUP2, theirs.fileno(), 1),
                 ],
-                setsid=True,
-                setsigmask=(),
-                setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE),
+                new_session=True,
             )
             process = cls(pid, os.pidfd_open(pid), child=True, standby=True)
             control.setblocking(False)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,41 +123,21 @@ def disable(swap: Swap, progress: Progress, root: Path = kernel_state.ROOT) -> N
 
     BusyError: no room. NbdnfsError: swapoff fails otherwise.
     """
-    import subprocess
-
     path = swap.path.removesuffix(" (deleted)")
     total_bytes = swap.used_bytes
-    swapoff = subprocess.Popen(
-        [programs.find_program("swapoff", "mount"), path], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        while True:
-            try:
-                _, said = swapoff.communicate(timeout=_PROGRESS_EVERY_S)
-                break
-            except subprocess.TimeoutExpired:
-                now = find(path, root)  # in the list until the end, counting down
-                progress(min(now.used_bytes, total_bytes) if now is not None else 0, total_bytes)
-    except BaseException:
-        swapoff.terminate()  # try_to_unuse gives up on a signal
-        swapoff.wait()
-        raise
-    if swapoff.returncode != 0:
-        text = said.strip().splitlines()[-1] if said.strip() else f"exit status {swapoff.returncode}"
+
+    def look() -> None:
+        now = find(path, root)  # in the list until the end, counting down
+        progress(min(now.used_bytes, total_bytes) if now is not None else 0, total_bytes)
+
+    # interrupted, it ends by a signal, at which try_to_unuse gives up
+    status, errors = programs.watch([programs.find_program("swapoff", "mount"), path], look, every_s=_PROGRESS_EVERY_S)
+    if status != 0:
+        text = errors.strip().splitlines()[-1] if errors.strip() else f"exit status {status}"
         if "Cannot allocate memory" in text:
             raise BusyError(f"{path} stays in use as swap: {text}", "end something that needs memory, and try again")
         raise UnavailableError(f"{path} stays in use as swap: {text}", "see the kernel's log: dmesg | tail")
     progress(0, total_bytes)
-
-
-def wait_for(path: str, timeout_s: float, root: Path = kernel_state.ROOT) -> bool:
-    """Whether the device is in use as swap within that time."""
-    deadline = time.monotonic() + timeout_s
-    while find(path, root) is None:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def _main(arguments: list[str]) -> int:
