@@ -54,7 +54,7 @@ def plugin_settings(settings: Config, text: str, address: str) -> dict[str, str]
 
 
 class RealWork:
-    """keeper.Work: nbdkit, `nbdnfs create` and swap_area as processes of their own. Read-only once initialized."""
+    """keeper.Work: nbdkit, `nbdnfs claim` and helpers/ as processes of their own. Read-only once initialized."""
 
     def __init__(self, settings: Config, text: str, address: str, *, steal: bool = False) -> None:
         """Find the program and make its arguments now. ConfigError or UnavailableError when something is missing.
@@ -92,10 +92,10 @@ class RealWork:
         return self._python("nbdnfs", "claim", settings.url, *options)
 
     def swap_on(self, attached: Attached) -> Helper:
-        """swap_area."""
+        """helpers/swap_on.py."""
         priority = "-" if self._settings.priority is None else str(self._settings.priority)
         flags = ["--discard"] if self._settings.discard else []
-        return self._python("nbdnfs.kernel.swap_area", attached.path, priority, self._settings.name, *flags)
+        return self._python("nbdnfs.keeper.helpers.swap_on", attached.path, priority, self._settings.name, *flags)
 
     def is_swapped_on(self, attached: Attached) -> bool:
         return swap_area.find(attached.path) is not None
