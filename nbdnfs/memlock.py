@@ -29,9 +29,10 @@ THREAD_STACK_BYTES = 256 * 1024
 # Free and touched in the heap when the work begins. nbdkit allocates a buffer of the largest request for each thread
 # (twelve of 128 KiB).
 HEAP_BYTES = 12 * 128 * 1024 + 512 * 1024
-# Where transfers go through libnfs (NFSv4), it allocates each call (eighteen write-backs, 1.4 MiB) and each answer
-# (128 KiB for each of four connections), when a slow server has all of that under way, and what lies between.
-LIBNFS_HEAP_BYTES = 9 * 1024 * 1024 // 4
+# On top of that, where transfers go through libnfs (NFSv4): it allocates each call and each answer, all of which a slow
+# server has under way at once. That is 128 KiB for each of twelve large write-backs and of four connections' answers,
+# and what lies between. The engine touches as much when it takes to libnfs later: nbdnfs/engine, LIBNFS_HEAP_BYTES.
+LIBNFS_HEAP_BYTES = 5 * 1024 * 1024 // 2
 _TOP_PAD_BYTES = 1024 * 1024
 
 # One above the bottom: enough to be chosen before all ordinary tasks, and to dip below the min watermark
