@@ -83,7 +83,7 @@ def load(name: str, root: Path = Path("/")) -> Config:
             except UsageError as error:
                 raise ConfigError(f"{path}:{_line_of(key, text)}: {error.message}", error.hint) from None
     if "url" not in fields:
-        raise ConfigError(f"{files[0]}:1: there is no url", 'say where the file lies: url = "nfs://nas/export/%H.swap"')
+        raise ConfigError(f"{files[0]}:1: url is missing", 'name the backing file: url = "nfs://nas/export/%H.swap"')
     return Config(name=name, **fields)  # type: ignore[arg-type]
 
 
@@ -96,11 +96,11 @@ def names(root: Path = Path("/")) -> list[str]:
 def check_name(name: str) -> None:
     """Raise UsageError when `name` cannot be the name of a device."""
     if ".toml" in name:
-        raise UsageError(f"'{name}' is a file's name", f"leave the ending out: {name.partition('.toml')[0] or 'swap0'}")
+        raise UsageError(f"'{name}' is the name of a file", f"omit the ending: {name.partition('.toml')[0] or 'swap0'}")
     if not _is_name(name):
         raise UsageError(
             f"'{name}' cannot be the name of a device",
-            "it has letters, digits, '_', '-' and '.', does not begin with '.', and is at most 64 long",
+            "use at most 64 letters, digits, '_', '-' and '.', and do not begin with '.'",
         )
 
 
@@ -116,8 +116,8 @@ def _files(name: str, root: Path) -> list[Path]:
     if main is None:
         near = difflib.get_close_matches(name, names(root), n=1)
         raise NoInputError(
-            f"there is no {candidates[0]}",
-            f"did you mean '{near[0]}'?" if near else 'write it, one line is enough: url = "nfs://nas/export/%H.swap"',
+            f"{candidates[0]} does not exist",
+            f"did you mean '{near[0]}'?" if near else 'create it; one line is enough: url = "nfs://nas/export/%H.swap"',
         )
     drop_ins: dict[str, Path] = {}
     for folder in reversed(FOLDERS):
@@ -132,9 +132,9 @@ def _read(path: Path) -> str:
         with open(path, "rb") as file:
             data = file.read(_FILE_BYTES_MAX + 1)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}", "make it a file that root may read") from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", "make it a file that root can read") from None
     if len(data) > _FILE_BYTES_MAX:
-        raise ConfigError(f"{path}: is larger than {_FILE_BYTES_MAX // 1024} KiB", "is it the right file?")
+        raise ConfigError(f"{path} is larger than {_FILE_BYTES_MAX // 1024} KiB", "check that this is the right file")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -152,7 +152,7 @@ def _parse(text: str, path: Path) -> dict[str, object]:
         line, what = _place_of(error, text)
         raise ConfigError(
             f"{path}:{line}: {what}",
-            'write lines like size = "2G" or discard = true, with texts in quotes (TOML)',
+            'write lines like size = "2G" or discard = true, with strings in quotes (TOML)',
         ) from None
     for key, value in values.items():
         if key not in _KEYS:
@@ -165,9 +165,9 @@ def _place_of(error: Exception, text: str) -> tuple[int, str]:
     said = " ".join(str(error).split()) if isinstance(error, ValueError) else "nested too deeply"
     match = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", said)
     if match is None:
-        return _first_bad_line(text), f"no valid TOML: {said}"
+        return _first_bad_line(text), f"not valid TOML: {said}"
     line = int(match[1]) if match[1] else max(text.rstrip("\n").count("\n") + 1, 1)
-    return line, f"no valid TOML: {said[: match.start()]}"
+    return line, f"not valid TOML: {said[: match.start()]}"
 
 
 def _first_bad_line(text: str) -> int:
@@ -210,7 +210,7 @@ def _line_of(key: str, text: str) -> int:
 
 def _unknown(key: str, value: object) -> str:
     shown = _shown(key)
-    return f"there is no table [{shown}]" if isinstance(value, dict) else f"there is no key '{shown}'"
+    return f"unknown table [{shown}]" if isinstance(value, dict) else f"unknown key '{shown}'"
 
 
 def _nearest(key: str) -> str:
@@ -228,8 +228,8 @@ def _shown(value: object) -> str:
 def _of_type(key: str, value: object, wanted: type, example: str) -> None:
     # a bool is an int to Python, and not to TOML
     if type(value) is not wanted:
-        kinds = {str: "a text in quotes", int: "a whole number", bool: "true or false"}
-        raise UsageError(f"{key} is to be {kinds[wanted]}", f"write for example {key} = {example}")
+        kinds = {str: "a string in quotes", int: "a whole number", bool: "true or false"}
+        raise UsageError(f"{key} must be {kinds[wanted]}", f"for example: {key} = {example}")
 
 
 def _boolean(key: str, value: object, root: Path) -> bool:
@@ -243,8 +243,8 @@ def _whole(low: int, high: int) -> Callable[[str, object, Path], int]:
         assert isinstance(value, int)
         if not low <= value <= high:
             # str() refuses numbers of thousands of digits; TOML may have them in hexadecimal
-            shown = str(value) if abs(value) < 10**30 else "so large"
-            raise UsageError(f"{key} cannot be {shown}", f"it is a number from {low} to {high}")
+            shown = str(value) if abs(value) < 10**30 else "that large"
+            raise UsageError(f"{key} cannot be {shown}", f"it must be from {low} to {high}")
         return value
 
     return check
@@ -266,13 +266,13 @@ def _size(
         if not low_bytes <= size_bytes <= high_bytes:
             raise UsageError(
                 f"{key} cannot be '{_shown(value)}'",
-                f"it is {quantities.format_size(low_bytes)} to {quantities.format_size(high_bytes)},"
+                f"it must be from {quantities.format_size(low_bytes)} to {quantities.format_size(high_bytes)},"
                 f' for example "{example}"',
             )
         if size_bytes % step_bytes:
             raise UsageError(
-                f"{key} cannot be '{_shown(value)}': it is no multiple of {step_bytes} bytes",
-                f'write for example {key} = "{example}"',
+                f"{key} cannot be '{_shown(value)}': it is not a multiple of {step_bytes} bytes",
+                f'for example: {key} = "{example}"',
             )
         return int(size_bytes // unit_bytes)
 
@@ -290,7 +290,8 @@ def _duration_ms(low_s: float, high_s: float, example: str) -> Callable[[str, ob
         seconds = _parsed(key, str(value), quantities.parse_duration_s, example)
         if not low_s <= seconds <= high_s:
             raise UsageError(
-                f"{key} cannot be '{_shown(value)}'", f'it is {low_s:g} to {high_s:g} seconds, for example "{example}"'
+                f"{key} cannot be '{_shown(value)}'",
+                f'it must be from {low_s:g} to {high_s:g} seconds, for example "{example}"',
             )
         return round(seconds * 1000)
 
@@ -303,7 +304,7 @@ def _parsed(key: str, text: str, parse: Callable[[str], float], example: str) ->
     except UsageError as error:
         raise UsageError(f"{key}: {_shown(error.message)}", error.hint) from None
     except (ValueError, OverflowError):  # thousands of digits
-        raise UsageError(f"{key} cannot be '{_shown(text)}'", f'write for example {key} = "{example}"') from None
+        raise UsageError(f"{key} cannot be '{_shown(text)}'", f'for example: {key} = "{example}"') from None
 
 
 def _url(key: str, value: object, root: Path) -> str:
@@ -319,7 +320,7 @@ def _device(key: str, value: object, root: Path) -> str:
     _of_type(key, value, str, '"/dev/nbd0"')
     text = str(value)
     if text and not re.fullmatch(r"/dev/nbd(0|[1-9][0-9]{0,4})", text):
-        raise UsageError(f"{key} cannot be '{_shown(text)}'", 'it is "/dev/nbd0" and so on, or "" for any free one')
+        raise UsageError(f"{key} cannot be '{_shown(text)}'", 'use "/dev/nbd0" or the like, or "" for any free one')
     return text
 
 
@@ -328,7 +329,7 @@ def _one_of(words: tuple[str, ...]) -> Callable[[str, object, Path], str]:
         _of_type(key, value, str, f'"{words[0]}"')
         if value not in words:
             near = difflib.get_close_matches(str(value)[:80], words, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else "it is one of: " + ", ".join(words)
+            hint = f"did you mean '{near[0]}'?" if near else "use one of: " + ", ".join(words)
             raise UsageError(f"{key} cannot be '{_shown(value)}'", hint)
         return str(value)
 

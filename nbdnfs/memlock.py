@@ -130,8 +130,10 @@ def _hint(name: str, error: OSError) -> str:
 def _malloc() -> Measure:
     _memlock.tune_malloc(_TOP_PAD_BYTES)
     if os.environ.get("PYTHONMALLOC") != "malloc":
-        return Measure("malloc", False, "CPython maps memory of its own", "set PYTHONMALLOC=malloc before it starts")
-    return Measure("malloc", True, "one arena, never mapped nor trimmed; CPython uses it too")
+        return Measure(
+            "malloc", False, "CPython uses an allocator of its own", "set PYTHONMALLOC=malloc before it starts"
+        )
+    return Measure("malloc", True, "one arena, never mapped or trimmed; CPython uses it too")
 
 
 def _stacks() -> Measure:

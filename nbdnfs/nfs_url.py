@@ -98,7 +98,7 @@ def expand(text: str, root: Path = Path("/")) -> str:
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in values:
-            raise UsageError(f"'%{match[1]}' in the URL is no specifier", "there are %H, %m, and %% for a percent sign")
+            raise UsageError(f"'%{match[1]}' in the URL is not a specifier", "use %H, %m, or %% for a percent sign")
         return values[match[1]]()
 
     return re.sub(r"%(.?)", value, text)
@@ -113,14 +113,14 @@ def parse(text: str, root: Path = Path("/")) -> NfsUrl:
     host, path, query = match[1].strip("[]"), match[2], match[3]
     directory, _, name = path.rpartition("/")
     if not name or name in (".", ".."):
-        raise UsageError(f"the URL '{text}' names no file", _EXAMPLE)
+        raise UsageError(f"the URL '{text}' does not name a file", _EXAMPLE)
     if ".." in directory.split("/"):
         raise UsageError(f"the URL '{text}' has '..' in its path", "write the path as the server exports it")
     options: dict[str, int] = {}
     for word in query.split("&") if query else ():
         key, value = _parse_option(word)
         if key in options:
-            raise UsageError(f"'{key}' is twice in the URL", "give it once")
+            raise UsageError(f"'{key}' appears twice in the URL", "give it once")
         options[key] = value
     return NfsUrl(text=text, host=host, directory=directory or "/", name=name, options=options)
 
@@ -130,8 +130,10 @@ def _parse_option(word: str) -> tuple[str, int]:
     if key not in _OPTIONS:
         near = difflib.get_close_matches(key, _OPTIONS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "the options are " + ", ".join(_OPTIONS)
-        raise UsageError(f"'{key}' is no option of an NFS URL", hint)
+        raise UsageError(f"'{key}' is not an option of an NFS URL", hint)
     allowed = _OPTIONS[key]
     if not re.fullmatch(r"[0-9]{1,10}", value) or int(value) not in allowed:
-        raise UsageError(f"'{key}={value}' in the URL is not possible", f"{key} is {allowed[0]} to {allowed[-1]}")
+        raise UsageError(
+            f"'{key}={value}' in the URL is not valid", f"{key} must be from {allowed[0]} to {allowed[-1]}"
+        )
     return key, int(value)

@@ -72,7 +72,7 @@ def test_what_cannot_work(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
         wrong, remedy = fails(guest, "forbidden", config, _EX_NOPERM)
         assert wrong.startswith("nbdnfs: cannot attach ")
         assert wrong.endswith(": Operation not permitted")
-        assert remedy == "nbdnfs: it needs CAP_SYS_ADMIN: run it as root"
+        assert remedy == "nbdnfs: this needs CAP_SYS_ADMIN: run it as root"
 
         guest.run(f"cat > /etc/nbdnfs/swap0.toml <<'.'\n{config}.")
         guest.run("systemctl start nbdnfs@swap0", _START_TIMEOUT_S)

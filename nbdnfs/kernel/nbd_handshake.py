@@ -47,15 +47,15 @@ _INFO_BLOCK_SIZE = 3
 
 _REFUSALS = {
     1: "the server does not know NBD_OPT_GO",
-    2: "the server's policy forbids it",
-    3: "the server calls the request invalid",
-    4: "the server's platform cannot do it",
-    5: "the server wants TLS, which the kernel's client does not speak",
+    2: "the policy of the server forbids it",
+    3: "the server considers the request invalid",
+    4: "the platform of the server does not support it",
+    5: "the server requires TLS, which the kernel's client does not support",
     # nbdkit's answer whenever its plugin cannot open
     6: "the server has no such export, or cannot open it",
     7: "the server is shutting down",
-    8: "the server wants a client that keeps to its block size",
-    9: "the server finds the request too big",
+    8: "the server requires a client that honours its block size",
+    9: "the request is too big for the server",
 }
 _REFUSED_BY_POLICY = 2
 
@@ -133,7 +133,7 @@ def negotiate(sock: socket.socket, export_name: str = "", *, timeout_s: float = 
     except TimeoutError:
         raise UnavailableError(
             f"the NBD server did not finish the handshake within {timeout_s:g} s",
-            "see what it is waiting for: its log, and whether the NAS answers",
+            "see the log of the server, and whether the NAS answers",
         ) from None
     except OSError as error:
         raise _hung_up(error.strerror or str(error)) from None
@@ -157,7 +157,7 @@ def _greet(sock: socket.socket, deadline: float) -> None:
     if not flags & _HANDSHAKE_FIXED_NEWSTYLE:
         raise UnavailableError(
             "the NBD server speaks newstyle, but not fixed newstyle",
-            "use a server younger than 2011, such as nbdkit",
+            "use a server newer than 2011, such as nbdkit",
         )
     _send(sock, deadline, struct.pack(">I", flags & (_HANDSHAKE_FIXED_NEWSTYLE | _HANDSHAKE_NO_ZEROES)))
 
@@ -169,18 +169,18 @@ def _read_export(sock: socket.socket, deadline: float, export_name: str) -> Expo
     for _ in range(MAX_REPLIES):
         magic, option, kind, length = struct.unpack(">QIII", _receive(sock, deadline, 20))
         if magic != _MAGIC_REPLY or option != _OPT_GO:
-            raise _not_nbd("an answer that is none to NBD_OPT_GO")
+            raise _not_nbd("a reply to another option than NBD_OPT_GO")
         if length > MAX_REPLY_BYTES:
-            raise _not_nbd(f"an answer of {length} bytes")
+            raise _not_nbd(f"a reply of {length} bytes")
         payload = _receive(sock, deadline, length)
         if kind & _REP_ERROR_BIT:
             raise _refused(sock, deadline, kind & ~_REP_ERROR_BIT, payload, export_name)
         if kind == _REP_ACK:
             if size_and_flags is None:
-                raise _not_nbd("it agrees without naming the export's size")
+                raise _not_nbd("it acknowledges before it gives the size of the export")
             return _export(size_and_flags, blocks)
         if kind != _REP_INFO or length < 2:
-            raise _not_nbd(f"an answer of unknown kind {kind}")
+            raise _not_nbd(f"a reply of unknown kind {kind}")
         (info,) = struct.unpack_from(">H", payload)
         if info == _INFO_EXPORT:
             _expect_length(payload, 12)
@@ -189,7 +189,7 @@ def _read_export(sock: socket.socket, deadline: float, export_name: str) -> Expo
             _expect_length(payload, 14)
             blocks = struct.unpack_from(">III", payload, 2)
         # other kinds of information may come unasked, and mean nothing to the kernel
-    raise _not_nbd(f"more than {MAX_REPLIES} answers to one question")
+    raise _not_nbd(f"more than {MAX_REPLIES} replies to one option")
 
 
 def _export(size_and_flags: tuple[int, int], blocks: tuple[int, int, int] | None) -> Export:
@@ -212,7 +212,7 @@ def _refused(sock: socket.socket, deadline: float, code: int, payload: bytes, ex
     said = "".join(c if c.isprintable() else " " for c in payload[:200].decode("utf-8", "replace")).strip()
     kind = PermissionDeniedError if code == _REFUSED_BY_POLICY else UnavailableError
     message = f"the NBD server refuses the export '{export_name}': {reason}"
-    return kind(message + (f" ({said})" if said else ""), "the server's log says more")
+    return kind(message + (f" ({said})" if said else ""), "see the log of the server")
 
 
 def _option(option: int, data: bytes) -> bytes:
@@ -221,7 +221,7 @@ def _option(option: int, data: bytes) -> bytes:
 
 def _expect_length(payload: bytes, count: int) -> None:
     if len(payload) != count:
-        raise _not_nbd(f"an information of {len(payload)} bytes where {count} belong")
+        raise _not_nbd(f"an information reply of {len(payload)} bytes instead of {count}")
 
 
 def _receive(sock: socket.socket, deadline: float, count: int) -> bytes:
@@ -249,11 +249,13 @@ def _remaining_s(deadline: float) -> float:
 
 
 def _hung_up(why: str) -> NbdnfsError:
-    return UnavailableError(f"the NBD server hung up during the handshake ({why})", "the server's log says why")
+    return UnavailableError(
+        f"the NBD server closed the connection during the handshake ({why})", "see the log of the server"
+    )
 
 
 def _not_nbd(what: str) -> NbdnfsError:
     return UnavailableError(
-        f"what answers there does not speak the NBD handshake: {what}",
+        f"the server does not speak the NBD handshake: {what}",
         "check the path or address of the socket",
     )

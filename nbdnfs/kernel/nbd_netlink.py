@@ -214,7 +214,7 @@ class NbdNetlink:
         answer = self._ask(message, "attach a device" if index is None else f"attach /dev/nbd{index}")
         got = answer.get_attr("NBD_ATTR_INDEX")
         if got is None:
-            raise NbdnfsError("the kernel attached a device, but does not say which")
+            raise NbdnfsError("the kernel attached a device, but did not say which")
         return int(got)
 
     def reconfigure(
@@ -260,7 +260,7 @@ class NbdNetlink:
         """
         message = self._message(_CMD_STATUS)
         _add(message, "INDEX", index)
-        devices = self._ask(message, "ask for the devices").get_attr("NBD_ATTR_DEVICE_LIST")
+        devices = self._ask(message, "list the devices").get_attr("NBD_ATTR_DEVICE_LIST")
         items = devices.get_attrs("NBD_DEVICE_ITEM") if devices is not None else []
         return {item.get_attr("NBD_DEVICE_INDEX"): bool(item.get_attr("NBD_DEVICE_CONNECTED")) for item in items}
 
@@ -352,7 +352,7 @@ def _open_socket() -> socket.socket:
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_GENERIC)
         sock.bind((0, 0))
     except OSError as error:
-        raise UnavailableError(f"the kernel gives no generic netlink socket: {error.strerror}") from None
+        raise UnavailableError(f"cannot open a generic netlink socket: {error.strerror}") from None
     return sock
 
 
@@ -385,9 +385,9 @@ def _error(code: int, what: str) -> NbdnfsError:
     """The kernel's errno for a request that was to do `what`, as an error with a hint."""
     reason = os.strerror(code)
     if code in (errno.EPERM, errno.EACCES):
-        return PermissionDeniedError(f"cannot {what}: {reason}", "it needs CAP_SYS_ADMIN: run it as root")
+        return PermissionDeniedError(f"cannot {what}: {reason}", "this needs CAP_SYS_ADMIN: run it as root")
     if code == errno.EBUSY:
-        return BusyError(f"cannot {what}: the device is in use", "detach it first, or take another one")
+        return BusyError(f"cannot {what}: the device is in use", "detach it first, or use another one")
     if code in (errno.ENOENT, errno.ENODEV):
         return NoInputError(f"cannot {what}: {reason}", "list the devices: ls /sys/block")
     # EINVAL: no such device, going down, not configured, another backend (nbd_genl_connect and its sisters)
@@ -441,7 +441,7 @@ def _exchange(
 
 def _header(data: bytes) -> dict[str, int]:
     if len(data) < _HEADER_BYTES:
-        raise NbdnfsError(f"the kernel's netlink answer is cut off after {len(data)} bytes")
+        raise NbdnfsError(f"the kernel's netlink answer is truncated: {len(data)} bytes")
     header: dict[str, int] = _decode(_nlmsg, data[:_HEADER_BYTES])["header"]
     return header
 
@@ -468,4 +468,4 @@ def _add_backend(message: Any, backend: str) -> None:
         if "\0" not in backend and backend.encode():
             message["attrs"].append(("NBD_ATTR_BACKEND_IDENTIFIER", backend))
             return
-    raise UsageError(f"{backend!r} cannot be a backend identifier", "take one line of UTF-8 text")
+    raise UsageError(f"{backend!r} cannot be a backend identifier", "use one line of UTF-8 text")

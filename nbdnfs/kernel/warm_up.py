@@ -80,7 +80,7 @@ def warm_up(path: Path, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Exercise:
     except queue.Empty:
         raise UnavailableError(
             f"{path} did not answer the warm-up within {timeout_s:g} s",
-            "see whether the NAS answers, and what the worker says",
+            "see whether the NAS answers, and the messages of the worker",
         ) from None
     if isinstance(done, NbdnfsError):
         raise done
@@ -96,7 +96,7 @@ def _warm_up(path: Path) -> Exercise:
         finally:
             os.close(descriptor)
         if not writable:
-            log.warning("%s is read-only: the warm-up reads, and leaves the paths of writing cold", path)
+            log.warning("%s is read-only: the warm-up reads only, and the code for writing stays cold", path)
         mode = os.O_RDWR if writable else os.O_RDONLY
         descriptor = os.open(path, mode | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:
@@ -105,7 +105,7 @@ def _warm_up(path: Path) -> Exercise:
         return exercise(descriptor, largest_bytes=largest_bytes, writable=writable)
     except OSError as error:
         raise IOFailureError(
-            f"{path} failed in the warm-up: {error.strerror}", "see what the worker says, and dmesg | tail"
+            f"{path} failed in the warm-up: {error.strerror}", "see the messages of the worker, and dmesg | tail"
         ) from None
     finally:
         os.close(descriptor)
@@ -114,7 +114,7 @@ def _warm_up(path: Path) -> Exercise:
 def _limits(descriptor: int, path: Path) -> tuple[bool, int]:
     """Whether the device may be written, and its largest request in bytes."""
     if not stat.S_ISBLK(os.fstat(descriptor).st_mode):
-        raise UsageError(f"{path} is no block device", "give the one that attach made, such as /dev/nbd0")
+        raise UsageError(f"{path} is not a block device", "give an attached one, such as /dev/nbd0")
     if os.lseek(descriptor, 0, os.SEEK_END) < SLOT_BYTES:
         raise UsageError(f"{path} is empty", "attach it first: nbdnfs attach SOCKET")
     (read_only,) = struct.unpack("i", fcntl.ioctl(descriptor, _BLKROGET, bytes(4)))
@@ -130,7 +130,7 @@ def _explain(error: OSError, path: Path) -> NbdnfsError:
             f"{path} is in use as swap, mounted, or part of another device", "warm it up before that, or not at all"
         )
     if error.errno in (errno.EACCES, errno.EPERM):
-        return PermissionDeniedError(f"{path} may not be opened", "run it as root")
+        return PermissionDeniedError(f"permission denied on {path}", "run it as root")
     return IOFailureError(f"{path} cannot be opened: {error.strerror}", "see dmesg | tail")
 
 
@@ -177,6 +177,6 @@ def _rewrite(descriptor: int, buffer: memoryview, offset: int, writable: bool) -
     """One read, and a write of exactly what it brought. OSError also where either is short."""
     with buffer:
         if os.preadv(descriptor, [buffer], offset) != len(buffer):
-            raise OSError(errno.EIO, "a read came back short")
+            raise OSError(errno.EIO, "a read returned too few bytes")
         if writable and os.pwrite(descriptor, buffer, offset) != len(buffer):
-            raise OSError(errno.EIO, "a write was cut short")
+            raise OSError(errno.EIO, "a write took too few bytes")

@@ -151,44 +151,44 @@ def test_run_is_looked_up_after_etc(root: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "message", "hint"),
     [
-        ("prioritty = 3", 1, "there is no key 'prioritty'", "did you mean 'priority'?"),
-        ("Read-Ahead = 3", 1, "there is no key 'Read-Ahead'", "did you mean 'read_ahead'?"),
-        ("# a\n\n\n  'sise'='2G'", 4, "there is no key 'sise'", "did you mean 'size'?"),
-        ("[swap]\nsize = '2G'", 1, "there is no table [swap]", "the keys are url, "),
-        ('x = """\na\n"""', 1, "there is no key 'x'", "the keys are url, "),
-        ('lock = """\nrequired"""\ny = 1', 3, "there is no key 'y'", "the keys are url, "),
+        ("prioritty = 3", 1, "unknown key 'prioritty'", "did you mean 'priority'?"),
+        ("Read-Ahead = 3", 1, "unknown key 'Read-Ahead'", "did you mean 'read_ahead'?"),
+        ("# a\n\n\n  'sise'='2G'", 4, "unknown key 'sise'", "did you mean 'size'?"),
+        ("[swap]\nsize = '2G'", 1, "unknown table [swap]", "the keys are url, "),
+        ('x = """\na\n"""', 1, "unknown key 'x'", "the keys are url, "),
+        ('lock = """\nrequired"""\ny = 1', 3, "unknown key 'y'", "the keys are url, "),
         (
             'device = """\n""" # y = 1\n#y = 1\nsize = "y = 1"\ny.z = 2',
             5,
-            "there is no table [y]",
+            "unknown table [y]",
             "the keys are url, ",
         ),
-        ("priority = 1\r\ndiscart = true\r\n", 2, "there is no key 'discart'", "did you mean 'discard'?"),
-        ("priority = 40000", 1, "priority cannot be 40000", "it is a number from -1 to 32767"),
-        ("priority = 0x" + "f" * 5000, 1, "priority cannot be so large", "it is a number from -1 to 32767"),
-        ('\npriority = "5"', 2, "priority is to be a whole number", "write for example priority = 32767"),
-        ("connections = true", 1, "connections is to be a whole number", "write for example connections = 1"),
-        ("threads = 1.0", 1, "threads is to be a whole number", "write for example threads = 1"),
-        ("discard = 1", 1, "discard is to be true or false", "write for example discard = true"),
-        ("discard = 'yes'", 1, "discard is to be true or false", "write for example discard = true"),
-        ("size = 2048", 1, "size is to be a text in quotes", 'write for example size = "2G"'),
+        ("priority = 1\r\ndiscart = true\r\n", 2, "unknown key 'discart'", "did you mean 'discard'?"),
+        ("priority = 40000", 1, "priority cannot be 40000", "it must be from -1 to 32767"),
+        ("priority = 0x" + "f" * 5000, 1, "priority cannot be that large", "it must be from -1 to 32767"),
+        ('\npriority = "5"', 2, "priority must be a whole number", "for example: priority = 32767"),
+        ("connections = true", 1, "connections must be a whole number", "for example: connections = 1"),
+        ("threads = 1.0", 1, "threads must be a whole number", "for example: threads = 1"),
+        ("discard = 1", 1, "discard must be true or false", "for example: discard = true"),
+        ("discard = 'yes'", 1, "discard must be true or false", "for example: discard = true"),
+        ("size = 2048", 1, "size must be a string in quotes", 'for example: size = "2G"'),
         ('size = "2X"', 1, "size: '2X' is not a size", "write a number and a unit, for example 512M or 2G"),
-        ('size = "5000"', 1, "size cannot be '5000'", 'it is 1 MiB to 16 TiB, for example "2G"'),
-        ('size = "1048577"', 1, "size cannot be '1048577': it is no multiple of 4096 bytes", "write for example size"),
-        ('region = "512K"', 1, "region cannot be '512K'", 'it is 1 MiB to 1 GiB, for example "16M"'),
-        ('read_ahead = "17M"', 1, "read_ahead cannot be '17M'", "it is 0 B to 16 MiB"),
-        ('io_timeout = "0s"', 1, "io_timeout cannot be '0s'", "it is 0.5 to 300 seconds"),
+        ('size = "5000"', 1, "size cannot be '5000'", 'it must be from 1 MiB to 16 TiB, for example "2G"'),
+        ('size = "1048577"', 1, "size cannot be '1048577': it is not a multiple of 4096 bytes", "for example: size"),
+        ('region = "512K"', 1, "region cannot be '512K'", 'it must be from 1 MiB to 1 GiB, for example "16M"'),
+        ('read_ahead = "17M"', 1, "read_ahead cannot be '17M'", "it must be from 0 B to 16 MiB"),
+        ('io_timeout = "0s"', 1, "io_timeout cannot be '0s'", "it must be from 0.5 to 300 seconds"),
         ('io_timeout = "2 weeks"', 1, "io_timeout: '2 weeks' is not a duration", "write a number and a unit"),
-        ('device = "/dev/sda"', 1, "device cannot be '/dev/sda'", 'it is "/dev/nbd0" and so on'),
+        ('device = "/dev/sda"', 1, "device cannot be '/dev/sda'", 'use "/dev/nbd0" or the like'),
         ('lock = "require"', 1, "lock cannot be 'require'", "did you mean 'required'?"),
-        ("[lock]\na = 1", 1, "lock is to be a text in quotes", 'write for example lock = "required"'),
-        ("lock.a = 1", 1, "lock is to be a text in quotes", 'write for example lock = "required"'),
-        ("priority = 1\npriority = 2", 2, "no valid TOML: Cannot overwrite a value", "write lines like"),
-        ("size = \n", 1, "no valid TOML: Invalid value", "write lines like"),
-        ("# a\nsize", 2, "no valid TOML: Expected '='", "write lines like"),
-        ("priority = " + "9" * 5000, 1, "no valid TOML: ", "write lines like"),
-        ("# a\nsize = " + "[" * 3000, 2, "no valid TOML: nested too deeply", "write lines like"),
-        ("size = '\x01'", 1, "no valid TOML: Found invalid character", "write lines like"),
+        ("[lock]\na = 1", 1, "lock must be a string in quotes", 'for example: lock = "required"'),
+        ("lock.a = 1", 1, "lock must be a string in quotes", 'for example: lock = "required"'),
+        ("priority = 1\npriority = 2", 2, "not valid TOML: Cannot overwrite a value", "write lines like"),
+        ("size = \n", 1, "not valid TOML: Invalid value", "write lines like"),
+        ("# a\nsize", 2, "not valid TOML: Expected '='", "write lines like"),
+        ("priority = " + "9" * 5000, 1, "not valid TOML: ", "write lines like"),
+        ("# a\nsize = " + "[" * 3000, 2, "not valid TOML: nested too deeply", "write lines like"),
+        ("size = '\x01'", 1, "not valid TOML: Found invalid character", "write lines like"),
     ],
 )
 def test_errors_name_line_and_remedy(root: Path, text: str, line: int, message: str, hint: str) -> None:
@@ -203,15 +203,15 @@ def test_errors_name_line_and_remedy(root: Path, text: str, line: int, message: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "swap0.toml:1: there is no url"),
-        ("priority = 1", "swap0.toml:1: there is no url"),
-        ("url = 5", "swap0.toml:1: url is to be a text in quotes"),
+        ("", "swap0.toml:1: url is missing"),
+        ("priority = 1", "swap0.toml:1: url is missing"),
+        ("url = 5", "swap0.toml:1: url must be a string in quotes"),
         ('\nurl = "http://nas/x"', "swap0.toml:2: url: 'http://nas/x' is not an NFS URL"),
-        ('url = "nfs://nas/a/%q"', "swap0.toml:1: url: '%q' in the URL is no specifier"),
-        ('url = "nfs://nas/a/b?uuid=1"', "swap0.toml:1: url: 'uuid' is no option of an NFS URL"),
+        ('url = "nfs://nas/a/%q"', "swap0.toml:1: url: '%q' in the URL is not a specifier"),
+        ('url = "nfs://nas/a/b?uuid=1"', "swap0.toml:1: url: 'uuid' is not an option of an NFS URL"),
         ('url = "nfs://nas/a/b\\nb"', "swap0.toml:1: url: 'nfs://nas/a/b?b' is not an NFS URL"),
         (b"# \xc3\xa4\n# \xe4\n", "swap0.toml:2: byte 0xe4 is not UTF-8"),
-        ("#" * 20000, "swap0.toml: is larger than 16 KiB"),
+        ("#" * 20000, "swap0.toml is larger than 16 KiB"),
     ],
 )
 def test_errors_of_url_and_file(root: Path, text: str | bytes, message: str) -> None:
@@ -227,7 +227,7 @@ def test_error_in_drop_in_names_the_drop_in(root: Path) -> None:
     write(root, URL)
     write(root, "\npriority = 'x'", "etc/nbdnfs/swap0.toml.d/10-a.toml")
     write(root, "priority = 1", "etc/nbdnfs/swap0.toml.d/20-b.toml")
-    with pytest.raises(ConfigError, match=r"swap0\.toml\.d/10-a\.toml:2: priority is to be a whole number"):
+    with pytest.raises(ConfigError, match=r"swap0\.toml\.d/10-a\.toml:2: priority must be a whole number"):
         config.load("swap0", root)
 
 
@@ -239,7 +239,7 @@ def test_missing_file_names_the_nearest(root: Path) -> None:
     write(root, URL, "etc/nbdnfs/swap1.toml")
     with pytest.raises(NoInputError) as caught:
         config.load("swap0", root)
-    assert caught.value.message == f"there is no {root}/etc/nbdnfs/swap0.toml"
+    assert caught.value.message == f"{root}/etc/nbdnfs/swap0.toml does not exist"
     assert caught.value.hint == "did you mean 'swap1'?"
 
 

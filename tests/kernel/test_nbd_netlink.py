@@ -276,14 +276,14 @@ def test_a_connect_that_is_only_acknowledged() -> None:
     with pytest.raises(NbdnfsError, match="empty"):
         connect(nbd)
     nbd, _ = opened(says(1, b""))
-    with pytest.raises(NbdnfsError, match="does not say which"):
+    with pytest.raises(NbdnfsError, match="did not say which"):
         connect(nbd)
 
 
 def test_a_short_answer() -> None:
     """Fewer bytes than a header are an error of ours."""
     nbd, _ = opened(lambda _: b"\0" * 8)
-    with pytest.raises(NbdnfsError, match="cut off after 8 bytes"):
+    with pytest.raises(NbdnfsError, match="is truncated: 8 bytes"):
         nbd.status()
 
 
