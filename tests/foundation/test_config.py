@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from nbdnfs import config
+from nbdnfs import config, config_keys
 from nbdnfs.config import Config
 from nbdnfs.errors import ConfigError, NbdnfsError, NoInputError, UsageError
 
@@ -104,7 +104,7 @@ def test_every_key(root: Path) -> None:
 
 def test_example_is_valid_and_complete(root: Path) -> None:
     """The example parses as it is and with every default uncommented, to the same; and it names every key."""
-    text = config.render_example()
+    text = config_keys.render_example()
     write(root, text)
     as_is = config.load("swap0", root)
     uncommented = "\n".join(
@@ -112,9 +112,9 @@ def test_example_is_valid_and_complete(root: Path) -> None:
     )
     write(root, uncommented)
     assert config.load("swap0", root) == as_is == dataclasses.replace(Config("swap0", ""), url=as_is.url)
-    for key in config.KEYS:
+    for key in config_keys.KEYS:
         assert f"\n{key} = " in uncommented
-    assert len(config.KEYS) == len(dataclasses.fields(Config)) - 1  # less the name
+    assert len(config_keys.KEYS) == len(dataclasses.fields(Config)) - 1  # less the name
     assert max(len(line) for line in text.splitlines()) <= 110
 
 
@@ -269,7 +269,7 @@ toml_values = st.one_of(
     ),
 )
 toml_lines = st.one_of(
-    st.tuples(st.sampled_from([*config.KEYS, "x", '"a b"', "size.x", '"\\n"']), toml_values).map(" = ".join),
+    st.tuples(st.sampled_from([*config_keys.KEYS, "x", '"a b"', "size.x", '"\\n"']), toml_values).map(" = ".join),
     st.sampled_from(["", "# url = 1", "[t]", "[[t]]", "[url]", "\t", "\r", "url", 'url = "nfs://h/%m/b"']),
     st.text(max_size=20),
 )
@@ -315,7 +315,7 @@ def test_line_of_an_unknown_key(root: Path, before: list[str]) -> None:
         values = tomllib.loads(text)
     except (ValueError, RecursionError):
         return
-    if set(values) - {"zzz_unknown"} - set(config.KEYS) or "zzz_unknown" not in values:
+    if set(values) - {"zzz_unknown"} - set(config_keys.KEYS) or "zzz_unknown" not in values:
         return
     error = error_of(root, text)
     assert error.message.startswith(f"{root}/etc/nbdnfs/swap0.toml:{text.count(chr(10)) + 1}: ")
