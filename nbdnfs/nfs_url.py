@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nbdnfs.errors import NoHostError, UsageError
 
-# libnfs has more; these are the ones that make sense for a swap device (the rest is ours to decide).
+# libnfs has more options; what they set is either fixed here or has a setting of its own.
 _OPTIONS = {
     "version": range(3, 5),
     "nfsport": range(1, 65536),
@@ -32,7 +32,7 @@ _EXAMPLE = "write it like nfs://nas/export/swap/%H.swap?version=3"
 
 @dataclass(frozen=True)
 class NfsUrl:
-    """A parsed URL. `text` is what libnfs gets, with the specifiers replaced."""
+    """A parsed URL. `text` is the one for libnfs, with the specifiers replaced. `directory` includes the export."""
 
     text: str
     host: str
@@ -51,13 +51,13 @@ class NfsUrl:
         return self.options.get("version", 3)
 
     def resolve(self) -> str:
-        """The server's numeric address; of several, the first that takes connections. Raises NoHostError.
+        """The numeric address of the server; of several, the first that accepts connections. Raises NoHostError.
 
         Called once, before memory is scarce: name resolution opens files and sockets and allocates.
         """
         try:
             found = socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:  # a label that is empty or too long is no OSError
+        except (OSError, UnicodeError) as error:  # UnicodeError: a label is empty or too long
             raise NoHostError(
                 f"the NFS server '{self.host}' is unknown: {getattr(error, 'strerror', None) or error}",
                 "check the name, or write its address in the URL",
@@ -68,7 +68,7 @@ class NfsUrl:
         return addresses[0]
 
     def answers(self, address: str) -> bool:
-        """Whether the address takes connections on the port of NFS."""
+        """Whether the address accepts connections on the NFS port. Waits for two seconds at most."""
         try:
             port = self.options.get("nfsport", _NFS_PORT)
             socket.create_connection((address, port), timeout=_PROBE_TIMEOUT_S).close()
@@ -78,7 +78,7 @@ class NfsUrl:
 
 
 def machine_id(root: Path = Path("/")) -> str:
-    """The machine id (machine-id(5)). Raises UsageError where the system has none yet."""
+    """The machine id, machine-id(5). Raises UsageError where the system has none yet."""
     try:
         text = (root / "etc/machine-id").read_text().strip()
     except OSError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Sizes that several parts must agree on. A slot and a page of the kernel have the same size on most machines only."""
+"""Sizes that several parts agree on. The slot and the kernel's page have the same size on most machines, not on all."""
 
 import os
 

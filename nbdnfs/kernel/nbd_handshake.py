@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """NBD newstyle fixed negotiation, client side: from a connected socket to one the kernel can be given.
 
-`negotiate(sock)` speaks the handshake of the NBD project's doc/proto.md with NBD_OPT_GO, and reads not one
-byte more than the handshake has: what follows on the socket belongs to the kernel. No TLS, no structured
-replies (the kernel's client knows neither), no oldstyle and no NBD_OPT_EXPORT_NAME: the server is our nbdkit.
+`negotiate(sock)` speaks the handshake of the NBD project's doc/proto.md with NBD_OPT_GO, and reads no byte beyond it:
+what follows on the socket is for the kernel. No TLS and no structured replies, which the kernel's client does not
+support; no oldstyle and no NBD_OPT_EXPORT_NAME, because the server is nbdkit.
 
-Everything the server says is bounded: MAX_REPLIES replies of at most MAX_REPLY_BYTES each, and one deadline
+What the server may send is bounded: MAX_REPLIES replies of at most MAX_REPLY_BYTES each, and one deadline
 over the whole exchange.
 """
 
@@ -51,7 +51,7 @@ _REFUSALS = {
     3: "the server considers the request invalid",
     4: "the platform of the server does not support it",
     5: "the server requires TLS, which the kernel's client does not support",
-    # nbdkit's answer whenever its plugin cannot open
+    # nbdkit answers so whenever its plugin cannot open
     6: "the server has no such export, or cannot open it",
     7: "the server is shutting down",
     8: "the server requires a client that honours its block size",
@@ -114,11 +114,11 @@ class Export:
 def negotiate(sock: socket.socket, export_name: str = "", *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Export:
     """Shake hands on a connected stream socket, within `timeout_s` seconds for all of it.
 
-    On return the connection is in the transmission phase and blocking again. On an error the socket is of no
-    more use; the caller closes it.
+    On return the connection is in the transmission phase and blocking again. After an error the caller closes
+    the socket.
 
-    UnavailableError: no NBD server, an oldstyle one, one that hangs up, answers nonsense, is too slow or
-    refuses the export; PermissionDeniedError: by policy. UsageError: the name is too long.
+    UnavailableError: not an NBD server, an oldstyle one, one that closes the connection, breaks the protocol, is too
+    slow or refuses the export; PermissionDeniedError: by policy. UsageError: the name is too long.
     """
     name = export_name.encode("utf-8", "surrogateescape")
     if len(name) > MAX_NAME_BYTES:
@@ -136,12 +136,12 @@ def negotiate(sock: socket.socket, export_name: str = "", *, timeout_s: float = 
             "see the log of the server, and whether the NAS answers",
         ) from None
     except OSError as error:
-        raise _hung_up(error.strerror or str(error)) from None
+        raise _closed(error.strerror or str(error)) from None
     return export
 
 
 def _greet(sock: socket.socket, deadline: float) -> None:
-    """The server's greeting and our flags."""
+    """The greeting of the server, and the flags of the client."""
     magic = _receive(sock, deadline, 8)
     if magic != _MAGIC:
         raise _not_nbd(f"it greets with {magic!r}")
@@ -188,7 +188,7 @@ def _read_export(sock: socket.socket, deadline: float, export_name: str) -> Expo
         elif info == _INFO_BLOCK_SIZE:
             _expect_length(payload, 14)
             blocks = struct.unpack_from(">III", payload, 2)
-        # other kinds of information may come unasked, and mean nothing to the kernel
+        # a server may send other kinds of information unasked; the kernel does not use them
     raise _not_nbd(f"more than {MAX_REPLIES} replies to one option")
 
 
@@ -205,7 +205,7 @@ def _export(size_and_flags: tuple[int, int], blocks: tuple[int, int, int] | None
 
 
 def _refused(sock: socket.socket, deadline: float, code: int, payload: bytes, export_name: str) -> NbdnfsError:
-    """Say goodbye as the protocol wants it, and make an error of what the server said."""
+    """Send NBD_OPT_ABORT, as the protocol asks, and make an error of the refusal."""
     with contextlib.suppress(OSError):  # a courtesy
         _send(sock, deadline, _option(_OPT_ABORT, b""))
     reason = _REFUSALS.get(code, f"error {code}")
@@ -231,7 +231,7 @@ def _receive(sock: socket.socket, deadline: float, count: int) -> bytes:
         sock.settimeout(_remaining_s(deadline))
         piece = sock.recv(count - len(data))
         if not piece:
-            raise _hung_up("end of file")
+            raise _closed("end of file")
         data += piece
     return bytes(data)
 
@@ -248,7 +248,7 @@ def _remaining_s(deadline: float) -> float:
     return remaining_s
 
 
-def _hung_up(why: str) -> NbdnfsError:
+def _closed(why: str) -> NbdnfsError:
     return UnavailableError(
         f"the NBD server closed the connection during the handshake ({why})", "see the log of the server"
     )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the kernel says in /proc and /sys: swaps, nbd devices, mounts, memory. Processes are in processes.py.
 
-Readers only, no root needed, no cache. Each takes the folder that stands for "/", so that tests run on golden
-trees. Sizes are bytes, whatever unit the file has. No reader touches a file outside /proc, /sys, /dev and the
-list of kernel modules, because its file system may be the NFS share that does not answer.
+Readers only: they need no root and cache nothing. Each takes the folder that stands for "/", so that tests run on
+golden trees. Sizes are in bytes, in any unit that the file has. No reader touches a file outside /proc, /sys, /dev and
+the list of kernel modules, because it may lie on the NFS share that does not answer.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ class Swap:
 class NbdDevice:
     """/sys/block/nbdN.
 
-    `connector_pid` is the thread that attached the device, which for netlink has mostly ended; None on a
-    device that is not attached (drivers/block/nbd.c: the file pid comes with nbd_start_device and goes with
-    nbd_config_put). `device_numbers` ("43:0") are those of the disk and of its partitions ("nbd0p1").
-    `holders` are the devices stacked on any of them (dm, md). A queue setting that this kernel does not have
-    is None.
+    connector_pid   the thread that attached the device, which has often ended since; None while it is not attached
+                    (drivers/block/nbd.c: nbd_start_device creates the file pid, nbd_config_put removes it)
+    device_numbers  "43:0", of the disk and of its partitions ("nbd0p1")
+    holders         the devices that are stacked on any of them (dm, md)
+
+    A queue setting that this kernel does not have is None.
     """
 
     name: str
@@ -109,14 +110,14 @@ def swaps(root: Path = ROOT) -> list[Swap]:
 
 
 def nbd_devices(root: Path = ROOT) -> list[NbdDevice]:
-    """All nbd disks that the kernel has now, in the order of their index."""
+    """All nbd disks of the kernel, by index."""
     names = (path.name for path in (root / "sys/block").glob("nbd*"))
     devices = (nbd_device(name, root) for name in names)
     return sorted((device for device in devices if device is not None), key=lambda device: device.index)
 
 
 def nbd_device(name: str, root: Path = ROOT) -> NbdDevice | None:
-    """The nbd disk `name` ("nbd0"), or None when the kernel has none of that name."""
+    """The nbd disk `name` ("nbd0"), or None when the kernel does not have it."""
     folder = root / "sys/block" / name
     match = re.fullmatch(r"nbd(\d+)", name)
     size_sectors = read_int(folder / "size")
@@ -143,7 +144,7 @@ def nbd_device(name: str, root: Path = ROOT) -> NbdDevice | None:
 
 
 def nbd_module(root: Path = ROOT) -> NbdModule:
-    """Whether the nbd driver is loaded, and whether the lists of the running kernel's modules have it."""
+    """Whether the nbd driver is loaded, and whether the running kernel has it as a module."""
     loaded = (root / "sys/module/nbd").is_dir()
     release = (read_text(root / "proc/sys/kernel/osrelease") or "").strip()
     lists = (root / "lib/modules" / release / name for name in ("modules.dep", "modules.builtin"))

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Before swapon: make every thread and path of the worker work once, through the very device.
+"""Before swapon: use every thread and path of the worker once, through the device itself.
 
-What a worker touches for the first time it touches here, while there is memory: the threads' stacks and buffers,
-the kernel's requests and socket buffers, code of Python, libnfs and the C library that starting up did not run.
-The content stays: each page is written as it was read, under an exclusive open, so that there is neither swap nor
-a mount.
+What a worker touches for the first time, it touches here, while there is memory: the threads' stacks and buffers, the
+kernel's requests and socket buffers, and code of Python, libnfs and the C library that has not run at start. The
+content does not change: each page is written as it was read, under an exclusive open, which excludes swap and mounts.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 60.0
 
-# Requests under way at once. nbdkit's threads take turns at the socket; each is busy with one of these for the
-# time that the NAS takes, so several for each of the default four leave none out.
+# Requests under way at once: more than the default number of nbdkit's threads (worker/nbdkit.py: THREADS), which take
+# turns at the socket. Each is busy with one of these for as long as the NAS takes, so that all of them get one.
 PARALLEL = 16
 
 _SINGLE_SLOTS = 8
@@ -49,7 +48,7 @@ _BLKSECTGET = 0x1267
 
 @dataclass(frozen=True)
 class Exercise:
-    """What a warm-up did: bytes read and written back, and the largest request that it asked for."""
+    """What a warm-up did: bytes read and written back, and the size of its largest request."""
 
     read_bytes: int
     rewritten_bytes: int
@@ -59,12 +58,12 @@ class Exercise:
 def warm_up(path: Path, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Exercise:
     """Exercise the worker behind the attached, unused block device `path`. Never changes what is on it.
 
-    A read-only device is read alone, and the log says so. Requests are of one page and of the largest size that the
-    queue allows (queue/max_sectors_kb): the block layer splits what is larger, block/blk-merge.c.
+    A read-only device is only read, and the log says so. Requests have the size of one slot and the largest size that
+    the queue allows (queue/max_sectors_kb); the block layer splits larger ones, block/blk-merge.c.
 
-    NoInputError: no such device. UsageError: no block device, or an empty one. BusyError: swap, a mount or another
-    device uses it. IOFailureError: a request failed. UnavailableError: not done within `timeout_s` seconds; the
-    threads that wait for the device are left behind, no signal ends that wait. PermissionDeniedError: not root.
+    NoInputError: no such device. UsageError: not a block device, or an empty one. BusyError: swap, a mount or another
+    device uses it. IOFailureError: a request failed. UnavailableError: not done within `timeout_s` seconds; the threads
+    that wait for the device stay behind, because no signal ends that wait. PermissionDeniedError: not root.
     """
     outcome: queue.SimpleQueue[Exercise | NbdnfsError] = queue.SimpleQueue()
 
@@ -137,7 +136,7 @@ def _explain(error: OSError, path: Path) -> NbdnfsError:
 def exercise(descriptor: int, *, largest_bytes: int, writable: bool, parallel: int = PARALLEL) -> Exercise:
     """Read and rewrite parts of the open device from `parallel` threads, and flush. Raises OSError.
 
-    Each thread has a stretch of the device to itself, so that no page is read by one while another writes it.
+    Each thread has a part of the device to itself, so that no page is read by one while another writes it.
     """
     size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
     parallel = min(parallel, size_bytes // SLOT_BYTES)
@@ -168,13 +167,13 @@ def exercise(descriptor: int, *, largest_bytes: int, writable: bool, parallel: i
     if not errors.empty():
         raise errors.get()
     if writable:
-        os.fsync(descriptor)  # once: it waits for the NAS's disk, and is the same for every thread
+        os.fsync(descriptor)  # once: it covers the writes of all threads, and waits for the disk of the NAS
     total_bytes = parallel * sum(length for _, length in extents)
     return Exercise(total_bytes, total_bytes if writable else 0, largest_bytes)
 
 
 def _rewrite(descriptor: int, buffer: memoryview, offset: int, writable: bool) -> None:
-    """One read, and a write of exactly what it brought. OSError also where either is short."""
+    """One read, and a write of exactly the bytes read. OSError also where either is short."""
     with buffer:
         if os.preadv(descriptor, [buffer], offset) != len(buffer):
             raise OSError(errno.EIO, "a read returned too few bytes")
