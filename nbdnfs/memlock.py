@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 THREAD_STACK_BYTES = 256 * 1024
 
-# Free and touched in the heap before the first request. nbdkit allocates a buffer of the largest request for each thread
-# (twelve of 128 KiB).
+# Free and touched in the heap before the first request. nbdkit allocates a buffer of the largest request for each
+# thread (twelve of 128 KiB).
 HEAP_BYTES = 12 * 128 * 1024 + 512 * 1024
 # On top of that, where transfers go through libnfs (NFSv4): it allocates each call and each answer, all of which a slow
 # server has under way at once. That is 128 KiB for each of twelve large write-backs and of four connections' answers,

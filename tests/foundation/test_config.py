@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The configuration file: what it gives, and that whatever is wrong in it is told with file, line and remedy."""
+"""The configuration file: its values, and that every error is reported with file, line and remedy."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_example_is_valid_and_complete(root: Path) -> None:
 
 
 def test_percent_sign_survives_a_second_parse(root: Path) -> None:
-    """`%%` is a percent sign for libnfs, whoever parses the configured URL again."""
+    """`%%` stays a percent sign for libnfs, however often the configured URL is parsed."""
     from nbdnfs import nfs_url
 
     write(root, 'url = "nfs://nas/export/100%%.swap"')
@@ -215,7 +215,7 @@ def test_errors_name_line_and_remedy(root: Path, text: str, line: int, message: 
     ],
 )
 def test_errors_of_url_and_file(root: Path, text: str | bytes, message: str) -> None:
-    """A url that is missing or wrong, a file that is no text: one line each."""
+    """A url that is missing or wrong, a file that is not text: one line each."""
     error = error_of(root, text)
     assert message in error.message
     assert len(error.lines()) == 2
@@ -245,7 +245,7 @@ def test_missing_file_names_the_nearest(root: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", ".a", "a/b", "../a", "a b", "a\n", "ä", "a" * 65, "swap0.toml", "a.toml.d"])
 def test_impossible_names(root: Path, name: str) -> None:
-    """A name that is no file name, unit instance or socket path is refused before any file is looked for."""
+    """A name that cannot be a file name, unit instance and socket path is refused before any file is looked for."""
     with pytest.raises(UsageError):
         config.load(name, root)
     write(root, URL, "etc/nbdnfs/.hidden.toml")
@@ -253,7 +253,7 @@ def test_impossible_names(root: Path, name: str) -> None:
 
 
 def test_folder_instead_of_a_file(root: Path) -> None:
-    """A file that cannot be read is told in the system's words."""
+    """A file that cannot be read is reported with the reason of the system."""
     (root / "etc/nbdnfs/swap0.toml").mkdir()
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         config.load("swap0", root)
@@ -298,7 +298,7 @@ def test_random_files_never_trace_back(root: Path, lines: list[str]) -> None:
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200))
 def test_random_bytes_never_trace_back(root: Path, data: bytes) -> None:
-    """The same for files that are no text at all."""
+    """The same for files that are not text."""
     error = error_of(root, data)
     assert isinstance(error, ConfigError)
     assert all(line.isprintable() for line in error.lines())

@@ -89,7 +89,7 @@ def test_what_names_no_file(path: str) -> None:
 
 @pytest.mark.parametrize("path", ["/../swap", "/a/../swap", "/a/../../b/swap"])
 def test_no_dots_in_the_path(path: str) -> None:
-    """What a server would do with them nobody knows."""
+    """What a server would make of them is unknown."""
     with pytest.raises(UsageError, match=r"has '\.\.' in its path$"):
         nfs_url.parse(f"nfs://nas{path}")
 
@@ -218,7 +218,7 @@ def test_any_text_is_a_url_or_a_usage_error(text: str) -> None:
 
 
 def test_a_name_of_two_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one that takes connections: a name may have an address that nobody listens on."""
+    """The first one that accepts connections: a name may have an address on which no server listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

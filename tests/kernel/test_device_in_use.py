@@ -69,7 +69,7 @@ def test_swap_under_another_name(root: Path, monkeypatch: pytest.MonkeyPatch, nu
 
 
 def test_other_swap_does_not_matter(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another disk's swap is none of ours, and a swap file's path is not even looked at."""
+    """Swap on another disk does not count, and the path of a swap file is not looked at."""
 
     def device_number(path: Path) -> str | None:
         assert path.name == "sda2", "the file may lie on a share that hangs"
@@ -123,7 +123,7 @@ def test_overrules_udev(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_the_kernel_claims(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exclusive open that fails is the kernel's word for a use that no list shows."""
+    """An exclusive open that fails shows a use that no list has."""
     opens: list[tuple[str, int]] = []
 
     def claimed(path: Path, flags: int) -> int:
@@ -138,7 +138,7 @@ def test_what_the_kernel_claims(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_server_that_is_gone_does_not_keep_the_device(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An open that hangs, in the partition table of a dead server, is no reason to keep the device."""
+    """An open that blocks, reading the partition table from a dead server, does not keep the device."""
     release = threading.Event()
     real_open = os.open
 

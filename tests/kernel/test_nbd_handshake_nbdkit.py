@@ -91,7 +91,7 @@ def test_a_plugin_that_cannot_open() -> None:
 
 
 def test_a_tls_only_server(tmp_path: Path) -> None:
-    """`--tls=require` is told apart from other refusals."""
+    """`--tls=require` has a message of its own."""
     config = subprocess.run(["nbdkit", "--dump-config"], capture_output=True, text=True, check=True).stdout
     if "tls=yes" not in config:
         pytest.skip("this nbdkit has no TLS")

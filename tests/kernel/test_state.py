@@ -36,7 +36,7 @@ def test_swaps(tmp_path: Path) -> None:
 
 
 def test_no_swap(tmp_path: Path) -> None:
-    """An empty list, and a kernel without swap support, are no swaps."""
+    """An empty list, and a kernel without swap support, give no swaps."""
     assert kernel_state.swaps(tmp_path) == []
     write(tmp_path, {"proc/swaps": "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"})
     assert kernel_state.swaps(tmp_path) == []
@@ -88,7 +88,7 @@ def test_an_idle_device(tmp_path: Path) -> None:
 
 
 def test_no_such_device(tmp_path: Path) -> None:
-    """Neither a missing name nor one that is no nbd disk is a device."""
+    """Neither a missing name nor the name of another disk is an nbd device."""
     write(tmp_path, {**IDLE, "sys/block/nbdx/size": "8\n", "sys/block/sda/size": "8\n"})
     assert kernel_state.nbd_device("nbd7", tmp_path) is None
     assert kernel_state.nbd_device("nbdx", tmp_path) is None
@@ -192,7 +192,7 @@ def test_this_machine() -> None:
 
 
 def test_device_numbers(tmp_path: Path) -> None:
-    """A file, a character device and a missing path are no block devices."""
+    """A file, a character device and a missing path are not block devices."""
     write(tmp_path, {"x": ""})
     assert kernel_state.device_number(tmp_path / "x") is None
     assert kernel_state.device_number(Path("/dev/null")) is None
