@@ -12,7 +12,6 @@ remedy. The keys are in config_keys.py.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterator
@@ -113,6 +112,8 @@ def _files(name: str, root: Path) -> list[Path]:
     candidates = [root / folder / f"{name}.toml" for folder in FOLDERS]
     main = next((path for path in candidates if os.path.exists(path)), None)
     if main is None:
+        import difflib  # only here: the keeper is resident
+
         near = difflib.get_close_matches(name, names(root), n=1)
         raise NoInputError(
             f"{candidates[0]} does not exist",
@@ -212,5 +213,7 @@ def _unknown(key: str, value: object) -> str:
 
 
 def _nearest(key: str) -> str:
+    import difflib  # only here: the keeper is resident
+
     near = difflib.get_close_matches(key.lower().replace("-", "_"), KEYS, n=1)
     return f"did you mean '{near[0]}'?" if near else "the keys are " + ", ".join(KEYS)

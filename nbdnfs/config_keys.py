@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -128,6 +127,8 @@ def _one_of(words: tuple[str, ...]) -> Callable[[str, object, Path], str]:
     def check(key: str, value: object, root: Path) -> str:
         _of_type(key, value, str, f'"{words[0]}"')
         if value not in words:
+            import difflib  # only here: the keeper is resident
+
             near = difflib.get_close_matches(str(value)[:80], words, n=1)
             hint = f"did you mean '{near[0]}'?" if near else "use one of: " + ", ".join(words)
             raise UsageError(f"{key} cannot be '{shown(value)}'", hint)

@@ -7,7 +7,6 @@ machine id (machine-id(5)), so that one configuration serves many clients; `%%` 
 
 from __future__ import annotations
 
-import difflib
 import re
 import socket
 from collections.abc import Callable
@@ -128,6 +127,8 @@ def parse(text: str, root: Path = Path("/")) -> NfsUrl:
 def _parse_option(word: str) -> tuple[str, int]:
     key, _, value = word.partition("=")
     if key not in _OPTIONS:
+        import difflib  # only here: the keeper is resident
+
         near = difflib.get_close_matches(key, _OPTIONS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "the options are " + ", ".join(_OPTIONS)
         raise UsageError(f"'{key}' is not an option of an NFS URL", hint)
