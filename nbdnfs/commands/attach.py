@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import os
@@ -26,6 +27,18 @@ from nbdnfs.kernel.warm_up import warm_up
 
 if TYPE_CHECKING:
     from nbdnfs.kernel.nbd_netlink import NbdNetlink
+
+
+def run_attach(args: argparse.Namespace) -> int:
+    """Print the path of the device. Errors as `attach`."""
+    print(attach(args.socket, args.device, warm=not args.no_warm_up).path)
+    return 0
+
+
+def run_detach(args: argparse.Namespace) -> int:
+    """Errors as `detach`."""
+    detach(args.device)
+    return 0
 
 
 def backend_of_socket(socket_path: Path) -> str:
