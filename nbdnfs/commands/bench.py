@@ -7,6 +7,7 @@ neither nbdkit nor the kernel in it; `make bench` and `make bench-vm` measure th
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import random
@@ -17,7 +18,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
-from nbdnfs import nfs_url
+from nbdnfs import nfs_url, quantities
+from nbdnfs.commands import json_output
 from nbdnfs.engine import Engine, NfsFile, libnfs_version
 from nbdnfs.errors import IOFailureError, UsageError
 from nbdnfs.nas import backing_file, explain
@@ -85,7 +87,17 @@ class _Device:
         return _NAME.pack(page, generation) + self._noise[at : at + PAGE_BYTES - _NAME.size]
 
 
-def run(url: str, size_bytes: int, seconds: float, tell: Callable[[Row], None] = lambda row: None) -> list[Row]:
+def run(args: argparse.Namespace) -> int:
+    """Print a row for each kind of load as it ends. Errors as `measure`."""
+    size_bytes, seconds = quantities.parse_size_bytes(args.size), quantities.parse_duration_s(args.time)
+    if args.json:
+        json_output.print_list([row.to_json() for row in measure(args.url, size_bytes, seconds)])
+    else:
+        measure(args.url, size_bytes, seconds, lambda row: print(row.text(), flush=True))
+    return 0
+
+
+def measure(url: str, size_bytes: int, seconds: float, tell: Callable[[Row], None] = lambda row: None) -> list[Row]:
     """All loads, about `seconds` each, on a new file of `size_bytes`, which is removed at the end.
 
     UsageError: too small. IOFailureError: a wrong page. Others as `provision.create`.

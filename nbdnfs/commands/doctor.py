@@ -7,6 +7,7 @@ docs/memory-pressure.md has the reasons at length.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import os
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nbdnfs import config, quantities
+from nbdnfs.commands import json_output
 from nbdnfs.errors import NbdnfsError
 from nbdnfs.keeper import records as run_dir
 from nbdnfs.kernel import state as kernel_state
@@ -70,6 +72,16 @@ class Finding:
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings. The exit status is 0 when all are good, EX_CONFIG otherwise."""
+    findings = examine(args.name)
+    if args.json:
+        json_output.print_list([finding.to_json() for finding in findings])
+    else:
+        print("\n".join(finding.text() for finding in findings))
+    return exit_status(findings)
 
 
 def examine(name: str | None = None, root: Path = kernel_state.ROOT) -> list[Finding]:

@@ -8,6 +8,7 @@ tells whether somebody has changed a file since; then nothing at all is written.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import os
@@ -54,6 +55,12 @@ class File:
     path: str
     data: bytes
     mode: int = 0o644
+
+
+def run(args: argparse.Namespace) -> int:
+    """Install, and print what was written and what to do next. Errors as `install`."""
+    print(explain(install(args.root, program=args.program, force=args.force), args.root))
+    return 0
 
 
 def install(root: Path = Path("/"), *, program: str | None = None, force: bool = False) -> list[Path]:

@@ -6,11 +6,13 @@ Reads only, from /proc, /sys, /run and the region's counters, which need no lock
 
 from __future__ import annotations
 
+import argparse
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nbdnfs import config, quantities, region
+from nbdnfs.commands import json_output
 from nbdnfs.engine import region_counters
 from nbdnfs.errors import NoInputError
 from nbdnfs.keeper import records as run_dir
@@ -73,6 +75,16 @@ class Status:
             waits = size(self.unstable_bytes)
             lines.append(f"  region   {waits} not on the NAS yet, worker number {self.counters.get('generation', '?')}")
         return "\n".join(lines)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the state of one device or of all. The exit status is 0 when all are healthy."""
+    found = [read(name) for name in ([args.name] if args.name else names())]
+    if args.json:
+        json_output.print_list([one.to_json() for one in found])
+    else:
+        print("\n".join(one.text() for one in found) or "nbdnfs: no device is configured")
+    return 0 if all(one.is_green for one in found) else os.EX_UNAVAILABLE
 
 
 def _process(pid: int | None) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -10,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdnfs import region
+from nbdnfs import config, quantities, region
 from nbdnfs.commands import status
 from nbdnfs.engine import region_counters
-from nbdnfs.errors import NoInputError
+from nbdnfs.errors import NoInputError, UsageError
 from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.records import RunDir
 
@@ -80,6 +81,17 @@ class Frame:
             f"{self.rate(count):>8,.0f}/s {self.rate(size) / _MIB:>8.1f} MiB/s"
             f"   median below {self.median_us(duration):>7,} us"
         )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show frames until Ctrl-C, or `--count` of them. UsageError: impossible options; others as `watch`."""
+    interval_s = quantities.parse_duration_s(args.interval)
+    if interval_s <= 0 or (args.count is not None and args.count < 1):
+        raise UsageError("--interval and --count must be more than nothing", "for example --interval 2s --count 5")
+    if args.name is not None:
+        config.check_name(args.name)
+    show([args.name] if args.name else [], interval_s=interval_s, count=args.count)
+    return 0
 
 
 def watch(

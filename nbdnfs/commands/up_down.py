@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nbdnfs import config, programs
+from nbdnfs.commands import progress
 from nbdnfs.errors import BusyError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError
 from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.records import ProcessRecord, RunDir
@@ -42,6 +44,19 @@ def unit_of(name: str) -> str:
     return f"nbdnfs@{name}.service"
 
 
+def run_up(args: argparse.Namespace) -> int:
+    """Errors as `up`."""
+    up(args.name, steal=args.steal)
+    return 0
+
+
+def run_down(args: argparse.Namespace) -> int:
+    """Errors as `down`."""
+    show = progress.reporter()
+    down(args.name, lambda left_bytes, total_bytes: show(total_bytes - left_bytes, total_bytes), service=args.service)
+    return 0
+
+
 def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> None:
     """Start the keeper of `name` and return when swap is on.
 
@@ -62,7 +77,7 @@ def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> No
     _start_in_background(name, timeout_s)
 
 
-def down(name: str, progress: Progress, *, service: bool = False) -> None:
+def down(name: str, report: Progress, *, service: bool = False) -> None:
     """Swap off, device and worker gone. May be run again; does what is left to do.
 
     With `service` it is systemd's ExecStop=: it does so only when the unit is to stop for good. Works without a
@@ -85,7 +100,7 @@ def down(name: str, progress: Progress, *, service: bool = False) -> None:
                 _wait_for_room(swap)
             elif _must_fit(name):
                 swap_area.refuse_unless_it_fits(swap)
-            swap_area.disable(swap, progress)
+            swap_area.disable(swap, report)
     except NbdnfsError:
         if service:
             _come_back(name)

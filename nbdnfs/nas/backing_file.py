@@ -85,6 +85,15 @@ def inspect(url: str) -> BackingFile:
     return BackingFile(size_bytes=found["size"], mode=found["mode"], fileid=found["ino"], allocated_bytes=found["used"])
 
 
+def exists(url: str) -> bool:
+    """Whether the URL's file is there. Errors as `inspect`, less that of a file that is not."""
+    try:
+        inspect(url)
+    except NoInputError:
+        return False
+    return True
+
+
 def create(url: str, size_bytes: int, *, force: bool = False, progress: Progress | None = None) -> None:
     """Make a backing file of `size_bytes` zero bytes, mode 0600, all of its blocks written.
 

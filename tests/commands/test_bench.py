@@ -43,7 +43,7 @@ def test_wrong_page(ganesha: Ganesha, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(bench._Device, "write", forgetful_write)
     with pytest.raises(IOFailureError, match="page 1 "):
-        bench.run(ganesha.url("wrong.swap"), MIB, 5.0)
+        bench.measure(ganesha.url("wrong.swap"), MIB, 5.0)
     assert not (ganesha.export_path / "wrong.swap").exists()
 
 
@@ -51,11 +51,11 @@ def test_a_file_that_exists_is_refused(new_file: Callable[..., FileOnServer]) ->
     """Nobody's file is written to."""
     file = new_file(content=(content := os.urandom(MIB)))
     with pytest.raises(CannotCreateError):
-        bench.run(file.url(), MIB, 0.1)
+        bench.measure(file.url(), MIB, 0.1)
     assert file.path.read_bytes() == content
 
 
 def test_too_small(ganesha: Ganesha) -> None:
     """Less than a region is no measurement."""
     with pytest.raises(UsageError):
-        bench.run(ganesha.url("small.swap"), 4096, 0.1)
+        bench.measure(ganesha.url("small.swap"), 4096, 0.1)
