@@ -11,9 +11,9 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from nbdnfs import config, quantities, region
-from nbdnfs.commands import json_output
-from nbdnfs.engine import region_counters
+from nbdnfs import config, quantities
+from nbdnfs.commands import counters, json_output
+from nbdnfs.commands.counters import number
 from nbdnfs.errors import NoInputError
 from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.records import RunDir
@@ -109,9 +109,9 @@ def read(name: str, root: Path = Path("/")) -> Status:
     keeper = records.living(run_dir.KEEPER)
     worker = records.living(run_dir.WORKER)
     swap = swap_area.find(attached.path, root) if attached is not None else None
-    counters = _counters(worker.pid, root) if worker is not None else {}
+    found = counters.of_worker(worker.pid, root) if worker is not None else {}
     address = (records.read(run_dir.ADDRESS) or "").partition("\n")[2]
-    ownership = _number(counters, "owner_state")
+    ownership = number(found, "owner_state")
     is_lost = ownership == _OWNER_LOST or records.read(run_dir.STATE) == run_dir.LOST
     refused = run_dir.refusal(name, root)
     return Status(
@@ -124,8 +124,8 @@ def read(name: str, root: Path = Path("/")) -> Status:
         keeper_pid=keeper.pid if keeper is not None else None,
         worker_pid=worker.pid if worker is not None else None,
         server=address or None,
-        unstable_bytes=_number(counters, "unstable_pages") * PAGE_BYTES if counters else None,
-        counters=counters,
+        unstable_bytes=number(found, "unstable_pages") * PAGE_BYTES if found else None,
+        counters=found,
         problems=tuple(
             problem
             for problem, holds in (
@@ -136,30 +136,14 @@ def read(name: str, root: Path = Path("/")) -> Status:
                 ("no keeper watches it", attached is not None and keeper is None),
                 ("no worker serves it", attached is not None and worker is None),
                 ("it cannot see whether the file is still its own: writes wait", ownership == _OWNER_UNSURE),
-                ("the server does not answer", _number(counters, "disconnected") != 0),
-                (_FILE_STATES.get(_number(counters, "file_state"), ""), _number(counters, "file_state") != 0),
-                (_refusal(_number(counters, "write_back_error")), _number(counters, "write_back_error") != 0),
-                (_WRONG_CHECKSUM, _number(counters, "checksum_failures") != 0),
+                ("the server does not answer", number(found, "disconnected") != 0),
+                (_FILE_STATES.get(number(found, "file_state"), ""), number(found, "file_state") != 0),
+                (_refusal(number(found, "write_back_error")), number(found, "write_back_error") != 0),
+                (_WRONG_CHECKSUM, number(found, "checksum_failures") != 0),
             )
             if holds
         ),
     )
-
-
-def _counters(worker_pid: int, root: Path) -> dict[str, int | list[int]]:
-    """The region's, through its worker's descriptor; empty where that is not to be had."""
-    descriptor = region.take_from(worker_pid, root)
-    if descriptor is None:
-        return {}
-    try:
-        return region_counters(descriptor) if region.is_made(descriptor) else {}
-    finally:
-        os.close(descriptor)
-
-
-def _number(counters: dict[str, int | list[int]], key: str) -> int:
-    value = counters.get(key, 0)
-    return value if isinstance(value, int) else 0
 
 
 def _refusal(code: int) -> str:

@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdnfs import config, quantities, region
-from nbdnfs.commands import status
-from nbdnfs.engine import region_counters
+from nbdnfs import config, quantities
+from nbdnfs.commands import counters, status
+from nbdnfs.commands.counters import Counters, number
 from nbdnfs.errors import NoInputError, UsageError
 from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.records import RunDir
@@ -21,8 +20,6 @@ from nbdnfs.keeper.records import RunDir
 PAGE_BYTES = 4096
 _MIB = 1 << 20
 _CLEAR = "\x1b[H\x1b[2J"
-
-Counters = Mapping[str, int | list[int]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Frame:
 
     def rate(self, key: str) -> float:
         """A second."""
-        return (_number(self.after, key) - _number(self.before, key)) / self.seconds
+        return (number(self.after, key) - number(self.before, key)) / self.seconds
 
     def ratio(self, key: str, of: str) -> float:
         """Of what happened in this time; 0 when nothing did."""
@@ -61,12 +58,12 @@ class Frame:
         """A few lines for people."""
         hits, misses = self.rate("hit_pages"), self.rate("missed_pages")
         share = 100 * hits / (hits + misses) if hits + misses else 0.0
-        waits = _number(self.after, "unstable_pages") * PAGE_BYTES / _MIB
-        away = "" if not _number(self.after, "disconnected") else "   THE SERVER DOES NOT ANSWER"
+        waits = number(self.after, "unstable_pages") * PAGE_BYTES / _MIB
+        away = "" if not number(self.after, "disconnected") else "   THE SERVER DOES NOT ANSWER"
         read_ahead = 100 * self.ratio("read_ahead_hits", "read_ahead_pages")
         each_kib = self.ratio("nfs_written_bytes", "nfs_writes") / 1024
         rows = [
-            f"{self.name}: {waits:.1f} MiB not on the NAS yet, {_number(self.after, 'nfs_in_flight')} under way{away}",
+            f"{self.name}: {waits:.1f} MiB not on the NAS yet, {number(self.after, 'nfs_in_flight')} under way{away}",
             f"  swap-in   {self._flow('reads', 'read_bytes', 'read_us')}   {share:.0f}% from the region",
             f"  swap-out  {self._flow('writes', 'written_bytes', 'write_us')}   {self.rate('stalls'):.0f} had to wait",
             f"  NFS read  {self._flow('nfs_reads', 'nfs_read_bytes', 'nfs_read_us')}"
@@ -122,10 +119,10 @@ def show(names: Sequence[str], *, interval_s: float, count: int | None, root: Pa
     """Print frames until Ctrl-C, or `count` of them; on a terminal each in the place of the last one."""
     wanted = names or status.names(root)
     on_terminal = sys.stdout.isatty()
-    for number, frames in enumerate(watch(wanted, interval_s=interval_s, root=root), 1):
+    for shown, frames in enumerate(watch(wanted, interval_s=interval_s, root=root), 1):
         text = "\n".join(frame.text() for frame in frames)
         print(_CLEAR + text if on_terminal and count != 1 else text, flush=True)
-        if number == count:
+        if shown == count:
             return
 
 
@@ -133,20 +130,9 @@ def _read(names: Sequence[str], root: Path) -> dict[str, Counters]:
     found: dict[str, Counters] = {}
     for name in names:
         worker = RunDir(name, root).living(run_dir.WORKER)
-        descriptor = region.take_from(worker.pid, root) if worker is not None else None
-        if descriptor is None:
-            continue
-        try:
-            if region.is_made(descriptor):
-                found[name] = region_counters(descriptor)
-        finally:
-            os.close(descriptor)
+        if worker is not None and (read := counters.of_worker(worker.pid, root)):
+            found[name] = read
     if not found:
         which = f"of {', '.join(names)} " if names else ""
         raise NoInputError(f"no worker {which}is running, or it is not ours to look into", "see: nbdnfs status")
     return found
-
-
-def _number(counters: Counters, key: str) -> int:
-    value = counters.get(key, 0)
-    return value if isinstance(value, int) else 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdnfs.commands import status
+from nbdnfs.commands import counters, status
 from nbdnfs.errors import NoInputError, UsageError
 from nbdnfs.keeper import records as run_dir
 
@@ -81,7 +81,7 @@ def test_what_the_region_tells(
     root: Path, monkeypatch: pytest.MonkeyPatch, counter: str, value: int, words: str
 ) -> None:
     """Each state of server and file is a problem, in words."""
-    monkeypatch.setattr(status, "_counters", lambda pid, root: {counter: value})
+    monkeypatch.setattr(counters, "of_worker", lambda pid, root: {counter: value})
     (problem,) = status.read("swap0", root).problems
     assert words in problem
 
@@ -101,7 +101,7 @@ def test_what_the_worker_knows_of_the_owner(
     root: Path, monkeypatch: pytest.MonkeyPatch, state: int, problem: str | None
 ) -> None:
     """enum owner_state, through the region's counters."""
-    monkeypatch.setattr(status, "_counters", lambda pid, root: {"owner_state": state})
+    monkeypatch.setattr(counters, "of_worker", lambda pid, root: {"owner_state": state})
     problems = status.read("swap0", root).problems
     assert problem in problems[0] if problem else not problems
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from nbdnfs.commands import top
+from nbdnfs.commands.counters import Counters
 from nbdnfs.errors import NoInputError
 
-BEFORE: top.Counters = {"reads": 100, "read_bytes": 0, "nfs_writes": 5, "nfs_written_bytes": 0, "read_us": [1, 1, 0, 0]}
-AFTER: top.Counters = {
+BEFORE: Counters = {"reads": 100, "read_bytes": 0, "nfs_writes": 5, "nfs_written_bytes": 0, "read_us": [1, 1, 0, 0]}
+AFTER: Counters = {
     **BEFORE,
     "reads": 300,
     "read_bytes": 200 * 4096,
