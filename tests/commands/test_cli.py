@@ -108,6 +108,14 @@ def test_help_loads_no_command() -> None:
     assert loaded == {"nbdnfs", "nbdnfs.cli", "nbdnfs.errors"}
 
 
+@pytest.mark.parametrize("module", ["attach", "doctor", "install_units", "status", "top", "up_down"])
+def test_engine_is_loaded_only_where_needed(module: str) -> None:
+    """A command that does not speak to the server starts without the engine and libnfs."""
+    code = f"import sys, nbdnfs.commands.{module}; print(*(name for name in sys.modules if 'engine' in name))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.split() == []
+
+
 @pytest.mark.parametrize("command", [[], ["create"], ["serve"], ["attach"], ["detach"]])
 def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     """The help goes to stdout, with status 0."""

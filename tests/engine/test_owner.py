@@ -25,7 +25,7 @@ from support.small_filesystem import small_filesystem
 from support.waiting import DEADLINE_S, in_background, wait_until
 
 from nbdnfs import cli, config
-from nbdnfs.commands import up_down
+from nbdnfs.commands import systemd_unit, up_down
 from nbdnfs.engine import Engine, NfsFile, libnfs_version
 from nbdnfs.errors import NbdnfsError, NoInputError, OwnedError, PermissionDeniedError
 from nbdnfs.keeper import real_work
@@ -553,14 +553,14 @@ def test_claim_and_down(swap_file: FileOnServer, tmp_path: Path, monkeypatch: py
 
     records = RunDir("swap0", run=tmp_path)
     records.make()
-    up_down._give_up(records)  # a device that never got so far
+    up_down._release_file(records)  # a device that never got so far
     assert record_path(swap_file).exists()
     records.write(run_dir.ADDRESS, f"{swap_file.url()}\n{LOOPBACK}")
-    up_down._give_up(records)
+    up_down._release_file(records)
     assert beside(swap_file) == []
 
     ownership.claim(swap_file.url(), HOLDER, machine("box2"))
-    up_down._give_up(records)
+    up_down._release_file(records)
     assert record_of(swap_file).host == "box2"
     refusals: list[tuple[str, str | None]] = []
     monkeypatch.setattr(run_dir, "write_refusal", lambda name, text: refusals.append((name, text)))
@@ -591,7 +591,7 @@ def test_down_does_not_wait_for_a_server(
     records.make()
     records.write(run_dir.ADDRESS, f"{own_ganesha.url('swap')}\n{LOOPBACK}")
     own_ganesha.kill()
-    up_down._give_up(records)
+    up_down._release_file(records)
     assert "the owner record stays: no answer" in capsys.readouterr().err
 
 
@@ -600,7 +600,7 @@ def test_up_steals_before_it_starts_anything(swap_file: FileOnServer, monkeypatc
     ownership.claim(swap_file.url(), HOLDER, machine("box2"), timing=QUICK)
     monkeypatch.setattr(ownership.claim, "__kwdefaults__", {**(ownership.claim.__kwdefaults__ or {}), "timing": QUICK})
     monkeypatch.setattr(config, "load", lambda name: config.Config(name, swap_file.url()))
-    monkeypatch.setattr(up_down, "_systemd_has", lambda name: False)
+    monkeypatch.setattr(systemd_unit, "is_loaded", lambda name: False)
     started: list[Record] = []
     monkeypatch.setattr(up_down, "_start_in_background", lambda name, timeout_s: started.append(record_of(swap_file)))
     up_down.up("swap0", steal=True)
