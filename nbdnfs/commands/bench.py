@@ -126,7 +126,7 @@ def _open(target: nfs_url.NfsUrl, address: str) -> Engine:
     try:
         return Engine(target.text, address, connections=CONNECTIONS)
     except OSError as error:
-        raise explain.explain(error, target, address) from None
+        raise explain.open_error(error, target, address) from None
 
 
 @contextlib.contextmanager

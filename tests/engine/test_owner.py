@@ -32,7 +32,7 @@ from nbdnfs.keeper import real_work
 from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.records import RunDir
 from nbdnfs.kernel import link
-from nbdnfs.nas import backing_file, owner_record, ownership
+from nbdnfs.nas import backing_file, owner_record, ownership, record_file, remote_file
 from nbdnfs.nas.owner_record import Identity, Record, Timing
 
 PAGE = 4096
@@ -85,7 +85,7 @@ def claim(
     file: FileOnServer, me: Identity, *, steal: bool = False, holder: str = HOLDER, root: Path = Path("/")
 ) -> Record:
     said: list[str] = []
-    return ownership.claim(file.url(), holder, me, steal=steal, say=said.append, timing=QUICK, root=root)
+    return ownership.claim(file.url(), holder, me, steal=steal, report=said.append, timing=QUICK, root=root)
 
 
 def refused(file: FileOnServer, me: Identity, *words: str, **options: str | Path) -> None:
@@ -173,7 +173,6 @@ def test_a_second_machine_is_refused(swap_file: FileOnServer, version: int, monk
     refused(swap_file, box2, "is in use as swap by box1", record.claimed, "last sign of life", "nbdnfs down")
     grow_old(swap_file, 7200)
     refused(swap_file, box2, "box1", record.claimed, "no sign of life for 2 h", "--steal")
-    assert "box1" in ownership.look(url).text()
 
     waited_s: list[float] = []
     monkeypatch.setattr(time, "sleep", waited_s.append)
@@ -234,7 +233,7 @@ def test_a_steal_that_was_interrupted_waits_again(swap_file: FileOnServer) -> No
     record_path(swap_file).write_bytes(waiting.to_bytes())
     said: list[str] = []
     before_s = time.monotonic()
-    record = ownership.claim(swap_file.url(), HOLDER, box2, say=said.append, timing=QUICK)
+    record = ownership.claim(swap_file.url(), HOLDER, box2, report=said.append, timing=QUICK)
     assert time.monotonic() - before_s >= QUICK.stops_within_ms / 1000
     assert record.state == record_of(swap_file).state == "held"
     assert "waiting" in said[0]
@@ -251,7 +250,7 @@ def test_of_many_newcomers_one_wins(swap_file: FileOnServer) -> None:
         def attempt(me: Identity) -> Record | None:
             barrier.wait()
             try:
-                return ownership.claim(url, HOLDER, me, steal=steal, timing=QUICK, say=lambda _: None)
+                return ownership.claim(url, HOLDER, me, steal=steal, timing=QUICK, report=lambda _: None)
             except (OwnedError, NbdnfsError):
                 return None
 
@@ -272,7 +271,7 @@ def test_of_many_newcomers_one_wins(swap_file: FileOnServer) -> None:
 
 def test_a_server_without_hard_links(swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first record is renamed into place, and waits as one that takes another's."""
-    monkeypatch.setattr(ownership._Newcomer, "link", lambda newcomer: False)
+    monkeypatch.setattr(record_file.CandidateRecord, "link", lambda candidate: False)
     before_s = time.monotonic()
     assert claim(swap_file, machine("box1")) == record_of(swap_file)
     assert time.monotonic() - before_s >= QUICK.stops_within_ms / 1000
@@ -313,7 +312,7 @@ def test_release_spares_a_thief(swap_file: FileOnServer, monkeypatch: pytest.Mon
             new.rename(record_path(swap_file))
             return count
 
-    monkeypatch.setattr(ownership, "NfsFile", Robbed)
+    monkeypatch.setattr(remote_file, "NfsFile", Robbed)
     with contextlib.suppress(NbdnfsError):  # the file that it had open is gone
         ownership.release(swap_file.url(), HOLDER, box1)
     assert record_of(swap_file) == theirs
@@ -327,7 +326,7 @@ def test_a_directory_that_is_not_ours(ganesha: Ganesha, swap_file: FileOnServer)
     os.chown(folder / "swap", 1234, 1234)
     with pytest.raises(PermissionDeniedError) as caught:
         ownership.claim(ganesha.url("closed/swap", uid=1234, gid=1234), HOLDER, machine("box1"))
-    assert "may not make an owner record" in caught.value.message
+    assert "may not create an owner record" in caught.value.message
     assert "owner = false" in caught.value.hint
     with pytest.raises(NoInputError, match="there is no file"):
         ownership.claim(ganesha.url("closed/other"), HOLDER, machine("box1"))

@@ -25,7 +25,7 @@ from nbdnfs.errors import (
     PermissionDeniedError,
     UsageError,
 )
-from nbdnfs.nas import backing_file, ownership
+from nbdnfs.nas import backing_file, part_file, remote_file, zeros
 
 URL = "nfs://192.0.2.1/export/swap0?version=3&uid=0&gid=0"
 CHUNK = 4096
@@ -192,11 +192,10 @@ def failure(number: int, phase: str = "open") -> OSError:
 def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
     """An empty server, in the place of NfsFile; chunks of one page."""
     server = FakeServer()
-    monkeypatch.setattr(backing_file, "NfsFile", server.open)
-    monkeypatch.setattr(ownership, "NfsFile", server.open)
-    monkeypatch.setattr(backing_file, "_CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr(backing_file, "_ALLOCATION_SETTLES_S", 0.0)
-    monkeypatch.setattr(backing_file, "_RETRY_PAUSE_S", 0.001)
+    monkeypatch.setattr(remote_file, "NfsFile", server.open)
+    monkeypatch.setattr(zeros, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(zeros, "_ALLOCATION_SETTLES_S", 0.0)
+    monkeypatch.setattr(remote_file, "_RETRY_PAUSE_S", 0.001)
     monkeypatch.setattr(os, "getuid", lambda: 0)
     return server
 
@@ -242,7 +241,7 @@ def test_sizes_that_are_no_multiple_of_the_chunk(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, size_bytes: int
 ) -> None:
     """The last chunk is as long as it must be."""
-    monkeypatch.setattr(backing_file, "_CHUNK_BYTES", 3 * 4096)
+    monkeypatch.setattr(zeros, "CHUNK_BYTES", 3 * 4096)
     backing_file.create(URL, size_bytes)
     assert bytes(server.files["swap0"].data) == bytes(size_bytes)
 
@@ -265,7 +264,7 @@ def test_impossible_sizes(server: FakeServer, size_bytes: int, message: str, hin
 def test_an_existing_file_is_refused(server: FakeServer) -> None:
     """And is left as it was."""
     server.add("swap0", b"precious")
-    fails_with(CannotCreateError, "/export/swap0 on 192.0.2.1 exists already (8 B)", "--force")
+    fails_with(CannotCreateError, "/export/swap0 on 192.0.2.1 already exists (8 B)", "--force")
     assert bytes(server.files["swap0"].data) == b"precious"
     assert list(server.files) == ["swap0"]
 
@@ -295,7 +294,7 @@ def test_force_wants_a_file_that_is_closed_to_others(server: FakeServer) -> None
 def test_force_on_a_directory(server: FakeServer) -> None:
     """What is no file is refused."""
     server.add("swap0", is_regular=False)
-    fails_with(NoInputError, "no regular file", "name a file", force=True)
+    fails_with(NoInputError, "not a regular file", "name a file", force=True)
 
 
 @pytest.mark.parametrize("done_chunks", [0, 1, 20, 63])
@@ -319,7 +318,7 @@ def test_goes_on_after_an_interruption(server: FakeServer, done_chunks: int) -> 
 def test_an_interruption_leaves_holes_in_the_window_only(server: FakeServer, missing: int) -> None:
     """A file whose last writes arrived out of order, when the machine died, has no hole afterwards."""
     chunks = 30
-    name = backing_file._part_name(nfs_url.parse(URL))
+    name = part_file.name_of(nfs_url.parse(URL))
     part = server.add(name, b"\0" * CHUNK * chunks)
     hole = (chunks - WINDOW_CHUNKS + missing) * CHUNK
     part.data[hole : hole + CHUNK] = b"\xff" * CHUNK
@@ -360,7 +359,7 @@ def test_the_window_is_kept(server: FakeServer, monkeypatch: pytest.MonkeyPatch)
 )
 def test_a_part_file_that_cannot_go_on_is_made_anew(server: FakeServer, unfit: dict[str, Any]) -> None:
     """It loses its name, and nothing is written into it."""
-    name = backing_file._part_name(nfs_url.parse(URL))
+    name = part_file.name_of(nfs_url.parse(URL))
     old = server.add(name, **unfit)
     backing_file.create(URL, SIZE)
     assert list(server.files) == ["swap0"]
@@ -370,16 +369,16 @@ def test_a_part_file_that_cannot_go_on_is_made_anew(server: FakeServer, unfit: d
 
 def test_dead_between_link_and_unlink(server: FakeServer) -> None:
     """The file is complete and has both names: the next create refuses it, and takes the old name away."""
-    name = backing_file._part_name(nfs_url.parse(URL))
+    name = part_file.name_of(nfs_url.parse(URL))
     server.files["swap0"] = server.add(name, bytes(SIZE), nlink=2)
-    fails_with(CannotCreateError, "exists already", "--force")
+    fails_with(CannotCreateError, "already exists", "--force")
     assert list(server.files) == ["swap0"]
 
 
 def test_made_by_somebody_else_meanwhile(server: FakeServer) -> None:
     """Of two machines one makes the file; the other says so and overwrites nothing."""
     server.before_link = lambda: server.files.setdefault("swap0", Inode(1, bytearray(b"theirs")))
-    fails_with(CannotCreateError, "has come into being meanwhile", "--force")
+    fails_with(CannotCreateError, "was created by another machine", "--force")
     assert bytes(server.files["swap0"].data) == b"theirs"
 
 
@@ -390,7 +389,7 @@ def test_a_server_without_hard_links(server: FakeServer) -> None:
     assert list(server.files) == ["swap0"]
     server.files.clear()
     server.before_link = lambda: server.files.setdefault("swap0", Inode(1, bytearray(b"theirs")))
-    fails_with(CannotCreateError, "has come into being meanwhile", "--force")
+    fails_with(CannotCreateError, "was created by another machine", "--force")
     assert bytes(server.files["swap0"].data) == b"theirs"
 
 
@@ -408,7 +407,7 @@ def test_lost_answers_to_name_operations(server: FakeServer, has_links: bool) ->
     ("number", "message", "hint"),
     [
         (errno.ENOSPC, "no space left in /export on 192.0.2.1: there was room for 80 KiB", "free space"),
-        (errno.EDQUOT, "the quota for /export on 192.0.2.1 is used up: it left room for 80 KiB", "quota"),
+        (errno.EDQUOT, "the quota for /export on 192.0.2.1 is used up: there was room for 80 KiB", "quota"),
     ],
     ids=["ENOSPC", "EDQUOT"],
 )
@@ -436,9 +435,9 @@ def test_no_room_for_a_name(server: FakeServer) -> None:
 @pytest.mark.parametrize(
     ("uid", "number", "message", "hint"),
     [
-        (0, errno.EACCES, "does not let root make a file in /export: root is squashed", "no_root_squash"),
-        (0, errno.EPERM, "does not let root make a file in /export: root is squashed", "no_root_squash"),
-        (1000, errno.EACCES, "does not let uid 1000 make a file in /export", "let that user write there"),
+        (0, errno.EACCES, "does not let root create a file in /export: root is squashed", "no_root_squash"),
+        (0, errno.EPERM, "does not let root create a file in /export: root is squashed", "no_root_squash"),
+        (1000, errno.EACCES, "does not let uid 1000 create a file in /export", "let that user write there"),
     ],
 )
 def test_not_allowed(server: FakeServer, uid: int, number: int, message: str, hint: str) -> None:
@@ -461,7 +460,7 @@ def test_squashed_to_an_owner_who_may(server: FakeServer) -> None:
 def test_no_directory(server: FakeServer) -> None:
     """ENOENT for a new file is the directory's."""
     server.create_errno = errno.ENOENT
-    fails_with(NoInputError, "192.0.2.1 has no directory /export", "make it")
+    fails_with(NoInputError, "192.0.2.1 has no directory /export", "create it")
 
 
 def test_an_existing_file_that_may_not_be_opened(server: FakeServer) -> None:
@@ -512,7 +511,7 @@ def test_an_interruption_while_the_server_is_away(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Ctrl-C ends create although writes hang, and says how far it was."""
-    monkeypatch.setattr(backing_file, "_INTERRUPTED_GRACE_S", 0.05)
+    monkeypatch.setattr(zeros, "_INTERRUPTED_GRACE_S", 0.05)
     away, release = 20 * CHUNK, threading.Event()
     write = server.write
 
@@ -531,15 +530,15 @@ def test_an_interruption_while_the_server_is_away(
 def test_long_names_keep_within_255_bytes(server: FakeServer) -> None:
     """The part file's name fits wherever the final one does."""
     url = URL.replace("swap0", "x" * 255)
-    assert len(backing_file._part_name(nfs_url.parse(url))) <= 255
+    assert len(part_file.name_of(nfs_url.parse(url))) <= 255
     backing_file.create(url, SIZE)
 
 
 def test_part_names_differ_by_file_and_machine(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two machines that make one file do not write into each other's."""
-    names = {backing_file._part_name(nfs_url.parse(url)) for url in (URL, URL.replace("swap0", "swap1"))}
+    names = {part_file.name_of(nfs_url.parse(url)) for url in (URL, URL.replace("swap0", "swap1"))}
     monkeypatch.setattr("socket.gethostname", lambda: "another")
-    names.add(backing_file._part_name(nfs_url.parse(URL)))
+    names.add(part_file.name_of(nfs_url.parse(URL)))
     assert len(names) == 3
 
 

@@ -104,7 +104,7 @@ def test_existing_files(ganesha: Ganesha, name: str) -> None:
     path, url = ganesha.export_path / name, ganesha.url(name)
     path.write_bytes(b"\xaa" * MIB)
     path.chmod(0o600)
-    fails_with(CannotCreateError, "exists already (1 MiB)", "--force", lambda: backing_file.create(url, 2 * MIB))
+    fails_with(CannotCreateError, "already exists (1 MiB)", "--force", lambda: backing_file.create(url, 2 * MIB))
     assert path.read_bytes() == b"\xaa" * MIB
     fileid = path.stat().st_ino
     backing_file.create(url, 2 * MIB, force=True)
@@ -168,14 +168,15 @@ def test_no_permission(ganesha: Ganesha, name: str) -> None:
     """A user who may not write there is told so, by number."""
     url = ganesha.url(name, uid=1234, gid=1234)
     fails_with(
-        PermissionDeniedError, "does not let uid 1234 make a file", "uid=", lambda: backing_file.create(url, MIB)
+        PermissionDeniedError, "does not let uid 1234 create a file", "uid=", lambda: backing_file.create(url, MIB)
     )
 
 
 def test_read_only_export(tmp_path: Path) -> None:
     """EROFS has its own words."""
     with Ganesha(tmp_path, access="RO") as server:
-        fails_with(PermissionDeniedError, "read-only", "writing", lambda: backing_file.create(server.url("swap0"), MIB))
+        url = server.url("swap0")
+        fails_with(PermissionDeniedError, "read-only", "read-write", lambda: backing_file.create(url, MIB))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
@@ -256,8 +257,8 @@ def test_two_machines_make_one_file(ganesha: Ganesha, name: str, monkeypatch: py
 
     fails_with(
         CannotCreateError,
-        "has come into being meanwhile",
-        "use that one",
+        "was created by another machine",
+        "use that file",
         lambda: backing_file.create(url, size_bytes, progress=another_machine),
     )
     assert [(ganesha.export_path / name).stat().st_ino] == outcomes
