@@ -173,8 +173,8 @@ identities = st.builds(
 
 @given(identities, identities, st.floats(0, 1000), st.booleans(), st.sampled_from(["held", "waiting"]))
 def test_a_living_owner_is_never_replaced(me: Identity, owner: Identity, age_s: float, lives: bool, state: str) -> None:
-    """Whatever the ids: another machine's or boot's record that is fresh is refused or watched, and taken with
-    --steal only, with the wait that lets its owner stop."""
+    """With any ids: a fresh record of another machine or boot is refused or watched, and taken with --steal only,
+    after the wait in which its owner stops."""
     record = owner_record.new(owner, HOLDER, None, state)
     verdict = decide(record, me, HOLDER, age_s=age_s, holder_lives=lives)
     if (owner.boot, owner.machine) != (me.boot, me.machine):
@@ -187,8 +187,7 @@ def test_a_living_owner_is_never_replaced(me: Identity, owner: Identity, age_s: 
 
 
 def test_the_wait_covers_what_the_owner_may_still_send() -> None:
-    """Two refresh times of permission, the kernel's patience with a connection, and some; stale comes after
-    permission."""
+    """Two refresh times, TCP_USER_TIMEOUT and a margin; a record is stale only after the permission has ended."""
     record = held()
     assert record.stops_within_ms >= 2 * record.refresh_ms + 25_000 + 5_000
     assert record.stale_after_s * 1000 > 2 * record.refresh_ms
@@ -198,7 +197,7 @@ def test_the_wait_covers_what_the_owner_may_still_send() -> None:
 
 
 def test_identity(tmp_path: Path) -> None:
-    """From machine-id, boot_id and SMBIOS; ids that are none; nothing of the ids themselves gets out."""
+    """Hashes of machine-id and SMBIOS, and the boot id; placeholders count as no id; the ids themselves stay secret."""
     files = {
         "etc/machine-id": "0123456789abcdef0123456789abcdef\n",
         "proc/sys/kernel/random/boot_id": "01234567-89ab-cdef-0123-456789abcdef\n",
@@ -229,7 +228,7 @@ def test_identity(tmp_path: Path) -> None:
 
 
 def test_names() -> None:
-    """Beside the file and hidden; a name that is too long for that gets one of its own."""
+    """The record is a hidden file beside the backing file; a long name is replaced by a hash."""
     assert owner_record.name_of("box.swap") == ".box.swap.owner"
     long = owner_record.name_of("ä" * 120)
     assert len(long.encode()) < 100
