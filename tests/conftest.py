@@ -86,6 +86,15 @@ def backing_file(new_file: Callable[..., FileOnServer]) -> FileOnServer:
 
 
 @pytest.fixture
+def swap_file(new_file: Callable[..., FileOnServer]) -> Iterator[FileOnServer]:
+    """A file of zeros; what is left beside it is removed."""
+    file = new_file(content=bytes(4 * MIB))
+    yield file
+    for path in file.path.parent.glob(f".{file.name}.*"):
+        path.unlink()
+
+
+@pytest.fixture
 def proxy(ganesha: Ganesha) -> Iterator[TcpProxy]:
     """A faulty way to the session's server: `backing_file.url(nfsport=proxy.port)`."""
     with TcpProxy(ganesha.nfs_port) as proxy:

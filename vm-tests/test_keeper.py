@@ -219,7 +219,7 @@ def test_restart_and_upgrade(boot: Callable[..., Guest], ganesha: Ganesha, image
         print(f"{verdict.checked} pages checked, {verdict.wrong} wrong")
         systemctl(guest, "stop", 300)
         assert "/dev/nbd" not in guest.run("cat /proc/swaps").stdout
-        assert guest.run(f"nbdnfs status {_NAME}", check=False).stdout.startswith(f"{_NAME}: it is not up")
+        assert guest.run(f"nbdnfs status {_NAME}", check=False).stdout.startswith(f"{_NAME}: not up")
         systemctl(guest, "start", 240)
 
 

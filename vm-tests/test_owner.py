@@ -96,7 +96,7 @@ def test_boots_and_a_theft(boot: Callable[..., Guest], ganesha: Ganesha) -> None
             assert property_of(guest, "NRestarts") == "0"
             said = guest.run(f"nbdnfs status {_NAME}", check=False).stdout
             print(said)
-            assert "another machine has taken its file" in said
+            assert "another machine has stolen the backing file" in said
             read = guest.run("timeout 20 dd if=/dev/nbd0 of=/dev/null bs=4096 count=1 iflag=direct", 60, check=False)
             assert read.status != 124, "a request waits for a device that is gone"
             assert hashlib.sha256(path.read_bytes()).digest() == after

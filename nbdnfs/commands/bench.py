@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How fast a machine can swap to a NAS: `nbdnfs bench URL`. Pages through the engine alone, every page checked.
+"""`nbdnfs bench`: how fast this machine can write and read pages on a NAS. Every page is checked.
 
-It makes a file of its own, which must not exist, and removes it again: nobody's swap is ever its target. There is
-neither nbdkit nor the kernel in it; `make bench` and `make bench-vm` measure those.
+The file is created, must not exist before, and is removed at the end: a file in use is never the target. The pages go
+through the engine alone; `make bench` measures it under nbdkit, and `make bench-vm` under the kernel's swap.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import random
@@ -17,7 +18,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
-from nbdnfs import nfs_url
+from nbdnfs import nfs_url, quantities
+from nbdnfs.commands import json_output
 from nbdnfs.engine import Engine, NfsFile, libnfs_version
 from nbdnfs.errors import IOFailureError, UsageError
 from nbdnfs.nas import backing_file, explain
@@ -33,7 +35,7 @@ _STEP = 64
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of load: pages a second, and how long one page took, in microseconds."""
+    """The result of one kind of load: `pages` took `seconds` in all; `median_us` and `p99_us` are times of one page."""
 
     title: str
     pages: int
@@ -43,10 +45,11 @@ class Row:
 
     @property
     def pages_per_second(self) -> float:
+        """The throughput."""
         return self.pages / self.seconds
 
     def text(self) -> str:
-        """A line for people."""
+        """One line for a terminal."""
         mib = self.pages_per_second * SLOT_BYTES / (1 << 20)
         return (
             f"{self.title:34} {self.pages_per_second:>9,.0f} pages/s {mib:>8.1f} MiB/s"
@@ -54,11 +57,12 @@ class Row:
         )
 
     def to_json(self) -> dict[str, object]:
+        """The fields, and "pages_per_second"."""
         return {**asdict(self), "pages_per_second": self.pages_per_second}
 
 
 class _Device:
-    """The engine, and what each page must have. A page is used by one thread at a time."""
+    """An engine, and what each page of it must hold. The caller uses a page in one thread at a time."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -66,18 +70,19 @@ class _Device:
         self._noise = os.urandom(SLOT_BYTES + _STEP * 1021)
 
     def write(self, page: int) -> None:
+        """Write the page's next content."""
         self.generations[page] += 1
         self.engine.pwrite(self._content(page), page * SLOT_BYTES)
 
     def check(self, page: int) -> None:
-        """IOFailureError when what comes back is not what was written last."""
+        """Read the page. IOFailureError: it does not hold what was written last."""
         found = bytearray(SLOT_BYTES)
         self.engine.pread(found, page * SLOT_BYTES)
         if found != self._content(page):
-            raise IOFailureError(f"page {page} came back with other content", "do not swap to this server")
+            raise IOFailureError(f"page {page} does not hold what was written to it", "do not use this server for swap")
 
     def _content(self, page: int) -> bytes:
-        """Of its newest generation; the file was made of zeros. Nothing that could be compressed."""
+        """What the page must hold: zeros at first, as the file was created, and then bytes that do not compress."""
         generation = self.generations[page]
         if generation == 0:
             return bytes(SLOT_BYTES)
@@ -85,13 +90,26 @@ class _Device:
         return _NAME.pack(page, generation) + self._noise[at : at + SLOT_BYTES - _NAME.size]
 
 
-def run(url: str, size_bytes: int, seconds: float, tell: Callable[[Row], None] = lambda row: None) -> list[Row]:
-    """All loads, about `seconds` each, on a new file of `size_bytes`, which is removed at the end.
+def run(args: argparse.Namespace) -> int:
+    """Print a row for each kind of load as it ends. Errors as `measure`."""
+    size_bytes, seconds = quantities.parse_size_bytes(args.size), quantities.parse_duration_s(args.time)
+    if args.json:
+        json_output.print_list([row.to_json() for row in measure(args.url, size_bytes, seconds)])
+    else:
+        measure(args.url, size_bytes, seconds, lambda row: print(row.text(), flush=True))
+    return 0
 
-    UsageError: too small. IOFailureError: a wrong page. Others as `provision.create`.
+
+def measure(url: str, size_bytes: int, seconds: float, report: Callable[[Row], None] = lambda row: None) -> list[Row]:
+    """Run each load for about `seconds`, on a new file of `size_bytes` that is removed at the end.
+
+    `report` gets each row when its load ends. UsageError: the size is too small or not a multiple of 4096.
+    IOFailureError: a page is wrong. Others as `backing_file.create`.
     """
     if size_bytes < MIN_SIZE_BYTES or size_bytes % SLOT_BYTES:
-        raise UsageError("the file is to have 1 MiB or more, in whole pages", "for example --size 64M")
+        raise UsageError(
+            f"--size must be a multiple of {SLOT_BYTES} bytes, and at least 1 MiB", "for example --size 64M"
+        )
     target = nfs_url.parse(url)
     explain.refuse_unsupported(target, libnfs_version)
     backing_file.create(url, size_bytes)
@@ -99,7 +117,7 @@ def run(url: str, size_bytes: int, seconds: float, tell: Callable[[Row], None] =
     rows = []
     with _removed_at_the_end(target, address), contextlib.closing(_open(target, address)) as engine:
         for row in _loads(_Device(engine), seconds):
-            tell(row)
+            report(row)
             rows.append(row)
     return rows
 
@@ -108,7 +126,7 @@ def _open(target: nfs_url.NfsUrl, address: str) -> Engine:
     try:
         return Engine(target.text, address, connections=CONNECTIONS)
     except OSError as error:
-        raise explain.explain(error, target, address) from None
+        raise explain.open_error(error, target, address) from None
 
 
 @contextlib.contextmanager
@@ -133,7 +151,7 @@ def _loads(device: _Device, seconds: float) -> Iterator[Row]:
 def _timed(
     title: str, pages: list[int], step: Callable[[int], None], seconds: float, end: Callable[[], None] | None = None
 ) -> Row:
-    """`step` for page after page, all of them at most. `end` counts into the time."""
+    """Time `step` on one page after the other, each once at most, and then `end`, for about `seconds`."""
     started = time.monotonic()
     durations = _walk(pages, step, started + seconds)
     if end is not None:
@@ -142,7 +160,7 @@ def _timed(
 
 
 def _side_by_side(title: str, pages: list[int], step: Callable[[int], None], seconds: float) -> Row:
-    """By READERS threads, each with its share of the pages."""
+    """The same in READERS threads, each with its share of the pages."""
     started = time.monotonic()
     shares = [pages[number::READERS] for number in range(READERS)]
     with ThreadPoolExecutor(READERS) as pool:
@@ -151,7 +169,7 @@ def _side_by_side(title: str, pages: list[int], step: Callable[[int], None], sec
 
 
 def _walk(pages: list[int], step: Callable[[int], None], until: float) -> list[float]:
-    """How long each page took, in seconds; at least one."""
+    """How long each page took, in seconds. Stops at `until` (time.monotonic()), but takes one page at least."""
     durations: list[float] = []
     for page in pages:
         before = time.monotonic()

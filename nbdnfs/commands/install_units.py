@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`nbdnfs install-units`: puts the files of systemd/ in place, on this machine or in the root folder of an image.
+"""`nbdnfs install-units`: installs the files of systemd/, on this machine or in the root directory of an image.
 
-All but the example go to /usr/local/lib, where systemd looks for what the administrator did not write but
-installed: /etc stays free for `systemctl edit` and other overrides. A list of what was installed, with checksums,
-tells whether somebody has changed a file since; then nothing at all is written.
+All but the example go to /usr/local/lib, where systemd looks for units that the administrator installed but did not
+write: /etc stays free for `systemctl edit` and other overrides. A list of the installed files, with checksums, shows
+whether a file was changed since; then nothing at all is written.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import os
@@ -23,11 +24,11 @@ from nbdnfs.errors import CannotCreateError, ConfigError, NbdnfsError, Permissio
 
 _LIB = "usr/local/lib"
 _LIST = f"{_LIB}/nbdnfs/installed.sha256"
-# In the units and scripts it stands for the program that installs them.
+# Stands in the units and scripts for the program that they start.
 _PROGRAM = "/usr/local/bin/nbdnfs"
 _RELOAD_TIMEOUT_S = 90.0
 
-# In systemd/ ▸ where it goes.
+# File of systemd/ ▸ where it is installed.
 _FILES = {
     "nbdnfs@.service": f"{_LIB}/systemd/system/nbdnfs@.service",
     "nbdnfs.slice": f"{_LIB}/systemd/system/nbdnfs.slice",
@@ -38,7 +39,7 @@ _FILES = {
     "tmpfiles.conf": f"{_LIB}/tmpfiles.d/nbdnfs.conf",
     "udev.rules": f"{_LIB}/udev/rules.d/59-nbdnfs.rules",
 }
-# What only later versions of systemd know; others would warn at each start.
+# Drop-ins with settings that only later versions of systemd know: older ones would warn at each start.
 _SINCE = {
     254: ("nbdnfs@.service-254.conf", f"{_LIB}/systemd/system/nbdnfs@.service.d/50-systemd-254.conf"),
     255: ("nbdnfs@.service-255.conf", f"{_LIB}/systemd/system/nbdnfs@.service.d/50-systemd-255.conf"),
@@ -49,19 +50,28 @@ _EXECUTABLE = frozenset({"nbdnfs-generator", "reserve"})
 
 @dataclass(frozen=True)
 class File:
-    """One file to install: its path below the root, its bytes, its mode."""
+    """One file to install: its path below the root, its content, its permission bits."""
 
     path: str
     data: bytes
     mode: int = 0o644
 
 
-def install(root: Path = Path("/"), *, program: str | None = None, force: bool = False) -> list[Path]:
-    """Put everything in place below `root`; returns the files that were written, none when all was there already.
+def run(args: argparse.Namespace) -> int:
+    """Install, and print what was written and what to do next. Errors as `install`."""
+    print(report(install(args.root, program=args.program, force=args.force), args.root))
+    return 0
 
-    `program` is what the units are to start (the running one otherwise). Files of an earlier version that this one
-    has no more are removed. ConfigError: somebody has changed a file, and not `force`; nothing has been
-    written then. PermissionDeniedError, CannotCreateError: it cannot be written.
+
+def install(root: Path = Path("/"), *, program: str | None = None, force: bool = False) -> list[Path]:
+    """Install all files below `root`, and return the paths of those that were written: none when all were up to date.
+
+    `program` is the absolute path of what the units start; by default, of the running nbdnfs. Files that an earlier
+    version installed and this one does not have are removed. On this machine, systemd reloads its units.
+
+    ConfigError: without `force`, a file was changed since its installation; nothing has been written. Also where
+    `program` cannot stand in a unit, and where this installation has no units. PermissionDeniedError,
+    CannotCreateError: a file cannot be read or written.
     """
     files = contents(_running_program() if program is None else program, systemd_version(root))
     before = _read_list(root)
@@ -90,10 +100,10 @@ def install(root: Path = Path("/"), *, program: str | None = None, force: bool =
 
 
 def contents(program: str, systemd: int) -> list[File]:
-    """What to install for a program and a version of systemd. ConfigError for a program that units cannot name."""
+    """The files for a program and a version of systemd. ConfigError: a unit cannot name the program."""
     if not re.fullmatch(r"/[A-Za-z0-9/._+@-]+", program):
         raise ConfigError(
-            f"'{program}' cannot be named in a unit", "install nbdnfs in a folder without blanks in its name"
+            f"'{program}' cannot be named in a unit", "install nbdnfs in a directory without spaces in its path"
         )
     chosen = {**_FILES, **dict(entry for since, entry in _SINCE.items() if systemd >= since)}
     found = []
@@ -104,7 +114,7 @@ def contents(program: str, systemd: int) -> list[File]:
 
 
 def systemd_version(root: Path = Path("/")) -> int:
-    """The version of the systemd that is installed below `root`, by its private library's name; 0 for none."""
+    """The version of the systemd that is installed below `root`, from the name of its private library; 0 for none."""
     folders = ("usr/lib/systemd", "usr/lib/*/systemd", "usr/lib64/systemd", "lib/systemd")
     libraries = (path.name for folder in folders for path in root.glob(f"{folder}/libsystemd-shared-*.so"))
     versions = (re.match(r"libsystemd-shared-(\d+)", name) for name in libraries)
@@ -112,7 +122,7 @@ def systemd_version(root: Path = Path("/")) -> int:
 
 
 def _source_folder() -> Path:
-    """Where the files lie: in the installed package, or beside it in a checkout. ConfigError when they do not."""
+    """The directory of the files: in the installed package, or beside it in a checkout. ConfigError: neither."""
     package = Path(nbdnfs.__file__).parent
     for folder in (package / "systemd", package.parent / "systemd"):
         if (folder / "nbdnfs@.service").exists():
@@ -121,7 +131,7 @@ def _source_folder() -> Path:
 
 
 def _running_program() -> str:
-    """The path of the command `nbdnfs` that runs, or that belongs to the Python that runs. ConfigError without one."""
+    """The path of the running command `nbdnfs`, or of that of the running Python. ConfigError: there is none."""
     candidates = [Path(sys.argv[0]), Path(sys.executable).with_name("nbdnfs"), Path(_PROGRAM), Path("/usr/bin/nbdnfs")]
     for path in candidates:
         if path.name == "nbdnfs" and path.is_file() and os.access(path, os.X_OK):
@@ -143,7 +153,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _read_list(root: Path) -> dict[str, str]:
-    """What was installed last: path ▸ checksum. As sha256sum(1) writes it, from the root folder."""
+    """Path ▸ checksum of what was installed last. The file is as sha256sum(1) writes it in the root directory."""
     lines = (_read(root / _LIST) or b"").decode(errors="replace").splitlines()
     pairs = (line.split("  ", 1) for line in lines)
     return {pair[1]: pair[0] for pair in pairs if len(pair) == 2 and not re.search(r"(^|/)\.\.(/|$)|^/", pair[1])}
@@ -154,7 +164,7 @@ def _render_list(files: Iterable[File]) -> bytes:
 
 
 def _is_changed(root: Path, path: str, files: Iterable[File], before: dict[str, str]) -> bool:
-    """Whether the file is neither what was installed last nor what is to be installed. One that was removed is not."""
+    """Whether the file exists, and is neither what was installed last nor what is to be installed."""
     data = _read(root / path)
     return (
         data is not None
@@ -164,7 +174,7 @@ def _is_changed(root: Path, path: str, files: Iterable[File], before: dict[str, 
 
 
 def _write(root: Path, file: File) -> bool:
-    """Write it whole or not at all; False when it was there already."""
+    """Write the whole file or nothing. False: it was up to date."""
     path = root / file.path
     if _read(path) == file.data and path.stat().st_mode & 0o777 == file.mode:
         return False
@@ -176,10 +186,10 @@ def _write(root: Path, file: File) -> bool:
     return True
 
 
-def explain(written: list[Path], root: Path) -> str:
-    """What to tell who has called it."""
+def report(written: list[Path], root: Path) -> str:
+    """The text for the user: what was written, and the command that starts a device."""
     if not written:
-        return "everything is in place already"
+        return "everything is already installed"
     names = "\n".join(str(path) for path in written)
     try:
         devices = config.names(root)

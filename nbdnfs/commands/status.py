@@ -1,41 +1,51 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What `nbdnfs status` tells: of each device, what the kernel, the records and the region say; green or not.
+"""`nbdnfs status`: the state of each device, from /proc, /sys, the keeper's records in /run and the region's counters.
 
-Reads only, from /proc, /sys, /run and the region's counters, which need no lock.
+Changes nothing and takes no lock.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from nbdnfs import config, quantities, region
-from nbdnfs.engine import region_counters
+from nbdnfs import config, quantities
+from nbdnfs.commands import counters, json_output
+from nbdnfs.commands.counters import Counters, number
 from nbdnfs.errors import NoInputError
 from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.records import RunDir
 from nbdnfs.kernel import nbd_device, swap_area
 from nbdnfs.sizes import SLOT_BYTES
 
-# enum owner_state of engine/owner.h
-_OWNER_UNSURE, _OWNER_LOST = 2, 3
+# nbdnfs/engine/owner.h: enum owner_state
+_OWNER_UNSURE, _OWNER_STOLEN = 2, 3
 
 # nbdnfs/engine/region.h: enum region_file
-_FILE_STATES = {
-    1: "the backing file has been removed on the server",
-    2: "the backing file has been replaced by another: nothing is written to that",
-    3: "the backing file was cut short: what lay behind that is lost",
+_FILE_PROBLEMS = {
+    1: "the backing file was deleted on the server",
+    2: "the backing file was replaced on the server: nothing is written to the new file",
+    3: "the backing file was truncated on the server: the pages behind its end are lost",
 }
+_STOLEN = "another machine has stolen the backing file: swap has ended here, reboot this machine"
 _WRONG_CHECKSUM = (
-    "pages had a wrong checksum: the server has lost writes that it said were on disk (is the export 'async'?),"
-    " or somebody else writes to the file"
+    "pages had a wrong checksum: the server lost writes that it had confirmed (is the export 'async'?),"
+    " or something else writes to the file"
 )
 
 
 @dataclass(frozen=True)
 class Status:
-    """One device. `problems` is empty when all is well; what is None could not be known, or is not there."""
+    """One device. None stands for what does not exist or is not known.
+
+    state           the keeper's state, "not running", or "unknown"
+    server          the server's numeric address
+    unstable_bytes  acknowledged to the kernel, and not on the NAS yet
+    counters        the region's, by the engine's names; empty without a worker
+    problems        a sentence each; empty when the device is healthy
+    """
 
     name: str
     state: str
@@ -47,18 +57,20 @@ class Status:
     worker_pid: int | None = None
     server: str | None = None
     unstable_bytes: int | None = None
-    counters: dict[str, int | list[int]] = field(default_factory=dict)
+    counters: Counters = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
     @property
     def is_green(self) -> bool:
+        """Whether the device is healthy."""
         return not self.problems
 
     def to_json(self) -> dict[str, object]:
+        """The fields, and "green"."""
         return {**asdict(self), "green": self.is_green}
 
     def text(self) -> str:
-        """A few lines for people."""
+        """A few lines for a terminal."""
         size = quantities.format_size
         lines = [f"{self.name}: {'ok' if self.is_green else '; '.join(self.problems)}"]
         if self.device is not None and self.device_bytes is not None:
@@ -70,8 +82,10 @@ class Status:
         lines.append(f"  keeper   {_process(self.keeper_pid)}, {self.state}")
         lines.append(f"  worker   {_process(self.worker_pid)}")
         if self.unstable_bytes is not None:
-            waits = size(self.unstable_bytes)
-            lines.append(f"  region   {waits} not on the NAS yet, worker number {self.counters.get('generation', '?')}")
+            generation = self.counters.get("generation", "?")
+            lines.append(
+                f"  region   {size(self.unstable_bytes)} not on the NAS yet, served by worker number {generation}"
+            )
         return "\n".join(lines)
 
 
@@ -79,13 +93,26 @@ def _process(pid: int | None) -> str:
     return "none" if pid is None else f"process {pid}"
 
 
+def run(args: argparse.Namespace) -> int:
+    """Print the state of one device or of all. The exit status is 0 when all are healthy, else EX_UNAVAILABLE."""
+    found = [read(name) for name in ([args.name] if args.name else names())]
+    if args.json:
+        json_output.print_list([one.to_json() for one in found])
+    else:
+        print("\n".join(one.text() for one in found) or "nbdnfs: no device is configured")
+    return 0 if all(one.is_green for one in found) else os.EX_UNAVAILABLE
+
+
 def names(root: Path = Path("/")) -> list[str]:
-    """Everything that is configured or up."""
+    """The devices that are configured or up, in order."""
     return sorted({*config.names(root), *run_dir.names(root)})
 
 
 def read(name: str, root: Path = Path("/")) -> Status:
-    """What is known of `name` now. UsageError: that can be no device's name. NoInputError: there is none of it."""
+    """The state of the device `name` now.
+
+    UsageError: no device can have this name. NoInputError: the device is neither configured nor up.
+    """
     config.check_name(name)
     records = RunDir(name, root)
     attached = nbd_device.find(nbd_device.backend_of(name), root)
@@ -94,61 +121,48 @@ def read(name: str, root: Path = Path("/")) -> Status:
         raise NoInputError(
             f"there is no device '{name}'", f"there are: {known}" if known else f"write /etc/nbdnfs/{name}.toml"
         )
-    keeper = records.living(run_dir.KEEPER)
-    worker = records.living(run_dir.WORKER)
+    keeper, worker = records.living(run_dir.KEEPER), records.living(run_dir.WORKER)
     swap = swap_area.find(attached.path, root) if attached is not None else None
-    counters = _counters(worker.pid, root) if worker is not None else {}
-    address = (records.read(run_dir.ADDRESS) or "").partition("\n")[2]
-    ownership = _number(counters, "owner_state")
-    is_lost = ownership == _OWNER_LOST or records.read(run_dir.STATE) == run_dir.LOST
-    refused = run_dir.refusal(name, root)
+    found = counters.of_worker(worker.pid, root) if worker is not None else {}
+    state = records.read(run_dir.STATE)
+    refusal = run_dir.refusal(name, root)
+    problems = []
+    if number(found, "owner_state") == _OWNER_STOLEN or state == run_dir.LOST:
+        problems.append(_STOLEN)
+    elif attached is None:
+        problems.append("not up")
+    if attached is None:
+        problems += [refusal] if refusal is not None else []
+    else:
+        missing = {"not in use as swap": swap, "no keeper is running": keeper, "no worker is running": worker}
+        problems += [problem for problem, part in missing.items() if part is None]
     return Status(
         name=name,
-        state=(records.read(run_dir.STATE) or "unknown") if keeper is not None else "not running",
+        state=(state or "unknown") if keeper is not None else "not running",
         device=attached.path if attached is not None else None,
         device_bytes=attached.size_bytes if attached is not None else None,
         swap_bytes=swap.size_bytes if swap is not None else None,
         swap_used_bytes=swap.used_bytes if swap is not None else None,
         keeper_pid=keeper.pid if keeper is not None else None,
         worker_pid=worker.pid if worker is not None else None,
-        server=address or None,
-        unstable_bytes=_number(counters, "unstable_pages") * SLOT_BYTES if counters else None,
-        counters=counters,
-        problems=tuple(
-            problem
-            for problem, holds in (
-                ("another machine has taken its file: swap has ended here, start the machine anew", is_lost),
-                ("it is not up", attached is None and not is_lost),
-                (refused or "", refused is not None and attached is None),
-                ("nobody swaps to it", attached is not None and swap is None),
-                ("no keeper watches it", attached is not None and keeper is None),
-                ("no worker serves it", attached is not None and worker is None),
-                ("it cannot see whether the file is still its own: writes wait", ownership == _OWNER_UNSURE),
-                ("the server does not answer", _number(counters, "disconnected") != 0),
-                (_FILE_STATES.get(_number(counters, "file_state"), ""), _number(counters, "file_state") != 0),
-                (_refusal(_number(counters, "write_back_error")), _number(counters, "write_back_error") != 0),
-                (_WRONG_CHECKSUM, _number(counters, "checksum_failures") != 0),
-            )
-            if holds
-        ),
+        server=(records.read(run_dir.ADDRESS) or "").partition("\n")[2] or None,
+        unstable_bytes=number(found, "unstable_pages") * SLOT_BYTES if found else None,
+        counters=found,
+        problems=(*problems, *_problems_of(found)),
     )
 
 
-def _counters(worker_pid: int, root: Path) -> dict[str, int | list[int]]:
-    """The region's, through its worker's descriptor; empty where that is not to be had."""
-    descriptor = region.take_from(worker_pid, root)
-    if descriptor is None:
-        return {}
-    try:
-        return region_counters(descriptor) if region.is_made(descriptor) else {}
-    finally:
-        os.close(descriptor)
-
-
-def _number(counters: dict[str, int | list[int]], key: str) -> int:
-    value = counters.get(key, 0)
-    return value if isinstance(value, int) else 0
-
-
-def _refusal(code: int) -> str:
-    return f"the server refuses to write ({os.strerror(code)})"
+def _problems_of(found: Counters) -> list[str]:
+    """The problems that a worker reports in its region: those of the server and of the file."""
+    problems = []
+    if number(found, "owner_state") == _OWNER_UNSURE:
+        problems.append("the owner record cannot be checked: writes wait until it can")
+    if number(found, "disconnected"):
+        problems.append("the server does not answer")
+    if file_state := number(found, "file_state"):
+        problems.append(_FILE_PROBLEMS.get(file_state, f"the backing file is in the unknown state {file_state}"))
+    if write_back_error := number(found, "write_back_error"):
+        problems.append(f"the server rejects writes ({os.strerror(write_back_error)})")
+    if number(found, "checksum_failures"):
+        problems.append(_WRONG_CHECKSUM)
+    return problems

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`nbdnfs top`: what the workers do just now, from the counters in their regions. Reads only, and takes no lock."""
+"""`nbdnfs top`: the activity of each device, from the counters in its region. Changes nothing and takes no lock."""
 
 from __future__ import annotations
 
-import os
+import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdnfs import region
-from nbdnfs.commands import status
-from nbdnfs.engine import region_counters
-from nbdnfs.errors import NoInputError
+from nbdnfs import config, quantities
+from nbdnfs.commands import counters, status
+from nbdnfs.commands.counters import Counters, number
+from nbdnfs.errors import NoInputError, UsageError
 from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.records import RunDir
 from nbdnfs.sizes import SLOT_BYTES
@@ -21,12 +21,10 @@ from nbdnfs.sizes import SLOT_BYTES
 _MIB = 1 << 20
 _CLEAR = "\x1b[H\x1b[2J"
 
-Counters = Mapping[str, int | list[int]]
-
 
 @dataclass(frozen=True)
 class Frame:
-    """What a worker did in `seconds`: `before` and `after` are its region's counters."""
+    """The activity of one device during `seconds`: its counters `before` and `after`."""
 
     name: str
     seconds: float
@@ -34,42 +32,47 @@ class Frame:
     after: Counters
 
     def rate(self, key: str) -> float:
-        """A second."""
-        return (_number(self.after, key) - _number(self.before, key)) / self.seconds
+        """How much the counter grew, per second."""
+        return (number(self.after, key) - number(self.before, key)) / self.seconds
 
     def ratio(self, key: str, of: str) -> float:
-        """Of what happened in this time; 0 when nothing did."""
+        """The growth of the counter `key` for each unit that `of` grew; 0.0 when `of` did not grow."""
         total = self.rate(of)
         return self.rate(key) / total if total else 0.0
 
     def median_us(self, key: str) -> int:
-        """The upper end of the bucket of a log2 histogram that has the median of this time; 0: nothing happened."""
+        """The upper bound, in microseconds, of the histogram bucket that holds the median of this time span.
+
+        `key` names a log2 histogram. 0 when nothing was counted.
+        """
         before, after = self.before.get(key), self.after.get(key)
         if not isinstance(after, list):
             return 0
         earlier = before if isinstance(before, list) else [0] * len(after)
         counts = [now - then for now, then in zip(after, earlier, strict=True)]
-        passed = 0
+        below = 0
         for bucket, count in enumerate(counts):
-            passed += count
-            if count and 2 * passed >= sum(counts):
+            below += count
+            if count and 2 * below >= sum(counts):
                 return 1 << bucket
         return 0
 
     def text(self) -> str:
-        """A few lines for people."""
+        """A few lines for a terminal."""
         hits, misses = self.rate("hit_pages"), self.rate("missed_pages")
         share = 100 * hits / (hits + misses) if hits + misses else 0.0
-        waits = _number(self.after, "unstable_pages") * SLOT_BYTES / _MIB
-        away = "" if not _number(self.after, "disconnected") else "   THE SERVER DOES NOT ANSWER"
+        unstable_mib = number(self.after, "unstable_pages") * SLOT_BYTES / _MIB
+        away = "" if not number(self.after, "disconnected") else "   THE SERVER DOES NOT ANSWER"
         read_ahead = 100 * self.ratio("read_ahead_hits", "read_ahead_pages")
         each_kib = self.ratio("nfs_written_bytes", "nfs_writes") / 1024
+        in_flight = number(self.after, "nfs_in_flight")
         rows = [
-            f"{self.name}: {waits:.1f} MiB not on the NAS yet, {_number(self.after, 'nfs_in_flight')} under way{away}",
+            f"{self.name}: {unstable_mib:.1f} MiB not on the NAS yet, {in_flight} requests in flight{away}",
             f"  swap-in   {self._flow('reads', 'read_bytes', 'read_us')}   {share:.0f}% from the region",
-            f"  swap-out  {self._flow('writes', 'written_bytes', 'write_us')}   {self.rate('stalls'):.0f} had to wait",
+            f"  swap-out  {self._flow('writes', 'written_bytes', 'write_us')}"
+            f"   {self.rate('stalls'):.0f}/s had to wait",
             f"  NFS read  {self._flow('nfs_reads', 'nfs_read_bytes', 'nfs_read_us')}"
-            f"   {read_ahead:.0f}% of what was read ahead was used",
+            f"   {read_ahead:.0f}% of the read-ahead was used",
             f"  NFS write {self._flow('nfs_writes', 'nfs_written_bytes', 'nfs_write_us')}"
             f"   {each_kib:.0f} KiB each, {self.rate('nfs_commits'):.1f} commits/s",
         ]
@@ -82,6 +85,17 @@ class Frame:
         )
 
 
+def run(args: argparse.Namespace) -> int:
+    """Show the activity until Ctrl-C, or `--count` times. UsageError: an option is out of range; others as `watch`."""
+    interval_s = quantities.parse_duration_s(args.interval)
+    if interval_s <= 0 or (args.count is not None and args.count < 1):
+        raise UsageError("--interval and --count must be greater than zero", "for example --interval 2s --count 5")
+    if args.name is not None:
+        config.check_name(args.name)
+    show([args.name] if args.name else [], interval_s=interval_s, count=args.count)
+    return 0
+
+
 def watch(
     names: Sequence[str],
     *,
@@ -90,9 +104,10 @@ def watch(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[list[Frame]]:
-    """Frames of those devices, again and again. NoInputError when none of them has a worker, now or later on.
+    """Yield the activity of the devices `names` every `interval_s` seconds, without end.
 
-    A worker that was replaced meanwhile goes on with its predecessor's counters: they are the region's.
+    The counters belong to the region, so that they go on when a worker is replaced. NoInputError: none of the devices
+    has a worker whose region can be read, at the start or later.
     """
     before, then = _read(names, root), clock()
     while True:
@@ -107,13 +122,16 @@ def watch(
 
 
 def show(names: Sequence[str], *, interval_s: float, count: int | None, root: Path = Path("/")) -> None:
-    """Print frames until Ctrl-C, or `count` of them; on a terminal each in the place of the last one."""
+    """Print the activity until Ctrl-C, or `count` times; on a terminal each time in the place of the last one.
+
+    Without `names`, of all devices. Errors as `watch`.
+    """
     wanted = names or status.names(root)
     on_terminal = sys.stdout.isatty()
-    for number, frames in enumerate(watch(wanted, interval_s=interval_s, root=root), 1):
+    for shown, frames in enumerate(watch(wanted, interval_s=interval_s, root=root), 1):
         text = "\n".join(frame.text() for frame in frames)
         print(_CLEAR + text if on_terminal and count != 1 else text, flush=True)
-        if number == count:
+        if shown == count:
             return
 
 
@@ -121,20 +139,11 @@ def _read(names: Sequence[str], root: Path) -> dict[str, Counters]:
     found: dict[str, Counters] = {}
     for name in names:
         worker = RunDir(name, root).living(run_dir.WORKER)
-        descriptor = region.take_from(worker.pid, root) if worker is not None else None
-        if descriptor is None:
-            continue
-        try:
-            if region.is_made(descriptor):
-                found[name] = region_counters(descriptor)
-        finally:
-            os.close(descriptor)
+        if worker is not None and (read := counters.of_worker(worker.pid, root)):
+            found[name] = read
     if not found:
-        which = f"of {', '.join(names)} " if names else ""
-        raise NoInputError(f"no worker {which}is running, or it is not ours to look into", "see: nbdnfs status")
+        which = f" of {', '.join(names)}" if names else ""
+        raise NoInputError(
+            f"no worker{which} is running, or its region cannot be read", "run this as root; see: nbdnfs status"
+        )
     return found
-
-
-def _number(counters: Counters, key: str) -> int:
-    value = counters.get(key, 0)
-    return value if isinstance(value, int) else 0

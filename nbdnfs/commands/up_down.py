@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`up` and `down`: from outside of the keeper, with systemd where it runs. docs/decisions/0005 says what stops what."""
+"""`nbdnfs up` and `nbdnfs down`: start and stop a device from outside its keeper, through systemd where it runs.
+
+docs/decisions/0005 says which process stops what.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import logging
 import os
 import select
 import signal
@@ -12,9 +15,9 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from nbdnfs import config, programs
+from nbdnfs.commands import progress, systemd_unit
 from nbdnfs.errors import BusyError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError
 from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.records import ProcessRecord, RunDir
@@ -22,55 +25,68 @@ from nbdnfs.kernel import nbd_device, swap_area
 from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.kernel.nbd_netlink import NbdNetlink
 from nbdnfs.kernel.state import Swap
-from nbdnfs.nas import owner_record, ownership
-
-log = logging.getLogger(__name__)
 
 UP_TIMEOUT_S = 600.0
-# The keeper hands over at once; a worker ends when the kernel hangs up.
-_ENDS_S = 10.0
-# How long services that are being stopped may take to give memory back; systemd kills them after 90 s.
-_OTHERS_END_S = 100.0
+# The keeper ends at once when it is asked to; a worker ends when the kernel disconnects.
+_PROCESS_ENDS_S = 10.0
+# How long other services may take, at shutdown, to end and so give memory back; systemd kills them after 90 s.
+_SERVICES_END_S = 100.0
 _POLL_S = 0.05
 
+# Called with the bytes that are still swapped out, and with those at the start.
 Progress = Callable[[int, int], None]
 
 
-def unit_of(name: str) -> str:
-    """The unit's name; '-' and '.' stand for themselves in an instance's name, systemd.unit(5)."""
-    return f"nbdnfs@{name}.service"
+def run_up(args: argparse.Namespace) -> int:
+    """The exit status. Errors as `up`."""
+    up(args.name, steal=args.steal)
+    return 0
+
+
+def run_down(args: argparse.Namespace) -> int:
+    """The exit status. Errors as `down`."""
+    show = progress.reporter()
+    down(args.name, lambda left_bytes, total_bytes: show(total_bytes - left_bytes, total_bytes), service=args.service)
+    return 0
 
 
 def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> None:
-    """Start the keeper of `name` and return when swap is on.
+    """Start the keeper of the device `name`, and return when swap is on.
 
-    `steal` takes the file from another machine first, here and now: the keeper, whoever starts it, then finds it ours.
-    UnavailableError: not within `timeout_s`. Others as the keeper's own; it has said what they are about.
+    `steal` takes the file from another machine first, in this process: the keeper then finds that it owns the file.
+    `timeout_s` bounds the wait where systemd does not run.
+
+    PermissionDeniedError: not root. BusyError: the device is up. UnavailableError: it did not come up, with the exit
+    status of the keeper, which has reported why. Others as `config.load`, and with `steal` as `ownership.claim`.
     """
     settings = config.load(name)
-    _need_root(f"nbdnfs up {name}")
+    _require_root(f"nbdnfs up {name}")
     if steal and settings.owner:
+        from nbdnfs.nas import owner_record, ownership  # only here: it loads libnfs
+
         ownership.claim(settings.url, owner_record.keeper_holder(name), owner_record.identity(), steal=True)
-    if _systemd_has(name):
-        if programs.status([_systemctl(), "start", unit_of(name)]) != 0:
-            raise UnavailableError(f"{unit_of(name)} did not start", f"see why: journalctl -u {unit_of(name)}")
+    if systemd_unit.is_loaded(name):
+        systemd_unit.start(name)
         return
-    records = RunDir(name)
-    if (keeper := records.living(run_dir.KEEPER)) is not None:
-        raise BusyError(f"{name} is up already: process {keeper.pid} keeps it", f"see nbdnfs status {name}")
+    if (keeper := RunDir(name).living(run_dir.KEEPER)) is not None:
+        raise BusyError(f"{name} is already up: its keeper is process {keeper.pid}", f"see: nbdnfs status {name}")
     _start_in_background(name, timeout_s)
 
 
-def down(name: str, progress: Progress, *, service: bool = False) -> None:
-    """Swap off, device and worker gone. May be run again; does what is left to do.
+def down(name: str, report: Progress, *, service: bool = False) -> None:
+    """Turn swap off, and take down the device, its keeper and its worker. A second call does what is left to do.
 
-    With `service` it is systemd's ExecStop=: it does so only when the unit is to stop for good. Works without a
-    configuration. BusyError: what is swapped out has no room; nothing has been changed then.
+    `service`: the caller is ExecStop= of the unit. Then nothing happens unless the unit is to stop for good. Needs no
+    configuration.
+
+    UsageError: no device can have this name. PermissionDeniedError: not root. NoInputError: the device is not up.
+    BusyError: what is swapped out does not fit into memory; nothing has been changed. UnavailableError: something does
+    not end. Others as `swap_area.disable`.
     """
     config.check_name(name)
-    _need_root(f"nbdnfs down {name}")
-    if service and _job_of(name) != "stop":
-        print(f"nbdnfs: {name}: restarting: swap stays on", file=sys.stderr)
+    _require_root(f"nbdnfs down {name}")
+    if service and systemd_unit.job(name) != "stop":
+        print(f"nbdnfs: {name}: restarting, swap stays on", file=sys.stderr)
         return
     records = RunDir(name)
     attached = nbd_device.find(nbd_device.backend_of(name))
@@ -80,68 +96,68 @@ def down(name: str, progress: Progress, *, service: bool = False) -> None:
         return
     try:
         if attached is not None and (swap := swap_area.find(attached.path)) is not None:
-            if service and _machine_goes_down():
+            if service and systemd_unit.is_shutting_down():
                 _wait_for_room(swap)
             elif _must_fit(name):
                 swap_area.refuse_unless_it_fits(swap)
-            swap_area.disable(swap, progress)
+            swap_area.disable(swap, report)
     except NbdnfsError:
         if service:
-            _come_back(name)
+            systemd_unit.start_after_stop(name)
         raise
-    if not service and _unit_is_active(name):
-        # what is left is done by this very function, as ExecStop=
-        if programs.status([_systemctl(), "stop", unit_of(name)]) != 0:
-            raise UnavailableError(f"{unit_of(name)} did not stop", f"see why: journalctl -u {unit_of(name)}")
+    if not service and systemd_unit.is_active(name):
+        systemd_unit.stop(name)  # its ExecStop= is this very function, which does the rest
         return
     _take_down(records, attached)
 
 
 def _wait_for_room(swap: Swap) -> None:
-    """At shutdown, services end beside us, and what they had swapped out goes with them: give them time.
+    """At shutdown, other services end at the same time, and what they had swapped out goes with them. Wait for that.
 
-    Not for ever: afterwards swapoff is tried all the same. This is the last moment when the network is certain.
+    Not for ever: after _SERVICES_END_S swapoff is tried without room. No later moment is certain to have a network.
     """
-    deadline = time.monotonic() + _OTHERS_END_S
+    deadline = time.monotonic() + _SERVICES_END_S
     while (now := swap_area.find(swap.path.removesuffix(" (deleted)"))) is not None:
         try:
             return swap_area.refuse_unless_it_fits(now)
         except BusyError as error:
             if time.monotonic() > deadline:
-                print(f"nbdnfs: {error.message}; trying it all the same", file=sys.stderr)
+                print(f"nbdnfs: {error.message}; trying all the same", file=sys.stderr)
                 return None
         time.sleep(_POLL_S)
     return None
 
 
 def _take_down(records: RunDir, attached: Attached | None) -> None:
-    """Keeper, device, worker, standby, records, in this order: nothing is started again in between."""
+    """End keeper, device, worker, standby and records, in this order: so nothing is started again in between."""
     _end(records.living(run_dir.KEEPER), signal.SIGTERM, "the keeper")
     if attached is not None:
         with NbdNetlink.open() as kernel:
             kernel.disconnect(attached.index)
         _wait(
             lambda: nbd_device.find(nbd_device.backend_of(records.name)) is None,
-            f"{attached.path} is disconnected, but does not go: somebody has it open",
+            f"{attached.path} is disconnected but still in use: a process has it open",
         )
     worker = records.living(run_dir.WORKER)
     with contextlib.suppress(UnavailableError):
-        _end(worker, 0, "the worker")  # by itself: the kernel has hung up
+        _end(worker, 0, "the worker")  # by itself, because the kernel has disconnected
         worker = None
     _end(worker, signal.SIGKILL, "the worker")
     _end(records.living(run_dir.STANDBY), signal.SIGKILL, "the standby")  # a parked one may outlive its keeper
-    _give_up(records)
+    _release_file(records)
     records.remove()
 
 
-def _give_up(records: RunDir) -> None:
-    """Let any machine have the file. What goes wrong is said, and no reason not to go on: this machine may go down.
+def _release_file(records: RunDir) -> None:
+    """Let any machine have the file. An error is reported and ignored: this machine may be shutting down.
 
-    Of the records, so that no configuration is needed: the URL as the worker had it, and the server's address.
+    URL and address come from the records, so that no configuration is needed.
     """
     text, _, address = (records.read(run_dir.ADDRESS) or "").partition("\n")
     if not address:
         return
+    from nbdnfs.nas import owner_record, ownership  # only here: it loads libnfs
+
     try:
         holder = owner_record.keeper_holder(records.name)
         ownership.release(text.replace("%", "%%"), holder, owner_record.identity(), address=address)
@@ -150,7 +166,7 @@ def _give_up(records: RunDir) -> None:
 
 
 def _end(record: ProcessRecord | None, number: int, what: str) -> None:
-    """Send a signal (0: none) and wait for the process to end. UnavailableError when it does not."""
+    """Send the signal `number` (0: none) and wait for the process to end. UnavailableError when it does not."""
     if record is None:
         return
     try:
@@ -165,79 +181,31 @@ def _end(record: ProcessRecord | None, number: int, what: str) -> None:
                 signal.pidfd_send_signal(descriptor, number)
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
-        if not poll.poll(_ENDS_S * 1000):
+        if not poll.poll(_PROCESS_ENDS_S * 1000):
             raise UnavailableError(f"{what} (process {record.pid}) does not end", "see its journal")
     finally:
         os.close(descriptor)
 
 
 def _wait(condition: Callable[[], bool], complaint: str) -> None:
-    deadline = time.monotonic() + _ENDS_S
+    """Until `condition` is true. UnavailableError(`complaint`) when it does not become so in time."""
+    deadline = time.monotonic() + _PROCESS_ENDS_S
     while not condition():
         if time.monotonic() > deadline:
-            raise UnavailableError(complaint, "it goes when that ends")
+            raise UnavailableError(complaint, "end that process, then run this again")
         time.sleep(_POLL_S)
 
 
 def _must_fit(name: str) -> bool:
-    """The configuration's reclaim_check; yes when there is none, or it is wrong."""
+    """The configuration's reclaim_check; True without a valid configuration."""
     try:
         return config.load(name).reclaim_check
     except NbdnfsError:
         return True
 
 
-# systemd
-
-
-def _systemd_runs(root: Path = Path("/")) -> bool:
-    """sd_booted(3)."""
-    return (root / "run/systemd/system").is_dir()
-
-
-def _systemctl() -> str:
-    return programs.find_program("systemctl", "systemd")
-
-
-def _systemd_has(name: str) -> bool:
-    return _systemd_runs() and _property(name, "LoadState") == "loaded"
-
-
-def _unit_is_active(name: str) -> bool:
-    return _systemd_runs() and _property(name, "ActiveState") in ("active", "activating", "reloading")
-
-
-def _property(name: str, key: str) -> str:
-    shown = programs.run([_systemctl(), "show", "--value", f"--property={key}", unit_of(name)], what="asking systemd")
-    return shown.strip()
-
-
-def _job_of(name: str) -> str:
-    """What systemd is about to do with the unit: "stop", "restart", "start"; "" for nothing, or not to be known."""
-    if not _systemd_runs():
-        return ""
-    jobs = programs.run([_systemctl(), "list-jobs", "--no-legend", "--plain"], what="asking systemd for its jobs")
-    for line in jobs.splitlines():
-        fields = line.split()
-        if len(fields) >= 3 and fields[1] == unit_of(name):
-            return fields[2]
-    return ""
-
-
-def _machine_goes_down() -> bool:
-    """Whether systemd is on its way to power-off, reboot or the like."""
-    return programs.output([_systemctl(), "is-system-running"]).strip() == "stopping"
-
-
-def _come_back(name: str) -> None:
-    """Have systemd start the keeper again once it has stopped it. Turned away at shutdown, and rightly so."""
-    print(f"nbdnfs: {name}: swap stays on, and the keeper comes back to it", file=sys.stderr)
-    with contextlib.suppress(NbdnfsError):
-        programs.run([_systemctl(), "--no-block", "start", unit_of(name)], what="asking systemd for a start")
-
-
 def _start_in_background(name: str, timeout_s: float) -> None:
-    """A keeper in a session of its own, whose readiness is awaited as systemd does it: sd_notify(3)."""
+    """Start a keeper in a session of its own, and wait until it is ready as systemd would: sd_notify(3)."""
     address = f"nbdnfs-up-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifications:
         notifications.bind("\0" + address)
@@ -261,6 +229,6 @@ def _start_in_background(name: str, timeout_s: float) -> None:
         raise UnavailableError(f"{name} is not up after {timeout_s:g} s", f"see its messages: nbdnfs run {name}")
 
 
-def _need_root(command: str) -> None:
+def _require_root(command: str) -> None:
     if os.geteuid() != 0:
         raise PermissionDeniedError("only root can do that", f"sudo {command}")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who owns a backing file: the record beside it, and what a newcomer may do about it. No I/O on the server here.
+"""The owner record of a backing file: its format, and what a claimant may do about one. No I/O on the server here.
 
-The record is `.NAME.owner` beside the file NAME, always 512 bytes of text, one `key value` a line in the order of
-`_FIELDS`, filled up with empty lines. The worker that owns the file writes ten digits of it every `refresh_ms`
-(nbdnfs/engine/owner.c, which knows where they are) and nothing else ever; all other changes are a new file in the
-record's place. docs/decisions/0009 says why.
+The record is `.NAME.owner` beside the file NAME: always 512 bytes of text, one `key value` on each line, in the order
+of `_FIELDS`, and then empty lines. The worker that owns the file overwrites ten digits every `refresh_ms`
+(engine/owner.c has their offset), and nothing else is ever written to it; any other change is a new file in its place.
+docs/decisions/0009 says why.
 
-The keeper has this module in its locked memory: what makes hashes (OpenSSL) is imported where one is made.
+The keeper has this module in its locked memory, so that hashlib (OpenSSL) is imported only where a hash is made.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pathlib import Path
 from nbdnfs.errors import ConfigError
 
 RECORD_BYTES = 512
-# An owner that lives has marked its record within so many of its refresh times: what it may be late, and a bit.
+# A live owner has refreshed its record within this many refresh times, delays included.
 _STALE_REFRESHES = 2.5
-# A look at the record permits writes for so many of them: engine/owner.c.
+# Reading the record permits writes for this many refresh times: engine/owner.c.
 _PERMITTED_REFRESHES = 2
 
 _MAGIC = "nbdnfs owner 1"
@@ -44,20 +44,21 @@ _FIELDS = {
     "host": r"[!-~]{1,64}",
 }
 
-# machine-id(5): the id itself is not to be shown around; a keyed hash of it is.
+# machine-id(5): the id itself is confidential; a keyed hash of it may be published.
 _APPLICATION = b"nbdnfs backing file owner"
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How often an owner looks at its record and marks it, and how long a write that was let out may be on its way
-    (TCP_USER_TIMEOUT of nfsio_connect.c is 25 s)."""
+    """How often an owner reads and refreshes its record, and how long a write that was sent may be in flight (the
+    engine's TCP_USER_TIMEOUT is 25 s)."""
 
     refresh_ms: int = 10_000
     in_flight_ms: int = 30_000
 
     @property
     def stops_within_ms(self) -> int:
+        """How long after the loss of its record no write of the owner is in flight any more."""
         return _PERMITTED_REFRESHES * self.refresh_ms + self.in_flight_ms
 
 
@@ -66,7 +67,7 @@ TIMING = Timing()
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """This machine, now. `machine` and `hardware` are hashes, "-" where it has none; `boot` is new with each boot."""
+    """This machine in one boot. `machine` and `hardware` are hashes ("-": none); `boot` is new at each boot."""
 
     machine: str
     boot: str
@@ -75,10 +76,10 @@ class Identity:
 
 
 def identity(root: Path = Path("/")) -> Identity:
-    """Who this machine is: machine-id(5), the kernel's boot id, and what the firmware says. ConfigError: no boot id.
+    """The identity of this machine: machine-id(5), the kernel's boot id and the firmware's id. ConfigError: no boot id.
 
-    The machine id of a system without a disk may be a new one at each boot. The firmware's (SMBIOS, or the device tree
-    of a board) stays; that is why both count.
+    A diskless system may have a new machine id at each boot, while the firmware's id (SMBIOS, or the device tree of a
+    board) stays. Hence both.
     """
     hardware = _text(root / "sys/class/dmi/id/product_uuid") or _text(root / "proc/device-tree/serial-number")
     host = re.sub(r"[^!-~]", "?", socket.gethostname())[:64]
@@ -86,20 +87,20 @@ def identity(root: Path = Path("/")) -> Identity:
 
 
 def boot_id(root: Path = Path("/")) -> str:
-    """A number that no other boot of any machine has. ConfigError: the kernel does not tell."""
+    """32 hexadecimal digits that no other boot of any machine has. ConfigError: /proc does not have them."""
     boot = _text(root / "proc/sys/kernel/random/boot_id").replace("-", "")
     if not re.fullmatch(_HEX, boot):
-        raise ConfigError("the kernel tells no boot id", "mount /proc")
+        raise ConfigError("the kernel reports no boot id", "mount /proc")
     return boot
 
 
 def plugin_settings(file_name: str, boot: str, timing: Timing = TIMING) -> dict[str, str]:
-    """What the plugin is to know of the record of a file that has been claimed in this boot: worker_config.py."""
+    """The plugin's settings for a file that was claimed in this boot."""
     return {"owner": f"{boot}/{timing.refresh_ms}", "owner_record": name_of(file_name)}
 
 
 def keeper_holder(name: str) -> str:
-    """The holder of the device of /etc/nbdnfs/NAME.toml."""
+    """The holder that stands for the keeper of the device `name`."""
     return f"keeper:{name}"
 
 
@@ -111,7 +112,7 @@ def _text(path: Path) -> str:
 
 
 def _hashed(text: str) -> str:
-    """32 digits; "-" for an id that is none: empty, all the same digit, or systemd's "uninitialized"."""
+    """32 digits; "-" for what is not an id: empty, all the same digit, or systemd's "uninitialized"."""
     if len(set(text.replace("-", ""))) < 2 or text == "uninitialized":
         return "-"
     import hashlib
@@ -121,7 +122,7 @@ def _hashed(text: str) -> str:
 
 
 def name_of(file_name: str) -> str:
-    """The name of the record of the file with that name, in the same directory."""
+    """The name of a file's record, in the same directory."""
     if len(file_name.encode()) <= 200:  # NAME_MAX is 255 bytes nearly everywhere
         return f".{file_name}.owner"
     import hashlib
@@ -131,10 +132,10 @@ def name_of(file_name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A record. `claim` is a number that no other record has; `claimed` is by its owner's clock and for people only.
+    """A record. `claim` is a number that no other record has; `claimed` is by its owner's clock, and for display only.
 
-    state             held; waiting: taken over, but the one before may still write; free: given up
-    stops_within_ms   so long after it has been taken over, nothing of its owner's is on its way any more
+    state             held; waiting: taken over, but the previous owner may still write; free: released
+    stops_within_ms   how long after the record was replaced no write of its owner is in flight any more
     """
 
     state: str
@@ -151,6 +152,7 @@ class Record:
     refreshed: int = 0
 
     def to_bytes(self) -> bytes:
+        """The 512 bytes of the record."""
         values = {key: str(getattr(self, key.replace("-", "_"))) for key in _FIELDS}
         values["refreshed"] = f"{self.refreshed:010d}"
         text = "\n".join([_MAGIC, *(f"{key} {value}" for key, value in values.items())]) + "\n"
@@ -158,12 +160,12 @@ class Record:
 
     @property
     def stale_after_s(self) -> float:
-        """Without a sign of life for so long, its owner may write no more before it has looked again."""
+        """After this time without a sign of life, the owner may not write before it has read the record again."""
         return self.refresh_ms * _STALE_REFRESHES / 1000
 
 
 def parse(data: bytes) -> Record | None:
-    """The record in `data`, every byte checked; None when it is none."""
+    """The record in `data`, with every byte checked; None when `data` is not a record."""
     if len(data) != RECORD_BYTES or not data.isascii():
         return None
     lines = data.decode().rstrip("\n").split("\n")
@@ -180,7 +182,7 @@ def parse(data: bytes) -> Record | None:
 
 
 def new(me: Identity, holder: str, before: Record | None, state: str, timing: Timing = TIMING) -> Record:
-    """A record of `me` that takes the place of `before`."""
+    """A record of `me` that replaces `before`, claimed now."""
     return Record(
         state=state,
         machine=me.machine,
@@ -197,17 +199,17 @@ def new(me: Identity, holder: str, before: Record | None, state: str, timing: Ti
 
 
 class Verdict(enum.Enum):
-    """What a newcomer may do about the record that is there."""
+    """What a claimant may do about the current record."""
 
-    CREATE = "there is none: make one"
-    KEEP = "it is ours"
-    REPLACE = "it was ours, and nobody uses it: take its place"
-    WATCH = "it is from an earlier boot of ours, but looks alive: see whether it is"
-    TAKE = "take its place, and wait until the one before has certainly stopped"
-    REFUSE_FRESH = "another machine lives with it"
-    REFUSE_STALE = "another machine's, which shows no sign of life"
-    REFUSE_BUSY = "something else on this machine uses it"
-    REFUSE_DAMAGED = "it cannot be read"
+    CREATE = "there is none: create one"
+    KEEP = "the claimant owns it"
+    REPLACE = "it is of the claimant's machine and not in use: replace it"
+    WATCH = "it is of an earlier boot of the claimant's machine, but looks alive: watch it"
+    TAKE = "replace it, and wait until its owner has certainly stopped"
+    REFUSE_FRESH = "another machine owns it and is alive"
+    REFUSE_STALE = "another machine owns it and shows no sign of life"
+    REFUSE_BUSY = "something else on this machine uses the file"
+    REFUSE_DAMAGED = "it is not a valid record"
 
 
 REFUSALS = (Verdict.REFUSE_FRESH, Verdict.REFUSE_STALE, Verdict.REFUSE_BUSY, Verdict.REFUSE_DAMAGED)
@@ -223,18 +225,18 @@ def decide(
     watched: bool = False,
     steal: bool = False,
 ) -> Verdict:
-    """What `holder` of `me` may do about what was `found` (bytes: something that is no record).
+    """What `holder` of `me` may do about what was `found` (bytes: something that is not a record; None: nothing).
 
-    age_s         since the owner's last sign of life, by the server's clock alone
-    holder_lives  whether the record's holder runs on this machine; only asked where it is one of this boot
-    watched       it has shown no sign of life for as long as a living owner must
+    age_s         seconds since the owner's last sign of life, by the server's clock alone
+    holder_lives  whether the record's holder runs on this machine; counts for a record of this boot only
+    watched       the record was not refreshed for as long as a live owner would take at most
     """
     if found is None:
         return Verdict.CREATE
     if isinstance(found, bytes):
         return Verdict.TAKE if steal else Verdict.REFUSE_DAMAGED
     if found.state == "free":
-        return Verdict.TAKE  # not REPLACE: another newcomer may think the same at the same time
+        return Verdict.TAKE  # not REPLACE: another claimant may decide the same at the same time
     if found.boot == me.boot and found.machine == me.machine:
         if found.holder != holder and holder_lives:
             return Verdict.REFUSE_BUSY

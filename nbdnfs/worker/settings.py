@@ -162,7 +162,7 @@ class WorkerConfig:
                     from nbdnfs import nfs_url
                     from nbdnfs.nas import explain
 
-                    raise explain.explain(error, nfs_url.parse(self.url), self.address) from None
+                    raise explain.open_error(error, nfs_url.parse(self.url), self.address) from None
             else:
                 if self.control_fd is not None:
                     os.close(self.control_fd)  # from here on its connection tells

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`nbdnfs bench` on a real server: it checks what it reads, leaves nothing behind, and touches nobody's file."""
+"""`nbdnfs bench` on a real server: it checks what it reads, leaves nothing behind, and overwrites no file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIB = 1 << 20
 
 
 def test_rows(ganesha: Ganesha, capsys: pytest.CaptureFixture[str]) -> None:
-    """A row for each kind of load, and the file is gone."""
+    """There is a row for each kind of load, and the file is removed."""
     with pytest.raises(SystemExit) as caught:
         cli.main(["bench", ganesha.url("bench.swap"), "--size", "2M", "--time", "200ms", "--json"])
     assert caught.value.code == 0
@@ -32,7 +32,7 @@ def test_rows(ganesha: Ganesha, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_wrong_page(ganesha: Ganesha, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes that were not written end it with an error; the file goes all the same."""
+    """A page with other bytes ends it with an error, and the file is removed."""
 
     write = bench._Device.write
 
@@ -43,19 +43,19 @@ def test_wrong_page(ganesha: Ganesha, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(bench._Device, "write", forgetful_write)
     with pytest.raises(IOFailureError, match="page 1 "):
-        bench.run(ganesha.url("wrong.swap"), MIB, 5.0)
+        bench.measure(ganesha.url("wrong.swap"), MIB, 5.0)
     assert not (ganesha.export_path / "wrong.swap").exists()
 
 
-def test_a_file_that_exists_is_refused(new_file: Callable[..., FileOnServer]) -> None:
-    """Nobody's file is written to."""
+def test_an_existing_file_is_refused(new_file: Callable[..., FileOnServer]) -> None:
+    """A file that exists is not written to."""
     file = new_file(content=(content := os.urandom(MIB)))
     with pytest.raises(CannotCreateError):
-        bench.run(file.url(), MIB, 0.1)
+        bench.measure(file.url(), MIB, 0.1)
     assert file.path.read_bytes() == content
 
 
 def test_too_small(ganesha: Ganesha) -> None:
-    """Less than a region is no measurement."""
+    """A file of less than 1 MiB is refused."""
     with pytest.raises(UsageError):
-        bench.run(ganesha.url("small.swap"), 4096, 0.1)
+        bench.measure(ganesha.url("small.swap"), 4096, 0.1)

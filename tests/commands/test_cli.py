@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The command line's edge: usage errors, help, and how errors become lines and exit statuses."""
+"""The command line: usage errors, help, and how errors become lines on stderr and exit statuses."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import inspect
 import logging
 import os
 import subprocess
@@ -22,7 +25,7 @@ URL = "nfs://nas/export/swap"
 
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
-    """main() sets logging up for its process, which here is the tests'."""
+    """main() configures logging for the process, which here is that of all tests."""
     root = logging.getLogger()
     handlers, level = root.handlers.copy(), root.level
     yield
@@ -60,7 +63,7 @@ def run(*argv: str) -> int:
     ],
 )
 def test_usage_errors(capsys: pytest.CaptureFixture[str], argv: list[str], message: str, command: str) -> None:
-    """Two lines, the second names the help of the very command; EX_USAGE; nothing on stdout."""
+    """Two lines, of which the second names the help of that command; EX_USAGE; nothing on stdout."""
     assert run(*argv) == os.EX_USAGE
     out, err = capsys.readouterr()
     first, second = err.splitlines()
@@ -71,14 +74,51 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], argv: list[str], messa
 
 @pytest.mark.parametrize("threads", ["0", "-3", "65"])
 def test_threads_out_of_range(capsys: pytest.CaptureFixture[str], threads: str) -> None:
-    """Refused before anything is started."""
+    """An impossible number of threads is refused before anything is started."""
     assert run("serve", URL, "--socket", "s", f"--threads={threads}") == os.EX_USAGE
     assert capsys.readouterr().err.splitlines()[0] == f"nbdnfs: --threads {threads} is not possible"
 
 
+def subparsers() -> dict[str, argparse.ArgumentParser]:
+    """Command ▸ its parser."""
+    (action,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(action.choices)
+
+
+@pytest.mark.parametrize("command", subparsers())
+def test_every_command_has_its_function(command: str) -> None:
+    """The module and the function that the parser names by strings exist."""
+    function = subparsers()[command].get_default("run")
+    names = inspect.getclosurevars(function).nonlocals
+    if names:  # what serve and run have is a function of cli.py
+        assert callable(getattr(importlib.import_module(f"nbdnfs.commands.{names['module']}"), names["function"]))
+
+
+@pytest.mark.parametrize("command", sorted({*subparsers()} - {"claim"}))
+def test_every_option_is_explained(command: str) -> None:
+    """Each argument and option has a help text; `claim`, which only keepers start, is not for users."""
+    assert [action.dest for action in subparsers()[command]._actions if not action.help] == []
+
+
+def test_help_loads_no_command() -> None:
+    """The help comes without the commands' modules, the engine among them: each is imported when it is called."""
+    code = "import sys; from nbdnfs import cli; cli._parser().format_help(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    loaded = {name for name in done.stdout.split() if name.startswith("nbdnfs")}
+    assert loaded == {"nbdnfs", "nbdnfs.cli", "nbdnfs.errors"}
+
+
+@pytest.mark.parametrize("module", ["attach", "doctor", "install_units", "status", "top", "up_down"])
+def test_engine_is_loaded_only_where_needed(module: str) -> None:
+    """A command that does not speak to the server starts without the engine and libnfs."""
+    code = f"import sys, nbdnfs.commands.{module}; print(*(name for name in sys.modules if 'engine' in name))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.split() == []
+
+
 @pytest.mark.parametrize("command", [[], ["create"], ["serve"], ["attach"], ["detach"]])
 def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
-    """On stdout, status 0, and every option has a word of explanation."""
+    """The help goes to stdout, with status 0."""
     assert run(*command, "--help") == 0
     out, err = capsys.readouterr()
     assert out.startswith(" ".join(["usage: nbdnfs", *command]))
@@ -86,20 +126,20 @@ def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
 
 
 def test_the_help_shows_specifiers_as_they_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
-    """%H and %m, with one percent sign."""
+    """%H and %m appear with one percent sign, as a user types them."""
     assert run("--help") == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "/%H.swap?version=3 with %H for the host name and %m for the machine id" in out
+    assert "/%H.swap?version=3, with %H for the host name and %m for the machine id" in out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    """On stdout, status 0."""
+    """--version prints to stdout, with status 0."""
     assert run("--version") == 0
     assert capsys.readouterr() == (f"nbdnfs {__version__}\n", "")
 
 
-def test_what_serve_gets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """URL, socket and options reach the worker; its status is the program's."""
+def test_arguments_of_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """URL, socket and options reach the worker; its exit status is that of `nbdnfs serve`."""
     seen: list[object] = []
     monkeypatch.setattr(nbdkit, "serve", lambda *arguments, **options: seen.append((arguments, options)) or 7)
     assert run("serve", URL, "--socket", "/run/s", "--engine=libnfs-python", "--threads", "2") == 7
@@ -123,7 +163,7 @@ ERRORS = {
 
 
 def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """Have `nbdnfs serve` raise it."""
+    """Have `nbdnfs serve` raise `error`."""
 
     def serve(*_arguments: object, **_options: object) -> int:
         raise error
@@ -135,7 +175,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 def test_errors_become_lines_and_statuses(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: type[NbdnfsError]
 ) -> None:
-    """Message and hint on stderr, the status of sysexits(3); without a hint one line."""
+    """Message and hint go to stderr, without a hint the message alone; the status is one of sysexits(3)."""
     fail_with(monkeypatch, kind("it is broken", "mend it"))
     assert run("serve", URL, "--socket", "s") == ERRORS[kind]
     assert capsys.readouterr() == ("", "nbdnfs: it is broken\nnbdnfs: mend it\n")
@@ -144,29 +184,29 @@ def test_errors_become_lines_and_statuses(
     assert capsys.readouterr() == ("", "nbdnfs: it is broken\n")
 
 
-def test_every_error_has_a_status_of_its_own_here() -> None:
-    """The table above is complete."""
+def test_every_error_has_its_own_status() -> None:
+    """The table above has every error, each with another status."""
     assert set(ERRORS) == {NbdnfsError, *NbdnfsError.__subclasses__()}
     assert len(set(ERRORS.values())) == len(ERRORS)
 
 
-def test_ctrl_c_is_no_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Status 130, as shells have it, and silence."""
+def test_ctrl_c_prints_no_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends with status 130, as in a shell, and prints nothing."""
     fail_with(monkeypatch, KeyboardInterrupt())
     assert run("serve", URL, "--socket", "s") == 130
     assert capsys.readouterr() == ("", "")
 
 
 def test_bugs_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is no error of ours comes through."""
+    """An exception that is not an NbdnfsError is not caught."""
     fail_with(monkeypatch, ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
         cli.main(["serve", URL, "--socket", "s"])
 
 
 @pytest.mark.parametrize("argv", [["--version"], ["--help"]])
-def test_a_reader_that_went_away(argv: list[str]) -> None:
-    """`nbdnfs --help | true`: no traceback, no "Exception ignored"."""
+def test_a_closed_pipe(argv: list[str]) -> None:
+    """`nbdnfs --help | true` prints no traceback and no "Exception ignored"."""
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -180,7 +220,7 @@ def test_a_reader_that_went_away(argv: list[str]) -> None:
 
 
 def test_as_a_module() -> None:
-    """`python -m nbdnfs` is the same program."""
+    """`python -m nbdnfs` is the same program as `nbdnfs`."""
     done = subprocess.run(
         [sys.executable, "-m", "nbdnfs", "--version"], capture_output=True, text=True, timeout=30, check=True
     )
@@ -199,7 +239,7 @@ def test_as_a_module() -> None:
 def test_the_pace_of_keepers_that_fail(
     monkeypatch: pytest.MonkeyPatch, error: Exception, by_systemd: bool, waits: bool
 ) -> None:
-    """One that systemd would start again at once waits for the rest of its second; nobody else does."""
+    """A keeper that systemd would restart at once waits for the rest of its second; no other keeper waits."""
     slept_s: list[float] = []
 
     def run(name: str, *, steal: bool) -> int:

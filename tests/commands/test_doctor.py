@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The doctor on golden trees: a machine that is set up, and everything that can be wrong with one."""
+"""`nbdnfs doctor` on golden trees: a machine that is set up well, and each thing that can be wrong with one."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from nbdnfs.commands import doctor
-from nbdnfs.commands.doctor import Finding
+from nbdnfs.commands import doctor, machine_checks
+from nbdnfs.commands.findings import Finding
 from nbdnfs.errors import UsageError
 
 ALL_CAPABILITIES = "000001ffffffffff"
@@ -62,7 +62,7 @@ def process(
     oom: int = -1000,
     command: str = "nbdkit\0python\0/usr/lib/nbdnfs_plugin.py\0url=nfs://nas/a/b\0",
 ) -> dict[str, str]:
-    """A worker of two threads, as /proc shows it."""
+    """The files of /proc for a worker with two threads."""
     stat = {"flags": flags, "policy": policy, "name": name, "major": 2}
     return {
         f"proc/{pid}/stat": STAT.format(pid=pid, **stat),
@@ -81,7 +81,7 @@ def bad(root: Path, name: str | None = None) -> dict[str, Finding]:
 
 
 def test_a_machine_that_is_set_up(tmp_path: Path) -> None:
-    """Every line is good, none has advice, and the exit status is 0."""
+    """Every finding is good, none has advice, and the exit status is 0."""
     findings = doctor.examine(root=write(tmp_path, MACHINE))
     assert [finding for finding in findings if not finding.good or finding.advice] == []
     assert doctor.exit_status(findings) == 0
@@ -101,12 +101,12 @@ def test_a_machine_that_is_set_up(tmp_path: Path) -> None:
         ("proc/sys/vm/swappiness", "0\n", "vm.swappiness", "60"),
         ("proc/sys/vm/compact_unevictable_allowed", "1\n", "vm.compact_unevictable_allowed", "=0"),
         ("proc/sys/vm/page-cluster", "6\n", "vm.page-cluster", "=5"),
-        ("proc/net/netstat", "TcpExt: A PFMemallocDrop\nTcpExt: 5 3\n", "packets dropped for want of memory", "raise"),
+        ("proc/net/netstat", "TcpExt: A PFMemallocDrop\nTcpExt: 5 3\n", "packets dropped for lack of memory", "raise"),
         ("sys/class/net/eth0/speed", "10000\n", "vm.min_free_kbytes", "sysctl vm.min_free_kbytes=61540"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, file: str, text: str, subject: str, advice: str) -> None:
-    """One thing wrong is one bad line, which says what to do."""
+    """One wrong setting makes one bad finding, which says what to do."""
     findings = bad(write(tmp_path, {**MACHINE, file: text}))
     assert list(findings) == [subject]
     assert advice in findings[subject].advice
@@ -114,7 +114,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, file: str, text: str, subject: s
 
 
 def test_the_driver(tmp_path: Path) -> None:
-    """Not loaded is one thing, not there another."""
+    """A driver that is not loaded and a driver that is missing get different advice."""
     files = {name: text for name, text in MACHINE.items() if "nbd" not in name}
     assert "CONFIG_BLK_DEV_NBD" in bad(write(tmp_path, files))["nbd driver"].advice
     write(tmp_path, {"lib/modules/6.1.0-38-cloud-amd64/modules.dep": "kernel/drivers/block/nbd.ko:\n"})
@@ -123,7 +123,7 @@ def test_the_driver(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("capabilities", "good"), [("0", False), (ALL_CAPABILITIES, True)])
 def test_a_limit_that_a_capability_overrides(tmp_path: Path, capabilities: str, good: bool) -> None:
-    """A low RLIMIT_MEMLOCK is nothing to root, can_do_mlock in mm/mlock.c."""
+    """A low RLIMIT_MEMLOCK does not apply to root: can_do_mlock in mm/mlock.c."""
     limits = "Max locked memory         8388608              8388608              bytes\n"
     status = f"CapEff:\t{capabilities}\nCapBnd:\t{ALL_CAPABILITIES}\n"
     findings = bad(write(tmp_path, {**MACHINE, "proc/self/limits": limits, "proc/self/status": status}))
@@ -131,24 +131,24 @@ def test_a_limit_that_a_capability_overrides(tmp_path: Path, capabilities: str, 
 
 
 def test_the_reserve() -> None:
-    """8 MiB at least, more for fast links and many CPUs, never more than a sixteenth of memory."""
+    """8 MiB at least, more for fast networks and many CPUs, never more than a sixteenth of memory."""
     gib = 1 << 30
-    assert doctor.reserve_bytes(100, 2, gib) == 8 << 20
-    assert doctor.reserve_bytes(1000, 2, gib) == 8 << 20
-    assert doctor.reserve_bytes(1000, 2, 64 << 20) == 4 << 20
-    assert doctor.reserve_bytes(10_000, 2, 16 * gib) == 61540 << 10
-    assert doctor.reserve_bytes(1000, 64, 16 * gib) == 22232 << 10
+    assert machine_checks.reserve_bytes(100, 2, gib) == 8 << 20
+    assert machine_checks.reserve_bytes(1000, 2, gib) == 8 << 20
+    assert machine_checks.reserve_bytes(1000, 2, 64 << 20) == 4 << 20
+    assert machine_checks.reserve_bytes(10_000, 2, 16 * gib) == 61540 << 10
+    assert machine_checks.reserve_bytes(1000, 64, 16 * gib) == 22232 << 10
 
 
-def test_a_link_without_a_speed(tmp_path: Path) -> None:
-    """Virtual interfaces say -1, or fail: 1 Gbit/s is assumed."""
+def test_an_interface_without_a_speed(tmp_path: Path) -> None:
+    """Virtual interfaces report -1, or fail to read: 1 Gbit/s is assumed."""
     write(tmp_path, {**MACHINE, "sys/class/net/eth0/speed": "-1\n"})
     (found,) = [one.found for one in doctor.examine(root=tmp_path) if one.subject == "vm.min_free_kbytes"]
     assert "1000 Mbit/s (eth0) and 2 CPUs" in found
 
 
 def test_a_worker_by_hand(tmp_path: Path) -> None:
-    """One that nobody recorded is found by its plugin; other nbdkits are none of ours."""
+    """A worker without a record is found by its plugin; other nbdkit processes are left out."""
     write(tmp_path, {**MACHINE, **process(300), **process(400, command="nbdkit\0memory\0001G\0")})
     findings = [one for one in doctor.examine(root=tmp_path) if one.subject.startswith("worker")]
     assert [one.subject for one in findings if not one.good] == []
@@ -166,13 +166,13 @@ def test_a_worker_by_hand(tmp_path: Path) -> None:
     ],
 )
 def test_an_unsafe_worker(tmp_path: Path, wrong: dict[str, int], subject: str) -> None:
-    """Each measure that a worker lacks is one bad line."""
+    """Each measure that a worker lacks makes one bad finding."""
     write(tmp_path, {**MACHINE, **process(300, **wrong)})  # type: ignore[arg-type]
     assert list(bad(tmp_path)) == [subject]
 
 
 def test_a_device(tmp_path: Path) -> None:
-    """By its name: the configuration, the keeper and the worker of its records; realtime = false is heeded."""
+    """The configuration, and the keeper and the worker of the records; realtime = false is respected."""
     write(
         tmp_path,
         {
@@ -190,14 +190,14 @@ def test_a_device(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
-    """No configuration is a bad line; a name that can be none is an error."""
+    """A missing configuration makes a bad finding; a name that no device can have is an error."""
     assert list(bad(write(tmp_path, MACHINE), "swap0")) == ["swap0: configuration"]
     with pytest.raises(UsageError):
         doctor.examine("../etc", tmp_path)
 
 
-def test_a_file_that_was_refused(tmp_path: Path) -> None:
-    """Who has it, and what to do."""
+def test_a_refused_file(tmp_path: Path) -> None:
+    """A file that another machine owns makes a bad finding, with the refusal as its text."""
     write(tmp_path, {**MACHINE, "etc/nbdnfs/swap0.toml": 'url = "nfs://nas/export/swap"\n'})
     assert bad(tmp_path, "swap0") == {}
     write(tmp_path, {"run/nbdnfs/swap0.refused": "x is in use as swap by box2\n"})
@@ -205,7 +205,7 @@ def test_a_file_that_was_refused(tmp_path: Path) -> None:
 
 
 def test_this_machine() -> None:
-    """Whatever the machine, each line has a subject and a finding, and a bad one says what to do."""
+    """On any machine, each finding has a subject and a text, and a bad one says what to do."""
     findings = doctor.examine()
     assert all(finding.subject and finding.found for finding in findings)
     assert all(finding.advice for finding in findings if not finding.good)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""systemd/ and install-units: what is put where, by systemd's own checker, and the generator as systemd starts it."""
+"""`nbdnfs install-units` and the files of systemd/: where they go, systemd's own check of them, and the generator."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ URL = "nfs://nas/export/swap/%m.swap?version=3&uid=0"
 
 
 def make_systemd(root: Path, version: int) -> None:
-    """An image whose systemd has that version."""
+    """Make `root` an image whose systemd has that version."""
     library = root / f"usr/lib/x86_64-linux-gnu/systemd/libsystemd-shared-{version}.so"
     library.parent.mkdir(parents=True)
     library.touch()
 
 
 def files(root: Path) -> dict[str, bytes]:
-    """Everything below the root."""
+    """Path ▸ content of every file below the root."""
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
@@ -41,7 +41,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def test_install_is_complete_and_idempotent(tmp_path: Path) -> None:
-    """Everything of systemd/ goes somewhere, scripts are executable, a second run writes nothing."""
+    """Every file of systemd/ is installed, scripts are executable, and a second run writes nothing."""
     make_systemd(tmp_path, 257)
     written = install_units.install(tmp_path, program=PROGRAM)
     installed = files(tmp_path)
@@ -55,8 +55,8 @@ def test_install_is_complete_and_idempotent(tmp_path: Path) -> None:
     subprocess.run(["sha256sum", "--quiet", "-c", f"{LIB}/nbdnfs/installed.sha256"], cwd=tmp_path, check=True)
 
 
-def test_the_keeper_paces_what_the_unit_starts_again() -> None:
-    """Its list of what no other try can mend is the unit's: anything else it makes wait."""
+def test_final_statuses_are_those_of_the_unit() -> None:
+    """The exit statuses after which no keeper waits are those after which the unit starts none."""
     (line,) = (
         line for line in (SYSTEMD / "nbdnfs@.service").read_text().splitlines() if line.startswith("RestartPrevent")
     )
@@ -64,7 +64,7 @@ def test_the_keeper_paces_what_the_unit_starts_again() -> None:
 
 
 def test_the_program_that_installs_is_started(tmp_path: Path) -> None:
-    """A virtual environment's nbdnfs stands in each command of the unit; one with a blank in its path is refused."""
+    """The nbdnfs of a virtual environment stands in each command of the unit; a path with a space is refused."""
     install_units.install(tmp_path, program="/opt/nbdnfs/bin/nbdnfs")
     text = (tmp_path / UNIT).read_text()
     assert "ExecStart=/opt/nbdnfs/bin/nbdnfs run %i\n" in text
@@ -76,7 +76,7 @@ def test_the_program_that_installs_is_started(tmp_path: Path) -> None:
 
 
 def test_the_command_line_names_its_own_program(tmp_path: Path) -> None:
-    """`nbdnfs install-units` puts in the path of the command that it was called by."""
+    """The units start the very `nbdnfs` that installed them."""
     program = tmp_path / "bin/nbdnfs"
     program.parent.mkdir()
     program.write_text(f"#!{sys.executable}\nfrom nbdnfs.cli import main\nmain()\n")
@@ -88,11 +88,11 @@ def test_the_command_line_names_its_own_program(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].endswith("then: systemctl enable --now nbdnfs@swap0")
     assert f"ExecStart={program} run %i\n" in (root / UNIT).read_text()
     again = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60)
-    assert again.stdout == "everything is in place already\n"
+    assert again.stdout == "everything is already installed\n"
 
 
 def test_changed_file_is_never_overwritten(tmp_path: Path) -> None:
-    """Somebody's change stops everything before anything is written; --force and removing the file go on."""
+    """A changed file stops the installation before anything is written; --force or removing the file helps."""
     install_units.install(tmp_path, program=PROGRAM)
     (tmp_path / UNIT).write_text("[Service]\n")
     before = files(tmp_path)
@@ -106,8 +106,8 @@ def test_changed_file_is_never_overwritten(tmp_path: Path) -> None:
     assert install_units.install(tmp_path, program=PROGRAM) == [tmp_path / UNIT]
 
 
-def test_a_file_of_somebody_else_is_not_taken_over(tmp_path: Path) -> None:
-    """A file that was there before the first install is a changed one, too."""
+def test_existing_file_is_not_overwritten(tmp_path: Path) -> None:
+    """A file that existed before the first installation counts as changed."""
     (tmp_path / "etc/nbdnfs").mkdir(parents=True)
     (tmp_path / "etc/nbdnfs/example.toml.disabled").write_text("mine")
     with pytest.raises(ConfigError, match=r"example\.toml\.disabled: changed"):
@@ -115,7 +115,7 @@ def test_a_file_of_somebody_else_is_not_taken_over(tmp_path: Path) -> None:
 
 
 def test_update_replaces_and_removes_its_own(tmp_path: Path) -> None:
-    """Another version of systemd, or of nbdnfs: unchanged files are replaced, those that are no more are removed."""
+    """With another version of systemd or nbdnfs, unchanged files are replaced, and obsolete ones removed."""
     make_systemd(tmp_path, 257)
     install_units.install(tmp_path, program=PROGRAM)
     drop_ins = tmp_path / f"{LIB}/systemd/system/nbdnfs@.service.d"
@@ -127,7 +127,7 @@ def test_update_replaces_and_removes_its_own(tmp_path: Path) -> None:
 
 
 def test_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    """A folder where a file should be, and a root that does not let us."""
+    """A directory where a file should be is an error of one line."""
     (tmp_path / UNIT).mkdir(parents=True)
     with pytest.raises(PermissionDeniedError, match=r"cannot read .*Is a directory"):
         install_units.install(tmp_path, program=PROGRAM)
@@ -135,24 +135,24 @@ def test_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [252, 253, 254, 257])
 def test_systemd_version(tmp_path: Path, version: int) -> None:
-    """By the library's name, as Debian and others place it; 0 without systemd."""
+    """The version comes from the library's name, where Debian and others place it; 0 without systemd."""
     assert install_units.systemd_version(tmp_path) == 0
     make_systemd(tmp_path, version)
     assert install_units.systemd_version(tmp_path) == version
 
 
-# what systemd says to it
+# the check by systemd
 
 
 def systemd_analyze() -> str:
-    """The program, which every machine that runs these tests has: it is part of the package systemd."""
+    """The path of the program, which is part of the package systemd."""
     found = shutil.which("systemd-analyze")
     assert found is not None, "systemd-analyze is missing (Debian: apt install systemd)"
     return found
 
 
 def test_units_verify(tmp_path: Path) -> None:
-    """`systemd-analyze verify` has nothing to say to an instance and the slice, with the drop-ins of its version."""
+    """`systemd-analyze verify` accepts an instance and the slice, with the drop-ins for its version."""
     version = int(subprocess.run([systemd_analyze(), "--version"], capture_output=True, text=True).stdout.split()[1])
     make_systemd(tmp_path, version)
     install_units.install(tmp_path, program="/usr/bin/true")  # what it starts must exist
@@ -166,22 +166,22 @@ def test_units_verify(tmp_path: Path) -> None:
         text=True,
         timeout=60,
     )
-    # a machine without IPv6 is told of systemd's own units
+    # without IPv6, systemd complains about its own units
     said = [line for line in done.stderr.splitlines() if "IPv6" not in line]
     assert (done.returncode, said, done.stdout) == (0, [], "")
 
 
 @pytest.mark.parametrize(("now_kib", "then_kib"), [("2048", "8192"), ("8192", "8192"), ("67584", "67584")])
 def test_reserve_is_raised_and_never_lowered(tmp_path: Path, now_kib: str, then_kib: str) -> None:
-    """The script on a file in place of /proc/sys/vm/min_free_kbytes."""
+    """The script raises a small reserve and keeps a larger one, here in a file instead of /proc/sys."""
     file = tmp_path / "min_free_kbytes"
     file.write_text(f"{now_kib}\n")
     subprocess.run(["/bin/sh", SYSTEMD / "reserve", file], check=True, timeout=10)
     assert file.read_text() == f"{then_kib}\n"
 
 
-def test_reserve_reads_what_comes_in_one_piece() -> None:
-    """A number in /proc/sys is at its end for a second read, as a shell's own makes. This one is large enough."""
+def test_reserve_reads_proc_at_once() -> None:
+    """A file of /proc/sys gives its number in the first read(2) only, and the script manages with that."""
     subprocess.run(["/bin/sh", SYSTEMD / "reserve", "/proc/sys/kernel/pid_max"], check=True, timeout=10)
 
 
@@ -189,7 +189,7 @@ def test_reserve_reads_what_comes_in_one_piece() -> None:
 
 
 class Generated:
-    """What the generator made of a kernel command line."""
+    """The files that the generator wrote for a kernel command line."""
 
     def __init__(self, folder: Path, cmdline: str) -> None:
         self.root = folder
@@ -209,7 +209,7 @@ class Generated:
 
     @property
     def values(self) -> dict[str, object]:
-        """The configuration; empty where there is none, and then there is no unit either."""
+        """The values of the configuration; empty where there is none, and then there is no unit either."""
         links = list(self.units.rglob("*.service"))
         file = self.folder / "cmdline.toml"
         if not file.exists():
@@ -223,7 +223,7 @@ class Generated:
 
 
 def test_generator_makes_config_and_link(tmp_path: Path) -> None:
-    """URL, size and priority arrive; the result is what config.load reads."""
+    """URL, size and priority reach the configuration, and config.load accepts it."""
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/machine-id").write_text("0123456789abcdef0123456789abcdef\n")
     made = Generated(tmp_path, f"ro quiet nbdnfs.url={URL} nbdnfs.size=256M nbdnfs.priority=-1 nbdnfs.other=1 x")
@@ -235,7 +235,7 @@ def test_generator_makes_config_and_link(tmp_path: Path) -> None:
 
 
 def test_generator_link_leads_to_the_unit(tmp_path: Path) -> None:
-    """Beside the generator, wherever that was installed."""
+    """The link leads to the unit beside the generator, wherever that was installed."""
     install_units.install(tmp_path, program=PROGRAM)
     generator = tmp_path / f"{LIB}/systemd/system-generators/nbdnfs-generator"
     subprocess.run(
@@ -278,7 +278,7 @@ def test_generator_link_leads_to_the_unit(tmp_path: Path) -> None:
 def test_generator_refuses_what_needs_quoting(
     tmp_path: Path, cmdline: str, values: dict[str, object], complaint: str
 ) -> None:
-    """Bad values are told and left out; the later of two words counts unless it is bad."""
+    """Bad values are reported and left out; the later of two counts unless it is bad."""
     made = Generated(tmp_path, cmdline)
     assert made.values == values
     assert (complaint in "\n".join(made.complaints)) if complaint else made.complaints == []
@@ -296,7 +296,7 @@ def test_generator_refuses_what_needs_quoting(
     )
 )
 def test_generator_never_breaks_out(tmp_path: Path, words: list[str]) -> None:
-    """Whatever a boot server passes: valid TOML with known keys, no file anywhere else."""
+    """Any command line gives valid TOML with known keys, and no file anywhere else."""
     made = Generated(tmp_path, " ".join(words))
     assert set(made.values) <= {"url", "size", "priority"}
     assert {path.name for path in tmp_path.iterdir()} <= {"normal", "run"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""status from a golden tree: what is green, what is said when it is not, and that it ends in JSON."""
+"""`nbdnfs status` on a golden tree: when a device is green, which problems are named, and the JSON form."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdnfs.commands import status
+from nbdnfs.commands import counters, status
 from nbdnfs.errors import NoInputError, UsageError
 from nbdnfs.keeper import records as run_dir
 
@@ -38,7 +38,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_green(root: Path) -> None:
-    """All that can be known, and no problem."""
+    """A healthy device: every field is known, and there is no problem."""
     found = status.read("swap0", root)
     assert found.is_green
     assert (found.device, found.keeper_pid, found.worker_pid, found.server) == ("/dev/nbd3", 10, 11, "192.0.2.7")
@@ -48,17 +48,17 @@ def test_green(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gone", "problem"),
+    ("missing", "problem"),
     [
-        ("proc/10/stat", "no keeper watches it"),
-        ("proc/11/stat", "no worker serves it"),
-        ("proc/swaps", "nobody swaps to it"),
-        ("sys/block/nbd3/pid", "it is not up"),
+        ("proc/10/stat", "no keeper is running"),
+        ("proc/11/stat", "no worker is running"),
+        ("proc/swaps", "not in use as swap"),
+        ("sys/block/nbd3/pid", "not up"),
     ],
 )
-def test_problems(root: Path, gone: str, problem: str) -> None:
-    """Each thing that is missing is named."""
-    (root / gone).unlink()
+def test_problems(root: Path, missing: str, problem: str) -> None:
+    """Each missing part is named."""
+    (root / missing).unlink()
     found = status.read("swap0", root)
     assert found.problems == (problem,)
     assert not found.is_green
@@ -69,61 +69,59 @@ def test_problems(root: Path, gone: str, problem: str) -> None:
     ("counter", "value", "words"),
     [
         ("disconnected", 1, "the server does not answer"),
-        ("file_state", 1, "has been removed"),
-        ("file_state", 2, "has been replaced"),
-        ("file_state", 3, "was cut short"),
+        ("file_state", 1, "was deleted"),
+        ("file_state", 2, "was replaced"),
+        ("file_state", 3, "was truncated"),
         ("write_back_error", errno.ENOSPC, "No space left on device"),
         ("write_back_error", errno.EDQUOT, "quota exceeded"),
         ("checksum_failures", 1, "is the export 'async'?"),
     ],
 )
-def test_what_the_region_tells(
+def test_problems_in_the_region(
     root: Path, monkeypatch: pytest.MonkeyPatch, counter: str, value: int, words: str
 ) -> None:
-    """Each state of server and file is a problem, in words."""
-    monkeypatch.setattr(status, "_counters", lambda pid, root: {counter: value})
+    """Each bad state of the server and of the file is named."""
+    monkeypatch.setattr(counters, "of_worker", lambda pid, root: {counter: value})
     (problem,) = status.read("swap0", root).problems
     assert words in problem
 
 
-def test_a_lost_file(root: Path) -> None:
-    """The keeper has taken the device down and ended: that is said, rather than that it is not up."""
+def test_a_stolen_file(root: Path) -> None:
+    """The keeper took the device down and ended: the theft is reported, and not that the device is down."""
     (root / "sys/block/nbd3/pid").unlink()
     (root / "run/nbdnfs/swap0/state").write_text("lost\n")
     (problem,) = status.read("swap0", root).problems
-    assert problem.startswith("another machine has taken its file")
+    assert problem.startswith("another machine has stolen the backing file")
 
 
 @pytest.mark.parametrize(
-    ("state", "problem"), [(1, None), (2, "writes wait"), (3, "another machine has taken its file")]
+    ("state", "problem"), [(1, None), (2, "writes wait"), (3, "another machine has stolen the backing file")]
 )
-def test_what_the_worker_knows_of_the_owner(
-    root: Path, monkeypatch: pytest.MonkeyPatch, state: int, problem: str | None
-) -> None:
-    """enum owner_state, through the region's counters."""
-    monkeypatch.setattr(status, "_counters", lambda pid, root: {"owner_state": state})
+def test_owner_state(root: Path, monkeypatch: pytest.MonkeyPatch, state: int, problem: str | None) -> None:
+    """The states of enum owner_state, as the region's counters hold them."""
+    monkeypatch.setattr(counters, "of_worker", lambda pid, root: {"owner_state": state})
     problems = status.read("swap0", root).problems
     assert problem in problems[0] if problem else not problems
 
 
 def test_a_refusal(root: Path) -> None:
-    """Who has the file is told until the device has got it."""
+    """The reason why a device did not get its file is shown until it gets it."""
     (root / "sys/block/nbd3/pid").unlink()
     run_dir.write_refusal("swap0", "x is in use as swap by box2", root)
-    assert status.read("swap0", root).problems == ("it is not up", "x is in use as swap by box2")
+    assert status.read("swap0", root).problems == ("not up", "x is in use as swap by box2")
     assert status.names(root) == ["swap0"]
     run_dir.write_refusal("swap0", None, root)
-    assert status.read("swap0", root).problems == ("it is not up",)
+    assert status.read("swap0", root).problems == ("not up",)
 
 
 def test_names(root: Path) -> None:
-    """What is configured, and what is up without a configuration."""
+    """Devices that are configured, and devices that are up without a configuration."""
     (root / "run/nbdnfs/old").mkdir()
     assert status.names(root) == ["old", "swap0"]
 
 
 def test_no_such_device(root: Path) -> None:
-    """Neither configured nor up: an error that says what there is."""
+    """A name that is neither configured nor up: the error lists the devices that exist."""
     with pytest.raises(NoInputError) as caught:
         status.read("swapO", root)
     assert caught.value.hint == "there are: swap0"

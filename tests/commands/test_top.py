@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""top: rates and medians from two looks at a region's counters, and what is said when there is nothing to look at."""
+"""`nbdnfs top`: rates and medians from two readings of a region's counters, and the error when there is none."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from nbdnfs.commands import top
+from nbdnfs.commands.counters import Counters
 from nbdnfs.errors import NoInputError
 
-BEFORE: top.Counters = {"reads": 100, "read_bytes": 0, "nfs_writes": 5, "nfs_written_bytes": 0, "read_us": [1, 1, 0, 0]}
-AFTER: top.Counters = {
+BEFORE: Counters = {"reads": 100, "read_bytes": 0, "nfs_writes": 5, "nfs_written_bytes": 0, "read_us": [1, 1, 0, 0]}
+AFTER: Counters = {
     **BEFORE,
     "reads": 300,
     "read_bytes": 200 * 4096,
@@ -26,7 +27,7 @@ AFTER: top.Counters = {
 
 
 def test_rates_and_medians() -> None:
-    """What happened in between, a second; a median is that of this time alone; counters that are missing are 0."""
+    """Rates are per second; a median is that of the time span alone; missing counters count as 0."""
     frame = top.Frame("swap0", 2.0, BEFORE, AFTER)
     assert frame.rate("reads") == 100
     assert frame.ratio("nfs_written_bytes", "nfs_writes") == 128 * 1024
@@ -36,7 +37,7 @@ def test_rates_and_medians() -> None:
 
 
 def test_text() -> None:
-    """The lines name what matters: what is not on the NAS, how writes coalesce, and a server that is away."""
+    """The lines show what is not on the NAS yet, how writes coalesce, and a server that does not answer."""
     text = top.Frame("swap0", 2.0, BEFORE, AFTER).text()
     assert text.startswith("swap0: 2.0 MiB not on the NAS yet")
     assert "THE SERVER DOES NOT ANSWER" in text
@@ -45,7 +46,7 @@ def test_text() -> None:
 
 
 def test_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each frame is about the time since the one before; one that has come meanwhile is shown from the next on."""
+    """Each frame covers the time since the last one; a new device is shown from its second reading on."""
     looks = iter([{"a": BEFORE}, {"a": AFTER, "b": BEFORE}, {"b": AFTER}])
     times = iter([10.0, 12.0, 13.0])
     slept: list[float] = []
@@ -57,8 +58,8 @@ def test_watch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_to_watch(tmp_path: Path) -> None:
-    """No worker: an error that says where to look."""
+    """Without a worker, the error says where to look."""
     with pytest.raises(NoInputError) as caught:
         next(top.watch(["swap0"], root=tmp_path))
     assert "swap0" in caught.value.message
-    assert caught.value.hint == "see: nbdnfs status"
+    assert caught.value.hint == "run this as root; see: nbdnfs status"

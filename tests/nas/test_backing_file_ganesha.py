@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""create and inspect on a real server: every block is there, and every failure and interruption is told and mended."""
+"""create and inspect on a real server: every block exists, failures are reported, interruptions are resumed."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def wait_for_percent(creator: subprocess.Popen[str], percent: int) -> IO[str]:
 
 
 def test_create_and_inspect(ganesha: Ganesha, name: str) -> None:
-    """33 MiB and a page, and what the server says about them."""
+    """A file of 33 MiB and a page, and the attributes that the server reports for it."""
     size_bytes = 33 * MIB + 4096
     seen: list[tuple[int, int]] = []
     backing_file.create(ganesha.url(name), size_bytes, progress=lambda *done: seen.append(done))
@@ -89,7 +89,7 @@ def test_create_and_inspect(ganesha: Ganesha, name: str) -> None:
 
 
 def test_over_nfsv4(ganesha: Ganesha, name: str) -> None:
-    """The same where libnfs can; where it cannot, that is said before anything is made."""
+    """The same over NFSv4; a libnfs that cannot is refused before anything is created."""
     url = ganesha.url(name, version=4)
     if int(libnfs_version.split(".")[0]) < 5:
         fails_with(ConfigError, "NFSv4 needs libnfs 5.0", "version=3", lambda: backing_file.create(url, MIB))
@@ -100,11 +100,11 @@ def test_over_nfsv4(ganesha: Ganesha, name: str) -> None:
 
 
 def test_existing_files(ganesha: Ganesha, name: str) -> None:
-    """Refused; with force rewritten, grown, and never made smaller."""
+    """An existing file is refused; with force it is rewritten and grows, and is never made smaller."""
     path, url = ganesha.export_path / name, ganesha.url(name)
     path.write_bytes(b"\xaa" * MIB)
     path.chmod(0o600)
-    fails_with(CannotCreateError, "exists already (1 MiB)", "--force", lambda: backing_file.create(url, 2 * MIB))
+    fails_with(CannotCreateError, "already exists (1 MiB)", "--force", lambda: backing_file.create(url, 2 * MIB))
     assert path.read_bytes() == b"\xaa" * MIB
     fileid = path.stat().st_ino
     backing_file.create(url, 2 * MIB, force=True)
@@ -117,7 +117,7 @@ def test_existing_files(ganesha: Ganesha, name: str) -> None:
 
 
 def test_directories(ganesha: Ganesha, name: str) -> None:
-    """A directory is no file, and one that is not there cannot hold one."""
+    """A directory is not a file, and a missing directory cannot hold one."""
     (ganesha.export_path / "folder").mkdir(exist_ok=True)
     fails_with(
         NoInputError,
@@ -134,7 +134,7 @@ def test_directories(ganesha: Ganesha, name: str) -> None:
 
 
 def test_a_server_that_fills_up(tmp_path: Path) -> None:
-    """ENOSPC is told, and the room is given back."""
+    """ENOSPC is reported, and the space is freed."""
     with small_filesystem(tmp_path, 16 * MIB) as folder, Ganesha(tmp_path / "server", export=folder) as server:
         url = server.url("swap0")
         free_before = os.statvfs(folder).f_bfree
@@ -146,7 +146,7 @@ def test_a_server_that_fills_up(tmp_path: Path) -> None:
 
 
 def test_squashed_root(tmp_path: Path) -> None:
-    """Root that may not, root that becomes nobody, and the way out that the hint names."""
+    """Root without permission, root that is mapped to another user, and the URL that the hint proposes."""
     with Ganesha(tmp_path, squash="root") as server:
         url = server.url("swap0")
         fails_with(
@@ -165,21 +165,22 @@ def test_squashed_root(tmp_path: Path) -> None:
 
 
 def test_no_permission(ganesha: Ganesha, name: str) -> None:
-    """A user who may not write there is told so, by number."""
+    """The error for a user without write permission names the uid."""
     url = ganesha.url(name, uid=1234, gid=1234)
     fails_with(
-        PermissionDeniedError, "does not let uid 1234 make a file", "uid=", lambda: backing_file.create(url, MIB)
+        PermissionDeniedError, "does not let uid 1234 create a file", "uid=", lambda: backing_file.create(url, MIB)
     )
 
 
 def test_read_only_export(tmp_path: Path) -> None:
     """EROFS has its own words."""
     with Ganesha(tmp_path, access="RO") as server:
-        fails_with(PermissionDeniedError, "read-only", "writing", lambda: backing_file.create(server.url("swap0"), MIB))
+        url = server.url("swap0")
+        fails_with(PermissionDeniedError, "read-only", "read-write", lambda: backing_file.create(url, MIB))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_goes_on_after_the_process_died(ganesha: Ganesha, proxy: TcpProxy, name: str, number: signal.Signals) -> None:
+def test_resumes_after_the_process_died(ganesha: Ganesha, proxy: TcpProxy, name: str, number: signal.Signals) -> None:
     """Killed at a third, the same command writes the rest, and not all of it again."""
     proxy.throttle(requests_bytes_per_s=40 * MIB)
     with start_create(ganesha.url(name, nfsport=proxy.port), "64M") as creator:
@@ -199,7 +200,7 @@ def test_goes_on_after_the_process_died(ganesha: Ganesha, proxy: TcpProxy, name:
 
 
 def test_ctrl_c_while_the_server_is_away(own_ganesha: Ganesha) -> None:
-    """It ends although writes are under way that nobody answers."""
+    """Ctrl-C ends create although writes are in flight that the server does not answer."""
     with TcpProxy(own_ganesha.nfs_port) as proxy:
         proxy.throttle(requests_bytes_per_s=40 * MIB)
         with start_create(own_ganesha.url("swap0", nfsport=proxy.port), "64M") as creator:
@@ -230,7 +231,7 @@ def test_the_server_dies_and_comes_back(own_ganesha: Ganesha) -> None:
     assert os.listdir(own_ganesha.export_path) == ["swap0"]
 
 
-def test_resets_all_along(ganesha: Ganesha, proxy: TcpProxy, name: str) -> None:
+def test_many_resets(ganesha: Ganesha, proxy: TcpProxy, name: str) -> None:
     """A connection that is reset every other MiB costs time and nothing else."""
     proxy.throttle(requests_bytes_per_s=40 * MIB)
 
@@ -243,7 +244,7 @@ def test_resets_all_along(ganesha: Ganesha, proxy: TcpProxy, name: str) -> None:
 
 
 def test_two_machines_make_one_file(ganesha: Ganesha, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of them makes it, the other is told so, whoever is faster; nothing else is left."""
+    """The faster one creates the file, the other reports that; no other file is left."""
     url, size_bytes = ganesha.url(name), 8 * MIB
     outcomes: list[Any] = []
 
@@ -256,8 +257,8 @@ def test_two_machines_make_one_file(ganesha: Ganesha, name: str, monkeypatch: py
 
     fails_with(
         CannotCreateError,
-        "has come into being meanwhile",
-        "use that one",
+        "was created by another machine",
+        "use that file",
         lambda: backing_file.create(url, size_bytes, progress=another_machine),
     )
     assert [(ganesha.export_path / name).stat().st_ino] == outcomes

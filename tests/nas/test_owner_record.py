@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The owner record: what it looks like, what is none, and what a newcomer may do about one."""
+"""The owner record: its format, what is not a record, and what a claimant may do about one."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def held(**changes: object) -> Record:
 
 
 @given(records)
-def test_what_is_written_is_read(record: Record) -> None:
-    """The longest and the shortest values fit into 512 bytes, and come back."""
+def test_round_trip(record: Record) -> None:
+    """The longest and the shortest values fit into 512 bytes, and are read back."""
     data = record.to_bytes()
     assert len(data) == RECORD_BYTES
     assert owner_record.parse(data) == record
 
 
-def test_the_format_is_what_the_worker_knows() -> None:
-    """engine/owner.c writes ten digits at offset 25, and looks for whole lines."""
+def test_the_format_is_that_of_the_worker() -> None:
+    """The engine writes ten digits at offset 25, and looks for whole lines."""
     data = held(refreshed=1234567890).to_bytes()
     assert data[:25] == b"nbdnfs owner 1\nrefreshed "
     assert data[25:36] == b"1234567890\n"
@@ -68,8 +68,8 @@ def test_the_format_is_what_the_worker_knows() -> None:
 
 @given(records, st.integers(0, RECORD_BYTES - 1), st.integers(0, 255))
 @settings(max_examples=300)
-def test_one_wrong_byte_never_becomes_another_shape(record: Record, at: int, byte: int) -> None:
-    """What still parses is written exactly so: nothing is skipped, trimmed or guessed."""
+def test_one_wrong_byte_is_never_repaired(record: Record, at: int, byte: int) -> None:
+    """Bytes that parse are those that would be written: nothing is skipped, trimmed or guessed."""
     data = bytearray(record.to_bytes())
     data[at] = byte
     found = owner_record.parse(bytes(data))
@@ -77,8 +77,8 @@ def test_one_wrong_byte_never_becomes_another_shape(record: Record, at: int, byt
 
 
 @given(st.binary(max_size=600))
-def test_anything_else_is_none(data: bytes) -> None:
-    """Empty, short, long and random files are no records."""
+def test_other_bytes_are_not_a_record(data: bytes) -> None:
+    """Empty, short, long and random files are not records."""
     assert owner_record.parse(data) is None
 
 
@@ -96,7 +96,7 @@ def test_anything_else_is_none(data: bytes) -> None:
     ],
 )
 def test_damage(spoil: object) -> None:
-    """A wrong version, value, order, missing or additional line."""
+    """A wrong version, value or order, a missing line and an additional one are rejected."""
     text = held().to_bytes().decode()
     spoilt = spoil(text)  # type: ignore[operator]
     assert spoilt != text
@@ -130,7 +130,7 @@ NOW = {"machine": A, "boot": B, "hardware": C}
         (NOW | {"holder": "keeper:swap1"}, 3, False, Verdict.REPLACE, Verdict.REPLACE),
         # containers on one host: one boot, several machines
         (NOW | {"machine": D, "hardware": "-"}, 3, True, Verdict.REFUSE_FRESH, Verdict.TAKE),
-        # no id is nobody's
+        # two machines without an id are not the same machine
         ({"machine": "-", "boot": D, "hardware": "-"}, 26, False, Verdict.REFUSE_STALE, Verdict.TAKE),
     ],
 )
@@ -141,8 +141,8 @@ def test_decisions(record: dict[str, str], age_s: float, lives: bool, verdict: V
     assert decide(found, ME, HOLDER, age_s=age_s, holder_lives=lives, steal=True) is stolen
 
 
-def test_no_ids_at_all() -> None:
-    """A machine without any id owns what it claimed in this boot, and nothing of before."""
+def test_a_machine_without_ids() -> None:
+    """A machine without any id owns what it claimed in this boot, and nothing from before."""
     me = Identity("-", B, "-", "box1")
     mine = owner_record.new(me, HOLDER, None, "held")
     assert decide(mine, me, HOLDER, age_s=0, holder_lives=False) is Verdict.KEEP
@@ -150,15 +150,15 @@ def test_no_ids_at_all() -> None:
     assert decide(mine, later, HOLDER, age_s=100, holder_lives=False) is Verdict.REFUSE_STALE
 
 
-def test_none_and_damaged() -> None:
-    """No record: make one. Something else in its place: nobody knows, unless told."""
+def test_no_record_and_a_damaged_one() -> None:
+    """Without a record, one is created; anything else in its place is refused, unless it is to be stolen."""
     assert decide(None, ME, HOLDER, age_s=0, holder_lives=False) is Verdict.CREATE
     assert decide(b"", ME, HOLDER, age_s=0, holder_lives=False) is Verdict.REFUSE_DAMAGED
     assert decide(b"", ME, HOLDER, age_s=0, holder_lives=False, steal=True) is Verdict.TAKE
 
 
 def test_watched() -> None:
-    """An earlier boot's record that stood still is taken, however young the clock says it is."""
+    """The record of an earlier boot that was not refreshed while watched is replaced, however young it is."""
     assert decide(held(**EARLIER), ME, HOLDER, age_s=0, holder_lives=False, watched=True) is Verdict.REPLACE
 
 
@@ -172,11 +172,9 @@ identities = st.builds(
 
 
 @given(identities, identities, st.floats(0, 1000), st.booleans(), st.sampled_from(["held", "waiting"]))
-def test_a_living_stranger_is_never_replaced(
-    me: Identity, owner: Identity, age_s: float, lives: bool, state: str
-) -> None:
-    """Whatever the ids: another machine's or boot's record that is fresh is refused or watched, and taken with
-    --steal only, with the wait that lets its owner stop."""
+def test_a_living_owner_is_never_replaced(me: Identity, owner: Identity, age_s: float, lives: bool, state: str) -> None:
+    """With any ids: a fresh record of another machine or boot is refused or watched, and taken with --steal only,
+    after the wait in which its owner stops."""
     record = owner_record.new(owner, HOLDER, None, state)
     verdict = decide(record, me, HOLDER, age_s=age_s, holder_lives=lives)
     if (owner.boot, owner.machine) != (me.boot, me.machine):
@@ -189,8 +187,7 @@ def test_a_living_stranger_is_never_replaced(
 
 
 def test_the_wait_covers_what_the_owner_may_still_send() -> None:
-    """Two refresh times of permission, the kernel's patience with a connection, and some; stale comes after
-    permission."""
+    """Two refresh times, TCP_USER_TIMEOUT and a margin; a record is stale only after the permission has ended."""
     record = held()
     assert record.stops_within_ms >= 2 * record.refresh_ms + 25_000 + 5_000
     assert record.stale_after_s * 1000 > 2 * record.refresh_ms
@@ -200,7 +197,7 @@ def test_the_wait_covers_what_the_owner_may_still_send() -> None:
 
 
 def test_identity(tmp_path: Path) -> None:
-    """From machine-id, boot_id and SMBIOS; ids that are none; nothing of the ids themselves gets out."""
+    """Hashes of machine-id and SMBIOS, and the boot id; placeholders count as no id; the ids themselves stay secret."""
     files = {
         "etc/machine-id": "0123456789abcdef0123456789abcdef\n",
         "proc/sys/kernel/random/boot_id": "01234567-89ab-cdef-0123-456789abcdef\n",
@@ -231,7 +228,7 @@ def test_identity(tmp_path: Path) -> None:
 
 
 def test_names() -> None:
-    """Beside the file and hidden; a name that is too long for that gets one of its own."""
+    """The record is a hidden file beside the backing file; a long name is replaced by a hash."""
     assert owner_record.name_of("box.swap") == ".box.swap.owner"
     long = owner_record.name_of("ä" * 120)
     assert len(long.encode()) < 100

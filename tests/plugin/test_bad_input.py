@@ -26,12 +26,12 @@ from nbdnfs.worker import nbdkit
 SOMEBODY = 1234
 PAGE = 4096
 URL_HINT = "write it like nfs://nas/export/swap/%H.swap?version=3"
-SERVER_HINT = "check that the NFS server runs and that no firewall is in between"
+SERVER_HINT = "check that the NFS server is running, and that no firewall blocks the port"
 PERMISSION_HINT = (
-    "check the file's owner and mode, that the export is neither read-only nor squashes root, or give uid= and"
-    " gid= in the URL"
+    "check the file's owner and mode, and that the export is not read-only and does not squash root; or give"
+    " uid= and gid= in the URL"
 )
-PAGES_HINT = "make a file of whole 4096-byte pages: nbdnfs create URL --size SIZE"
+PAGES_HINT = "create a file of whole 4096-byte pages: nbdnfs create URL --size SIZE"
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_missing_file(ganesha: Ganesha, serve_fails: Callable[..., list[str]], n
     """The export is there, the file is not: EX_NOINPUT, and how to make one."""
     assert serve_fails(os.EX_NOINPUT, ganesha.url(name)) == [
         f"there is no file {ganesha.export_path}/{name} on {LOOPBACK}",
-        "make it with: nbdnfs create URL --size SIZE; or check the path",
+        "create it: nbdnfs create URL --size SIZE; or check the path",
     ]
 
 
@@ -172,7 +172,7 @@ def test_no_regular_file(ganesha: Ganesha, serve_fails: Callable[..., list[str]]
     os.mkfifo(ganesha.export_path / "fifo")
     try:
         assert serve_fails(os.EX_CONFIG, ganesha.url("fifo")) == [
-            f"{ganesha.export_path}/fifo on {LOOPBACK} cannot be a device: it is no regular file",
+            f"{ganesha.export_path}/fifo on {LOOPBACK} cannot be a device: it is not a regular file",
             PAGES_HINT,
         ]
     finally:

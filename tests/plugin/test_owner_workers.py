@@ -48,7 +48,7 @@ def folders(tmp_path: Path, backing_file: FileOnServer) -> Iterator[tuple[Path, 
 
 
 def claim(file: FileOnServer, me: Identity, *, steal: bool = False) -> None:
-    ownership.claim(file.url(), HOLDER, me, steal=steal, timing=QUICK, say=lambda _: None)
+    ownership.claim(file.url(), HOLDER, me, steal=steal, timing=QUICK, report=lambda _: None)
 
 
 def as_machine(file: FileOnServer, me: Identity) -> list[str]:

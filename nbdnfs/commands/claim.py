@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`nbdnfs claim`: what a keeper starts to create a missing backing file and to make this machine its owner.
+
+In a process of its own, because the keeper loads neither the engine nor libnfs.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from nbdnfs import quantities
+from nbdnfs.commands import progress
+from nbdnfs.errors import OwnedError
+from nbdnfs.keeper import records as run_dir
+from nbdnfs.nas import backing_file, owner_record, ownership
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit status. Errors as `backing_file.create` and `ownership.claim`; a refusal is left for `status`, too."""
+    if args.size is not None and not backing_file.exists(args.url):
+        backing_file.create(args.url, quantities.parse_size_bytes(args.size), progress=progress.reporter())
+    if args.holder is not None:
+        name = args.holder.rpartition(":")[2]
+        try:
+            ownership.claim(args.url, args.holder, owner_record.identity(), steal=args.steal)
+        except OwnedError as error:
+            run_dir.write_refusal(name, error.message)
+            raise
+        run_dir.write_refusal(name, None)
+    return 0

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The systemd unit of a device: asked about, started and stopped through systemctl(1)."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+from nbdnfs import programs
+from nbdnfs.errors import NbdnfsError, UnavailableError
+
+
+def name_of(device: str) -> str:
+    """The unit of a device; "-" and "." stand for themselves in an instance name, systemd.unit(5)."""
+    return f"nbdnfs@{device}.service"
+
+
+def is_loaded(device: str) -> bool:
+    """Whether systemd runs and has the unit."""
+    return _is_booted() and _property(device, "LoadState") == "loaded"
+
+
+def is_active(device: str) -> bool:
+    """Whether systemd runs the unit, or is about to."""
+    return _is_booted() and _property(device, "ActiveState") in ("active", "activating", "reloading")
+
+
+def job(device: str) -> str:
+    """What systemd is about to do with the unit: "stop", "restart", "start"; "" for nothing, or without systemd."""
+    if not _is_booted():
+        return ""
+    jobs = programs.run([_systemctl(), "list-jobs", "--no-legend", "--plain"], what="asking systemd for its jobs")
+    for line in jobs.splitlines():
+        fields = line.split()
+        if len(fields) >= 3 and fields[1] == name_of(device):
+            return fields[2]
+    return ""
+
+
+def is_shutting_down() -> bool:
+    """Whether systemd is on its way to power-off, reboot or the like."""
+    return programs.output([_systemctl(), "is-system-running"]).strip() == "stopping"
+
+
+def start(device: str) -> None:
+    """Start the unit, and wait until it has started. UnavailableError when it fails."""
+    if programs.status([_systemctl(), "start", name_of(device)]) != 0:
+        raise UnavailableError(f"{name_of(device)} did not start", f"see why: journalctl -u {name_of(device)}")
+
+
+def stop(device: str) -> None:
+    """Stop the unit, and wait until it has stopped. UnavailableError when it fails."""
+    if programs.status([_systemctl(), "stop", name_of(device)]) != 0:
+        raise UnavailableError(f"{name_of(device)} did not stop", f"see why: journalctl -u {name_of(device)}")
+
+
+def start_after_stop(device: str) -> None:
+    """Have systemd start the keeper again once it has stopped it. During a shutdown systemd rejects that, rightly."""
+    print(f"nbdnfs: {device}: swap stays on, and the keeper is started again for it", file=sys.stderr)
+    with contextlib.suppress(NbdnfsError):
+        programs.run([_systemctl(), "--no-block", "start", name_of(device)], what="asking systemd for a start")
+
+
+def _is_booted(root: Path = Path("/")) -> bool:
+    """sd_booted(3)."""
+    return (root / "run/systemd/system").is_dir()
+
+
+def _systemctl() -> str:
+    return programs.find_program("systemctl", "systemd")
+
+
+def _property(device: str, key: str) -> str:
+    what = "asking systemd for the state of a unit"
+    return programs.run([_systemctl(), "show", "--value", f"--property={key}", name_of(device)], what=what).strip()

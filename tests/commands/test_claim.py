@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`nbdnfs claim`, which a keeper starts, on a real server."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import FileOnServer
+from support.nfs_server import Ganesha
+from support.owner_records import HOLDER, machine, record_of
+from support.waiting import DEADLINE_S
+
+from nbdnfs import cli
+from nbdnfs.keeper import records as run_dir
+from nbdnfs.nas import owner_record, ownership
+
+
+def test_claim_twice(swap_file: FileOnServer) -> None:
+    """As a process of its own: the first call makes this machine the owner, the second changes nothing."""
+    command = [sys.executable, "-m", "nbdnfs", "claim", swap_file.url(), "--size=4M", f"--holder={HOLDER}"]
+    for _ in range(2):
+        subprocess.run(command, check=True, timeout=DEADLINE_S)
+        found = record_of(swap_file)
+        assert (found.boot, found.holder, found.generation) == (owner_record.boot_id(), HOLDER, 1)
+
+
+def test_a_missing_file_is_created(ganesha: Ganesha) -> None:
+    """With --size a missing file is created; without a holder it gets no owner."""
+    path = ganesha.export_path / "claimed.swap"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["claim", ganesha.url(path.name), "--size=4M"])
+    assert ended.value.code == 0
+    assert path.stat().st_size == 4 << 20
+    path.unlink()
+    assert not list(ganesha.export_path.glob(f".{path.name}.*"))
+
+
+def test_a_refusal_is_recorded(swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason is left for `nbdnfs status`, and the exit status stops the unit from trying again."""
+    ownership.claim(swap_file.url(), HOLDER, machine("box2"))
+    refusals: list[tuple[str, str | None]] = []
+    monkeypatch.setattr(run_dir, "write_refusal", lambda name, text: refusals.append((name, text)))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["claim", swap_file.url(), f"--holder={HOLDER}"])
+    assert ended.value.code == os.EX_NOPERM
+    ((name, text),) = refusals
+    assert name == "swap0"
+    assert "in use as swap by box2" in str(text)

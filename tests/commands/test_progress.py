@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Progress on stderr: a bar on a terminal, a line for every tenth part in a log."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from nbdnfs.commands import progress
+
+MIB = 1 << 20
+
+
+def test_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line for every tenth part, however often it is called; nothing on stdout."""
+    report = progress.reporter()
+    for done in range(101):
+        report(done * MIB, 100 * MIB)
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == ""
+    assert [line.partition("%")[0] for line in lines] == [f"nbdnfs: {percent}" for percent in range(0, 101, 10)]
+    assert "50 MiB of 100 MiB, " in lines[5]
+
+
+def test_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar that is drawn again in the same line, which ends at 100 percent."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    report = progress.reporter()
+    report(50, 100)
+    report(100, 100)
+    first, second = capsys.readouterr().err.removeprefix("\r").split("\r")
+    assert first.startswith(f"[{'#' * 20}{' ' * 20}] 50 B of 100 B")
+    assert "\n" not in first
+    assert second.startswith(f"[{'#' * 40}]")
+    assert second.endswith("\n")
+
+
+def test_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """A total of 0 bytes is 100 percent at once."""
+    progress.reporter()(0, 0)
+    assert capsys.readouterr().err.startswith("nbdnfs: 100% ")

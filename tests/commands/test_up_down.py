@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`nbdnfs up` and `down`: which machine owns the file before and after, on a real server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import FileOnServer
+from support.nfs_server import LOOPBACK, Ganesha
+from support.owner_records import (
+    HOLDER,
+    QUICK,
+    beside,
+    machine,
+    record_of,
+    record_path,
+)
+
+from nbdnfs import config
+from nbdnfs.commands import systemd_unit, up_down
+from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.records import RunDir
+from nbdnfs.nas import owner_record, ownership
+from nbdnfs.nas.owner_record import Record
+
+MIB = 1 << 20
+DEVICE_BYTES = 4 * MIB
+
+
+def test_down_releases_the_file(swap_file: FileOnServer, tmp_path: Path) -> None:
+    """`down` releases the file by the records alone, and leaves a file that another machine owns."""
+    ownership.claim(swap_file.url(), HOLDER, owner_record.identity())
+    records = RunDir("swap0", run=tmp_path)
+    records.make()
+    up_down._release_file(records)  # a device that did not get as far as an address
+    assert record_path(swap_file).exists()
+    records.write(run_dir.ADDRESS, f"{swap_file.url()}\n{LOOPBACK}")
+    up_down._release_file(records)
+    assert beside(swap_file) == []
+
+    ownership.claim(swap_file.url(), HOLDER, machine("box2"))
+    up_down._release_file(records)
+    assert record_of(swap_file).host == "box2"
+
+
+def test_down_does_not_wait_for_a_server(
+    own_ganesha: Ganesha, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without an answer the record stays, which is reported; the next boot takes it over."""
+    records = RunDir("swap0", run=tmp_path)
+    records.make()
+    records.write(run_dir.ADDRESS, f"{own_ganesha.url('swap')}\n{LOOPBACK}")
+    own_ganesha.kill()
+    up_down._release_file(records)
+    assert "the owner record stays: no answer" in capsys.readouterr().err
+
+
+def test_up_steals_before_it_starts_anything(swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --steal, this machine owns the file before the keeper starts."""
+    ownership.claim(swap_file.url(), HOLDER, machine("box2"), timing=QUICK)
+    monkeypatch.setattr(ownership.claim, "__kwdefaults__", {**(ownership.claim.__kwdefaults__ or {}), "timing": QUICK})
+    monkeypatch.setattr(config, "load", lambda name: config.Config(name, swap_file.url()))
+    monkeypatch.setattr(systemd_unit, "is_loaded", lambda name: False)
+    started: list[Record] = []
+    monkeypatch.setattr(up_down, "_start_in_background", lambda name, timeout_s: started.append(record_of(swap_file)))
+    up_down.up("swap0", steal=True)
+    (found,) = started
+    assert (found.boot, found.state, found.generation) == (owner_record.boot_id(), "held", 2)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The part file: resumed or replaced, and how it gets its final name, on a server in memory."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import pytest
+from support import fake_files
+from support.fake_files import CHUNK, SIZE, URL, WINDOW_CHUNKS, FakeServer, Inode, InterruptAt, fails_with, part_names
+
+from nbdnfs import nfs_url
+from nbdnfs.errors import CannotCreateError, NoInputError, PermissionDeniedError
+from nbdnfs.nas import backing_file, part_file
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+    """As fake_files.install."""
+    return fake_files.install(monkeypatch)
+
+
+@pytest.mark.parametrize("done_chunks", [0, 1, 20, 63])
+def test_resumes_after_an_interruption(server: FakeServer, done_chunks: int) -> None:
+    """Ctrl-C leaves the part file; the next create writes the rest, and no more than the window twice."""
+    with pytest.raises(KeyboardInterrupt):
+        backing_file.create(URL, SIZE, progress=InterruptAt(done_chunks * CHUNK))
+    (part_name,) = part_names(server)
+    assert list(server.files) == [part_name]
+    part = server.files[part_name]
+    server.writes = 0
+    seen: list[int] = []
+    backing_file.create(URL, SIZE, progress=lambda done, total: seen.append(done))
+    assert server.files == {"swap0": part}
+    assert bytes(part.data) == bytes(SIZE)
+    assert server.writes <= SIZE // CHUNK - done_chunks + WINDOW_CHUNKS
+    assert seen[0] >= (done_chunks - WINDOW_CHUNKS) * CHUNK
+
+
+@pytest.mark.parametrize(
+    "unfit",
+    [{"data": b"\xaa" * (SIZE + CHUNK)}, {"mode": 0o644}, {"nlink": 2}],
+    ids=["too long", "open to others", "has another name"],
+)
+def test_an_unfit_part_file_is_replaced(server: FakeServer, unfit: dict[str, Any]) -> None:
+    """A part file that cannot be resumed loses its name, and nothing is written into it."""
+    name = part_file.name_of(nfs_url.parse(URL))
+    old = server.add(name, **unfit)
+    backing_file.create(URL, SIZE)
+    assert list(server.files) == ["swap0"]
+    assert server.files["swap0"] is not old
+    assert not old.written
+
+
+def test_dead_between_link_and_unlink(server: FakeServer) -> None:
+    """A complete file with both names is refused by the next create, which removes the part name."""
+    name = part_file.name_of(nfs_url.parse(URL))
+    server.files["swap0"] = server.add(name, bytes(SIZE), nlink=2)
+    fails_with(CannotCreateError, "already exists", "--force")
+    assert list(server.files) == ["swap0"]
+
+
+def test_created_by_another_machine_meanwhile(server: FakeServer) -> None:
+    """Of two machines one creates the file; the other reports that and overwrites nothing."""
+    server.before_link = lambda: server.files.setdefault("swap0", Inode(1, bytearray(b"theirs")))
+    fails_with(CannotCreateError, "was created by another machine", "--force")
+    assert bytes(server.files["swap0"].data) == b"theirs"
+
+
+def test_a_server_without_hard_links(server: FakeServer) -> None:
+    """The part file is renamed instead, unless the name is taken by then."""
+    server.has_links = False
+    backing_file.create(URL, SIZE)
+    assert list(server.files) == ["swap0"]
+    server.files.clear()
+    server.before_link = lambda: server.files.setdefault("swap0", Inode(1, bytearray(b"theirs")))
+    fails_with(CannotCreateError, "was created by another machine", "--force")
+    assert bytes(server.files["swap0"].data) == b"theirs"
+
+
+def test_no_room_for_a_name(server: FakeServer) -> None:
+    """ENOSPC can come as early as when the file is created."""
+    server.create_errno = errno.ENOSPC
+    fails_with(CannotCreateError, "no space left", "free space")
+
+
+@pytest.mark.parametrize(
+    ("uid", "number", "message", "hint"),
+    [
+        (0, errno.EACCES, "does not let root create a file in /export: root is squashed", "no_root_squash"),
+        (0, errno.EPERM, "does not let root create a file in /export: root is squashed", "no_root_squash"),
+        (1000, errno.EACCES, "does not let uid 1000 create a file in /export", "let that user write there"),
+    ],
+)
+def test_not_allowed(server: FakeServer, uid: int, number: int, message: str, hint: str) -> None:
+    """A root without permission is a squashed root; another user simply has no permission."""
+    server.create_errno = number
+    fails_with(PermissionDeniedError, message, hint, url=URL.replace("uid=0", f"uid={uid}"))
+
+
+def test_squashed_to_an_owner_with_permission(server: FakeServer) -> None:
+    """A new file that belongs to another user is refused and removed, unless the URL names that user."""
+    server.new_file_uid = 65534
+    fails_with(
+        PermissionDeniedError, "squashes root: a new file in /export belongs to uid 65534", "uid=65534&gid=65534"
+    )
+    assert not server.files
+    backing_file.create(URL.replace("uid=0", "uid=65534"), SIZE)
+    assert server.files["swap0"].uid == 65534
+
+
+def test_no_directory(server: FakeServer) -> None:
+    """ENOENT for a new file means that its directory is missing."""
+    server.create_errno = errno.ENOENT
+    fails_with(NoInputError, "192.0.2.1 has no directory /export", "create it")
+
+
+def test_long_names_keep_within_255_bytes(server: FakeServer) -> None:
+    """The part file's name is valid wherever the final one is."""
+    url = URL.replace("swap0", "x" * 255)
+    assert len(part_file.name_of(nfs_url.parse(url))) <= 255
+    backing_file.create(url, SIZE)
+
+
+def test_part_names_differ_by_file_and_machine(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines that create the same file do not write into each other's part file."""
+    names = {part_file.name_of(nfs_url.parse(url)) for url in (URL, URL.replace("swap0", "swap1"))}
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    names.add(part_file.name_of(nfs_url.parse(URL)))
+    assert len(names) == 3

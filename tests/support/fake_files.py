@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A server in memory, in the place of NfsFile, for tests of what creates and inspects files. It fails as it is set."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nbdnfs.errors import NbdnfsError
+from nbdnfs.nas import backing_file, remote_file, zeros
+
+URL = "nfs://192.0.2.1/export/swap0?version=3&uid=0&gid=0"
+CHUNK = 4096
+WINDOW_CHUNKS = 8
+SIZE = 64 * CHUNK
+
+
+@dataclasses.dataclass
+class Inode:
+    """A file of the fake: its bytes, and the offsets of the chunks that were written."""
+
+    ino: int
+    data: bytearray = dataclasses.field(default_factory=bytearray)
+    written: set[int] = dataclasses.field(default_factory=set)
+    uid: int = 0
+    mode: int = 0o600
+    nlink: int = 1
+    is_regular: bool = True
+
+
+class FakeServer:
+    """One directory in memory, and what is wrong with it. `_lock` guards the files and the counters."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inos = itertools.count(100)
+        self.files: dict[str, Inode] = {}
+        self.writes = 0
+        self.most_under_way = 0
+        self._under_way = 0
+        # faults
+        self.new_file_uid = 0
+        self.open_errno: dict[str, int] = {}
+        self.create_errno = 0
+        self.room_bytes = 1 << 40
+        self.no_room_errno = errno.ENOSPC
+        self.write_errno_at: dict[int, int] = {}
+        self.has_links = True
+        self.lost_answers: list[str] = []
+        self.allocates = 1.0
+        self.before_link: Callable[[], object] = lambda: None
+
+    def add(self, name: str, data: bytes = b"", **fields: Any) -> Inode:
+        self.files[name] = Inode(next(self._inos), bytearray(data), **fields)
+        return self.files[name]
+
+    def open(
+        self, url: str, address: str, *, create: bool = False, exclusive: bool = False, mode: int = 0o600, **_: bool
+    ) -> FakeNfsFile:
+        """What NfsFile(...) is."""
+        assert address == "192.0.2.1"
+        name = url.partition("?")[0].rpartition("/")[2]
+        with self._lock:
+            if name in self.open_errno:
+                raise failure(self.open_errno[name])
+            if name not in self.files:
+                if not create:
+                    raise failure(errno.ENOENT)
+                if self.create_errno:
+                    raise failure(self.create_errno)
+                self.add(name, uid=self.new_file_uid, mode=mode)
+            elif exclusive:
+                raise failure(errno.EEXIST)
+            return FakeNfsFile(self, self.files[name])
+
+    def write(self, inode: Inode, data: bytes, offset: int) -> int:
+        with self._lock:
+            self._under_way += 1
+            self.most_under_way = max(self.most_under_way, self._under_way)
+            number = self.write_errno_at.get(offset)
+            end = offset + len(data)
+        try:
+            if number:
+                raise OSError(number, os.strerror(number))
+            with self._lock:
+                if end > self.room_bytes:
+                    raise OSError(self.no_room_errno, os.strerror(self.no_room_errno))
+                self.writes += 1
+                inode.data.extend(bytes([255]) * (end - len(inode.data)))  # a hole would show
+                inode.data[offset:end] = data
+                inode.written.add(offset)
+        finally:
+            with self._lock:
+                self._under_way -= 1
+        return len(data)
+
+    def name_operation(self, what: str, operation: Callable[[], None]) -> None:
+        """Do it; say that the connection was lost where that is wanted."""
+        with self._lock:
+            try:
+                operation()
+            except KeyError:
+                raise failure(errno.ENOENT, "name") from None
+            if what in self.lost_answers:
+                self.lost_answers.remove(what)
+                raise failure(errno.ECONNRESET, "name")
+
+    def link(self, old: str, new: str) -> None:
+        self.before_link()
+        if not self.has_links:
+            raise failure(errno.ENOTSUP, "name")
+        if new in self.files:
+            raise failure(errno.EEXIST, "name")
+        self.files[new] = self.files[old]
+        self.files[old].nlink += 1
+
+    def rename(self, old: str, new: str) -> None:
+        self.files[new] = self.files.pop(old)
+
+    def unlink(self, name: str) -> None:
+        self.files.pop(name).nlink -= 1
+
+
+class FakeNfsFile:
+    """The interface of nbdnfs.engine.NfsFile."""
+
+    def __init__(self, server: FakeServer, inode: Inode) -> None:
+        self._server = server
+        self._inode = inode
+        self.size_bytes = len(inode.data)
+
+    def stat(self) -> dict[str, Any]:
+        inode = self._inode
+        return {
+            "size": len(inode.data),
+            "mode": inode.mode,
+            "uid": inode.uid,
+            "gid": inode.uid,
+            "ino": inode.ino,
+            "nlink": inode.nlink,
+            "used": int(len(inode.data) * self._server.allocates),
+            "is_regular": inode.is_regular,
+        }
+
+    def pwrite(self, data: memoryview, offset: int) -> int:
+        return self._server.write(self._inode, bytes(data), offset)
+
+    def lookup(self, path: str) -> dict[str, Any]:
+        try:
+            return FakeNfsFile(self._server, self._server.files[path.removeprefix("/")]).stat()
+        except KeyError:
+            raise failure(errno.ENOENT, "name") from None
+
+    def link(self, old: str, new: str) -> None:
+        self._server.name_operation("link", lambda: self._server.link(old[1:], new[1:]))
+
+    def rename(self, old: str, new: str) -> None:
+        self._server.name_operation("rename", lambda: self._server.rename(old[1:], new[1:]))
+
+    def unlink(self, path: str) -> None:
+        self._server.name_operation("unlink", lambda: self._server.unlink(path[1:]))
+
+    def close(self) -> None:
+        pass
+
+
+def failure(number: int, phase: str = "open") -> OSError:
+    error = OSError(number, os.strerror(number))
+    error.phase = phase  # type: ignore[attr-defined]
+    return error
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+    """An empty server, in the place of NfsFile; zeros are written in chunks of one page."""
+    server = FakeServer()
+    monkeypatch.setattr(remote_file, "NfsFile", server.open)
+    monkeypatch.setattr(zeros, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(zeros, "_ALLOCATION_SETTLES_S", 0.0)
+    monkeypatch.setattr(remote_file, "_RETRY_PAUSE_S", 0.001)
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    return server
+
+
+def part_names(server: FakeServer) -> list[str]:
+    return [name for name in server.files if name.endswith(".part")]
+
+
+def fails_with(kind: type[NbdnfsError], message: str, hint: str, **arguments: Any) -> None:
+    """create fails with this kind of error, and these words in message and hint."""
+    with pytest.raises(kind) as caught:
+        backing_file.create(**{"url": URL, "size_bytes": SIZE, **arguments})
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+class InterruptAt:
+    """A progress callback that is Ctrl-C when so much is done."""
+
+    def __init__(self, done_bytes: int) -> None:
+        self.limit = done_bytes
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        if done_bytes >= self.limit:
+            raise KeyboardInterrupt
