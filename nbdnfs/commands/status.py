@@ -11,21 +11,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nbdnfs import config, quantities, region
-from nbdnfs.engine import region_counters
 from nbdnfs.errors import NoInputError
 from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.records import RunDir
 from nbdnfs.kernel import link, swap_area
 
 PAGE_BYTES = 4096
-# enum owner_state of engine/owner.h
-_OWNER_UNSURE, _OWNER_LOST = 2, 3
-
-# nbdnfs/engine/region.h: enum region_file
 _FILE_STATES = {
-    1: "the backing file has been removed on the server",
-    2: "the backing file has been replaced by another: nothing is written to that",
-    3: "the backing file was cut short: what lay behind that is lost",
+    region.FILE_REMOVED: "the backing file has been removed on the server",
+    region.FILE_REPLACED: "the backing file has been replaced by another: nothing is written to that",
+    region.FILE_TRUNCATED: "the backing file was cut short: what lay behind that is lost",
 }
 _WRONG_CHECKSUM = (
     "pages had a wrong checksum: the server has lost writes that it said were on disk (is the export 'async'?),"
@@ -100,7 +95,7 @@ def read(name: str, root: Path = Path("/")) -> Status:
     counters = _counters(worker.pid, root) if worker is not None else {}
     address = (records.read(run_dir.ADDRESS) or "").partition("\n")[2]
     ownership = _number(counters, "owner_state")
-    is_lost = ownership == _OWNER_LOST or records.read(run_dir.STATE) == run_dir.LOST
+    is_lost = ownership == region.OWNER_STOLEN or records.read(run_dir.STATE) == run_dir.LOST
     refused = run_dir.refusal(name, root)
     return Status(
         name=name,
@@ -123,7 +118,7 @@ def read(name: str, root: Path = Path("/")) -> Status:
                 ("nobody swaps to it", attached is not None and swap is None),
                 ("no keeper watches it", attached is not None and keeper is None),
                 ("no worker serves it", attached is not None and worker is None),
-                ("it cannot see whether the file is still its own: writes wait", ownership == _OWNER_UNSURE),
+                ("it cannot see whether the file is still its own: writes wait", ownership == region.OWNER_UNSURE),
                 ("the server does not answer", _number(counters, "disconnected") != 0),
                 (_FILE_STATES.get(_number(counters, "file_state"), ""), _number(counters, "file_state") != 0),
                 (_refusal(_number(counters, "write_back_error")), _number(counters, "write_back_error") != 0),
@@ -140,7 +135,7 @@ def _counters(worker_pid: int, root: Path) -> dict[str, int | list[int]]:
     if descriptor is None:
         return {}
     try:
-        return region_counters(descriptor) if region.is_made(descriptor) else {}
+        return region.read_counters(descriptor) if region.is_made(descriptor) else {}
     finally:
         os.close(descriptor)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from nbdnfs import region
 from nbdnfs.commands import status
-from nbdnfs.engine import region_counters
 from nbdnfs.errors import NoInputError
 from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.records import RunDir
@@ -126,7 +125,7 @@ def _read(names: Sequence[str], root: Path) -> dict[str, Counters]:
             continue
         try:
             if region.is_made(descriptor):
-                found[name] = region_counters(descriptor)
+                found[name] = region.read_counters(descriptor)
         finally:
             os.close(descriptor)
     if not found:

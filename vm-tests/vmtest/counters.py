@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a worker in a guest has counted: nbdnfs/engine/region.h."""
+"""What a worker in a guest has counted: nbdnfs/region.py."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from vmtest.guest import Guest
 # The region's counters of a worker, and the processor time that it has used.
 _READ = """\
 import json, os, sys
-from nbdnfs import shared_region
-from nbdnfs.engine import region_counters
+from nbdnfs import region
 pid = int(sys.argv[1])
 fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
-counters = region_counters(shared_region.take_from(pid))
+counters = region.read_counters(region.take_from(pid))
 counters["cpu_ms"] = (int(fields[11]) + int(fields[12])) * 1000 // os.sysconf("SC_CLK_TCK")
 print(json.dumps(counters))
 """
