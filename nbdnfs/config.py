@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdnfs import nfs_url, quantities
+from nbdnfs import defaults, nfs_url, quantities
 from nbdnfs.errors import ConfigError, NoInputError, UsageError
 
 # In this order of precedence.
@@ -46,10 +46,10 @@ class Config:
     priority: int | None = None
     discard: bool = False
     region_pages: int = 16 * _MIB // PAGE_BYTES
-    connections: int = 4
+    connections: int = defaults.CONNECTIONS
     stable_writes: bool = False
     read_ahead_pages: int = 64
-    threads: int = 12
+    threads: int = defaults.THREADS
     device: str = ""
     lock: str = "required"
     realtime: bool = True
@@ -388,7 +388,7 @@ _KEYS = {
     "connections": _Key(
         "connections",
         _whole(1, 16),
-        "4",
+        str(defaults.CONNECTIONS),
         "TCP connections to the server: one for writes, read-ahead and all else, and each further one for one read at a"
         " time. As many as there are threads are of use; 1 spares a server that many clients share, and costs speed.",
     ),
@@ -408,9 +408,9 @@ _KEYS = {
     "threads": _Key(
         "threads",
         _whole(1, 16),
-        "12",
+        str(defaults.THREADS),
         "Threads of the worker, 1 to 16: as many requests are under way. Each costs 50 KiB of locked memory, beyond the"
-        " twelfth 180.",
+        f" {defaults.THREADS}th 180.",
     ),
     "device": _Key(
         "device",

@@ -17,7 +17,7 @@ import os
 import resource
 import sys
 
-from nbdnfs import _memlock
+from nbdnfs import _memlock, defaults
 from nbdnfs.errors import ConfigError
 
 TYPE_CHECKING = False  # typing's own, without typing
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 THREAD_STACK_BYTES = 256 * 1024
 
 # Free and touched in the heap when the work begins. nbdkit allocates a buffer of the largest request for each thread
-# (twelve of 128 KiB).
-HEAP_BYTES = 12 * 128 * 1024 + 512 * 1024
+# (128 KiB).
+HEAP_BYTES = defaults.THREADS * 128 * 1024 + 512 * 1024
 # Where transfers go through libnfs (NFSv4), it allocates each call (eighteen write-backs, 1.4 MiB) and each answer
 # (128 KiB for each of four connections), when a slow server has all of that under way, and what lies between.
 LIBNFS_HEAP_BYTES = 9 * 1024 * 1024 // 4
