@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from nbdnfs import __version__, quantities
+from nbdnfs import __version__, defaults, quantities
 from nbdnfs.errors import NbdnfsError, NoInputError, OwnedError, UsageError
 
 # What a keeper ends with when no other try can mend it: RestartPreventExitStatus= of systemd/nbdnfs@.service.
@@ -64,7 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("url", metavar="URL")
     serve.add_argument("--socket", required=True, type=Path, metavar="PATH", help="the Unix socket to listen on")
     serve.add_argument("--engine", default="c", metavar="NAME", help="c (the default), or libnfs-python for comparison")
-    serve.add_argument("--threads", type=int, default=12, metavar="N", help="nbdkit's threads for each connection (12)")
+    serve.add_argument(
+        "--threads",
+        type=int,
+        default=defaults.THREADS,
+        metavar="N",
+        help="nbdkit's threads for each connection (%(default)s)",
+    )
     serve.add_argument("--no-owner", action="store_true", help="whoever owns the file: two machines on one corrupt it")
     # for measurements, the plugin's own check applies: --plugin-setting "without=io flusher"
     serve.add_argument("--plugin-setting", action="append", default=[], metavar="KEY=VALUE", help=argparse.SUPPRESS)
@@ -200,7 +206,7 @@ def _claim(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from nbdnfs.worker import nbdkit
+    from nbdnfs.commands import serve
 
     if not 1 <= args.threads <= 64:
         raise UsageError(f"--threads {args.threads} is not possible", "1 to 64; more than 16 hardly make it faster")
@@ -210,7 +216,7 @@ def _serve(args: argparse.Namespace) -> int:
         if not equals:
             raise UsageError(f"--plugin-setting {setting} has no value", "write it as KEY=VALUE")
         settings[key] = value
-    return nbdkit.serve(
+    return serve.serve(
         args.url,
         args.socket,
         engine=args.engine,

@@ -28,12 +28,11 @@ from nbdnfs.errors import BusyError, NbdnfsError, OwnedError, UnavailableError
 from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.records import RunDir
 from nbdnfs.keeper.sd_notify import Notifier
-from nbdnfs.keeper.worker_handle import NAME as _WORKER_NAME
 from nbdnfs.keeper.worker_handle import WorkerProcess
 from nbdnfs.kernel import nbd_handshake
 from nbdnfs.kernel.link import Attached
 from nbdnfs.kernel.nbd_handshake import Export
-from nbdnfs.worker.settings import LOST_STATUS
+from nbdnfs.worker.protocol import PROCESS_NAME, STOLEN_STATUS
 
 HANDSHAKE_TIMEOUT_S = 5.0
 
@@ -411,7 +410,7 @@ class Keeper:
         status = worker.status
         if worker is not self._given_up:
             self._complain(f"ended{worker.how_it_ended}", f"worker {worker.pid} has ended{worker.how_it_ended}")
-        if status == LOST_STATUS:
+        if status == STOLEN_STATUS:
             raise self._lost()
         if self.device is None and status > 0 and status not in _TEMPORARY:
             raise _failed("worker", status)
@@ -545,7 +544,7 @@ class Keeper:
         if self.device is None:
             return
         record = self._records.living(run_dir.WORKER)
-        pid = record.pid if record is not None else region.holder(self._region, _WORKER_NAME)
+        pid = record.pid if record is not None else region.holder(self._region, PROCESS_NAME)
         worker = WorkerProcess.adopt(pid) if pid is not None else None
         # only now that it is held by a descriptor is it certain that the pid still means the same process
         if worker is not None and region.is_held_by(self._region, worker.pid):

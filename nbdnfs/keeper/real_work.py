@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import nbdnfs
-from nbdnfs import config, memlock
+from nbdnfs import config, memlock, nfs_url
+from nbdnfs import region as shared_region
 from nbdnfs.config import Config
-from nbdnfs.engine import disconnected_offset
 from nbdnfs.errors import CannotCreateError, NbdnfsError, PermissionDeniedError
 from nbdnfs.keeper import keeper, sd_notify, worker_handle
 from nbdnfs.keeper import records as run_dir
@@ -24,7 +24,6 @@ from nbdnfs.kernel import link, swap_area
 from nbdnfs.kernel.link import Attached
 from nbdnfs.nas import owner_record
 from nbdnfs.worker import nbdkit
-from nbdnfs.worker import settings as worker_settings
 
 # How the names of the files begin whose code the keeper runs.
 CODE = ("python3", "libpython3", "libc.so", "ld-linux", "_memlock.", "_socket.", "_struct.", "select.", "mmap.")
@@ -65,7 +64,7 @@ class RealWork:
         self._text, self._address = text, address
         self._answer = -1
         self._steal = steal
-        self._program, self._argv = worker_handle.command(
+        self._program, self._argv = nbdkit.standby_command(
             plugin_settings(settings, text, address), threads=settings.threads
         )
         # less $NOTIFY_SOCKET and the like: nobody else is to speak for the keeper
@@ -102,7 +101,7 @@ class RealWork:
 
     def is_server_away(self, region: mmap.mmap) -> bool:
         """What the region's counter `disconnected` says."""
-        return any(region[disconnected_offset : disconnected_offset + 8])
+        return shared_region.is_disconnected(region)
 
     def resolve(self) -> Helper:
         """Look the server's name up again. It answers on a pipe: a file in /run may have been swapped out."""
@@ -220,7 +219,8 @@ def _server(settings: Config, records: RunDir, *, adopting: bool) -> tuple[str, 
     known = (records.read(run_dir.ADDRESS) or "").split("\n")
     if adopting and len(known) == 2:
         return known[0], known[1]
-    text, address = worker_settings.check_url(settings.url)
+    parsed = nfs_url.parse(settings.url)
+    text, address = parsed.text, parsed.resolve()
     records.write(run_dir.ADDRESS, f"{text}\n{address}")
     return text, address
 

@@ -22,39 +22,13 @@ import signal
 import socket
 from collections.abc import Mapping
 
-from nbdnfs import __version__, programs
-from nbdnfs.worker import nbdkit
-from nbdnfs.worker import settings as worker_settings
-
-# Where a worker finds what it inherits. nbdkit -s speaks NBD on 0 and 1. Far above every descriptor that a keeper has,
-# so that putting one into its place never overwrites another.
-_REGION_FD = 200
-_CONTROL_FD = 201
-
-# systemd spares processes whose name begins so when it kills what is left at shutdown
-# (ROOT_STORAGE_DAEMONS): the swap of a machine that is going down may still need this one.
-NAME = "@nbdkit"
+from nbdnfs import __version__
+from nbdnfs.worker import protocol
 
 # What waits in a parked standby's control socket: its pid and its making, with so many descriptors.
 _PARCEL_BYTES = 16384
 _PARCEL_DESCRIPTORS = 3
 _DESCRIPTOR_BYTES = array.array("i").itemsize
-
-
-def command(settings: Mapping[str, str], *, threads: int) -> tuple[str, list[str]]:
-    """The program, and its arguments, of a worker for a keeper. UnavailableError or ConfigError where it is missing."""
-    program = programs.find_program("nbdkit", "nbdkit")
-    inherited = {"region_fd": str(_REGION_FD), "control_fd": str(_CONTROL_FD)}
-    argv = [
-        NAME,
-        "--single",
-        "--log=stderr",
-        f"--threads={threads}",
-        "python",
-        str(nbdkit.plugin_path()),
-        *(f"{key}={value}" for key, value in {**settings, **inherited}.items()),
-    ]
-    return program, argv
 
 
 def making(argv: list[str]) -> bytes:
@@ -91,14 +65,14 @@ class WorkerProcess:
             control, their_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             for sock in (ours, theirs, control, their_control):
                 stack.callback(sock.close)
-            assert max(region_fd, their_control.fileno()) < _REGION_FD
+            assert max(region_fd, their_control.fileno()) < protocol.REGION_FD
             pid = os.posix_spawn(
                 program,
                 argv,
                 environment,
                 file_actions=[
-                    (os.POSIX_SPAWN_DUP2, region_fd, _REGION_FD),
-                    (os.POSIX_SPAWN_DUP2, their_control.fileno(), _CONTROL_FD),
+                    (os.POSIX_SPAWN_DUP2, region_fd, protocol.REGION_FD),
+                    (os.POSIX_SPAWN_DUP2, their_control.fileno(), protocol.CONTROL_FD),
                     (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
                     (os.POSIX_SPAWN_DUP2, theirs.fileno(), 1),
                 ],
@@ -166,7 +140,7 @@ class WorkerProcess:
         """Take notice of a standby that has become ready."""
         if not self.is_ready and self._control is not None:
             with contextlib.suppress(BlockingIOError, ConnectionError):
-                self.is_ready = self._control.recv(1) == worker_settings.READY
+                self.is_ready = self._control.recv(1) == protocol.READY
 
     def go(self, address: str = "") -> None:
         """End its wait: it is to connect to the server, take the region over and serve. Also before it is ready.
@@ -181,7 +155,7 @@ class WorkerProcess:
                 if self.is_ready:
                     self._control.recv(_PARCEL_BYTES)  # the kernel closes descriptors that no room is given for
             with contextlib.suppress(OSError):  # it has ended, which `has_ended` tells
-                self._control.send(worker_settings.GO + address.encode())
+                self._control.send(protocol.activation(address))
 
     @property
     def is_packed(self) -> bool:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nbdnfs import nfs_url
-from nbdnfs.engine import NfsFile
+from nbdnfs.engine import NfsFile, libnfs_version
 from nbdnfs.errors import (
     CannotCreateError,
     NbdnfsError,
@@ -101,6 +101,7 @@ def claim(
     went away meanwhile; try again. Others as `diagnose.explain`.
     """
     target = nfs_url.parse(url)
+    explain.refuse_unsupported(target, libnfs_version)
     with _explained(target, None) as address:
         # what cannot be used is not taken, and what is wrong with it is said before what is wrong with a record
         NfsFile(target.text, address).close()

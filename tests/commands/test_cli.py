@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import pytest
 
 from nbdnfs import __version__, cli, errors
+from nbdnfs.commands import serve
 from nbdnfs.errors import ConfigError, NbdnfsError, UnavailableError
 from nbdnfs.keeper import real_work
-from nbdnfs.worker import nbdkit
 
 URL = "nfs://nas/export/swap"
 
@@ -101,7 +101,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_serve_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     """URL, socket and options reach the worker; its status is the program's."""
     seen: list[object] = []
-    monkeypatch.setattr(nbdkit, "serve", lambda *arguments, **options: seen.append((arguments, options)) or 7)
+    monkeypatch.setattr(serve, "serve", lambda *arguments, **options: seen.append((arguments, options)) or 7)
     assert run("serve", URL, "--socket", "/run/s", "--engine=libnfs-python", "--threads", "2") == 7
     ((arguments, options),) = seen
     assert (arguments[0], str(arguments[1])) == (URL, "/run/s")
@@ -125,10 +125,10 @@ ERRORS = {
 def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """Have `nbdnfs serve` raise it."""
 
-    def serve(*_arguments: object, **_options: object) -> int:
+    def fail(*_arguments: object, **_options: object) -> int:
         raise error
 
-    monkeypatch.setattr(nbdkit, "serve", serve)
+    monkeypatch.setattr(serve, "serve", fail)
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)

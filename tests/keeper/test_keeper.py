@@ -27,7 +27,7 @@ from nbdnfs.keeper.sd_notify import Notifier
 from nbdnfs.keeper.worker_handle import WorkerProcess, making
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.link import Attached
-from nbdnfs.worker.settings import LOST_STATUS
+from nbdnfs.worker.protocol import STOLEN_STATUS
 
 FAKE_WORKER = str(Path(__file__).resolve().parents[1] / "support/fake_worker.py")
 SIZE_BYTES = 1 << 20
@@ -222,7 +222,7 @@ def test_the_file_is_lost_to_another_machine(setup: Setup, swapped_on: bool) -> 
             os.kill(process.pid, signal.SIGKILL)
         assert setup.over.wait(30)
 
-    setup.work.behaviours = ["serve", "serve", f"exit:{LOST_STATUS}", "serve"]
+    setup.work.behaviours = ["serve", "serve", f"exit:{STOLEN_STATUS}", "serve"]
     with pytest.raises(OwnedError) as caught:
         setup.run(scenario)
     assert caught.value.exit_code == os.EX_NOPERM

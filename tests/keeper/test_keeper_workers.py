@@ -22,8 +22,8 @@ from support.fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
 from support.keeper_run import FakeSwap, run_keeper, until
 from support.nfs_server import Ganesha
 
+from nbdnfs import region
 from nbdnfs.config import Config
-from nbdnfs.engine import region_counters
 from nbdnfs.errors import OwnedError
 from nbdnfs.keeper import keeper as keeper_module
 from nbdnfs.keeper import records as run_dir
@@ -79,7 +79,7 @@ class Setup:
         return record.pid
 
     def counters(self) -> dict[str, int]:
-        return {k: v for k, v in region_counters(self.parked["region"]).items() if isinstance(v, int)}
+        return {k: v for k, v in region.read_counters(self.parked["region"]).items() if isinstance(v, int)}
 
     def end(self) -> None:
         self.kernel.destroy()
@@ -302,17 +302,19 @@ def test_a_worker_outlives_its_keeper(tmp_path: Path) -> None:
 
 _SHORT_LIVED_KEEPER = """
 import socket, sys, time
-from nbdnfs import handshake, shared_region, worker
-from nbdnfs.worker_process import WorkerProcess, command
+from nbdnfs import region
+from nbdnfs.keeper.worker_handle import WorkerProcess
+from nbdnfs.kernel import nbd_handshake
+from nbdnfs.worker import nbdkit
 
-program, argv = command({"url": sys.argv[1], "address": "127.0.0.1", "lock": "off"}, threads=4)
-region = shared_region.create()
-serving = WorkerProcess.start(program, argv, worker.worker_environment(), region)
+program, argv = nbdkit.standby_command({"url": sys.argv[1], "address": "127.0.0.1", "lock": "off"}, threads=4)
+region_fd = region.create()
+serving = WorkerProcess.start(program, argv, nbdkit.worker_environment(), region_fd)
 serving.go()
 while not serving.greets():
     time.sleep(0.01)
-handshake.negotiate(serving.socket)
-standby = WorkerProcess.start(program, argv, worker.worker_environment(), region)
+nbd_handshake.negotiate(serving.socket)
+standby = WorkerProcess.start(program, argv, nbdkit.worker_environment(), region_fd)
 while not standby.is_ready:
     standby.look()
     time.sleep(0.01)

@@ -29,7 +29,7 @@ from nbdnfs.keeper import worker_handle
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.records import RunDir
 from nbdnfs.keeper.sd_notify import Notifier
-from nbdnfs.keeper.worker_handle import WorkerProcess, command, making
+from nbdnfs.keeper.worker_handle import WorkerProcess, making
 from nbdnfs.kernel import nbd_handshake
 from nbdnfs.kernel.link import Attached
 from nbdnfs.worker import nbdkit
@@ -363,7 +363,7 @@ def test_no_word_twice(setup: Setup) -> None:
 
 def start(server: FakeNfsServer, region_fd: int) -> tuple[WorkerProcess, bytes]:
     """A standby that is ready, and its making."""
-    program, argv = command({"url": server.url(), "address": "127.0.0.1", "lock": "off"}, threads=2)
+    program, argv = nbdkit.standby_command({"url": server.url(), "address": "127.0.0.1", "lock": "off"}, threads=2)
     standby = WorkerProcess.start(program, argv, nbdkit.worker_environment(), region_fd)
     until(lambda: (standby.look(), standby.is_ready)[1])
     return standby, making(argv)
@@ -495,11 +495,11 @@ def test_a_parked_standby_outlives_a_killed_keeper() -> None:
 
 _SHORT_LIVED_KEEPER = """
 import socket, sys, time
-from nbdnfs import worker
-from nbdnfs.worker_process import WorkerProcess, command, making
+from nbdnfs.keeper.worker_handle import WorkerProcess, making
+from nbdnfs.worker import nbdkit
 
-program, argv = command({"url": sys.argv[1], "address": "127.0.0.1", "lock": "off"}, threads=2)
-standby = WorkerProcess.start(program, argv, worker.worker_environment(), int(sys.argv[3]))
+program, argv = nbdkit.standby_command({"url": sys.argv[1], "address": "127.0.0.1", "lock": "off"}, threads=2)
+standby = WorkerProcess.start(program, argv, nbdkit.worker_environment(), int(sys.argv[3]))
 while not standby.is_ready:
     standby.look()
     time.sleep(0.01)

@@ -228,7 +228,7 @@ def run_plugin(socket_path: Path, *settings: str) -> list[str]:
 @pytest.mark.parametrize(
     ("settings", "message", "hint"),
     [
-        (["urll=nfs://nas/e/f"], "'urll' is no setting of the nbdnfs plugin", "did you mean 'url'?"),
+        (["urll=nfs://nas/e/f"], "'urll' is not a setting of the nbdnfs plugin", "did you mean 'url'?"),
         ([], "the nbdnfs plugin needs url=", "for example url=nfs://nas/export/swap/box.swap"),
         (
             ["url=nfs://nas/e/f", "engine=rust"],
@@ -248,7 +248,7 @@ def test_a_setting_that_resembles_none(socket_path: Path) -> None:
     """Where nothing is near, all are named."""
     command = run_plugin(socket_path, "quux=1")
     message, hint = last_lines(os.EX_CONFIG, command, env=nbdkit.worker_environment())
-    assert message == "'quux' is no setting of the nbdnfs plugin"
+    assert message == "'quux' is not a setting of the nbdnfs plugin"
     assert re.fullmatch(r"the keys are url, address, engine(, \w+)*", hint)
 
 

@@ -407,7 +407,7 @@ def test_a_second_serve_on_one_socket_is_refused(backing_file: FileOnServer, dir
         second = start(backing_file.url(), worker.socket, stderr="err2")
         assert second.wait(DEADLINE_S) == os.EX_TEMPFAIL
         assert (directory / "err2").read_text().splitlines() == [
-            f"nbdnfs: somebody serves on {worker.socket} already",
+            f"nbdnfs: {worker.socket} is already being served",
             "nbdnfs: end that one first, or choose another path for --socket",
         ]
         with NbdClient(worker.socket, DEADLINE_S) as client:
@@ -441,7 +441,7 @@ def test_what_is_no_socket_is_not_touched(backing_file: FileOnServer, directory:
     process = start(backing_file.url(), path)
     assert process.wait(DEADLINE_S) == os.EX_CANTCREAT
     assert (directory / "err").read_text().splitlines() == [
-        f"nbdnfs: {path} is there and is no socket",
+        f"nbdnfs: {path} exists and is not a socket",
         "nbdnfs: choose another path for --socket",
     ]
     assert (path.lstat().st_ino, path.lstat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
