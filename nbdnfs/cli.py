@@ -189,7 +189,7 @@ def _is_there(url: str) -> bool:
 
 
 def _claim(args: argparse.Namespace) -> int:
-    from nbdnfs.keeper import records as run_dir
+    from nbdnfs.keeper.records import Records
     from nbdnfs.nas import backing_file, owner_record, ownership
 
     if args.size is not None and not _is_there(args.url):
@@ -199,9 +199,9 @@ def _claim(args: argparse.Namespace) -> int:
         try:
             ownership.claim(args.url, args.holder, owner_record.identity(), steal=args.steal)
         except OwnedError as error:
-            run_dir.write_refusal(name, error.message)
+            Records.write_refusal(name, error.message)
             raise
-        run_dir.write_refusal(name, None)
+        Records.write_refusal(name, None)
     return 0
 
 
@@ -297,9 +297,9 @@ def _bench(args: argparse.Namespace) -> int:
 def _keep(args: argparse.Namespace) -> int:
     started_s = time.monotonic()
     try:
-        from nbdnfs.keeper import real_work
+        from nbdnfs.keeper import main
 
-        return real_work.run(args.name, steal=args.steal)
+        return main.run(args.name, steal=args.steal)
     except Exception as error:
         if "INVOCATION_ID" in os.environ and getattr(error, "exit_code", None) not in FINAL_STATUSES:
             time.sleep(max(0.0, started_s + _KEEPER_PACE_S - time.monotonic()))

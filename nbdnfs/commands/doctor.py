@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nbdnfs import config, quantities
 from nbdnfs.errors import NbdnfsError
-from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.state import Process
 
@@ -82,9 +82,9 @@ def examine(name: str | None = None, root: Path = kernel_state.ROOT) -> list[Fin
         config.check_name(name)
         findings += _device(name, root)
     else:
-        for one in sorted({*config.names(root), *run_dir.names(root)}):
+        for one in sorted({*config.names(root), *Records.names(root)}):
             findings += _device(one, root)
-        known = {record.pid for one in run_dir.names(root) for record in _records(one, root).values()}
+        known = {record.pid for one in Records.names(root) for record in _records(one, root).values()}
         for pid in _workers_by_hand(root):
             if pid not in known:
                 findings += _process(f"worker {pid}", pid, root, realtime=True)
@@ -281,7 +281,7 @@ def _device(name: str, root: Path) -> Iterator[Finding]:
     except NbdnfsError as error:
         yield Finding(f"{name}: configuration", False, error.message, error.hint)
     records = _records(name, root)
-    if (refused := run_dir.refusal(name, root)) is not None:
+    if (refused := Records.refusal(name, root)) is not None:
         yield Finding(f"{name}: owner of the file", False, refused, "nbdnfs down there, or nbdnfs up --steal here")
     if not records:
         yield Finding(f"{name}: processes", True, "not up: nothing to examine")
@@ -289,10 +289,10 @@ def _device(name: str, root: Path) -> Iterator[Finding]:
         yield from _process(f"{name}: {role}", record.pid, root, realtime=realtime)
 
 
-def _records(name: str, root: Path) -> dict[str, run_dir.ProcessRecord]:
+def _records(name: str, root: Path) -> dict[str, ProcessRecord]:
     """The living processes of a device by their part in it."""
-    records = run_dir.RunDir(name, root)
-    living = {role: records.living(role) for role in (run_dir.KEEPER, run_dir.WORKER)}
+    records = Records(name, root)
+    living = {role: records.living(role) for role in (Records.KEEPER, Records.WORKER)}
     return {role: record for role, record in living.items() if record is not None}
 
 

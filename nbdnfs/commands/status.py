@@ -12,8 +12,7 @@ from pathlib import Path
 
 from nbdnfs import config, quantities, region
 from nbdnfs.errors import NoInputError
-from nbdnfs.keeper import records as run_dir
-from nbdnfs.keeper.records import RunDir
+from nbdnfs.keeper.records import Records
 from nbdnfs.kernel import link, swap_area
 
 PAGE_BYTES = 4096
@@ -76,30 +75,30 @@ def _process(pid: int | None) -> str:
 
 def names(root: Path = Path("/")) -> list[str]:
     """Everything that is configured or up."""
-    return sorted({*config.names(root), *run_dir.names(root)})
+    return sorted({*config.names(root), *Records.names(root)})
 
 
 def read(name: str, root: Path = Path("/")) -> Status:
     """What is known of `name` now. UsageError: that can be no device's name. NoInputError: there is none of it."""
     config.check_name(name)
-    records = RunDir(name, root)
+    records = Records(name, root)
     attached = link.find(link.backend_of(name), root)
     if attached is None and name not in names(root):
         known = ", ".join(names(root))
         raise NoInputError(
             f"there is no device '{name}'", f"there are: {known}" if known else f"write /etc/nbdnfs/{name}.toml"
         )
-    keeper = records.living(run_dir.KEEPER)
-    worker = records.living(run_dir.WORKER)
+    keeper = records.living(Records.KEEPER)
+    worker = records.living(Records.WORKER)
     swap = swap_area.find(attached.path, root) if attached is not None else None
     counters = _counters(worker.pid, root) if worker is not None else {}
-    address = (records.read(run_dir.ADDRESS) or "").partition("\n")[2]
+    address = (records.read(Records.ADDRESS) or "").partition("\n")[2]
     ownership = _number(counters, "owner_state")
-    is_lost = ownership == region.OWNER_STOLEN or records.read(run_dir.STATE) == run_dir.LOST
-    refused = run_dir.refusal(name, root)
+    is_stolen = ownership == region.OWNER_STOLEN or records.read(Records.STATE) == Records.STOLEN
+    refused = Records.refusal(name, root)
     return Status(
         name=name,
-        state=(records.read(run_dir.STATE) or "unknown") if keeper is not None else "not running",
+        state=(records.read(Records.STATE) or "unknown") if keeper is not None else "not running",
         device=attached.path if attached is not None else None,
         device_bytes=attached.size_bytes if attached is not None else None,
         swap_bytes=swap.size_bytes if swap is not None else None,
@@ -112,8 +111,8 @@ def read(name: str, root: Path = Path("/")) -> Status:
         problems=tuple(
             problem
             for problem, holds in (
-                ("another machine has taken its file: swap has ended here, start the machine anew", is_lost),
-                ("it is not up", attached is None and not is_lost),
+                ("another machine has taken its file: swap has ended here, reboot this machine", is_stolen),
+                ("it is not up", attached is None and not is_stolen),
                 (refused or "", refused is not None and attached is None),
                 ("nobody swaps to it", attached is not None and swap is None),
                 ("no keeper watches it", attached is not None and keeper is None),

@@ -13,8 +13,7 @@ from pathlib import Path
 from nbdnfs import region
 from nbdnfs.commands import status
 from nbdnfs.errors import NoInputError
-from nbdnfs.keeper import records as run_dir
-from nbdnfs.keeper.records import RunDir
+from nbdnfs.keeper.records import Records
 
 PAGE_BYTES = 4096
 _MIB = 1 << 20
@@ -119,7 +118,7 @@ def show(names: Sequence[str], *, interval_s: float, count: int | None, root: Pa
 def _read(names: Sequence[str], root: Path) -> dict[str, Counters]:
     found: dict[str, Counters] = {}
     for name in names:
-        worker = RunDir(name, root).living(run_dir.WORKER)
+        worker = Records(name, root).living(Records.WORKER)
         descriptor = region.take_from(worker.pid, root) if worker is not None else None
         if descriptor is None:
             continue

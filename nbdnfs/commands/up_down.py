@@ -17,8 +17,7 @@ from pathlib import Path
 
 from nbdnfs import config, programs
 from nbdnfs.errors import BusyError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError
-from nbdnfs.keeper import records as run_dir
-from nbdnfs.keeper.records import ProcessRecord, RunDir
+from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import link, swap_area
 from nbdnfs.kernel.link import Attached
 from nbdnfs.kernel.nbd_netlink import NbdNetlink
@@ -56,8 +55,8 @@ def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> No
         if subprocess.run([_systemctl(), "start", unit_of(name)], check=False).returncode != 0:
             raise UnavailableError(f"{unit_of(name)} did not start", f"see why: journalctl -u {unit_of(name)}")
         return
-    records = RunDir(name)
-    if (keeper := records.living(run_dir.KEEPER)) is not None:
+    records = Records(name)
+    if (keeper := records.living(Records.KEEPER)) is not None:
         raise BusyError(f"{name} is up already: process {keeper.pid} keeps it", f"see nbdnfs status {name}")
     _start_in_background(name, timeout_s)
 
@@ -73,7 +72,7 @@ def down(name: str, progress: Progress, *, service: bool = False) -> None:
     if service and _job_of(name) != "stop":
         print(f"nbdnfs: {name}: restarting: swap stays on", file=sys.stderr)
         return
-    records = RunDir(name)
+    records = Records(name)
     attached = link.find(link.backend_of(name))
     if attached is None and not records.path.exists():
         if not service:
@@ -115,9 +114,9 @@ def _wait_for_room(swap: Swap) -> None:
     return None
 
 
-def _take_down(records: RunDir, attached: Attached | None) -> None:
+def _take_down(records: Records, attached: Attached | None) -> None:
     """Keeper, device, worker, standby, records, in this order: nothing is started again in between."""
-    _end(records.living(run_dir.KEEPER), signal.SIGTERM, "the keeper")
+    _end(records.living(Records.KEEPER), signal.SIGTERM, "the keeper")
     if attached is not None:
         with NbdNetlink.open() as kernel:
             kernel.disconnect(attached.index)
@@ -125,22 +124,22 @@ def _take_down(records: RunDir, attached: Attached | None) -> None:
             lambda: link.find(link.backend_of(records.name)) is None,
             f"{attached.path} is disconnected, but does not go: somebody has it open",
         )
-    worker = records.living(run_dir.WORKER)
+    worker = records.living(Records.WORKER)
     with contextlib.suppress(UnavailableError):
         _end(worker, 0, "the worker")  # by itself: the kernel has hung up
         worker = None
     _end(worker, signal.SIGKILL, "the worker")
-    _end(records.living(run_dir.STANDBY), signal.SIGKILL, "the standby")  # a parked one may outlive its keeper
+    _end(records.living(Records.STANDBY), signal.SIGKILL, "the standby")  # a parked one may outlive its keeper
     _give_up(records)
     records.remove()
 
 
-def _give_up(records: RunDir) -> None:
+def _give_up(records: Records) -> None:
     """Let any machine have the file. What goes wrong is said, and no reason not to go on: this machine may go down.
 
     Of the records, so that no configuration is needed: the URL as the worker had it, and the server's address.
     """
-    text, _, address = (records.read(run_dir.ADDRESS) or "").partition("\n")
+    text, _, address = (records.read(Records.ADDRESS) or "").partition("\n")
     if not address:
         return
     try:

@@ -15,7 +15,7 @@ import pytest
 from nbdnfs import __version__, cli, errors
 from nbdnfs.commands import serve
 from nbdnfs.errors import ConfigError, NbdnfsError, UnavailableError
-from nbdnfs.keeper import real_work
+from nbdnfs.keeper import main as keeper_main
 
 URL = "nfs://nas/export/swap"
 
@@ -205,7 +205,7 @@ def test_the_pace_of_keepers_that_fail(
     def run(name: str, *, steal: bool) -> int:
         raise error
 
-    monkeypatch.setattr(real_work, "run", run)
+    monkeypatch.setattr(keeper_main, "run", run)
     monkeypatch.setattr(time, "sleep", slept_s.append)
     monkeypatch.delenv("INVOCATION_ID", raising=False)
     if by_systemd:

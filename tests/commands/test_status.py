@@ -11,7 +11,7 @@ import pytest
 
 from nbdnfs.commands import status
 from nbdnfs.errors import NoInputError, UsageError
-from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.records import Records
 
 
 @pytest.fixture
@@ -109,10 +109,10 @@ def test_what_the_worker_knows_of_the_owner(
 def test_a_refusal(root: Path) -> None:
     """Who has the file is told until the device has got it."""
     (root / "sys/block/nbd3/pid").unlink()
-    run_dir.write_refusal("swap0", "x is in use as swap by box2", root)
+    Records.write_refusal("swap0", "x is in use as swap by box2", root)
     assert status.read("swap0", root).problems == ("it is not up", "x is in use as swap by box2")
     assert status.names(root) == ["swap0"]
-    run_dir.write_refusal("swap0", None, root)
+    Records.write_refusal("swap0", None, root)
     assert status.read("swap0", root).problems == ("it is not up",)
 
 

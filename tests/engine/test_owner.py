@@ -28,9 +28,8 @@ from nbdnfs import cli, config
 from nbdnfs.commands import up_down
 from nbdnfs.engine import Engine, NfsFile, libnfs_version
 from nbdnfs.errors import NbdnfsError, NoInputError, OwnedError, PermissionDeniedError
-from nbdnfs.keeper import real_work
-from nbdnfs.keeper import records as run_dir
-from nbdnfs.keeper.records import RunDir
+from nbdnfs.keeper import main as keeper_main
+from nbdnfs.keeper.records import Records
 from nbdnfs.kernel import link
 from nbdnfs.nas import backing_file, owner_record, ownership
 from nbdnfs.nas.owner_record import Identity, Record, Timing
@@ -551,11 +550,11 @@ def test_claim_and_down(swap_file: FileOnServer, tmp_path: Path, monkeypatch: py
     subprocess.run(command, check=True, timeout=DEADLINE_S)
     assert record_of(swap_file).generation == 1
 
-    records = RunDir("swap0", run=tmp_path)
+    records = Records("swap0", run=tmp_path)
     records.make()
     up_down._give_up(records)  # a device that never got so far
     assert record_path(swap_file).exists()
-    records.write(run_dir.ADDRESS, f"{swap_file.url()}\n{LOOPBACK}")
+    records.write(Records.ADDRESS, f"{swap_file.url()}\n{LOOPBACK}")
     up_down._give_up(records)
     assert beside(swap_file) == []
 
@@ -563,7 +562,7 @@ def test_claim_and_down(swap_file: FileOnServer, tmp_path: Path, monkeypatch: py
     up_down._give_up(records)
     assert record_of(swap_file).host == "box2"
     refusals: list[tuple[str, str | None]] = []
-    monkeypatch.setattr(run_dir, "write_refusal", lambda name, text: refusals.append((name, text)))
+    monkeypatch.setattr(Records, "write_refusal", lambda name, text: refusals.append((name, text)))
     with pytest.raises(SystemExit) as ended:
         cli.main(["claim", swap_file.url(), f"--holder={HOLDER}"])
     assert ended.value.code == os.EX_NOPERM
@@ -576,10 +575,10 @@ def test_a_keeper_that_fails_gives_the_file_up(swap_file: FileOnServer, monkeypa
     """Unless its device is still there, to be taken on by the next one."""
     ownership.claim(swap_file.url(), HOLDER, owner_record.identity())
     monkeypatch.setattr(link, "find", lambda backend: link.Attached(0, DEVICE_BYTES))
-    real_work._give_up_unless_attached("swap0", swap_file.url(), LOOPBACK)
+    keeper_main._release_unless_attached("swap0", swap_file.url(), LOOPBACK)
     assert record_path(swap_file).exists()
     monkeypatch.setattr(link, "find", lambda backend: None)
-    real_work._give_up_unless_attached("swap0", swap_file.url(), LOOPBACK)
+    keeper_main._release_unless_attached("swap0", swap_file.url(), LOOPBACK)
     assert beside(swap_file) == []
 
 
@@ -587,9 +586,9 @@ def test_down_does_not_wait_for_a_server(
     own_ganesha: Ganesha, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The record stays when nobody answers, which is said, and the next boot takes it over."""
-    records = RunDir("swap0", run=tmp_path)
+    records = Records("swap0", run=tmp_path)
     records.make()
-    records.write(run_dir.ADDRESS, f"{own_ganesha.url('swap')}\n{LOOPBACK}")
+    records.write(Records.ADDRESS, f"{own_ganesha.url('swap')}\n{LOOPBACK}")
     own_ganesha.kill()
     up_down._give_up(records)
     assert "the owner record stays: no answer" in capsys.readouterr().err

@@ -12,9 +12,8 @@ from support.keeper_run import until
 
 from nbdnfs import region
 from nbdnfs.config import Config
-from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.real_work import RealWork
-from nbdnfs.keeper.records import RunDir
+from nbdnfs.keeper.records import Records
 
 NOBODY_THERE = "127.0.0.9"
 
@@ -28,9 +27,9 @@ def test_a_standby_is_sent_to_another_address(tmp_path: Path) -> None:
         region_fd = region.create()
         worker = work.start_worker(region_fd)
         try:
-            until(lambda: worker.look() or worker.is_ready)
-            worker.go("127.0.0.1")
-            until(worker.greets)
+            until(lambda: worker.check_ready())
+            worker.activate("127.0.0.1")
+            until(worker.has_greeted)
         finally:
             worker.kill()
             until(worker.has_ended)
@@ -41,20 +40,20 @@ def test_the_helper_answers_on_its_pipe(tmp_path: Path) -> None:
     """`resolve` and `resolved`, with the process that they are about."""
     # /run/nbdnfs of the machine that tests is not touched
     (tmp_path / "sitecustomize.py").write_text(
-        "import pathlib, nbdnfs.keeper.records as run_dir\n"
-        f"run_dir.RunDir.__init__.__kwdefaults__['run'] = pathlib.Path({str(tmp_path)!r})\n"
+        "import pathlib\nfrom nbdnfs.keeper.records import Records\n"
+        f"Records.__init__.__kwdefaults__['run'] = pathlib.Path({str(tmp_path)!r})\n"
     )
-    RunDir("t", run=tmp_path).make()
+    Records("t", run=tmp_path).make()
     with FakeNfsServer(bytes(1 << 20)) as server:
         work = RealWork(Config("t", server.url(), lock="off"), server.url(), NOBODY_THERE)
         work._environment["PYTHONPATH"] += f":{tmp_path}"
         assert ask(work) == "127.0.0.1"
-        assert RunDir("t", run=tmp_path).read(run_dir.ADDRESS) == f"{server.url()}\n127.0.0.1"
+        assert Records("t", run=tmp_path).read(Records.ADDRESS) == f"{server.url()}\n127.0.0.1"
         assert ask(work) == ""  # it has that one by now
 
 
 def ask(work: RealWork) -> str:
     helper = work.resolve()
     assert select.select([helper.pidfd], [], [], 20)[0]
-    helper.ended()
+    helper.status()
     return work.resolved()

@@ -408,7 +408,7 @@ def test_a_second_serve_on_one_socket_is_refused(backing_file: FileOnServer, dir
         assert second.wait(DEADLINE_S) == os.EX_TEMPFAIL
         assert (directory / "err2").read_text().splitlines() == [
             f"nbdnfs: {worker.socket} is already being served",
-            "nbdnfs: end that one first, or choose another path for --socket",
+            "nbdnfs: end that worker first, or choose another path for --socket",
         ]
         with NbdClient(worker.socket, DEADLINE_S) as client:
             assert client.read(0, PAGE) == bytes(PAGE)

@@ -16,7 +16,7 @@ import sys
 
 from nbdnfs import nfs_url
 from nbdnfs.errors import NbdnfsError
-from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.records import Records
 
 # proc_pid_oom_score_adj(5): the keeper's own -1000 is inherited
 _FIRST_TO_BE_KILLED = "1000"
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         return error.exit_code
     if address == known or not parsed.answers(address):
         return 1
-    run_dir.RunDir(name).write(run_dir.ADDRESS, f"{text}\n{address}")
+    Records(name).write(Records.ADDRESS, f"{text}\n{address}")
     print(address, flush=True)
     return 0
 
