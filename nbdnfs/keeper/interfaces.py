@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the keeper asks of the kernel, and of the programs that it starts. For type checkers: not imported at run time,
-because `typing` would stay in locked memory."""
+"""What the keeper asks of the kernel, and of the programs that it starts. For type checkers: nothing loads it."""
 
 from __future__ import annotations
 

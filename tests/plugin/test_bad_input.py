@@ -121,6 +121,16 @@ def test_version_4_with_an_old_libnfs(backing_file: FileOnServer, serve_fails: C
     ]
 
 
+@pytest.mark.skipif(int(engine.libnfs_version.split(".")[0]) >= 5, reason="this libnfs can write over NFSv4")
+def test_a_keepers_worker_with_an_old_libnfs(socket_path: Path) -> None:
+    """The keeper has no libnfs: its worker says the same, with the same status."""
+    command = run_plugin(socket_path, f"url=nfs://{LOOPBACK}/export/x?version=4", f"address={LOOPBACK}")
+    assert last_lines(os.EX_CONFIG, command, env=nbdkit.worker_environment()) == [
+        f"NFSv4 needs libnfs 5.0 or newer: {engine.libnfs_version} cannot write a page over it (sahlberg/libnfs#319)",
+        "use version=3, or a system with a newer libnfs (Debian 13)",
+    ]
+
+
 @pytest.mark.parametrize(
     ("libnfs", "version", "is_refused"), [("4.0.0", 4, True), ("4.0.0", 3, False), ("5.0.2", 4, False)]
 )
