@@ -90,7 +90,7 @@ class WorkerSettings:
 def parse(settings: Mapping[str, str]) -> WorkerSettings:
     """Check the plugin's settings. Raises ConfigError.
 
-    Whoever gives `address` has checked the URL and replaced its specifiers.
+    With `address`, the URL has been checked and its specifiers replaced.
     """
     for key in settings:
         if key not in KEYS:
