@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The keeper's steps and its link, with a fake kernel and fake workers, which are real processes."""
+"""The keeper's steps and its connection, with a fake kernel and fake workers, which are real processes."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_provision_fails_for_now(setup: Setup) -> None:
 
 
 def test_first_worker_fails_for_good(setup: Setup) -> None:
-    """The first worker's complaint about the file is everybody's."""
+    """What is wrong with the file for the first worker is wrong for all."""
     setup.work.behaviours = [f"exit:{os.EX_NOINPUT}"]
     with pytest.raises(NbdnfsError) as caught:
         setup.run(None)
@@ -209,7 +209,7 @@ def test_workers_that_fail_later_are_no_reason_to_end(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize("swapped_on", [True, False])
-def test_the_file_is_lost_to_another_machine(setup: Setup, swapped_on: bool) -> None:
+def test_another_machine_has_taken_the_file(setup: Setup, swapped_on: bool) -> None:
     """The next worker finds it so: the device is taken down, so that what waits for it fails, and the keeper ends for
     good, without one more worker."""
     if not swapped_on:
@@ -232,7 +232,7 @@ def test_the_file_is_lost_to_another_machine(setup: Setup, swapped_on: bool) -> 
     assert setup.records.read(Records.STATE) == (Records.STOLEN if swapped_on else None)
 
 
-def test_standbys_that_fail_do_not_disturb_the_link(setup: Setup) -> None:
+def test_standbys_that_fail_do_not_disturb_the_connection(setup: Setup) -> None:
     """They are started again, slower and slower."""
 
     def scenario(keeper: Keeper) -> None:
@@ -247,7 +247,7 @@ def test_standbys_that_fail_do_not_disturb_the_link(setup: Setup) -> None:
 
 
 def test_the_kernel_does_not_take_the_socket(setup: Setup) -> None:
-    """RECONFIGURE reports success while the old link lives: the keeper notices, and tries with another worker."""
+    """RECONFIGURE reports success while the old connection lives: the keeper notices, and tries with another worker."""
 
     def scenario(keeper: Keeper) -> None:
         watches(keeper)
@@ -281,8 +281,8 @@ def test_what_is_tried_again_is_said_once(setup: Setup, capfd: pytest.CaptureFix
     assert " serves, " in back
 
 
-def test_detached_by_somebody_else(setup: Setup) -> None:
-    """A device that is gone is not brought back behind anybody's back."""
+def test_detached_by_another_program(setup: Setup) -> None:
+    """A device that was detached on purpose is not attached again."""
 
     def scenario(keeper: Keeper) -> None:
         watches(keeper)
@@ -312,8 +312,8 @@ def test_stuck_worker(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     setup.run(scenario)
 
 
-def test_a_lost_region_is_never_replaced(setup: Setup) -> None:
-    """A device in use whose region is gone is left alone: its pages on the server may be old ones."""
+def test_a_missing_region_is_never_replaced(setup: Setup) -> None:
+    """A device in use whose region no longer exists is left alone: its pages on the server may be old ones."""
     setup.run(watches)
     setup.kernel.close()
     for process in setup.work.started:
@@ -357,7 +357,7 @@ def test_a_keeper_at_rest_rests(setup: Setup, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_server_with_a_new_address(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """Away for long: its name is looked up, again and again; when it means another address, the standby is sent there,
-    and so are all that come after it. With the server back, nobody asks any more.
+    and so are all that come after it. With the server back, the lookups end.
     """
     monkeypatch.setattr(keeper_module, "RESOLVE_AFTER_S", 0.1)
     monkeypatch.setattr(keeper_module, "RESOLVE_EVERY_S", 0.1)
@@ -384,7 +384,7 @@ def test_a_server_with_a_new_address(setup: Setup, monkeypatch: pytest.MonkeyPat
         until(lambda: len(sent) == 3)
         watches(keeper)
         time.sleep(1.2)  # a turn of the loop and more
-        assert setup.work.resolves <= asked + 1  # one may have been due while nobody served
+        assert setup.work.resolves <= asked + 1  # one may have been due while no worker served
 
     assert setup.run(scenario) == 0
     assert sent == ["", "192.0.2.9", "192.0.2.9"]

@@ -170,8 +170,8 @@ def test_fifty_kills_with_a_dirty_region(setup: Setup, monkeypatch: pytest.Monke
 
 
 def test_a_keeper_takes_over_from_a_killed_one(setup: Setup, capfd: pytest.CaptureFixture[str]) -> None:
-    """The next keeper adopts the worker that lives; the device and its link stay as they are. How an adopted worker
-    has ended nobody knows."""
+    """The next keeper adopts the worker that lives; the device and its connection stay as they are. The exit status
+    of an adopted worker is unknown."""
     pids = []
 
     def first(keeper: Keeper) -> None:
@@ -197,7 +197,7 @@ def test_a_keeper_takes_over_from_a_killed_one(setup: Setup, capfd: pytest.Captu
 
 
 def test_both_at_once(setup: Setup) -> None:
-    """With keeper and worker gone, the parked region and the device are enough to go on."""
+    """With keeper and worker dead, the parked region and the device are enough to go on."""
 
     def first(keeper: Keeper) -> None:
         ready(keeper)
@@ -255,7 +255,7 @@ def test_sighup_replaces_the_worker(setup: Setup) -> None:
 
 
 def test_a_server_that_is_away_is_waited_for(setup: Setup) -> None:
-    """A worker that takes over while nobody answers goes on trying; the kernel's requests wait."""
+    """A worker that takes over while the server does not answer goes on trying; the kernel's requests wait."""
 
     def scenario(keeper: Keeper) -> None:
         ready(keeper)
@@ -272,7 +272,7 @@ def test_a_server_that_is_away_is_waited_for(setup: Setup) -> None:
 
 
 def test_a_worker_outlives_its_keeper(tmp_path: Path) -> None:
-    """The end of the process that started it is no signal to a worker that serves, and the end of a standby."""
+    """A worker that serves goes on when the process that started it ends; a standby exits."""
     with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
         ours, theirs = socket.socketpair()
         with ours, theirs:
@@ -324,7 +324,7 @@ time.sleep(60)
 
 
 def test_a_worker_of_another_region_version_is_no_standby(setup: Setup, capfd: pytest.CaptureFixture[str]) -> None:
-    """An upgrade that lays the region out anew does not get the old worker's place: it says so and ends."""
+    """A worker of a version with another layout does not replace the old worker: it says so and exits."""
 
     def scenario(keeper: Keeper) -> None:
         ready(keeper)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A server that has got another address: a standby of the old one is sent to it, by a helper that asks in earnest."""
+"""A server with a new address: a helper looks it up, and a standby that was started with the old one connects to it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from nbdnfs.config import Config
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.records import Records
 
-NOBODY_THERE = "127.0.0.9"
+UNUSED_ADDRESS = "127.0.0.9"
 
 
 def test_a_standby_is_sent_to_another_address(tmp_path: Path) -> None:
-    """It was started with an address where nobody answers, and is told another one with the word to go."""
+    """It was started with an address where no server answers, and is activated with another one."""
     with FakeNfsServer(bytes(1 << 20)) as server:
         work = RealWork(
-            Config("t", server.url(), region_pages=256, lock="off", owner=False), server.url(), NOBODY_THERE
+            Config("t", server.url(), region_pages=256, lock="off", owner=False), server.url(), UNUSED_ADDRESS
         )
         region_fd = region.create()
         worker = work.start_worker(region_fd)
@@ -37,7 +37,7 @@ def test_a_standby_is_sent_to_another_address(tmp_path: Path) -> None:
 
 
 def test_the_helper_answers_on_its_pipe(tmp_path: Path) -> None:
-    """`resolve` and `resolved`, with the process that they are about."""
+    """`resolve` and `resolved`, with the real helper."""
     # /run/nbdnfs of the machine that tests is not touched
     (tmp_path / "sitecustomize.py").write_text(
         "import pathlib\nfrom nbdnfs.keeper.records import Records\n"
@@ -45,7 +45,7 @@ def test_the_helper_answers_on_its_pipe(tmp_path: Path) -> None:
     )
     Records("t", run=tmp_path).make()
     with FakeNfsServer(bytes(1 << 20)) as server:
-        work = RealWork(Config("t", server.url(), lock="off"), server.url(), NOBODY_THERE)
+        work = RealWork(Config("t", server.url(), lock="off"), server.url(), UNUSED_ADDRESS)
         work._environment["PYTHONPATH"] += f":{tmp_path}"
         assert ask(work) == "127.0.0.1"
         assert Records("t", run=tmp_path).read(Records.ADDRESS) == f"{server.url()}\n127.0.0.1"

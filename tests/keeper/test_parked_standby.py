@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A standby that waits in systemd's store for the next keeper: taken, let go, ended, and never taken for a worker."""
+"""A standby in systemd's store, for the next keeper: taken, refused, ended, and never mistaken for a worker."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def descriptors() -> list[str]:
 
 
 def test_both_killed_at_once(setup: Setup) -> None:
-    """The next keeper gives the parked standby the word, and starts none before swap moves: all pages are there. It is
+    """The next keeper activates the parked standby, and starts none before swap moves: all pages are there. It is
     the same with the keeper after that one, and none of them leaves a descriptor behind."""
     standby = parked_by_a_killed_keeper(setup)
     before = descriptors()
@@ -209,8 +209,8 @@ def test_a_worker_without_a_record_is_not_confused_with_the_standby(setup: Setup
 
 @pytest.mark.parametrize("what", ["version", "settings"])
 def test_a_standby_of_another_making_ends(setup: Setup, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A live upgrade, or another configuration: the parked one is let go, and ends although systemd has been slow to
-    forget it; a new one serves."""
+    """A live upgrade, or another configuration: the parked one is not taken, and exits although systemd is slow to
+    remove it; a new one serves."""
     standby = parked_by_a_killed_keeper(setup)
     setup.systemd.loses = True
     if what == "version":
@@ -291,7 +291,7 @@ def test_an_error_ends_the_standby(setup: Setup) -> None:
 
 
 def test_no_device_no_standby(setup: Setup) -> None:
-    """Of a device that is no more, nothing is used: the standby's region is another one."""
+    """Nothing of a device that no longer exists is used: the standby's region is another one."""
     standby = parked_by_a_killed_keeper(setup)
     setup.kernel.disconnect(Attached(7, DEVICE_BYTES))
     setup.work.on = False
@@ -336,8 +336,8 @@ def test_sighup_parks_the_next_one(setup: Setup) -> None:
     setup.run(scenario)
 
 
-def test_no_word_twice(setup: Setup) -> None:
-    """A keeper that ended right after the word, with a store that never heard that the standby is to be forgotten: the
+def test_a_standby_is_activated_once(setup: Setup) -> None:
+    """A keeper that ended right after activating, with a store that never got the message to remove the standby: the
     next keeper does not take it for a standby, and the worker that it has become is none the worse for that."""
     setup.systemd.loses = True
     standby = parked_by_a_killed_keeper(setup)
@@ -361,7 +361,7 @@ def test_no_word_twice(setup: Setup) -> None:
 
 
 def start(server: FakeNfsServer, region_fd: int) -> tuple[WorkerHandle, bytes]:
-    """A standby that is ready, and its making."""
+    """A standby that is ready, and its recipe."""
     program, argv = nbdkit.standby_command({"url": server.url(), "address": "127.0.0.1", "lock": "off"}, threads=2)
     standby = WorkerHandle.start(program, argv, nbdkit.worker_environment(), region_fd)
     until(standby.check_ready)
@@ -399,8 +399,8 @@ def test_the_hang_up_tells_while_the_store_has_a_copy(taken: bool, kept: bool) -
     os.close(region_fd)
 
 
-def test_one_that_lost_its_keeper_between_forgetting_and_the_word() -> None:
-    """Its socket in the store has nothing in it: it is let go, and ends by that, whoever else has a copy."""
+def test_a_keeper_that_died_just_before_it_activated() -> None:
+    """The standby's socket in the store is empty: it is not taken, and exits, whichever processes have a copy."""
     region_fd = region.create()
     with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
         standby, made = start(server, region_fd)
@@ -428,9 +428,9 @@ def test_one_that_has_ended_is_not_taken() -> None:
     os.close(region_fd)
 
 
-def test_one_that_has_the_word_ends_with_its_keeper(capfd: pytest.CaptureFixture[str]) -> None:
-    """The keeper dies while the worker waits for its server: the kernel never gets to know that worker, which ends
-    instead of trying for ever."""
+def test_an_activated_one_exits_with_its_keeper(capfd: pytest.CaptureFixture[str]) -> None:
+    """The keeper dies while the worker waits for its server: the kernel never gets that worker's socket, and the worker
+    exits instead of trying for ever."""
     said = SaidOnStderr(capfd)
     region_fd = region.create()
     with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
@@ -454,8 +454,8 @@ def _answers(server: FakeNfsServer) -> bool:
 
 
 def test_a_parked_standby_outlives_a_killed_keeper() -> None:
-    """SIGKILL for the process that started it is no signal to it (PR_SET_PDEATHSIG). It is taken in another process,
-    twice, since a look at it changes nothing; gets the word and serves; and ends with its connection."""
+    """It gets no signal when the process that started it is killed (PR_SET_PDEATHSIG). It is taken in another process,
+    twice, since taking changes nothing; it is activated, serves, and exits with its connection."""
     region_fd = region.create()
     with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
         ours, theirs = socket.socketpair()
@@ -507,12 +507,12 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("nobody", [{}, {"NOTIFY_SOCKET": "@nbdnfs-test-nobody"}])
-def test_without_systemd_nothing_is_parked(setup: Setup, nobody: dict[str, str]) -> None:
-    """A standby ends with its keeper then, as nobody else has its control socket; also after `nbdnfs up`, which hears
-    of a keeper's beginnings only."""
+@pytest.mark.parametrize("environment", [{}, {"NOTIFY_SOCKET": "@nbdnfs-test-unused"}])
+def test_without_systemd_nothing_is_parked(setup: Setup, environment: dict[str, str]) -> None:
+    """A standby exits with its keeper then, as no other process has its control socket; also after `nbdnfs up`, which
+    reads a keeper's messages only until it is ready."""
     pids: list[int] = []
-    setup.systemd.environment = nobody
+    setup.systemd.environment = environment
 
     def scenario(keeper: Keeper) -> None:
         until(lambda: keeper.is_swap_on and keeper.standby.is_ready)

@@ -69,7 +69,7 @@ def test_a_zombie_does_not_live(records: Records) -> None:
 
 
 def test_region_in_another_process() -> None:
-    """Found by its link in /proc, told from another region, taken, and looked up by the process's name and lock."""
+    """Found in /proc, distinguished from another region, taken, and looked up by the process's name and lock."""
     region_fd, other = region.create(), region.create()
     os.ftruncate(region_fd, 8192)
     with subprocess.Popen(["@holder", "60"], executable="/bin/sleep", pass_fds=[region_fd]) as holder:

@@ -30,7 +30,7 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """One on which somebody listens."""
+    """One that accepts connections."""
     with socket.create_server((LOOPBACK, 0)) as listener:
         yield listener.getsockname()[1]
 
@@ -78,7 +78,7 @@ def test_the_same_address(records: Records, port: int, capsys: pytest.CaptureFix
 
 
 def test_no_such_name(records: Records, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is said; the status tells."""
+    """Nothing is printed; the exit status says it."""
 
     def fail(*_: object, **__: object) -> None:
         raise socket.gaierror(socket.EAI_AGAIN, "try again")

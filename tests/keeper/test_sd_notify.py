@@ -61,16 +61,16 @@ def test_store(systemd: tuple[FakeSystemd, str]) -> None:
     os.close(descriptor)
 
 
-def test_nobody_to_tell(tmp_path: Path) -> None:
-    """Without systemd, and with one that is gone or does not read, nothing is told and nothing waits."""
+def test_without_a_listener(tmp_path: Path) -> None:
+    """Without systemd, and with one that has ended or does not read, messages are dropped and nothing waits."""
     assert not Notifier({}).send("READY=1")
     with contextlib.closing(Notifier({"NOTIFY_SOCKET": str(tmp_path / "none")})) as notifier:
         assert not notifier.send("READY=1")
     fake = FakeSystemd(str(tmp_path / "full"))
     with contextlib.closing(Notifier({"NOTIFY_SOCKET": str(tmp_path / "full")})) as notifier:
-        told = [notifier.send("STATUS=x") for _ in range(1000)]
-    assert told[0]
-    assert not told[-1]
+        sent = [notifier.send("STATUS=x") for _ in range(1000)]
+    assert sent[0]
+    assert not sent[-1]
     fake.socket.close()
 
 
@@ -109,7 +109,7 @@ def test_listen_fds(monkeypatch: pytest.MonkeyPatch) -> None:
         os.close(descriptor)
 
 
-def test_listen_fds_for_somebody_else() -> None:
+def test_listen_fds_of_another_process() -> None:
     """$LISTEN_PID names the process that they are for."""
     assert sd_notify.listen_fds({"LISTEN_PID": "1", "LISTEN_FDS": "3"}) == {}
     assert sd_notify.listen_fds({}) == {}

@@ -216,7 +216,7 @@ def test_no_permission(new_file: Callable[..., FileOnServer], serve_fails: Calla
 def test_exports_that_do_not_let_root_write(
     tmp_path: Path, serve_fails: Callable[..., list[str]], export: dict[str, str]
 ) -> None:
-    """Root is nobody there, or nobody may write: EX_NOPERM, and both are named."""
+    """Root is squashed there, or the export is read-only: EX_NOPERM, and both are named."""
     with Ganesha(tmp_path / "server", **export) as server:
         file = server.export_path / "file"
         file.write_bytes(bytes(PAGE))
@@ -263,7 +263,7 @@ def test_a_setting_that_resembles_none(socket_path: Path) -> None:
 
 
 def test_a_bad_url_given_to_the_plugin(socket_path: Path) -> None:
-    """The plugin checks the URL that nobody has checked before: the same lines as from serve."""
+    """The plugin checks a URL that has not been checked before: the same lines as from serve."""
     command = run_plugin(socket_path, "url=nfs://nas/export/")
     lines = last_lines(os.EX_USAGE, command, env=nbdkit.worker_environment())
     assert lines == ["the URL 'nfs://nas/export/' names no file", URL_HINT]
@@ -336,7 +336,7 @@ def test_nbdkit_has_no_python_plugin(
 def test_nbdkits_python_is_too_old(
     fake_nbdkit: Callable[[str], dict[str, str]], serve_fails: Callable[..., list[str]], dump: str, said: str
 ) -> None:
-    """Older than the extension's ABI, or it does not tell: EX_CONFIG."""
+    """Older than the extension's ABI, or of an unknown version: EX_CONFIG."""
     assert serve_fails(os.EX_CONFIG, "nfs://nas/export/file", env=fake_nbdkit(f"echo {dump}")) == [
         f"nbdkit embeds Python {said}; nbdnfs needs 3.11 or newer",
         "use nbdkit of Debian 12 or newer",
@@ -371,7 +371,7 @@ def test_check_nbdkit_raises_what_serve_prints(
 
 
 def test_the_plugin_is_missing(tmp_path: Path, serve_fails: Callable[..., list[str]]) -> None:
-    """An installation that lost its plugin file: EX_CONFIG."""
+    """An installation without its plugin file: EX_CONFIG."""
     package = tmp_path / "incomplete" / "nbdnfs"
     shutil.copytree(Path(nbdnfs.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "plugin"))
     env = {**os.environ, "PYTHONPATH": str(package.parent)}
