@@ -208,7 +208,7 @@ def test_a_worker_without_a_record_is_not_confused_with_the_standby(setup: Setup
 
 
 @pytest.mark.parametrize("what", ["version", "settings"])
-def test_a_standby_of_another_making_ends(setup: Setup, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_standby_of_another_recipe_exits(setup: Setup, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A live upgrade, or another configuration: the parked one is not taken, and exits although systemd is slow to
     remove it; a new one serves."""
     standby = parked_by_a_killed_keeper(setup)
