@@ -32,6 +32,8 @@ from nativereport import Result, Row, Sample, as_json, missed_goals, picture, ta
 from portmap import register  # noqa: E402
 from support.nfs_server import Ganesha, program, rpc_null_answers  # noqa: E402
 
+from nbdnfs import proc_stat  # noqa: E402
+
 DEVICE_BYTES = 256 << 20
 PEERS = ("nbdnfs", "qemu-nbd", "libnfs-python", "limit")
 DEADLINE_S = 30.0
@@ -59,8 +61,8 @@ def compile_tools(directory: Path) -> None:
 
 def cpu_s(pid: int) -> float:
     """User and system seconds of a process and its threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    fields = proc_stat.fields(Path(f"/proc/{pid}/stat").read_text())
+    return (int(fields[proc_stat.USER_TICKS]) + int(fields[proc_stat.SYSTEM_TICKS])) / os.sysconf("SC_CLK_TCK")
 
 
 def memory_kib(pid: int, key: str) -> int:

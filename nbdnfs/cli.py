@@ -315,17 +315,15 @@ def _install_units(args: argparse.Namespace) -> int:
 
 
 def _attach(args: argparse.Namespace) -> int:
-    from nbdnfs.kernel import nbd_device
+    from nbdnfs.commands import attach
 
-    print(nbd_device.attach(args.socket, args.device, warm=not args.no_warm_up).path)
-    return 0
+    return attach.run_attach(args)
 
 
 def _detach(args: argparse.Namespace) -> int:
-    from nbdnfs.kernel import nbd_device
+    from nbdnfs.commands import attach
 
-    nbd_device.detach(args.device)
-    return 0
+    return attach.run_detach(args)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

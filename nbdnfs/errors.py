@@ -1,8 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The one exception tree: what is wrong, what to do about it, and the exit status of sysexits(3).
 
-`cli.main` is the only place that turns one of these into two lines on stderr and a `sys.exit`.
-Standard library only: the worker imports this module too.
+    NbdnfsError                   EX_SOFTWARE
+    ├─ UsageError                 EX_USAGE
+    ├─ ConfigError                EX_CONFIG
+    ├─ NoInputError               EX_NOINPUT
+    ├─ NoHostError                EX_NOHOST
+    ├─ UnavailableError           EX_UNAVAILABLE
+    ├─ CannotCreateError          EX_CANTCREAT
+    ├─ IOFailureError             EX_IOERR
+    ├─ PermissionDeniedError      EX_NOPERM
+    │  └─ OwnedError
+    └─ BusyError                  EX_TEMPFAIL
+
+`cli.main` prints one of these and exits with its status; the programs in keeper/helpers do so for themselves. Imports
+the standard library only: the worker has this module too.
 """
 
 from __future__ import annotations
@@ -11,10 +23,11 @@ import os
 
 
 class NbdnfsError(Exception):
-    """Something the user can understand and, mostly, mend.
+    """An error that the user can understand and, in most cases, fix.
 
-    `message` says in one line what is wrong, `hint` in one line what to do ("" where nothing can be said),
-    `exit_code` is one of sysexits(3).
+    message    one line: what is wrong
+    hint       one line: what to do; "" where there is nothing to say
+    exit_code  one of sysexits(3)
     """
 
     exit_code: int = os.EX_SOFTWARE
@@ -30,19 +43,19 @@ class NbdnfsError(Exception):
 
 
 class UsageError(NbdnfsError):
-    """The command line or a value in it is wrong."""
+    """The command line, or a value in it, is not valid."""
 
     exit_code = os.EX_USAGE
 
 
 class ConfigError(NbdnfsError):
-    """A configuration file or the installation does not fit."""
+    """A configuration file, the installation or the machine is not fit for use."""
 
     exit_code = os.EX_CONFIG
 
 
 class NoInputError(NbdnfsError):
-    """A file that should be there is not, or is something else than a regular file."""
+    """An input does not exist, or is not of the expected kind: a file, a socket, a device."""
 
     exit_code = os.EX_NOINPUT
 
@@ -54,34 +67,34 @@ class NoHostError(NbdnfsError):
 
 
 class UnavailableError(NbdnfsError):
-    """A server, a program or a kernel feature is not there; it may be later."""
+    """A server, a program or a kernel feature is not available; it may be later."""
 
     exit_code = os.EX_UNAVAILABLE
 
 
 class CannotCreateError(NbdnfsError):
-    """An output file cannot be made: it exists, the NAS is full, a quota is used up."""
+    """An output file cannot be created: it exists, the NAS is full, or a quota is used up."""
 
     exit_code = os.EX_CANTCREAT
 
 
 class IOFailureError(NbdnfsError):
-    """A transfer failed for good."""
+    """A transfer failed, and is not retried."""
 
     exit_code = os.EX_IOERR
 
 
 class PermissionDeniedError(NbdnfsError):
-    """The kernel or the NAS refuses."""
+    """The kernel or the NAS denies access."""
 
     exit_code = os.EX_NOPERM
 
 
 class OwnedError(PermissionDeniedError):
-    """Another machine owns the backing file, or something else on this one. Trying again does not help."""
+    """Another machine owns the backing file, or another user of it on this machine. A retry does not help."""
 
 
 class BusyError(NbdnfsError):
-    """The thing is in use; try again when it is not."""
+    """A device or file is in use; a retry helps once it is not."""
 
     exit_code = os.EX_TEMPFAIL

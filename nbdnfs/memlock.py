@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Memory discipline: a process that serves swap must not need memory, nor wait for any, nor be killed.
+"""Memory discipline: a process that serves swap must not allocate memory, wait for memory, or be killed for memory.
 
-`prepare` is for the process's start, before it has threads; `lock` for the final process (a fork drops locks,
-mlock(2)); `settle` for when all is loaded. Each measure checks that it took effect and is reported as a
-`Measure`. docs/memory-pressure.md says what each is against, and which kernel function makes it matter.
+`prepare` is for the start of the process, before it has threads; `lock` for the final process (a fork drops locks,
+mlock(2)); `settle` for when everything is loaded. Each measure checks that it took effect and is reported as a
+`Measure`. docs/memory-pressure.md says what each prevents, and which kernel function makes it necessary.
 
-What this module imports stays in the locked worker: only what CPython has loaded at its start, and `resource`.
-(`dataclasses` alone is 2.5 MiB of heap, `pathlib` 1.7, `re` 1.)
+What this module imports stays in the locked worker: only what CPython has loaded at its start, `resource`, and
+modules that import nothing more. (`dataclasses` alone is 2.5 MiB of heap, `pathlib` 1.7, `re` 1.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import resource
 import sys
 
-from nbdnfs import _memlock, defaults
+from nbdnfs import _memlock, defaults, proc_stat
 from nbdnfs.errors import ConfigError
 
 TYPE_CHECKING = False  # typing's own, without typing
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 
 THREAD_STACK_BYTES = 256 * 1024
 
-# Free and touched in the heap when the work begins. nbdkit allocates a buffer of the largest request for each thread
-# (128 KiB).
+# Free and touched in the heap before the first request. nbdkit allocates a buffer of the largest request for each
+# thread (128 KiB).
 HEAP_BYTES = defaults.THREADS * 128 * 1024 + 512 * 1024
-# Where transfers go through libnfs (NFSv4), it allocates each call (eighteen write-backs, 1.4 MiB) and each answer
-# (128 KiB for each of four connections), when a slow server has all of that under way, and what lies between.
-LIBNFS_HEAP_BYTES = 9 * 1024 * 1024 // 4
+# On top of that, where transfers go through libnfs (NFSv4): it allocates each call and each answer, all of which a slow
+# server has under way at once. That is 128 KiB for each of twelve large write-backs and of four connections' answers,
+# and what lies between. The engine touches as much when it takes to libnfs later: nbdnfs/engine, LIBNFS_HEAP_BYTES.
+LIBNFS_HEAP_BYTES = 5 * 1024 * 1024 // 2
 _TOP_PAD_BYTES = 1024 * 1024
 
-# One above the bottom: enough to be chosen before all ordinary tasks, and to dip below the min watermark
-# (mm/page_alloc.c: gfp_to_alloc_flags gives real-time tasks more of the reserve), without starving the kernel's.
+# The lowest real-time priority: enough to run before all ordinary tasks, and to allocate below the min watermark
+# (mm/page_alloc.c: gfp_to_alloc_flags gives real-time tasks more of the reserve), without starving kernel threads.
 REALTIME_PRIORITY = 1
-_PF_MEMALLOC_NOIO = 0x0008_0000  # include/linux/sched.h; PR_SET_IO_FLUSHER sets it
 _OOM_IMMUNE = -1000
 
 NAMES = ("malloc", "stacks", "core dump", "gc", "code", "heap", "lock", "io flusher", "oom", "realtime")
 
 
 class Measure:
-    """One measure: whether it holds; what was found; what to do where it does not ("" where it does)."""
+    """One measure: whether it is in force, what was found, and what to do where it is not ("" where it is)."""
 
     __slots__ = ("found", "hint", "name", "ok")
 
@@ -60,15 +60,15 @@ class Measure:
 
 
 def prepare(skip: Iterable[str] = ()) -> list[Measure]:
-    """What must be done before there are threads: malloc and their stacks. `skip`: NAMES not to do."""
+    """What must be done before there are threads: malloc and their stacks. `skip`: NAMES to leave out."""
     return list(_run({"malloc": _malloc, "stacks": _stacks}, skip))
 
 
 def lock(code: Iterable[str], *, skip: Iterable[str] = (), one_cpu: bool = False) -> list[Measure]:
-    """In the process that stays, before it starts its threads: they inherit some of it.
+    """In the final process, before it starts its threads: they inherit some of the measures.
 
-    `code`: how the names of the files begin whose code it will run; what else is mapped is dropped first.
-    `one_cpu`: real-time threads stay together, see _realtime(). So would processes that this one starts.
+    code     prefixes of the names of the files whose code it will run; pages of all other files are dropped first
+    one_cpu  real-time threads stay on one CPU, see _realtime(); processes that this one starts inherit that
     """
     return list(
         _run(
@@ -85,7 +85,7 @@ def lock(code: Iterable[str], *, skip: Iterable[str] = (), one_cpu: bool = False
 
 
 def settle(code: Iterable[str], *, heap_bytes: int = HEAP_BYTES, skip: Iterable[str] = ()) -> list[Measure]:
-    """When everything that stays has been loaded and allocated: touch what will be needed on top."""
+    """Once everything that stays is loaded and allocated: touch the memory that will be needed on top."""
     return list(_run({"gc": _gc, "code": lambda: _code(code), "heap": lambda: _heap(heap_bytes)}, skip))
 
 
@@ -95,7 +95,7 @@ def outlive_parent() -> None:
 
 
 def require(measures: Iterable[Measure]) -> None:
-    """Raise ConfigError when one of the measures does not hold."""
+    """Raise ConfigError when one of the measures is not in force."""
     missing = [measure for measure in measures if not measure.ok]
     if missing:
         raise ConfigError(
@@ -130,8 +130,10 @@ def _hint(name: str, error: OSError) -> str:
 def _malloc() -> Measure:
     _memlock.tune_malloc(_TOP_PAD_BYTES)
     if os.environ.get("PYTHONMALLOC") != "malloc":
-        return Measure("malloc", False, "CPython maps memory of its own", "set PYTHONMALLOC=malloc before it starts")
-    return Measure("malloc", True, "one arena, never mapped nor trimmed; CPython uses it too")
+        return Measure(
+            "malloc", False, "CPython uses an allocator of its own", "set PYTHONMALLOC=malloc before it starts"
+        )
+    return Measure("malloc", True, "one arena, never mapped or trimmed; CPython uses it too")
 
 
 def _stacks() -> Measure:
@@ -151,7 +153,7 @@ def _write(path: str, text: str) -> None:
 
 
 def _core_dump() -> Measure:
-    """The pages that pass through are other processes' memory: no dump may hold them, piped ones included."""
+    """The pages that pass through are the memory of other processes: no dump may contain them, not even a piped one."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _write("/proc/self/coredump_filter", "0")
     found = int(_read("/proc/self/coredump_filter"), 16)
@@ -166,7 +168,7 @@ def _gc() -> Measure:
 
 
 def _lock(code: Iterable[str]) -> Measure:
-    """mlockall(2), for what is touched. First drop the pages that only the dynamic linker has looked at."""
+    """mlockall(2), for what is touched. First drop the pages that only the dynamic linker has touched."""
     names = tuple(code)
     for mapping in list(_file_mappings()):
         if not mapping.name.startswith(names) and mapping.permissions in ("r-xp", "r--p") and mapping.is_clean:
@@ -223,8 +225,7 @@ def _heap(heap_bytes: int) -> Measure:
 
 def _io_flusher() -> Measure:
     _memlock.set_io_flusher()
-    flags = int(_read("/proc/self/stat").rpartition(")")[2].split()[6])
-    ok = bool(flags & _PF_MEMALLOC_NOIO)
+    ok = proc_stat.is_io_flusher(int(proc_stat.fields(_read("/proc/self/stat"))[proc_stat.FLAGS]))
     return Measure("io flusher", ok, "set" if ok else "not set")
 
 
@@ -237,8 +238,8 @@ def _oom() -> Measure:
 def _realtime(one_cpu: bool) -> Measure:
     """SCHED_RR, and on request all threads on one CPU. docs/decisions/0015 has the figures.
 
-    The kernel moves a real-time thread that wakes up to a CPU where none runs (kernel/sched/rt.c:
-    select_task_rq_rt, push and pull): threads that hand each request on are moved all the time, and meet on locks.
+    The kernel moves a real-time thread that wakes up to a CPU that runs none (kernel/sched/rt.c: select_task_rq_rt,
+    push and pull): threads that hand requests to each other would migrate all the time, and contend for locks.
     """
     os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(REALTIME_PRIORITY))
     if os.sched_getscheduler(0) != os.SCHED_RR:
@@ -246,17 +247,17 @@ def _realtime(one_cpu: bool) -> Measure:
     found = f"SCHED_RR, priority {REALTIME_PRIORITY}"
     if one_cpu:
         allowed = sorted(os.sched_getaffinity(0))
-        chosen = allowed[os.getpid() % len(allowed)]  # several workers need not all have the same one
+        chosen = allowed[os.getpid() % len(allowed)]  # spread several workers over the CPUs
         try:
             os.sched_setaffinity(0, {chosen})
             found += f", on CPU {chosen}"
-        except OSError:  # it costs time, and no page
+        except OSError:  # costs time only
             found += ", on any CPU"
     return Measure("realtime", True, found)
 
 
 def report(measures: Iterable[Measure]) -> None:
-    """One warning on stderr for each measure that does not hold."""
+    """Print one warning on stderr for each measure that is not in force."""
     for measure in measures:
         if not measure.ok:
             print(f"nbdnfs: {measure.line()}", file=sys.stderr, flush=True)

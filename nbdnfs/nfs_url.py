@@ -7,7 +7,6 @@ machine id (machine-id(5)), so that one configuration serves many clients; `%%` 
 
 from __future__ import annotations
 
-import difflib
 import re
 import socket
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from nbdnfs.errors import NoHostError, UsageError
 
-# libnfs has more; these are the ones that make sense for a swap device (the rest is ours to decide).
+# libnfs has more options; what they set is either fixed here or has a setting of its own.
 _OPTIONS = {
     "version": range(3, 5),
     "nfsport": range(1, 65536),
@@ -32,7 +31,7 @@ _EXAMPLE = "write it like nfs://nas/export/swap/%H.swap?version=3"
 
 @dataclass(frozen=True)
 class NfsUrl:
-    """A parsed URL. `text` is what libnfs gets, with the specifiers replaced."""
+    """A parsed URL. `text` is the one for libnfs, with the specifiers replaced. `directory` includes the export."""
 
     text: str
     host: str
@@ -51,13 +50,13 @@ class NfsUrl:
         return self.options.get("version", 3)
 
     def resolve(self) -> str:
-        """The server's numeric address; of several, the first that takes connections. Raises NoHostError.
+        """The numeric address of the server; of several, the first that accepts connections. Raises NoHostError.
 
         Called once, before memory is scarce: name resolution opens files and sockets and allocates.
         """
         try:
             found = socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:  # a label that is empty or too long is no OSError
+        except (OSError, UnicodeError) as error:  # UnicodeError: a label is empty or too long
             raise NoHostError(
                 f"the NFS server '{self.host}' is unknown: {getattr(error, 'strerror', None) or error}",
                 "check the name, or write its address in the URL",
@@ -68,7 +67,7 @@ class NfsUrl:
         return addresses[0]
 
     def answers(self, address: str) -> bool:
-        """Whether the address takes connections on the port of NFS."""
+        """Whether the address accepts connections on the NFS port. Waits for two seconds at most."""
         try:
             port = self.options.get("nfsport", _NFS_PORT)
             socket.create_connection((address, port), timeout=_PROBE_TIMEOUT_S).close()
@@ -78,7 +77,7 @@ class NfsUrl:
 
 
 def machine_id(root: Path = Path("/")) -> str:
-    """The machine id (machine-id(5)). Raises UsageError where the system has none yet."""
+    """The machine id, machine-id(5). Raises UsageError where the system has none yet."""
     try:
         text = (root / "etc/machine-id").read_text().strip()
     except OSError:
@@ -98,7 +97,7 @@ def expand(text: str, root: Path = Path("/")) -> str:
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in values:
-            raise UsageError(f"'%{match[1]}' in the URL is no specifier", "there are %H, %m, and %% for a percent sign")
+            raise UsageError(f"'%{match[1]}' in the URL is not a specifier", "use %H, %m, or %% for a percent sign")
         return values[match[1]]()
 
     return re.sub(r"%(.?)", value, text)
@@ -113,14 +112,14 @@ def parse(text: str, root: Path = Path("/")) -> NfsUrl:
     host, path, query = match[1].strip("[]"), match[2], match[3]
     directory, _, name = path.rpartition("/")
     if not name or name in (".", ".."):
-        raise UsageError(f"the URL '{text}' names no file", _EXAMPLE)
+        raise UsageError(f"the URL '{text}' does not name a file", _EXAMPLE)
     if ".." in directory.split("/"):
         raise UsageError(f"the URL '{text}' has '..' in its path", "write the path as the server exports it")
     options: dict[str, int] = {}
     for word in query.split("&") if query else ():
         key, value = _parse_option(word)
         if key in options:
-            raise UsageError(f"'{key}' is twice in the URL", "give it once")
+            raise UsageError(f"'{key}' appears twice in the URL", "give it once")
         options[key] = value
     return NfsUrl(text=text, host=host, directory=directory or "/", name=name, options=options)
 
@@ -128,10 +127,14 @@ def parse(text: str, root: Path = Path("/")) -> NfsUrl:
 def _parse_option(word: str) -> tuple[str, int]:
     key, _, value = word.partition("=")
     if key not in _OPTIONS:
+        import difflib  # only here: the keeper is resident
+
         near = difflib.get_close_matches(key, _OPTIONS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "the options are " + ", ".join(_OPTIONS)
-        raise UsageError(f"'{key}' is no option of an NFS URL", hint)
+        raise UsageError(f"'{key}' is not an option of an NFS URL", hint)
     allowed = _OPTIONS[key]
     if not re.fullmatch(r"[0-9]{1,10}", value) or int(value) not in allowed:
-        raise UsageError(f"'{key}={value}' in the URL is not possible", f"{key} is {allowed[0]} to {allowed[-1]}")
+        raise UsageError(
+            f"'{key}={value}' in the URL is not valid", f"{key} must be from {allowed[0]} to {allowed[-1]}"
+        )
     return key, int(value)

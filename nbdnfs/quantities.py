@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Sizes and durations: parse what people write, print what people read."""
+"""Sizes and durations as users write and read them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DURATION_FACTORS_S = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 864
 def parse_size_bytes(text: str) -> int:
     """Bytes in "4096", "512K", "2G", "1.5GiB" (binary units, as mkswap and truncate use them).
 
-    Raises UsageError when it is no size, or no whole number of bytes.
+    Raises UsageError when it is not a size, or not a whole number of bytes.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
     if match is None:
@@ -28,7 +28,7 @@ def parse_size_bytes(text: str) -> int:
 
 
 def format_size(size_bytes: int) -> str:
-    """The largest binary unit that keeps at most one decimal: 2 GiB, 1.5 GiB, 4096 B -> 4 KiB."""
+    """A size in the largest binary unit that it reaches, with one decimal at most: "2 GiB", "1.5 GiB", "4 KiB"."""
     value, units = float(size_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
     while round(abs(value), 1) >= 1024 and len(units) > 1:
         value /= 1024
@@ -45,7 +45,7 @@ def parse_duration_s(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """Two units at most: 0.7 s, 42 s, 2 min 5 s, 3 h 20 min."""
+    """A duration in two units at most: "0.7 s", "42 s", "2 min 5 s", "3 h 20 min"."""
     if round(seconds, 1) < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

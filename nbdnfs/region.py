@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import sys
 
+from nbdnfs.sizes import SLOT_BYTES
+
 TYPE_CHECKING = False  # typing's own, without typing
 if TYPE_CHECKING:
     import mmap
     from collections.abc import Iterator
 
 _NAME = "nbdnfs-region"
-_PAGE_BYTES = 4096
 
 # struct region_header, in the machine's own byte order: what is not a counter has its offset here.
 MAGIC = b"nbdnfs\0\0"
@@ -125,7 +126,7 @@ def hold_in_memory(descriptor: int) -> mmap.mmap:
     import mmap  # not for the worker
 
     mapping = mmap.mmap(descriptor, os.fstat(descriptor).st_size, prot=mmap.PROT_READ)
-    for offset in range(0, len(mapping), _PAGE_BYTES):
+    for offset in range(0, len(mapping), SLOT_BYTES):
         mapping[offset]
     return mapping
 

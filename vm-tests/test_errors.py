@@ -72,7 +72,7 @@ def test_what_cannot_work(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
         wrong, remedy = fails(guest, "forbidden", config, _EX_NOPERM)
         assert wrong.startswith("nbdnfs: cannot attach ")
         assert wrong.endswith(": Operation not permitted")
-        assert remedy == "nbdnfs: it needs CAP_SYS_ADMIN: run it as root"
+        assert remedy == "nbdnfs: this needs CAP_SYS_ADMIN: run it as root"
 
         guest.run(f"cat > /etc/nbdnfs/swap0.toml <<'.'\n{config}.")
         guest.run("systemctl start nbdnfs@swap0", _START_TIMEOUT_S)
@@ -82,8 +82,9 @@ def test_what_cannot_work(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
         assert remedy == "nbdnfs: give each device a file of its own, or end that one first"
         other = f'url = "{seen_from_guest(other_url)}"\ndevice = "/dev/{device}"\n'
         wrong, remedy = fails(guest, "in-use", other, _EX_TEMPFAIL)
-        assert wrong == f"nbdnfs: cannot attach /dev/{device}: the device is in use"
-        assert remedy == "nbdnfs: detach it first, or take another one"
+        assert wrong.startswith(f"nbdnfs: /dev/{device} is already attached, by process ")
+        assert wrong.endswith(" to nbdnfs:swap0")
+        assert remedy.endswith(f"detach it first: nbdnfs detach /dev/{device}")
 
         _lose_permission_and_get_it_back(guest, device)
         guest.run("systemctl stop nbdnfs@swap0", _START_TIMEOUT_S)

@@ -20,7 +20,7 @@ from vmtest.guest import Guest, seen_from_guest
 from vmtest.outcome import GuestFailedError, LostGuestError
 from vmtest.verdict import Progress, Verdict
 
-from nbdnfs import memlock
+from nbdnfs import memlock, proc_stat
 
 _GUEST_MIB = 256
 _PROCESSES = 4
@@ -73,8 +73,8 @@ class Pressure:
 
 def faults(guest: Guest, pid: int) -> Faults:
     """Up to now."""
-    fields = guest.run(f"cat /proc/{pid}/stat").stdout.rpartition(")")[2].split()
-    return Faults(int(fields[7]), int(fields[9]))
+    fields = proc_stat.fields(guest.run(f"cat /proc/{pid}/stat").stdout)
+    return Faults(int(fields[proc_stat.MINOR_FAULTS]), int(fields[proc_stat.MAJOR_FAULTS]))
 
 
 def dropped_packets(guest: Guest) -> int:

@@ -21,8 +21,8 @@ from nbdnfs import nfs_url
 from nbdnfs.engine import Engine, NfsFile, libnfs_version
 from nbdnfs.errors import IOFailureError, UsageError
 from nbdnfs.nas import backing_file, explain
+from nbdnfs.sizes import SLOT_BYTES
 
-PAGE_BYTES = 4096
 MIN_SIZE_BYTES = 1 << 20
 READERS = 8
 CONNECTIONS = 4
@@ -47,7 +47,7 @@ class Row:
 
     def text(self) -> str:
         """A line for people."""
-        mib = self.pages_per_second * PAGE_BYTES / (1 << 20)
+        mib = self.pages_per_second * SLOT_BYTES / (1 << 20)
         return (
             f"{self.title:34} {self.pages_per_second:>9,.0f} pages/s {mib:>8.1f} MiB/s"
             f"   median {self.median_us:>7,.0f} us, 99%: {self.p99_us:>9,.0f}"
@@ -62,17 +62,17 @@ class _Device:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.generations = [0] * (engine.size_bytes // PAGE_BYTES)
-        self._noise = os.urandom(PAGE_BYTES + _STEP * 1021)
+        self.generations = [0] * (engine.size_bytes // SLOT_BYTES)
+        self._noise = os.urandom(SLOT_BYTES + _STEP * 1021)
 
     def write(self, page: int) -> None:
         self.generations[page] += 1
-        self.engine.pwrite(self._content(page), page * PAGE_BYTES)
+        self.engine.pwrite(self._content(page), page * SLOT_BYTES)
 
     def check(self, page: int) -> None:
         """IOFailureError when what comes back is not what was written last."""
-        found = bytearray(PAGE_BYTES)
-        self.engine.pread(found, page * PAGE_BYTES)
+        found = bytearray(SLOT_BYTES)
+        self.engine.pread(found, page * SLOT_BYTES)
         if found != self._content(page):
             raise IOFailureError(f"page {page} came back with other content", "do not swap to this server")
 
@@ -80,9 +80,9 @@ class _Device:
         """Of its newest generation; the file was made of zeros. Nothing that could be compressed."""
         generation = self.generations[page]
         if generation == 0:
-            return bytes(PAGE_BYTES)
+            return bytes(SLOT_BYTES)
         at = (page * 7 + generation) % 1021 * _STEP
-        return _NAME.pack(page, generation) + self._noise[at : at + PAGE_BYTES - _NAME.size]
+        return _NAME.pack(page, generation) + self._noise[at : at + SLOT_BYTES - _NAME.size]
 
 
 def run(url: str, size_bytes: int, seconds: float, tell: Callable[[Row], None] = lambda row: None) -> list[Row]:
@@ -90,7 +90,7 @@ def run(url: str, size_bytes: int, seconds: float, tell: Callable[[Row], None] =
 
     UsageError: too small. IOFailureError: a wrong page. Others as `provision.create`.
     """
-    if size_bytes < MIN_SIZE_BYTES or size_bytes % PAGE_BYTES:
+    if size_bytes < MIN_SIZE_BYTES or size_bytes % SLOT_BYTES:
         raise UsageError("the file is to have 1 MiB or more, in whole pages", "for example --size 64M")
     target = nfs_url.parse(url)
     explain.refuse_unsupported(target, libnfs_version)

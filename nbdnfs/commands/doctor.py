@@ -18,8 +18,10 @@ from pathlib import Path
 from nbdnfs import config, quantities
 from nbdnfs.errors import NbdnfsError
 from nbdnfs.keeper.records import ProcessRecord, Records
+from nbdnfs.kernel import processes
 from nbdnfs.kernel import state as kernel_state
-from nbdnfs.kernel.state import Process
+from nbdnfs.kernel.processes import Process
+from nbdnfs.sizes import KERNEL_PAGE_BYTES
 
 _KIB, _MIB = 1 << 10, 1 << 20
 
@@ -37,7 +39,7 @@ _MEMLOCK_BYTES = 128 * _MIB
 # (skb->truesize: a frame of 1500 bytes has a buffer of 2 KiB or more, and its own 0.75 KiB); and what each CPU keeps
 # for itself and no other can have (mm/page_alloc.c: zone_batchsize, 63 pages).
 _ROUND_S = 0.025
-_PER_CPU_BYTES = 63 * 4096
+_PER_CPU_BYTES = 63 * KERNEL_PAGE_BYTES
 # What systemd/reserve sees to at least, and no more than a sixteenth of memory: the reserve is lost to programs.
 _RESERVE_MIN_BYTES = 8 * _MIB
 _RESERVE_SHARE = 16
@@ -258,7 +260,7 @@ def _vm(root: Path) -> Iterator[Finding]:
     yield Finding(
         "vm.page-cluster",
         good,
-        f"{cluster}: a fault reads {quantities.format_size(4096 << cluster)}",
+        f"{cluster}: a fault reads {quantities.format_size(KERNEL_PAGE_BYTES << cluster)}",
         "" if good else f"more than one request for each fault: sysctl vm.page-cluster={_PAGE_CLUSTER_MAX}",
     )
 
@@ -308,7 +310,7 @@ def _workers_by_hand(root: Path) -> list[int]:
 
 def _process(subject: str, pid: int, root: Path, *, realtime: bool) -> Iterator[Finding]:
     """A worker or keeper: is it locked, immune, preferred, and marked as one that serves I/O?"""
-    process = kernel_state.process(pid, root)
+    process = processes.process(pid, root)
     if process is None:
         return
     again = "start it as root, without lock=off and without="

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbdnfs
-from nbdnfs import config, programs
+from nbdnfs import config, config_keys, programs
 from nbdnfs.errors import CannotCreateError, ConfigError, NbdnfsError, PermissionDeniedError
 
 _LIB = "usr/local/lib"
@@ -100,7 +100,7 @@ def contents(program: str, systemd: int) -> list[File]:
     for name, path in chosen.items():
         data = (_source_folder() / name).read_bytes().replace(_PROGRAM.encode(), program.encode())
         found.append(File(path, data, 0o755 if name in _EXECUTABLE else 0o644))
-    return [*found, File(_EXAMPLE, config.render_example().encode())]
+    return [*found, File(_EXAMPLE, config_keys.render_example().encode())]
 
 
 def systemd_version(root: Path = Path("/")) -> int:

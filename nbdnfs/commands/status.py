@@ -13,9 +13,9 @@ from pathlib import Path
 from nbdnfs import config, quantities, region
 from nbdnfs.errors import NoInputError
 from nbdnfs.keeper.records import Records
-from nbdnfs.kernel import link, swap_area
+from nbdnfs.kernel import nbd_device, swap_area
+from nbdnfs.sizes import SLOT_BYTES
 
-PAGE_BYTES = 4096
 _FILE_STATES = {
     region.FILE_REMOVED: "the backing file has been removed on the server",
     region.FILE_REPLACED: "the backing file has been replaced by another: nothing is written to that",
@@ -82,7 +82,7 @@ def read(name: str, root: Path = Path("/")) -> Status:
     """What is known of `name` now. UsageError: that can be no device's name. NoInputError: there is none of it."""
     config.check_name(name)
     records = Records(name, root)
-    attached = link.find(link.backend_of(name), root)
+    attached = nbd_device.find(nbd_device.backend_of(name), root)
     if attached is None and name not in names(root):
         known = ", ".join(names(root))
         raise NoInputError(
@@ -106,7 +106,7 @@ def read(name: str, root: Path = Path("/")) -> Status:
         keeper_pid=keeper.pid if keeper is not None else None,
         worker_pid=worker.pid if worker is not None else None,
         server=address or None,
-        unstable_bytes=_number(counters, "unstable_pages") * PAGE_BYTES if counters else None,
+        unstable_bytes=_number(counters, "unstable_pages") * SLOT_BYTES if counters else None,
         counters=counters,
         problems=tuple(
             problem

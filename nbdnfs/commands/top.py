@@ -14,8 +14,8 @@ from nbdnfs import region
 from nbdnfs.commands import status
 from nbdnfs.errors import NoInputError
 from nbdnfs.keeper.records import Records
+from nbdnfs.sizes import SLOT_BYTES
 
-PAGE_BYTES = 4096
 _MIB = 1 << 20
 _CLEAR = "\x1b[H\x1b[2J"
 
@@ -58,7 +58,7 @@ class Frame:
         """A few lines for people."""
         hits, misses = self.rate("hit_pages"), self.rate("missed_pages")
         share = 100 * hits / (hits + misses) if hits + misses else 0.0
-        waits = _number(self.after, "unstable_pages") * PAGE_BYTES / _MIB
+        waits = _number(self.after, "unstable_pages") * SLOT_BYTES / _MIB
         away = "" if not _number(self.after, "disconnected") else "   THE SERVER DOES NOT ANSWER"
         read_ahead = 100 * self.ratio("read_ahead_hits", "read_ahead_pages")
         each_kib = self.ratio("nfs_written_bytes", "nfs_writes") / 1024

@@ -9,7 +9,6 @@ import os
 import select
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from pathlib import Path
 from nbdnfs import config, programs
 from nbdnfs.errors import BusyError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError
 from nbdnfs.keeper.records import ProcessRecord, Records
-from nbdnfs.kernel import link, swap_area
-from nbdnfs.kernel.link import Attached
+from nbdnfs.kernel import nbd_device, swap_area
+from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.kernel.nbd_netlink import NbdNetlink
 from nbdnfs.kernel.state import Swap
 from nbdnfs.nas import owner_record, ownership
@@ -52,7 +51,7 @@ def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> No
     if steal and settings.owner:
         ownership.claim(settings.url, owner_record.keeper_holder(name), owner_record.identity(), steal=True)
     if _systemd_has(name):
-        if subprocess.run([_systemctl(), "start", unit_of(name)], check=False).returncode != 0:
+        if programs.status([_systemctl(), "start", unit_of(name)]) != 0:
             raise UnavailableError(f"{unit_of(name)} did not start", f"see why: journalctl -u {unit_of(name)}")
         return
     records = Records(name)
@@ -73,7 +72,7 @@ def down(name: str, progress: Progress, *, service: bool = False) -> None:
         print(f"nbdnfs: {name}: restarting: swap stays on", file=sys.stderr)
         return
     records = Records(name)
-    attached = link.find(link.backend_of(name))
+    attached = nbd_device.find(nbd_device.backend_of(name))
     if attached is None and not records.path.exists():
         if not service:
             raise NoInputError(f"{name} is not up", "there is nothing to do; see nbdnfs status")
@@ -91,7 +90,7 @@ def down(name: str, progress: Progress, *, service: bool = False) -> None:
         raise
     if not service and _unit_is_active(name):
         # what is left is done by this very function, as ExecStop=
-        if subprocess.run([_systemctl(), "stop", unit_of(name)], check=False).returncode != 0:
+        if programs.status([_systemctl(), "stop", unit_of(name)]) != 0:
             raise UnavailableError(f"{unit_of(name)} did not stop", f"see why: journalctl -u {unit_of(name)}")
         return
     _take_down(records, attached)
@@ -121,7 +120,7 @@ def _take_down(records: Records, attached: Attached | None) -> None:
         with NbdNetlink.open() as kernel:
             kernel.disconnect(attached.index)
         _wait(
-            lambda: link.find(link.backend_of(records.name)) is None,
+            lambda: nbd_device.find(nbd_device.backend_of(records.name)) is None,
             f"{attached.path} is disconnected, but does not go: somebody has it open",
         )
     worker = records.living(Records.WORKER)
@@ -226,8 +225,7 @@ def _job_of(name: str) -> str:
 
 def _machine_goes_down() -> bool:
     """Whether systemd is on its way to power-off, reboot or the like."""
-    asked = subprocess.run([_systemctl(), "is-system-running"], check=False, stdout=subprocess.PIPE, text=True)
-    return asked.stdout.strip() == "stopping"
+    return programs.output([_systemctl(), "is-system-running"]).strip() == "stopping"
 
 
 def _come_back(name: str) -> None:
@@ -242,11 +240,8 @@ def _start_in_background(name: str, timeout_s: float) -> None:
     address = f"nbdnfs-up-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifications:
         notifications.bind("\0" + address)
-        keeper = subprocess.Popen(
-            [sys.executable, "-m", "nbdnfs", "run", name],
-            env={**os.environ, "NOTIFY_SOCKET": f"@{address}"},
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
+        keeper = programs.start(
+            [sys.executable, "-m", "nbdnfs", "run", name], {**os.environ, "NOTIFY_SOCKET": f"@{address}"}
         )
         notifications.settimeout(_POLL_S)
         deadline = time.monotonic() + timeout_s

@@ -26,8 +26,8 @@
 /* A server that does not get through mounting and opening in time is given more of it, up to this. */
 #define PATIENCE_LIMIT_MS (10 * 60 * 1000)
 /*
- * For all that an engine's connections have under way, as memlock.py has it where they begin with libnfs, and a bit more:
- * there are more large write-backs. Each connection touches the same heap, so that it is there once.
+ * For all that an engine's connections have under way: as LIBNFS_HEAP_BYTES of memlock.py, which is for connections that
+ * begin with libnfs. Each connection touches the same heap, so that it is there once.
  */
 #define LIBNFS_HEAP_BYTES (5 * 1024 * 1024 / 2)
 /* So long after a waiter has received the I/O thread takes over again. */

@@ -7,20 +7,20 @@ import contextlib
 import os
 import signal
 
+from nbdnfs import programs
+
 
 class HelperProcess:
     """Used by the keeper's loop alone."""
 
     def __init__(self, argv: list[str], environment: dict[str, str], *, stdout: int = 2) -> None:
         """Start it. OSError where the kernel cannot."""
-        self._pid = os.posix_spawn(
+        self._pid = programs.spawn(
             argv[0],
             argv,
             environment,
-            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, stdout, 1)],
-            setsigmask=(),
-            setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE),
-            scheduler=(os.SCHED_OTHER, os.sched_param(0)),  # the keeper's own may be a real-time one
+            [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, stdout, 1)],
+            ordinary_priority=True,
         )
         self.pidfd = os.pidfd_open(self._pid)
         self._status = 0

@@ -9,12 +9,12 @@ from typing import Protocol
 
 from nbdnfs.keeper.helper_process import HelperProcess
 from nbdnfs.keeper.worker_handle import WorkerHandle
-from nbdnfs.kernel.link import Attached
+from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.kernel.nbd_handshake import Export
 
 
 class Kernel(Protocol):
-    """The kernel's nbd device; link.Link."""
+    """The kernel's nbd device; nbd_device.NbdKernel."""
 
     def fileno(self) -> int: ...
     def dead_links(self) -> list[int]: ...

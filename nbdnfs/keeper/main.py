@@ -11,13 +11,13 @@ import os
 import sys
 
 import nbdnfs
-from nbdnfs import config, memlock, nfs_url
+from nbdnfs import config, memlock, nfs_url, proc_stat
 from nbdnfs.errors import CannotCreateError, NbdnfsError, PermissionDeniedError
 from nbdnfs.keeper import failures, sd_notify
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.records import Records
-from nbdnfs.kernel import link
+from nbdnfs.kernel import nbd_device, nbd_driver
 from nbdnfs.nas import owner_record
 from nbdnfs.worker import nbdkit
 
@@ -55,21 +55,21 @@ def run(name: str, *, steal: bool = False) -> int:
         raise CannotCreateError(f"cannot make {records.path}: {error.strerror}") from None
     notifier = sd_notify.Notifier()
     stored = sd_notify.listen_fds()
-    backend = link.backend_of(name)
-    is_attached = link.find(backend) is not None
+    backend = nbd_device.backend_of(name)
+    is_attached = nbd_device.find(backend) is not None
     if is_attached and records.read(Records.STATE) == Records.STOLEN:
         raise failures.stolen(name)
     text, address = _server(settings, records, is_attached=is_attached)
     if not is_attached:  # while swap stands still, only what is needed is started
         nbdkit.check_nbdkit()
-    link.load_driver()
+    nbd_driver.load()
     owner = _has_owner_record(settings, records, is_attached=is_attached)
     settings = dataclasses.replace(settings, owner=owner)
-    kernel = link.Link(
+    kernel = nbd_device.NbdKernel(
         backend,
         io_timeout_ms=settings.io_timeout_ms,
-        max_sectors_bytes=settings.max_sectors_kb * 1024,
-        wanted=settings.device or None,
+        max_sectors_kb=settings.max_sectors_kb,
+        device=settings.device or None,
     )
     work = RealWork(settings, text, address, steal=steal)
 
@@ -110,7 +110,7 @@ def _survive_shutdown() -> None:
     """
     try:
         with open("/proc/self/stat") as stat:
-            start = int(stat.read().rpartition(")")[2].split()[48 - 3])
+            start = int(proc_stat.fields(stat.read())[proc_stat.ARGUMENTS_ADDRESS])
         with open("/proc/self/mem", "r+b", buffering=0) as memory:
             memory.seek(start)
             memory.write(b"@")
@@ -149,7 +149,7 @@ def _has_owner_record(settings: Config, records: Records, *, is_attached: bool) 
 
 def _release_unless_attached(name: str, text: str, address: str) -> None:
     """After a failure: give the file up where this machine does not use it. Another machine's stays that machine's."""
-    if link.find(link.backend_of(name)) is not None:
+    if nbd_device.find(nbd_device.backend_of(name)) is not None:
         return
     from nbdnfs.nas import ownership  # loads the engine: there is no swap that this process is needed for any more
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import mmap
 
     from nbdnfs.config import Config
-    from nbdnfs.kernel.link import Attached
+    from nbdnfs.kernel.nbd_device import Attached
 
 _ADDRESS_BYTES_MAX = 128
 
@@ -86,10 +86,10 @@ class RealWork:
         return self._python("nbdnfs", "claim", settings.url, *options)
 
     def swap_on(self, attached: Attached) -> HelperProcess:
-        """swap_area: mkswap where the device is empty, and swapon."""
+        """helpers/swap_on.py: mkswap where the device is empty, and swapon."""
         priority = "-" if self._settings.priority is None else str(self._settings.priority)
         flags = ["--discard"] if self._settings.discard else []
-        return self._python("nbdnfs.kernel.swap_area", attached.path, priority, self._settings.name, *flags)
+        return self._python("nbdnfs.keeper.helpers.swap_on", attached.path, priority, self._settings.name, *flags)
 
     def is_swapped_on(self, attached: Attached) -> bool:
         return swap_area.find(attached.path) is not None

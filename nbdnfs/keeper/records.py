@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdnfs.kernel.state import start_time_ticks
+from nbdnfs.proc_stat import start_time_ticks
 
 _FOLDER = "run/nbdnfs"
 # What earlier versions wrote for STOLEN: a keeper of this one may come after one of those.

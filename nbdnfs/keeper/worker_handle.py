@@ -21,7 +21,7 @@ import signal
 import socket
 from collections.abc import Mapping
 
-from nbdnfs import __version__
+from nbdnfs import __version__, programs
 from nbdnfs.worker import protocol
 
 # The ancillary message of a parked standby: its pid and its recipe, with so many descriptors.
@@ -69,19 +69,17 @@ class WorkerHandle:
             for sock in (ours, theirs, control, control_peer):
                 stack.callback(sock.close)
             assert max(region_fd, control_peer.fileno()) < protocol.REGION_FD
-            pid = os.posix_spawn(
+            pid = programs.spawn(
                 program,
                 argv,
                 environment,
-                file_actions=[
+                [
                     (os.POSIX_SPAWN_DUP2, region_fd, protocol.REGION_FD),
                     (os.POSIX_SPAWN_DUP2, control_peer.fileno(), protocol.CONTROL_FD),
                     (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
                     (os.POSIX_SPAWN_DUP2, theirs.fileno(), 1),
                 ],
-                setsid=True,
-                setsigmask=(),
-                setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE),
+                new_session=True,
             )
             handle = cls(pid, os.pidfd_open(pid), is_child=True, is_standby=True)
             control.setblocking(False)

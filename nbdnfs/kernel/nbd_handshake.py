@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """NBD newstyle fixed negotiation, client side: from a connected socket to one the kernel can be given.
 
-`negotiate(sock)` speaks the handshake of the NBD project's doc/proto.md with NBD_OPT_GO, and reads not one
-byte more than the handshake has: what follows on the socket belongs to the kernel. No TLS, no structured
-replies (the kernel's client knows neither), no oldstyle and no NBD_OPT_EXPORT_NAME: the server is our nbdkit.
+`negotiate(sock)` speaks the handshake of the NBD project's doc/proto.md with NBD_OPT_GO, and reads no byte beyond it:
+what follows on the socket is for the kernel. No TLS and no structured replies, which the kernel's client does not
+support; no oldstyle and no NBD_OPT_EXPORT_NAME, because the server is nbdkit.
 
-Everything the server says is bounded: MAX_REPLIES replies of at most MAX_REPLY_BYTES each, and one deadline
+What the server may send is bounded: MAX_REPLIES replies of at most MAX_REPLY_BYTES each, and one deadline
 over the whole exchange.
 """
 
@@ -47,15 +47,15 @@ _INFO_BLOCK_SIZE = 3
 
 _REFUSALS = {
     1: "the server does not know NBD_OPT_GO",
-    2: "the server's policy forbids it",
-    3: "the server calls the request invalid",
-    4: "the server's platform cannot do it",
-    5: "the server wants TLS, which the kernel's client does not speak",
-    # nbdkit's answer whenever its plugin cannot open
+    2: "the policy of the server forbids it",
+    3: "the server considers the request invalid",
+    4: "the platform of the server does not support it",
+    5: "the server requires TLS, which the kernel's client does not support",
+    # nbdkit answers so whenever its plugin cannot open
     6: "the server has no such export, or cannot open it",
     7: "the server is shutting down",
-    8: "the server wants a client that keeps to its block size",
-    9: "the server finds the request too big",
+    8: "the server requires a client that honours its block size",
+    9: "the request is too big for the server",
 }
 _REFUSED_BY_POLICY = 2
 
@@ -114,11 +114,11 @@ class Export:
 def negotiate(sock: socket.socket, export_name: str = "", *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Export:
     """Shake hands on a connected stream socket, within `timeout_s` seconds for all of it.
 
-    On return the connection is in the transmission phase and blocking again. On an error the socket is of no
-    more use; the caller closes it.
+    On return the connection is in the transmission phase and blocking again. After an error the caller closes
+    the socket.
 
-    UnavailableError: no NBD server, an oldstyle one, one that hangs up, answers nonsense, is too slow or
-    refuses the export; PermissionDeniedError: by policy. UsageError: the name is too long.
+    UnavailableError: not an NBD server, an oldstyle one, one that closes the connection, breaks the protocol, is too
+    slow or refuses the export; PermissionDeniedError: by policy. UsageError: the name is too long.
     """
     name = export_name.encode("utf-8", "surrogateescape")
     if len(name) > MAX_NAME_BYTES:
@@ -133,15 +133,15 @@ def negotiate(sock: socket.socket, export_name: str = "", *, timeout_s: float = 
     except TimeoutError:
         raise UnavailableError(
             f"the NBD server did not finish the handshake within {timeout_s:g} s",
-            "see what it is waiting for: its log, and whether the NAS answers",
+            "see the log of the server, and whether the NAS answers",
         ) from None
     except OSError as error:
-        raise _hung_up(error.strerror or str(error)) from None
+        raise _closed(error.strerror or str(error)) from None
     return export
 
 
 def _greet(sock: socket.socket, deadline: float) -> None:
-    """The server's greeting and our flags."""
+    """The greeting of the server, and the flags of the client."""
     magic = _receive(sock, deadline, 8)
     if magic != _MAGIC:
         raise _not_nbd(f"it greets with {magic!r}")
@@ -157,7 +157,7 @@ def _greet(sock: socket.socket, deadline: float) -> None:
     if not flags & _HANDSHAKE_FIXED_NEWSTYLE:
         raise UnavailableError(
             "the NBD server speaks newstyle, but not fixed newstyle",
-            "use a server younger than 2011, such as nbdkit",
+            "use a server newer than 2011, such as nbdkit",
         )
     _send(sock, deadline, struct.pack(">I", flags & (_HANDSHAKE_FIXED_NEWSTYLE | _HANDSHAKE_NO_ZEROES)))
 
@@ -169,18 +169,18 @@ def _read_export(sock: socket.socket, deadline: float, export_name: str) -> Expo
     for _ in range(MAX_REPLIES):
         magic, option, kind, length = struct.unpack(">QIII", _receive(sock, deadline, 20))
         if magic != _MAGIC_REPLY or option != _OPT_GO:
-            raise _not_nbd("an answer that is none to NBD_OPT_GO")
+            raise _not_nbd("a reply to another option than NBD_OPT_GO")
         if length > MAX_REPLY_BYTES:
-            raise _not_nbd(f"an answer of {length} bytes")
+            raise _not_nbd(f"a reply of {length} bytes")
         payload = _receive(sock, deadline, length)
         if kind & _REP_ERROR_BIT:
             raise _refused(sock, deadline, kind & ~_REP_ERROR_BIT, payload, export_name)
         if kind == _REP_ACK:
             if size_and_flags is None:
-                raise _not_nbd("it agrees without naming the export's size")
+                raise _not_nbd("it acknowledges before it gives the size of the export")
             return _export(size_and_flags, blocks)
         if kind != _REP_INFO or length < 2:
-            raise _not_nbd(f"an answer of unknown kind {kind}")
+            raise _not_nbd(f"a reply of unknown kind {kind}")
         (info,) = struct.unpack_from(">H", payload)
         if info == _INFO_EXPORT:
             _expect_length(payload, 12)
@@ -188,8 +188,8 @@ def _read_export(sock: socket.socket, deadline: float, export_name: str) -> Expo
         elif info == _INFO_BLOCK_SIZE:
             _expect_length(payload, 14)
             blocks = struct.unpack_from(">III", payload, 2)
-        # other kinds of information may come unasked, and mean nothing to the kernel
-    raise _not_nbd(f"more than {MAX_REPLIES} answers to one question")
+        # a server may send other kinds of information unasked; the kernel does not use them
+    raise _not_nbd(f"more than {MAX_REPLIES} replies to one option")
 
 
 def _export(size_and_flags: tuple[int, int], blocks: tuple[int, int, int] | None) -> Export:
@@ -205,14 +205,14 @@ def _export(size_and_flags: tuple[int, int], blocks: tuple[int, int, int] | None
 
 
 def _refused(sock: socket.socket, deadline: float, code: int, payload: bytes, export_name: str) -> NbdnfsError:
-    """Say goodbye as the protocol wants it, and make an error of what the server said."""
+    """Send NBD_OPT_ABORT, as the protocol asks, and make an error of the refusal."""
     with contextlib.suppress(OSError):  # a courtesy
         _send(sock, deadline, _option(_OPT_ABORT, b""))
     reason = _REFUSALS.get(code, f"error {code}")
     said = "".join(c if c.isprintable() else " " for c in payload[:200].decode("utf-8", "replace")).strip()
     kind = PermissionDeniedError if code == _REFUSED_BY_POLICY else UnavailableError
     message = f"the NBD server refuses the export '{export_name}': {reason}"
-    return kind(message + (f" ({said})" if said else ""), "the server's log says more")
+    return kind(message + (f" ({said})" if said else ""), "see the log of the server")
 
 
 def _option(option: int, data: bytes) -> bytes:
@@ -221,7 +221,7 @@ def _option(option: int, data: bytes) -> bytes:
 
 def _expect_length(payload: bytes, count: int) -> None:
     if len(payload) != count:
-        raise _not_nbd(f"an information of {len(payload)} bytes where {count} belong")
+        raise _not_nbd(f"an information reply of {len(payload)} bytes instead of {count}")
 
 
 def _receive(sock: socket.socket, deadline: float, count: int) -> bytes:
@@ -231,7 +231,7 @@ def _receive(sock: socket.socket, deadline: float, count: int) -> bytes:
         sock.settimeout(_remaining_s(deadline))
         piece = sock.recv(count - len(data))
         if not piece:
-            raise _hung_up("end of file")
+            raise _closed("end of file")
         data += piece
     return bytes(data)
 
@@ -248,12 +248,14 @@ def _remaining_s(deadline: float) -> float:
     return remaining_s
 
 
-def _hung_up(why: str) -> NbdnfsError:
-    return UnavailableError(f"the NBD server hung up during the handshake ({why})", "the server's log says why")
+def _closed(why: str) -> NbdnfsError:
+    return UnavailableError(
+        f"the NBD server closed the connection during the handshake ({why})", "see the log of the server"
+    )
 
 
 def _not_nbd(what: str) -> NbdnfsError:
     return UnavailableError(
-        f"what answers there does not speak the NBD handshake: {what}",
+        f"the server does not speak the NBD handshake: {what}",
         "check the path or address of the socket",
     )

@@ -5,14 +5,14 @@ Names, numbers and nesting are those of include/uapi/linux/nbd-netlink.h, types 
 drivers/block/nbd.c (Linux 4.12 to 6.12 agree on both). pyroute2 encodes and decodes the messages, through its
 generic-netlink classes `genlmsg`, `ctrlmsg` and `nla`. The socket is a plain one, for three reasons:
 
-- Deadlines. pyroute2's GenericNetlinkSocket has none, and waits in asyncio from 0.9 on.
-- It sends a request that is answered with EBUSY again, for nine seconds; here EBUSY is the answer.
+- Deadlines. GenericNetlinkSocket of pyroute2 has none, and waits in asyncio from 0.9 on.
+- It repeats a request that is answered with EBUSY for nine seconds; here EBUSY is the answer.
 - Memory. The keeper is a locked process of at most 24 MiB that holds this module, which adds 1.3 MB to the
   13.9 MB of CPython 3.11 with the modules that the keeper has anyway, in all versions from 0.7.2 to 0.9.7.
   `import pyroute2` adds 19 to 21 MB; GenericNetlinkSocket alone, without the package's root module, 1.7 MB in
   0.7.2 and 0.7.7, 9.2 MB in 0.9.7.
 
-After import and one `NbdNetlink.open` nothing more is imported, so that a resident process may call on under
+After import and one `NbdNetlink.open` nothing more is imported, so that a resident process can use it under memory
 pressure. A request allocates kernel memory with GFP_KERNEL: such a process must be an IO flusher (prctl(2)).
 """
 
@@ -75,8 +75,8 @@ _RECEIVE_BYTES = 32 * 1024
 def _import_messages() -> Any:
     """pyroute2.netlink without pyroute2/__init__.py, which imports the whole library (19 MB).
 
-    The package's root module is replaced by an empty one for the length of the import; a process that has
-    pyroute2 already, or a version that does not stand this, gets it the usual way.
+    During the import an empty module stands in for the root module of the package. A process that has imported
+    pyroute2 already, or a version that fails this way, is served by the ordinary import.
     """
     spec = None if "pyroute2" in sys.modules else importlib.util.find_spec("pyroute2")
     if spec is not None and spec.submodule_search_locations is not None:
@@ -151,8 +151,8 @@ class NbdNetlink:
     """One open netlink socket on which requests are made, one at a time. Not for several threads at once.
 
     `sock` is exclusively its own. Every call but `status` raises PermissionDeniedError without CAP_SYS_ADMIN in the
-    initial user namespace, every one UnavailableError when no answer is there `timeout_s` seconds after the kernel
-    has done its work. It works inside sendmsg(2), and nothing bounds the time in there; see `disconnect`.
+    initial user namespace, and each raises UnavailableError when no answer comes within `timeout_s` seconds after the
+    kernel has done its work. It works inside sendmsg(2), for which there is no time limit; see `disconnect`.
     """
 
     def __init__(self, sock: socket.socket, family_id: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
@@ -214,7 +214,7 @@ class NbdNetlink:
         answer = self._ask(message, "attach a device" if index is None else f"attach /dev/nbd{index}")
         got = answer.get_attr("NBD_ATTR_INDEX")
         if got is None:
-            raise NbdnfsError("the kernel attached a device, but does not say which")
+            raise NbdnfsError("the kernel attached a device, but did not say which")
         return int(got)
 
     def reconfigure(
@@ -241,12 +241,12 @@ class NbdNetlink:
         self._order(message, f"reconnect /dev/nbd{index}")
 
     def disconnect(self, index: int) -> None:
-        """Take a device down; requests in flight fail. It is gone when the last one that has it open closes
+        """Take a device down; requests in flight fail. It stays attached until the last process that has it open closes
         it.
 
-        nbd_genl_disconnect. Success also for a device that is not attached. The kernel first tells the server
-        (send_disconnects): one that is stopped and reads nothing more keeps the caller here, beyond the reach of
-        signals, until it goes on or dies. Killing it helps; a dead server does no harm.
+        nbd_genl_disconnect. Success also for a device that is not attached. The kernel first notifies the server
+        (send_disconnects): a server that is stopped and reads nothing blocks the caller here, and signals have no
+        effect, until it continues or dies. Killing it helps; a dead server does no harm.
         """
         message = self._message(_CMD_DISCONNECT)
         _add(message, "INDEX", index)
@@ -255,12 +255,12 @@ class NbdNetlink:
     def status(self, index: int | None = None) -> dict[int, bool]:
         """Index ▸ "connected", of one device or of all. Empty when there is no such device.
 
-        nbd_genl_status. "connected" says only that a configuration exists: true with a dead link, true for a
-        device that somebody merely has open.
+        nbd_genl_status. "connected" says only that a configuration exists: true while the socket is dead, and true for
+        a device that a process merely has open.
         """
         message = self._message(_CMD_STATUS)
         _add(message, "INDEX", index)
-        devices = self._ask(message, "ask for the devices").get_attr("NBD_ATTR_DEVICE_LIST")
+        devices = self._ask(message, "list the devices").get_attr("NBD_ATTR_DEVICE_LIST")
         items = devices.get_attrs("NBD_DEVICE_ITEM") if devices is not None else []
         return {item.get_attr("NBD_DEVICE_INDEX"): bool(item.get_attr("NBD_DEVICE_CONNECTED")) for item in items}
 
@@ -296,8 +296,8 @@ class NbdNetlink:
 class LinkDeadEvents:
     """LINK_DEAD on the multicast group nbd_mc_group: poll `fileno()`, then `read()`.
 
-    Best effort by nature: the kernel sends none when it finds no memory (nbd_mcast_index), and drops events
-    that nobody reads. Whoever depends on them polls as well.
+    Best effort: the kernel sends none when it has no memory (nbd_mcast_index), and drops events that are not read in
+    time. A program that depends on them polls as well.
     """
 
     def __init__(self, sock: socket.socket, family_id: int) -> None:
@@ -326,7 +326,7 @@ class LinkDeadEvents:
         return self._sock.fileno()
 
     def read(self) -> list[int]:
-        """The indexes of the devices that lost a link since the last call; does not block."""
+        """The indexes of the devices of which a socket has died since the last call; does not block."""
         indexes: list[int] = []
         while True:
             try:
@@ -352,7 +352,7 @@ def _open_socket() -> socket.socket:
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_GENERIC)
         sock.bind((0, 0))
     except OSError as error:
-        raise UnavailableError(f"the kernel gives no generic netlink socket: {error.strerror}") from None
+        raise UnavailableError(f"cannot open a generic netlink socket: {error.strerror}") from None
     return sock
 
 
@@ -385,9 +385,9 @@ def _error(code: int, what: str) -> NbdnfsError:
     """The kernel's errno for a request that was to do `what`, as an error with a hint."""
     reason = os.strerror(code)
     if code in (errno.EPERM, errno.EACCES):
-        return PermissionDeniedError(f"cannot {what}: {reason}", "it needs CAP_SYS_ADMIN: run it as root")
+        return PermissionDeniedError(f"cannot {what}: {reason}", "this needs CAP_SYS_ADMIN: run it as root")
     if code == errno.EBUSY:
-        return BusyError(f"cannot {what}: the device is in use", "detach it first, or take another one")
+        return BusyError(f"cannot {what}: the device is in use", "detach it first, or use another one")
     if code in (errno.ENOENT, errno.ENODEV):
         return NoInputError(f"cannot {what}: {reason}", "list the devices: ls /sys/block")
     # EINVAL: no such device, going down, not configured, another backend (nbd_genl_connect and its sisters)
@@ -404,7 +404,7 @@ def _exchange(
     what: str,
     to_error: Callable[[int, str], NbdnfsError] = _error,
 ) -> bytes | None:
-    """Send one request and return the answer's bytes; None for a bare acknowledgement.
+    """Send one request and return the bytes of the answer; None for a bare acknowledgement.
 
     Answers to earlier requests, whose deadline had passed, are dropped by their sequence number.
     """
@@ -416,7 +416,7 @@ def _exchange(
     try:
         sock.settimeout(timeout_s)
         sock.send(message.data)
-        # from here on: the work itself may have taken longer than that, and its outcome counts
+        # counted from here: the kernel works inside send, for any time, and its outcome counts
         deadline = time.monotonic() + timeout_s
         while True:
             remaining_s = deadline - time.monotonic()
@@ -441,7 +441,7 @@ def _exchange(
 
 def _header(data: bytes) -> dict[str, int]:
     if len(data) < _HEADER_BYTES:
-        raise NbdnfsError(f"the kernel's netlink answer is cut off after {len(data)} bytes")
+        raise NbdnfsError(f"the kernel's netlink answer is truncated: {len(data)} bytes")
     header: dict[str, int] = _decode(_nlmsg, data[:_HEADER_BYTES])["header"]
     return header
 
@@ -468,4 +468,4 @@ def _add_backend(message: Any, backend: str) -> None:
         if "\0" not in backend and backend.encode():
             message["attrs"].append(("NBD_ATTR_BACKEND_IDENTIFIER", backend))
             return
-    raise UsageError(f"{backend!r} cannot be a backend identifier", "take one line of UTF-8 text")
+    raise UsageError(f"{backend!r} cannot be a backend identifier", "use one line of UTF-8 text")

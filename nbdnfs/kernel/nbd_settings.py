@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How a kernel nbd device is set up, by `nbdnfs attach` and by keepers. device.py says what makes it a "hard" one."""
+"""How a kernel nbd device is set up. nbd_device.py says what makes it a "hard" one."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-
-# The size of a page, and of every request that the engine takes.
-BLOCK_SIZE_BYTES = 4096
 
 # How long requests wait for another socket when theirs is dead. "Hard" is for as long as it takes; the kernel
 # multiplies it by HZ, and a day is far from any overflow.
@@ -18,22 +15,22 @@ DEAD_CONN_TIMEOUT_S = 86400
 IO_TIMEOUT_MS = 2000
 
 # The largest request, in KiB. Reclaim writes SWAP_CLUSTER_MAX (32) pages at a time (include/linux/swap.h) and a plug
-# holds them back to be merged; a larger request only makes each thread of the worker hold a larger buffer.
+# merges them; a larger request would only make each thread of the worker hold a larger buffer.
 MAX_REQUEST_KIB = 128
 
 # Requests under way; the kernel would have 128. Pages that are being written cannot be reclaimed, and in a memory
-# cgroup nobody waits for them (mm/vmscan.c, shrink_folio_list: writeback_throttling_sane): where that is all of its
-# pages, its processes are killed. With fewer requests reclaim waits for a free one instead, for as long as the NAS
-# takes. The worker has less than this under way at once anyway.
+# cgroup reclaim does not wait for them (mm/vmscan.c, shrink_folio_list: writeback_throttling_sane): where those are all
+# of its pages, its processes are killed. With fewer requests, reclaim waits for a free one instead, for as long as the
+# NAS takes. The worker serves fewer than this at once anyway.
 QUEUE_DEPTH = 16
 
 
 def queue(io_timeout_ms: int) -> dict[str, str]:
-    """Files below /sys/block/nbdN/queue and what suits swap, in the order in which they are to be written: another
-    scheduler brings another nr_requests.
+    """Files below /sys/block/nbdN/queue and their values for swap, in the order of writing: to set a scheduler resets
+    nr_requests.
 
     scheduler none: requests are merged before, and the NAS orders them. read_ahead_kb 0: swap reads ahead by itself
-    (vm.page-cluster). rq_affinity and the rest stay. None of it is needed for safety.
+    (vm.page-cluster). The other files stay as they are. None of this is needed for safety.
     """
     return {
         "scheduler": "none",
@@ -44,7 +41,7 @@ def queue(io_timeout_ms: int) -> dict[str, str]:
 
 
 def write_queue(name: str, setting: str, value: str, root: Path) -> None:
-    """Write one of these files of the device `name`. OSError where this kernel has it not, or forbids it."""
+    """Write one of these files of the device `name`. OSError where this kernel does not have it, or refuses."""
     descriptor = os.open(root / "sys/block" / name / "queue" / setting, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
     try:
         os.write(descriptor, value.encode())

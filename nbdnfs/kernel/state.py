@@ -1,30 +1,22 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the kernel says in /proc and /sys: swaps, nbd devices, memory, one process.
+"""What the kernel says in /proc and /sys: swaps, nbd devices, mounts, memory. Processes are in processes.py.
 
-Readers only, no root needed, no cache. Each takes the folder that stands for "/", so that tests run on golden
-trees. Sizes are bytes, whatever unit the file has. No reader touches a file outside /proc, /sys, /dev and the
-list of kernel modules, because its file system may be the NFS share that does not answer.
+Readers only: they need no root and cache nothing. Each takes the folder that stands for "/", so that tests run on
+golden trees. Sizes are in bytes, in any unit that the file has. No reader touches a file outside /proc, /sys, /dev and
+the list of kernel modules, because it may lie on the NFS share that does not answer.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdnfs.sizes import SECTOR_BYTES
+
 ROOT = Path("/")
-
-SECTOR_BYTES = 512
-
-# include/linux/sched.h (5.6 and later). prctl(PR_SET_IO_FLUSHER) sets both; the first alone also comes and
-# goes with memalloc_noio_save().
-_PF_MEMALLOC_NOIO = 0x0008_0000
-_PF_LOCAL_THROTTLE = 0x0010_0000
-PF_IO_FLUSHER = _PF_MEMALLOC_NOIO | _PF_LOCAL_THROTTLE
 
 
 @dataclass(frozen=True)
@@ -42,11 +34,12 @@ class Swap:
 class NbdDevice:
     """/sys/block/nbdN.
 
-    `connector_pid` is the thread that attached the device, which for netlink has mostly ended; None on a
-    device that is not attached (drivers/block/nbd.c: the file pid comes with nbd_start_device and goes with
-    nbd_config_put). `device_numbers` ("43:0") are those of the disk and of its partitions ("nbd0p1").
-    `holders` are the devices stacked on any of them (dm, md). A queue setting that this kernel does not have
-    is None.
+    connector_pid   the thread that attached the device, which has often ended since; None while it is not attached
+                    (drivers/block/nbd.c: nbd_start_device creates the file pid, nbd_config_put removes it)
+    device_numbers  "43:0", of the disk and of its partitions ("nbd0p1")
+    holders         the devices that are stacked on any of them (dm, md)
+
+    A queue setting that this kernel does not have is None.
     """
 
     name: str
@@ -99,38 +92,6 @@ class VmStat:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One thread: /proc/PID/task/TID/stat, proc_pid_stat(5)."""
-
-    tid: int
-    name: str
-    minor_faults: int
-    major_faults: int
-    flags: int
-    rt_priority: int
-    policy: int
-
-    @property
-    def io_flusher(self) -> bool:
-        """Whether prctl(PR_SET_IO_FLUSHER) is in force: its allocations do not enter I/O."""
-        return self.flags & PF_IO_FLUSHER == PF_IO_FLUSHER
-
-
-@dataclass(frozen=True)
-class Process:
-    """/proc/PID: status, stat, oom_score_adj. The faults are those of all threads, ended ones too."""
-
-    pid: int
-    name: str
-    locked_bytes: int
-    resident_bytes: int
-    minor_faults: int
-    major_faults: int
-    oom_score_adj: int
-    tasks: tuple[Task, ...]
-
-
-@dataclass(frozen=True)
 class NbdModule:
     """The kernel's nbd driver: `loaded` now, or `available` to modprobe for the running kernel."""
 
@@ -140,7 +101,7 @@ class NbdModule:
 
 def swaps(root: Path = ROOT) -> list[Swap]:
     """The active swap areas, /proc/swaps (mm/swapfile.c: swap_show). Empty on a kernel without swap."""
-    lines = (_read(root / "proc/swaps") or "").splitlines()[1:]
+    lines = (read_text(root / "proc/swaps") or "").splitlines()[1:]
     found = []
     for line in lines:
         path, kind, size_kib, used_kib, priority = line.split()
@@ -149,52 +110,52 @@ def swaps(root: Path = ROOT) -> list[Swap]:
 
 
 def nbd_devices(root: Path = ROOT) -> list[NbdDevice]:
-    """All nbd disks that the kernel has now, in the order of their index."""
+    """All nbd disks of the kernel, by index."""
     names = (path.name for path in (root / "sys/block").glob("nbd*"))
     devices = (nbd_device(name, root) for name in names)
     return sorted((device for device in devices if device is not None), key=lambda device: device.index)
 
 
 def nbd_device(name: str, root: Path = ROOT) -> NbdDevice | None:
-    """The nbd disk `name` ("nbd0"), or None when the kernel has none of that name."""
+    """The nbd disk `name` ("nbd0"), or None when the kernel does not have it."""
     folder = root / "sys/block" / name
     match = re.fullmatch(r"nbd(\d+)", name)
-    size_sectors = _read_int(folder / "size")
+    size_sectors = read_int(folder / "size")
     if match is None or size_sectors is None:
         return None
     disk_and_partitions = [folder, *sorted(folder.glob(f"{name}p*"))]
-    numbers = (_read(part / "dev") for part in disk_and_partitions)
+    numbers = (read_text(part / "dev") for part in disk_and_partitions)
     holders = (holder.name for part in disk_and_partitions for holder in sorted((part / "holders").glob("*")))
     return NbdDevice(
         name=name,
         index=int(match[1]),
         size_bytes=size_sectors * SECTOR_BYTES,
-        connector_pid=_read_int(folder / "pid"),
-        backend=(_read(folder / "backend") or "").strip() or None,
-        read_only=_read_int(folder / "ro") == 1,
+        connector_pid=read_int(folder / "pid"),
+        backend=(read_text(folder / "backend") or "").strip() or None,
+        read_only=read_int(folder / "ro") == 1,
         partitions=tuple(part.name for part in disk_and_partitions[1:]),
         device_numbers=frozenset(number.strip() for number in numbers if number),
         holders=tuple(holders),
-        max_sectors_kb=_read_int(folder / "queue/max_sectors_kb"),
-        io_timeout_ms=_read_int(folder / "queue/io_timeout"),
-        nr_requests=_read_int(folder / "queue/nr_requests"),
-        scheduler=_chosen(_read(folder / "queue/scheduler")),
+        max_sectors_kb=read_int(folder / "queue/max_sectors_kb"),
+        io_timeout_ms=read_int(folder / "queue/io_timeout"),
+        nr_requests=read_int(folder / "queue/nr_requests"),
+        scheduler=_chosen(read_text(folder / "queue/scheduler")),
     )
 
 
 def nbd_module(root: Path = ROOT) -> NbdModule:
-    """Whether the nbd driver is loaded, and whether the lists of the running kernel's modules have it."""
+    """Whether the nbd driver is loaded, and whether the running kernel has it as a module."""
     loaded = (root / "sys/module/nbd").is_dir()
-    release = (_read(root / "proc/sys/kernel/osrelease") or "").strip()
+    release = (read_text(root / "proc/sys/kernel/osrelease") or "").strip()
     lists = (root / "lib/modules" / release / name for name in ("modules.dep", "modules.builtin"))
-    listed = any(re.search(r"(?m)^\S*/nbd\.ko\b", _read(path) or "") for path in lists)
+    listed = any(re.search(r"(?m)^\S*/nbd\.ko\b", read_text(path) or "") for path in lists)
     return NbdModule(loaded, loaded or listed)
 
 
 def mounts(root: Path = ROOT) -> list[Mount]:
     """What is mounted in this mount namespace, /proc/self/mountinfo."""
     found = []
-    for line in (_read(root / "proc/self/mountinfo") or "").splitlines():
+    for line in (read_text(root / "proc/self/mountinfo") or "").splitlines():
         before, _, after = line.partition(" - ")
         fields, (_, source, *_) = before.split(), after.split()
         found.append(Mount(fields[2], _unescape(fields[4]), _unescape(source)))
@@ -203,21 +164,8 @@ def mounts(root: Path = ROOT) -> list[Mount]:
 
 def loops(root: Path = ROOT) -> dict[str, str]:
     """Loop devices in use ("loop0") and the path of the file or device behind each (drivers/block/loop.c)."""
-    files = {path.parts[-3]: _read(path) for path in (root / "sys/block").glob("loop*/loop/backing_file")}
+    files = {path.parts[-3]: read_text(path) for path in (root / "sys/block").glob("loop*/loop/backing_file")}
     return {name: text.strip() for name, text in files.items() if text}
-
-
-def openers(device_path: str, root: Path = ROOT) -> list[tuple[int, str]]:
-    """The processes (pid, name) that hold `device_path` open, by the names under /proc/PID/fd.
-
-    readlink only, no stat: a descriptor may lead to a file on a share that hangs. Without root it sees the
-    caller's own processes only.
-    """
-    return sorted(
-        (int(folder.name), (_read(folder / "comm") or "?").strip())
-        for folder in _process_folders(root)
-        if device_path in _links(folder / "fd")
-    )
 
 
 def meminfo(root: Path = ROOT) -> MemInfo:
@@ -232,39 +180,6 @@ def vmstat(root: Path = ROOT) -> VmStat:
     pairs = map(str.split, (root / "proc/vmstat").read_text().splitlines())
     value = {key: int(count) for key, count in pairs}
     return VmStat(*(value.get(key, 0) for key in ("pswpin", "pswpout", "pgmajfault", "oom_kill")))
-
-
-def process(pid: int, root: Path = ROOT) -> Process | None:
-    """The process `pid` now, or None when it has ended."""
-    folder = root / "proc" / str(pid)
-    status = _read(folder / "status")
-    whole = _read_task(folder / "stat")
-    if status is None or whole is None:
-        return None
-    fields = dict(line.split(":", 1) for line in status.splitlines())
-    tids = sorted(int(path.name) for path in (folder / "task").glob("[0-9]*"))
-    tasks = (_read_task(folder / "task" / str(tid) / "stat") for tid in tids)
-    return Process(
-        pid=pid,
-        name=whole.name,
-        # a process that is ending, or a kernel thread, has no memory and no such lines
-        locked_bytes=int(fields.get("VmLck", "0").split()[0]) * 1024,
-        resident_bytes=int(fields.get("VmRSS", "0").split()[0]) * 1024,
-        minor_faults=whole.minor_faults,
-        major_faults=whole.major_faults,
-        oom_score_adj=_read_int(folder / "oom_score_adj") or 0,
-        tasks=tuple(task for task in tasks if task is not None),
-    )
-
-
-def start_time_ticks(pid: int, root: Path = ROOT) -> int | None:
-    """When a process began, in clock ticks since boot; None when it has ended."""
-    try:
-        text = (root / "proc" / str(pid) / "stat").read_text(errors="replace")
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
 def device_number(path: Path) -> str | None:
@@ -286,36 +201,6 @@ def block_name(number: str, root: Path = ROOT) -> str | None:
         return None
 
 
-def _read_task(path: Path) -> Task | None:
-    """One stat file. The name may hold blanks and parentheses: the last ")" ends it."""
-    text = _read(path)
-    if not text:
-        return None
-    head, _, tail = text.rpartition(")")
-    tid, _, name = head.partition(" (")
-    fields = tail.split()  # fields[0] is field 3 of proc_pid_stat(5)
-
-    def field(number: int) -> int:
-        return int(fields[number - 3])
-
-    return Task(int(tid), name, field(10), field(12), field(9), field(40), field(41))
-
-
-def _links(folder: Path) -> Iterator[str]:
-    """Where the symbolic links in a folder lead; none when its process ended, or is somebody else's."""
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return
-    for name in names:
-        with contextlib.suppress(OSError):  # closed meanwhile
-            yield os.readlink(folder / name)
-
-
-def _process_folders(root: Path) -> Iterator[Path]:
-    return (path for path in (root / "proc").glob("[0-9]*") if path.name.isdigit())
-
-
 def _chosen(schedulers: str | None) -> str | None:
     """The one in brackets, as in "mq-deadline [none]"; a lone name is its own choice (block/elevator.c)."""
     match = re.search(r"\[(\S+)\]", schedulers or "")
@@ -327,14 +212,15 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
-def _read(path: Path) -> str | None:
-    """The text of a small kernel file; None when it, or the process or device behind it, is gone."""
+def read_text(path: Path) -> str | None:
+    """The text of a small kernel file; None when it, or the process or device behind it, no longer exists."""
     try:
         return path.read_text(errors="surrogateescape")
     except OSError:
         return None
 
 
-def _read_int(path: Path) -> int | None:
-    text = (_read(path) or "").strip()
+def read_int(path: Path) -> int | None:
+    """The whole number that a small kernel file has; None when it has none, or does not exist."""
+    text = (read_text(path) or "").strip()
     return int(text) if re.fullmatch(r"-?\d+", text) else None

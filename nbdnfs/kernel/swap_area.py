@@ -1,34 +1,26 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A device as swap: signature, swapon, and the way back. mkswap(8), swapon(8) and swapoff(8) do the work.
-
-    python -m nbdnfs.kernel.swap_area DEVICE PRIORITY LABEL [--discard]
-
-is what the keeper starts in a process of its own: reading a device whose worker has died waits for the next
-worker, and the keeper is who brings it.
-"""
+"""A device as swap: its signature, swapon, swapoff. mkswap(8), swapon(8) and swapoff(8) do the work."""
 
 from __future__ import annotations
 
 import mmap
 import os
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from nbdnfs import programs, quantities
-from nbdnfs.errors import BusyError, CannotCreateError, IOFailureError, NbdnfsError, UnavailableError
+from nbdnfs.errors import BusyError, CannotCreateError, IOFailureError, UnavailableError
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.state import Swap
+from nbdnfs.sizes import KERNEL_PAGE_BYTES
 
-# include/linux/swap.h: union swap_header, at the end of the first page
+# include/linux/swap.h: union swap_header, at the end of the first of the kernel's pages
 _SIGNATURE = b"SWAPSPACE2"
-_PAGE_BYTES = 4096
 _PIECE_BYTES = 1 << 20
 _MKSWAP_TIMEOUT_S = 300.0
 
-# Memory that must stay available when all that is swapped out has come in: the kernel's own needs, and the
-# worker's while it brings the pages.
+# Memory that must stay available once everything that is swapped out is back: for the kernel, and for the worker
+# while it reads the pages.
 _MARGIN_BYTES = 16 << 20
 _PROGRESS_EVERY_S = 1.0
 
@@ -37,7 +29,7 @@ Progress = Callable[[int, int], None]
 
 
 def enable(path: Path, *, priority: int | None, label: str, discard: bool) -> None:
-    """Swap to a device; make a swap area of it first where it is all zeros, and have the worker warm.
+    """Swap to a device. First make a swap area of it where it is all zeros, and warm its worker up.
 
     CannotCreateError: it holds something else. NbdnfsError: the warm-up, mkswap or swapon fails.
     """
@@ -48,7 +40,7 @@ def enable(path: Path, *, priority: int | None, label: str, discard: bool) -> No
             what=f"making a swap area on {path}",
             timeout_s=_MKSWAP_TIMEOUT_S,
         )
-    from nbdnfs.kernel import warm_up  # here: keepers have this module too, and start again and again
+    from nbdnfs.kernel import warm_up  # here: the resident keeper has this module too
 
     warm_up.warm_up(path, timeout_s=_MKSWAP_TIMEOUT_S)
     programs.run(
@@ -64,10 +56,10 @@ def enable(path: Path, *, priority: int | None, label: str, discard: bool) -> No
 
 
 def has_signature(path: Path) -> bool:
-    """Whether mkswap has been there."""
+    """Whether the device has the signature of a swap area. IOFailureError when it cannot be read."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        page = os.pread(descriptor, _PAGE_BYTES, 0)
+        page = os.pread(descriptor, KERNEL_PAGE_BYTES, 0)
     except OSError as error:
         raise IOFailureError(f"{path} cannot be read: {error.strerror}", "see the journal of the worker") from None
     finally:
@@ -76,7 +68,7 @@ def has_signature(path: Path) -> bool:
 
 
 def refuse_data(path: Path) -> None:
-    """CannotCreateError unless every byte is zero. Reads all of it: that happens once in a backing file's life."""
+    """CannotCreateError unless every byte is zero. Reads all of it, once in the life of a backing file."""
     # O_DIRECT: whole pieces, past a page cache that reads single pages of a device without read-ahead
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     try:
@@ -87,7 +79,7 @@ def refuse_data(path: Path) -> None:
                 if piece[:count] != zeros[:count]:
                     raise CannotCreateError(
                         f"{path} is neither swap nor empty: there is data at {quantities.format_size(offset)}",
-                        "swap would destroy it; name another file, or make this one anew: nbdnfs create --force",
+                        "swap would overwrite it: name another file, or replace this one: nbdnfs create --force",
                     )
                 offset += count
     except OSError as error:
@@ -97,7 +89,7 @@ def refuse_data(path: Path) -> None:
 
 
 def find(path: str, root: Path = kernel_state.ROOT) -> Swap | None:
-    """The device's line in /proc/swaps; None while nobody swaps to it."""
+    """The device's line in /proc/swaps; None while it is not in use as swap."""
     for swap in kernel_state.swaps(root):
         if swap.path.removesuffix(" (deleted)") == path:
             return swap
@@ -114,67 +106,28 @@ def refuse_unless_it_fits(swap: Swap, root: Path = kernel_state.ROOT) -> None:
     if swap.used_bytes > room:
         raise BusyError(
             f"{quantities.format_size(swap.used_bytes)} are swapped out to {swap.path}, and there is room for"
-            f" {quantities.format_size(max(room, 0))}: nothing has been changed",
-            "end something that needs memory, or add another swap area, and try again",
+            f" {quantities.format_size(max(room, 0))}: swap stays on",
+            "free memory, or add another swap area, and try again",
         )
 
 
 def disable(swap: Swap, progress: Progress, root: Path = kernel_state.ROOT) -> None:
     """swapoff, however long that takes, with `progress` about every second. Interrupted, the swap stays on.
 
-    BusyError: no room. NbdnfsError: swapoff fails otherwise.
+    BusyError: no room in memory. UnavailableError: swapoff fails for another reason, or is not installed.
     """
-    import subprocess
-
     path = swap.path.removesuffix(" (deleted)")
     total_bytes = swap.used_bytes
-    swapoff = subprocess.Popen(
-        [programs.find_program("swapoff", "mount"), path], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        while True:
-            try:
-                _, said = swapoff.communicate(timeout=_PROGRESS_EVERY_S)
-                break
-            except subprocess.TimeoutExpired:
-                now = find(path, root)  # in the list until the end, counting down
-                progress(min(now.used_bytes, total_bytes) if now is not None else 0, total_bytes)
-    except BaseException:
-        swapoff.terminate()  # try_to_unuse gives up on a signal
-        swapoff.wait()
-        raise
-    if swapoff.returncode != 0:
-        text = said.strip().splitlines()[-1] if said.strip() else f"exit status {swapoff.returncode}"
+
+    def look() -> None:
+        now = find(path, root)  # it is listed until the end, counting down
+        progress(min(now.used_bytes, total_bytes) if now is not None else 0, total_bytes)
+
+    # an exception ends swapoff with a signal, at which try_to_unuse gives up (mm/swapfile.c)
+    status, errors = programs.watch([programs.find_program("swapoff", "mount"), path], look, every_s=_PROGRESS_EVERY_S)
+    if status != 0:
+        text = errors.strip().splitlines()[-1] if errors.strip() else f"exit status {status}"
         if "Cannot allocate memory" in text:
-            raise BusyError(f"{path} stays in use as swap: {text}", "end something that needs memory, and try again")
+            raise BusyError(f"{path} stays in use as swap: {text}", "free memory, and try again")
         raise UnavailableError(f"{path} stays in use as swap: {text}", "see the kernel's log: dmesg | tail")
     progress(0, total_bytes)
-
-
-def wait_for(path: str, timeout_s: float, root: Path = kernel_state.ROOT) -> bool:
-    """Whether the device is in use as swap within that time."""
-    deadline = time.monotonic() + timeout_s
-    while find(path, root) is None:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def _main(arguments: list[str]) -> int:
-    path, priority, label, *flags = arguments
-    try:
-        enable(
-            Path(path),
-            priority=int(priority) if priority != "-" else None,
-            label=label,
-            discard="--discard" in flags,
-        )
-    except NbdnfsError as error:
-        print(*error.lines(), sep="\n", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Before swapon: make every thread and path of the worker work once, through the very device.
+"""Before swapon: use every thread and path of the worker once, through the device itself.
 
-What a worker touches for the first time it touches here, while there is memory: the threads' stacks and buffers,
-the kernel's requests and socket buffers, code of Python, libnfs and the C library that starting up did not run.
-The content stays: each page is written as it was read, under an exclusive open, so that there is neither swap nor
-a mount.
+What a worker touches for the first time, it touches here, while there is memory: the threads' stacks and buffers, the
+kernel's requests and socket buffers, and code of Python, libnfs and the C library that has not run at start. The
+content does not change: each page is written as it was read, under an exclusive open, which excludes swap and mounts.
 """
 
 from __future__ import annotations
@@ -30,27 +29,26 @@ from nbdnfs.errors import (
     UnavailableError,
     UsageError,
 )
+from nbdnfs.sizes import SECTOR_BYTES, SLOT_BYTES
 
 log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 60.0
 
-# Requests under way at once. nbdkit's threads take turns at the socket; each is busy with one of these for the
-# time that the NAS takes, so several for each of the default four leave none out.
+# Requests under way at once: more than the default number of nbdkit's threads (worker/nbdkit.py: THREADS), which take
+# turns at the socket. Each is busy with one of these for as long as the NAS takes, so that all of them get one.
 PARALLEL = 16
 
-_PAGE_BYTES = 4096
-_SINGLE_PAGES = 8
+_SINGLE_SLOTS = 8
 
 # include/uapi/linux/fs.h
 _BLKROGET = 0x125E
 _BLKSECTGET = 0x1267
-_SECTOR_BYTES = 512
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """What a warm-up did: bytes read and written back, and the largest request that it asked for."""
+    """What a warm-up did: bytes read and written back, and the size of its largest request."""
 
     read_bytes: int
     rewritten_bytes: int
@@ -60,12 +58,12 @@ class Exercise:
 def warm_up(path: Path, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Exercise:
     """Exercise the worker behind the attached, unused block device `path`. Never changes what is on it.
 
-    A read-only device is read alone, and the log says so. Requests are of one page and of the largest size that the
-    queue allows (queue/max_sectors_kb): the block layer splits what is larger, block/blk-merge.c.
+    A read-only device is only read, and the log says so. Requests have the size of one slot and the largest size that
+    the queue allows (queue/max_sectors_kb); the block layer splits larger ones, block/blk-merge.c.
 
-    NoInputError: no such device. UsageError: no block device, or an empty one. BusyError: swap, a mount or another
-    device uses it. IOFailureError: a request failed. UnavailableError: not done within `timeout_s` seconds; the
-    threads that wait for the device are left behind, no signal ends that wait. PermissionDeniedError: not root.
+    NoInputError: no such device. UsageError: not a block device, or an empty one. BusyError: swap, a mount or another
+    device uses it. IOFailureError: a request failed. UnavailableError: not done within `timeout_s` seconds; the threads
+    that wait for the device stay behind, because no signal ends that wait. PermissionDeniedError: not root.
     """
     outcome: queue.SimpleQueue[Exercise | NbdnfsError] = queue.SimpleQueue()
 
@@ -81,7 +79,7 @@ def warm_up(path: Path, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Exercise:
     except queue.Empty:
         raise UnavailableError(
             f"{path} did not answer the warm-up within {timeout_s:g} s",
-            "see whether the NAS answers, and what the worker says",
+            "see whether the NAS answers, and the messages of the worker",
         ) from None
     if isinstance(done, NbdnfsError):
         raise done
@@ -97,7 +95,7 @@ def _warm_up(path: Path) -> Exercise:
         finally:
             os.close(descriptor)
         if not writable:
-            log.warning("%s is read-only: the warm-up reads, and leaves the paths of writing cold", path)
+            log.warning("%s is read-only: the warm-up reads only, and the code for writing stays cold", path)
         mode = os.O_RDWR if writable else os.O_RDONLY
         descriptor = os.open(path, mode | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:
@@ -106,7 +104,7 @@ def _warm_up(path: Path) -> Exercise:
         return exercise(descriptor, largest_bytes=largest_bytes, writable=writable)
     except OSError as error:
         raise IOFailureError(
-            f"{path} failed in the warm-up: {error.strerror}", "see what the worker says, and dmesg | tail"
+            f"{path} failed in the warm-up: {error.strerror}", "see the messages of the worker, and dmesg | tail"
         ) from None
     finally:
         os.close(descriptor)
@@ -115,12 +113,12 @@ def _warm_up(path: Path) -> Exercise:
 def _limits(descriptor: int, path: Path) -> tuple[bool, int]:
     """Whether the device may be written, and its largest request in bytes."""
     if not stat.S_ISBLK(os.fstat(descriptor).st_mode):
-        raise UsageError(f"{path} is no block device", "give the one that attach made, such as /dev/nbd0")
-    if os.lseek(descriptor, 0, os.SEEK_END) < _PAGE_BYTES:
+        raise UsageError(f"{path} is not a block device", "give an attached one, such as /dev/nbd0")
+    if os.lseek(descriptor, 0, os.SEEK_END) < SLOT_BYTES:
         raise UsageError(f"{path} is empty", "attach it first: nbdnfs attach SOCKET")
     (read_only,) = struct.unpack("i", fcntl.ioctl(descriptor, _BLKROGET, bytes(4)))
     (sectors,) = struct.unpack("H", fcntl.ioctl(descriptor, _BLKSECTGET, bytes(2)))
-    return not read_only, max(sectors * _SECTOR_BYTES // _PAGE_BYTES, 1) * _PAGE_BYTES
+    return not read_only, max(sectors * SECTOR_BYTES // SLOT_BYTES, 1) * SLOT_BYTES
 
 
 def _explain(error: OSError, path: Path) -> NbdnfsError:
@@ -131,23 +129,23 @@ def _explain(error: OSError, path: Path) -> NbdnfsError:
             f"{path} is in use as swap, mounted, or part of another device", "warm it up before that, or not at all"
         )
     if error.errno in (errno.EACCES, errno.EPERM):
-        return PermissionDeniedError(f"{path} may not be opened", "run it as root")
+        return PermissionDeniedError(f"permission denied on {path}", "run it as root")
     return IOFailureError(f"{path} cannot be opened: {error.strerror}", "see dmesg | tail")
 
 
 def exercise(descriptor: int, *, largest_bytes: int, writable: bool, parallel: int = PARALLEL) -> Exercise:
     """Read and rewrite parts of the open device from `parallel` threads, and flush. Raises OSError.
 
-    Each thread has a stretch of the device to itself, so that no page is read by one while another writes it.
+    Each thread has a part of the device to itself, so that no page is read by one while another writes it.
     """
     size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
-    parallel = min(parallel, size_bytes // _PAGE_BYTES)
-    stretch_bytes = size_bytes // parallel // _PAGE_BYTES * _PAGE_BYTES
+    parallel = min(parallel, size_bytes // SLOT_BYTES)
+    stretch_bytes = size_bytes // parallel // SLOT_BYTES * SLOT_BYTES
     errors: queue.SimpleQueue[OSError] = queue.SimpleQueue()
     together = threading.Barrier(parallel)
     largest_bytes = min(largest_bytes, stretch_bytes)
-    offsets = [*range(0, stretch_bytes, max(stretch_bytes // _SINGLE_PAGES // _PAGE_BYTES, 1) * _PAGE_BYTES)]
-    extents = [(0, largest_bytes), *((offset, _PAGE_BYTES) for offset in offsets[:_SINGLE_PAGES])]
+    offsets = [*range(0, stretch_bytes, max(stretch_bytes // _SINGLE_SLOTS // SLOT_BYTES, 1) * SLOT_BYTES)]
+    extents = [(0, largest_bytes), *((offset, SLOT_BYTES) for offset in offsets[:_SINGLE_SLOTS])]
 
     def work(start: int) -> None:
         with mmap.mmap(-1, largest_bytes) as page_aligned, memoryview(page_aligned) as buffer:
@@ -169,15 +167,15 @@ def exercise(descriptor: int, *, largest_bytes: int, writable: bool, parallel: i
     if not errors.empty():
         raise errors.get()
     if writable:
-        os.fsync(descriptor)  # once: it waits for the NAS's disk, and is the same for every thread
+        os.fsync(descriptor)  # once: it covers the writes of all threads, and waits for the disk of the NAS
     total_bytes = parallel * sum(length for _, length in extents)
     return Exercise(total_bytes, total_bytes if writable else 0, largest_bytes)
 
 
 def _rewrite(descriptor: int, buffer: memoryview, offset: int, writable: bool) -> None:
-    """One read, and a write of exactly what it brought. OSError also where either is short."""
+    """One read, and a write of exactly the bytes read. OSError also where either is short."""
     with buffer:
         if os.preadv(descriptor, [buffer], offset) != len(buffer):
-            raise OSError(errno.EIO, "a read came back short")
+            raise OSError(errno.EIO, "a read returned too few bytes")
         if writable and os.pwrite(descriptor, buffer, offset) != len(buffer):
-            raise OSError(errno.EIO, "a write was cut short")
+            raise OSError(errno.EIO, "a write took too few bytes")

@@ -39,15 +39,15 @@ from nbdnfs.errors import (
 )
 from nbdnfs.nas import explain, owner_record, ownership
 from nbdnfs.nfs_url import NfsUrl
+from nbdnfs.sizes import KERNEL_PAGE_BYTES, SLOT_BYTES
 
 if TYPE_CHECKING:
     from nbdnfs.engine._engine import FileStat
 
 log = logging.getLogger(__name__)
 
-PAGE_BYTES = 4096
 # mkswap(8): a swap area has ten pages at least
-MIN_SIZE_BYTES = 10 * PAGE_BYTES
+MIN_SIZE_BYTES = 10 * KERNEL_PAGE_BYTES
 
 _CHUNK_BYTES = 1 << 20
 # Chunks under way at a time. Chunk number n is written only when number n - _WINDOW_CHUNKS is on the NAS, so an
@@ -121,10 +121,10 @@ def _check_size(size_bytes: int) -> None:
         raise UsageError(
             f"{size_bytes} bytes are too few: a swap area has at least {MIN_SIZE_BYTES}", "ask for example for 2G"
         )
-    if size_bytes % PAGE_BYTES:
+    if size_bytes % SLOT_BYTES:
         raise UsageError(
-            f"{size_bytes} bytes are not a multiple of {PAGE_BYTES}",
-            f"ask for {size_bytes + -size_bytes % PAGE_BYTES} bytes, or for example for 2G",
+            f"{size_bytes} bytes are not a multiple of {SLOT_BYTES}",
+            f"ask for {size_bytes + -size_bytes % SLOT_BYTES} bytes, or for example for 2G",
         )
 
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nbdnfs import nfs_url
+from nbdnfs import nfs_url, proc_stat
 from nbdnfs.engine import NfsFile, libnfs_version
 from nbdnfs.errors import (
     CannotCreateError,
@@ -81,7 +81,7 @@ class Found:
 
 def serve_holder() -> str:
     """This very process, as holder."""
-    return f"serve:{os.getpid()}:{kernel_state.start_time_ticks(os.getpid())}"
+    return f"serve:{os.getpid()}:{proc_stat.start_time_ticks(os.getpid())}"
 
 
 def claim(
@@ -265,10 +265,10 @@ def _lives(holder: str, root: Path) -> bool:
     """Whether it runs on this machine: a keeper's device is attached, a process is the one that it was."""
     kind, _, rest = holder.partition(":")
     if kind == "keeper":
-        # link.backend_of
+        # nbd_device.backend_of
         return any(state.attached and state.backend == f"nbdnfs:{rest}" for state in kernel_state.nbd_devices(root))
     pid, _, ticks = rest.partition(":")
-    return kernel_state.start_time_ticks(int(pid), root) == int(ticks)
+    return proc_stat.start_time_ticks(int(pid), root) == int(ticks)
 
 
 def _refusal(verdict: Verdict, found: Found, target: NfsUrl) -> OwnedError:

@@ -17,11 +17,11 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from nbdnfs.errors import ConfigError
+from nbdnfs.sizes import SLOT_BYTES
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-PAGE_BYTES = 4096
 _PIECE_BYTES = 64 * 1024
 
 
@@ -65,7 +65,7 @@ class Engine:
 
     def _check_range(self, offset: int, length: int) -> None:
         inside = 0 <= offset <= self.size_bytes - length and length > 0
-        if offset % PAGE_BYTES or length % PAGE_BYTES or not inside:
+        if offset % SLOT_BYTES or length % SLOT_BYTES or not inside:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
     def pread(self, buffer: Buffer, offset: int) -> None:

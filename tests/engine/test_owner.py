@@ -30,7 +30,7 @@ from nbdnfs.engine import Engine, NfsFile, libnfs_version
 from nbdnfs.errors import NbdnfsError, NoInputError, OwnedError, PermissionDeniedError
 from nbdnfs.keeper import main as keeper_main
 from nbdnfs.keeper.records import Records
-from nbdnfs.kernel import link
+from nbdnfs.kernel import nbd_device
 from nbdnfs.nas import backing_file, owner_record, ownership
 from nbdnfs.nas.owner_record import Identity, Record, Timing
 
@@ -574,10 +574,10 @@ def test_claim_and_down(swap_file: FileOnServer, tmp_path: Path, monkeypatch: py
 def test_a_keeper_that_fails_gives_the_file_up(swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless its device is still there, to be taken on by the next one."""
     ownership.claim(swap_file.url(), HOLDER, owner_record.identity())
-    monkeypatch.setattr(link, "find", lambda backend: link.Attached(0, DEVICE_BYTES))
+    monkeypatch.setattr(nbd_device, "find", lambda backend: nbd_device.Attached(0, DEVICE_BYTES))
     keeper_main._release_unless_attached("swap0", swap_file.url(), LOOPBACK)
     assert record_path(swap_file).exists()
-    monkeypatch.setattr(link, "find", lambda backend: None)
+    monkeypatch.setattr(nbd_device, "find", lambda backend: None)
     keeper_main._release_unless_attached("swap0", swap_file.url(), LOOPBACK)
     assert beside(swap_file) == []
 

@@ -14,6 +14,8 @@ from support.proxy import TcpProxy
 from support.waiting import DEADLINE_S, in_background
 from support.worker_process import Worker, serving
 
+from nbdnfs import proc_stat
+
 PAGE = 4096
 MIB = 1 << 20
 CPU_SHARE = 0.02
@@ -21,8 +23,8 @@ CPU_SHARE = 0.02
 
 def cpu_s(worker: Worker) -> float:
     """proc_pid_stat(5): utime and stime."""
-    fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    fields = proc_stat.fields(Path(f"/proc/{worker.pid}/stat").read_text())
+    return (int(fields[proc_stat.USER_TICKS]) + int(fields[proc_stat.SYSTEM_TICKS])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.timeout(300)

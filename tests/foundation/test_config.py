@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The configuration file: what it gives, and that whatever is wrong in it is told with file, line and remedy."""
+"""The configuration file: its values, and that every error is reported with file, line and remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from nbdnfs import config
+from nbdnfs import config, config_keys
 from nbdnfs.config import Config
 from nbdnfs.errors import ConfigError, NbdnfsError, NoInputError, UsageError
 
@@ -104,7 +104,7 @@ def test_every_key(root: Path) -> None:
 
 def test_example_is_valid_and_complete(root: Path) -> None:
     """The example parses as it is and with every default uncommented, to the same; and it names every key."""
-    text = config.render_example()
+    text = config_keys.render_example()
     write(root, text)
     as_is = config.load("swap0", root)
     uncommented = "\n".join(
@@ -112,14 +112,14 @@ def test_example_is_valid_and_complete(root: Path) -> None:
     )
     write(root, uncommented)
     assert config.load("swap0", root) == as_is == dataclasses.replace(Config("swap0", ""), url=as_is.url)
-    for key in config.KEYS:
+    for key in config_keys.KEYS:
         assert f"\n{key} = " in uncommented
-    assert len(config.KEYS) == len(dataclasses.fields(Config)) - 1  # less the name
+    assert len(config_keys.KEYS) == len(dataclasses.fields(Config)) - 1  # less the name
     assert max(len(line) for line in text.splitlines()) <= 110
 
 
 def test_percent_sign_survives_a_second_parse(root: Path) -> None:
-    """`%%` is a percent sign for libnfs, whoever parses the configured URL again."""
+    """`%%` stays a percent sign for libnfs, however often the configured URL is parsed."""
     from nbdnfs import nfs_url
 
     write(root, 'url = "nfs://nas/export/100%%.swap"')
@@ -151,44 +151,44 @@ def test_run_is_looked_up_after_etc(root: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "message", "hint"),
     [
-        ("prioritty = 3", 1, "there is no key 'prioritty'", "did you mean 'priority'?"),
-        ("Read-Ahead = 3", 1, "there is no key 'Read-Ahead'", "did you mean 'read_ahead'?"),
-        ("# a\n\n\n  'sise'='2G'", 4, "there is no key 'sise'", "did you mean 'size'?"),
-        ("[swap]\nsize = '2G'", 1, "there is no table [swap]", "the keys are url, "),
-        ('x = """\na\n"""', 1, "there is no key 'x'", "the keys are url, "),
-        ('lock = """\nrequired"""\ny = 1', 3, "there is no key 'y'", "the keys are url, "),
+        ("prioritty = 3", 1, "unknown key 'prioritty'", "did you mean 'priority'?"),
+        ("Read-Ahead = 3", 1, "unknown key 'Read-Ahead'", "did you mean 'read_ahead'?"),
+        ("# a\n\n\n  'sise'='2G'", 4, "unknown key 'sise'", "did you mean 'size'?"),
+        ("[swap]\nsize = '2G'", 1, "unknown table [swap]", "the keys are url, "),
+        ('x = """\na\n"""', 1, "unknown key 'x'", "the keys are url, "),
+        ('lock = """\nrequired"""\ny = 1', 3, "unknown key 'y'", "the keys are url, "),
         (
             'device = """\n""" # y = 1\n#y = 1\nsize = "y = 1"\ny.z = 2',
             5,
-            "there is no table [y]",
+            "unknown table [y]",
             "the keys are url, ",
         ),
-        ("priority = 1\r\ndiscart = true\r\n", 2, "there is no key 'discart'", "did you mean 'discard'?"),
-        ("priority = 40000", 1, "priority cannot be 40000", "it is a number from -1 to 32767"),
-        ("priority = 0x" + "f" * 5000, 1, "priority cannot be so large", "it is a number from -1 to 32767"),
-        ('\npriority = "5"', 2, "priority is to be a whole number", "write for example priority = 32767"),
-        ("connections = true", 1, "connections is to be a whole number", "write for example connections = 1"),
-        ("threads = 1.0", 1, "threads is to be a whole number", "write for example threads = 1"),
-        ("discard = 1", 1, "discard is to be true or false", "write for example discard = true"),
-        ("discard = 'yes'", 1, "discard is to be true or false", "write for example discard = true"),
-        ("size = 2048", 1, "size is to be a text in quotes", 'write for example size = "2G"'),
+        ("priority = 1\r\ndiscart = true\r\n", 2, "unknown key 'discart'", "did you mean 'discard'?"),
+        ("priority = 40000", 1, "priority cannot be 40000", "it must be from -1 to 32767"),
+        ("priority = 0x" + "f" * 5000, 1, "priority cannot be that large", "it must be from -1 to 32767"),
+        ('\npriority = "5"', 2, "priority must be a whole number", "for example: priority = 32767"),
+        ("connections = true", 1, "connections must be a whole number", "for example: connections = 1"),
+        ("threads = 1.0", 1, "threads must be a whole number", "for example: threads = 1"),
+        ("discard = 1", 1, "discard must be true or false", "for example: discard = true"),
+        ("discard = 'yes'", 1, "discard must be true or false", "for example: discard = true"),
+        ("size = 2048", 1, "size must be a string in quotes", 'for example: size = "2G"'),
         ('size = "2X"', 1, "size: '2X' is not a size", "write a number and a unit, for example 512M or 2G"),
-        ('size = "5000"', 1, "size cannot be '5000'", 'it is 1 MiB to 16 TiB, for example "2G"'),
-        ('size = "1048577"', 1, "size cannot be '1048577': it is no multiple of 4096 bytes", "write for example size"),
-        ('region = "512K"', 1, "region cannot be '512K'", 'it is 1 MiB to 1 GiB, for example "16M"'),
-        ('read_ahead = "17M"', 1, "read_ahead cannot be '17M'", "it is 0 B to 16 MiB"),
-        ('io_timeout = "0s"', 1, "io_timeout cannot be '0s'", "it is 0.5 to 300 seconds"),
+        ('size = "5000"', 1, "size cannot be '5000'", 'it must be from 1 MiB to 16 TiB, for example "2G"'),
+        ('size = "1048577"', 1, "size cannot be '1048577': it is not a multiple of 4096 bytes", "for example: size"),
+        ('region = "512K"', 1, "region cannot be '512K'", 'it must be from 1 MiB to 1 GiB, for example "16M"'),
+        ('read_ahead = "17M"', 1, "read_ahead cannot be '17M'", "it must be from 0 B to 16 MiB"),
+        ('io_timeout = "0s"', 1, "io_timeout cannot be '0s'", "it must be from 0.5 to 300 seconds"),
         ('io_timeout = "2 weeks"', 1, "io_timeout: '2 weeks' is not a duration", "write a number and a unit"),
-        ('device = "/dev/sda"', 1, "device cannot be '/dev/sda'", 'it is "/dev/nbd0" and so on'),
+        ('device = "/dev/sda"', 1, "device cannot be '/dev/sda'", 'use "/dev/nbd0" or the like'),
         ('lock = "require"', 1, "lock cannot be 'require'", "did you mean 'required'?"),
-        ("[lock]\na = 1", 1, "lock is to be a text in quotes", 'write for example lock = "required"'),
-        ("lock.a = 1", 1, "lock is to be a text in quotes", 'write for example lock = "required"'),
-        ("priority = 1\npriority = 2", 2, "no valid TOML: Cannot overwrite a value", "write lines like"),
-        ("size = \n", 1, "no valid TOML: Invalid value", "write lines like"),
-        ("# a\nsize", 2, "no valid TOML: Expected '='", "write lines like"),
-        ("priority = " + "9" * 5000, 1, "no valid TOML: ", "write lines like"),
-        ("# a\nsize = " + "[" * 3000, 2, "no valid TOML: nested too deeply", "write lines like"),
-        ("size = '\x01'", 1, "no valid TOML: Found invalid character", "write lines like"),
+        ("[lock]\na = 1", 1, "lock must be a string in quotes", 'for example: lock = "required"'),
+        ("lock.a = 1", 1, "lock must be a string in quotes", 'for example: lock = "required"'),
+        ("priority = 1\npriority = 2", 2, "not valid TOML: Cannot overwrite a value", "write lines like"),
+        ("size = \n", 1, "not valid TOML: Invalid value", "write lines like"),
+        ("# a\nsize", 2, "not valid TOML: Expected '='", "write lines like"),
+        ("priority = " + "9" * 5000, 1, "not valid TOML: ", "write lines like"),
+        ("# a\nsize = " + "[" * 3000, 2, "not valid TOML: nested too deeply", "write lines like"),
+        ("size = '\x01'", 1, "not valid TOML: Found invalid character", "write lines like"),
     ],
 )
 def test_errors_name_line_and_remedy(root: Path, text: str, line: int, message: str, hint: str) -> None:
@@ -203,19 +203,19 @@ def test_errors_name_line_and_remedy(root: Path, text: str, line: int, message: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "swap0.toml:1: there is no url"),
-        ("priority = 1", "swap0.toml:1: there is no url"),
-        ("url = 5", "swap0.toml:1: url is to be a text in quotes"),
+        ("", "swap0.toml:1: url is missing"),
+        ("priority = 1", "swap0.toml:1: url is missing"),
+        ("url = 5", "swap0.toml:1: url must be a string in quotes"),
         ('\nurl = "http://nas/x"', "swap0.toml:2: url: 'http://nas/x' is not an NFS URL"),
-        ('url = "nfs://nas/a/%q"', "swap0.toml:1: url: '%q' in the URL is no specifier"),
-        ('url = "nfs://nas/a/b?uuid=1"', "swap0.toml:1: url: 'uuid' is no option of an NFS URL"),
+        ('url = "nfs://nas/a/%q"', "swap0.toml:1: url: '%q' in the URL is not a specifier"),
+        ('url = "nfs://nas/a/b?uuid=1"', "swap0.toml:1: url: 'uuid' is not an option of an NFS URL"),
         ('url = "nfs://nas/a/b\\nb"', "swap0.toml:1: url: 'nfs://nas/a/b?b' is not an NFS URL"),
         (b"# \xc3\xa4\n# \xe4\n", "swap0.toml:2: byte 0xe4 is not UTF-8"),
-        ("#" * 20000, "swap0.toml: is larger than 16 KiB"),
+        ("#" * 20000, "swap0.toml is larger than 16 KiB"),
     ],
 )
 def test_errors_of_url_and_file(root: Path, text: str | bytes, message: str) -> None:
-    """A url that is missing or wrong, a file that is no text: one line each."""
+    """A url that is missing or wrong, a file that is not text: one line each."""
     error = error_of(root, text)
     assert message in error.message
     assert len(error.lines()) == 2
@@ -227,7 +227,7 @@ def test_error_in_drop_in_names_the_drop_in(root: Path) -> None:
     write(root, URL)
     write(root, "\npriority = 'x'", "etc/nbdnfs/swap0.toml.d/10-a.toml")
     write(root, "priority = 1", "etc/nbdnfs/swap0.toml.d/20-b.toml")
-    with pytest.raises(ConfigError, match=r"swap0\.toml\.d/10-a\.toml:2: priority is to be a whole number"):
+    with pytest.raises(ConfigError, match=r"swap0\.toml\.d/10-a\.toml:2: priority must be a whole number"):
         config.load("swap0", root)
 
 
@@ -239,13 +239,13 @@ def test_missing_file_names_the_nearest(root: Path) -> None:
     write(root, URL, "etc/nbdnfs/swap1.toml")
     with pytest.raises(NoInputError) as caught:
         config.load("swap0", root)
-    assert caught.value.message == f"there is no {root}/etc/nbdnfs/swap0.toml"
+    assert caught.value.message == f"{root}/etc/nbdnfs/swap0.toml does not exist"
     assert caught.value.hint == "did you mean 'swap1'?"
 
 
 @pytest.mark.parametrize("name", ["", ".a", "a/b", "../a", "a b", "a\n", "ä", "a" * 65, "swap0.toml", "a.toml.d"])
 def test_impossible_names(root: Path, name: str) -> None:
-    """A name that is no file name, unit instance or socket path is refused before any file is looked for."""
+    """A name that cannot be a file name, unit instance and socket path is refused before any file is looked for."""
     with pytest.raises(UsageError):
         config.load(name, root)
     write(root, URL, "etc/nbdnfs/.hidden.toml")
@@ -253,7 +253,7 @@ def test_impossible_names(root: Path, name: str) -> None:
 
 
 def test_folder_instead_of_a_file(root: Path) -> None:
-    """A file that cannot be read is told in the system's words."""
+    """A file that cannot be read is reported with the reason of the system."""
     (root / "etc/nbdnfs/swap0.toml").mkdir()
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         config.load("swap0", root)
@@ -269,7 +269,7 @@ toml_values = st.one_of(
     ),
 )
 toml_lines = st.one_of(
-    st.tuples(st.sampled_from([*config.KEYS, "x", '"a b"', "size.x", '"\\n"']), toml_values).map(" = ".join),
+    st.tuples(st.sampled_from([*config_keys.KEYS, "x", '"a b"', "size.x", '"\\n"']), toml_values).map(" = ".join),
     st.sampled_from(["", "# url = 1", "[t]", "[[t]]", "[url]", "\t", "\r", "url", 'url = "nfs://h/%m/b"']),
     st.text(max_size=20),
 )
@@ -298,7 +298,7 @@ def test_random_files_never_trace_back(root: Path, lines: list[str]) -> None:
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200))
 def test_random_bytes_never_trace_back(root: Path, data: bytes) -> None:
-    """The same for files that are no text at all."""
+    """The same for files that are not text."""
     error = error_of(root, data)
     assert isinstance(error, ConfigError)
     assert all(line.isprintable() for line in error.lines())
@@ -315,7 +315,7 @@ def test_line_of_an_unknown_key(root: Path, before: list[str]) -> None:
         values = tomllib.loads(text)
     except (ValueError, RecursionError):
         return
-    if set(values) - {"zzz_unknown"} - set(config.KEYS) or "zzz_unknown" not in values:
+    if set(values) - {"zzz_unknown"} - set(config_keys.KEYS) or "zzz_unknown" not in values:
         return
     error = error_of(root, text)
     assert error.message.startswith(f"{root}/etc/nbdnfs/swap0.toml:{text.count(chr(10)) + 1}: ")

@@ -83,13 +83,13 @@ def test_what_is_no_url(text: str) -> None:
 @pytest.mark.parametrize("path", ["/", "/export/", "/export/.", "/export/..", "/.."])
 def test_what_names_no_file(path: str) -> None:
     """A directory, or a name that is one."""
-    with pytest.raises(UsageError, match=r"names no file$"):
+    with pytest.raises(UsageError, match=r"does not name a file$"):
         nfs_url.parse(f"nfs://nas{path}")
 
 
 @pytest.mark.parametrize("path", ["/../swap", "/a/../swap", "/a/../../b/swap"])
 def test_no_dots_in_the_path(path: str) -> None:
-    """What a server would do with them nobody knows."""
+    """What a server would make of them is unknown."""
     with pytest.raises(UsageError, match=r"has '\.\.' in its path$"):
         nfs_url.parse(f"nfs://nas{path}")
 
@@ -97,21 +97,21 @@ def test_no_dots_in_the_path(path: str) -> None:
 @pytest.mark.parametrize(
     ("query", "message", "hint"),
     [
-        ("versoin=3", "'versoin' is no option of an NFS URL", "did you mean 'version'?"),
-        ("port=2049", "'port' is no option of an NFS URL", "did you mean 'nfsport'?"),
+        ("versoin=3", "'versoin' is not an option of an NFS URL", "did you mean 'version'?"),
+        ("port=2049", "'port' is not an option of an NFS URL", "did you mean 'nfsport'?"),
         (
             "quux=1",
-            "'quux' is no option of an NFS URL",
+            "'quux' is not an option of an NFS URL",
             "the options are version, nfsport, mountport, uid, gid, tcp-syncnt",
         ),
-        ("version", "'version=' in the URL is not possible", "version is 3 to 4"),
-        ("version=4.1", "'version=4.1' in the URL is not possible", "version is 3 to 4"),
-        ("nfsport=0", "'nfsport=0' in the URL is not possible", "nfsport is 1 to 65535"),
-        ("uid=-1", "'uid=-1' in the URL is not possible", "uid is 0 to 2147483647"),
-        ("gid=99999999999", "'gid=99999999999' in the URL is not possible", "gid is 0 to 2147483647"),
-        ("version=\uff13", "'version=\uff13' in the URL is not possible", "version is 3 to 4"),
-        ("version=3&", "'' is no option of an NFS URL", ""),
-        ("version=4&version=3", "'version' is twice in the URL", "give it once"),
+        ("version", "'version=' in the URL is not valid", "version must be from 3 to 4"),
+        ("version=4.1", "'version=4.1' in the URL is not valid", "version must be from 3 to 4"),
+        ("nfsport=0", "'nfsport=0' in the URL is not valid", "nfsport must be from 1 to 65535"),
+        ("uid=-1", "'uid=-1' in the URL is not valid", "uid must be from 0 to 2147483647"),
+        ("gid=99999999999", "'gid=99999999999' in the URL is not valid", "gid must be from 0 to 2147483647"),
+        ("version=\uff13", "'version=\uff13' in the URL is not valid", "version must be from 3 to 4"),
+        ("version=3&", "'' is not an option of an NFS URL", ""),
+        ("version=4&version=3", "'version' appears twice in the URL", "give it once"),
     ],
 )
 def test_options_that_are_refused(query: str, message: str, hint: str) -> None:
@@ -136,9 +136,9 @@ def test_specifiers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("text", ["nfs://nas/export/%h.swap", "nfs://nas/export/100%", "nfs://nas/export/%20.swap"])
 def test_other_specifiers_are_refused(root: Path, text: str) -> None:
     """Also the escapes of other URLs, and a percent sign alone."""
-    with pytest.raises(UsageError, match=r"in the URL is no specifier$") as caught:
+    with pytest.raises(UsageError, match=r"in the URL is not a specifier$") as caught:
         nfs_url.parse(text, root)
-    assert caught.value.hint == "there are %H, %m, and %% for a percent sign"
+    assert caught.value.hint == "use %H, %m, or %% for a percent sign"
 
 
 @pytest.mark.parametrize("content", [None, "", "uninitialized\n", MACHINE_ID[:-1], MACHINE_ID.upper(), "../../x\n"])
@@ -218,7 +218,7 @@ def test_any_text_is_a_url_or_a_usage_error(text: str) -> None:
 
 
 def test_a_name_of_two_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one that takes connections: a name may have an address that nobody listens on."""
+    """The first one that accepts connections: a name may have an address on which no server listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

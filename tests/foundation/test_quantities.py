@@ -61,7 +61,7 @@ def test_no_part_of_a_byte(text: str) -> None:
 @example(2**53 + 1, ".0", "")
 @example(2**53 + 1, ".5", "K")
 def test_sizes_are_exact(whole: int, decimals: str, unit: str) -> None:
-    """The very number, or an error where it is none of bytes."""
+    """The exact number, or an error where it is not a whole number of bytes."""
     expected = Fraction(f"{whole}{decimals}") * FACTORS[unit]
     if expected.denominator == 1:
         assert quantities.parse_size_bytes(f"{whole}{decimals}{unit}") == expected
@@ -138,5 +138,5 @@ def test_durations_by_unit(whole: int, unit: str) -> None:
     ],
 )
 def test_durations_in_print(seconds: float, text: str) -> None:
-    """Two units at most, none of them overfull."""
+    """Two units at most, and neither reaches the next larger one."""
     assert quantities.format_duration(seconds) == text

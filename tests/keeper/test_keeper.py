@@ -18,6 +18,7 @@ from support.fake_kernel import FakeKernel
 from support.keeper_run import run_keeper
 from support.waiting import wait_until
 
+from nbdnfs import proc_stat
 from nbdnfs.errors import BusyError, NbdnfsError, OwnedError, PermissionDeniedError, UnavailableError
 from nbdnfs.keeper import keeper as keeper_module
 from nbdnfs.keeper import serving as serving_module
@@ -26,8 +27,7 @@ from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.sd_notify import Notifier
 from nbdnfs.keeper.worker_handle import WorkerHandle, recipe
-from nbdnfs.kernel import state as kernel_state
-from nbdnfs.kernel.link import Attached
+from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.worker.protocol import STOLEN_STATUS
 
 FAKE_WORKER = str(Path(__file__).resolve().parents[1] / "support/fake_worker.py")
@@ -140,8 +140,8 @@ def test_all_steps(setup: Setup) -> None:
     assert setup.work.on
     assert setup.kernel.find() is not None
     serving, standby = setup.work.started
-    until(lambda: kernel_state.start_time_ticks(standby.pid) is None)
-    assert kernel_state.start_time_ticks(serving.pid) is not None
+    until(lambda: proc_stat.start_time_ticks(standby.pid) is None)
+    assert proc_stat.start_time_ticks(serving.pid) is not None
     assert setup.kernel.read(0, 4096) == bytes(4096)
 
 
@@ -181,7 +181,7 @@ def test_device_in_use(setup: Setup) -> None:
     setup.kernel.refuses = [BusyError("the device is in use")]
     with pytest.raises(BusyError):
         setup.run(None)
-    until(lambda: all(kernel_state.start_time_ticks(one.pid) is None for one in setup.work.started))
+    until(lambda: all(proc_stat.start_time_ticks(one.pid) is None for one in setup.work.started))
 
 
 def test_mkswap_is_refused(setup: Setup) -> None:

@@ -22,14 +22,13 @@ from support.fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
 from support.keeper_run import FakeSwap, run_keeper, until
 from support.nfs_server import Ganesha
 
-from nbdnfs import region
+from nbdnfs import proc_stat, region
 from nbdnfs.config import Config
 from nbdnfs.errors import OwnedError
 from nbdnfs.keeper import serving as serving_module
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.sd_notify import Notifier
-from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.nbd_handshake import Export, TransmissionFlags
 from nbdnfs.nas import owner_record, ownership
 from nbdnfs.nas.owner_record import Identity, Timing
@@ -291,12 +290,12 @@ def test_a_worker_outlives_its_keeper(tmp_path: Path) -> None:
             kernel = FakeKernel()
             with socket.socket(fileno=descriptor) as sock:
                 kernel.attach(sock, Export(DEVICE_BYTES, TransmissionFlags(0)))
-            until(lambda: kernel_state.start_time_ticks(standby) is None)
+            until(lambda: proc_stat.start_time_ticks(standby) is None)
             for number in range(8):
                 assert kernel.read(number * PAGE, PAGE) == bytes(PAGE)
-            assert kernel_state.start_time_ticks(serving) is not None
+            assert proc_stat.start_time_ticks(serving) is not None
             kernel.close()
-            until(lambda: kernel_state.start_time_ticks(serving) is None)
+            until(lambda: proc_stat.start_time_ticks(serving) is None)
 
 
 _SHORT_LIVED_KEEPER = """

@@ -45,9 +45,9 @@ def report(self):
 load = config.load
 config.load = lambda name: load(name, root)
 os.geteuid = lambda: 0
-main.link.find = lambda backend: None
-main.link.load_driver = lambda: None
-main.link.Link = Kernel
+main.nbd_device.find = lambda backend: None
+main.nbd_device.NbdKernel = Kernel
+main.nbd_driver.load = lambda: None
 records.Records.__init__.__kwdefaults__["run"] = root / "run"
 keeper.Keeper.run = report
 cli.main()

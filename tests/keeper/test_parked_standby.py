@@ -30,7 +30,7 @@ from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.sd_notify import Notifier
 from nbdnfs.keeper.worker_handle import WorkerHandle, recipe
 from nbdnfs.kernel import nbd_handshake
-from nbdnfs.kernel.link import Attached
+from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.worker import nbdkit
 
 PAGE = 4096

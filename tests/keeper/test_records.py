@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdnfs import region
+from nbdnfs import proc_stat, region
 from nbdnfs.keeper.records import Records
-from nbdnfs.kernel import state as kernel_state
 
 
 @pytest.fixture
@@ -64,7 +63,7 @@ def test_a_zombie_does_not_live(records: Records) -> None:
     """It has ended; only its parent has not looked yet."""
     child = subprocess.Popen(["/bin/true"])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert kernel_state.start_time_ticks(child.pid) is None
+    assert proc_stat.start_time_ticks(child.pid) is None
     child.wait()
 
 

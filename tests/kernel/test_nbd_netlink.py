@@ -163,7 +163,7 @@ def test_reconfigure() -> None:
 
 
 def test_reconfigure_with_timeouts() -> None:
-    """Both timeouts may be set anew, on a connected device."""
+    """Both timeouts may be changed on a connected device."""
     nbd, sock = opened(fails(0))
     nbd.reconfigure(3, [9], backend="abc", timeout_s=5, dead_conn_timeout_s=60)
     assert vector("0c00 0400 0500000000000000") in sock.requests[0]
@@ -182,7 +182,7 @@ def test_status_of_all_devices() -> None:
 
 
 def test_status_of_one_device() -> None:
-    """The index in the question; an empty list when there is no such device."""
+    """The index is in the request; the list is empty when there is no such device."""
     nbd, sock = opened(says(5, attribute(9, b"")))
     assert nbd.status(3) == {}
     assert sock.requests == [vector("1c000000 1c00 0100 01000000 00000000 05 01 0000 0800 0100 03000000")]
@@ -229,7 +229,7 @@ def test_refused_orders(order: str) -> None:
 
 
 def test_a_socket_error() -> None:
-    """What sendmsg itself returns is told the same way."""
+    """An errno of sendmsg itself is reported the same way."""
     nbd, _ = opened(OSError(errno.ENOBUFS, "No buffer space available"))
     with pytest.raises(NbdnfsError, match="No buffer space"):
         nbd.disconnect(3)
@@ -271,19 +271,19 @@ def test_stray_answers_do_not_prolong_the_deadline(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_connect_that_is_only_acknowledged() -> None:
-    """nbd_connect_reply may find no memory; then nobody knows the index, and that is an error."""
+    """nbd_connect_reply may find no memory; then the index is unknown, and that is an error."""
     nbd, _ = opened(fails(0))
     with pytest.raises(NbdnfsError, match="empty"):
         connect(nbd)
     nbd, _ = opened(says(1, b""))
-    with pytest.raises(NbdnfsError, match="does not say which"):
+    with pytest.raises(NbdnfsError, match="did not say which"):
         connect(nbd)
 
 
 def test_a_short_answer() -> None:
     """Fewer bytes than a header are an error of ours."""
     nbd, _ = opened(lambda _: b"\0" * 8)
-    with pytest.raises(NbdnfsError, match="cut off after 8 bytes"):
+    with pytest.raises(NbdnfsError, match="is truncated: 8 bytes"):
         nbd.status()
 
 
@@ -358,7 +358,7 @@ def test_link_dead_events() -> None:
 
 
 def test_dropped_events_are_no_error() -> None:
-    """ENOBUFS tells that the queue ran over; what comes after it is read."""
+    """ENOBUFS reports that the queue overflowed; later events are read."""
 
     class FakeOverrunSocket:
         answers: list[bytes | OSError] = [  # noqa: RUF012

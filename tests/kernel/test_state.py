@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Readers of /proc and /sys on golden trees, in the formats of Linux 6.1 and 6.12."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdnfs.kernel import state as kernel_state
-from nbdnfs.kernel.state import MemInfo, Mount, NbdDevice, NbdModule, Process, Swap, Task, VmStat
+from nbdnfs.kernel.state import MemInfo, Mount, NbdDevice, NbdModule, Swap, VmStat
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -37,7 +36,7 @@ def test_swaps(tmp_path: Path) -> None:
 
 
 def test_no_swap(tmp_path: Path) -> None:
-    """An empty list, and a kernel without swap support, are no swaps."""
+    """An empty list, and a kernel without swap support, give no swaps."""
     assert kernel_state.swaps(tmp_path) == []
     write(tmp_path, {"proc/swaps": "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"})
     assert kernel_state.swaps(tmp_path) == []
@@ -89,7 +88,7 @@ def test_an_idle_device(tmp_path: Path) -> None:
 
 
 def test_no_such_device(tmp_path: Path) -> None:
-    """Neither a missing name nor one that is no nbd disk is a device."""
+    """Neither a missing name nor the name of another disk is an nbd device."""
     write(tmp_path, {**IDLE, "sys/block/nbdx/size": "8\n", "sys/block/sda/size": "8\n"})
     assert kernel_state.nbd_device("nbd7", tmp_path) is None
     assert kernel_state.nbd_device("nbdx", tmp_path) is None
@@ -166,16 +165,6 @@ def test_loops(tmp_path: Path) -> None:
     assert kernel_state.loops(tmp_path) == {"loop0": "/dev/nbd0"}
 
 
-def test_openers(tmp_path: Path) -> None:
-    """Processes whose descriptors lead to the device; others, and processes that ended, are passed over."""
-    write(tmp_path, {"proc/12/comm": "dd\n", "proc/13/comm": "sh\n", "proc/5/comm": "gone\n", "proc/uptime": "1 1\n"})
-    for pid, target in ((12, "/dev/nbd0"), (13, "/dev/nbd01")):
-        (tmp_path / f"proc/{pid}/fd").mkdir()
-        (tmp_path / f"proc/{pid}/fd/0").symlink_to("/dev/null")
-        (tmp_path / f"proc/{pid}/fd/3").symlink_to(target)
-    assert kernel_state.openers("/dev/nbd0", tmp_path) == [(12, "dd")]
-
-
 def test_meminfo(tmp_path: Path) -> None:
     """The five values that are used, in bytes; counters without a unit do not disturb."""
     text = "".join(
@@ -192,74 +181,8 @@ def test_vmstat(tmp_path: Path) -> None:
     assert kernel_state.vmstat(tmp_path) == VmStat(1, 2, 3, 0)
 
 
-def stat_line(pid: int, name: str, *, flags: int, minor: int, major: int, rt_priority: int, policy: int) -> str:
-    """A line of /proc/PID/stat with 52 fields, of which those that are read have values of their own."""
-    fields = ["0"] * 52
-    fields[0], fields[1], fields[2] = str(pid), f"({name})", "S"
-    # proc_pid_stat(5) counts from 1
-    fields[9 - 1], fields[10 - 1], fields[12 - 1] = str(flags), str(minor), str(major)
-    fields[40 - 1], fields[41 - 1] = str(rt_priority), str(policy)
-    return " ".join(fields) + "\n"
-
-
-def test_a_process(tmp_path: Path) -> None:
-    """Memory from status, faults of all threads from stat, flags and policy thread by thread."""
-    name = "nbdkit ) (x"
-    status = f"Name:\t{name}\nVmLck:\t   14336 kB\nVmRSS:\t   14400 kB\nThreads:\t2\n"
-    write(
-        tmp_path,
-        {
-            "proc/7/status": status,
-            "proc/7/oom_score_adj": "-1000\n",
-            "proc/7/stat": stat_line(7, name, flags=0x40, minor=30, major=3, rt_priority=0, policy=0),
-            "proc/7/task/7/stat": stat_line(7, name, flags=0x40_0040, minor=10, major=1, rt_priority=0, policy=0),
-            "proc/7/task/12/stat": stat_line(12, "io", flags=0x58_0040, minor=20, major=2, rt_priority=5, policy=1),
-        },
-    )
-    process = kernel_state.process(7, tmp_path)
-    assert process == Process(
-        pid=7,
-        name=name,
-        locked_bytes=14336 << 10,
-        resident_bytes=14400 << 10,
-        minor_faults=30,
-        major_faults=3,
-        oom_score_adj=-1000,
-        tasks=(Task(7, name, 10, 1, 0x40_0040, 0, 0), Task(12, "io", 20, 2, 0x58_0040, 5, 1)),
-    )
-    assert [task.io_flusher for task in process.tasks] == [False, True]
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"), [(0, False), (0x0008_0000, False), (0x0010_0000, False), (0x0018_0000, True)]
-)
-def test_io_flusher_needs_both_flags(flags: int, expected: bool) -> None:
-    """PF_MEMALLOC_NOIO alone is what any task has inside memalloc_noio_save()."""
-    assert Task(1, "x", 0, 0, flags, 0, 0).io_flusher is expected
-
-
-def test_a_process_that_ended(tmp_path: Path) -> None:
-    """Is None, and so is one that ends between two reads."""
-    assert kernel_state.process(7, tmp_path) is None
-    write(tmp_path, {"proc/7/status": "Name:\tx\n", "proc/7/stat": ""})
-    assert kernel_state.process(7, tmp_path) is None
-
-
-def test_a_process_without_memory(tmp_path: Path) -> None:
-    """A zombie or kernel thread has no Vm lines."""
-    stat = stat_line(7, "x", flags=0, minor=0, major=0, rt_priority=0, policy=0)
-    process = kernel_state.process(7, write(tmp_path, {"proc/7/status": "Name:\tx\n", "proc/7/stat": stat}))
-    assert process is not None
-    assert (process.locked_bytes, process.resident_bytes, process.oom_score_adj, process.tasks) == (0, 0, 0, ())
-
-
-def test_this_process() -> None:
-    """On the running kernel: ourselves, with the faults that getrusage counts too."""
-    process = kernel_state.process(os.getpid())
-    assert process is not None
-    assert process.resident_bytes > 1 << 20
-    assert process.minor_faults > 100
-    assert os.getpid() in [task.tid for task in process.tasks]
+def test_this_machine() -> None:
+    """On the running kernel."""
     assert kernel_state.meminfo().total_bytes > 1 << 24
     kernel_state.vmstat()
     assert any(mount.mount_point == "/" for mount in kernel_state.mounts())
@@ -268,14 +191,8 @@ def test_this_process() -> None:
     kernel_state.nbd_module()
 
 
-def test_an_open_file_has_us_as_opener(tmp_path: Path) -> None:
-    """On the running kernel: the pid of this process for a file that it holds open."""
-    with (tmp_path / "x").open("w") as file:
-        assert os.getpid() in [pid for pid, _ in kernel_state.openers(file.name)]
-
-
 def test_device_numbers(tmp_path: Path) -> None:
-    """A file, a character device and a missing path are no block devices."""
+    """A file, a character device and a missing path are not block devices."""
     write(tmp_path, {"x": ""})
     assert kernel_state.device_number(tmp_path / "x") is None
     assert kernel_state.device_number(Path("/dev/null")) is None

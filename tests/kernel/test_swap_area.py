@@ -26,7 +26,7 @@ def test_signature(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("offset", [0, 4095, 3 * MIB - 1, 5 * MIB + 8191])
 def test_data_is_refused(tmp_path: Path, offset: int) -> None:
-    """A single byte anywhere is somebody's data; nothing is written."""
+    """A single byte anywhere counts as data; nothing is written."""
     area = tmp_path / "area"
     area.write_bytes(bytes(5 * MIB + 8192))
     swap_area.refuse_data(area)

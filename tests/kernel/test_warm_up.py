@@ -122,7 +122,7 @@ def test_not_a_device(tmp_path: Path) -> None:
     """A file, a character device, nothing at all."""
     (tmp_path / "file").write_bytes(bytes(PAGE))
     for path in (tmp_path / "file", Path("/dev/null")):
-        with pytest.raises(UsageError, match="is no block device"):
+        with pytest.raises(UsageError, match="is not a block device"):
             warm_up.warm_up(path)
     with pytest.raises(NoInputError):
         warm_up.warm_up(tmp_path / "missing")

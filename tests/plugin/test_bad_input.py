@@ -73,7 +73,7 @@ def last_lines(status: int, command: Sequence[str], **how: object) -> list[str]:
     [
         ("http://nas/export/file", "'http://nas/export/file' is not an NFS URL", URL_HINT),
         ("nfs:///export/file", "'nfs:///export/file' is not an NFS URL", URL_HINT),
-        ("nfs://nas/export/", "the URL 'nfs://nas/export/' names no file", URL_HINT),
+        ("nfs://nas/export/", "the URL 'nfs://nas/export/' does not name a file", URL_HINT),
         (
             "nfs://nas/export/../file",
             "the URL 'nfs://nas/export/../file' has '..' in its path",
@@ -81,11 +81,11 @@ def last_lines(status: int, command: Sequence[str], **how: object) -> list[str]:
         ),
         (
             "nfs://nas/export/%x",
-            "'%x' in the URL is no specifier",
-            "there are %H, %m, and %% for a percent sign",
+            "'%x' in the URL is not a specifier",
+            "use %H, %m, or %% for a percent sign",
         ),
-        ("nfs://nas/export/file?versoin=3", "'versoin' is no option of an NFS URL", "did you mean 'version'?"),
-        ("nfs://nas/export/file?version=2", "'version=2' in the URL is not possible", "version is 3 to 4"),
+        ("nfs://nas/export/file?versoin=3", "'versoin' is not an option of an NFS URL", "did you mean 'version'?"),
+        ("nfs://nas/export/file?version=2", "'version=2' in the URL is not valid", "version must be from 3 to 4"),
     ],
 )
 def test_bad_url(serve_fails: Callable[..., list[str]], text: str, message: str, hint: str) -> None:
@@ -266,7 +266,7 @@ def test_a_bad_url_given_to_the_plugin(socket_path: Path) -> None:
     """The plugin checks a URL that has not been checked before: the same lines as from serve."""
     command = run_plugin(socket_path, "url=nfs://nas/export/")
     lines = last_lines(os.EX_USAGE, command, env=nbdkit.worker_environment())
-    assert lines == ["the URL 'nfs://nas/export/' names no file", URL_HINT]
+    assert lines == ["the URL 'nfs://nas/export/' does not name a file", URL_HINT]
 
 
 def test_unknown_engine(backing_file: FileOnServer, serve_fails: Callable[..., list[str]]) -> None:

@@ -28,7 +28,7 @@ from support.proxy import TcpProxy
 from support.waiting import DEADLINE_S, in_background, wait_until
 from support.worker_process import serving
 
-from nbdnfs import engine
+from nbdnfs import engine, proc_stat
 
 PAGE = 4096
 MIB = 1 << 20
@@ -65,10 +65,7 @@ def is_served(path: Path) -> bool:
 
 def is_alive(pid: int) -> bool:
     """False for a zombie too."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return proc_stat.start_time_ticks(pid) is not None
 
 
 Start = Callable[..., "subprocess.Popen[bytes]"]

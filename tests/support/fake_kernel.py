@@ -15,7 +15,7 @@ import threading
 import time
 
 from nbdnfs.errors import NbdnfsError
-from nbdnfs.kernel.link import Attached
+from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.kernel.nbd_handshake import Export
 from support.nbd_client import FLUSH, READ, WRITE, NbdClient, Request
 

@@ -13,7 +13,7 @@ from nbdnfs.keeper.helper_process import HelperProcess
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.worker_handle import WorkerHandle
-from nbdnfs.kernel.link import Attached
+from nbdnfs.kernel.nbd_device import Attached
 from support.waiting import wait_until
 
 until = functools.partial(wait_until, what="it is so", timeout_s=20.0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import shutil
 import signal
 import socket
 import struct
@@ -22,6 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 from urllib.parse import urlencode
+
+from nbdnfs import programs
+from nbdnfs.errors import UnavailableError
 
 LOOPBACK = "127.0.0.1"
 
@@ -48,11 +50,11 @@ class ServerError(RuntimeError):
 
 
 def program(name: str, package: str) -> str:
-    """The path of a program, also where only root looks. ServerError says which Debian package is missing."""
-    path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
-    if path is None:
-        raise ServerError(f"the program '{name}' is not installed (Debian: apt install {package})")
-    return path
+    """As programs.find_program, with a ServerError that names the Debian package."""
+    try:
+        return programs.find_program(name, package)
+    except UnavailableError as error:
+        raise ServerError(f"{error.message}: {error.hint}") from None
 
 
 def environment() -> dict[str, str]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdnfs import proc_stat
 from nbdnfs.errors import UnavailableError
 from support.nbd_client import NbdClient
 
@@ -35,8 +36,8 @@ class Worker:
 
     def faults(self) -> tuple[int, int]:
         """Minor and major page faults of all of its threads, the ended ones too (proc_pid_stat(5))."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[7]), int(fields[9])
+        fields = proc_stat.fields(Path(f"/proc/{self.pid}/stat").read_text())
+        return int(fields[proc_stat.MINOR_FAULTS]), int(fields[proc_stat.MAJOR_FAULTS])
 
     def memory_kib(self, key: str) -> int:
         """A figure of /proc/PID/smaps_rollup, "Rss" or "Locked"."""

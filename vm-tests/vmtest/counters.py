@@ -12,11 +12,12 @@ from vmtest.guest import Guest
 # The region's counters of a worker, and the processor time that it has used.
 _READ = """\
 import json, os, sys
-from nbdnfs import region
+from nbdnfs import proc_stat, region
 pid = int(sys.argv[1])
-fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
+fields = proc_stat.fields(open(f"/proc/{pid}/stat").read())
 counters = region.read_counters(region.take_from(pid))
-counters["cpu_ms"] = (int(fields[11]) + int(fields[12])) * 1000 // os.sysconf("SC_CLK_TCK")
+ticks = int(fields[proc_stat.USER_TICKS]) + int(fields[proc_stat.SYSTEM_TICKS])
+counters["cpu_ms"] = ticks * 1000 // os.sysconf("SC_CLK_TCK")
 print(json.dumps(counters))
 """
 

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,17 +14,19 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from nbdnfs import programs
+from nbdnfs.errors import UnavailableError
 from vmtest.outcome import HarnessError
 
 log = logging.getLogger(__name__)
 
 
 def find_program(name: str, package: str) -> str:
-    """The path of `name`, also where only root looks. HarnessError names the Debian package."""
-    path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/local/sbin")
-    if path is None:
-        raise HarnessError(f"the program '{name}' is not installed", f"install it (Debian: apt install {package})")
-    return path
+    """As programs.find_program, with a HarnessError that names the Debian package."""
+    try:
+        return programs.find_program(name, package)
+    except UnavailableError as error:
+        raise HarnessError(error.message, error.hint) from None
 
 
 def need_root(what: str) -> None:

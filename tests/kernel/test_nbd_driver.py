@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The keeper's view of the kernel, where no kernel is needed; the rest is in vm-tests."""
+"""Loading the driver, where it fails; the rest is in vm-tests."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 
 from nbdnfs import programs
 from nbdnfs.errors import NbdnfsError, UnavailableError
-from nbdnfs.kernel import link
+from nbdnfs.kernel import nbd_driver
 
 UNIT = Path(__file__).resolve().parents[2] / "systemd/nbdnfs@.service"
 
 
-def test_no_driver_is_no_case_for_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_driver_is_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """modprobe's own words, and an exit status after which the unit stays down."""
 
     def refused(*_: object, **__: object) -> str:
@@ -25,7 +25,7 @@ def test_no_driver_is_no_case_for_another_try(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(programs, "run", refused)
     monkeypatch.setattr(programs, "find_program", lambda *_: "/sbin/modprobe")
     with pytest.raises(UnavailableError, match=r"driver is not there: .* Module nbd not found") as caught:
-        link.load_driver(tmp_path)
+        nbd_driver.load(tmp_path)
     assert caught.value.exit_code == os.EX_OSFILE
     final = re.search(r"^RestartPreventExitStatus=(.*)$", UNIT.read_text(), re.MULTILINE)
     assert final is not None

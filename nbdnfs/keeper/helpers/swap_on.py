@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Makes a swap area of the device where it is empty, warms its worker up, and turns swap on, for the keeper.
+
+    python -m nbdnfs.keeper.helpers.swap_on DEVICE PRIORITY LABEL [--discard]
+
+PRIORITY is "-" for the kernel's choice. A process of its own: reading a device whose worker has died waits for the
+next worker, which the keeper starts.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from nbdnfs.errors import NbdnfsError
+from nbdnfs.kernel import swap_area
+
+
+def main(argv: list[str]) -> int:
+    path, priority, label, *flags = argv
+    try:
+        swap_area.enable(
+            Path(path),
+            priority=int(priority) if priority != "-" else None,
+            label=label,
+            discard="--discard" in flags,
+        )
+    except NbdnfsError as error:
+        print(*error.lines(), sep="\n", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""/proc/PID/stat and /proc/PID/task/TID/stat, proc_pid_stat(5). Imports nothing: the locked worker has this module."""
+
+TYPE_CHECKING = False  # typing's own, without typing
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# The fields that are read here and there, by their numbers in the manual page.
+PID, NAME, STATE = 1, 2, 3
+FLAGS = 9
+MINOR_FAULTS, MAJOR_FAULTS = 10, 12
+USER_TICKS, SYSTEM_TICKS = 14, 15
+START_TICKS = 22
+REALTIME_PRIORITY, POLICY = 40, 41
+ARGUMENTS_ADDRESS = 48
+
+# Of FLAGS, include/linux/sched.h. prctl(PR_SET_IO_FLUSHER) sets both (Linux 5.6 and later); the first alone also comes
+# and goes with memalloc_noio_save().
+_PF_MEMALLOC_NOIO = 0x0008_0000
+_PF_LOCAL_THROTTLE = 0x0010_0000
+PF_IO_FLUSHER = _PF_MEMALLOC_NOIO | _PF_LOCAL_THROTTLE
+
+_ENDED = ("Z", "X")
+
+
+def fields(text: str) -> dict[int, str]:
+    """The fields of a stat file by their numbers, which begin with 1; NAME without its parentheses.
+
+    An empty text, which a process that ends between open and read has, gives no field after NAME.
+    """
+    head, _, tail = text.rpartition(")")  # the name itself may have blanks and parentheses
+    pid, _, name = head.partition(" (")
+    return dict(enumerate([pid, name, *tail.split()], start=PID))
+
+
+def is_io_flusher(flags: int) -> bool:
+    """Whether PR_SET_IO_FLUSHER is in force, by the field FLAGS: the task's allocations do not enter I/O."""
+    return flags & PF_IO_FLUSHER == PF_IO_FLUSHER
+
+
+def start_time_ticks(pid: int, root: "Path | str" = "") -> int | None:
+    """When a process began, in clock ticks since boot; None when it has ended, a zombie included.
+
+    `root` is the folder that stands for "/".
+    """
+    try:
+        with open(f"{root}/proc/{pid}/stat", errors="replace") as file:
+            found = fields(file.read())
+    except OSError:
+        return None
+    return None if found.get(STATE, "X") in _ENDED else int(found[START_TICKS])

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Starting programs, and that nothing else in the package does."""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import nbdnfs
+from nbdnfs import programs
+from nbdnfs.errors import NbdnfsError, UnavailableError
+
+PACKAGE = Path(nbdnfs.__file__).parent
+SHELL = "/bin/sh"
+
+
+def test_find_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In root's folders too; what is missing is named with its package."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert programs.find_program("mkswap", "util-linux").endswith("sbin/mkswap")
+    with pytest.raises(UnavailableError, match="'no-such-thing' is not installed") as caught:
+        programs.find_program("no-such-thing", "thing")
+    assert "apt install thing" in caught.value.hint
+
+
+def test_run() -> None:
+    """Stdout of a success; of a failure the last line, preferably of stderr, and the command."""
+    assert programs.run([SHELL, "-c", "echo out; echo err >&2"], what="trying") == "out\n"
+    for script, message in (
+        ("echo out; echo one >&2; echo two >&2; exit 1", "trying: two"),
+        ("echo out; exit 1", "trying: out"),
+        ("exit 7", "trying: exit status 7"),
+    ):
+        with pytest.raises(NbdnfsError) as caught:
+            programs.run([SHELL, "-c", script], what="trying")
+        assert caught.value.message == message
+        assert caught.value.hint.startswith("the command was: /bin/sh -c ")
+    with pytest.raises(NbdnfsError, match=r"trying: /bin/sleep did not end within 0\.1 s"):
+        programs.run(["/bin/sleep", "60"], what="trying", timeout_s=0.1)
+    with pytest.raises(NbdnfsError, match="trying: cannot start /no/such: No such file"):
+        programs.run(["/no/such"], what="trying")
+
+
+def test_status_and_output() -> None:
+    """Exit status and stdout of a program that fails."""
+    script = [SHELL, "-c", "echo stopping; exit 3"]
+    assert programs.status(script) == 3
+    assert programs.output(script) == "stopping\n"
+
+
+def test_watch() -> None:
+    """Progress while it runs; at the end status and stderr."""
+    ticks: list[int] = []
+    done = programs.watch([SHELL, "-c", "sleep 0.3; echo x >&2; exit 4"], lambda: ticks.append(1), every_s=0.05)
+    assert done == (4, "x\n")
+    assert ticks
+
+
+def test_watch_that_is_interrupted(tmp_path: Path) -> None:
+    """The program ends, by SIGTERM, before the exception goes on."""
+    pid = tmp_path / "pid"
+
+    def interrupt() -> None:
+        if pid.exists():
+            raise KeyboardInterrupt
+
+    script = f"echo $$ > {pid}.new; mv {pid}.new {pid}; exec sleep 60"
+    with pytest.raises(KeyboardInterrupt):
+        programs.watch([SHELL, "-c", script], interrupt, every_s=0.02)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_start() -> None:
+    """In a session of its own, with the environment given."""
+    started = programs.start([sys.executable, "-c", "import os; exit(os.getsid(0) == os.getpid() and 5)"], {"X": "1"})
+    assert started.wait(30) == 5
+
+
+@pytest.mark.parametrize("new_session", [False, True])
+def test_spawn(new_session: bool) -> None:
+    """Its own argv[0], descriptors and session, and no signal ignored."""
+    read, write = os.pipe()
+    code = "import os, signal; print(os.getsid(0) == os.getpid(), signal.getsignal(signal.SIGHUP).name)"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        pid = programs.spawn(
+            sys.executable,
+            ["@name", "-c", code],
+            {},
+            [(os.POSIX_SPAWN_DUP2, write, 1)],
+            new_session=new_session,
+            ordinary_priority=True,
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        os.close(write)
+    with open(read) as output:
+        assert output.read() == f"{new_session} SIG_DFL\n"
+    assert os.waitpid(pid, 0)[1] == 0
+    with pytest.raises(FileNotFoundError):
+        programs.spawn("/no/such", ["x"], {}, [])
+
+
+STARTERS = ("subprocess.", "os.posix_spawn", "os.spawn", "os.system", "os.popen", "os.fork")
+
+
+def calls(tree: ast.AST) -> Iterator[str]:
+    """The functions that are called as MODULE.NAME."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=module), attr=name)):
+                yield f"{module}.{name}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_only_place_that_starts_programs(path: Path) -> None:
+    """Replacing oneself (os.execve) starts no other program."""
+    starts = [name for name in calls(ast.parse(path.read_text())) if name.startswith(STARTERS)]
+    assert bool(starts) == (path == Path(programs.__file__))

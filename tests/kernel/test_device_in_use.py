@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What counts as a use of an nbd device, on golden trees. What a real kernel does is tested in vm-tests/."""
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from support.nbd_tree import add_partition, make_machine, opened_by
+
+from nbdnfs.errors import BusyError
+from nbdnfs.kernel import device_in_use, waiting
+from nbdnfs.kernel import state as kernel_state
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_machine(tmp_path / "root")
+
+
+def use_as_swap(root: Path, path: str, kind: str = "partition") -> None:
+    (root / "proc/swaps").write_text(f"Filename Type Size Used Priority\n{path} {kind} 65532 10240 -2\n")
+
+
+def use_as_mount(root: Path, number: str, source: str) -> None:
+    line = f"30 25 {number} / /mnt/data rw shared:7 - ext4 {source} rw\n"
+    (root / "proc/self/mountinfo").write_text(line)
+
+
+def refuse(root: Path) -> None:
+    device = kernel_state.nbd_device("nbd1", root)
+    assert device is not None
+    device_in_use.refuse_if_in_use(device, root)
+
+
+def refused(root: Path, message: str) -> BusyError:
+    with pytest.raises(BusyError, match=message) as caught:
+        refuse(root)
+    return caught.value
+
+
+def test_swap(root: Path) -> None:
+    """With the command that ends it."""
+    use_as_swap(root, "/dev/nbd1")
+    assert refused(root, "in use as swap .*10 MiB swapped out").hint == "swapoff /dev/nbd1"
+
+
+def test_swap_on_a_deleted_node(root: Path) -> None:
+    """The kernel appends " (deleted)" to the path of a node that is gone (d_path)."""
+    use_as_swap(root, "/dev/nbd1\\040(deleted)")
+    refused(root, "in use as swap")
+
+
+def test_swap_on_a_partition(root: Path) -> None:
+    """A partition is part of the device."""
+    add_partition(root, 1)
+    use_as_swap(root, "/dev/nbd1p1")
+    assert refused(root, "in use as swap").hint == "swapoff /dev/nbd1p1"
+
+
+@pytest.mark.parametrize("number", ["43:32", "43:33"])
+def test_swap_under_another_name(root: Path, monkeypatch: pytest.MonkeyPatch, number: str) -> None:
+    """The device number decides, of the disk or of a partition."""
+    add_partition(root, 1)
+    monkeypatch.setattr(kernel_state, "device_number", {root / "srv/swapdisk": number}.get)
+    use_as_swap(root, "/srv/swapdisk")
+    assert refused(root, "in use as swap").hint == "swapoff /srv/swapdisk"
+
+
+def test_other_swap_does_not_matter(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Swap on another disk does not count, and the path of a swap file is not looked at."""
+
+    def device_number(path: Path) -> str | None:
+        assert path.name == "sda2", "the file may lie on a share that hangs"
+        return "8:2"
+
+    monkeypatch.setattr(kernel_state, "device_number", device_number)
+    (root / "proc/swaps").write_text("Filename\n/dev/sda2 partition 4 4 1\n/nas/swapfile file 4 4 1\n")
+    refuse(root)
+
+
+@pytest.mark.parametrize(("number", "source"), [("43:32", "/dev/root"), ("43:33", "x"), ("0:44", "/dev/nbd1")])
+def test_a_mounted_device(root: Path, number: str, source: str) -> None:
+    """By number, of a partition too, and by name where the file system has a number of its own (btrfs)."""
+    add_partition(root, 1)
+    use_as_mount(root, number, source)
+    assert refused(root, "is mounted on /mnt/data").hint == "umount /mnt/data"
+
+
+def test_a_device_with_something_on_top(root: Path) -> None:
+    """dm-crypt, LVM or md on the disk or on a partition of it."""
+    (add_partition(root, 1) / "holders/dm-0").mkdir(parents=True)
+    assert "dm-0" in refused(root, "in use by dm-0").hint
+
+
+def test_a_device_behind_a_loop_device(root: Path) -> None:
+    """The kernel counts it neither as a holder nor as a claim (seen on Linux 6.1)."""
+    (root / "sys/block/loop4/loop").mkdir(parents=True)
+    (root / "sys/block/loop4/loop/backing_file").write_text("/dev/nbd1\n")
+    assert "loop4" in refused(root, "in use by loop4").hint
+
+
+def test_an_open_device(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the processes that have it open, once udev had its time."""
+    monkeypatch.setattr(device_in_use, "_OPENERS_GRACE_S", 0.05)
+    opened_by(root, 77, "mkfs.ext4", "/dev/nbd1")
+    refused(root, r"is open in mkfs\.ext4 \(process 77\)")
+
+
+def test_waits_for_a_short_look(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """udev opens what has just appeared; detach goes on once it has closed it."""
+    descriptor = opened_by(root, 78, "(udev-worker)", "/dev/nbd1")
+    monkeypatch.setattr(waiting.time, "sleep", lambda _: descriptor.unlink())
+    refuse(root)
+
+
+def test_overrules_udev(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a dead server, udev's look at a new device never ends by itself."""
+    monkeypatch.setattr(device_in_use, "_OPENERS_GRACE_S", 0.05)
+    opened_by(root, 79, "(udev-worker)", "/dev/nbd1")
+    refuse(root)
+
+
+def test_what_the_kernel_claims(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exclusive open that fails shows a use that no list has."""
+    opens: list[tuple[str, int]] = []
+
+    def claimed(path: Path, flags: int) -> int:
+        opens.append((path.name, flags))
+        raise OSError(errno.EBUSY, "busy")
+
+    monkeypatch.setattr(device_in_use.os, "open", claimed)
+    refused(root, "claimed by the kernel")
+    assert opens == [("nbd1", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)]
+
+
+def test_a_server_that_is_gone_does_not_keep_the_device(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An open that blocks, reading the partition table from a dead server, does not keep the device."""
+    release = threading.Event()
+    real_open = os.open
+
+    def hangs(path: Path, flags: int) -> int:
+        release.wait(10)
+        return real_open(path, flags)
+
+    monkeypatch.setattr(device_in_use.os, "open", hangs)
+    monkeypatch.setattr(device_in_use, "_PROBE_TIMEOUT_S", 0.05)
+    before = threading.active_count()
+    refuse(root)
+    assert "does not answer" in caplog.text
+    release.set()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.daemon:
+            thread.join(10)
+    assert threading.active_count() <= before
