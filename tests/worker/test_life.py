@@ -33,7 +33,7 @@ def test_nfs4_with_an_old_libnfs(monkeypatch: pytest.MonkeyPatch, libnfs: str, v
 
 def test_a_url_without_an_address_is_checked() -> None:
     """nbdkit started by hand."""
-    with pytest.raises(UsageError, match="the URL .nfs://nas/export/"):
+    with pytest.raises(UsageError, match=r"the URL .nfs://nas/export/"):
         worker("nfs://nas/export/").prepare()
 
 
