@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from nbdnfs import __version__
+from nbdnfs import __version__, defaults
 from nbdnfs.errors import NbdnfsError, UsageError
 
 if TYPE_CHECKING:
@@ -100,7 +100,11 @@ def _add_files(commands: Subparsers) -> None:
     )
     serve.add_argument("--engine", default="c", metavar="NAME", help="c, or libnfs-python for comparison (default: c)")
     serve.add_argument(
-        "--threads", type=int, default=12, metavar="N", help="nbdkit threads for each connection (default: 12)"
+        "--threads",
+        type=int,
+        default=defaults.THREADS,
+        metavar="N",
+        help="nbdkit threads for each connection (default: %(default)s)",
     )
     serve.add_argument(
         "--no-owner",
@@ -109,7 +113,7 @@ def _add_files(commands: Subparsers) -> None:
     )
     # for measurements, the plugin's own check applies: --plugin-setting "without=io flusher"
     serve.add_argument("--plugin-setting", action="append", default=[], metavar="KEY=VALUE", help=argparse.SUPPRESS)
-    serve.set_defaults(run=_serve)
+    serve.set_defaults(run=_command("serve"))
 
     # without help, so that the manual does not list it: keepers start it
     claim = commands.add_parser("claim", description="create a missing backing file, and make this machine its owner")
@@ -197,33 +201,12 @@ def _add_kernel_devices(commands: Subparsers) -> None:
     detach.set_defaults(run=_command("attach", "run_detach"))
 
 
-def _serve(args: argparse.Namespace) -> int:
-    from nbdnfs.worker import nbdkit
-
-    if not 1 <= args.threads <= 64:
-        raise UsageError(f"--threads {args.threads} is not possible", "1 to 64; more than 16 hardly make it faster")
-    settings = {}
-    for setting in args.plugin_setting:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UsageError(f"--plugin-setting {setting} has no value", "write it as KEY=VALUE")
-        settings[key] = value
-    return nbdkit.serve(
-        args.url,
-        args.socket,
-        engine=args.engine,
-        threads=args.threads,
-        settings=settings,
-        owned=not args.no_owner,
-    )
-
-
 def _keep(args: argparse.Namespace) -> int:
     started_s = time.monotonic()
     try:
-        from nbdnfs.keeper import real_work
+        from nbdnfs.keeper import main
 
-        return real_work.run(args.name, steal=args.steal)
+        return main.run(args.name, steal=args.steal)
     except Exception as error:
         if "INVOCATION_ID" in os.environ and getattr(error, "exit_code", None) not in FINAL_STATUSES:
             time.sleep(max(0.0, started_s + _KEEPER_PACE_S - time.monotonic()))

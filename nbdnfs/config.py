@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdnfs import defaults
 from nbdnfs.config_keys import KEYS, shown
 from nbdnfs.errors import ConfigError, NoInputError, UsageError
 from nbdnfs.sizes import SLOT_BYTES
@@ -44,10 +45,10 @@ class Config:
     priority: int | None = None
     discard: bool = False
     region_pages: int = 16 * _MIB // SLOT_BYTES
-    connections: int = 4
+    connections: int = defaults.CONNECTIONS
     stable_writes: bool = False
     read_ahead_pages: int = 64
-    threads: int = 12
+    threads: int = defaults.THREADS
     device: str = ""
     lock: str = "required"
     realtime: bool = True

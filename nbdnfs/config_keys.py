@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdnfs import nfs_url, quantities
+from nbdnfs import defaults, nfs_url, quantities
 from nbdnfs.errors import UsageError
 from nbdnfs.sizes import KERNEL_PAGE_BYTES, SLOT_BYTES
 
@@ -192,7 +192,7 @@ KEYS = {
     "connections": Key(
         "connections",
         _whole(1, 16),
-        "4",
+        str(defaults.CONNECTIONS),
         "TCP connections to the server, 1 to 16. The first carries writes, read-ahead and everything else, each further"
         " one a single read at a time; more than there are threads are not used. 1 spares a server that many clients"
         " share, and is slower.",
@@ -213,9 +213,9 @@ KEYS = {
     "threads": Key(
         "threads",
         _whole(1, 16),
-        "12",
+        str(defaults.THREADS),
         "Threads of the worker, 1 to 16, which is how many requests it serves at once. Each costs 50 KiB of locked"
-        " memory, each beyond the twelfth 180 KiB.",
+        f" memory, each beyond number {defaults.THREADS} 180 KiB.",
     ),
     "device": Key(
         "device",

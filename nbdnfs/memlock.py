@@ -17,7 +17,7 @@ import os
 import resource
 import sys
 
-from nbdnfs import _memlock, proc_stat
+from nbdnfs import _memlock, defaults, proc_stat
 from nbdnfs.errors import ConfigError
 
 TYPE_CHECKING = False  # typing's own, without typing
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 THREAD_STACK_BYTES = 256 * 1024
 
 # Free and touched in the heap before the first request. nbdkit allocates a buffer of the largest request for each
-# thread (twelve of 128 KiB).
-HEAP_BYTES = 12 * 128 * 1024 + 512 * 1024
+# thread (128 KiB).
+HEAP_BYTES = defaults.THREADS * 128 * 1024 + 512 * 1024
 # On top of that, where transfers go through libnfs (NFSv4): it allocates each call and each answer, all of which a slow
 # server has under way at once. That is 128 KiB for each of twelve large write-backs and of four connections' answers,
 # and what lies between. The engine touches as much when it takes to libnfs later: nbdnfs/engine, LIBNFS_HEAP_BYTES.

@@ -1,16 +1,77 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The region's memfd as its keeper handles it: made, found again, kept in memory. Its content is the engine's."""
+"""Python's one view of the region: the memfd that outlives a worker, and the layout of its header.
+
+The engine's region.h defines the layout; tests/foundation/test_region_layout.py compares. Keeper and worker have this
+module in locked memory, and the keeper must not load the engine: hence plain `int.from_bytes`, and next to no imports.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
-from pathlib import Path
+import sys
 
 from nbdnfs.sizes import SLOT_BYTES
 
+TYPE_CHECKING = False  # typing's own, without typing
+if TYPE_CHECKING:
+    import mmap
+    from collections.abc import Iterator
+
 _NAME = "nbdnfs-region"
+
+# struct region_header, in the machine's own byte order: what is not a counter has its offset here.
+MAGIC = b"nbdnfs\0\0"
+VERSION = 2
+VERSION_OFFSET = 8
+SLOT_COUNT_OFFSET = 12
+REGION_BYTES_OFFSET = 40
+GENERATION_OFFSET = 48
+COUNTERS_OFFSET = 56
+
+# struct region_counters: 64-bit numbers in this order, then histograms of HISTOGRAM_BUCKETS such numbers each.
+COUNTERS = (
+    "reads",
+    "writes",
+    "flushes",
+    "trims",
+    "read_bytes",
+    "written_bytes",
+    "hit_pages",
+    "missed_pages",
+    "filled_pages_written",
+    "nfs_reads",
+    "nfs_read_bytes",
+    "nfs_writes",
+    "nfs_written_bytes",
+    "nfs_commits",
+    "read_ahead_pages",
+    "read_ahead_hits",
+    "read_ahead_wasted",
+    "stalls",
+    "write_errors",
+    "lost_uncommitted_pages",
+    "checksum_rereads",
+    "checksum_failures",
+    "replayed_pages",
+    "reconnects",
+    "unstable_pages",
+    "nfs_in_flight",
+    "write_back_error",
+    "disconnected",
+    "file_state",
+    "twins_until_ms",
+    "owner_state",
+)
+HISTOGRAMS = ("read_us", "write_us", "nfs_read_us", "nfs_write_us")
+HISTOGRAM_BUCKETS = 32
+_COUNTER_BYTES = 8
+HEADER_BYTES = COUNTERS_OFFSET + _COUNTER_BYTES * (len(COUNTERS) + HISTOGRAM_BUCKETS * len(HISTOGRAMS))
+_DISCONNECTED_OFFSET = COUNTERS_OFFSET + _COUNTER_BYTES * COUNTERS.index("disconnected")
+
+# The counter `file_state`: enum region_file.
+FILE_THERE, FILE_REMOVED, FILE_REPLACED, FILE_TRUNCATED = range(4)
+# The counter `owner_state`: enum owner_state of owner.h.
+OWNER_NONE, OWNER_HELD, OWNER_UNSURE, OWNER_STOLEN = range(4)
 
 
 def create() -> int:
@@ -18,78 +79,134 @@ def create() -> int:
     return os.memfd_create(_NAME, os.MFD_CLOEXEC)
 
 
-def take_from(pid: int, root: Path = Path("/")) -> int | None:
-    """A descriptor of the region that a process holds, through /proc/PID/fd; None when it holds none.
-
-    proc_pid_fd(5): needs the rights of ptrace(2) over the process.
-    """
-    for path in _links_of(pid, root):
-        try:
-            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            continue  # closed meanwhile
-    return None
-
-
-def is_held_by(descriptor: int, pid: int, root: Path = Path("/")) -> bool:
-    """Whether a living process has this very region."""
-    wanted = os.fstat(descriptor)
-    for path in _links_of(pid, root):
-        try:
-            found = os.stat(path)
-        except OSError:
-            continue
-        if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
-            return True
-    return False
-
-
-def holder(descriptor: int, process_name: str, root: Path = Path("/")) -> int | None:
-    """The process called `process_name` (its argv[0]) that has this region locked, as a worker that serves has and a
-    standby has not; None when none has."""
-    for folder in (root / "proc").glob("[0-9]*"):
-        try:
-            name = (folder / "cmdline").read_bytes().partition(b"\0")[0].decode(errors="replace")
-        except OSError:
-            continue
-        if name == process_name and _is_locked_by(descriptor, int(folder.name), root):
-            return int(folder.name)
-    return None
-
-
-def _is_locked_by(descriptor: int, pid: int, root: Path) -> bool:
-    """proc_pid_fdinfo(5): a line "lock:" stands with the very open file that has the lock."""
-    wanted = os.fstat(descriptor)
-    for path in _links_of(pid, root):
-        with contextlib.suppress(OSError):  # closed meanwhile
-            found = os.stat(path)
-            info = (path.parent.parent / "fdinfo" / path.name).read_text()
-            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino) and "\nlock:" in info:
-                return True
-    return False
-
-
-def _links_of(pid: int, root: Path) -> list[Path]:
-    """A process's descriptors of regions."""
-    folder = root / "proc" / str(pid) / "fd"
-    found = []
-    with contextlib.suppress(OSError):
-        for number in os.listdir(folder):
-            with contextlib.suppress(OSError):  # closed meanwhile
-                if os.readlink(folder / number).startswith(f"/memfd:{_NAME}"):
-                    found.append(folder / number)
-    return found
-
-
 def is_made(descriptor: int) -> bool:
     """Whether a worker has laid it out."""
     return os.fstat(descriptor).st_size > 0
 
 
+def version_of(descriptor: int) -> int | None:
+    """The version of its layout; None when it is empty, or not a region. OSError where it cannot be read."""
+    header = os.pread(descriptor, VERSION_OFFSET + 4, 0)
+    return int.from_bytes(header[VERSION_OFFSET:], sys.byteorder) if header.startswith(MAGIC) else None
+
+
+def read_counters(descriptor: int) -> dict[str, int | list[int]]:
+    """Every counter by its name, each histogram as a list of HISTOGRAM_BUCKETS, and `slots`, `generation` (how many
+    workers have mapped it) and `region_bytes`. Takes no lock: each number is consistent in itself only.
+
+    Of a region that is_made, of this version. OSError where it cannot be read.
+    """
+    header = os.pread(descriptor, HEADER_BYTES, 0).ljust(HEADER_BYTES, b"\0")
+
+    def number(offset: int, length_bytes: int = _COUNTER_BYTES) -> int:
+        return int.from_bytes(header[offset : offset + length_bytes], sys.byteorder)
+
+    found: dict[str, int | list[int]] = {}
+    offset = COUNTERS_OFFSET
+    for name in COUNTERS:
+        found[name] = number(offset)
+        offset += _COUNTER_BYTES
+    for name in HISTOGRAMS:
+        found[name] = [number(offset + _COUNTER_BYTES * bucket) for bucket in range(HISTOGRAM_BUCKETS)]
+        offset += _COUNTER_BYTES * HISTOGRAM_BUCKETS
+    found["slots"] = number(SLOT_COUNT_OFFSET, 4)
+    found["generation"] = number(GENERATION_OFFSET)
+    found["region_bytes"] = number(REGION_BYTES_OFFSET)
+    return found
+
+
+def is_disconnected(mapping: mmap.mmap) -> bool:
+    """Whether the worker has no connection to the server now: the counter `disconnected` of a mapped region."""
+    return any(mapping[_DISCONNECTED_OFFSET : _DISCONNECTED_OFFSET + _COUNTER_BYTES])
+
+
 def hold_in_memory(descriptor: int) -> mmap.mmap:
     """Map all of it and touch each page, so that a process that has locked its memory (mlockall(2), FUTURE) keeps
     it there while no worker does. The pages of a memfd are swappable."""
+    import mmap  # not for the worker
+
     mapping = mmap.mmap(descriptor, os.fstat(descriptor).st_size, prot=mmap.PROT_READ)
     for offset in range(0, len(mapping), SLOT_BYTES):
         mapping[offset]
     return mapping
+
+
+# In other processes. `root` stands for "/".
+
+
+def take_from(pid: int, root: str | os.PathLike[str] = "/") -> int | None:
+    """A descriptor of the region that a process holds, through /proc/PID/fd; None when it holds none.
+
+    proc_pid_fd(5): needs the rights of ptrace(2) over the process.
+    """
+    for number in _descriptors_of(pid, root):
+        try:
+            return os.open(_proc(root, pid, "fd", number), os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            continue  # closed meanwhile
+    return None
+
+
+def is_held_by(descriptor: int, pid: int, root: str | os.PathLike[str] = "/") -> bool:
+    """Whether a living process has this very region."""
+    return any(True for _ in _descriptors_of_this(descriptor, pid, root))
+
+
+def holder(descriptor: int, process_name: str, root: str | os.PathLike[str] = "/") -> int | None:
+    """The process called `process_name` (its argv[0]) that has this region locked, as a worker that serves has and a
+    standby has not; None when none has."""
+    for pid in filter(str.isdigit, os.listdir(os.path.join(root, "proc"))):
+        try:
+            name = _read(_proc(root, pid, "cmdline")).partition(b"\0")[0].decode(errors="replace")
+        except OSError:
+            continue  # ended meanwhile
+        if name == process_name and _is_locked_by(descriptor, int(pid), root):
+            return int(pid)
+    return None
+
+
+def _is_locked_by(descriptor: int, pid: int, root: str | os.PathLike[str]) -> bool:
+    """proc_pid_fdinfo(5): a line "lock:" stands with the very open file that has the lock."""
+    for number in _descriptors_of_this(descriptor, pid, root):
+        try:
+            if b"\nlock:" in _read(_proc(root, pid, "fdinfo", number)):
+                return True
+        except OSError:
+            continue  # closed meanwhile
+    return False
+
+
+def _descriptors_of_this(descriptor: int, pid: int, root: str | os.PathLike[str]) -> Iterator[str]:
+    """A process's descriptors of this very region."""
+    wanted = os.fstat(descriptor)
+    for number in _descriptors_of(pid, root):
+        try:
+            found = os.stat(_proc(root, pid, "fd", number))
+        except OSError:
+            continue  # closed meanwhile
+        if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+            yield number
+
+
+def _descriptors_of(pid: int, root: str | os.PathLike[str]) -> Iterator[str]:
+    """A process's descriptors of any region; none when it has ended, or may not be looked into."""
+    try:
+        numbers = os.listdir(_proc(root, pid, "fd"))
+    except OSError:
+        return
+    for number in numbers:
+        try:
+            target = os.readlink(_proc(root, pid, "fd", number))
+        except OSError:
+            continue  # closed meanwhile
+        if target.startswith(f"/memfd:{_NAME}"):
+            yield number
+
+
+def _proc(root: str | os.PathLike[str], pid: int | str, *parts: str) -> str:
+    return os.path.join(root, "proc", str(pid), *parts)
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()

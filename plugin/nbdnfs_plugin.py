@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""nbdkit plugin: a block device over a file on an NFS server. It hands over to the engine and does no more.
+"""nbdkit plugin: a block device over a file on an NFS server. Each callback hands over to nbdnfs.worker or the engine.
 
     nbdkit python nbdnfs_plugin.py url=nfs://nas/export/swap/box.swap [lock=required]
 
-nbdkit calls this module as __main__: what is worth a test lies in the package nbdnfs, which must be importable
-(`nbdnfs serve` sees to that; by hand, set PYTHONPATH).
+nbdkit runs this module as __main__, where tests cannot reach it: all logic is in the package nbdnfs, which must be
+importable (`nbdnfs serve` and the keeper set PYTHONPATH; by hand, set it yourself).
 """
 
 import os
@@ -13,11 +13,14 @@ import sys
 import nbdkit
 
 from nbdnfs.errors import NbdnfsError
-from nbdnfs.worker import settings as worker_settings
+from nbdnfs.worker import life, settings
 
 API_VERSION = 2
 
-_settings = {}
+# The kernel's requests are far smaller; nbdkit itself allows 64 MiB (docs/nbdkit-protocol.pod).
+MAX_REQUEST_BYTES = 32 * 1024 * 1024
+
+_values = {}
 _worker = None
 _engine = None
 
@@ -36,19 +39,19 @@ def thread_model():
 
 
 def config(key, value):
-    _settings[key] = value
+    _values[key] = value
 
 
 def config_complete():
     global _worker
-    _worker = _or_exit(lambda: worker_settings.parse(_settings))
-    _or_exit(_worker.prepare_memory)
+    _worker = _or_exit(lambda: life.Worker(settings.parse(_values)))
+    _or_exit(_worker.prepare)
 
 
 def after_fork():
     global _engine
     _or_exit(_worker.lock_memory)
-    _or_exit(_worker.wait_for_turn)
+    _or_exit(_worker.wait_until_activated)
     _engine = _or_exit(_worker.open_engine)
     _or_exit(_worker.settle_memory)
 
@@ -67,7 +70,7 @@ def get_size(h):
 
 
 def block_size(h):
-    return (4096, 4096, worker_settings.MAX_REQUEST_BYTES)
+    return (4096, 4096, MAX_REQUEST_BYTES)
 
 
 def is_rotational(h):

@@ -102,7 +102,7 @@ def test_boots_and_a_theft(boot: Callable[..., Guest], ganesha: Ganesha) -> None
             assert hashlib.sha256(path.read_bytes()).digest() == after
 
             # the dead device stays for as long as it is swap; the next boot does not get the file either
-            for words in ("start this machine anew", "thief (since"):
+            for words in ("reboot this machine", "thief (since"):
                 assert guest.run(f"systemctl start {_UNIT}", 120, check=False).status != 0
                 assert property_of(guest, "ExecMainStatus") == "77"
                 assert words in guest.run(f"journalctl -b -u {_UNIT} --no-pager | tail -n 8").stdout

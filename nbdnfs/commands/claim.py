@@ -11,7 +11,7 @@ import argparse
 from nbdnfs import quantities
 from nbdnfs.commands import progress
 from nbdnfs.errors import OwnedError
-from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.records import Records
 from nbdnfs.nas import backing_file, owner_record, ownership
 
 
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             ownership.claim(args.url, args.holder, owner_record.identity(), steal=args.steal)
         except OwnedError as error:
-            run_dir.write_refusal(name, error.message)
+            Records.write_refusal(name, error.message)
             raise
-        run_dir.write_refusal(name, None)
+        Records.write_refusal(name, None)
     return 0

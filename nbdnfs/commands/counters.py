@@ -25,10 +25,8 @@ def of_worker(pid: int, root: Path = Path("/")) -> dict[str, int | list[int]]:
     descriptor = region.take_from(pid, root)
     if descriptor is None:
         return {}
-    from nbdnfs.engine import region_counters  # only here: it loads libnfs
-
     try:
-        return region_counters(descriptor) if region.is_made(descriptor) else {}
+        return region.read_counters(descriptor) if region.is_made(descriptor) else {}
     finally:
         os.close(descriptor)
 

@@ -15,7 +15,7 @@ from nbdnfs import config
 from nbdnfs.commands import json_output, machine_checks, process_checks
 from nbdnfs.commands.findings import Finding
 from nbdnfs.errors import NbdnfsError
-from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import state as kernel_state
 
 
@@ -39,9 +39,9 @@ def examine(name: str | None = None, root: Path = kernel_state.ROOT) -> list[Fin
         config.check_name(name)
         findings += _device(name, root)
     else:
-        for one in sorted({*config.names(root), *run_dir.names(root)}):
+        for one in sorted({*config.names(root), *Records.names(root)}):
             findings += _device(one, root)
-        recorded = {record.pid for one in run_dir.names(root) for record in _records(one, root).values()}
+        recorded = {record.pid for one in Records.names(root) for record in _records(one, root).values()}
         for pid in process_checks.workers_by_hand(root):
             if pid not in recorded:
                 findings += process_checks.process(f"worker {pid}", pid, root, realtime=True)
@@ -60,7 +60,7 @@ def _device(name: str, root: Path) -> Iterator[Finding]:
         yield Finding(f"{name}: configuration", True, "valid")
     except NbdnfsError as error:
         yield Finding(f"{name}: configuration", False, error.message, error.hint)
-    if (refusal := run_dir.refusal(name, root)) is not None:
+    if (refusal := Records.refusal(name, root)) is not None:
         yield Finding(f"{name}: owner of the file", False, refusal, "run nbdnfs down there, or nbdnfs up --steal here")
     records = _records(name, root)
     if not records:
@@ -69,8 +69,8 @@ def _device(name: str, root: Path) -> Iterator[Finding]:
         yield from process_checks.process(f"{name}: {role}", record.pid, root, realtime=realtime)
 
 
-def _records(name: str, root: Path) -> dict[str, run_dir.ProcessRecord]:
+def _records(name: str, root: Path) -> dict[str, ProcessRecord]:
     """Role ▸ record, of the device's processes that are running."""
-    records = run_dir.RunDir(name, root)
-    living = {role: records.living(role) for role in (run_dir.KEEPER, run_dir.WORKER)}
+    records = Records(name, root)
+    living = {role: records.living(role) for role in (Records.KEEPER, Records.WORKER)}
     return {role: record for role, record in living.items() if record is not None}

@@ -11,23 +11,18 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from nbdnfs import config, quantities
+from nbdnfs import config, quantities, region
 from nbdnfs.commands import counters, json_output
 from nbdnfs.commands.counters import Counters, number
 from nbdnfs.errors import NoInputError
-from nbdnfs.keeper import records as run_dir
-from nbdnfs.keeper.records import RunDir
+from nbdnfs.keeper.records import Records
 from nbdnfs.kernel import nbd_device, swap_area
 from nbdnfs.sizes import SLOT_BYTES
 
-# nbdnfs/engine/owner.h: enum owner_state
-_OWNER_UNSURE, _OWNER_STOLEN = 2, 3
-
-# nbdnfs/engine/region.h: enum region_file
 _FILE_PROBLEMS = {
-    1: "the backing file was deleted on the server",
-    2: "the backing file was replaced on the server: nothing is written to the new file",
-    3: "the backing file was truncated on the server: the pages behind its end are lost",
+    region.FILE_REMOVED: "the backing file was deleted on the server",
+    region.FILE_REPLACED: "the backing file was replaced on the server: nothing is written to the new file",
+    region.FILE_TRUNCATED: "the backing file was truncated on the server: the pages behind its end are lost",
 }
 _STOLEN = "another machine has stolen the backing file: swap has ended here, reboot this machine"
 _WRONG_CHECKSUM = (
@@ -105,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
 def names(root: Path = Path("/")) -> list[str]:
     """The devices that are configured or up, in order."""
-    return sorted({*config.names(root), *run_dir.names(root)})
+    return sorted({*config.names(root), *Records.names(root)})
 
 
 def read(name: str, root: Path = Path("/")) -> Status:
@@ -114,20 +109,20 @@ def read(name: str, root: Path = Path("/")) -> Status:
     UsageError: no device can have this name. NoInputError: the device is neither configured nor up.
     """
     config.check_name(name)
-    records = RunDir(name, root)
+    records = Records(name, root)
     attached = nbd_device.find(nbd_device.backend_of(name), root)
     if attached is None and name not in names(root):
         known = ", ".join(names(root))
         raise NoInputError(
             f"there is no device '{name}'", f"there are: {known}" if known else f"write /etc/nbdnfs/{name}.toml"
         )
-    keeper, worker = records.living(run_dir.KEEPER), records.living(run_dir.WORKER)
+    keeper, worker = records.living(Records.KEEPER), records.living(Records.WORKER)
     swap = swap_area.find(attached.path, root) if attached is not None else None
     found = counters.of_worker(worker.pid, root) if worker is not None else {}
-    state = records.read(run_dir.STATE)
-    refusal = run_dir.refusal(name, root)
+    state = records.read(Records.STATE)
+    refusal = Records.refusal(name, root)
     problems = []
-    if number(found, "owner_state") == _OWNER_STOLEN or state == run_dir.LOST:
+    if number(found, "owner_state") == region.OWNER_STOLEN or state == Records.STOLEN:
         problems.append(_STOLEN)
     elif attached is None:
         problems.append("not up")
@@ -145,7 +140,7 @@ def read(name: str, root: Path = Path("/")) -> Status:
         swap_used_bytes=swap.used_bytes if swap is not None else None,
         keeper_pid=keeper.pid if keeper is not None else None,
         worker_pid=worker.pid if worker is not None else None,
-        server=(records.read(run_dir.ADDRESS) or "").partition("\n")[2] or None,
+        server=(records.read(Records.ADDRESS) or "").partition("\n")[2] or None,
         unstable_bytes=number(found, "unstable_pages") * SLOT_BYTES if found else None,
         counters=found,
         problems=(*problems, *_problems_of(found)),
@@ -155,7 +150,7 @@ def read(name: str, root: Path = Path("/")) -> Status:
 def _problems_of(found: Counters) -> list[str]:
     """The problems that a worker reports in its region: those of the server and of the file."""
     problems = []
-    if number(found, "owner_state") == _OWNER_UNSURE:
+    if number(found, "owner_state") == region.OWNER_UNSURE:
         problems.append("the owner record cannot be checked: writes wait until it can")
     if number(found, "disconnected"):
         problems.append("the server does not answer")

@@ -14,8 +14,7 @@ from nbdnfs import config, quantities
 from nbdnfs.commands import counters, status
 from nbdnfs.commands.counters import Counters, number
 from nbdnfs.errors import NoInputError, UsageError
-from nbdnfs.keeper import records as run_dir
-from nbdnfs.keeper.records import RunDir
+from nbdnfs.keeper.records import Records
 from nbdnfs.sizes import SLOT_BYTES
 
 _MIB = 1 << 20
@@ -138,7 +137,7 @@ def show(names: Sequence[str], *, interval_s: float, count: int | None, root: Pa
 def _read(names: Sequence[str], root: Path) -> dict[str, Counters]:
     found: dict[str, Counters] = {}
     for name in names:
-        worker = RunDir(name, root).living(run_dir.WORKER)
+        worker = Records(name, root).living(Records.WORKER)
         if worker is not None and (read := counters.of_worker(worker.pid, root)):
             found[name] = read
     if not found:

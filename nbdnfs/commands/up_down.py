@@ -19,8 +19,7 @@ from collections.abc import Callable
 from nbdnfs import config, programs
 from nbdnfs.commands import progress, systemd_unit
 from nbdnfs.errors import BusyError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError
-from nbdnfs.keeper import records as run_dir
-from nbdnfs.keeper.records import ProcessRecord, RunDir
+from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import nbd_device, swap_area
 from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.kernel.nbd_netlink import NbdNetlink
@@ -68,7 +67,7 @@ def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> No
     if systemd_unit.is_loaded(name):
         systemd_unit.start(name)
         return
-    if (keeper := RunDir(name).living(run_dir.KEEPER)) is not None:
+    if (keeper := Records(name).living(Records.KEEPER)) is not None:
         raise BusyError(f"{name} is already up: its keeper is process {keeper.pid}", f"see: nbdnfs status {name}")
     _start_in_background(name, timeout_s)
 
@@ -88,7 +87,7 @@ def down(name: str, report: Progress, *, service: bool = False) -> None:
     if service and systemd_unit.job(name) != "stop":
         print(f"nbdnfs: {name}: restarting, swap stays on", file=sys.stderr)
         return
-    records = RunDir(name)
+    records = Records(name)
     attached = nbd_device.find(nbd_device.backend_of(name))
     if attached is None and not records.path.exists():
         if not service:
@@ -128,9 +127,9 @@ def _wait_for_room(swap: Swap) -> None:
     return None
 
 
-def _take_down(records: RunDir, attached: Attached | None) -> None:
+def _take_down(records: Records, attached: Attached | None) -> None:
     """End keeper, device, worker, standby and records, in this order: so nothing is started again in between."""
-    _end(records.living(run_dir.KEEPER), signal.SIGTERM, "the keeper")
+    _end(records.living(Records.KEEPER), signal.SIGTERM, "the keeper")
     if attached is not None:
         with NbdNetlink.open() as kernel:
             kernel.disconnect(attached.index)
@@ -138,22 +137,22 @@ def _take_down(records: RunDir, attached: Attached | None) -> None:
             lambda: nbd_device.find(nbd_device.backend_of(records.name)) is None,
             f"{attached.path} is disconnected but still in use: a process has it open",
         )
-    worker = records.living(run_dir.WORKER)
+    worker = records.living(Records.WORKER)
     with contextlib.suppress(UnavailableError):
         _end(worker, 0, "the worker")  # by itself, because the kernel has disconnected
         worker = None
     _end(worker, signal.SIGKILL, "the worker")
-    _end(records.living(run_dir.STANDBY), signal.SIGKILL, "the standby")  # a parked one may outlive its keeper
+    _end(records.living(Records.STANDBY), signal.SIGKILL, "the standby")  # a parked one may outlive its keeper
     _release_file(records)
     records.remove()
 
 
-def _release_file(records: RunDir) -> None:
+def _release_file(records: Records) -> None:
     """Let any machine have the file. An error is reported and ignored: this machine may be shutting down.
 
     URL and address come from the records, so that no configuration is needed.
     """
-    text, _, address = (records.read(run_dir.ADDRESS) or "").partition("\n")
+    text, _, address = (records.read(Records.ADDRESS) or "").partition("\n")
     if not address:
         return
     from nbdnfs.nas import owner_record, ownership  # only here: it loads libnfs

@@ -2,21 +2,21 @@
 """What a keeper leaves in /run/nbdnfs/NAME, so that the next one, `down` and `status` need no configuration.
 
 Small text files, each written whole and renamed into place. A process is named by its pid and its start time
-(proc_pid_stat(5), field 22), so that a pid that was used again is not taken for it.
+(proc_pid_stat(5), field 22), so that another process with the same pid is not mistaken for it.
 """
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from nbdnfs.proc_stat import start_time_ticks
 
-RUN = "run/nbdnfs"
-WORKER, KEEPER, STANDBY, ADDRESS, STATE, OWNER = "worker", "keeper", "standby", "address", "state", "owner"
-# The state that a keeper leaves behind when another machine has taken the file.
-LOST = "lost"
+_FOLDER = "run/nbdnfs"
+# What earlier versions wrote for STOLEN: a keeper of this one may come after one of those.
+_STOLEN_BEFORE = "lost"
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,30 @@ class ProcessRecord:
         return start_time_ticks(self.pid, root) == self.start_time_ticks
 
 
-class RunDir:
-    """The records of the device `name`."""
+class Records:
+    """The records of the device `name`. Its constants are the keys, which are the files' names."""
+
+    # processes
+    KEEPER = "keeper"
+    WORKER = "worker"
+    STANDBY = "standby"
+    # "nbd0"
+    DEVICE = "device"
+    # two lines: the URL as libnfs takes it, and the server's address
+    ADDRESS = "address"
+    # "yes" where the workers look after an owner record
+    OWNER = "owner"
+    # a step of the keeper, or STOLEN
+    STATE = "state"
+
+    # The state that a keeper leaves behind when another machine has taken the file.
+    STOLEN = "stolen"
 
     def __init__(self, name: str, root: Path = Path("/"), *, run: Path | None = None) -> None:
         """`root` stands for "/"; `run` is another place for the records alone."""
         self.name = name
         self._root = root
-        self.path = (root / RUN if run is None else run) / name
+        self.path = (root / _FOLDER if run is None else run) / name
 
     def make(self) -> None:
         self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -51,10 +67,12 @@ class RunDir:
         new.rename(self.path / key)
 
     def read(self, key: str) -> str | None:
+        """The text without its last newline; None without such a record."""
         try:
-            return (self.path / key).read_text().strip()
+            text = (self.path / key).read_text().strip()
         except OSError:
             return None
+        return self.STOLEN if key == self.STATE and text == _STOLEN_BEFORE else text
 
     def write_process(self, key: str, pid: int, version: str) -> None:
         """Record a living process. ProcessLookupError when it has ended."""
@@ -76,30 +94,37 @@ class RunDir:
         return record if record is not None and record.is_alive(self._root) else None
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        """All of them, and their folder; as far as possible."""
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self.path):
+                with contextlib.suppress(OSError):
+                    (self.path / name).unlink()
+            self.path.rmdir()
 
+    # All devices. A refusal lies beside the records, which go when a device fails.
 
-def names(root: Path = Path("/")) -> list[str]:
-    """The devices that have records."""
-    folder = root / RUN
-    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    @staticmethod
+    def names(root: Path = Path("/")) -> list[str]:
+        """The devices that have records."""
+        folder = root / _FOLDER
+        return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
+    @staticmethod
+    def write_refusal(name: str, text: str | None, root: Path = Path("/")) -> None:
+        """Why the device did not get its file, for `status`; None: it did."""
+        path = root / _FOLDER / f"{name}.refused"
+        try:
+            if text is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_text(text + "\n")
+        except OSError:  # then it is in the journal only
+            pass
 
-def write_refusal(name: str, text: str | None, root: Path = Path("/")) -> None:
-    """Why the device did not get its file, for `status`; None: it did. Beside the records, which go when it fails."""
-    path = root / RUN / f"{name}.refused"
-    try:
-        if text is None:
-            path.unlink(missing_ok=True)
-        else:
-            path.write_text(text + "\n")
-    except OSError:  # then only the journal knows
-        pass
-
-
-def refusal(name: str, root: Path = Path("/")) -> str | None:
-    """What `write_refusal` has written."""
-    try:
-        return (root / RUN / f"{name}.refused").read_text().strip()
-    except OSError:
-        return None
+    @staticmethod
+    def refusal(name: str, root: Path = Path("/")) -> str | None:
+        """What `write_refusal` has written."""
+        try:
+            return (root / _FOLDER / f"{name}.refused").read_text().strip()
+        except OSError:
+            return None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """systemd's notification protocol, sd_notify(3), with the file descriptor store (FDSTORE).
 
-One datagram, assignments in lines, descriptors beside them as SCM_RIGHTS (unix(7)). Nothing here waits: PID 1
+One datagram: assignments in lines, and descriptors beside them as SCM_RIGHTS (unix(7)). Nothing here waits: PID 1
 may itself be waiting for the swap that its caller keeps alive, so a message that cannot go at once is dropped.
 """
 
@@ -16,19 +16,19 @@ LISTEN_FDS_START = 3
 
 
 class Notifier:
-    """Sends to $NOTIFY_SOCKET; does nothing where there is none. `watchdog_s` is how often to `tell` WATCHDOG=1 at
-    the latest, from $WATCHDOG_USEC; None without a watchdog."""
+    """Sends to $NOTIFY_SOCKET; does nothing where that is not set. `watchdog_s` is how often to send WATCHDOG=1 at
+    the least, from $WATCHDOG_USEC; None without a watchdog."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         path = environment.get("NOTIFY_SOCKET", "")
         self._address = "\0" + path[1:] if path.startswith("@") else path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) if path else None
         period_us = environment.get("WATCHDOG_USEC", "")
-        mine = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.watchdog_s = int(period_us) / 1e6 if period_us.isdigit() and int(period_us) and mine else None
+        is_meant = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.watchdog_s = int(period_us) / 1e6 if period_us.isdigit() and int(period_us) and is_meant else None
 
-    def tell(self, *lines: str, descriptors: Sequence[int] = ()) -> bool:
-        """Send assignments such as "READY=1". False when it did not go, or there is nobody to tell."""
+    def send(self, *lines: str, descriptors: Sequence[int] = ()) -> bool:
+        """Send assignments such as "READY=1". False when the message was dropped, or $NOTIFY_SOCKET is not set."""
         if self._socket is None:
             return False
         # not socket.send_fds: in CPython 3.11 that drops flags and address
@@ -44,29 +44,29 @@ class Notifier:
             self._socket.close()
 
     @property
-    def is_heard(self) -> bool:
-        """Whether there is anybody to tell."""
+    def is_enabled(self) -> bool:
+        """Whether $NOTIFY_SOCKET is set."""
         return self._socket is not None
 
     def store(self, name: str, descriptor: int, *, until_hang_up: bool = False) -> bool:
-        """Park a descriptor under `name`, in place of what was there. It comes back through `stored`.
+        """Put a descriptor into the store under `name`, in place of what was there. `listen_fds` gives it to the next
+        process of the unit. False as in `send`.
 
-        until_hang_up  the store closes it by itself once the other end of it is closed
+        until_hang_up  systemd closes it by itself once the other end of it is closed
         """
-        self.forget(name)
+        self.remove(name)
         poll = [] if until_hang_up else ["FDPOLL=0"]
-        return self.tell("FDSTORE=1", f"FDNAME={name}", *poll, descriptors=[descriptor])
+        return self.send("FDSTORE=1", f"FDNAME={name}", *poll, descriptors=[descriptor])
 
-    def forget(self, name: str) -> None:
-        """Have the store close what it keeps under `name`."""
-        self.tell("FDSTOREREMOVE=1", f"FDNAME={name}")
+    def remove(self, name: str) -> None:
+        """Have systemd close what it stores under `name`."""
+        self.send("FDSTOREREMOVE=1", f"FDNAME={name}")
 
 
-def stored(environment: Mapping[str, str] = os.environ) -> dict[str, int]:
-    """Name ▸ descriptor of what this process was started with, sd_listen_fds_with_names(3).
+def listen_fds(environment: Mapping[str, str] = os.environ) -> dict[str, int]:
+    """Name ▸ descriptor of what this process was started with, sd_listen_fds_with_names(3): here, what is stored.
 
-    They are not passed on to children from here on. Of several with one name the last one counts; the others
-    are closed.
+    Children do not inherit them from here on. Of several with one name the last one counts; the others are closed.
     """
     if environment.get("LISTEN_PID") != str(os.getpid()):
         return {}

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The keeper's workers: nbdkit with our plugin on one end of a socketpair, started as standby, parked, adopted, ended.
+"""A keeper's handle of one worker: nbdkit with our plugin on one end of a socketpair, started as a standby.
 
 `nbdkit -s` serves the one connection that it is started with, so that a worker and its connection end together:
-no listening socket, no shell in between for LISTEN_PID. docs/decisions/0005 and 0006 say why.
+no listening socket, no shell in between for LISTEN_PID. docs/decisions/0005 and 0006 say why. Starting one is
+posix_spawn(3): no copy of the keeper's page tables, no memory of its size.
 
-Starting one is posix_spawn(3): no copy of the keeper's page tables, no memory of its size.
-
-A standby can outlive its keeper: whoever holds the keeper's end of its control socket keeps it waiting. All else that
-the next keeper needs waits in that socket's own queue, as a message that is looked at (MSG_PEEK) and not taken out
-before the standby gets the word. docs/decisions/0014 says why there.
+A standby can outlive its keeper: it waits for as long as any process has the keeper's end of its control socket. What
+else the next keeper needs waits in that socket's own queue, as one message with descriptors (an *ancillary message*,
+cmsg(3)). It is read with MSG_PEEK, and taken out only when the standby is activated. docs/decisions/0014 says why.
 """
 
 from __future__ import annotations
@@ -23,214 +22,196 @@ import socket
 from collections.abc import Mapping
 
 from nbdnfs import __version__, programs
-from nbdnfs.worker import nbdkit
-from nbdnfs.worker import settings as worker_settings
+from nbdnfs.worker import protocol
 
-# Where a worker finds what it inherits. nbdkit -s speaks NBD on 0 and 1. Far above every descriptor that a keeper has,
-# so that putting one into its place never overwrites another.
-_REGION_FD = 200
-_CONTROL_FD = 201
-
-# systemd spares processes whose name begins so when it kills what is left at shutdown
-# (ROOT_STORAGE_DAEMONS): the swap of a machine that is going down may still need this one.
-NAME = "@nbdkit"
-
-# What waits in a parked standby's control socket: its pid and its making, with so many descriptors.
-_PARCEL_BYTES = 16384
-_PARCEL_DESCRIPTORS = 3
+# The ancillary message of a parked standby: its pid and its recipe, with so many descriptors.
+_ANCILLARY_BYTES_MAX = 16384
+_ANCILLARY_DESCRIPTORS = 3
 _DESCRIPTOR_BYTES = array.array("i").itemsize
 
 
-def command(settings: Mapping[str, str], *, threads: int) -> tuple[str, list[str]]:
-    """The program, and its arguments, of a worker for a keeper. UnavailableError or ConfigError where it is missing."""
-    program = programs.find_program("nbdkit", "nbdkit")
-    inherited = {"region_fd": str(_REGION_FD), "control_fd": str(_CONTROL_FD)}
-    argv = [
-        NAME,
-        "--single",
-        "--log=stderr",
-        f"--threads={threads}",
-        "python",
-        str(nbdkit.plugin_path()),
-        *(f"{key}={value}" for key, value in {**settings, **inherited}.items()),
-    ]
-    return program, argv
-
-
-def making(argv: list[str]) -> bytes:
-    """What two workers have in common that can stand for each other: the version of nbdnfs, and all settings."""
+def recipe(argv: list[str]) -> bytes:
+    """What two workers that can stand in for each other have in common: the version of nbdnfs, and all settings."""
     return "\0".join([__version__, *argv]).encode()
 
 
-class WorkerProcess:
+class WorkerHandle:
     """A worker, started by this keeper or by the one before. Not thread-safe; used by the keeper's loop alone.
 
-    One that was started is a standby until `go`. It ends when the keeper does, unless somebody else holds `pack` as
-    well. `socket` is the end of its connection that the kernel is to get; None for a serving one that was adopted, and
-    once the kernel has it.
+    One that was started is a standby until `activate`. It exits when the keeper does, unless another process has what
+    `make_parkable` returns as well.
+
+    socket        the kernel's end of its NBD connection; None for a serving worker that was adopted, and once the
+                  kernel has it
+    is_ready      a standby that waits, or a worker that serves
+    is_activated  it is to serve, or does
     """
 
-    def __init__(self, pid: int, pidfd: int, *, child: bool, standby: bool) -> None:
+    def __init__(self, pid: int, pidfd: int, *, is_child: bool, is_standby: bool) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.socket: socket.socket | None = None
-        self.is_ready = not standby
-        self.has_gone = not standby
-        self._child = child
+        self.is_ready = not is_standby
+        self.is_activated = not is_standby
+        self._is_child = is_child
         self._control: socket.socket | None = None
-        self._their_control: socket.socket | None = None  # until the parcel has been sent through it, or never will
-        self._peer: socket.socket | None = None
-        self._making = b""
+        self._control_peer: socket.socket | None = None  # until the ancillary message is sent through it, or never is
+        self._socket_peer: socket.socket | None = None
+        self._recipe = b""
         self._status: int | None = None
 
     @classmethod
-    def start(cls, program: str, argv: list[str], environment: Mapping[str, str], region_fd: int) -> WorkerProcess:
+    def start(cls, program: str, argv: list[str], environment: Mapping[str, str], region_fd: int) -> WorkerHandle:
         """Start a standby. OSError where the kernel cannot."""
         with contextlib.ExitStack() as stack:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            control, their_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            for sock in (ours, theirs, control, their_control):
+            control, control_peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            for sock in (ours, theirs, control, control_peer):
                 stack.callback(sock.close)
-            assert max(region_fd, their_control.fileno()) < _REGION_FD
+            assert max(region_fd, control_peer.fileno()) < protocol.REGION_FD
             pid = programs.spawn(
                 program,
                 argv,
                 environment,
                 [
-                    (os.POSIX_SPAWN_DUP2, region_fd, _REGION_FD),
-                    (os.POSIX_SPAWN_DUP2, their_control.fileno(), _CONTROL_FD),
+                    (os.POSIX_SPAWN_DUP2, region_fd, protocol.REGION_FD),
+                    (os.POSIX_SPAWN_DUP2, control_peer.fileno(), protocol.CONTROL_FD),
                     (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
                     (os.POSIX_SPAWN_DUP2, theirs.fileno(), 1),
                 ],
                 new_session=True,
             )
-            process = cls(pid, os.pidfd_open(pid), child=True, standby=True)
+            handle = cls(pid, os.pidfd_open(pid), is_child=True, is_standby=True)
             control.setblocking(False)
-            process.socket, process._peer = ours, theirs
-            process._control, process._their_control = control, their_control
-            process._making = making(argv)
+            handle.socket, handle._socket_peer = ours, theirs
+            handle._control, handle._control_peer = control, control_peer
+            handle._recipe = recipe(argv)
             stack.pop_all()
-        return process
+        return handle
 
     @classmethod
-    def adopt(cls, pid: int) -> WorkerProcess | None:
-        """A worker of the keeper before. The caller has compared its start time, and does so again afterwards."""
+    def adopt(cls, pid: int) -> WorkerHandle | None:
+        """A serving worker of the keeper before. The caller compares its start time before and afterwards."""
         try:
-            return cls(pid, os.pidfd_open(pid), child=False, standby=False)
+            return cls(pid, os.pidfd_open(pid), is_child=False, is_standby=False)
         except OSError:
             return None
 
     @classmethod
-    def take(cls, parked: int, made: bytes) -> WorkerProcess | None:
-        """The standby that an earlier keeper has parked, from the descriptor that `pack` gave. The parcel stays in its
-        queue, for the next keeper.
+    def take(cls, parked: int, wanted_recipe: bytes) -> WorkerHandle | None:
+        """The standby that an earlier keeper has parked, from the descriptor that `make_parkable` returned. The
+        ancillary message stays in its queue, for the next keeper.
 
-        None, and `parked` is closed, when it is not of the making `made`, has ended, or has got the word already. One
-        that still waits then reads an end of file, whoever has a copy of the descriptor.
+        None, and `parked` is closed, when it has another recipe, has ended, or has been activated. A standby that still
+        waits then reads an end of file, whichever processes have a copy of the descriptor.
         """
         with contextlib.ExitStack() as stack:
             control = socket.socket(fileno=parked)
             stack.callback(control.close)
             stack.callback(_hang_up, control)
             control.setblocking(False)
-            room = socket.CMSG_SPACE(_PARCEL_DESCRIPTORS * _DESCRIPTOR_BYTES)
+            room = socket.CMSG_SPACE(_ANCILLARY_DESCRIPTORS * _DESCRIPTOR_BYTES)
+            flags = socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC
             try:
-                parcel, rights, _, _ = control.recvmsg(_PARCEL_BYTES, room, socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC)
-            except OSError:  # nothing in it: it has the word, or has lost its keeper while that was about to give it
+                message, rights, _, _ = control.recvmsg(_ANCILLARY_BYTES_MAX, room, flags)
+            except OSError:  # nothing in it: it has been activated, or its keeper died just before it did that
                 return None
             descriptors = array.array("i", b"".join(data for _, kind, data in rights if kind == socket.SCM_RIGHTS))
             for descriptor in descriptors:
                 stack.callback(os.close, descriptor)
-            pid, _, found = parcel.partition(b"\0")
-            if found != made or len(descriptors) != _PARCEL_DESCRIPTORS or _readable(descriptors[2]):
+            pid, _, found_recipe = message.partition(b"\0")
+            is_complete = len(descriptors) == _ANCILLARY_DESCRIPTORS
+            if found_recipe != wanted_recipe or not is_complete or _is_readable(descriptors[2]):
                 return None
-            process = cls(int(pid), descriptors[2], child=False, standby=True)
-            process.is_ready = True
-            process.socket, process._peer = (socket.socket(fileno=descriptor) for descriptor in descriptors[:2])
-            process._control = control
+            handle = cls(int(pid), descriptors[2], is_child=False, is_standby=True)
+            handle.is_ready = True
+            handle.socket, handle._socket_peer = (socket.socket(fileno=descriptor) for descriptor in descriptors[:2])
+            handle._control = control
             stack.pop_all()
-        return process
+        return handle
 
     def descriptors(self) -> list[int]:
-        """What to poll for input: each becomes readable when there is something for `look`, `has_ended` or `greets`."""
+        """What to poll for input: each is readable when `check_ready`, `has_ended` or `has_greeted` has news."""
         found = [self.pidfd] if self._status is None else []
         if not self.is_ready and self._control is not None:
             found.append(self._control.fileno())
-        if self.has_gone and self.socket is not None:
+        if self.is_activated and self.socket is not None:
             found.append(self.socket.fileno())
         return found
 
-    def look(self) -> None:
-        """Take notice of a standby that has become ready."""
+    def check_ready(self) -> bool:
+        """Whether it is ready, by what it has sent so far."""
         if not self.is_ready and self._control is not None:
             with contextlib.suppress(BlockingIOError, ConnectionError):
-                self.is_ready = self._control.recv(1) == worker_settings.READY
+                self.is_ready = self._control.recv(1) == protocol.READY
+        return self.is_ready
 
-    def go(self, address: str = "") -> None:
-        """End its wait: it is to connect to the server, take the region over and serve. Also before it is ready.
+    def activate(self, address: str = "") -> None:
+        """Have it connect to the server, map the region and serve. Also before it is ready.
 
-        `address` is the server's where that is not the one that it was started with. What `pack` put into its control
-        socket is taken out first: from here on this keeper has the only copies of both ends of its connection.
+        `address` is the server's where it differs from the one in its settings. The ancillary message is taken out of
+        the control socket first: from here on this keeper has the only copies of both ends of its NBD connection.
         """
-        self.has_gone = True
-        self._drop_their_control()
+        self.is_activated = True
+        self._close_control_peer()
         if self._control is not None:
             with contextlib.suppress(OSError):  # nothing in it
                 if self.is_ready:
-                    self._control.recv(_PARCEL_BYTES)  # the kernel closes descriptors that no room is given for
-            with contextlib.suppress(OSError):  # it has ended, which `has_ended` tells
-                self._control.send(worker_settings.GO + address.encode())
+                    self._control.recv(_ANCILLARY_BYTES_MAX)  # the kernel closes descriptors that have no room
+            with contextlib.suppress(OSError):  # it has ended: see has_ended
+                self._control.send(protocol.activation(address))
 
     @property
-    def is_packed(self) -> bool:
-        return self._their_control is None
+    def is_parkable(self) -> bool:
+        """Whether the ancillary message is in the control socket."""
+        return self._control_peer is None
 
-    def pack(self) -> int:
-        """Have all that another keeper needs for `take` in the control socket of a ready standby; the descriptor of
-        that, which is to be parked. Again: the same. OSError where the kernel has no memory for it."""
+    def make_parkable(self) -> int:
+        """Put what another keeper needs for `take` into the control socket of a ready standby, and return the
+        descriptor to park. A second call returns the same. OSError where the kernel has no memory for it."""
         assert self._control is not None
-        if self._their_control is not None:  # not is_packed
+        if self._control_peer is not None:
             assert self.socket is not None
-            assert self._peer is not None
-            descriptors = array.array("i", [self.socket.fileno(), self._peer.fileno(), self.pidfd])
-            assert len(descriptors) == _PARCEL_DESCRIPTORS
+            assert self._socket_peer is not None
+            descriptors = array.array("i", [self.socket.fileno(), self._socket_peer.fileno(), self.pidfd])
+            assert len(descriptors) == _ANCILLARY_DESCRIPTORS
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)]
-            parcel = str(self.pid).encode() + b"\0" + self._making
-            self._their_control.sendmsg([parcel], rights, socket.MSG_DONTWAIT)
-            self._drop_their_control()
+            message = str(self.pid).encode() + b"\0" + self._recipe
+            self._control_peer.sendmsg([message], rights, socket.MSG_DONTWAIT)
+            self._close_control_peer()
         return self._control.fileno()
 
-    def greets(self) -> bool:
-        """Whether it has begun the handshake: it is connected to the server and has the region."""
-        return self.socket is not None and _readable(self.socket.fileno())
+    def has_greeted(self) -> bool:
+        """Whether it has begun the NBD handshake: it is connected to the server and has mapped the region."""
+        return self.socket is not None and _is_readable(self.socket.fileno())
 
-    def is_kept_by_kernel(self) -> bool:
-        """Let go of the socket, and say whether the kernel has a hold of it: the worker's end sees a hang-up otherwise.
+    def release_to_kernel(self) -> bool:
+        """Close the keeper's copy of the socket. False where the kernel has none: the worker's end has hung up then.
 
         Closing is done when close(2) and sendmsg(2) return (fs/file_table.c: fput's task work), so there is nothing
-        to wait for. That holds for a standby that was parked, too: systemd, which may be slow to let go, has a copy
-        of the control socket and none of this one. A copy lay in the control socket's queue; `go` took it out there,
-        before the worker could greet, and a queue is one for all holders of the socket. An earlier keeper's copies
-        went when it ended, and it had ended before this one was started.
+        to wait for. That holds for a standby that was parked, too: systemd, which may be slow to close things, has a
+        copy of the control socket and none of this one. A copy was in the control socket's queue; `activate` took it
+        out there, before the worker could greet, and all processes that have the socket share one queue. An earlier
+        keeper's copies were closed when it ended, before this keeper was started.
         """
         assert self.socket is not None
-        assert self._peer is not None
+        assert self._socket_peer is not None
         self.socket.close()
         self.socket = None
         poll = select.poll()
-        poll.register(self._peer, 0)
-        kept = not poll.poll(0)
-        self._drop_peer()
+        poll.register(self._socket_peer, 0)
+        is_kept = not poll.poll(0)
+        self._close_socket_peer()
         if self._control is not None:
             self._control.close()
             self._control = None
-        return kept
+        return is_kept
 
     def has_ended(self) -> bool:
-        """Whether it is gone, region lock and all; collects its exit status if it was ours."""
-        if self._status is None and _readable(self.pidfd):
+        """Whether its process has ended, and with it its lock on the region. Collects the exit status of a child."""
+        if self._status is None and _is_readable(self.pidfd):
             self._status = 0
-            if self._child:
+            if self._is_child:
                 with contextlib.suppress(ChildProcessError):
                     self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
             self.close()
@@ -238,44 +219,44 @@ class WorkerProcess:
 
     @property
     def status(self) -> int:
-        """Its exit status, or minus the signal; of an adopted one nobody knows, and it is 0. After `has_ended`."""
+        """Its exit status, or minus the signal; 0 for an adopted one, whose status is unknown. After `has_ended`."""
         assert self._status is not None
         return self._status
 
     @property
     def how_it_ended(self) -> str:
         """For people, in brackets; empty for an adopted one. After `has_ended`."""
-        if not self._child:
+        if not self._is_child:
             return ""
         return f" (killed by signal {-self.status})" if self.status < 0 else f" (exit status {self.status})"
 
     def kill(self) -> None:
-        """SIGKILL. It loses nothing: what the NAS does not have lies in the region."""
+        """SIGKILL. Nothing is lost: what the NAS does not have is in the region."""
         if self._status is None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def close(self) -> None:
-        """Let go of everything that is the keeper's. A standby that is not parked ends by that."""
+        """Close all descriptors. A standby that is not parked exits because of that."""
         for sock in (self.socket, self._control):
             if sock is not None:
                 sock.close()
         self.socket = self._control = None
-        self._drop_their_control()
-        self._drop_peer()
+        self._close_control_peer()
+        self._close_socket_peer()
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
 
-    def _drop_their_control(self) -> None:
-        if self._their_control is not None:
-            self._their_control.close()
-            self._their_control = None
+    def _close_control_peer(self) -> None:
+        if self._control_peer is not None:
+            self._control_peer.close()
+            self._control_peer = None
 
-    def _drop_peer(self) -> None:
-        if self._peer is not None:
-            self._peer.close()
-            self._peer = None
+    def _close_socket_peer(self) -> None:
+        if self._socket_peer is not None:
+            self._socket_peer.close()
+            self._socket_peer = None
 
 
 def _hang_up(control: socket.socket) -> None:
@@ -284,7 +265,7 @@ def _hang_up(control: socket.socket) -> None:
         control.shutdown(socket.SHUT_RDWR)
 
 
-def _readable(descriptor: int) -> bool:
+def _is_readable(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     while True:

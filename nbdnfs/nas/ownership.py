@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nbdnfs import nfs_url, proc_stat
+from nbdnfs.engine import libnfs_version
 from nbdnfs.errors import OwnedError, UnavailableError
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.nas import explain, owner_record, record_file, remote_file
@@ -83,6 +84,7 @@ def claim(
     went away; try again. Others as `explain.open_error`, and where no record can be created.
     """
     target = nfs_url.parse(url)
+    explain.refuse_unsupported(target, libnfs_version)
     claimant = _Claimant(me, holder, root, timing, report)
     with _explained(target, None) as address:
         # a file that cannot be used is not claimed, and its error comes before that of a record

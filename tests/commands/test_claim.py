@@ -14,7 +14,7 @@ from support.owner_records import HOLDER, machine, record_of
 from support.waiting import DEADLINE_S
 
 from nbdnfs import cli
-from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.records import Records
 from nbdnfs.nas import owner_record, ownership
 
 
@@ -42,7 +42,7 @@ def test_a_refusal_is_recorded(swap_file: FileOnServer, monkeypatch: pytest.Monk
     """The reason is left for `nbdnfs status`, and the exit status stops the unit from trying again."""
     ownership.claim(swap_file.url(), HOLDER, machine("box2"))
     refusals: list[tuple[str, str | None]] = []
-    monkeypatch.setattr(run_dir, "write_refusal", lambda name, text: refusals.append((name, text)))
+    monkeypatch.setattr(Records, "write_refusal", lambda name, text: refusals.append((name, text)))
     with pytest.raises(SystemExit) as ended:
         cli.main(["claim", swap_file.url(), f"--holder={HOLDER}"])
     assert ended.value.code == os.EX_NOPERM

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 import pytest
 
 from nbdnfs import __version__, cli, errors
+from nbdnfs.commands import serve
 from nbdnfs.errors import ConfigError, NbdnfsError, UnavailableError
-from nbdnfs.keeper import real_work
-from nbdnfs.worker import nbdkit
+from nbdnfs.keeper import main as keeper_main
 
 URL = "nfs://nas/export/swap"
 
@@ -76,7 +76,7 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], argv: list[str], messa
 def test_threads_out_of_range(capsys: pytest.CaptureFixture[str], threads: str) -> None:
     """An impossible number of threads is refused before anything is started."""
     assert run("serve", URL, "--socket", "s", f"--threads={threads}") == os.EX_USAGE
-    assert capsys.readouterr().err.splitlines()[0] == f"nbdnfs: --threads {threads} is not possible"
+    assert capsys.readouterr().err.splitlines()[0] == f"nbdnfs: --threads {threads} is out of range"
 
 
 def subparsers() -> dict[str, argparse.ArgumentParser]:
@@ -105,7 +105,7 @@ def test_help_loads_no_command() -> None:
     code = "import sys; from nbdnfs import cli; cli._parser().format_help(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
     loaded = {name for name in done.stdout.split() if name.startswith("nbdnfs")}
-    assert loaded == {"nbdnfs", "nbdnfs.cli", "nbdnfs.errors"}
+    assert loaded == {"nbdnfs", "nbdnfs.cli", "nbdnfs.defaults", "nbdnfs.errors"}
 
 
 @pytest.mark.parametrize("module", ["attach", "doctor", "install_units", "status", "top", "up_down"])
@@ -141,7 +141,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_arguments_of_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     """URL, socket and options reach the worker; its exit status is that of `nbdnfs serve`."""
     seen: list[object] = []
-    monkeypatch.setattr(nbdkit, "serve", lambda *arguments, **options: seen.append((arguments, options)) or 7)
+    monkeypatch.setattr(serve, "serve", lambda *arguments, **options: seen.append((arguments, options)) or 7)
     assert run("serve", URL, "--socket", "/run/s", "--engine=libnfs-python", "--threads", "2") == 7
     ((arguments, options),) = seen
     assert (arguments[0], str(arguments[1])) == (URL, "/run/s")
@@ -165,10 +165,10 @@ ERRORS = {
 def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """Have `nbdnfs serve` raise `error`."""
 
-    def serve(*_arguments: object, **_options: object) -> int:
+    def fail(*_arguments: object, **_options: object) -> int:
         raise error
 
-    monkeypatch.setattr(nbdkit, "serve", serve)
+    monkeypatch.setattr(serve, "serve", fail)
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
@@ -245,7 +245,7 @@ def test_the_pace_of_keepers_that_fail(
     def run(name: str, *, steal: bool) -> int:
         raise error
 
-    monkeypatch.setattr(real_work, "run", run)
+    monkeypatch.setattr(keeper_main, "run", run)
     monkeypatch.setattr(time, "sleep", slept_s.append)
     monkeypatch.delenv("INVOCATION_ID", raising=False)
     if by_systemd:

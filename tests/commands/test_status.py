@@ -11,7 +11,7 @@ import pytest
 
 from nbdnfs.commands import counters, status
 from nbdnfs.errors import NoInputError, UsageError
-from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper.records import Records
 
 
 @pytest.fixture
@@ -107,10 +107,10 @@ def test_owner_state(root: Path, monkeypatch: pytest.MonkeyPatch, state: int, pr
 def test_a_refusal(root: Path) -> None:
     """The reason why a device did not get its file is shown until it gets it."""
     (root / "sys/block/nbd3/pid").unlink()
-    run_dir.write_refusal("swap0", "x is in use as swap by box2", root)
+    Records.write_refusal("swap0", "x is in use as swap by box2", root)
     assert status.read("swap0", root).problems == ("not up", "x is in use as swap by box2")
     assert status.names(root) == ["swap0"]
-    run_dir.write_refusal("swap0", None, root)
+    Records.write_refusal("swap0", None, root)
     assert status.read("swap0", root).problems == ("not up",)
 
 

@@ -19,8 +19,7 @@ from support.owner_records import (
 
 from nbdnfs import config
 from nbdnfs.commands import systemd_unit, up_down
-from nbdnfs.keeper import records as run_dir
-from nbdnfs.keeper.records import RunDir
+from nbdnfs.keeper.records import Records
 from nbdnfs.nas import owner_record, ownership
 from nbdnfs.nas.owner_record import Record
 
@@ -31,11 +30,11 @@ DEVICE_BYTES = 4 * MIB
 def test_down_releases_the_file(swap_file: FileOnServer, tmp_path: Path) -> None:
     """`down` releases the file by the records alone, and leaves a file that another machine owns."""
     ownership.claim(swap_file.url(), HOLDER, owner_record.identity())
-    records = RunDir("swap0", run=tmp_path)
+    records = Records("swap0", run=tmp_path)
     records.make()
     up_down._release_file(records)  # a device that did not get as far as an address
     assert record_path(swap_file).exists()
-    records.write(run_dir.ADDRESS, f"{swap_file.url()}\n{LOOPBACK}")
+    records.write(Records.ADDRESS, f"{swap_file.url()}\n{LOOPBACK}")
     up_down._release_file(records)
     assert beside(swap_file) == []
 
@@ -48,9 +47,9 @@ def test_down_does_not_wait_for_a_server(
     own_ganesha: Ganesha, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without an answer the record stays, which is reported; the next boot takes it over."""
-    records = RunDir("swap0", run=tmp_path)
+    records = Records("swap0", run=tmp_path)
     records.make()
-    records.write(run_dir.ADDRESS, f"{own_ganesha.url('swap')}\n{LOOPBACK}")
+    records.write(Records.ADDRESS, f"{own_ganesha.url('swap')}\n{LOOPBACK}")
     own_ganesha.kill()
     up_down._release_file(records)
     assert "the owner record stays: no answer" in capsys.readouterr().err

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The keeper's steps and its link, with a fake kernel and fake workers, which are real processes."""
+"""The keeper's steps and its connection, with a fake kernel and fake workers, which are real processes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from support.waiting import wait_until
 from nbdnfs import proc_stat
 from nbdnfs.errors import BusyError, NbdnfsError, OwnedError, PermissionDeniedError, UnavailableError
 from nbdnfs.keeper import keeper as keeper_module
-from nbdnfs.keeper import records as run_dir
-from nbdnfs.keeper.keeper import Helper, Keeper
-from nbdnfs.keeper.records import RunDir
+from nbdnfs.keeper import serving as serving_module
+from nbdnfs.keeper.helper_process import HelperProcess
+from nbdnfs.keeper.keeper import Keeper
+from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.sd_notify import Notifier
-from nbdnfs.keeper.worker_handle import WorkerProcess, making
+from nbdnfs.keeper.worker_handle import WorkerHandle, recipe
 from nbdnfs.kernel.nbd_device import Attached
-from nbdnfs.worker.settings import LOST_STATUS
+from nbdnfs.worker.protocol import STOLEN_STATUS
 
 FAKE_WORKER = str(Path(__file__).resolve().parents[1] / "support/fake_worker.py")
 SIZE_BYTES = 1 << 20
@@ -44,25 +45,25 @@ class FakeWork:
         self.away = False
         self.addresses = [""]
         self.resolves = 0
-        self.started: list[WorkerProcess] = []
+        self.started: list[WorkerHandle] = []
 
-    def start_worker(self, region_fd: int) -> WorkerProcess:
+    def start_worker(self, region_fd: int) -> WorkerHandle:
         behaviour = self.behaviours.pop(0) if len(self.behaviours) > 1 else self.behaviours[0]
         if behaviour == "none":
             raise OSError(12, "Cannot allocate memory")
         if os.fstat(region_fd).st_size == 0:
             os.ftruncate(region_fd, 8192)
-        process = WorkerProcess.start(sys.executable, ["@fake", FAKE_WORKER, behaviour], dict(os.environ), region_fd)
+        process = WorkerHandle.start(sys.executable, ["@fake", FAKE_WORKER, behaviour], dict(os.environ), region_fd)
         self.started.append(process)
         return process
 
-    def take_worker(self, parked: int) -> WorkerProcess | None:
-        return WorkerProcess.take(parked, making(["@fake", FAKE_WORKER, self.behaviours[0]]))
+    def take_worker(self, parked: int) -> WorkerHandle | None:
+        return WorkerHandle.take(parked, recipe(["@fake", FAKE_WORKER, self.behaviours[0]]))
 
-    def provision(self) -> Helper | None:
+    def provision(self) -> HelperProcess | None:
         return self._exits(self.provisions.pop(0)) if self.provisions else None
 
-    def swap_on(self, attached: Attached) -> Helper:
+    def swap_on(self, attached: Attached) -> HelperProcess:
         status = self.swap_ons.pop(0) if len(self.swap_ons) > 1 else self.swap_ons[0]
         self.on = status == 0
         return self._exits(status)
@@ -73,15 +74,15 @@ class FakeWork:
     def is_server_away(self, region: mmap.mmap) -> bool:
         return self.away
 
-    def resolve(self) -> Helper:
+    def resolve(self) -> HelperProcess:
         self.resolves += 1
         return self._exits(0)
 
     def resolved(self) -> str:
         return self.addresses.pop(0) if self.addresses else ""
 
-    def _exits(self, status: int) -> Helper:
-        return Helper(["/bin/sh", "-c", f"exit {status}"], {})
+    def _exits(self, status: int) -> HelperProcess:
+        return HelperProcess(["/bin/sh", "-c", f"exit {status}"], {})
 
 
 class Setup:
@@ -90,7 +91,7 @@ class Setup:
     def __init__(self, tmp_path: Path) -> None:
         self.kernel = FakeKernel(timeout_s=15)
         self.work = FakeWork()
-        self.records = RunDir("t", run=tmp_path)
+        self.records = Records("t", run=tmp_path)
         self.records.make()
         self.turns = 0
         self.over = threading.Event()
@@ -123,7 +124,7 @@ until = functools.partial(wait_until, what="it is so", timeout_s=15.0)
 
 
 def watches(keeper: Keeper) -> None:
-    until(lambda: keeper._told_ready and keeper.standby is not None and keeper.standby.is_ready)
+    until(lambda: keeper.is_swap_on and keeper.standby.is_ready)
 
 
 def test_all_steps(setup: Setup) -> None:
@@ -132,7 +133,7 @@ def test_all_steps(setup: Setup) -> None:
 
     def scenario(keeper: Keeper) -> None:
         watches(keeper)
-        assert setup.records.read(run_dir.STATE) == "watch"
+        assert setup.records.read(Records.STATE) == "watch"
         assert setup.records.read("device") == "nbd7"
 
     assert setup.run(scenario) == 0
@@ -162,7 +163,7 @@ def test_provision_fails_for_now(setup: Setup) -> None:
 
 
 def test_first_worker_fails_for_good(setup: Setup) -> None:
-    """The first worker's complaint about the file is everybody's."""
+    """What is wrong with the file for the first worker is wrong for all."""
     setup.work.behaviours = [f"exit:{os.EX_NOINPUT}"]
     with pytest.raises(NbdnfsError) as caught:
         setup.run(None)
@@ -170,7 +171,7 @@ def test_first_worker_fails_for_good(setup: Setup) -> None:
 
 
 def test_first_worker_fails_for_now(setup: Setup) -> None:
-    """Until one greets; also when none can be started."""
+    """Until one has_greeted; also when none can be started."""
     setup.work.behaviours = [f"exit:{os.EX_UNAVAILABLE}", "early:69", "none", "none", "serve"]
     setup.run(watches)
 
@@ -208,30 +209,30 @@ def test_workers_that_fail_later_are_no_reason_to_end(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize("swapped_on", [True, False])
-def test_the_file_is_lost_to_another_machine(setup: Setup, swapped_on: bool) -> None:
+def test_another_machine_has_taken_the_file(setup: Setup, swapped_on: bool) -> None:
     """The next worker finds it so: the device is taken down, so that what waits for it fails, and the keeper ends for
     good, without one more worker."""
     if not swapped_on:
         setup.work.swap_ons = [os.EX_TEMPFAIL]
 
     def scenario(keeper: Keeper) -> None:
-        until(lambda: keeper.standby is not None and keeper.standby.is_ready)
+        until(lambda: keeper.standby.is_ready)
         if swapped_on:
             watches(keeper)
         for process in setup.work.started:
             os.kill(process.pid, signal.SIGKILL)
         assert setup.over.wait(30)
 
-    setup.work.behaviours = ["serve", "serve", f"exit:{LOST_STATUS}", "serve"]
+    setup.work.behaviours = ["serve", "serve", f"exit:{STOLEN_STATUS}", "serve"]
     with pytest.raises(OwnedError) as caught:
         setup.run(scenario)
     assert caught.value.exit_code == os.EX_NOPERM
     assert setup.kernel.find() is None
     assert len(setup.work.started) == 3
-    assert setup.records.read(run_dir.STATE) == (run_dir.LOST if swapped_on else None)
+    assert setup.records.read(Records.STATE) == (Records.STOLEN if swapped_on else None)
 
 
-def test_standbys_that_fail_do_not_disturb_the_link(setup: Setup) -> None:
+def test_standbys_that_fail_do_not_disturb_the_connection(setup: Setup) -> None:
     """They are started again, slower and slower."""
 
     def scenario(keeper: Keeper) -> None:
@@ -246,11 +247,11 @@ def test_standbys_that_fail_do_not_disturb_the_link(setup: Setup) -> None:
 
 
 def test_the_kernel_does_not_take_the_socket(setup: Setup) -> None:
-    """RECONFIGURE reports success while the old link lives: the keeper notices, and tries with another worker."""
+    """RECONFIGURE reports success while the old connection lives: the keeper notices, and tries with another worker."""
 
     def scenario(keeper: Keeper) -> None:
         watches(keeper)
-        keeper.worker, serving = None, keeper.worker  # it believes that there is none
+        keeper.serving.worker, serving = None, keeper.serving.worker  # it believes that there is none
         assert serving is not None
         until(lambda: setup.kernel.dropped >= 2)
         os.kill(serving.pid, signal.SIGKILL)
@@ -280,8 +281,8 @@ def test_what_is_tried_again_is_said_once(setup: Setup, capfd: pytest.CaptureFix
     assert " serves, " in back
 
 
-def test_detached_by_somebody_else(setup: Setup) -> None:
-    """A device that is gone is not brought back behind anybody's back."""
+def test_detached_by_another_program(setup: Setup) -> None:
+    """A device that was detached on purpose is not attached again."""
 
     def scenario(keeper: Keeper) -> None:
         watches(keeper)
@@ -289,13 +290,13 @@ def test_detached_by_somebody_else(setup: Setup) -> None:
         setup.kernel.close()
         time.sleep(4)
 
-    with pytest.raises(UnavailableError, match="detached by somebody else"):
+    with pytest.raises(UnavailableError, match="detached by another program"):
         setup.run(scenario)
 
 
 def test_stuck_worker(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """LINK_DEAD for a worker that does not end: it is killed, and the next one serves."""
-    monkeypatch.setattr(keeper_module, "_STUCK_S", 0.2)
+    monkeypatch.setattr(serving_module, "STUCK_S", 0.2)
     setup.work.behaviours = ["deaf", "serve"]
 
     def scenario(keeper: Keeper) -> None:
@@ -311,14 +312,14 @@ def test_stuck_worker(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     setup.run(scenario)
 
 
-def test_a_lost_region_is_never_replaced(setup: Setup) -> None:
-    """A device in use whose region is gone is left alone: its pages on the server may be old ones."""
+def test_a_missing_region_is_never_replaced(setup: Setup) -> None:
+    """A device in use whose region no longer exists is left alone: its pages on the server may be old ones."""
     setup.run(watches)
     setup.kernel.close()
     for process in setup.work.started:
         os.kill(process.pid, signal.SIGKILL)
         os.waitpid(process.pid, 0)
-    with pytest.raises(BusyError, match="memory that its last worker wrote to is gone"):
+    with pytest.raises(BusyError, match="its region no longer exists"):
         setup.make()
 
 
@@ -348,7 +349,7 @@ def test_a_keeper_at_rest_rests(setup: Setup, monkeypatch: pytest.MonkeyPatch) -
     setup.kernel.attached = None
 
     def waiting(keeper: Keeper) -> None:
-        until(lambda: keeper.worker is not None)
+        until(lambda: keeper.serving.worker is not None)
         assert at_rest() <= 5
 
     setup.run(waiting)
@@ -356,18 +357,18 @@ def test_a_keeper_at_rest_rests(setup: Setup, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_server_with_a_new_address(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """Away for long: its name is looked up, again and again; when it means another address, the standby is sent there,
-    and so are all that come after it. With the server back, nobody asks any more.
+    and so are all that come after it. With the server back, the lookups end.
     """
     monkeypatch.setattr(keeper_module, "RESOLVE_AFTER_S", 0.1)
-    monkeypatch.setattr(keeper_module, "_RESOLVE_EVERY_S", 0.1)
+    monkeypatch.setattr(keeper_module, "RESOLVE_EVERY_S", 0.1)
     sent: list[str] = []
-    go = WorkerProcess.go
+    activate = WorkerHandle.activate
 
-    def note_and_go(self: WorkerProcess, address: str = "") -> None:
+    def note_and_activate(self: WorkerHandle, address: str = "") -> None:
         sent.append(address)
-        go(self, address)
+        activate(self, address)
 
-    monkeypatch.setattr(WorkerProcess, "go", note_and_go)
+    monkeypatch.setattr(WorkerHandle, "activate", note_and_activate)
     setup.work.addresses = ["", "192.0.2.9"]
 
     def scenario(keeper: Keeper) -> None:
@@ -378,12 +379,12 @@ def test_a_server_with_a_new_address(setup: Setup, monkeypatch: pytest.MonkeyPat
         setup.work.away = False
         watches(keeper)
         asked = setup.work.resolves
-        assert keeper.worker is not None
-        os.kill(keeper.worker.pid, signal.SIGKILL)
+        assert keeper.serving.worker is not None
+        os.kill(keeper.serving.worker.pid, signal.SIGKILL)
         until(lambda: len(sent) == 3)
         watches(keeper)
         time.sleep(1.2)  # a turn of the loop and more
-        assert setup.work.resolves <= asked + 1  # one may have been due while nobody served
+        assert setup.work.resolves <= asked + 1  # one may have been due while no worker served
 
     assert setup.run(scenario) == 0
     assert sent == ["", "192.0.2.9", "192.0.2.9"]

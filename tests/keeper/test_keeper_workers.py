@@ -22,14 +22,12 @@ from support.fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
 from support.keeper_run import FakeSwap, run_keeper, until
 from support.nfs_server import Ganesha
 
-from nbdnfs import proc_stat
+from nbdnfs import proc_stat, region
 from nbdnfs.config import Config
-from nbdnfs.engine import region_counters
 from nbdnfs.errors import OwnedError
-from nbdnfs.keeper import keeper as keeper_module
-from nbdnfs.keeper import records as run_dir
+from nbdnfs.keeper import serving as serving_module
 from nbdnfs.keeper.keeper import Keeper
-from nbdnfs.keeper.records import RunDir
+from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.sd_notify import Notifier
 from nbdnfs.kernel.nbd_handshake import Export, TransmissionFlags
 from nbdnfs.nas import owner_record, ownership
@@ -54,7 +52,7 @@ class Setup:
             name = url.partition("?")[0].rpartition("/")[2]
             more = owner_record.plugin_settings(name, owner_record.boot_id(), timing)
             self.work._argv += [f"{key}={value}" for key, value in more.items()]
-        self.records = RunDir("t", run=root)
+        self.records = Records("t", run=root)
         self.records.make()
         self.parked: dict[str, int] = {}
         self.over = threading.Event()
@@ -73,13 +71,13 @@ class Setup:
 
     def kill_worker(self) -> int:
         """SIGKILL for the worker that serves; returns its pid."""
-        record = self.records.living(run_dir.WORKER)
+        record = self.records.living(Records.WORKER)
         assert record is not None
         os.kill(record.pid, signal.SIGKILL)
         return record.pid
 
     def counters(self) -> dict[str, int]:
-        return {k: v for k, v in region_counters(self.parked["region"]).items() if isinstance(v, int)}
+        return {k: v for k, v in region.read_counters(self.parked["region"]).items() if isinstance(v, int)}
 
     def end(self) -> None:
         self.kernel.destroy()
@@ -101,7 +99,7 @@ def page_of(number: int, generation: int) -> bytes:
 
 def ready(keeper: Keeper) -> None:
     """The keeper watches, and has a standby."""
-    until(lambda: keeper._told_ready and keeper.standby is not None and keeper.standby.is_ready)
+    until(lambda: keeper.is_swap_on and keeper.standby.is_ready)
 
 
 def test_nothing_is_lost_when_a_dirty_worker_is_killed(setup: Setup) -> None:
@@ -132,7 +130,7 @@ def test_fifty_kills_with_a_dirty_region(setup: Setup, monkeypatch: pytest.Monke
     """Fifty times the worker dies with nine tenths of the region dirty and requests under way: no wrong page."""
     dice = random.Random(1)
     dirty = SLOTS * 9 // 10
-    monkeypatch.setattr(keeper_module, "_LASTED_S", 0.0)  # fifty times in a row is no crash of its own doing here
+    monkeypatch.setattr(serving_module, "LASTED_S", 0.0)  # fifty times in a row is no crash of its own doing here
     written: dict[int, bytes] = {}
     resumed_s: list[float] = []
 
@@ -145,7 +143,7 @@ def test_fifty_kills_with_a_dirty_region(setup: Setup, monkeypatch: pytest.Monke
             written[number] = page_of(number, 0)
             setup.kernel.write(number * PAGE, written[number])
         for generation in range(1, 51):
-            until(lambda: keeper.standby is not None and keeper.standby.is_ready)
+            until(lambda: keeper.standby.is_ready)
             assert setup.counters()["unstable_pages"] >= dirty
             killer = threading.Timer(dice.uniform(0, 0.02), setup.kill_worker)
             killer.start()
@@ -171,21 +169,21 @@ def test_fifty_kills_with_a_dirty_region(setup: Setup, monkeypatch: pytest.Monke
 
 
 def test_a_keeper_takes_over_from_a_killed_one(setup: Setup, capfd: pytest.CaptureFixture[str]) -> None:
-    """The next keeper adopts the worker that lives; the device and its link stay as they are. How an adopted worker
-    has ended nobody knows."""
+    """The next keeper adopts the worker that lives; the device and its connection stay as they are. The exit status
+    of an adopted worker is unknown."""
     pids = []
 
     def first(keeper: Keeper) -> None:
         ready(keeper)
         setup.kernel.write(0, page_of(0, 1))
-        record = setup.records.living(run_dir.WORKER)
+        record = setup.records.living(Records.WORKER)
         assert record is not None
         pids.append(record.pid)
 
     def second(keeper: Keeper) -> None:
         ready(keeper)
-        assert keeper.worker is not None
-        assert keeper.worker.pid == pids[0]
+        assert keeper.serving.worker is not None
+        assert keeper.serving.worker.pid == pids[0]
         assert setup.kernel.read(0, PAGE) == page_of(0, 1)
         setup.kill_worker()
         setup.kernel.wait_for_link(2)
@@ -198,7 +196,7 @@ def test_a_keeper_takes_over_from_a_killed_one(setup: Setup, capfd: pytest.Captu
 
 
 def test_both_at_once(setup: Setup) -> None:
-    """With keeper and worker gone, the parked region and the device are enough to go on."""
+    """With keeper and worker dead, the parked region and the device are enough to go on."""
 
     def first(keeper: Keeper) -> None:
         ready(keeper)
@@ -223,19 +221,19 @@ def test_a_worker_without_a_record_is_found(setup: Setup) -> None:
 
     def first(keeper: Keeper) -> None:
         ready(keeper)
-        record = setup.records.process(run_dir.WORKER)
+        record = setup.records.process(Records.WORKER)
         assert record is not None
         pids.append(record.pid)
 
     def second(keeper: Keeper) -> None:
         ready(keeper)
-        assert keeper.worker is not None
+        assert keeper.serving.worker is not None
         # a version that is not known is replaced
-        until(lambda: keeper.worker is not None and keeper.worker.pid != pids[0])
+        until(lambda: keeper.serving.worker is not None and keeper.serving.worker.pid != pids[0])
         setup.kernel.wait_for_link(2)
 
     setup.run(first)
-    (setup.records.path / run_dir.WORKER).unlink()
+    (setup.records.path / Records.WORKER).unlink()
     setup.run(second)
 
 
@@ -244,19 +242,19 @@ def test_sighup_replaces_the_worker(setup: Setup) -> None:
 
     def scenario(keeper: Keeper) -> None:
         ready(keeper)
-        assert keeper.worker is not None
-        before = keeper.worker.pid
+        assert keeper.serving.worker is not None
+        before = keeper.serving.worker.pid
         setup.kernel.write(0, page_of(0, 1))
         os.kill(os.getpid(), signal.SIGHUP)
         setup.kernel.wait_for_link(2)
         assert setup.kernel.read(0, PAGE) == page_of(0, 1)
-        until(lambda: keeper.worker is not None and keeper.worker.pid != before)
+        until(lambda: keeper.serving.worker is not None and keeper.serving.worker.pid != before)
 
     setup.run(scenario)
 
 
 def test_a_server_that_is_away_is_waited_for(setup: Setup) -> None:
-    """A worker that takes over while nobody answers goes on trying; the kernel's requests wait."""
+    """A worker that takes over while the server does not answer goes on trying; the kernel's requests wait."""
 
     def scenario(keeper: Keeper) -> None:
         ready(keeper)
@@ -273,7 +271,7 @@ def test_a_server_that_is_away_is_waited_for(setup: Setup) -> None:
 
 
 def test_a_worker_outlives_its_keeper(tmp_path: Path) -> None:
-    """The end of the process that started it is no signal to a worker that serves, and the end of a standby."""
+    """A worker that serves goes on when the process that started it ends; a standby exits."""
     with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
         ours, theirs = socket.socketpair()
         with ours, theirs:
@@ -302,19 +300,20 @@ def test_a_worker_outlives_its_keeper(tmp_path: Path) -> None:
 
 _SHORT_LIVED_KEEPER = """
 import socket, sys, time
-from nbdnfs import handshake, shared_region, worker
-from nbdnfs.worker_process import WorkerProcess, command
+from nbdnfs import region
+from nbdnfs.keeper.worker_handle import WorkerHandle
+from nbdnfs.kernel import nbd_handshake
+from nbdnfs.worker import nbdkit
 
-program, argv = command({"url": sys.argv[1], "address": "127.0.0.1", "lock": "off"}, threads=4)
-region = shared_region.create()
-serving = WorkerProcess.start(program, argv, worker.worker_environment(), region)
-serving.go()
-while not serving.greets():
+program, argv = nbdkit.standby_command({"url": sys.argv[1], "address": "127.0.0.1", "lock": "off"}, threads=4)
+region_fd = region.create()
+serving = WorkerHandle.start(program, argv, nbdkit.worker_environment(), region_fd)
+serving.activate()
+while not serving.has_greeted():
     time.sleep(0.01)
-handshake.negotiate(serving.socket)
-standby = WorkerProcess.start(program, argv, worker.worker_environment(), region)
-while not standby.is_ready:
-    standby.look()
+nbd_handshake.negotiate(serving.socket)
+standby = WorkerHandle.start(program, argv, nbdkit.worker_environment(), region_fd)
+while not standby.check_ready():
     time.sleep(0.01)
 with socket.socket(fileno=int(sys.argv[2])) as out:
     socket.send_fds(out, [b"x"], [serving.socket.fileno()])
@@ -324,18 +323,18 @@ time.sleep(60)
 
 
 def test_a_worker_of_another_region_version_is_no_standby(setup: Setup, capfd: pytest.CaptureFixture[str]) -> None:
-    """An upgrade that lays the region out anew does not get the old worker's place: it says so and ends."""
+    """A worker of a version with another layout does not replace the old worker: it says so and exits."""
 
     def scenario(keeper: Keeper) -> None:
         ready(keeper)
-        assert keeper.worker is not None
-        pid = keeper.worker.pid
+        assert keeper.serving.worker is not None
+        pid = keeper.serving.worker.pid
         version = os.pread(setup.parked["region"], 4, 8)
         os.pwrite(setup.parked["region"], b"\xff\0\0\0", 8)
         os.kill(os.getpid(), signal.SIGHUP)
         until(lambda: "has version 255, this nbdnfs has version" in capfd.readouterr().err)
         time.sleep(0.5)
-        assert keeper.worker.pid == pid
+        assert keeper.serving.worker.pid == pid
         os.pwrite(setup.parked["region"], version, 8)
         setup.kernel.wait_for_link(2)
 
@@ -363,10 +362,10 @@ def test_a_stolen_file_ends_the_keeper(ganesha: Ganesha, tmp_path: Path) -> None
         path.write_bytes(page * (DEVICE_BYTES // PAGE))
         assert setup.over.wait(30)
 
-    with pytest.raises(OwnedError, match="another machine's"):
+    with pytest.raises(OwnedError, match="another machine has taken"):
         setup.run(scenario)
     assert setup.kernel.reconnects == 0
-    assert setup.records.read(run_dir.STATE) == run_dir.LOST
+    assert setup.records.read(Records.STATE) == Records.STOLEN
     assert path.read_bytes() == page * (DEVICE_BYTES // PAGE)
     assert not ownership.release(url, holder, owner_record.identity())
     setup.end()

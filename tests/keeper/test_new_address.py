@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A server that has got another address: a standby of the old one is sent to it, by a helper that asks in earnest."""
+"""A server with a new address: a helper looks it up, and a standby that was started with the old one connects to it."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from support.keeper_run import until
 
 from nbdnfs import region
 from nbdnfs.config import Config
-from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper.real_work import RealWork
-from nbdnfs.keeper.records import RunDir
+from nbdnfs.keeper.records import Records
 
-NOBODY_THERE = "127.0.0.9"
+UNUSED_ADDRESS = "127.0.0.9"
 
 
 def test_a_standby_is_sent_to_another_address(tmp_path: Path) -> None:
-    """It was started with an address where nobody answers, and is told another one with the word to go."""
+    """It was started with an address where no server answers, and is activated with another one."""
     with FakeNfsServer(bytes(1 << 20)) as server:
         work = RealWork(
-            Config("t", server.url(), region_pages=256, lock="off", owner=False), server.url(), NOBODY_THERE
+            Config("t", server.url(), region_pages=256, lock="off", owner=False), server.url(), UNUSED_ADDRESS
         )
         region_fd = region.create()
         worker = work.start_worker(region_fd)
         try:
-            until(lambda: worker.look() or worker.is_ready)
-            worker.go("127.0.0.1")
-            until(worker.greets)
+            until(lambda: worker.check_ready())
+            worker.activate("127.0.0.1")
+            until(worker.has_greeted)
         finally:
             worker.kill()
             until(worker.has_ended)
@@ -38,23 +37,23 @@ def test_a_standby_is_sent_to_another_address(tmp_path: Path) -> None:
 
 
 def test_the_helper_answers_on_its_pipe(tmp_path: Path) -> None:
-    """`resolve` and `resolved`, with the process that they are about."""
+    """`resolve` and `resolved`, with the real helper."""
     # /run/nbdnfs of the machine that tests is not touched
     (tmp_path / "sitecustomize.py").write_text(
-        "import pathlib, nbdnfs.keeper.records as run_dir\n"
-        f"run_dir.RunDir.__init__.__kwdefaults__['run'] = pathlib.Path({str(tmp_path)!r})\n"
+        "import pathlib\nfrom nbdnfs.keeper.records import Records\n"
+        f"Records.__init__.__kwdefaults__['run'] = pathlib.Path({str(tmp_path)!r})\n"
     )
-    RunDir("t", run=tmp_path).make()
+    Records("t", run=tmp_path).make()
     with FakeNfsServer(bytes(1 << 20)) as server:
-        work = RealWork(Config("t", server.url(), lock="off"), server.url(), NOBODY_THERE)
+        work = RealWork(Config("t", server.url(), lock="off"), server.url(), UNUSED_ADDRESS)
         work._environment["PYTHONPATH"] += f":{tmp_path}"
         assert ask(work) == "127.0.0.1"
-        assert RunDir("t", run=tmp_path).read(run_dir.ADDRESS) == f"{server.url()}\n127.0.0.1"
+        assert Records("t", run=tmp_path).read(Records.ADDRESS) == f"{server.url()}\n127.0.0.1"
         assert ask(work) == ""  # it has that one by now
 
 
 def ask(work: RealWork) -> str:
     helper = work.resolve()
     assert select.select([helper.pidfd], [], [], 20)[0]
-    helper.ended()
+    helper.status()
     return work.resolved()

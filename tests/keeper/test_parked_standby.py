@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A standby that waits in systemd's store for the next keeper: taken, let go, ended, and never taken for a worker."""
+"""A standby in systemd's store, for the next keeper: taken, refused, ended, and never mistaken for a worker."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ from nbdnfs import region
 from nbdnfs.commands import up_down
 from nbdnfs.config import Config
 from nbdnfs.errors import UnavailableError
-from nbdnfs.keeper import records as run_dir
 from nbdnfs.keeper import worker_handle
 from nbdnfs.keeper.keeper import Keeper
-from nbdnfs.keeper.records import RunDir
+from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.sd_notify import Notifier
-from nbdnfs.keeper.worker_handle import WorkerProcess, command, making
+from nbdnfs.keeper.worker_handle import WorkerHandle, recipe
 from nbdnfs.kernel import nbd_handshake
 from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.worker import nbdkit
@@ -45,7 +44,7 @@ class Setup:
         self.server = server
         self.kernel = FakeKernel()
         self.systemd = FakeSystemd(root)
-        self.records = RunDir("t", run=root)
+        self.records = Records("t", run=root)
         self.records.make()
         self.work = self.new_work()
         self.over = threading.Event()
@@ -69,7 +68,7 @@ class Setup:
                 keeper._mapping.close()
 
     def kill_worker(self) -> None:
-        record = self.records.living(run_dir.WORKER)
+        record = self.records.living(Records.WORKER)
         if record is not None:
             os.kill(record.pid, signal.SIGKILL)
             wait_until_ended(record.pid)
@@ -90,9 +89,9 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
 
 def ready(keeper: Keeper) -> int:
     """The keeper watches, and has parked a standby; the pid of that."""
-    until(lambda: keeper._told_ready and keeper.standby is not None and keeper._is_standby_parked)
-    assert keeper.standby is not None
-    return keeper.standby.pid
+    until(lambda: keeper.is_swap_on and keeper.standby.is_parked)
+    assert keeper.standby.worker is not None
+    return keeper.standby.worker.pid
 
 
 def parked_by_a_killed_keeper(setup: Setup, *, worker_too: bool = True) -> int:
@@ -127,7 +126,7 @@ def descriptors() -> list[str]:
 
 
 def test_both_killed_at_once(setup: Setup) -> None:
-    """The next keeper gives the parked standby the word, and starts none before swap moves: all pages are there. It is
+    """The next keeper activates the parked standby, and starts none before swap moves: all pages are there. It is
     the same with the keeper after that one, and none of them leaves a descriptor behind."""
     standby = parked_by_a_killed_keeper(setup)
     before = descriptors()
@@ -139,9 +138,9 @@ def test_both_killed_at_once(setup: Setup) -> None:
             keeper: Keeper, links: int = links, starts: int = starts, taken: int = standby, into: list[int] = successors
         ) -> None:
             setup.kernel.wait_for_link(links)
-            until(lambda: keeper.worker is not None and keeper._linked_s is not None)
-            assert keeper.worker is not None
-            assert keeper.worker.pid == taken
+            until(lambda: keeper.serving.worker is not None and keeper.serving.is_connected)
+            assert keeper.serving.worker is not None
+            assert keeper.serving.worker.pid == taken
             assert setup.work.starts <= starts + 1
             for number in range(100):
                 assert setup.kernel.read(number * PAGE, PAGE) == bytes([number + 1]) * PAGE
@@ -166,15 +165,15 @@ def test_the_worker_lives(setup: Setup) -> None:
     """A keeper killed alone: worker and standby both go on as they are, one serving and one waiting, also through
     keepers that do nothing but take over; then the standby serves."""
     standby = parked_by_a_killed_keeper(setup, worker_too=False)
-    record = setup.records.living(run_dir.WORKER)
+    record = setup.records.living(Records.WORKER)
     assert record is not None
     starts = setup.work.starts
     for _ in range(3):
 
         def same(keeper: Keeper) -> None:
             assert ready(keeper) == standby
-            assert keeper.worker is not None
-            assert keeper.worker.pid == record.pid
+            assert keeper.serving.worker is not None
+            assert keeper.serving.worker.pid == record.pid
 
         setup.run(same)
     assert setup.work.starts == starts
@@ -183,8 +182,8 @@ def test_the_worker_lives(setup: Setup) -> None:
         ready(keeper)
         setup.kill_worker()
         setup.kernel.wait_for_link(2)
-        assert keeper.worker is not None
-        assert keeper.worker.pid == standby
+        assert keeper.serving.worker is not None
+        assert keeper.serving.worker.pid == standby
         assert setup.kernel.read(0, PAGE) == b"\1" * PAGE
 
     setup.run(scenario)
@@ -193,25 +192,25 @@ def test_the_worker_lives(setup: Setup) -> None:
 def test_a_worker_without_a_record_is_not_confused_with_the_standby(setup: Setup) -> None:
     """Both have the region; the one that has it locked serves."""
     standby = parked_by_a_killed_keeper(setup, worker_too=False)
-    record = setup.records.living(run_dir.WORKER)
+    record = setup.records.living(Records.WORKER)
     assert record is not None
-    (setup.records.path / run_dir.WORKER).unlink()
+    (setup.records.path / Records.WORKER).unlink()
 
     def scenario(keeper: Keeper) -> None:
-        until(lambda: keeper._told_ready)
+        until(lambda: keeper.is_swap_on)
         assert setup.kernel.links in (1, 2)  # a worker whose version is not known is replaced
         setup.kernel.wait_for_link(2)
-        assert keeper.worker is not None
-        assert keeper.worker.pid == standby
+        assert keeper.serving.worker is not None
+        assert keeper.serving.worker.pid == standby
 
     setup.run(scenario)
     wait_until_ended(record.pid)
 
 
 @pytest.mark.parametrize("what", ["version", "settings"])
-def test_a_standby_of_another_making_ends(setup: Setup, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A live upgrade, or another configuration: the parked one is let go, and ends although systemd has been slow to
-    forget it; a new one serves."""
+def test_a_standby_of_another_recipe_exits(setup: Setup, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A live upgrade, or another configuration: the parked one is not taken, and exits although systemd is slow to
+    remove it; a new one serves."""
     standby = parked_by_a_killed_keeper(setup)
     setup.systemd.loses = True
     if what == "version":
@@ -223,8 +222,8 @@ def test_a_standby_of_another_making_ends(setup: Setup, what: str, monkeypatch: 
     def scenario(keeper: Keeper) -> None:
         wait_until_ended(standby)
         setup.kernel.wait_for_link(2)
-        assert keeper.worker is not None
-        assert keeper.worker.pid != standby
+        assert keeper.serving.worker is not None
+        assert keeper.serving.worker.pid != standby
         assert setup.kernel.read(0, PAGE) == b"\1" * PAGE
         assert ready(keeper) != standby
 
@@ -270,7 +269,7 @@ def test_a_stop_ends_the_standby(setup: Setup) -> None:
 def test_down_ends_the_standby(setup: Setup) -> None:
     """By its record, with a systemd that keeps the store of a stopped unit."""
     standby = parked_by_a_killed_keeper(setup)
-    (setup.records.path / run_dir.KEEPER).unlink()  # it would be this process
+    (setup.records.path / Records.KEEPER).unlink()  # it would be this process
     up_down._take_down(setup.records, None)
     wait_until_ended(standby)
 
@@ -285,14 +284,14 @@ def test_an_error_ends_the_standby(setup: Setup) -> None:
         setup.kernel.close()
         setup.over.wait(30)
 
-    with pytest.raises(UnavailableError, match="detached by somebody else"):
+    with pytest.raises(UnavailableError, match="detached by another program"):
         setup.run(scenario)
     wait_until_ended(standby)
     assert "standby" not in setup.systemd.names()
 
 
 def test_no_device_no_standby(setup: Setup) -> None:
-    """Of a device that is no more, nothing is used: the standby's region is another one."""
+    """Nothing of a device that no longer exists is used: the standby's region is another one."""
     standby = parked_by_a_killed_keeper(setup)
     setup.kernel.disconnect(Attached(7, DEVICE_BYTES))
     setup.work.on = False
@@ -331,21 +330,21 @@ def test_sighup_parks_the_next_one(setup: Setup) -> None:
         os.kill(os.getpid(), signal.SIGHUP)
         wait_until_ended(standby)
         setup.kernel.wait_for_link(2)
-        until(lambda: keeper._is_standby_parked)
+        until(lambda: keeper.standby.is_parked)
         assert "standby" in setup.systemd.names()
 
     setup.run(scenario)
 
 
-def test_no_word_twice(setup: Setup) -> None:
-    """A keeper that ended right after the word, with a store that never heard that the standby is to be forgotten: the
+def test_a_standby_is_activated_once(setup: Setup) -> None:
+    """A keeper that ended right after activating, with a store that never got the message to remove the standby: the
     next keeper does not take it for a standby, and the worker that it has become is none the worse for that."""
     setup.systemd.loses = True
     standby = parked_by_a_killed_keeper(setup)
 
     def first(keeper: Keeper) -> None:
         setup.kernel.wait_for_link(2)
-        until(lambda: keeper._linked_s is not None and setup.records.living(run_dir.WORKER) is not None)
+        until(lambda: keeper.serving.is_connected and setup.records.living(Records.WORKER) is not None)
 
     stored = setup.systemd.hand_over()
     late = {name: os.dup(descriptor) for name, descriptor in stored.items()}
@@ -353,20 +352,20 @@ def test_no_word_twice(setup: Setup) -> None:
 
     def second(keeper: Keeper) -> None:
         assert ready(keeper) != standby
-        assert keeper.worker is not None
-        assert keeper.worker.pid == standby
+        assert keeper.serving.worker is not None
+        assert keeper.serving.worker.pid == standby
         assert setup.kernel.links == 2
         assert setup.kernel.read(0, PAGE) == b"\1" * PAGE
 
     setup.run(second, stored=late)
 
 
-def start(server: FakeNfsServer, region_fd: int) -> tuple[WorkerProcess, bytes]:
-    """A standby that is ready, and its making."""
-    program, argv = command({"url": server.url(), "address": "127.0.0.1", "lock": "off"}, threads=2)
-    standby = WorkerProcess.start(program, argv, nbdkit.worker_environment(), region_fd)
-    until(lambda: (standby.look(), standby.is_ready)[1])
-    return standby, making(argv)
+def start(server: FakeNfsServer, region_fd: int) -> tuple[WorkerHandle, bytes]:
+    """A standby that is ready, and its recipe."""
+    program, argv = nbdkit.standby_command({"url": server.url(), "address": "127.0.0.1", "lock": "off"}, threads=2)
+    standby = WorkerHandle.start(program, argv, nbdkit.worker_environment(), region_fd)
+    until(standby.check_ready)
+    return standby, recipe(argv)
 
 
 @pytest.mark.parametrize("taken", [False, True])
@@ -377,19 +376,19 @@ def test_the_hang_up_tells_while_the_store_has_a_copy(taken: bool, kept: bool) -
     region_fd = region.create()
     with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
         standby, made = start(server, region_fd)
-        copies = [os.dup(standby.pack()) for _ in range(2)]
+        copies = [os.dup(standby.make_parkable()) for _ in range(2)]
         pid = standby.pid
         if taken:
             standby.close()
-            found = WorkerProcess.take(copies.pop(), made)
+            found = WorkerHandle.take(copies.pop(), made)
             assert found is not None
             standby = found
-        standby.go()
-        until(standby.greets)
+        standby.activate()
+        until(standby.has_greeted)
         assert standby.socket is not None
         nbd_handshake.negotiate(standby.socket)
         kernels = os.dup(standby.socket.fileno()) if kept else -1
-        assert standby.is_kept_by_kernel() == kept
+        assert standby.release_to_kernel() == kept
         if kept:
             os.close(kernels)
         wait_until_ended(pid)
@@ -400,15 +399,15 @@ def test_the_hang_up_tells_while_the_store_has_a_copy(taken: bool, kept: bool) -
     os.close(region_fd)
 
 
-def test_one_that_lost_its_keeper_between_forgetting_and_the_word() -> None:
-    """Its socket in the store has nothing in it: it is let go, and ends by that, whoever else has a copy."""
+def test_a_keeper_that_died_just_before_it_activated() -> None:
+    """The standby's socket in the store is empty: it is not taken, and exits, whichever processes have a copy."""
     region_fd = region.create()
     with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
         standby, made = start(server, region_fd)
-        copies = [os.dup(standby.pack()) for _ in range(2)]
+        copies = [os.dup(standby.make_parkable()) for _ in range(2)]
         assert standby._control is not None
         standby._control.recv(1 << 16)
-        assert WorkerProcess.take(copies[0], made) is None
+        assert WorkerHandle.take(copies[0], made) is None
         wait_until_ended(standby.pid)
         assert standby.has_ended()
         assert standby.status == 0
@@ -421,24 +420,24 @@ def test_one_that_has_ended_is_not_taken() -> None:
     region_fd = region.create()
     with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
         standby, made = start(server, region_fd)
-        parked = os.dup(standby.pack())
+        parked = os.dup(standby.make_parkable())
         standby.kill()
         wait_until_ended(standby.pid)
-        assert WorkerProcess.take(parked, made) is None
+        assert WorkerHandle.take(parked, made) is None
         assert standby.has_ended()
     os.close(region_fd)
 
 
-def test_one_that_has_the_word_ends_with_its_keeper(capfd: pytest.CaptureFixture[str]) -> None:
-    """The keeper dies while the worker waits for its server: the kernel never gets to know that worker, which ends
-    instead of trying for ever."""
+def test_an_activated_one_exits_with_its_keeper(capfd: pytest.CaptureFixture[str]) -> None:
+    """The keeper dies while the worker waits for its server: the kernel never gets that worker's socket, and the worker
+    exits instead of trying for ever."""
     said = SaidOnStderr(capfd)
     region_fd = region.create()
     with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
         standby, _ = start(server, region_fd)
     assert not _answers(server)
-    parked = os.dup(standby.pack())
-    standby.go()
+    parked = os.dup(standby.make_parkable())
+    standby.activate()
     said.wait_for("trying again until it does")
     assert not standby.has_ended()
     os.close(parked)
@@ -455,8 +454,8 @@ def _answers(server: FakeNfsServer) -> bool:
 
 
 def test_a_parked_standby_outlives_a_killed_keeper() -> None:
-    """SIGKILL for the process that started it is no signal to it (PR_SET_PDEATHSIG). It is taken in another process,
-    twice, since a look at it changes nothing; gets the word and serves; and ends with its connection."""
+    """It gets no signal when the process that started it is killed (PR_SET_PDEATHSIG). It is taken in another process,
+    twice, since taking changes nothing; it is activated, serves, and exits with its connection."""
     region_fd = region.create()
     with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
         ours, theirs = socket.socketpair()
@@ -470,20 +469,20 @@ def test_a_parked_standby_outlives_a_killed_keeper() -> None:
                 made, (parked,), _, _ = socket.recv_fds(ours, 4096, 1)
                 keeper.kill()
         again = os.dup(parked)
-        first = WorkerProcess.take(parked, made)
+        first = WorkerHandle.take(parked, made)
         assert first is not None
         first.close()
-        standby = WorkerProcess.take(again, made)
+        standby = WorkerHandle.take(again, made)
         assert standby is not None
         assert not standby.has_ended()
         assert region.is_held_by(region_fd, standby.pid)
         assert standby.how_it_ended == ""
-        standby.go()
-        until(standby.greets)
+        standby.activate()
+        until(standby.has_greeted)
         assert standby.socket is not None
         kernel = FakeKernel()
         kernel.attach(standby.socket, nbd_handshake.negotiate(standby.socket))
-        assert standby.is_kept_by_kernel()
+        assert standby.release_to_kernel()
         for number in range(8):
             assert kernel.read(number * PAGE, PAGE) == bytes(PAGE)
         pid = standby.pid
@@ -495,32 +494,31 @@ def test_a_parked_standby_outlives_a_killed_keeper() -> None:
 
 _SHORT_LIVED_KEEPER = """
 import socket, sys, time
-from nbdnfs import worker
-from nbdnfs.worker_process import WorkerProcess, command, making
+from nbdnfs.keeper.worker_handle import WorkerHandle, recipe
+from nbdnfs.worker import nbdkit
 
-program, argv = command({"url": sys.argv[1], "address": "127.0.0.1", "lock": "off"}, threads=2)
-standby = WorkerProcess.start(program, argv, worker.worker_environment(), int(sys.argv[3]))
-while not standby.is_ready:
-    standby.look()
+program, argv = nbdkit.standby_command({"url": sys.argv[1], "address": "127.0.0.1", "lock": "off"}, threads=2)
+standby = WorkerHandle.start(program, argv, nbdkit.worker_environment(), int(sys.argv[3]))
+while not standby.check_ready():
     time.sleep(0.01)
 with socket.socket(fileno=int(sys.argv[2])) as out:
-    socket.send_fds(out, [making(argv)], [standby.pack()])
+    socket.send_fds(out, [recipe(argv)], [standby.make_parkable()])
 time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("nobody", [{}, {"NOTIFY_SOCKET": "@nbdnfs-test-nobody"}])
-def test_without_systemd_nothing_is_parked(setup: Setup, nobody: dict[str, str]) -> None:
-    """A standby ends with its keeper then, as nobody else has its control socket; also after `nbdnfs up`, which hears
-    of a keeper's beginnings only."""
+@pytest.mark.parametrize("environment", [{}, {"NOTIFY_SOCKET": "@nbdnfs-test-unused"}])
+def test_without_systemd_nothing_is_parked(setup: Setup, environment: dict[str, str]) -> None:
+    """A standby exits with its keeper then, as no other process has its control socket; also after `nbdnfs up`, which
+    reads a keeper's messages only until it is ready."""
     pids: list[int] = []
-    setup.systemd.environment = nobody
+    setup.systemd.environment = environment
 
     def scenario(keeper: Keeper) -> None:
-        until(lambda: keeper._told_ready and keeper.standby is not None and keeper.standby.is_ready)
-        assert keeper.standby is not None
-        assert not keeper._is_standby_parked
-        pids.append(keeper.standby.pid)
+        until(lambda: keeper.is_swap_on and keeper.standby.is_ready)
+        assert keeper.standby.worker is not None
+        assert not keeper.standby.is_parked
+        pids.append(keeper.standby.worker.pid)
 
     setup.run(scenario, stored={})
     wait_until_ended(pids[0])

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 
 from nbdnfs import proc_stat, region
-from nbdnfs.keeper.records import RunDir
+from nbdnfs.keeper.records import Records
 
 
 @pytest.fixture
-def records(tmp_path: Path) -> RunDir:
-    made = RunDir("swap0", run=tmp_path)
+def records(tmp_path: Path) -> Records:
+    made = Records("swap0", run=tmp_path)
     made.make()
     return made
 
 
-def test_text(records: RunDir) -> None:
+def test_text(records: Records) -> None:
     """What is written is read; what is not there is None; `remove` removes all."""
     assert records.read("state") is None
     records.write("state", "watch")
@@ -32,7 +32,15 @@ def test_text(records: RunDir) -> None:
     assert records.read("state") is None
 
 
-def test_process(records: RunDir) -> None:
+def test_an_earlier_version_wrote_lost(records: Records) -> None:
+    """It is the state that is called stolen now; other keys are not touched."""
+    (records.path / "state").write_text("lost\n")
+    (records.path / "device").write_text("lost\n")
+    assert records.read(Records.STATE) == Records.STOLEN == "stolen"
+    assert records.read(Records.DEVICE) == "lost"
+
+
+def test_process(records: Records) -> None:
     """A living process is found; an ended one is not, nor one with another start time, nor nonsense."""
     with subprocess.Popen(["/bin/sleep", "60"]) as sleep:
         records.write_process("worker", sleep.pid, "1.2")
@@ -51,7 +59,7 @@ def test_process(records: RunDir) -> None:
         assert records.process("worker") is None
 
 
-def test_a_zombie_does_not_live(records: RunDir) -> None:
+def test_a_zombie_does_not_live(records: Records) -> None:
     """It has ended; only its parent has not looked yet."""
     child = subprocess.Popen(["/bin/true"])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
@@ -60,7 +68,7 @@ def test_a_zombie_does_not_live(records: RunDir) -> None:
 
 
 def test_region_in_another_process() -> None:
-    """Found by its link in /proc, told from another region, taken, and looked up by the process's name and lock."""
+    """Found in /proc, distinguished from another region, taken, and looked up by the process's name and lock."""
     region_fd, other = region.create(), region.create()
     os.ftruncate(region_fd, 8192)
     with subprocess.Popen(["@holder", "60"], executable="/bin/sleep", pass_fds=[region_fd]) as holder:

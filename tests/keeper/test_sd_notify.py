@@ -37,11 +37,11 @@ def systemd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Fa
     fake.socket.close()
 
 
-def test_tell(systemd: tuple[FakeSystemd, str]) -> None:
+def test_send(systemd: tuple[FakeSystemd, str]) -> None:
     """One datagram with a line for each assignment."""
     fake, address = systemd
     with contextlib.closing(Notifier({"NOTIFY_SOCKET": address})) as notifier:
-        assert notifier.tell("READY=1", "STATUS=swap is on")
+        assert notifier.send("READY=1", "STATUS=swap is on")
     assert fake.receive() == (["READY=1", "STATUS=swap is on"], [])
 
 
@@ -61,16 +61,16 @@ def test_store(systemd: tuple[FakeSystemd, str]) -> None:
     os.close(descriptor)
 
 
-def test_nobody_to_tell(tmp_path: Path) -> None:
-    """Without systemd, and with one that is gone or does not read, nothing is told and nothing waits."""
-    assert not Notifier({}).tell("READY=1")
+def test_without_a_listener(tmp_path: Path) -> None:
+    """Without systemd, and with one that has ended or does not read, messages are dropped and nothing waits."""
+    assert not Notifier({}).send("READY=1")
     with contextlib.closing(Notifier({"NOTIFY_SOCKET": str(tmp_path / "none")})) as notifier:
-        assert not notifier.tell("READY=1")
+        assert not notifier.send("READY=1")
     fake = FakeSystemd(str(tmp_path / "full"))
     with contextlib.closing(Notifier({"NOTIFY_SOCKET": str(tmp_path / "full")})) as notifier:
-        told = [notifier.tell("STATUS=x") for _ in range(1000)]
-    assert told[0]
-    assert not told[-1]
+        sent = [notifier.send("STATUS=x") for _ in range(1000)]
+    assert sent[0]
+    assert not sent[-1]
     fake.socket.close()
 
 
@@ -89,7 +89,7 @@ def test_watchdog(environment: dict[str, str], expected: float | None) -> None:
     assert Notifier(environment).watchdog_s == expected
 
 
-def test_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listen_fds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Descriptors come back under their names; of two with one name the last; none is for our children."""
     low = fcntl.fcntl(0, fcntl.F_DUPFD, 700)  # three in a row, as systemd hands them down
     os.close(low)
@@ -98,7 +98,7 @@ def test_stored(monkeypatch: pytest.MonkeyPatch) -> None:
         os.dup2(descriptor, low + number)
         os.close(descriptor)
     monkeypatch.setattr(sd_notify, "LISTEN_FDS_START", low)
-    found = sd_notify.stored(
+    found = sd_notify.listen_fds(
         {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "3", "LISTEN_FDNAMES": "region:region:other"}
     )
     assert found == {"region": low + 1, "other": low + 2}
@@ -109,7 +109,7 @@ def test_stored(monkeypatch: pytest.MonkeyPatch) -> None:
         os.close(descriptor)
 
 
-def test_stored_for_somebody_else() -> None:
+def test_listen_fds_of_another_process() -> None:
     """$LISTEN_PID names the process that they are for."""
-    assert sd_notify.stored({"LISTEN_PID": "1", "LISTEN_FDS": "3"}) == {}
-    assert sd_notify.stored({}) == {}
+    assert sd_notify.listen_fds({"LISTEN_PID": "1", "LISTEN_FDS": "3"}) == {}
+    assert sd_notify.listen_fds({}) == {}

@@ -121,6 +121,16 @@ def test_version_4_with_an_old_libnfs(backing_file: FileOnServer, serve_fails: C
     ]
 
 
+@pytest.mark.skipif(int(engine.libnfs_version.split(".")[0]) >= 5, reason="this libnfs can write over NFSv4")
+def test_a_keepers_worker_with_an_old_libnfs(socket_path: Path) -> None:
+    """The keeper has no libnfs: its worker says the same, with the same status."""
+    command = run_plugin(socket_path, f"url=nfs://{LOOPBACK}/export/x?version=4", f"address={LOOPBACK}")
+    assert last_lines(os.EX_CONFIG, command, env=nbdkit.worker_environment()) == [
+        f"NFSv4 needs libnfs 5.0 or newer: {engine.libnfs_version} cannot write a page over it (sahlberg/libnfs#319)",
+        "use version=3, or a system with a newer libnfs (Debian 13)",
+    ]
+
+
 @pytest.mark.parametrize(
     ("libnfs", "version", "is_refused"), [("4.0.0", 4, True), ("4.0.0", 3, False), ("5.0.2", 4, False)]
 )
@@ -206,7 +216,7 @@ def test_no_permission(new_file: Callable[..., FileOnServer], serve_fails: Calla
 def test_exports_that_do_not_let_root_write(
     tmp_path: Path, serve_fails: Callable[..., list[str]], export: dict[str, str]
 ) -> None:
-    """Root is nobody there, or nobody may write: EX_NOPERM, and both are named."""
+    """Root is squashed there, or the export is read-only: EX_NOPERM, and both are named."""
     with Ganesha(tmp_path / "server", **export) as server:
         file = server.export_path / "file"
         file.write_bytes(bytes(PAGE))
@@ -228,7 +238,7 @@ def run_plugin(socket_path: Path, *settings: str) -> list[str]:
 @pytest.mark.parametrize(
     ("settings", "message", "hint"),
     [
-        (["urll=nfs://nas/e/f"], "'urll' is no setting of the nbdnfs plugin", "did you mean 'url'?"),
+        (["urll=nfs://nas/e/f"], "'urll' is not a setting of the nbdnfs plugin", "did you mean 'url'?"),
         ([], "the nbdnfs plugin needs url=", "for example url=nfs://nas/export/swap/box.swap"),
         (
             ["url=nfs://nas/e/f", "engine=rust"],
@@ -248,12 +258,12 @@ def test_a_setting_that_resembles_none(socket_path: Path) -> None:
     """Where nothing is near, all are named."""
     command = run_plugin(socket_path, "quux=1")
     message, hint = last_lines(os.EX_CONFIG, command, env=nbdkit.worker_environment())
-    assert message == "'quux' is no setting of the nbdnfs plugin"
+    assert message == "'quux' is not a setting of the nbdnfs plugin"
     assert re.fullmatch(r"the keys are url, address, engine(, \w+)*", hint)
 
 
 def test_a_bad_url_given_to_the_plugin(socket_path: Path) -> None:
-    """The plugin checks the URL that nobody has checked before: the same lines as from serve."""
+    """The plugin checks a URL that has not been checked before: the same lines as from serve."""
     command = run_plugin(socket_path, "url=nfs://nas/export/")
     lines = last_lines(os.EX_USAGE, command, env=nbdkit.worker_environment())
     assert lines == ["the URL 'nfs://nas/export/' does not name a file", URL_HINT]
@@ -271,8 +281,8 @@ def test_unknown_engine(backing_file: FileOnServer, serve_fails: Callable[..., l
 def test_impossible_threads(serve_fails: Callable[..., list[str]], threads: int) -> None:
     """EX_USAGE."""
     assert serve_fails(os.EX_USAGE, "nfs://nas/export/file", f"--threads={threads}") == [
-        f"--threads {threads} is not possible",
-        "1 to 64; more than 16 hardly make it faster",
+        f"--threads {threads} is out of range",
+        "give 1 to 64; more than 16 are hardly faster",
     ]
 
 
@@ -326,7 +336,7 @@ def test_nbdkit_has_no_python_plugin(
 def test_nbdkits_python_is_too_old(
     fake_nbdkit: Callable[[str], dict[str, str]], serve_fails: Callable[..., list[str]], dump: str, said: str
 ) -> None:
-    """Older than the extension's ABI, or it does not tell: EX_CONFIG."""
+    """Older than the extension's ABI, or of an unknown version: EX_CONFIG."""
     assert serve_fails(os.EX_CONFIG, "nfs://nas/export/file", env=fake_nbdkit(f"echo {dump}")) == [
         f"nbdkit embeds Python {said}; nbdnfs needs 3.11 or newer",
         "use nbdkit of Debian 12 or newer",
@@ -361,7 +371,7 @@ def test_check_nbdkit_raises_what_serve_prints(
 
 
 def test_the_plugin_is_missing(tmp_path: Path, serve_fails: Callable[..., list[str]]) -> None:
-    """An installation that lost its plugin file: EX_CONFIG."""
+    """An installation without its plugin file: EX_CONFIG."""
     package = tmp_path / "incomplete" / "nbdnfs"
     shutil.copytree(Path(nbdnfs.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "plugin"))
     env = {**os.environ, "PYTHONPATH": str(package.parent)}

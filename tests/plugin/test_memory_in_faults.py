@@ -19,7 +19,6 @@ from support.worker_process import Worker, serving
 from test_memory_discipline import DEVICE_BYTES, TRACED_CALLS, run_requests, start_trace
 
 from nbdnfs import region
-from nbdnfs.engine import region_counters
 
 ROUNDS = 40
 
@@ -28,7 +27,7 @@ def reconnects(worker: Worker) -> int:
     descriptor = region.take_from(worker.pid)
     assert descriptor is not None
     try:
-        count = region_counters(descriptor)["reconnects"]
+        count = region.read_counters(descriptor)["reconnects"]
     finally:
         os.close(descriptor)
     assert isinstance(count, int)

@@ -102,8 +102,8 @@ def test_two_workers(backing_file: FileOnServer, folders: tuple[Path, Path], sto
     assert "box" not in second.stderr.read_text()
 
 
-def test_serve_claims_and_gives_up(backing_file: FileOnServer, folders: tuple[Path, Path]) -> None:
-    """The file is this machine's while it is served, and nobody's afterwards."""
+def test_serve_claims_and_releases(backing_file: FileOnServer, folders: tuple[Path, Path]) -> None:
+    """The file is this machine's while it is served, and is released afterwards."""
     with serving(backing_file.url(), folders[0]) as worker, NbdClient(worker.socket, DEADLINE_S):
         record = owner_record.parse(record_path(backing_file).read_bytes())
         assert record is not None
@@ -115,7 +115,7 @@ def test_serve_claims_and_gives_up(backing_file: FileOnServer, folders: tuple[Pa
 
 
 def test_serve_refuses_what_another_machine_has(backing_file: FileOnServer, folders: tuple[Path, Path]) -> None:
-    """Who and since when; and not with --no-owner, nor with the engine for comparison, where it runs."""
+    """By which machine and since when; and not with --no-owner, nor with the engine for comparison, where it runs."""
     ownership.claim(backing_file.url(), HOLDER, machine("box2"))
     assert "is in use as swap by box2 (since 20" in refused(backing_file, folders[0])
     for option in ("--no-owner", "--engine=libnfs-python")[: 2 if sys.version_info[:2] == (3, 11) else 1]:

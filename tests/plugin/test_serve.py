@@ -58,7 +58,7 @@ def children(process: subprocess.Popen[bytes]) -> list[int]:
 
 
 def is_served(path: Path) -> bool:
-    """Whether somebody listens there."""
+    """Whether a process listens there."""
     with socket.socket(socket.AF_UNIX) as client:
         return client.connect_ex(str(path)) == 0
 
@@ -233,7 +233,7 @@ def test_four_requests_of_one_connection_are_in_flight_together(
 
 
 def test_an_error_of_the_server_is_the_clients_errno(backing_file: FileOnServer, directory: Path) -> None:
-    """The file is cut: EIO on the wire for what is gone, the rest goes on, no traceback of ours."""
+    """The file is truncated: EIO on the wire for what is missing, the rest goes on, no traceback of ours."""
     with serving(backing_file.url(), directory) as worker, NbdClient(worker.socket, DEADLINE_S) as client:
         os.truncate(backing_file.path, MIB)
         with pytest.raises(OSError, match="refused") as caught:
@@ -249,10 +249,10 @@ def test_an_error_of_the_server_is_the_clients_errno(backing_file: FileOnServer,
 def test_a_signal_ends_it_cleanly(
     backing_file: FileOnServer, directory: Path, start: Start, number: signal.Signals
 ) -> None:
-    """Status 0; the socket is gone and so is nbdkit; no traceback; the data is on the server."""
+    """Status 0; the socket is removed and nbdkit has ended; no traceback; the data is on the server."""
     path = directory / "s"
     process = start(backing_file.url(), path)
-    wait_until(lambda: is_served(path), "somebody serves")
+    wait_until(lambda: is_served(path), "it is served")
     with NbdClient(path, DEADLINE_S) as client:
         client.write(0, b"x" * PAGE)
         (worker,) = children(process)
@@ -265,10 +265,10 @@ def test_a_signal_ends_it_cleanly(
 
 
 def test_a_connected_client_is_waited_for(backing_file: FileOnServer, directory: Path, start: Start) -> None:
-    """nbdkit ends when its clients have gone, and serve says that it waits for that."""
+    """nbdkit ends when its clients have disconnected, and serve says that it waits for that."""
     path = directory / "s"
     process = start(backing_file.url(), path)
-    wait_until(lambda: is_served(path), "somebody serves")
+    wait_until(lambda: is_served(path), "it is served")
     with NbdClient(path, DEADLINE_S) as client:
         client.write(0, b"x" * PAGE)
         process.terminate()
@@ -283,7 +283,7 @@ def test_a_second_signal_does_not_wait(backing_file: FileOnServer, directory: Pa
     """With a client connected that does not go."""
     path = directory / "s"
     process = start(backing_file.url(), path)
-    wait_until(lambda: is_served(path), "somebody serves")
+    wait_until(lambda: is_served(path), "it is served")
     with NbdClient(path, DEADLINE_S) as client:
         client.read(0, PAGE)
         process.send_signal(signal.SIGINT)
@@ -298,7 +298,7 @@ def test_ctrl_c_in_a_terminal(backing_file: FileOnServer, directory: Path, start
     """The whole process group gets SIGINT, nbdkit too: still status 0 and no socket."""
     path = directory / "s"
     process = start(backing_file.url(), path, start_new_session=True)
-    wait_until(lambda: is_served(path), "somebody serves")
+    wait_until(lambda: is_served(path), "it is served")
     with NbdClient(path, DEADLINE_S) as client:
         client.read(0, PAGE)
     os.killpg(process.pid, signal.SIGINT)
@@ -331,7 +331,7 @@ def test_the_worker_dies_with_serve(backing_file: FileOnServer, directory: Path,
     """SIGKILL to serve: nbdkit does not stay behind. What stays is the socket file, which the next one replaces."""
     path = directory / "s"
     process = start(backing_file.url(), path)
-    wait_until(lambda: is_served(path), "somebody serves")
+    wait_until(lambda: is_served(path), "it is served")
     with NbdClient(path, DEADLINE_S) as client:
         client.read(0, PAGE)
     (worker,) = children(process)
@@ -340,7 +340,7 @@ def test_the_worker_dies_with_serve(backing_file: FileOnServer, directory: Path,
     wait_until(lambda: not is_alive(worker), "nbdkit has ended")
     assert path.exists()
     again = start(backing_file.url(), path)
-    wait_until(lambda: is_served(path), "somebody serves again")
+    wait_until(lambda: is_served(path), "it is served again")
     with NbdClient(path, DEADLINE_S) as client:
         assert client.read(0, PAGE) == bytes(PAGE)
     again.terminate()
@@ -351,7 +351,7 @@ def test_the_death_of_the_worker_is_told(backing_file: FileOnServer, directory: 
     """nbdkit is killed: serve ends too, with the status that a shell gives, and takes the socket along."""
     path = directory / "s"
     process = start(backing_file.url(), path)
-    wait_until(lambda: is_served(path), "somebody serves")
+    wait_until(lambda: is_served(path), "it is served")
     with NbdClient(path, DEADLINE_S) as client:
         client.read(0, PAGE)
     (worker,) = children(process)
@@ -366,7 +366,7 @@ def test_a_second_signal_ends_a_worker_that_waits_for_its_server(
     """The server says nothing and a read waits: the first SIGTERM waits with it, the second does not."""
     path = directory / "s"
     process = start(backing_file.url(nfsport=proxy.port), path)
-    wait_until(lambda: is_served(path), "somebody serves")
+    wait_until(lambda: is_served(path), "it is served")
     with NbdClient(path, DEADLINE_S) as client:
         client.read(0, PAGE)
         proxy.black_hole = True
@@ -392,32 +392,32 @@ def test_the_socket_is_its_owners(backing_file: FileOnServer, directory: Path, s
     """Mode 0600, whatever the umask: who may connect may read and write what the machine has swapped out."""
     path = directory / "s"
     process = start(backing_file.url(), path, umask=0)
-    wait_until(lambda: is_served(path), "somebody serves")
+    wait_until(lambda: is_served(path), "it is served")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     process.terminate()
     assert process.wait(DEADLINE_S) == 0
 
 
 def test_a_second_serve_on_one_socket_is_refused(backing_file: FileOnServer, directory: Path, start: Start) -> None:
-    """It says so and goes; the first one serves on."""
+    """It says so and exits; the first one goes on serving."""
     with serving(backing_file.url(), directory) as worker:
         second = start(backing_file.url(), worker.socket, stderr="err2")
         assert second.wait(DEADLINE_S) == os.EX_TEMPFAIL
         assert (directory / "err2").read_text().splitlines() == [
-            f"nbdnfs: somebody serves on {worker.socket} already",
-            "nbdnfs: end that one first, or choose another path for --socket",
+            f"nbdnfs: {worker.socket} is already being served",
+            "nbdnfs: end that worker first, or choose another path for --socket",
         ]
         with NbdClient(worker.socket, DEADLINE_S) as client:
             assert client.read(0, PAGE) == bytes(PAGE)
 
 
 def test_a_stale_socket_is_replaced(backing_file: FileOnServer, directory: Path, start: Start) -> None:
-    """A socket file that nobody listens on is in nobody's way."""
+    """A socket file that no process listens on is replaced."""
     path = directory / "worker.sock"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
     process = start(backing_file.url(), path)
-    wait_until(lambda: is_served(path), "somebody serves")
+    wait_until(lambda: is_served(path), "it is served")
     with NbdClient(path, DEADLINE_S) as client:
         assert client.read(0, PAGE) == bytes(PAGE)
     process.terminate()
@@ -438,7 +438,7 @@ def test_what_is_no_socket_is_not_touched(backing_file: FileOnServer, directory:
     process = start(backing_file.url(), path)
     assert process.wait(DEADLINE_S) == os.EX_CANTCREAT
     assert (directory / "err").read_text().splitlines() == [
-        f"nbdnfs: {path} is there and is no socket",
+        f"nbdnfs: {path} exists and is not a socket",
         "nbdnfs: choose another path for --socket",
     ]
     assert (path.lstat().st_ino, path.lstat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -499,7 +499,7 @@ def test_it_needs_no_root(ganesha: Ganesha, directory: Path, start: Start) -> No
         os.chown(path, uid, uid)
     path = directory / "s"
     process = start(file.url(), path, wrapper=wrapper)
-    wait_until(lambda: is_served(path) or process.poll() is not None, "somebody serves")
+    wait_until(lambda: is_served(path) or process.poll() is not None, "it is served")
     assert process.poll() is None, (directory / "err").read_text()
     with NbdClient(path, DEADLINE_S) as client:
         (worker,) = children(process)

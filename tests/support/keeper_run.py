@@ -9,9 +9,10 @@ import signal
 import threading
 from collections.abc import Callable
 
-from nbdnfs.keeper.keeper import Helper, Keeper
+from nbdnfs.keeper.helper_process import HelperProcess
+from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.real_work import RealWork
-from nbdnfs.keeper.worker_handle import WorkerProcess
+from nbdnfs.keeper.worker_handle import WorkerHandle
 from nbdnfs.kernel.nbd_device import Attached
 from support.waiting import wait_until
 
@@ -53,16 +54,16 @@ class FakeSwap(RealWork):
     on = False
     starts = 0
 
-    def start_worker(self, region_fd: int) -> WorkerProcess:
+    def start_worker(self, region_fd: int) -> WorkerHandle:
         self.starts += 1
         return super().start_worker(region_fd)
 
-    def provision(self) -> Helper | None:
+    def provision(self) -> HelperProcess | None:
         return None
 
-    def swap_on(self, attached: Attached) -> Helper:
+    def swap_on(self, attached: Attached) -> HelperProcess:
         self.on = True
-        return Helper(["/bin/true"], {})
+        return HelperProcess(["/bin/true"], {})
 
     def is_swapped_on(self, attached: Attached) -> bool:
         return self.on

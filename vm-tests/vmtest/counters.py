@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a worker in a guest has counted: nbdnfs/engine/region.h."""
+"""What a worker in a guest has counted: nbdnfs/region.py."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from vmtest.guest import Guest
 _READ = """\
 import json, os, sys
 from nbdnfs import proc_stat, region
-from nbdnfs.engine import region_counters
 pid = int(sys.argv[1])
 fields = proc_stat.fields(open(f"/proc/{pid}/stat").read())
-counters = region_counters(region.take_from(pid))
+counters = region.read_counters(region.take_from(pid))
 ticks = int(fields[proc_stat.USER_TICKS]) + int(fields[proc_stat.SYSTEM_TICKS])
 counters["cpu_ms"] = ticks * 1000 // os.sysconf("SC_CLK_TCK")
 print(json.dumps(counters))

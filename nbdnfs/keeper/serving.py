@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Keeps the kernel's device connected to a worker: replaces one that has ended, shakes hands, hands over the socket.
+
+Starting, recovering and adopting what an earlier keeper left are the same calls. Only the poll, a handshake that has
+begun (HANDSHAKE_TIMEOUT_S) and the kernel's netlink ever wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from nbdnfs import __version__, region
+from nbdnfs.errors import NbdnfsError, UnavailableError
+from nbdnfs.keeper import failures
+from nbdnfs.keeper.worker_handle import WorkerHandle
+from nbdnfs.kernel import nbd_handshake
+from nbdnfs.worker.protocol import PROCESS_NAME, STOLEN_STATUS
+
+TYPE_CHECKING = False  # typing's own, without typing
+if TYPE_CHECKING:
+    from nbdnfs.errors import OwnedError
+    from nbdnfs.keeper.interfaces import Kernel, Work
+    from nbdnfs.keeper.records import Records
+    from nbdnfs.keeper.reporter import Reporter
+    from nbdnfs.keeper.standby import Standby
+
+HANDSHAKE_TIMEOUT_S = 5.0
+
+# A connection that has lasted this long does not count as a failure.
+LASTED_S = 2.0
+# A worker exits by itself when the kernel has closed its connection; one that does not is stuck.
+STUCK_S = 3.0
+# LINK_DEAD that comes this soon after a connection was made may be about the connection before.
+_SETTLED_S = 1.0
+
+
+class Serving:
+    """The device and the worker that serves it. Used by the keeper's loop alone.
+
+    device             None until it is attached
+    worker             None while there is none
+    connected_since_s  since when the kernel has the worker's socket (time.monotonic()); None while it has none
+    address            the server's, for workers to come, where it has changed; "" before
+    """
+
+    def __init__(self, kernel: Kernel, work: Work, records: Records, reporter: Reporter, standby: Standby) -> None:
+        self.device = kernel.find()
+        self.worker: WorkerHandle | None = None
+        self.connected_since_s: float | None = None
+        self.address = ""
+        self._kernel = kernel
+        self._work = work
+        self._records = records
+        self._reporter = reporter
+        self._standby = standby
+        self._disconnected_since_s: float | None = None
+        self._failures = 0
+        self._due_s = 0.0
+        self._suspect_since_s: float | None = None
+        self._given_up: WorkerHandle | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        return self.connected_since_s is not None
+
+    @property
+    def due_s(self) -> float | None:
+        """When the next worker may be started (time.monotonic()); None while there is one."""
+        return self._due_s if self.worker is None else None
+
+    def adopt(self, region_fd: int) -> bool:
+        """Take over the worker that serves our device, if it lives. Whether it is of another version than this."""
+        if self.device is None:
+            return False
+        record = self._records.living(self._records.WORKER)
+        pid = record.pid if record is not None else region.holder(region_fd, PROCESS_NAME)
+        worker = WorkerHandle.adopt(pid) if pid is not None else None
+        # only now that it is held by a descriptor is it certain that the pid still means the same process
+        if worker is None or not region.is_held_by(region_fd, worker.pid):
+            return False
+        self.worker, self.connected_since_s = worker, time.monotonic()
+        self._reporter.say(f"{self.device.path}: worker {worker.pid} of the previous keeper still serves")
+        return record is None or record.version != __version__
+
+    def keep(self, now: float) -> None:
+        """Do what is due. OwnedError: another machine has taken the file. UnavailableError: the device was detached.
+        Others: the first worker fails for good, or the kernel refuses to attach."""
+        self._look_at_dead_connections(now)
+        if self.worker is not None:
+            self.worker.check_ready()
+        if self.worker is not None and self.worker.has_ended():
+            self._worker_ended(self.worker, now)
+            self.worker = None
+        if self.worker is None:
+            if now < self._due_s:
+                return
+            self.worker = self._standby.take()
+            if self.worker is None:
+                self._fail(now)
+                return
+            self.worker.activate(self.address)
+        if self.worker.has_greeted():
+            self._connect(self.worker)
+
+    def replace(self, successor: WorkerHandle) -> None:
+        """End the worker, so that the standby takes its place."""
+        assert self.worker is not None
+        self._reporter.say(f"replacing worker {self.worker.pid} with {successor.pid}")
+        self.worker.kill()
+
+    def _connect(self, worker: WorkerHandle) -> None:
+        """Shake hands, and give the socket to the kernel."""
+        assert worker.socket is not None
+        try:
+            export = nbd_handshake.negotiate(worker.socket, timeout_s=HANDSHAKE_TIMEOUT_S)
+        except NbdnfsError as error:
+            self._give_up(worker, f"the NBD handshake with a worker failed: {error.message}")
+            return
+        if self.device is None:
+            self.device = self._kernel.attach(worker.socket, export)
+            self._records.write(self._records.DEVICE, self.device.name)
+        else:
+            try:
+                self._kernel.reconnect(self.device, worker.socket)
+            except NbdnfsError as error:
+                self._refuse_if_detached()
+                self._give_up(worker, f"{self.device.path}: {error.message}")
+                return
+        if not worker.release_to_kernel():
+            self._give_up(worker, f"{self.device.path}: the kernel has not taken a worker's socket: the old one lives")
+            return
+        self.connected_since_s = time.monotonic()
+        self._suspect_since_s = None
+        self._reporter.all_is_well()
+        outage = ""
+        if self._disconnected_since_s is not None:
+            outage = f", after {(self.connected_since_s - self._disconnected_since_s) * 1000:.0f} ms without a worker"
+        self._reporter.say(f"{self.device.path}: worker {worker.pid} serves{outage}")
+        self._record_worker(worker)  # a file needs memory: now there is some
+
+    def _give_up(self, worker: WorkerHandle, reason: str) -> None:
+        """Kill a worker that cannot serve, and say why."""
+        self._reporter.complain(reason, reason)
+        self._given_up = worker
+        worker.kill()
+
+    def _worker_ended(self, worker: WorkerHandle, now: float) -> None:
+        status = worker.status
+        if worker is not self._given_up:
+            how = worker.how_it_ended
+            self._reporter.complain(f"ended{how}", f"worker {worker.pid} has ended{how}")
+        if status == STOLEN_STATUS:
+            raise self._stolen()
+        if self.device is None and failures.is_final(status):
+            raise failures.failed("worker", status)
+        if self.connected_since_s is not None:
+            if now - self.connected_since_s >= LASTED_S:
+                self._failures = 0
+            self._disconnected_since_s = now
+        self.connected_since_s = None
+        self._fail(now)
+
+    def _fail(self, now: float) -> None:
+        self._due_s = now + failures.pause_s(self._failures)
+        self._failures += 1
+
+    def _stolen(self) -> OwnedError:
+        """Disconnect the device: its requests fail then, instead of waiting for a worker that cannot come."""
+        if self.device is not None and self._work.is_swapped_on(self.device):  # else the keeper does it
+            with contextlib.suppress(NbdnfsError):
+                self._kernel.disconnect(self.device)
+        self._reporter.state(self._records.STOLEN)
+        return failures.stolen(self._records.name)
+
+    def _refuse_if_detached(self) -> None:
+        found = self._kernel.find()
+        if found is None or self.device is None or found.index != self.device.index:
+            path = self.device.path if self.device is not None else "the device"
+            self.device = None
+            raise UnavailableError(f"{path} has been detached by another program")
+
+    def _look_at_dead_connections(self, now: float) -> None:
+        """LINK_DEAD for our device while its worker lives: it reads an end of file and exits, or is stuck."""
+        dead = self._kernel.dead_links()
+        if self.worker is None or self.connected_since_s is None or self.device is None:
+            return
+        if self.device.index in dead and now - self.connected_since_s > _SETTLED_S:
+            self._suspect_since_s = self._suspect_since_s or now
+        if self._suspect_since_s is not None and now - self._suspect_since_s > STUCK_S:
+            self._reporter.say(
+                f"worker {self.worker.pid} is disconnected from the kernel and does not exit: killing it"
+            )
+            self._suspect_since_s = None
+            self.worker.kill()
+
+    def _record_worker(self, worker: WorkerHandle) -> None:
+        try:
+            self._records.write_process(self._records.WORKER, worker.pid, __version__)
+        except OSError as error:  # it has ended, or /run is full: a next keeper starts another one then
+            self._reporter.say(f"cannot record worker {worker.pid}: {error.strerror or error}")

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A worker's life inside nbdkit: prepare, lock memory, wait as a standby, open the engine, settle.
+
+The plugin calls these in this order. What this module imports stays in the locked worker (see memlock.py): the rest is
+imported where it is needed, when nbdkit is run by hand without an address, or to explain an error.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from nbdnfs import memlock, region
+from nbdnfs.engine import Engine, forget_services, keep_thread_states, libnfs_version
+from nbdnfs.errors import ConfigError
+from nbdnfs.worker import protocol
+
+TYPE_CHECKING = False  # typing's own, without typing
+if TYPE_CHECKING:
+    from nbdnfs.nfs_url import NfsUrl
+    from nbdnfs.worker.reference_engine import Engine as ReferenceEngine
+    from nbdnfs.worker.settings import WorkerSettings
+
+# What the engine allocates when it opens, on top of memlock.HEAP_BYTES: a standby touches it beforehand.
+ENGINE_HEAP_BYTES = 5 * 1024 * 1024 // 2
+
+_RETRY_PAUSES_S = (0.2, 0.5, 1)
+# How long an attempt to connect may take: each that was too short makes the next one longer.
+_CONNECT_TIMEOUT_S, _CONNECT_TIMEOUT_MAX_S = 15, 600
+
+# How the names of the files begin whose code a worker runs. nbdkit's TLS libraries are not among them: they are
+# most of what it maps, and a Unix socket needs none.
+CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", "_memlock.")
+
+
+def check_url(text: str) -> tuple[str, str]:
+    """The URL as libnfs takes it, and the server's address. Raises NbdnfsError, also where this libnfs cannot do it."""
+    from nbdnfs import nfs_url
+    from nbdnfs.nas import explain
+
+    parsed = nfs_url.parse(text)
+    explain.refuse_unsupported(parsed, libnfs_version)
+    return parsed.text, parsed.resolve()
+
+
+class Worker:
+    """One worker. Its methods are called once each, in the order in which they stand, by the main thread."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._url = settings.url
+        self._address = settings.address or ""
+
+    def prepare(self) -> None:
+        """Before there are threads: check the URL, tune malloc and stacks. Raises NbdnfsError.
+
+        ConfigError: a measure is required and cannot be had.
+        """
+        if self._settings.address is None:
+            self._url, self._address = check_url(self._url)
+        elif self._settings.is_nfs4:
+            from nbdnfs.nas import explain
+
+            explain.refuse_unsupported(self._parsed_url(), libnfs_version)
+        if self._settings.lock != "off":
+            self._apply(memlock.prepare(self._settings.without))
+
+    def lock_memory(self) -> None:
+        """In the process that serves, before its threads start: they inherit some of it. Raises ConfigError."""
+        if self._settings.lock != "off":
+            self._apply(memlock.lock(CODE, skip=self._settings.without, one_cpu=True))
+
+    def wait_until_activated(self) -> None:
+        """As a standby: say READY, and wait for the keeper's ACTIVATE. Without a control socket, return at once.
+
+        All memory is in place by then, so that taking over needs next to none. The keeper that activates may be the
+        next one, which finds the standby parked. The process exits when no process has the other end of the control
+        socket. Raises ConfigError.
+        """
+        control_fd = self._settings.control_fd
+        if control_fd is None:
+            return
+        _refuse_region(self._settings.numbers.get("region_fd", -1))
+        if self._settings.lock != "off":
+            heap_bytes = self._heap_bytes() + ENGINE_HEAP_BYTES
+            self._apply(memlock.settle(CODE, heap_bytes=heap_bytes, skip=self._settings.without))
+        # nbdkit -s asks for a SIGTERM when its parent ends; a standby ends by the control socket, or goes on
+        memlock.outlive_parent()
+        try:
+            os.write(control_fd, protocol.READY)
+            message = os.read(control_fd, protocol.MESSAGE_BYTES_MAX)
+        except OSError:
+            message = b""
+        if not protocol.is_activation(message):
+            os._exit(0)
+        self._address = protocol.address_in(message) or self._address
+
+    def open_engine(self) -> Engine | ReferenceEngine:
+        """Connect to the server and open the file. Raises NbdnfsError.
+
+        A keeper's worker has the kernel's requests waiting: it retries for as long as the server does not answer. It
+        exits when its keeper ends meanwhile, because the kernel never gets its socket then.
+        """
+        control_fd = self._settings.control_fd
+        failures = 0
+        while True:
+            try:
+                engine = self._open_engine(min(_CONNECT_TIMEOUT_S << failures, _CONNECT_TIMEOUT_MAX_S))
+            except OSError as error:
+                if control_fd is None or getattr(error, "phase", "") != "connect":
+                    from nbdnfs.nas import explain
+
+                    raise explain.open_error(error, self._parsed_url(), self._address) from None
+            else:
+                if control_fd is not None:
+                    os.close(control_fd)  # from here on the NBD connection says whether this worker lives
+                return engine
+            if control_fd is not None and _is_closed(control_fd):
+                os._exit(0)
+            if failures == 0:
+                print("nbdnfs: the server does not answer; trying again until it does", file=sys.stderr, flush=True)
+            time.sleep(_RETRY_PAUSES_S[min(failures, len(_RETRY_PAUSES_S) - 1)])
+            failures += 1
+
+    def settle_memory(self) -> None:
+        """When the engine is open. Raises ConfigError."""
+        if self._settings.lock != "off":
+            self._apply(memlock.settle(CODE, heap_bytes=self._heap_bytes(), skip=self._settings.without))
+
+    def _parsed_url(self) -> NfsUrl:
+        from nbdnfs import nfs_url
+
+        return nfs_url.parse(self._url.replace("%", "%%"))  # its specifiers have been replaced
+
+    def _heap_bytes(self) -> int:
+        """nbdkit's own, and what libnfs takes for calls and answers where transfers go through it."""
+        return memlock.HEAP_BYTES + (memlock.LIBNFS_HEAP_BYTES if self._settings.is_through_libnfs else 0)
+
+    def _apply(self, measures: list[memlock.Measure]) -> None:
+        """Raise or report what does not hold, as the setting `lock` says."""
+        if self._settings.lock == "required":
+            memlock.require(measure for measure in measures if measure.name not in self._settings.without)
+        else:
+            memlock.report(measures)
+
+    def _open_engine(self, connect_timeout_s: int) -> Engine | ReferenceEngine:
+        if self._settings.engine == "libnfs-python":
+            from nbdnfs.worker.reference_engine import Engine as Reference
+
+            return Reference(self._url, self._address)
+        keep_thread_states()
+        forget_services()
+        return Engine(
+            self._url,
+            self._address,
+            connect_timeout_s=connect_timeout_s,
+            exit_status_when_lost=protocol.STOLEN_STATUS if self._settings.control_fd is not None else 0,
+            **self._settings.numbers,  # type: ignore[arg-type]
+            **self._settings.owner,  # type: ignore[arg-type]
+        )
+
+
+def _is_closed(control_fd: int) -> bool:
+    """Whether no process has the other end any more. The keeper sends nothing after ACTIVATE."""
+    os.set_blocking(control_fd, False)
+    try:
+        return os.read(control_fd, 1) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def _refuse_region(descriptor: int) -> None:
+    """ConfigError when the region has another version's layout, before the worker that knows it is replaced."""
+    found = region.version_of(descriptor) if descriptor >= 0 else None
+    if found is not None and found != region.VERSION:
+        raise ConfigError(
+            f"the region that is in use has version {found}, this nbdnfs has version {region.VERSION}",
+            "nbdnfs down and up again, or install the version that was there before",
+        )

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""nbdnfs/region.py says what the engine's region.h says, and reads a live region as the engine does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from support.fake_nfs import FakeNfsServer
+
+from nbdnfs import engine, region
+
+ENGINE = Path(engine.__file__).parent
+PAGE = 4096
+LOOPBACK = "127.0.0.1"
+
+# Prints what region.py knows of the header, as JSON.
+PROGRAM = """
+#include <stdio.h>
+#include "region.h"
+
+#define AT(member) offsetof(struct region_header, member)
+#define X(name) printf("%s[\\"" #name "\\", %zu]", separator, AT(counters.name)), separator = ", ";
+
+int main(void)
+{
+    const char *separator = "";
+
+    printf("{\\"version\\": %u, ", REGION_VERSION);
+    printf("\\"header\\": %zu, \\"buckets\\": %d, ", sizeof(struct region_header), HISTOGRAM_BUCKETS);
+    printf("\\"offsets\\": {\\"magic\\": %zu, \\"version\\": %zu, ", AT(magic), AT(version));
+    printf("\\"slots\\": %zu, \\"region_bytes\\": %zu, ", AT(slot_count), AT(region_bytes));
+    printf("\\"generation\\": %zu}, \\"counters\\": [", AT(generation));
+    REGION_COUNTERS(X)
+    separator = "";
+    printf("], \\"histograms\\": [");
+    REGION_HISTOGRAMS(X)
+    printf("]}\\n");
+    return 0;
+}
+"""
+
+
+def header_file(name: str) -> Path:
+    """A header of the engine, in whatever folder it lies."""
+    (found,) = ENGINE.rglob(name)
+    return found
+
+
+def test_layout(tmp_path: Path) -> None:
+    """Version, size, and the offset of every field and counter, in order."""
+    source, program = tmp_path / "layout.c", tmp_path / "layout"
+    source.write_text(PROGRAM)
+    folders = [f"-I{header_file('region.h').parent}", f"-I{ENGINE}"]
+    subprocess.run(["gcc", "-std=c11", "-D_GNU_SOURCE", *folders, "-o", str(program), str(source)], check=True)
+    found = json.loads(subprocess.run([program], check=True, capture_output=True).stdout)
+    assert found["version"] == region.VERSION
+    assert found["header"] == region.HEADER_BYTES
+    assert found["buckets"] == region.HISTOGRAM_BUCKETS
+    assert found["offsets"] == {
+        "magic": 0,
+        "version": region.VERSION_OFFSET,
+        "slots": region.SLOT_COUNT_OFFSET,
+        "region_bytes": region.REGION_BYTES_OFFSET,
+        "generation": region.GENERATION_OFFSET,
+    }
+    at = region.COUNTERS_OFFSET
+    assert found["counters"] == [[name, at + 8 * place] for place, name in enumerate(region.COUNTERS)]
+    at += 8 * len(region.COUNTERS)
+    step = 8 * region.HISTOGRAM_BUCKETS
+    assert found["histograms"] == [[name, at + step * place] for place, name in enumerate(region.HISTOGRAMS)]
+
+
+@pytest.mark.parametrize(
+    ("header", "enum", "endings"),
+    [
+        ("region.h", "region_file", {region.FILE_REMOVED: "_REMOVED", region.FILE_REPLACED: "_REPLACED"}),
+        ("owner.h", "owner_state", {region.OWNER_HELD: "_HELD", region.OWNER_UNSURE: "_UNSURE"}),
+    ],
+)
+def test_states(header: str, enum: str, endings: dict[int, str]) -> None:
+    """The values of the two counters that are an enumeration: four each, in this order."""
+    match = re.search(rf"^enum {enum} \{{(.*?)^\}};", header_file(header).read_text(), re.MULTILINE | re.DOTALL)
+    assert match is not None
+    names = re.findall(r"^\s*([A-Z_]+)\b", match[1], re.MULTILINE)
+    assert len(names) == 4
+    for value, ending in endings.items():
+        assert names[value].endswith(ending)
+
+
+def test_counters_of_a_live_region() -> None:
+    """`read_counters` is what the engine says, after reads, writes and a flush; and the version is this one's."""
+    descriptor = region.create()
+    assert region.version_of(descriptor) is None
+    with FakeNfsServer(bytes(64 * PAGE)) as server:
+        device = engine.Engine(server.url(), LOOPBACK, region_fd=descriptor, region_pages=256, read_ahead_pages=0)
+        try:
+            for page in range(16):
+                device.pwrite(os.urandom(PAGE), page * PAGE)
+            device.flush()
+            buffer = bytearray(PAGE)
+            for page in range(64):
+                device.pread(buffer, page * PAGE)
+            found = region.read_counters(descriptor)
+            assert found == device.counters()
+            assert list(found) == list(device.counters())
+        finally:
+            device.close()
+    assert (found["reads"], found["writes"], found["flushes"], found["slots"]) == (64, 16, 1, 256)
+    assert found["region_bytes"] == os.fstat(descriptor).st_size
+    read_us = found["read_us"]
+    assert isinstance(read_us, list)
+    assert sum(read_us) == 64
+    assert region.version_of(descriptor) == region.VERSION
+    os.close(descriptor)
+
+
+def test_what_is_not_a_region() -> None:
+    """A file with something else in it has no version."""
+    descriptor = os.memfd_create("other")
+    os.write(descriptor, b"SWAPSPACE2" * 10)
+    assert region.version_of(descriptor) is None
+    os.close(descriptor)
+
+
+def test_is_disconnected() -> None:
+    """The keeper's view of a mapped region: one number."""
+    descriptor = region.create()
+    os.truncate(descriptor, 2 * PAGE)
+    with region.hold_in_memory(descriptor) as mapping:
+        assert not region.is_disconnected(mapping)
+        os.pwrite(descriptor, b"\1", region.COUNTERS_OFFSET + 8 * region.COUNTERS.index("disconnected"))
+        assert region.is_disconnected(mapping)
+    os.close(descriptor)
