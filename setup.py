@@ -25,7 +25,8 @@ def extension(name: str, sources: list[str], *, libraries: bool) -> Extension:
     return Extension(
         name,
         sources=sorted(sources),
-        depends=sorted(glob.glob("nbdnfs/engine/*.h")) if libraries else [],
+        depends=sorted(glob.glob("nbdnfs/engine/**/*.h", recursive=True)) if libraries else [],
+        include_dirs=["nbdnfs/engine"] if libraries else [],
         define_macros=[
             ("Py_LIMITED_API", "0x030B0000"),
             # No libnfs tells its version at run time before 6.0: the build remembers it.
@@ -53,7 +54,7 @@ def extension(name: str, sources: list[str], *, libraries: bool) -> Extension:
 
 setup(
     ext_modules=[
-        extension("nbdnfs.engine._engine", glob.glob("nbdnfs/engine/*.c"), libraries=True),
+        extension("nbdnfs.engine._engine", glob.glob("nbdnfs/engine/**/*.c", recursive=True), libraries=True),
         extension("nbdnfs._memlock", ["nbdnfs/_memlock.c"], libraries=False),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -46,8 +46,9 @@ class RunStruct(Structure):
 def build(directory: Path) -> ctypes.CDLL:
     """Compile the library into `directory` and declare its functions."""
     path = directory / "libcore.so"
-    command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fPIC", "-shared", "-pthread", "-o", str(path)]
-    subprocess.run([*command, *(str(SOURCES / f"{name}.c") for name in ("region", "cache", "crc32c"))], check=True)
+    command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fPIC", "-shared", "-pthread"]
+    sources = [*sorted((SOURCES / "region").glob("*.c")), SOURCES / "base/crc32c.c"]
+    subprocess.run([*command, f"-I{SOURCES}", "-o", str(path), *map(str, sources)], check=True)
     library = ctypes.CDLL(str(path))
     signatures = {
         "crc32c": (c_uint32, c_char_p, c_size_t),

@@ -1,0 +1,120 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* What has become of the file, and of the connections to it: into the counters, and into the log. */
+#include "block/internal.h"
+
+#include "base/log.h"
+
+uint64_t file_cut_bytes(const struct engine *engine)
+{
+	uint64_t least = UINT64_MAX;
+
+	for (unsigned i = 0; i < engine->io_count; i++)
+		if (nfsio_cut_bytes(engine->ios[i]) < least)
+			least = nfsio_cut_bytes(engine->ios[i]);
+	return least;
+}
+
+static bool is_unlinked(const struct engine *engine)
+{
+	for (unsigned i = 0; i < engine->io_count; i++)
+		if (nfsio_is_unlinked(engine->ios[i]))
+			return true;
+	return false;
+}
+
+/* As far as answers have told. */
+static enum region_file file_state(const struct engine *engine)
+{
+	if (is_unlinked(engine))
+		return REGION_FILE_REMOVED;
+	return file_cut_bytes(engine) < UINT64_MAX ? REGION_FILE_CUT : REGION_FILE_THERE;
+}
+
+/* A server that answers has another file now, or a shorter one. Lock held. */
+static void note_file(struct engine *engine, enum region_file state)
+{
+	_Atomic uint64_t *counter = &counters(engine)->file_state;
+
+	if (atomic_load_explicit(counter, memory_order_relaxed) == state)
+		return;
+	set_counter(counter, state);
+	if (state == REGION_FILE_CUT)
+		log_line("the file has been cut to %llu bytes: what lay behind that is lost, and reading it is an error",
+			 (unsigned long long)file_cut_bytes(engine));
+	else if (state == REGION_FILE_REMOVED && is_unlinked(engine))
+		log_line("the file has been removed; the server serves it as long as it has it open: end its use now");
+}
+
+void file_look_locked(struct engine *engine)
+{
+	enum region_file state = file_state(engine);
+
+	/* what the connections' threads have found out by name says more */
+	if (state != REGION_FILE_THERE &&
+	    atomic_load_explicit(&counters(engine)->file_state, memory_order_relaxed) == REGION_FILE_THERE)
+		note_file(engine, state);
+}
+
+void file_look(struct engine *engine)
+{
+	if (file_state(engine) == REGION_FILE_THERE)
+		return;
+	pthread_mutex_lock(&engine->lock);
+	file_look_locked(engine);
+	pthread_mutex_unlock(&engine->lock);
+}
+
+/* For nfsio to recognise the file by. Called by its threads, without a lock. */
+static bool sample_page(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc)
+{
+	struct engine *engine = owner;
+	uint64_t page = 0;
+	bool found;
+
+	pthread_mutex_lock(&engine->lock);
+	/* from all over the device, and after a page that is wrong not its neighbour */
+	found = cache_known_page(engine->cache, number * 0x9e3779b97f4a7c15u % engine->region.page_count, &page, crc);
+	pthread_mutex_unlock(&engine->lock);
+	*offset_bytes = page * PAGE_BYTES;
+	return found;
+}
+
+/* What is known of all connections, into the counters. Called by nfsio's threads, without a lock. */
+static void link_changed(void *owner)
+{
+	struct engine *engine = owner;
+	enum nfsio_link link = NFSIO_UP;
+	uint64_t connects = 0;
+	int64_t silent_since_ms = 0;
+	bool away = false;
+
+	pthread_mutex_lock(&engine->lock);
+	engine->lost = false;
+	for (unsigned i = 0; i < engine->io_count; i++) {
+		struct nfsio_state state;
+
+		nfsio_state(engine->ios[i], &state);
+		connects += state.connects;
+		engine->lost |= state.lost;
+		away |= state.link == NFSIO_AWAY;
+		if (state.link > link)
+			link = state.link;
+		if (state.silent_since_ms > silent_since_ms)
+			silent_since_ms = state.silent_since_ms;
+	}
+	set_counter(&counters(engine)->disconnected, away);
+	set_counter(&counters(engine)->reconnects, engine->reconnects_before + connects - engine->io_count);
+	note_file(engine, link == NFSIO_REMOVED	   ? REGION_FILE_REMOVED
+			  : link == NFSIO_REPLACED ? REGION_FILE_REPLACED
+						   : file_state(engine));
+	pthread_cond_broadcast(&engine->progress);
+	pthread_mutex_unlock(&engine->lock);
+	for (unsigned i = 0; silent_since_ms != 0 && i < engine->io_count; i++)
+		nfsio_suspect(engine->ios[i], silent_since_ms);
+}
+
+void file_watch(struct engine *engine, struct nfsio *io, uint8_t *page)
+{
+	nfsio_recognise(io, sample_page, engine, page);
+	nfsio_watch(io, link_changed, engine);
+}

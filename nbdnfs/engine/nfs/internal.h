@@ -1,0 +1,225 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * What the parts of nfsio share; nobody else includes it. nfsio.h has what nfsio promises. Each part calls those above
+ * it only, but for look_into_silence().
+ *
+ * wire.[ch]          transfers over NFSv3 without libnfs
+ * libnfs_calls.[ch]  what is peculiar to libnfs: its versions' signatures, its errors
+ * transfer.c   requests: queueing, issuing, answers, and who receives them
+ * silence.c    the time-outs: is a silent connection dead?
+ * names.c      stat, link, rename, unlink, and a look at a small file
+ * connect.c    a new connection: context, mount, open, raw handle
+ * recognise.c  is it still the file that was opened?
+ * io_thread.c     the I/O thread: receiving, and connecting again
+ * nfsio.c            open and close, and how it stands
+ *
+ * A submitting thread queues its calls on the context and writes them to the socket itself; the I/O thread
+ * receives, reconnects, and sends what did not fit into the socket. A thread that waits for a batch, with
+ * nothing else under way, receives in the I/O thread's place: the answer finds it without a detour. libnfs is
+ * not thread-safe: every call on a published context is made under `lock`.
+ */
+#ifndef NBDNFS_NFSIO_INTERNAL_H
+#define NBDNFS_NFSIO_INTERNAL_H
+
+#include "nfs/nfsio.h"
+#include "nfs/libnfs_calls.h"
+#include "nfs/probe.h"
+#include "nfs/wire.h"
+
+#include <stdatomic.h>
+#include <stdio.h>
+#include <time.h>
+
+/* How often those who wait without a connection are looked at. */
+#define AWAY_TICK_MS 250
+
+/* One name operation, on its caller's stack. Guarded by io->lock. */
+struct name_op {
+	struct nfsio *io;
+	bool done;
+	struct nfsio_failure *why; /* error 0 while nothing has gone wrong */
+	struct nfsio_stat *st;
+	struct nfsio_look *look; /* NULL but for nfsio_look(), whose file is `fh` */
+	struct nfsfh *fh;
+	int look_error;
+	pthread_cond_t finished;
+	struct name_op *next;
+};
+
+struct req_list {
+	struct nfsio_req *head, *tail;
+};
+
+/*
+ * One libnfs call of a context that nobody else knows yet. It lives as long as the context: one that is destroyed
+ * in the middle of a call still calls back.
+ */
+struct step {
+	bool done;
+	bool insists;           /* goes on although the thread is to stop: its deadline is short */
+	int error;
+	void *data;             /* what a successful call made; an error string does not outlive the callback */
+	struct nfsio_stat st;
+	uint64_t fileid;
+	uint8_t *page;          /* where a page that is read goes */
+	uint32_t count;         /* how much of it has come */
+};
+
+/* Who polls the connection and takes in what comes. */
+enum receiver { NOBODY, THE_IO_THREAD, A_WAITER };
+
+struct nfsio {
+	/* constant once nfsio_open() has returned */
+	char *url, *address;
+	char *mount_path;       /* the part of the URL's directory that the server lets us mount */
+	char *prefix;           /* the rest of it, "" or "/sub/dir" */
+	struct nfsio_options options;
+	struct nfsio_stat opened;
+	uint32_t max_transfer_bytes;
+	int version;
+	bool opened_once;       /* the I/O thread's own: `opened` is valid */
+	bool wants_wire;        /* the I/O thread's own: connections are made for `wire` */
+	int backoff_ms;         /* the I/O thread's own: the pause before the next attempt to connect, 0: none */
+	int64_t patience_ms;    /* the I/O thread's own: for how long an attempt may go on */
+	char handle[128];       /* the I/O thread's own: the file's, as it was first opened (NFS4_FHSIZE) */
+	int handle_bytes;       /* the I/O thread's own */
+	int64_t gone_since_ms;  /* the I/O thread's own: when the file was first found gone, 0: it is there */
+	int64_t connected_at_ms; /* the I/O thread's own */
+	int64_t away_since_ms;  /* the I/O thread's own */
+	bool told[NFSIO_REPLACED + 1]; /* the I/O thread's own: what has been said since then */
+	int wake_fd;            /* an eventfd: written to wake the I/O thread out of poll() */
+	pthread_t thread;
+	bool ended;             /* the closing thread's own: `thread` has been joined */
+
+	unsigned contexts;      /* the I/O thread's own: how many it has made */
+	struct step step;       /* the I/O thread's own: the call that connecting is waiting for */
+
+	atomic_bool stop;       /* set once, by nfsio_stop() */
+	_Atomic uint64_t cut_bytes; /* nfsio_cut_bytes() */
+	atomic_bool unlinked;   /* nfsio_is_unlinked() */
+
+	pthread_mutex_t lock;   /* guards everything below */
+	pthread_cond_t io_work; /* the I/O thread has something to do, and is not in poll() */
+	enum receiver receiver;
+	bool io_thread_polls;
+	unsigned batches;       /* threads in nfsio_batch_wait() */
+	unsigned detached;      /* requests and name operations under way that no batch waits for */
+	int64_t waited_at_ms;   /* when a waiter received last */
+	pthread_cond_t settled; /* signalled with first_done */
+	bool first_done;        /* the first attempt to connect has ended */
+	struct nfsio_failure *first_failure; /* nfsio_open()'s caller's, until first_done */
+
+	/* The connection is `nfs`, or `wire`, or neither while there is none: is_up(). */
+	struct wire wire;
+	struct nfs_context *nfs;
+	struct nfsfh *fh;
+	nfs_fh3 fh3;            /* points into fh */
+	struct nfsio_state state;
+	void (*changed)(void *owner); /* of nfsio_watch(), NULL: nobody does */
+	void *changed_owner;
+	/* of nfsio_recognise(); sample NULL: no other handle is believed to be the file's, but by number and size */
+	bool (*sample)(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc);
+	void *sample_owner;
+	uint8_t *sample_page;
+	bool broken;            /* the connection met a transport error: the I/O thread throws it away */
+	bool wire_failed;       /* the server's answers are too much for `wire`: libnfs is to have them */
+	bool useful;            /* it has brought an answer to a transfer */
+	bool discarding;        /* a context is being destroyed: its callbacks mean nothing */
+	struct req_list pending;  /* to be issued, first come first served */
+	struct req_list inflight; /* issued on the connection */
+	struct req_list finished; /* to be given back by the I/O thread, which then drops the lock */
+	struct req_list later;    /* the server asked to be asked again (JUKEBOX), or libnfs had no memory */
+	int64_t later_at_ms;
+
+	int64_t heard_at_ms;    /* when something came over it, or was first waited for */
+	int64_t silence_ms;     /* see look_into_silence() */
+	int64_t said_at_ms;     /* when something came over it, or it was made */
+	int64_t suspect_since_ms; /* nfsio_suspect(): dead, if nothing has come over it since. 0: nobody has said so */
+	int64_t given_up_at_ms; /* when silence last cost a connection, 0: never */
+	struct probe probe;     /* beside it, while its silence is looked into */
+	int64_t probed_at_ms;   /* when the probe began or ended */
+
+	struct nfsio_req touch; /* NFSv4: keeps the lease alive */
+	uint8_t touch_byte;
+	bool touching;
+	struct name_op *name_ops; /* issued on nfs */
+};
+
+/* What one connection is: handed from connect_once() to the rest. */
+struct connection {
+	struct nfs_context *nfs;
+	struct nfsfh *fh;
+	nfs_fh3 fh3;
+	struct nfsio_stat st;
+	int64_t deadline_ms;    /* of the attempt that made it */
+};
+
+/* Lock held. */
+static inline bool is_up(const struct nfsio *io)
+{
+	return io->nfs != NULL || wire_is_up(&io->wire);
+}
+
+/* Of a connection that is up. Lock held. */
+static inline int socket_of(const struct nfsio *io)
+{
+	return io->nfs != NULL ? nfs_get_fd(io->nfs) : io->wire.fd;
+}
+
+static inline int64_t now_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+static inline void set_failure(struct nfsio_failure *why, enum nfsio_phase phase, int error, const char *text)
+{
+	why->phase = phase;
+	why->error = error;
+	snprintf(why->message, sizeof(why->message), "%s", text != NULL ? text : "");
+}
+
+/* transfer.c, all with the lock held; give_back() and receive() drop it meanwhile. */
+void list_prepend(struct req_list *to, struct req_list *from);
+void wake_io_thread(struct nfsio *io);
+void finish_all(struct req_list *list, int error);
+void fail_hopeless(struct nfsio *io);
+void note_size(struct nfsio *io, uint64_t bytes);
+void heard(struct nfsio *io);
+bool answered(struct nfsio *io, int rpc_status);
+void issue_pending(struct nfsio *io);
+void give_back(struct nfsio *io);
+void receive(struct nfsio *io);
+
+/* silence.c, with the lock held. */
+void look_into_silence(struct nfsio *io);
+
+/* names.c, with the lock held. */
+void name_op_finish(struct name_op *op, int error, const char *text);
+
+/*
+ * connect.c, all for the I/O thread and without the lock. But it is held for destroy_context() of a published
+ * context, and for pump() with a step that insists.
+ */
+void step_done(int error, struct nfs_context *nfs, void *data, void *arg);
+struct step *new_step(struct nfsio *io);
+void log_down(struct nfsio *io, enum nfsio_link link, const char *reason);
+void tend_waiting(struct nfsio *io);
+int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t deadline_ms);
+void step_ignore(int error, struct nfs_context *nfs, void *data, void *arg);
+void destroy_context(struct nfs_context *nfs, struct nfsfh *fh);
+bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why);
+
+/* recognise.c, for the I/O thread. is_same_file() waits, and takes the lock. */
+void remember_handle(struct nfsio *io, const struct connection *made);
+int is_same_file(struct nfsio *io, const struct connection *made);
+
+/* nfsio.c, with or without the lock. */
+uint32_t url_number(const char *url, const char *key, uint32_t otherwise);
+
+/* io_thread.c. What nfsio_open() starts, with the nfsio as `arg`. */
+void *io_thread(void *arg);
+
+#endif

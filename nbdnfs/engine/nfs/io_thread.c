@@ -1,0 +1,330 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The I/O thread: receives while nobody else does, throws a broken connection away, and makes a new one for as long as
+ * it takes.
+ */
+#include "nfs/internal.h"
+
+#include "base/log.h"
+#include "base/thread.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#define TRANSFER_LIMIT_BYTES (1024 * 1024)
+#define TRANSFER_UNKNOWN_BYTES (128 * 1024)
+#define BACKOFF_FIRST_MS 50
+/* Longer, and the first request after the server's return would wait for it. With jitter half as much again. */
+#define BACKOFF_LIMIT_MS 1000
+#define CLOSE_LIMIT_MS 1000
+/* A server that does not get through mounting and opening in time is given more of it, up to this. */
+#define PATIENCE_LIMIT_MS (10 * 60 * 1000)
+/*
+ * For all that an engine's connections have under way, as memlock.py has it where they begin with libnfs, and a bit more:
+ * there are more large write-backs. Each connection touches the same heap, so that it is there once.
+ */
+#define LIBNFS_HEAP_BYTES (5 * 1024 * 1024 / 2)
+/* So long after a waiter has received the I/O thread takes over again. */
+#define QUIET_MS 100
+
+/*
+ * What a broken connection has not sent yet shall not arrive after its own repetition: closing resets it, instead of
+ * leaving it to the kernel to bring the rest there some time.
+ */
+static void drop_unsent(int fd)
+{
+	struct linger now = { .l_onoff = 1, .l_linger = 0 };
+
+	if (fd >= 0)
+		setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now));
+}
+
+/* Throw the context away; what was in flight waits for the next one. Lock held. */
+static void discard(struct nfsio *io)
+{
+	if (!is_up(io))
+		return;
+	if (io->broken)
+		drop_unsent(socket_of(io));
+	for (struct nfsio_req *req = io->inflight.head; req != NULL; req = req->next)
+		req->resent = req->op == NFSIO_WRITE || req->op == NFSIO_WRITE_UNSTABLE;
+	io->discarding = true;
+	for (struct name_op *op = io->name_ops; op != NULL; op = op->next)
+		if (op->fh != NULL)
+			nfs_close_async(io->nfs, op->fh, step_ignore, NULL);
+	if (io->nfs != NULL)
+		destroy_context(io->nfs, io->fh);
+	wire_end(&io->wire);
+	io->discarding = false;
+	io->nfs = NULL;
+	io->fh = NULL;
+	io->broken = false;
+	probe_end(&io->probe);
+	list_prepend(&io->pending, &io->inflight);
+	while (io->name_ops != NULL)
+		name_op_finish(io->name_ops, -ECONNRESET, "the connection was lost");
+}
+
+/* What libnfs will allocate for calls and answers under way is there, and touched, when memory is short later. */
+static void touch_heap(size_t bytes)
+{
+	volatile char *heap = malloc(bytes);
+
+	for (size_t i = 0; heap != NULL && i < bytes; i += 4096)
+		heap[i] = 0;
+	free((void *)(uintptr_t)heap);
+}
+
+/* libnfs's socket, without libnfs. Returns whether it could be had. Lock held. */
+static bool take_over(struct nfsio *io, const struct connection *made)
+{
+	int fd = fcntl(nfs_get_fd(made->nfs), F_DUPFD_CLOEXEC, 0);
+
+	if (fd < 0)
+		return false;
+	wire_start(&io->wire, fd, (const uint8_t *)made->fh3.data.data_val, made->fh3.data.data_len,
+		   url_number(io->url, "uid=", getuid()), url_number(io->url, "gid=", getgid()));
+	destroy_context(made->nfs, made->fh);
+	return true;
+}
+
+/* Put a connection to use, and send what has waited for one. Lock held. */
+static void publish(struct nfsio *io, const struct connection *made)
+{
+	if (io->wire_failed && io->wants_wire) {
+		log_line("server %s: its answers are unusual, libnfs gets them from now on", io->address);
+		io->wants_wire = false;
+		touch_heap(LIBNFS_HEAP_BYTES);
+	}
+	if (!io->wants_wire || !take_over(io, made)) {
+		io->nfs = made->nfs;
+		io->fh = made->fh;
+		io->fh3 = made->fh3;
+	}
+	io->said_at_ms = io->connected_at_ms = now_ms();
+	io->useful = false;
+	io->state.link = NFSIO_UP;
+	io->state.lost = false;
+	io->state.connects++;
+	io->gone_since_ms = 0;
+	issue_pending(io);
+}
+
+/* Tell the watcher. Lock held, dropped meanwhile. */
+static void tell(struct nfsio *io)
+{
+	void (*changed)(void *owner) = io->changed;
+	void *owner = io->changed_owner;
+
+	pthread_mutex_unlock(&io->lock);
+	if (changed != NULL)
+		changed(owner);
+	pthread_mutex_lock(&io->lock);
+}
+
+/* There is no connection, and this is why. Called without the lock. */
+static void note_down(struct nfsio *io, enum nfsio_link link)
+{
+	int64_t now = now_ms();
+	bool lost = false;
+
+	if (link != NFSIO_AWAY) {
+		if (io->gone_since_ms == 0)
+			io->gone_since_ms = now;
+		lost = io->options.gone_limit_ms > 0 && now - io->gone_since_ms >= io->options.gone_limit_ms;
+	}
+	pthread_mutex_lock(&io->lock);
+	if (io->state.link != link || io->state.lost != lost) {
+		if (lost && !io->state.lost && !io->options.quiet)
+			log_line("server %s: the file has been gone for %.0f s: from now on waiting for it is an error",
+				 io->address, (double)(now - io->gone_since_ms) / 1000);
+		io->state.link = link;
+		io->state.lost = lost;
+		tell(io);
+	}
+	pthread_mutex_unlock(&io->lock);
+}
+
+/* Sleep without the lock; only the end ends it early. */
+static void back_off(struct nfsio *io, int ms)
+{
+	int64_t until_ms = now_ms() + ms;
+	uint64_t kicks;
+
+	while (!atomic_load(&io->stop)) {
+		struct pollfd fd = { .fd = io->wake_fd, .events = POLLIN };
+		int64_t left_ms = until_ms - now_ms();
+
+		if (left_ms <= 0)
+			return;
+		if (poll(&fd, 1, left_ms > AWAY_TICK_MS ? AWAY_TICK_MS : (int)left_ms) > 0)
+			(void)!read(io->wake_fd, &kicks, sizeof(kicks));
+		tend_waiting(io);
+	}
+}
+
+/* An attempt to connect has failed: is it the server that is not there, or the file? */
+static enum nfsio_link link_of(const struct nfsio_failure *why)
+{
+	if (why->phase != NFSIO_OPEN)
+		return NFSIO_AWAY;
+	switch (why->error) {
+	case -ENOENT:
+	case -ESTALE:
+	case -ENOTDIR:
+		return NFSIO_REMOVED;
+	case -EISDIR:
+	case -EINVAL:
+		return NFSIO_REPLACED;
+	default:
+		return NFSIO_AWAY;
+	}
+}
+
+/* Connect again for as long as it takes. Called with the lock held, which it drops meanwhile. */
+static void reconnect(struct nfsio *io)
+{
+	int64_t since_ms = now_ms();
+	unsigned seed = (unsigned)since_ms ^ (unsigned)getpid();
+	struct nfsio_failure why = { 0 };
+
+	io->away_since_ms = since_ms;
+	memset(io->told, 0, sizeof(io->told));
+	/* a connection that broke at once, and was good for nothing before, is a failed attempt like others */
+	if (io->useful || since_ms - io->connected_at_ms > BACKOFF_LIMIT_MS)
+		io->backoff_ms = 0;
+	pthread_mutex_unlock(&io->lock);
+	note_down(io, NFSIO_AWAY);
+	while (!atomic_load(&io->stop)) {
+		struct connection made;
+		enum nfsio_link link;
+
+		/* jitter: clients that lost the same server should not all come back in the same moment */
+		if (io->backoff_ms > 0)
+			back_off(io, io->backoff_ms / 2 + (int)(rand_r(&seed) % (unsigned)io->backoff_ms));
+		io->backoff_ms = io->backoff_ms == 0 ? BACKOFF_FIRST_MS : io->backoff_ms * 2;
+		if (io->backoff_ms > BACKOFF_LIMIT_MS)
+			io->backoff_ms = BACKOFF_LIMIT_MS;
+		if (connect_once(io, &made, &why)) {
+			int same = is_same_file(io, &made);
+
+			if (same > 0) {
+				if (!io->options.quiet)
+					log_line("server %s: connected again after %.1f s", io->address,
+						 (double)(now_ms() - since_ms) / 1000);
+				pthread_mutex_lock(&io->lock);
+				note_size(io, made.st.size_bytes);
+				publish(io, &made);
+				tell(io);
+				return;
+			}
+			if (same < 0)
+				set_failure(&why, NFSIO_CONNECT, same, nfs_get_error(made.nfs));
+			destroy_context(made.nfs, made.fh);
+			link = same < 0 ? NFSIO_AWAY : NFSIO_REPLACED;
+		} else {
+			link = link_of(&why);
+			if (why.error == -ETIMEDOUT && io->patience_ms < PATIENCE_LIMIT_MS)
+				io->patience_ms *= 2;
+		}
+		if (atomic_load(&io->stop))
+			break;
+		log_down(io, link, why.message[0] != '\0' ? why.message : strerror(-why.error));
+		note_down(io, link);
+	}
+	pthread_mutex_lock(&io->lock);
+}
+
+/*
+ * The I/O thread leaves receiving to a lonely waiter, who does it better, and to the next one, who may come at
+ * any moment; but somebody must hear what nobody waits for, and notice a connection that ends while it is idle.
+ */
+static bool is_mine_to_receive(const struct nfsio *io)
+{
+	if (io->receiver != NOBODY || io->broken)
+		return false;
+	return io->detached > 0 || io->batches > 0 || io->finished.head != NULL || now_ms() - io->waited_at_ms >= QUIET_MS;
+}
+
+/* Lock held, dropped meanwhile. */
+static void wait_for_io_work(struct nfsio *io)
+{
+	struct timespec until;
+
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	until.tv_nsec += QUIET_MS * 1000000L;
+	if (until.tv_nsec >= 1000000000L) {
+		until.tv_nsec -= 1000000000L;
+		until.tv_sec++;
+	}
+	pthread_cond_timedwait(&io->io_work, &io->lock, &until);
+}
+
+/* libnfs asks an NFSv3 server for its limits; over NFSv4 it says 0. */
+static uint32_t smaller_limit(uint32_t limit, uint64_t servers)
+{
+	if (servers == 0)
+		servers = TRANSFER_UNKNOWN_BYTES;
+	return servers < limit ? (uint32_t)servers : limit;
+}
+
+void *io_thread(void *arg)
+{
+	struct nfsio *io = arg;
+	struct connection made;
+	struct nfsio_failure why = { 0 };
+	bool connected;
+
+	touch_stack();
+	connected = connect_once(io, &made, &why);
+	pthread_mutex_lock(&io->lock);
+	if (connected) {
+		io->opened = made.st;
+		io->opened_once = true;
+		remember_handle(io, &made);
+		io->max_transfer_bytes = smaller_limit(TRANSFER_LIMIT_BYTES, nfs_get_readmax(made.nfs));
+		io->max_transfer_bytes = smaller_limit(io->max_transfer_bytes, nfs_get_writemax(made.nfs));
+		publish(io, &made);
+	} else {
+		*io->first_failure = why;
+	}
+	io->first_done = true;
+	pthread_cond_signal(&io->settled);
+	while (connected && !atomic_load(&io->stop)) {
+		if (io->broken && io->receiver == NOBODY)
+			discard(io);
+		if (!is_up(io)) {
+			reconnect(io);
+		} else if (is_mine_to_receive(io)) {
+			io->receiver = THE_IO_THREAD;
+			receive(io);
+			if (io->receiver == THE_IO_THREAD)
+				io->receiver = NOBODY;
+		} else {
+			wait_for_io_work(io);
+		}
+	}
+	while (io->receiver == A_WAITER)
+		wait_for_io_work(io); /* it has been woken, and must not find the context gone */
+	if (io->nfs != NULL && !io->broken && io->version != 3) {
+		/* the server keeps state for an open v4 file: say good-bye, but do not insist */
+		struct step *step = new_step(io);
+
+		step->insists = true;
+		if (nfs_close_async(io->nfs, io->fh, step_done, step) == 0)
+			pump(io, io->nfs, step, now_ms() + CLOSE_LIMIT_MS);
+		io->fh = NULL;
+	}
+	discard(io);
+	finish_all(&io->pending, -ECANCELED);
+	finish_all(&io->later, -ECANCELED);
+	give_back(io);
+	pthread_mutex_unlock(&io->lock);
+	return NULL;
+}

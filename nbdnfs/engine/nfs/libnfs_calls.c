@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* What libnfs makes of a server's answers, in terms of ours. */
+#include "nfs/libnfs_calls.h"
+
+#include <errno.h>
+#include <string.h>
+
+/* libnfs's file API reports a lost transport by these, mixed with what the server may say (libnfs.c, nfs_v4.c). */
+bool is_transport_error(int error)
+{
+	return error == -EFAULT || error == -EINTR || error == -ETIMEDOUT || error == -ENOTCONN || error == -ECONNRESET;
+}
+
+enum verdict4 verdict4(struct nfs_context *nfs)
+{
+	static const struct {
+		const char *name;
+		enum verdict4 verdict;
+	} of[] = {
+		{ "NFS4ERR_DELAY", NOT_NOW4 },		 { "NFS4ERR_GRACE", NOT_NOW4 },
+		{ "NFS4ERR_RESOURCE", NOT_NOW4 },	 { "NFS4ERR_LOCKED", NOT_NOW4 },
+		{ "NFS4ERR_DQUOT", OVER_QUOTA4 },	 { "NFS4ERR_EXPIRED", STATE_LOST4 },
+		{ "NFS4ERR_STALE", STATE_LOST4 }, /* ... _CLIENTID and _STATEID as well */
+		{ "NFS4ERR_BAD_STATEID", STATE_LOST4 },	 { "NFS4ERR_OLD_STATEID", STATE_LOST4 },
+		{ "NFS4ERR_BAD_SEQID", STATE_LOST4 },	 { "NFS4ERR_ADMIN_REVOKED", STATE_LOST4 },
+		{ "NFS4ERR_FHEXPIRED", STATE_LOST4 },	 { "NFS4ERR_BADHANDLE", STATE_LOST4 },
+		{ "NFS4ERR_NOFILEHANDLE", STATE_LOST4 }, { "NFS4ERR_OPENMODE", STATE_LOST4 },
+		{ "NFS4ERR_MOVED", STATE_LOST4 },	 { "NFS4ERR_CLID_INUSE", STATE_LOST4 },
+	};
+	const char *text = nfs_get_error(nfs);
+
+	for (size_t i = 0; text != NULL && i < sizeof(of) / sizeof(of[0]); i++)
+		if (strstr(text, of[i].name) != NULL)
+			return of[i].verdict;
+	return REFUSED4;
+}
+
+void copy_stat(struct nfsio_stat *st, const struct nfs_stat_64 *from)
+{
+	*st = (struct nfsio_stat){
+		.size_bytes = from->nfs_size,
+		.used_bytes = from->nfs_used,
+		.fileid = from->nfs_ino,
+		.nlink = from->nfs_nlink,
+		.mtime_us = from->nfs_mtime * 1000000 + from->nfs_mtime_nsec / 1000,
+		.mode = from->nfs_mode,
+		.uid = from->nfs_uid,
+		.gid = from->nfs_gid,
+	};
+}

@@ -1,0 +1,102 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * What is peculiar to libnfs. The one place that includes its headers, and the one that asks for its version: all other
+ * parts of nfsio call libnfs by what 4.0 to 7.0 have in common, and by the functions below.
+ */
+#ifndef NBDNFS_NFSIO_LIBNFS_H
+#define NBDNFS_NFSIO_LIBNFS_H
+
+#include "nfs/nfsio.h"
+
+#include <nfsc/libnfs.h>
+#include <nfsc/libnfs-raw.h>
+#include <nfsc/libnfs-raw-nfs.h>
+
+#ifdef LIBNFS_API_V2 /* 6.0 and later: buffers come with the call and the data lands in them */
+#define DATA_LANDS_IN_PLACE 1
+static inline int call_read3(struct rpc_context *rpc, rpc_cb cb, void *data, size_t length, READ3args *args, void *arg)
+{
+	return rpc_nfs3_read_task(rpc, cb, data, length, args, arg) != NULL ? 0 : -1;
+}
+static inline int call_write3(struct rpc_context *rpc, rpc_cb cb, WRITE3args *args, void *arg)
+{
+	return rpc_nfs3_write_task(rpc, cb, args, arg) != NULL ? 0 : -1;
+}
+static inline int call_commit3(struct rpc_context *rpc, rpc_cb cb, COMMIT3args *args, void *arg)
+{
+	return rpc_nfs3_commit_task(rpc, cb, args, arg) != NULL ? 0 : -1;
+}
+static inline int call_getattr3(struct rpc_context *rpc, rpc_cb cb, GETATTR3args *args, void *arg)
+{
+	return rpc_nfs3_getattr_task(rpc, cb, args, arg) != NULL ? 0 : -1;
+}
+static inline int call_null(struct rpc_context *rpc, int version, rpc_cb cb, void *arg)
+{
+	return (version == 3 ? rpc_nfs3_null_task(rpc, cb, arg) : rpc_nfs4_null_task(rpc, cb, arg)) != NULL ? 0 : -1;
+}
+static inline int call_pread(struct nfs_context *nfs, struct nfsfh *fh, void *data, size_t length, uint64_t offset,
+			     nfs_cb cb, void *arg)
+{
+	return nfs_pread_async(nfs, fh, data, length, offset, cb, arg);
+}
+static inline int call_pwrite(struct nfs_context *nfs, struct nfsfh *fh, void *data, size_t length, uint64_t offset,
+			      nfs_cb cb, void *arg)
+{
+	return nfs_pwrite_async(nfs, fh, data, length, offset, cb, arg);
+}
+#else
+#define DATA_LANDS_IN_PLACE 0
+static inline int call_read3(struct rpc_context *rpc, rpc_cb cb, void *data, size_t length, READ3args *args, void *arg)
+{
+	return rpc_nfs3_read_async(rpc, cb, args, arg);
+}
+static inline int call_write3(struct rpc_context *rpc, rpc_cb cb, WRITE3args *args, void *arg)
+{
+	return rpc_nfs3_write_async(rpc, cb, args, arg);
+}
+static inline int call_commit3(struct rpc_context *rpc, rpc_cb cb, COMMIT3args *args, void *arg)
+{
+	return rpc_nfs3_commit_async(rpc, cb, args, arg);
+}
+static inline int call_getattr3(struct rpc_context *rpc, rpc_cb cb, GETATTR3args *args, void *arg)
+{
+	return rpc_nfs3_getattr_async(rpc, cb, args, arg);
+}
+static inline int call_null(struct rpc_context *rpc, int version, rpc_cb cb, void *arg)
+{
+	return version == 3 ? rpc_nfs3_null_async(rpc, cb, arg) : rpc_nfs4_null_async(rpc, cb, arg);
+}
+static inline int call_pread(struct nfs_context *nfs, struct nfsfh *fh, void *data, size_t length, uint64_t offset,
+			     nfs_cb cb, void *arg)
+{
+	return nfs_pread_async(nfs, fh, offset, length, cb, arg);
+}
+static inline int call_pwrite(struct nfs_context *nfs, struct nfsfh *fh, void *data, size_t length, uint64_t offset,
+			      nfs_cb cb, void *arg)
+{
+	return nfs_pwrite_async(nfs, fh, offset, length, data, cb, arg);
+}
+#endif
+
+/*
+ * What nfs_get_fh() points to. libnfs keeps the definition in a private header, the same in 4.0, 5.0, 6.0 and
+ * 7.0 (libnfs-private.h, struct nfs_fh). check_raw_handle() asks the server whether it is right.
+ */
+struct nfs_fh_bytes {
+	int len;
+	char *val;
+};
+
+bool is_transport_error(int error);
+
+/*
+ * What an NFSv4 server says of the state that it keeps for us, or does not keep any more: libnfs passes it through
+ * NFSv3's table, as -ERANGE mostly, but puts its name into the text (nfs_v4.c, check_nfs4_error).
+ */
+enum verdict4 { REFUSED4, NOT_NOW4, STATE_LOST4, OVER_QUOTA4 };
+
+enum verdict4 verdict4(struct nfs_context *nfs);
+
+void copy_stat(struct nfsio_stat *st, const struct nfs_stat_64 *from);
+
+#endif

@@ -1,0 +1,162 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Open and close, and how it stands. See nfsio.h for what nfsio promises, internal.h for its other parts.
+ */
+#include "nfs/internal.h"
+
+#include "base/thread.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#define SILENCE_MS 15000
+
+static void destroy(struct nfsio *io)
+{
+	if (io->wake_fd >= 0)
+		close(io->wake_fd);
+	pthread_cond_destroy(&io->settled);
+	pthread_cond_destroy(&io->io_work);
+	pthread_mutex_destroy(&io->lock);
+	free(io->url);
+	free(io->address);
+	free(io->mount_path);
+	free(io->prefix);
+	free(io);
+}
+
+/* What an NFS URL says for `key` ("uid="); libnfs 4.0 does not tell. Like it, take the last of several. */
+uint32_t url_number(const char *url, const char *key, uint32_t otherwise)
+{
+	for (const char *at = strchr(url, '?'); at != NULL; at = strchr(at + 1, '&'))
+		if (strncmp(at + 1, key, strlen(key)) == 0)
+			otherwise = (uint32_t)strtoul(at + 1 + strlen(key), NULL, 10);
+	return otherwise;
+}
+
+int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct nfsio_failure *why)
+{
+	struct nfsio *io = calloc(1, sizeof(*io));
+	pthread_condattr_t monotonic;
+	int error = 0;
+
+	set_failure(why, NFSIO_CONNECT, 0, NULL);
+	if (io == NULL)
+		return set_failure(why, NFSIO_CONNECT, -ENOMEM, NULL), -ENOMEM;
+	io->options = *options;
+	io->options.url = io->options.address = NULL;
+	io->url = strdup(options->url);
+	io->address = strdup(options->address);
+	io->version = (int)url_number(options->url, "version=", 3);
+	io->wants_wire = options->only_transfers && io->version == 3;
+	wire_init(&io->wire);
+	io->patience_ms = (int64_t)options->connect_timeout_s * 1000;
+	if (io->options.silence_ms == 0)
+		io->options.silence_ms = SILENCE_MS;
+	io->silence_ms = io->options.silence_ms;
+	probe_init(&io->probe, (uint32_t)io->version);
+	io->state.link = NFSIO_AWAY;
+	atomic_init(&io->cut_bytes, UINT64_MAX);
+	io->first_failure = why;
+	io->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	pthread_mutex_init(&io->lock, NULL);
+	pthread_cond_init(&io->settled, NULL);
+	pthread_condattr_init(&monotonic);
+	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+	pthread_cond_init(&io->io_work, &monotonic);
+	pthread_condattr_destroy(&monotonic);
+	if (io->url == NULL || io->address == NULL)
+		error = -ENOMEM;
+	else if (io->wake_fd < 0)
+		error = -errno;
+	else
+		error = thread_start(&io->thread, io_thread, io);
+	if (error != 0) {
+		set_failure(why, NFSIO_CONNECT, error, NULL);
+		destroy(io);
+		return error;
+	}
+	pthread_mutex_lock(&io->lock);
+	while (!io->first_done)
+		pthread_cond_wait(&io->settled, &io->lock);
+	io->first_failure = NULL;
+	pthread_mutex_unlock(&io->lock);
+	if (why->error != 0) {
+		nfsio_close(io);
+		return why->error;
+	}
+	*out = io;
+	return 0;
+}
+
+void nfsio_stop(struct nfsio *io)
+{
+	atomic_store(&io->stop, true);
+	pthread_mutex_lock(&io->lock);
+	wake_io_thread(io);
+	pthread_mutex_unlock(&io->lock);
+}
+
+void nfsio_end(struct nfsio *io)
+{
+	if (io->ended)
+		return;
+	nfsio_stop(io);
+	pthread_join(io->thread, NULL);
+	io->ended = true;
+}
+
+void nfsio_close(struct nfsio *io)
+{
+	nfsio_end(io);
+	destroy(io);
+}
+
+void nfsio_opened_stat(const struct nfsio *io, struct nfsio_stat *st)
+{
+	*st = io->opened;
+}
+
+bool nfsio_has_commit(const struct nfsio *io)
+{
+	return io->version == 3;
+}
+
+bool nfsio_has_names(const struct nfsio *io)
+{
+	return io->version != 3 || !io->options.only_transfers;
+}
+
+uint32_t nfsio_max_transfer_bytes(const struct nfsio *io)
+{
+	return io->max_transfer_bytes;
+}
+
+void nfsio_state(struct nfsio *io, struct nfsio_state *state)
+{
+	pthread_mutex_lock(&io->lock);
+	*state = io->state;
+	pthread_mutex_unlock(&io->lock);
+}
+
+void nfsio_watch(struct nfsio *io, void (*changed)(void *owner), void *owner)
+{
+	pthread_mutex_lock(&io->lock);
+	io->changed = changed;
+	io->changed_owner = owner;
+	pthread_mutex_unlock(&io->lock);
+	changed(owner);
+}
+
+uint64_t nfsio_cut_bytes(const struct nfsio *io)
+{
+	return atomic_load(&io->cut_bytes);
+}
+
+bool nfsio_is_unlinked(const struct nfsio *io)
+{
+	return atomic_load(&io->unlinked);
+}

@@ -1,0 +1,102 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* A connection over which nothing comes: is the server slow, or the connection dead? */
+#include "nfs/internal.h"
+
+#include "base/log.h"
+
+/* A server that has answered elsewhere has so long to answer here. */
+#define SILENCE_GRACE_MS 5000
+/* A request that is not answered while others are is sent again after so many times silence_ms. */
+#define REPEAT_FACTOR 4
+/* Both limits double each time they have cost a connection, unless the last time is so long ago. */
+#define CALM_MS (15 * 60 * 1000)
+
+static void null_done(struct rpc_context *rpc, int status, void *data, void *arg)
+{
+	answered(arg, status); /* which is all that was asked */
+}
+
+/* Returns 0, or anything else when that must be tried again. */
+static int send_null(struct nfsio *io)
+{
+	if (io->nfs != NULL)
+		return call_null(nfs_get_rpc_context(io->nfs), io->version, null_done, io);
+	if (wire_send_null(&io->wire) < 0)
+		io->broken = true;
+	return io->broken;
+}
+
+static void give_up_connection(struct nfsio *io, const char *why)
+{
+	log_line("server %s: %s: asking again over a new connection", io->address, why);
+	io->silence_ms *= 2;
+	io->given_up_at_ms = now_ms();
+	io->broken = true;
+}
+
+/* Lock held. */
+static bool is_suspect(const struct nfsio *io)
+{
+	return io->suspect_since_ms != 0 && io->said_at_ms <= io->suspect_since_ms;
+}
+
+void nfsio_suspect(struct nfsio *io, int64_t since_ms)
+{
+	pthread_mutex_lock(&io->lock);
+	if (is_up(io) && !io->broken && io->said_at_ms <= since_ms) {
+		io->suspect_since_ms = since_ms;
+		/* nobody has missed an answer: whoever comes next shall not be the one to find out */
+		if (io->inflight.head == NULL && io->name_ops == NULL)
+			io->broken = true;
+		wake_io_thread(io);
+	}
+	pthread_mutex_unlock(&io->lock);
+}
+
+/*
+ * The time-outs. A server may be as slow as it likes; but a connection can die without TCP noticing (something between
+ * forgets it, and acknowledges), and a server may drop a request. So silence is looked into: with a NULL call over
+ * the same connection and one over a new connection. Where the second is answered and the first is not, the
+ * connection is given up, and all requests go over a new one. So they do when one of them alone remains
+ * unanswered. In both cases with a limit that doubles, so that a server that is only slow gets through with it.
+ */
+void look_into_silence(struct nfsio *io)
+{
+	int64_t now = now_ms();
+	struct nfsio_req *oldest = io->inflight.head;
+	bool is_silent = is_suspect(io) || now - io->heard_at_ms >= io->silence_ms;
+
+	if (io->broken || (oldest == NULL && io->name_ops == NULL) || !is_silent) {
+		if (io->probe.state != PROBE_NONE)
+			probe_end(&io->probe);
+		if (io->given_up_at_ms != 0 && now - io->given_up_at_ms > CALM_MS) {
+			io->silence_ms = io->options.silence_ms;
+			io->given_up_at_ms = 0;
+		}
+		if (!io->broken && oldest != NULL && now - oldest->issued_at_ms >= REPEAT_FACTOR * io->silence_ms)
+			give_up_connection(io, "a request is not answered while others are");
+		return;
+	}
+	switch (io->probe.state) {
+	case PROBE_NONE:
+		if (send_null(io) != 0)
+			return;
+		probe_start(&io->probe, socket_of(io));
+		io->probed_at_ms = now;
+		break;
+	case PROBE_WAITING:
+		break;
+	case PROBE_ANSWERED:
+		if (now - io->probed_at_ms >= SILENCE_GRACE_MS) {
+			io->state.silent_since_ms = io->heard_at_ms;
+			give_up_connection(io, "a connection is silent, and the server is not");
+		}
+		break;
+	case PROBE_FAILED: /* it does not answer there either: wait, and ask again now and then */
+		if (now - io->probed_at_ms >= SILENCE_GRACE_MS) {
+			probe_start(&io->probe, socket_of(io));
+			io->probed_at_ms = now;
+		}
+		break;
+	}
+}
