@@ -289,18 +289,6 @@ static int check_raw_handle(struct nfsio *io, struct nfs_context *nfs, struct nf
 	return error;
 }
 
-/* libnfs keeps no list of open files: what nfs_open() made is freed by nfs_close() only. */
-void step_ignore(int error, struct nfs_context *nfs, void *data, void *arg)
-{
-}
-
-void destroy_context(struct nfs_context *nfs, struct nfsfh *fh)
-{
-	if (fh != NULL)
-		nfs_close_async(nfs, fh, step_ignore, NULL);
-	nfs_destroy_context(nfs);
-}
-
 /* Mount and open with a context of its own. Returns false and *why. Called without the lock. */
 bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why)
 {
@@ -340,6 +328,6 @@ fail:
 	if (url != NULL)
 		nfs_destroy_url(url);
 	if (nfs != NULL)
-		destroy_context(nfs, made->fh);
+		libnfs_destroy(nfs, made->fh);
 	return false;
 }

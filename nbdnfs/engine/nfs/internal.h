@@ -1,17 +1,24 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * What the parts of nfsio share; nobody else includes it. nfsio.h has what nfsio promises. Each part calls those above
- * it only, but for look_into_silence().
+ * it only.
  *
- * wire.[ch]          transfers over NFSv3 without libnfs
- * libnfs_calls.[ch]  what is peculiar to libnfs: its versions' signatures, its errors
- * transfer.c   requests: queueing, issuing, answers, and who receives them
- * silence.c    the time-outs: is a silent connection dead?
- * names.c      stat, link, rename, unlink, and a look at a small file
- * connect.c    a new connection: context, mount, open, raw handle
- * recognise.c  is it still the file that was opened?
- * io_thread.c     the I/O thread: receiving, and connecting again
- * nfsio.c            open and close, and how it stands
+ * libnfs_calls.[ch]   what is peculiar to libnfs: its versions' signatures, its errors
+ * wire*.[ch]           NFSv3 without libnfs; knows nothing of the rest
+ * probe.[ch]           is the server alive? A connection of its own; knows nothing of the rest
+ * queue.c              where requests lie, how they end, and who is woken
+ * answers.c            what the server's answers mean, whichever transport received them
+ * connect.c            a new connection: context, mount, open, raw handle
+ * recognise.c          is it still the file that was opened?
+ * transport_libnfs.c   struct transport over libnfs: NFSv4, and NFSv3 where that is asked for
+ * transport_wire.c     struct transport over a wire
+ * silence.c            the time-outs: is a silent connection dead?
+ * exchange.c           sending what waits, and receiving
+ * requests.c           what callers submit and wait for
+ * state.c              what is known of the file and of the way to it
+ * names.c              stat, link, rename, unlink, and a look at a small file
+ * io_thread.c          the I/O thread: receiving, and connecting again
+ * open.c               open and close
  *
  * A submitting thread queues its calls on the context and writes them to the socket itself; the I/O thread
  * receives, reconnects, and sends what did not fit into the socket. A thread that waits for a batch, with
@@ -109,11 +116,13 @@ struct nfsio {
 	bool first_done;        /* the first attempt to connect has ended */
 	struct nfsio_failure *first_failure; /* nfsio_open()'s caller's, until first_done */
 
-	/* The connection is `nfs`, or `wire`, or neither while there is none: is_up(). */
-	struct wire wire;
+	const struct transport *transport; /* of the connection; NULL while there is none */
+	struct wire wire;       /* of transport_wire */
+	/* of transport_libnfs */
 	struct nfs_context *nfs;
 	struct nfsfh *fh;
 	nfs_fh3 fh3;            /* points into fh */
+
 	struct nfsio_state state;
 	void (*changed)(void *owner); /* of nfsio_watch(), NULL: nobody does */
 	void *changed_owner;
@@ -154,16 +163,34 @@ struct connection {
 	int64_t deadline_ms;    /* of the attempt that made it */
 };
 
+/*
+ * How transfers travel. A connection gets one when it is put to use, and keeps it. Every function is called with the lock
+ * held, while there is a connection, and does not block; where the connection turns out to be of no use, it sets
+ * io->broken.
+ */
+struct transport {
+	/* Send a request. Negative: there was no memory for it; try later. */
+	int (*issue)(struct nfsio *io, struct nfsio_req *req);
+	/* Can another one be issued now? */
+	bool (*has_room)(const struct nfsio *io);
+	/* Let the socket have what has been issued; NULL where issue() has done that. */
+	void (*push)(struct nfsio *io);
+	/* Ask for any answer at all, which counts for note_received(). Not 0: try again. */
+	int (*send_null)(struct nfsio *io);
+	/* What to poll, for what, and what to do then. */
+	int (*socket)(const struct nfsio *io);
+	short (*events)(const struct nfsio *io);
+	void (*serve)(struct nfsio *io, short revents);
+	/* Close the connection. What was under way on it is not answered any more. */
+	void (*close)(struct nfsio *io);
+};
+
+extern const struct transport transport_libnfs, transport_wire;
+
 /* Lock held. */
 static inline bool is_up(const struct nfsio *io)
 {
-	return io->nfs != NULL || wire_is_up(&io->wire);
-}
-
-/* Of a connection that is up. Lock held. */
-static inline int socket_of(const struct nfsio *io)
-{
-	return io->nfs != NULL ? nfs_get_fd(io->nfs) : io->wire.fd;
+	return io->transport != NULL;
 }
 
 static inline int64_t now_ms(void)
@@ -181,16 +208,33 @@ static inline void set_failure(struct nfsio_failure *why, enum nfsio_phase phase
 	snprintf(why->message, sizeof(why->message), "%s", text != NULL ? text : "");
 }
 
-/* transfer.c, all with the lock held; give_back() and receive() drop it meanwhile. */
-void list_prepend(struct req_list *to, struct req_list *from);
+/* queue.c, all with the lock held, which give_back() drops meanwhile. */
+void req_list_push(struct req_list *list, struct nfsio_req *req);
+void req_list_remove(struct req_list *list, struct nfsio_req *req);
+void req_list_prepend(struct req_list *to, struct req_list *from);
+void wake_poller(struct nfsio *io);
+void call_io_thread(struct nfsio *io);
 void wake_io_thread(struct nfsio *io);
-void finish_all(struct req_list *list, int error);
+void req_enqueue(struct nfsio *io, struct nfsio_req *req, struct nfsio_batch *batch);
+void req_finish(struct req_list *list, struct nfsio_req *req, int error);
+void req_finish_all(struct req_list *list, int error);
+bool is_hopeless(const struct nfsio *io, const struct nfsio_req *req, int64_t now);
 void fail_hopeless(struct nfsio *io);
-void note_size(struct nfsio *io, uint64_t bytes);
-void heard(struct nfsio *io);
-bool answered(struct nfsio *io, int rpc_status);
-void issue_pending(struct nfsio *io);
+void try_later(struct nfsio *io, struct req_list *list, struct nfsio_req *req);
 void give_back(struct nfsio *io);
+
+/* answers.c, all with the lock held. */
+void note_received(struct nfsio *io);
+bool counts_as_answer(struct nfsio *io, int rpc_status);
+void note_size(struct nfsio *io, uint64_t bytes);
+void note_links(struct nfsio *io, uint32_t links);
+void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool end_of_file);
+void note_written3(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool stable, uint64_t verifier);
+void note_committed3(struct nfsio *io, struct nfsio_req *req, uint64_t verifier);
+void note_refused3(struct nfsio *io, struct nfsio_req *req, int status);
+
+/* exchange.c, with the lock held, which receive() drops meanwhile. */
+void issue_pending(struct nfsio *io);
 void receive(struct nfsio *io);
 
 /* silence.c, with the lock held. */
@@ -200,7 +244,7 @@ void look_into_silence(struct nfsio *io);
 void name_op_finish(struct name_op *op, int error, const char *text);
 
 /*
- * connect.c, all for the I/O thread and without the lock. But it is held for destroy_context() of a published
+ * connect.c, all for the I/O thread and without the lock. But it is held for libnfs_destroy() of a published
  * context, and for pump() with a step that insists.
  */
 void step_done(int error, struct nfs_context *nfs, void *data, void *arg);
@@ -208,16 +252,11 @@ struct step *new_step(struct nfsio *io);
 void log_down(struct nfsio *io, enum nfsio_link link, const char *reason);
 void tend_waiting(struct nfsio *io);
 int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t deadline_ms);
-void step_ignore(int error, struct nfs_context *nfs, void *data, void *arg);
-void destroy_context(struct nfs_context *nfs, struct nfsfh *fh);
 bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why);
 
 /* recognise.c, for the I/O thread. is_same_file() waits, and takes the lock. */
 void remember_handle(struct nfsio *io, const struct connection *made);
 int is_same_file(struct nfsio *io, const struct connection *made);
-
-/* nfsio.c, with or without the lock. */
-uint32_t url_number(const char *url, const char *key, uint32_t otherwise);
 
 /* io_thread.c. What nfsio_open() starts, with the nfsio as `arg`. */
 void *io_thread(void *arg);

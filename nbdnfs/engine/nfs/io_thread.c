@@ -51,22 +51,16 @@ static void discard(struct nfsio *io)
 	if (!is_up(io))
 		return;
 	if (io->broken)
-		drop_unsent(socket_of(io));
+		drop_unsent(io->transport->socket(io));
 	for (struct nfsio_req *req = io->inflight.head; req != NULL; req = req->next)
 		req->resent = req->op == NFSIO_WRITE || req->op == NFSIO_WRITE_UNSTABLE;
 	io->discarding = true;
-	for (struct name_op *op = io->name_ops; op != NULL; op = op->next)
-		if (op->fh != NULL)
-			nfs_close_async(io->nfs, op->fh, step_ignore, NULL);
-	if (io->nfs != NULL)
-		destroy_context(io->nfs, io->fh);
-	wire_end(&io->wire);
+	io->transport->close(io);
 	io->discarding = false;
-	io->nfs = NULL;
-	io->fh = NULL;
+	io->transport = NULL;
 	io->broken = false;
 	probe_end(&io->probe);
-	list_prepend(&io->pending, &io->inflight);
+	req_list_prepend(&io->pending, &io->inflight);
 	while (io->name_ops != NULL)
 		name_op_finish(io->name_ops, -ECONNRESET, "the connection was lost");
 }
@@ -90,7 +84,8 @@ static bool take_over(struct nfsio *io, const struct connection *made)
 		return false;
 	wire_start(&io->wire, fd, (const uint8_t *)made->fh3.data.data_val, made->fh3.data.data_len,
 		   url_number(io->url, "uid=", getuid()), url_number(io->url, "gid=", getgid()));
-	destroy_context(made->nfs, made->fh);
+	libnfs_destroy(made->nfs, made->fh);
+	io->transport = &transport_wire;
 	return true;
 }
 
@@ -106,6 +101,7 @@ static void publish(struct nfsio *io, const struct connection *made)
 		io->nfs = made->nfs;
 		io->fh = made->fh;
 		io->fh3 = made->fh3;
+		io->transport = &transport_libnfs;
 	}
 	io->said_at_ms = io->connected_at_ms = now_ms();
 	io->useful = false;
@@ -226,7 +222,7 @@ static void reconnect(struct nfsio *io)
 			}
 			if (same < 0)
 				set_failure(&why, NFSIO_CONNECT, same, nfs_get_error(made.nfs));
-			destroy_context(made.nfs, made.fh);
+			libnfs_destroy(made.nfs, made.fh);
 			link = same < 0 ? NFSIO_AWAY : NFSIO_REPLACED;
 		} else {
 			link = link_of(&why);
@@ -322,8 +318,8 @@ void *io_thread(void *arg)
 		io->fh = NULL;
 	}
 	discard(io);
-	finish_all(&io->pending, -ECANCELED);
-	finish_all(&io->later, -ECANCELED);
+	req_finish_all(&io->pending, -ECANCELED);
+	req_finish_all(&io->later, -ECANCELED);
 	give_back(io);
 	pthread_mutex_unlock(&io->lock);
 	return NULL;

@@ -3,6 +3,7 @@
 #include "nfs/libnfs_calls.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* libnfs's file API reports a lost transport by these, mixed with what the server may say (libnfs.c, nfs_v4.c). */
@@ -47,4 +48,23 @@ void copy_stat(struct nfsio_stat *st, const struct nfs_stat_64 *from)
 		.uid = from->nfs_uid,
 		.gid = from->nfs_gid,
 	};
+}
+
+uint32_t url_number(const char *url, const char *key, uint32_t otherwise)
+{
+	for (const char *at = strchr(url, '?'); at != NULL; at = strchr(at + 1, '&'))
+		if (strncmp(at + 1, key, strlen(key)) == 0)
+			otherwise = (uint32_t)strtoul(at + 1 + strlen(key), NULL, 10);
+	return otherwise;
+}
+
+void libnfs_ignore(int error, struct nfs_context *nfs, void *data, void *arg)
+{
+}
+
+void libnfs_destroy(struct nfs_context *nfs, struct nfsfh *fh)
+{
+	if (fh != NULL)
+		nfs_close_async(nfs, fh, libnfs_ignore, NULL);
+	nfs_destroy_context(nfs);
 }

@@ -76,6 +76,8 @@ static inline int call_pwrite(struct nfs_context *nfs, struct nfsfh *fh, void *d
 {
 	return nfs_pwrite_async(nfs, fh, offset, length, data, cb, arg);
 }
+uint32_t url_number(const char *url, const char *key, uint32_t otherwise);
+
 #endif
 
 /*
@@ -98,5 +100,14 @@ enum verdict4 { REFUSED4, NOT_NOW4, STATE_LOST4, OVER_QUOTA4 };
 enum verdict4 verdict4(struct nfs_context *nfs);
 
 void copy_stat(struct nfsio_stat *st, const struct nfs_stat_64 *from);
+
+/* For calls whose answer nothing depends on. */
+void libnfs_ignore(int error, struct nfs_context *nfs, void *data, void *arg);
+
+/* libnfs keeps no list of open files: what nfs_open() made is freed by nfs_close() only. `fh` may be NULL. */
+void libnfs_destroy(struct nfs_context *nfs, struct nfsfh *fh);
+
+/* What an NFS URL says for `key` ("uid="), which libnfs 4.0 does not tell. Like libnfs, take the last of several. */
+uint32_t url_number(const char *url, const char *key, uint32_t otherwise);
 
 #endif

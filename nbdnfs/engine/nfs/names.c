@@ -26,7 +26,7 @@ static void name_op_done(int error, struct nfs_context *nfs, void *data, void *a
 
 	if (op->io->discarding)
 		return; /* discard() finishes it */
-	heard(op->io);
+	note_received(op->io);
 	if (is_transport_error(error))
 		op->io->broken = true;
 	else if (error < 0)

@@ -11,21 +11,6 @@
 /* Both limits double each time they have cost a connection, unless the last time is so long ago. */
 #define CALM_MS (15 * 60 * 1000)
 
-static void null_done(struct rpc_context *rpc, int status, void *data, void *arg)
-{
-	answered(arg, status); /* which is all that was asked */
-}
-
-/* Returns 0, or anything else when that must be tried again. */
-static int send_null(struct nfsio *io)
-{
-	if (io->nfs != NULL)
-		return call_null(nfs_get_rpc_context(io->nfs), io->version, null_done, io);
-	if (wire_send_null(&io->wire) < 0)
-		io->broken = true;
-	return io->broken;
-}
-
 static void give_up_connection(struct nfsio *io, const char *why)
 {
 	log_line("server %s: %s: asking again over a new connection", io->address, why);
@@ -79,9 +64,9 @@ void look_into_silence(struct nfsio *io)
 	}
 	switch (io->probe.state) {
 	case PROBE_NONE:
-		if (send_null(io) != 0)
+		if (io->transport->send_null(io) != 0)
 			return;
-		probe_start(&io->probe, socket_of(io));
+		probe_start(&io->probe, io->transport->socket(io));
 		io->probed_at_ms = now;
 		break;
 	case PROBE_WAITING:
@@ -94,7 +79,7 @@ void look_into_silence(struct nfsio *io)
 		break;
 	case PROBE_FAILED: /* it does not answer there either: wait, and ask again now and then */
 		if (now - io->probed_at_ms >= SILENCE_GRACE_MS) {
-			probe_start(&io->probe, socket_of(io));
+			probe_start(&io->probe, io->transport->socket(io));
 			io->probed_at_ms = now;
 		}
 		break;

@@ -1,7 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/*
- * Open and close, and how it stands. See nfsio.h for what nfsio promises, internal.h for its other parts.
- */
+/* Open and close. See nfsio.h for what nfsio promises, internal.h for its other parts. */
 #include "nfs/internal.h"
 
 #include "base/thread.h"
@@ -26,15 +24,6 @@ static void destroy(struct nfsio *io)
 	free(io->mount_path);
 	free(io->prefix);
 	free(io);
-}
-
-/* What an NFS URL says for `key` ("uid="); libnfs 4.0 does not tell. Like it, take the last of several. */
-uint32_t url_number(const char *url, const char *key, uint32_t otherwise)
-{
-	for (const char *at = strchr(url, '?'); at != NULL; at = strchr(at + 1, '&'))
-		if (strncmp(at + 1, key, strlen(key)) == 0)
-			otherwise = (uint32_t)strtoul(at + 1 + strlen(key), NULL, 10);
-	return otherwise;
 }
 
 int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct nfsio_failure *why)
@@ -113,50 +102,4 @@ void nfsio_close(struct nfsio *io)
 {
 	nfsio_end(io);
 	destroy(io);
-}
-
-void nfsio_opened_stat(const struct nfsio *io, struct nfsio_stat *st)
-{
-	*st = io->opened;
-}
-
-bool nfsio_has_commit(const struct nfsio *io)
-{
-	return io->version == 3;
-}
-
-bool nfsio_has_names(const struct nfsio *io)
-{
-	return io->version != 3 || !io->options.only_transfers;
-}
-
-uint32_t nfsio_max_transfer_bytes(const struct nfsio *io)
-{
-	return io->max_transfer_bytes;
-}
-
-void nfsio_state(struct nfsio *io, struct nfsio_state *state)
-{
-	pthread_mutex_lock(&io->lock);
-	*state = io->state;
-	pthread_mutex_unlock(&io->lock);
-}
-
-void nfsio_watch(struct nfsio *io, void (*changed)(void *owner), void *owner)
-{
-	pthread_mutex_lock(&io->lock);
-	io->changed = changed;
-	io->changed_owner = owner;
-	pthread_mutex_unlock(&io->lock);
-	changed(owner);
-}
-
-uint64_t nfsio_cut_bytes(const struct nfsio *io)
-{
-	return atomic_load(&io->cut_bytes);
-}
-
-bool nfsio_is_unlinked(const struct nfsio *io)
-{
-	return atomic_load(&io->unlinked);
 }

@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* What callers submit and wait for. */
+#include "nfs/internal.h"
+
+#include <errno.h>
+#include <poll.h>
+
+/* Whoever receives polls with what he knew: tell him where that has changed. */
+static void wake_if_needed(struct nfsio *io)
+{
+	if (!is_up(io)) {
+		if (io->finished.head != NULL)
+			wake_poller(io);
+		return;
+	}
+	if (io->broken || io->later.head != NULL || io->finished.head != NULL || io->transport->events(io) & POLLOUT)
+		wake_io_thread(io);
+	else if (io->detached > 0 && io->receiver == NOBODY)
+		call_io_thread(io);
+}
+
+void nfsio_submit(struct nfsio *io, struct nfsio_req *req)
+{
+	pthread_mutex_lock(&io->lock);
+	req_enqueue(io, req, NULL);
+	io->detached++;
+	if (io->state.lost)
+		fail_hopeless(io);
+	issue_pending(io);
+	wake_if_needed(io);
+	pthread_mutex_unlock(&io->lock);
+}
+
+void nfsio_batch_start(struct nfsio *io, struct nfsio_batch *batch, struct nfsio_req *reqs, size_t count)
+{
+	batch->io = io;
+	batch->waiting = count;
+	batch->sleeping = false;
+	pthread_cond_init(&batch->all_done, NULL);
+	if (count == 0)
+		return;
+	pthread_mutex_lock(&io->lock);
+	io->batches++;
+	for (size_t i = 0; i < count; i++)
+		req_enqueue(io, &reqs[i], batch);
+	if (io->state.lost)
+		fail_hopeless(io);
+	issue_pending(io);
+	wake_if_needed(io);
+	pthread_mutex_unlock(&io->lock);
+}
+
+void nfsio_batch_wait(struct nfsio_batch *batch)
+{
+	struct nfsio *io = batch->io;
+	bool received = false;
+
+	pthread_mutex_lock(&io->lock);
+	while (batch->waiting > 0) {
+		/* with others under way the I/O thread serves all of them better: no role to hand over */
+		bool alone = io->batches == 1 && io->detached == 0;
+
+		if (alone && io->receiver != A_WAITER && is_up(io) && !io->broken && !atomic_load(&io->stop)) {
+			received = true;
+			io->receiver = A_WAITER; /* the I/O thread, if it polls, finds out when it wakes up */
+			receive(io);
+			io->receiver = NOBODY;
+		} else {
+			if (received && io->receiver == NOBODY)
+				call_io_thread(io);
+			batch->sleeping = true;
+			pthread_cond_wait(&batch->all_done, &io->lock);
+			batch->sleeping = false;
+		}
+	}
+	if (received)
+		io->waited_at_ms = now_ms();
+	if (--io->batches > 0 || io->detached > 0 || io->broken)
+		if (io->receiver == NOBODY)
+			call_io_thread(io);
+	pthread_mutex_unlock(&io->lock);
+	pthread_cond_destroy(&batch->all_done);
+}
+
+int nfsio_transfer(struct nfsio *io, struct nfsio_req *req)
+{
+	struct nfsio_batch batch;
+
+	/* NFS has no open file: a server that lets us write does not know that we did not want to */
+	if (io->options.read_only && req->op != NFSIO_READ)
+		return -EBADF;
+	nfsio_batch_start(io, &batch, req, 1);
+	nfsio_batch_wait(&batch);
+	return req->error;
+}
