@@ -13,6 +13,7 @@ RANKS = {
     "units": 0,
     "_memlock": 0,
     "url": 0,
+    "region_counters": 0,
     "nbd_settings": 0,
     "config": 1,
     "diagnose": 1,

@@ -92,10 +92,31 @@ struct region_header {
 };
 
 /*
+ * Other processes read the header by offset (nbdnfs/region_counters.py), and the next worker may be of another build.
+ * Whoever changes one of these numbers changes REGION_VERSION and the table in Python with it.
+ */
+#define REGION_COUNTER_COUNT 31
+#define REGION_HISTOGRAM_COUNT 4
+_Static_assert(offsetof(struct region_header, magic) == 0, "layout");
+_Static_assert(offsetof(struct region_header, version) == 8, "layout");
+_Static_assert(offsetof(struct region_header, slot_count) == 12, "layout");
+_Static_assert(offsetof(struct region_header, identity) == 16, "layout");
+_Static_assert(sizeof(struct region_identity) == 24, "layout");
+_Static_assert(offsetof(struct region_header, region_bytes) == 40, "layout");
+_Static_assert(offsetof(struct region_header, generation) == 48, "layout");
+_Static_assert(offsetof(struct region_header, counters) == 56, "layout");
+_Static_assert(offsetof(struct region_counters, read_us) == REGION_COUNTER_COUNT * 8, "layout");
+_Static_assert(sizeof(struct region_counters) == (REGION_COUNTER_COUNT + REGION_HISTOGRAM_COUNT * HISTOGRAM_BUCKETS) * 8,
+	       "layout");
+_Static_assert(sizeof(struct region_header) == 56 + sizeof(struct region_counters), "layout");
+
+/*
  * One 64-bit store publishes a slot: content in the low two bits, the page number above.
  * Guarded by the cache's lock; atomic for the sake of a kill in between.
  */
 typedef _Atomic uint64_t region_slot;
+_Static_assert(sizeof(region_slot) == 8, "layout");
+_Static_assert(sizeof(_Atomic uint32_t) == 4, "layout: an entry of the page table");
 
 struct region {
 	int fd;
