@@ -29,7 +29,6 @@ ENGINE_NUMBERS = {
     "region_pages": range(256, 1 << 24),
     "connections": range(1, 17),
     "stable_writes": range(2),
-    "libnfs_transfers": range(2),
     "read_ahead_pages": range(4097),
     "soft_limit_ms": range(1 << 32),
     "gone_limit_ms": range(1 << 32),
@@ -38,6 +37,8 @@ ENGINE_NUMBERS = {
 # See docs/decisions/0013.
 CONNECTIONS = 4
 LOCKS = ("wanted", "required", "off")
+# How the C engine moves pages over NFSv3: on its own, or through libnfs as NFSv4 always does.
+TRANSPORTS = ("wire", "libnfs")
 KEYS = (
     "url",
     "address",
@@ -48,6 +49,7 @@ KEYS = (
     "owner",
     "owner_record",
     "control_fd",
+    "transport",
     *ENGINE_NUMBERS,
 )
 
@@ -76,7 +78,7 @@ CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", 
 class WorkerConfig:
     """What the plugin was told. `address` is the server's, resolved before anything is locked or short."""
 
-    __slots__ = ("address", "control_fd", "engine", "lock", "numbers", "owner", "url", "without")
+    __slots__ = ("address", "control_fd", "engine", "lock", "numbers", "owner", "transport", "url", "without")
 
     def __init__(
         self,
@@ -88,10 +90,12 @@ class WorkerConfig:
         numbers: dict[str, int],
         control_fd: int | None = None,
         owner: dict[str, str | int] | None = None,
+        transport: str = TRANSPORTS[0],
     ) -> None:
         """owner  what nbdnfs.engine.Engine is to know of the owner record; nothing when none is kept"""
         self.control_fd = control_fd
         self.owner = owner or {}
+        self.transport = transport
         self.url = url
         self.address = address
         self.engine = engine
@@ -138,7 +142,7 @@ class WorkerConfig:
 
     def _heap_bytes(self) -> int:
         """What libnfs takes for calls and answers, where those go through it, is on top of what nbdkit takes."""
-        through_libnfs = "version=4" in self.url.partition("?")[2] or self.numbers.get("libnfs_transfers", 0)
+        through_libnfs = "version=4" in self.url.partition("?")[2] or self.transport == "libnfs"
         return memlock.HEAP_BYTES + (memlock.LIBNFS_HEAP_BYTES if through_libnfs else 0)
 
     def _heed(self, measures: list[memlock.Measure]) -> None:
@@ -186,7 +190,8 @@ class WorkerConfig:
             self.url,
             self.address,
             connect_timeout_s=connect_timeout_s,
-            exit_status_when_lost=status,
+            exit_status_when_stolen=status,
+            transport=self.transport,  # type: ignore[arg-type]
             **numbers,  # type: ignore[arg-type]
             **self.owner,  # type: ignore[arg-type]
         )
@@ -215,7 +220,8 @@ def parse(settings: Mapping[str, str]) -> WorkerConfig:
     numbers = {key: _number(key, settings[key], ENGINE_NUMBERS[key]) for key in ENGINE_NUMBERS if key in settings}
     control_fd = _number("control_fd", settings["control_fd"], DESCRIPTORS) if "control_fd" in settings else None
     owner = _owner(settings.get("owner", "off"), settings.get("owner_record", ""))
-    return WorkerConfig(url, address, kind, lock, without, numbers, control_fd, owner)
+    transport = _one_of("transport", settings.get("transport", TRANSPORTS[0]), TRANSPORTS)
+    return WorkerConfig(url, address, kind, lock, without, numbers, control_fd, owner, transport)
 
 
 def check_url(text: str) -> tuple[str, str]:

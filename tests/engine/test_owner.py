@@ -38,7 +38,7 @@ PAGES = DEVICE_BYTES // PAGE
 # Short, so that the tests are; the proportions are those of owner_record.TIMING.
 QUICK = Timing(refresh_ms=300, in_flight_ms=300)
 HOLDER = "keeper:swap0"
-OWNER_LOST, OWNER_UNSURE, OWNER_HELD = 3, 2, 1
+OWNER_STOLEN, OWNER_UNSURE, OWNER_HELD = 3, 2, 1
 
 # Not one 32-bit word again and again: such a page would not travel before a flush.
 ONE, TWO = (bytes([byte]) * (PAGE - 1) + b"!" for byte in (1, 2))
@@ -383,7 +383,7 @@ def test_a_theft_under_load(
     stolen_s = time.monotonic()
     assert ended.result(DEADLINE_S) == errno.EIO
     stopped_s = time.monotonic() - stolen_s
-    assert first.state == OWNER_LOST
+    assert first.state == OWNER_STOLEN
     # four answers come one after the other in a look; and a busy machine may be late
     assert stopped_s < QUICK.refresh_ms / 1000 + 5 * delay_s + 0.5
     assert not theft.done()
@@ -427,7 +427,7 @@ def test_a_machine_that_was_cut_off_looks_before_it_writes(
     assert not ended.done()
     proxy.refuse = False
     assert ended.result(DEADLINE_S) == errno.EIO
-    assert first.state == OWNER_LOST
+    assert first.state == OWNER_STOLEN
     first.close()
     assert swap_file.path.read_bytes() == TWO * PAGES
 
@@ -476,7 +476,7 @@ def test_a_record_that_is_removed(
     claim(swap_file, box1)
     held = hold(swap_file.url(), swap_file, box1)
     record_path(swap_file).unlink()
-    wait_until(lambda: held.state == OWNER_LOST, "it is noticed")
+    wait_until(lambda: held.state == OWNER_STOLEN, "it is noticed")
     with pytest.raises(OSError, match="Input/output error"):
         held.engine.flush()
     said = capfd.readouterr().err
@@ -502,7 +502,7 @@ def test_a_worker_that_comes_too_late(
     claim(swap_file, box2, steal=True)
     capfd.readouterr()
     next_one = Engine(swap_file.url(), LOOPBACK, **options)  # type: ignore[arg-type]
-    assert next_one.counters()["owner_state"] == OWNER_LOST
+    assert next_one.counters()["owner_state"] == OWNER_STOLEN
     assert next_one.counters()["unstable_pages"] == 1
     with pytest.raises(OSError, match="Input/output error"):
         next_one.pread(bytearray(PAGE), 0)

@@ -52,16 +52,16 @@ def test_what_is_written_is_read(record: Record) -> None:
 
 
 def test_the_format_is_what_the_worker_knows() -> None:
-    """engine/nfs/owner.c writes ten digits at offset 25, and looks for whole lines."""
+    """engine/nfs/owner_watch.c writes ten digits at offset 25, and looks for whole lines."""
     data = held(refreshed=1234567890).to_bytes()
     assert data[:25] == b"nbdnfs owner 1\nrefreshed "
     assert data[25:36] == b"1234567890\n"
     assert b"\nstate held\n" in data
     assert f"\nboot {D}\n".encode() in data
     assert b"\nhost box2\n" in data
-    source = (Path(owner_record.__file__).parent / "engine/nfs/owner.c").read_text()
+    source = (Path(owner_record.__file__).parent / "engine/nfs/owner_watch.c").read_text()
     assert re.search(r"#define COUNTER_OFFSET 25u", source)
-    header = (Path(owner_record.__file__).parent / "engine/nfs/owner.h").read_text()
+    header = (Path(owner_record.__file__).parent / "engine/nfs/owner_watch.h").read_text()
     assert f"#define OWNER_RECORD_BYTES {RECORD_BYTES}u" in header
     assert f"#define OWNER_REFRESH_MS {owner_record.TIMING.refresh_ms}u" in header
 

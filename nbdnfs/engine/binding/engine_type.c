@@ -2,18 +2,30 @@
 /* nbdnfs.engine.Engine */
 #include "binding/binding.h"
 
+#include <string.h>
+
 struct engine_object {
 	PyObject_HEAD
 	struct engine *engine;  /* NULL once closed; guarded by the GIL */
 	Py_ssize_t users;       /* calls that run without the GIL; guarded by it */
 };
 
+static int parse_transport(const char *name, enum nfsio_transport *transport)
+{
+	if (strcmp(name, "wire") != 0 && strcmp(name, "libnfs") != 0) {
+		PyErr_SetString(PyExc_ValueError, "transport must be 'wire' or 'libnfs'");
+		return -1;
+	}
+	*transport = strcmp(name, "wire") == 0 ? NFSIO_OVER_WIRE : NFSIO_OVER_LIBNFS;
+	return 0;
+}
+
 static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
 	static char *names[] = { "url", "address", "region_fd", "region_pages", "connections", "stable_writes",
 				 "read_ahead_pages", "connect_timeout_s", "soft_limit_ms", "gone_limit_ms",
 				 "silence_ms", "owner_path", "owner_identity", "owner_refresh_ms",
-				 "exit_status_when_lost", "libnfs_transfers", NULL };
+				 "exit_status_when_stolen", "transport", NULL };
 	struct engine_options options = {
 		.nfs = { .connect_timeout_s = CONNECT_TIMEOUT_S, .gone_limit_ms = GONE_LIMIT_MS },
 		.region_fd = -1,
@@ -25,17 +37,19 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
 	struct nfsio_failure why;
 	struct engine *engine = NULL;
 	struct engine_object *self;
-	int stable_writes = 0, libnfs_transfers = 0, error;
+	const char *transport = "wire";
+	int stable_writes = 0, error;
 
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$iIIpIIIIIzzIip", names, &options.nfs.url, &options.nfs.address,
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$iIIpIIIIIzzIis", names, &options.nfs.url, &options.nfs.address,
 					 &options.region_fd, &options.region_pages, &options.connections, &stable_writes,
 					 &options.read_ahead_pages, &options.nfs.connect_timeout_s,
 					 &options.nfs.soft_limit_ms, &options.nfs.gone_limit_ms,
 					 &options.nfs.silence_ms, &options.owner.path, &options.owner.identity,
-					 &options.owner.refresh_ms, &options.exit_status_when_lost, &libnfs_transfers))
+					 &options.owner.refresh_ms, &options.exit_status_when_stolen, &transport))
 		return NULL;
 	options.stable_writes = stable_writes;
-	options.libnfs_transfers = libnfs_transfers;
+	if (parse_transport(transport, &options.nfs.transport) < 0)
+		return NULL;
 	if (options.region_pages < ENGINE_REGION_PAGES_MIN || options.connections < 1 || options.connections > ENGINE_CONNECTIONS_MAX) {
 		PyErr_SetString(PyExc_ValueError, "region_pages must be 256 or more, connections 1 to 16");
 		return NULL;
@@ -188,7 +202,7 @@ static PyType_Slot engine_slots[] = {
 	{ Py_tp_doc, (void *)"Engine(url, address, *, region_fd=-1, region_pages=4096, connections=1, stable_writes=False, "
 			     "read_ahead_pages=64, connect_timeout_s=15, soft_limit_ms=0, gone_limit_ms=300000, "
 			     "silence_ms=15000, owner_path=None, owner_identity=None, owner_refresh_ms=10000, "
-			     "exit_status_when_lost=0): a block device over a file on an NFS server" },
+			     "exit_status_when_stolen=0, transport='wire'): a block device over a file on an NFS server" },
 	{ 0, NULL },
 };
 

@@ -38,13 +38,13 @@ static PyObject *file_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 	if (parse_options(args, kwargs, &options) < 0)
 		return NULL;
 	Py_BEGIN_ALLOW_THREADS
-	error = nfsio_open(&options, &io, &why);
+	error = nfsio_create(&options, &io, &why);
 	Py_END_ALLOW_THREADS
 	if (error != 0)
 		return raise_failure(&why);
 	self = (struct file_object *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
 	if (self == NULL)
-		nfsio_close(io);
+		nfsio_destroy(io);
 	else
 		self->io = io;
 	return (PyObject *)self;
@@ -61,7 +61,7 @@ static PyObject *file_close(struct file_object *self, PyObject *unused)
 	self->io = NULL;
 	if (io != NULL) {
 		Py_BEGIN_ALLOW_THREADS
-		nfsio_close(io);
+		nfsio_destroy(io);
 		Py_END_ALLOW_THREADS
 	}
 	Py_RETURN_NONE;

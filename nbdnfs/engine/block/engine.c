@@ -48,7 +48,7 @@ static int make_buffers(struct engine *engine)
 {
 	size_t long_bytes = (size_t)RUN_PAGES_MAX * PAGE_BYTES, short_bytes = (size_t)SHORT_RUN_PAGES * PAGE_BYTES;
 	unsigned long_buffers = nfsio_has_names(engine->ios[0]) ? LIBNFS_LONG_BUFFERS : LONG_BUFFERS;
-	size_t bytes = long_buffers * long_bytes + SHORT_RUNS * short_bytes + engine->io_count * PAGE_BYTES;
+	size_t bytes = long_buffers * long_bytes + SHORT_WRITE_BACKS * short_bytes + engine->io_count * PAGE_BYTES;
 	uint8_t *at = aligned_alloc(PAGE_BYTES, bytes);
 
 	if (at == NULL)
@@ -57,10 +57,10 @@ static int make_buffers(struct engine *engine)
 	engine->buffers = at;
 	for (; engine->spare_count < long_buffers; at += long_bytes)
 		engine->spare[engine->spare_count++] = at;
-	for (unsigned i = 0; i < LONG_RUNS; i++)
-		engine->runs[i] = (struct run){ .engine = engine, .pages_max = RUN_PAGES_MAX };
-	for (unsigned i = LONG_RUNS; i < LONG_RUNS + SHORT_RUNS; i++, at += short_bytes)
-		engine->runs[i] = (struct run){ .engine = engine, .pages_max = SHORT_RUN_PAGES, .data = at };
+	for (unsigned i = 0; i < LONG_WRITE_BACKS; i++)
+		engine->write_backs[i] = (struct write_back){ .engine = engine, .pages_max = RUN_PAGES_MAX };
+	for (unsigned i = LONG_WRITE_BACKS; i < WRITE_BACKS; i++, at += short_bytes)
+		engine->write_backs[i] = (struct write_back){ .engine = engine, .pages_max = SHORT_RUN_PAGES, .data = at };
 	for (struct fetch *fetch = engine->fetches; fetch < engine->fetches + FETCHES; fetch++)
 		*fetch = (struct fetch){ .engine = engine };
 	engine->samples = at;
@@ -68,15 +68,15 @@ static int make_buffers(struct engine *engine)
 }
 
 /* The owner's word on the file. No lock held. */
-static void owner_changed(void *arg, enum owner_state state)
+static void owner_changed(void *context, enum owner_state state)
 {
-	struct engine *engine = arg;
+	struct engine *engine = context;
 
 	set_counter(&counters(engine)->owner_state, state);
-	if (state != OWNER_LOST)
+	if (state != OWNER_STOLEN)
 		return;
-	if (engine->options.exit_status_when_lost != 0)
-		_exit(engine->options.exit_status_when_lost);
+	if (engine->options.exit_status_when_stolen != 0)
+		_exit(engine->options.exit_status_when_stolen);
 	pthread_mutex_lock(&engine->lock);
 	atomic_store(&engine->stolen, true);
 	pthread_cond_broadcast(&engine->progress);
@@ -86,16 +86,16 @@ static void owner_changed(void *arg, enum owner_state state)
 
 static void close_connections(struct engine *engine)
 {
-	/* the thread of one looks at all of them: link_changed() of file.c */
+	/* the thread of one looks at all of them: condition_changed() of file.c */
 	for (unsigned i = 0; i < engine->io_count; i++)
 		nfsio_stop(engine->ios[i]);
 	for (unsigned i = 0; i < engine->io_count; i++)
-		nfsio_end(engine->ios[i]);
+		nfsio_join(engine->ios[i]);
 	if (engine->names != NULL && engine->names != engine->ios[0])
-		nfsio_close(engine->names);
+		nfsio_destroy(engine->names);
 	engine->names = NULL;
 	while (engine->io_count > 0)
-		nfsio_close(engine->ios[--engine->io_count]);
+		nfsio_destroy(engine->ios[--engine->io_count]);
 }
 
 static int open_connections(struct engine *engine, struct nfsio_failure *why)
@@ -103,18 +103,17 @@ static int open_connections(struct engine *engine, struct nfsio_failure *why)
 	struct nfsio_options options = engine->options.nfs;
 	int error = 0;
 
-	options.only_transfers = !engine->options.libnfs_transfers;
 	while (error == 0 && engine->io_count < engine->options.connections) {
-		error = nfsio_open(&options, &engine->ios[engine->io_count], why);
+		error = nfsio_create(&options, &engine->ios[engine->io_count], why);
 		if (error == 0)
 			engine->io_count++;
 		options.quiet = true; /* the first one tells what there is to tell about the server */
 	}
-	options.only_transfers = false;
-	if (error == 0 && engine->owner != NULL && nfsio_has_names(engine->ios[0]))
+	options.transport = NFSIO_OVER_LIBNFS;
+	if (error == 0 && engine->owner_watch != NULL && nfsio_has_names(engine->ios[0]))
 		engine->names = engine->ios[0];
-	else if (error == 0 && engine->owner != NULL)
-		error = nfsio_open(&options, &engine->names, why);
+	else if (error == 0 && engine->owner_watch != NULL)
+		error = nfsio_create(&options, &engine->names, why);
 	if (error != 0)
 		close_connections(engine);
 	return error;
@@ -122,11 +121,11 @@ static int open_connections(struct engine *engine, struct nfsio_failure *why)
 
 static void stop_owner(struct engine *engine)
 {
-	if (engine->owner == NULL)
+	if (engine->owner_watch == NULL)
 		return;
 	nfsio_stop(engine->names); /* it may wait for the server */
-	owner_destroy(engine->owner);
-	engine->owner = NULL;
+	owner_watch_destroy(engine->owner_watch);
+	engine->owner_watch = NULL;
 }
 
 int engine_create(const struct engine_options *options, struct engine **out, struct nfsio_failure *why)
@@ -141,13 +140,13 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 	engine->options = *options;
 	engine->own_region = options->region_fd < 0;
 	if (options->owner.identity != NULL) {
-		engine->owner = owner_create(&options->owner);
-		if (engine->owner == NULL) {
+		engine->owner_watch = owner_watch_create(&options->owner);
+		if (engine->owner_watch == NULL) {
 			error = fail(why, -ENOMEM, "");
 			goto fail_free;
 		}
-		engine->options.nfs.may_write = owner_may_write;
-		engine->options.nfs.judge = engine->owner;
+		engine->options.nfs.may_write = owner_watch_may_write;
+		engine->options.nfs.may_write_context = engine->owner_watch;
 	}
 	error = open_connections(engine, why);
 	if (error != 0)
@@ -188,8 +187,8 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 	pthread_cond_init(&engine->progress, &monotonic);
 	pthread_condattr_destroy(&monotonic);
 	set_counter(&counters(engine)->owner_state, OWNER_NONE);
-	if (engine->owner != NULL) {
-		error = owner_start(engine->owner, engine->names, owner_changed, engine, why);
+	if (engine->owner_watch != NULL) {
+		error = owner_watch_start(engine->owner_watch, engine->names, owner_changed, engine, why);
 		if (error != 0)
 			goto fail_unmap;
 	}
@@ -212,20 +211,20 @@ fail_unmap:
 fail_close:
 	close_connections(engine);
 fail_free:
-	if (engine->owner != NULL)
-		owner_destroy(engine->owner);
+	if (engine->owner_watch != NULL)
+		owner_watch_destroy(engine->owner_watch);
 	free(engine);
 	return error;
 }
 
 void engine_destroy(struct engine *engine)
 {
-	bool all_written = false, lost = false;
+	bool all_written = false, is_final = false;
 
-	while (engine->own_region && !all_written && !lost) {
+	while (engine->own_region && !all_written && !is_final) {
 		all_written = engine_flush(engine) == 0; /* soft: its end is no reason to forget what is in memory */
 		pthread_mutex_lock(&engine->lock);
-		lost = engine->lost || atomic_load(&engine->stolen);
+		is_final = engine->gone_too_long || atomic_load(&engine->stolen);
 		pthread_mutex_unlock(&engine->lock);
 	}
 	pthread_mutex_lock(&engine->lock);

@@ -18,7 +18,7 @@
 #include <stdint.h>
 
 #include "nfs/nfsio.h"
-#include "nfs/owner.h"
+#include "nfs/owner_watch.h"
 #include "region/region.h"
 
 /* Fewer slots than this leave no room for write-backs and read-aheads side by side. */
@@ -32,7 +32,6 @@ struct engine_options {
 	int region_fd;          /* a memfd that the caller keeps, -1: one of the engine's own */
 	uint32_t region_pages;  /* slots of a region that is made */
 	unsigned connections;   /* 1 to ENGINE_CONNECTIONS_MAX: one for all, the others for one reader at a time each */
-	bool libnfs_transfers;  /* over NFSv3, too, rather than without libnfs (wire.h) */
 	bool stable_writes;     /* FILE_SYNC each, rather than UNSTABLE with a COMMIT now and then */
 	uint32_t read_ahead_pages; /* at most so many; 0: none */
 	struct owner_options owner; /* identity NULL: the file is written whoever owns it */
@@ -40,7 +39,7 @@ struct engine_options {
 	 * When somebody else takes the file: end the process with this status, so that its keeper can let the kernel's
 	 * requests fail. 0: stay, and fail all of them here.
 	 */
-	int exit_status_when_lost;
+	int exit_status_when_stolen;
 };
 
 /* Connects, opens, maps the region and takes over what it holds. Returns 0, or -errno and *why. */

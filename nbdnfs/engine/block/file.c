@@ -4,13 +4,13 @@
 
 #include "base/log.h"
 
-uint64_t file_cut_bytes(const struct engine *engine)
+uint64_t file_truncated_bytes(const struct engine *engine)
 {
 	uint64_t least = UINT64_MAX;
 
 	for (unsigned i = 0; i < engine->io_count; i++)
-		if (nfsio_cut_bytes(engine->ios[i]) < least)
-			least = nfsio_cut_bytes(engine->ios[i]);
+		if (nfsio_truncated_bytes(engine->ios[i]) < least)
+			least = nfsio_truncated_bytes(engine->ios[i]);
 	return least;
 }
 
@@ -26,8 +26,8 @@ static bool is_unlinked(const struct engine *engine)
 static enum region_file file_state(const struct engine *engine)
 {
 	if (is_unlinked(engine))
-		return REGION_FILE_REMOVED;
-	return file_cut_bytes(engine) < UINT64_MAX ? REGION_FILE_CUT : REGION_FILE_THERE;
+		return REGION_FILE_DELETED;
+	return file_truncated_bytes(engine) < UINT64_MAX ? REGION_FILE_TRUNCATED : REGION_FILE_THERE;
 }
 
 /* A server that answers has another file now, or a shorter one. Lock held. */
@@ -38,10 +38,10 @@ static void note_file(struct engine *engine, enum region_file state)
 	if (atomic_load_explicit(counter, memory_order_relaxed) == state)
 		return;
 	set_counter(counter, state);
-	if (state == REGION_FILE_CUT)
+	if (state == REGION_FILE_TRUNCATED)
 		log_line("the file has been cut to %llu bytes: what lay behind that is lost, and reading it is an error",
-			 (unsigned long long)file_cut_bytes(engine));
-	else if (state == REGION_FILE_REMOVED && is_unlinked(engine))
+			 (unsigned long long)file_truncated_bytes(engine));
+	else if (state == REGION_FILE_DELETED && is_unlinked(engine))
 		log_line("the file has been removed; the server serves it as long as it has it open: end its use now");
 }
 
@@ -65,9 +65,9 @@ void file_look(struct engine *engine)
 }
 
 /* For nfsio to recognise the file by. Called by its threads, without a lock. */
-static bool sample_page(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc)
+static bool sample_page(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc)
 {
-	struct engine *engine = owner;
+	struct engine *engine = context;
 	uint64_t page = 0;
 	bool found;
 
@@ -80,32 +80,32 @@ static bool sample_page(void *owner, unsigned number, uint64_t *offset_bytes, ui
 }
 
 /* What is known of all connections, into the counters. Called by nfsio's threads, without a lock. */
-static void link_changed(void *owner)
+static void condition_changed(void *context)
 {
-	struct engine *engine = owner;
-	enum nfsio_link link = NFSIO_UP;
+	struct engine *engine = context;
+	enum nfsio_condition worst = NFSIO_UP;
 	uint64_t connects = 0;
 	int64_t silent_since_ms = 0;
 	bool away = false;
 
 	pthread_mutex_lock(&engine->lock);
-	engine->lost = false;
+	engine->gone_too_long = false;
 	for (unsigned i = 0; i < engine->io_count; i++) {
 		struct nfsio_state state;
 
 		nfsio_state(engine->ios[i], &state);
 		connects += state.connects;
-		engine->lost |= state.lost;
-		away |= state.link == NFSIO_AWAY;
-		if (state.link > link)
-			link = state.link;
+		engine->gone_too_long |= state.gone_too_long;
+		away |= state.condition == NFSIO_LINK_DOWN;
+		if (state.condition > worst)
+			worst = state.condition;
 		if (state.silent_since_ms > silent_since_ms)
 			silent_since_ms = state.silent_since_ms;
 	}
 	set_counter(&counters(engine)->disconnected, away);
 	set_counter(&counters(engine)->reconnects, engine->reconnects_before + connects - engine->io_count);
-	note_file(engine, link == NFSIO_REMOVED	   ? REGION_FILE_REMOVED
-			  : link == NFSIO_REPLACED ? REGION_FILE_REPLACED
+	note_file(engine, worst == NFSIO_FILE_DELETED	   ? REGION_FILE_DELETED
+			  : worst == NFSIO_FILE_REPLACED ? REGION_FILE_REPLACED
 						   : file_state(engine));
 	pthread_cond_broadcast(&engine->progress);
 	pthread_mutex_unlock(&engine->lock);
@@ -116,5 +116,5 @@ static void link_changed(void *owner)
 void file_watch(struct engine *engine, struct nfsio *io, uint8_t *page)
 {
 	nfsio_recognise(io, sample_page, engine, page);
-	nfsio_watch(io, link_changed, engine);
+	nfsio_watch(io, condition_changed, engine);
 }

@@ -81,36 +81,36 @@ static void note_success(struct engine *engine)
 
 static void keep_flushing(struct engine *engine, bool changed);
 
-static void run_done(struct nfsio_req *req)
+static void write_back_done(struct nfsio_req *req)
 {
-	struct run *run = (struct run *)req;
-	struct engine *engine = run->engine;
+	struct write_back *write_back = (struct write_back *)req;
+	struct engine *engine = write_back->engine;
 	int error = req->error != 0 ? req->error : req->moved_bytes != req->length_bytes ? -EIO : 0;
 
-	count_duration(counters(engine)->nfs_write_us, now_us() - run->started_us);
+	count_duration(counters(engine)->nfs_write_us, now_us() - write_back->started_us);
 	pthread_mutex_lock(&engine->lock);
 	if (error != 0)
-		cache_run_failed(engine->cache, &run->pages);
+		cache_page_run_failed(engine->cache, &write_back->pages);
 	else if (req->stable)
-		cache_run_stable(engine->cache, &run->pages);
+		cache_page_run_stable(engine->cache, &write_back->pages);
 	else
-		cache_run_uncommitted(engine->cache, &run->pages, req->verifier);
+		cache_page_run_uncommitted(engine->cache, &write_back->pages, req->verifier);
 	if (req->resent) {
 		uint64_t until_ms = now_ms() + TWIN_MS;
 
-		cache_hold(engine->cache, run->pages.first_page, run->pages.count, until_ms);
+		cache_hold(engine->cache, write_back->pages.first_page, write_back->pages.count, until_ms);
 		engine->held_until_ms = until_ms;
 		set_counter(&counters(engine)->twins_until_ms, until_ms); /* for a worker after this one */
 	}
-	run->busy = false;
-	engine->runs_busy--;
-	if (run->pages_max > SHORT_RUN_PAGES)
-		engine->spare[engine->spare_count++] = run->data;
+	write_back->busy = false;
+	engine->write_backs_busy--;
+	if (write_back->pages_max > SHORT_RUN_PAGES)
+		engine->spare[engine->spare_count++] = write_back->data;
 	count(&counters(engine)->nfs_in_flight, (uint64_t)-1);
 	if (error == 0)
 		note_success(engine);
 	else if (error != -ECANCELED)
-		note_refusal(engine, error, run->pages.first_page, run->pages.count);
+		note_refusal(engine, error, write_back->pages.first_page, write_back->pages.count);
 	note_unstable(engine);
 	file_look_locked(engine);
 	if (error != 0 || req->stable) /* else nobody gains anything before the COMMIT */
@@ -121,7 +121,7 @@ static void run_done(struct nfsio_req *req)
 
 static void commit_done(struct nfsio_req *req)
 {
-	struct engine *engine = req->owner;
+	struct engine *engine = req->context;
 
 	pthread_mutex_lock(&engine->lock);
 	if (req->error != 0) {
@@ -175,42 +175,44 @@ static bool wants_commit(const struct engine *engine)
 	return cache_unstable_count(engine->cache) == uncommitted;
 }
 
-/* One for the run that is next; NULL when none is free that takes all of it. Lock held. */
-static struct run *free_run(struct engine *engine)
+/* A free one that takes all of the page run that is next; NULL when there is none. Lock held. */
+static struct write_back *free_write_back(struct engine *engine)
 {
-	uint32_t pages = cache_next_run(engine->cache, pages_at_once(engine, RUN_PAGES_MAX));
-	struct run *fits = NULL;
+	uint32_t pages = cache_next_page_run(engine->cache, pages_at_once(engine, RUN_PAGES_MAX));
+	struct write_back *fits = NULL;
 
-	for (struct run *run = engine->runs; run < engine->runs + LONG_RUNS + SHORT_RUNS; run++) {
-		bool is_short = run->pages_max == SHORT_RUN_PAGES;
+	for (unsigned i = 0; i < WRITE_BACKS; i++) {
+		struct write_back *write_back = &engine->write_backs[i];
+		bool is_short = write_back->pages_max == SHORT_RUN_PAGES;
 
-		if (!run->busy && run->pages_max >= pages && (is_short || engine->spare_count > 0))
-			fits = run; /* the last: a short one, where one will do */
+		if (!write_back->busy && write_back->pages_max >= pages && (is_short || engine->spare_count > 0))
+			fits = write_back; /* the last: a short one, where one will do */
 	}
 	return fits;
 }
 
 /* Start one write-back. Lock held, dropped meanwhile. */
-static void write_back(struct engine *engine, struct run *run)
+static void start_write_back(struct engine *engine, struct write_back *write_back)
 {
-	if (run->pages_max > SHORT_RUN_PAGES)
-		run->data = engine->spare[--engine->spare_count];
-	cache_take_run(engine->cache, &run->pages, pages_at_once(engine, run->pages_max), run->data);
-	run->busy = true;
-	engine->runs_busy++;
-	run->started_us = now_us();
-	run->req = (struct nfsio_req){
+	if (write_back->pages_max > SHORT_RUN_PAGES)
+		write_back->data = engine->spare[--engine->spare_count];
+	cache_take_page_run(engine->cache, pages_at_once(engine, write_back->pages_max), &write_back->pages,
+			    write_back->data);
+	write_back->busy = true;
+	engine->write_backs_busy++;
+	write_back->started_us = now_us();
+	write_back->req = (struct nfsio_req){
 		.op = engine->options.stable_writes ? NFSIO_WRITE : NFSIO_WRITE_UNSTABLE,
-		.offset_bytes = run->pages.first_page * PAGE_BYTES,
-		.length_bytes = run->pages.count * PAGE_BYTES,
-		.data = run->data,
-		.done = run_done,
+		.offset_bytes = write_back->pages.first_page * PAGE_BYTES,
+		.length_bytes = write_back->pages.count * PAGE_BYTES,
+		.data = write_back->data,
+		.done = write_back_done,
 	};
 	count(&counters(engine)->nfs_writes, 1);
-	count(&counters(engine)->nfs_written_bytes, run->req.length_bytes);
+	count(&counters(engine)->nfs_written_bytes, write_back->req.length_bytes);
 	count(&counters(engine)->nfs_in_flight, 1);
 	pthread_mutex_unlock(&engine->lock);
-	nfsio_submit(engine->ios[0], &run->req);
+	nfsio_submit(engine->ios[0], &write_back->req);
 	pthread_mutex_lock(&engine->lock);
 }
 
@@ -219,7 +221,7 @@ static void commit(struct engine *engine)
 {
 	cache_commit_begin(engine->cache);
 	engine->committing = true;
-	engine->commit = (struct nfsio_req){ .op = NFSIO_COMMIT, .done = commit_done, .owner = engine };
+	engine->commit = (struct nfsio_req){ .op = NFSIO_COMMIT, .done = commit_done, .context = engine };
 	count(&counters(engine)->nfs_commits, 1);
 	pthread_mutex_unlock(&engine->lock);
 	nfsio_submit(engine->ios[0], &engine->commit);
@@ -244,15 +246,15 @@ static void wait_for_work(struct engine *engine, uint64_t ms)
 /* Start one write-back or COMMIT, if there is reason to. Lock held, dropped meanwhile. */
 static bool flush_step(struct engine *engine)
 {
-	struct run *run;
+	struct write_back *write_back;
 
 	if (engine->abandon || atomic_load(&engine->stolen))
 		return false;
 	if (wants_write_back(engine)) {
-		run = free_run(engine);
-		engine->starved = run == NULL && engine->runs_busy > 0;
-		if (run != NULL) {
-			write_back(engine, run);
+		write_back = free_write_back(engine);
+		engine->starved = write_back == NULL && engine->write_backs_busy > 0;
+		if (write_back != NULL) {
+			start_write_back(engine, write_back);
 			return true;
 		}
 	}

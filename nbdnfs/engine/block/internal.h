@@ -25,8 +25,9 @@
  * lie alone: a server that is a millisecond away takes many of them in the time of one. They take no more than lies
  * together anyway; what is longer waits for a long one rather than being cut to pieces.
  */
-#define LONG_RUNS 12
-#define SHORT_RUNS 8
+#define LONG_WRITE_BACKS 12
+#define SHORT_WRITE_BACKS 8
+#define WRITE_BACKS (LONG_WRITE_BACKS + SHORT_WRITE_BACKS)
 #define SHORT_RUN_PAGES 4
 #define FETCHES 4
 #define FETCH_PAGES RUN_PAGES_MAX
@@ -36,10 +37,10 @@
 #define LIBNFS_LONG_BUFFERS 10
 
 /* A write-back under way, or a place for one. */
-struct run {
+struct write_back {
 	struct nfsio_req req;   /* first: its owner is found from it */
 	struct engine *engine;
-	struct cache_run pages;
+	struct page_run pages;
 	uint8_t *data;          /* pages_max pages; a long run has them while it is busy */
 	uint32_t pages_max;
 	uint64_t started_us;
@@ -76,13 +77,13 @@ struct engine {
 	uint8_t *buffers;       /* of the runs and fetches, and the samples */
 	uint8_t *samples;       /* a page for each connection's thread */
 	pthread_t flusher;
-	struct owner *owner;    /* NULL: nobody asked for one */
+	struct owner_watch *owner_watch;    /* NULL: nobody asked for one */
 
 	atomic_bool stolen;     /* somebody else has the file: nothing works any more; set once, under `lock` */
 
 	/*
 	 * Guards everything below, and the cache. It is never held over a call of nfsio, but for nfsio_state(), and for
-	 * nfsio_cut_bytes() and nfsio_is_unlinked(), which only read an atomic: completions take it. They run in
+	 * nfsio_truncated_bytes() and nfsio_is_unlinked(), which only read an atomic: completions take it. They run in
 	 * nfsio's thread, without any lock of its own.
 	 */
 	pthread_mutex_t lock;
@@ -90,10 +91,10 @@ struct engine {
 	pthread_cond_t progress; /* slots became clean or free, a fetch ended, or the file or the way to it changed */
 	struct cache *cache;
 	struct streams streams;
-	struct run runs[LONG_RUNS + SHORT_RUNS]; /* the long ones first */
+	struct write_back write_backs[WRITE_BACKS]; /* the long ones first */
 	uint8_t *spare[LONG_BUFFERS]; /* that nobody has */
 	unsigned spare_count;
-	unsigned runs_busy;
+	unsigned write_backs_busy;
 	struct fetch fetches[FETCHES];
 	struct nfsio_req commit;
 	bool committing;
@@ -112,7 +113,7 @@ struct engine {
 	uint64_t refused_sequence; /* what had been written when it refused last */
 	uint64_t progress_at_ms; /* when the NAS last took something */
 	uint64_t held_until_ms; /* until when pages are held back from it */
-	bool lost;              /* the file is gone, and waiting for it is an error */
+	bool gone_too_long;     /* the file is gone, and waiting for it is an error */
 };
 
 static inline uint64_t now_us(void)
@@ -157,7 +158,7 @@ static inline uint32_t pages_at_once(const struct engine *engine, uint32_t wante
 /* file.c */
 
 /* How much of the file has always been there; UINT64_MAX: all of it. With or without the lock. */
-uint64_t file_cut_bytes(const struct engine *engine);
+uint64_t file_truncated_bytes(const struct engine *engine);
 /* Some answer may have told that the file is shorter than it was, or has lost its name. Takes the lock, if so. */
 void file_look(struct engine *engine);
 /* The same with the lock held. */

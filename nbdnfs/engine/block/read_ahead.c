@@ -9,7 +9,7 @@ static void fetch_done(struct nfsio_req *req)
 	struct fetch *fetch = (struct fetch *)req;
 	struct engine *engine = fetch->engine;
 	bool ok = req->error == 0 && req->moved_bytes == req->length_bytes &&
-		  req->offset_bytes + req->length_bytes <= file_cut_bytes(engine);
+		  req->offset_bytes + req->length_bytes <= file_truncated_bytes(engine);
 	uint32_t crcs[FETCH_PAGES];
 
 	count_duration(counters(engine)->nfs_read_us, now_us() - fetch->started_us);

@@ -52,7 +52,7 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 		if (newer == CACHE_HIT || (wanted != 0 && wanted == found))
 			return 0;
 		if (wanted == 0) /* where the file was cut it has zeros again, which nobody has written */
-			return (page + 1) * PAGE_BYTES <= file_cut_bytes(engine) ? 0 : -EIO;
+			return (page + 1) * PAGE_BYTES <= file_truncated_bytes(engine) ? 0 : -EIO;
 		if (tries == CHECKSUM_TRIES)
 			break;
 		count(&c->checksum_rereads, 1);
@@ -189,7 +189,7 @@ static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
 	uint64_t limit_ms = engine->options.nfs.soft_limit_ms, end_ms = since_ms;
 	struct timespec until;
 
-	if (engine->lost || atomic_load(&engine->stolen))
+	if (engine->gone_too_long || atomic_load(&engine->stolen))
 		return false;
 	flusher_call(engine);
 	if (limit_ms == 0) {

@@ -41,8 +41,8 @@ void note_refused3(struct nfsio *io, struct nfsio_req *req, int status)
 /* The server says how large the file is. */
 void note_size(struct nfsio *io, uint64_t bytes)
 {
-	if (io->opened_once && bytes < io->opened.size_bytes && bytes < atomic_load(&io->cut_bytes))
-		atomic_store(&io->cut_bytes, bytes);
+	if (io->opened_once && bytes < io->opened.size_bytes && bytes < atomic_load(&io->truncated_bytes))
+		atomic_store(&io->truncated_bytes, bytes);
 }
 
 /* It says how many names the file has. */
@@ -54,7 +54,7 @@ void note_links(struct nfsio *io, uint32_t links)
 
 void note_received(struct nfsio *io)
 {
-	io->said_at_ms = io->heard_at_ms = now_ms();
+	io->last_received_ms = io->silent_since_ms = now_ms();
 }
 
 /* True when this answer counts: it came from the server, over the context in use. */

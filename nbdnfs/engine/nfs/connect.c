@@ -68,29 +68,29 @@ struct step *new_step(struct nfsio *io)
 }
 
 /* There is no connection: said once for each reason, until there is one again. The I/O thread's. */
-void log_down(struct nfsio *io, enum nfsio_link link, const char *reason)
+void log_down(struct nfsio *io, enum nfsio_condition condition, const char *reason)
 {
 	static const char *const gone[] = {
-		[NFSIO_REMOVED] = "the file has been removed",
-		[NFSIO_REPLACED] = "the file has been replaced by another",
+		[NFSIO_FILE_DELETED] = "the file has been removed",
+		[NFSIO_FILE_REPLACED] = "the file has been replaced by another",
 	};
 
-	if (io->told[link] || io->options.quiet)
+	if (io->logged[condition] || io->options.quiet)
 		return;
-	io->told[link] = true;
-	if (link == NFSIO_AWAY)
+	io->logged[condition] = true;
+	if (condition == NFSIO_LINK_DOWN)
 		log_line("server %s: no connection (%s), waiting for it", io->address, reason);
 	else
-		log_line("server %s: %s; nothing is written, and the old file is waited for", io->address, gone[link]);
+		log_line("server %s: %s; nothing is written, and the old file is waited for", io->address, gone[condition]);
 }
 
 /* While there is no connection: whoever has waited long enough is told. Without the lock. */
 void tend_waiting(struct nfsio *io)
 {
-	bool told = io->told[NFSIO_AWAY] || io->told[NFSIO_REMOVED] || io->told[NFSIO_REPLACED];
+	bool logged = io->logged[NFSIO_LINK_DOWN] || io->logged[NFSIO_FILE_DELETED] || io->logged[NFSIO_FILE_REPLACED];
 
-	if (io->opened_once && !told && now_ms() - io->away_since_ms >= TELL_AFTER_MS)
-		log_down(io, NFSIO_AWAY, "no answer");
+	if (io->opened_once && !logged && now_ms() - io->away_since_ms >= TELL_AFTER_MS)
+		log_down(io, NFSIO_LINK_DOWN, "no answer");
 	pthread_mutex_lock(&io->lock);
 	fail_hopeless(io);
 	give_back(io);
@@ -122,7 +122,7 @@ static bool is_unanswered(int fd)
 /* Serve `nfs` until `step` is done. Returns step->error, -ETIMEDOUT, -ENOTCONN or -ECANCELED. */
 int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t deadline_ms)
 {
-	int64_t heard_at_ms = now_ms();
+	int64_t answered_at_ms = now_ms();
 
 	while (!step->done) {
 		struct pollfd fds[2] = {
@@ -140,8 +140,8 @@ int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t d
 			return -ENOTCONN;
 		tune_socket(fds[0].fd); /* each time: libnfs goes from one connection to the next under one number */
 		if (!is_unanswered(fds[0].fd))
-			heard_at_ms = now;
-		else if (now - heard_at_ms >= (io->opened_once ? SYN_LIMIT_MS : FIRST_SYN_LIMIT_MS))
+			answered_at_ms = now;
+		else if (now - answered_at_ms >= (io->opened_once ? SYN_LIMIT_MS : FIRST_SYN_LIMIT_MS))
 			return -ENOTCONN;
 		if (poll(fds, 2, left_ms > AWAY_TICK_MS ? AWAY_TICK_MS : (int)left_ms) < 0 && errno != EINTR)
 			return -errno;
@@ -187,7 +187,7 @@ static struct nfs_context *new_context(struct nfsio *io, struct nfs_url **parsed
 static bool is_no_answer(struct nfs_context *nfs, int error)
 {
 	return is_transport_error(error) || error == -EIO || error == -ECANCELED || error == -EAGAIN ||
-	       verdict4(nfs) == NOT_NOW4 || verdict4(nfs) == STATE_LOST4;
+	       verdict4(nfs) == NOT_NOW4 || verdict4(nfs) == STATE_FORGOTTEN4;
 }
 
 /*

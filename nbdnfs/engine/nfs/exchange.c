@@ -33,9 +33,9 @@ void issue_pending(struct nfsio *io)
 	if (!is_up(io) || io->broken)
 		return;
 	if (io->inflight.head == NULL && io->pending.head != NULL)
-		io->heard_at_ms = now_ms();
+		io->silent_since_ms = now_ms();
 	while ((req = io->pending.head) != NULL && !io->broken && io->transport->has_room(io)) {
-		int refused = is_write(req) && io->options.may_write != NULL ? io->options.may_write(io->options.judge) : 0;
+		int refused = is_write(req) && io->options.may_write != NULL ? io->options.may_write(io->options.may_write_context) : 0;
 
 		if (refused != 0 && refused != -EAGAIN) {
 			req_finish(&io->pending, req, refused);
@@ -66,7 +66,7 @@ static void touch_done(struct nfsio_req *req)
  */
 static void touch_lease(struct nfsio *io)
 {
-	if (io->version == 3 || io->touching || io->inflight.head != NULL || now_ms() - io->heard_at_ms < TOUCH_MS)
+	if (io->version == 3 || io->touching || io->inflight.head != NULL || now_ms() - io->silent_since_ms < TOUCH_MS)
 		return;
 	io->touching = true;
 	io->touch = (struct nfsio_req){ .op = NFSIO_READ, .length_bytes = 1, .data = &io->touch_byte, .done = touch_done };
@@ -111,12 +111,12 @@ void receive(struct nfsio *io)
 
 	if (io->finished.head != NULL)
 		timeout_ms = 0; /* what was refused before it went out */
-	if (me == THE_IO_THREAD)
+	if (me == RECEIVER_IO_THREAD)
 		io->io_thread_polls = true;
 	pthread_mutex_unlock(&io->lock);
 	poll(fds, 3, timeout_ms);
 	pthread_mutex_lock(&io->lock);
-	if (me == THE_IO_THREAD)
+	if (me == RECEIVER_IO_THREAD)
 		io->io_thread_polls = false;
 	if (io->receiver != me)
 		return;

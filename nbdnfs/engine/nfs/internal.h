@@ -73,10 +73,10 @@ struct step {
 };
 
 /* Who polls the connection and takes in what comes. */
-enum receiver { NOBODY, THE_IO_THREAD, A_WAITER };
+enum receiver { RECEIVER_NONE, RECEIVER_IO_THREAD, RECEIVER_WAITER };
 
 struct nfsio {
-	/* constant once nfsio_open() has returned */
+	/* constant once nfsio_create() has returned */
 	char *url, *address;
 	char *mount_path;       /* the part of the URL's directory that the server lets us mount */
 	char *prefix;           /* the rest of it, "" or "/sub/dir" */
@@ -85,7 +85,7 @@ struct nfsio {
 	uint32_t max_transfer_bytes;
 	int version;
 	bool opened_once;       /* the I/O thread's own: `opened` is valid */
-	bool wants_wire;        /* the I/O thread's own: connections are made for `wire` */
+	enum nfsio_transport next_transport; /* the I/O thread's own: of connections that are made from now on */
 	int backoff_ms;         /* the I/O thread's own: the pause before the next attempt to connect, 0: none */
 	int64_t patience_ms;    /* the I/O thread's own: for how long an attempt may go on */
 	char handle[128];       /* the I/O thread's own: the file's, as it was first opened (NFS4_FHSIZE) */
@@ -93,7 +93,7 @@ struct nfsio {
 	int64_t gone_since_ms;  /* the I/O thread's own: when the file was first found gone, 0: it is there */
 	int64_t connected_at_ms; /* the I/O thread's own */
 	int64_t away_since_ms;  /* the I/O thread's own */
-	bool told[NFSIO_REPLACED + 1]; /* the I/O thread's own: what has been said since then */
+	bool logged[NFSIO_FILE_REPLACED + 1]; /* the I/O thread's own: what has been said since then */
 	int wake_fd;            /* an eventfd: written to wake the I/O thread out of poll() */
 	pthread_t thread;
 	bool ended;             /* the closing thread's own: `thread` has been joined */
@@ -102,7 +102,7 @@ struct nfsio {
 	struct step step;       /* the I/O thread's own: the call that connecting is waiting for */
 
 	atomic_bool stop;       /* set once, by nfsio_stop() */
-	_Atomic uint64_t cut_bytes; /* nfsio_cut_bytes() */
+	_Atomic uint64_t truncated_bytes; /* nfsio_truncated_bytes() */
 	atomic_bool unlinked;   /* nfsio_is_unlinked() */
 
 	pthread_mutex_t lock;   /* guards everything below */
@@ -114,7 +114,7 @@ struct nfsio {
 	int64_t waited_at_ms;   /* when a waiter received last */
 	pthread_cond_t settled; /* signalled with first_done */
 	bool first_done;        /* the first attempt to connect has ended */
-	struct nfsio_failure *first_failure; /* nfsio_open()'s caller's, until first_done */
+	struct nfsio_failure *first_failure; /* nfsio_create()'s caller's, until first_done */
 
 	const struct transport *transport; /* of the connection; NULL while there is none */
 	struct wire wire;       /* of transport_wire */
@@ -124,11 +124,11 @@ struct nfsio {
 	nfs_fh3 fh3;            /* points into fh */
 
 	struct nfsio_state state;
-	void (*changed)(void *owner); /* of nfsio_watch(), NULL: nobody does */
-	void *changed_owner;
+	void (*changed)(void *context); /* of nfsio_watch(), NULL: nobody does */
+	void *changed_context;
 	/* of nfsio_recognise(); sample NULL: no other handle is believed to be the file's, but by number and size */
-	bool (*sample)(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc);
-	void *sample_owner;
+	bool (*sample)(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc);
+	void *sample_context;
 	uint8_t *sample_page;
 	bool broken;            /* the connection met a transport error: the I/O thread throws it away */
 	bool wire_failed;       /* the server's answers are too much for `wire`: libnfs is to have them */
@@ -140,9 +140,9 @@ struct nfsio {
 	struct req_list later;    /* the server asked to be asked again (JUKEBOX), or libnfs had no memory */
 	int64_t later_at_ms;
 
-	int64_t heard_at_ms;    /* when something came over it, or was first waited for */
+	int64_t silent_since_ms; /* when something came over it, or was first waited for */
 	int64_t silence_ms;     /* see look_into_silence() */
-	int64_t said_at_ms;     /* when something came over it, or it was made */
+	int64_t last_received_ms; /* when something came over it, or it was made */
 	int64_t suspect_since_ms; /* nfsio_suspect(): dead, if nothing has come over it since. 0: nobody has said so */
 	int64_t given_up_at_ms; /* when silence last cost a connection, 0: never */
 	struct probe probe;     /* beside it, while its silence is looked into */
@@ -249,7 +249,7 @@ void name_op_finish(struct name_op *op, int error, const char *text);
  */
 void step_done(int error, struct nfs_context *nfs, void *data, void *arg);
 struct step *new_step(struct nfsio *io);
-void log_down(struct nfsio *io, enum nfsio_link link, const char *reason);
+void log_down(struct nfsio *io, enum nfsio_condition condition, const char *reason);
 void tend_waiting(struct nfsio *io);
 int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t deadline_ms);
 bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why);
@@ -258,7 +258,7 @@ bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failur
 void remember_handle(struct nfsio *io, const struct connection *made);
 int is_same_file(struct nfsio *io, const struct connection *made);
 
-/* io_thread.c. What nfsio_open() starts, with the nfsio as `arg`. */
+/* io_thread.c. What nfsio_create() starts, with the nfsio as `arg`. */
 void *io_thread(void *arg);
 
 #endif

@@ -82,7 +82,7 @@ static bool take_over(struct nfsio *io, const struct connection *made)
 
 	if (fd < 0)
 		return false;
-	wire_start(&io->wire, fd, (const uint8_t *)made->fh3.data.data_val, made->fh3.data.data_len,
+	wire_open(&io->wire, fd, (const uint8_t *)made->fh3.data.data_val, made->fh3.data.data_len,
 		   url_number(io->url, "uid=", getuid()), url_number(io->url, "gid=", getgid()));
 	libnfs_destroy(made->nfs, made->fh);
 	io->transport = &transport_wire;
@@ -92,57 +92,57 @@ static bool take_over(struct nfsio *io, const struct connection *made)
 /* Put a connection to use, and send what has waited for one. Lock held. */
 static void publish(struct nfsio *io, const struct connection *made)
 {
-	if (io->wire_failed && io->wants_wire) {
+	if (io->wire_failed && io->next_transport == NFSIO_OVER_WIRE) {
 		log_line("server %s: its answers are unusual, libnfs gets them from now on", io->address);
-		io->wants_wire = false;
+		io->next_transport = NFSIO_OVER_LIBNFS;
 		touch_heap(LIBNFS_HEAP_BYTES);
 	}
-	if (!io->wants_wire || !take_over(io, made)) {
+	if (io->next_transport == NFSIO_OVER_LIBNFS || !take_over(io, made)) {
 		io->nfs = made->nfs;
 		io->fh = made->fh;
 		io->fh3 = made->fh3;
 		io->transport = &transport_libnfs;
 	}
-	io->said_at_ms = io->connected_at_ms = now_ms();
+	io->last_received_ms = io->connected_at_ms = now_ms();
 	io->useful = false;
-	io->state.link = NFSIO_UP;
-	io->state.lost = false;
+	io->state.condition = NFSIO_UP;
+	io->state.gone_too_long = false;
 	io->state.connects++;
 	io->gone_since_ms = 0;
 	issue_pending(io);
 }
 
 /* Tell the watcher. Lock held, dropped meanwhile. */
-static void tell(struct nfsio *io)
+static void notify_watcher(struct nfsio *io)
 {
-	void (*changed)(void *owner) = io->changed;
-	void *owner = io->changed_owner;
+	void (*changed)(void *context) = io->changed;
+	void *context = io->changed_context;
 
 	pthread_mutex_unlock(&io->lock);
 	if (changed != NULL)
-		changed(owner);
+		changed(context);
 	pthread_mutex_lock(&io->lock);
 }
 
 /* There is no connection, and this is why. Called without the lock. */
-static void note_down(struct nfsio *io, enum nfsio_link link)
+static void note_down(struct nfsio *io, enum nfsio_condition condition)
 {
 	int64_t now = now_ms();
-	bool lost = false;
+	bool gone_too_long = false;
 
-	if (link != NFSIO_AWAY) {
+	if (condition != NFSIO_LINK_DOWN) {
 		if (io->gone_since_ms == 0)
 			io->gone_since_ms = now;
-		lost = io->options.gone_limit_ms > 0 && now - io->gone_since_ms >= io->options.gone_limit_ms;
+		gone_too_long = io->options.gone_limit_ms > 0 && now - io->gone_since_ms >= io->options.gone_limit_ms;
 	}
 	pthread_mutex_lock(&io->lock);
-	if (io->state.link != link || io->state.lost != lost) {
-		if (lost && !io->state.lost && !io->options.quiet)
+	if (io->state.condition != condition || io->state.gone_too_long != gone_too_long) {
+		if (gone_too_long && !io->state.gone_too_long && !io->options.quiet)
 			log_line("server %s: the file has been gone for %.0f s: from now on waiting for it is an error",
 				 io->address, (double)(now - io->gone_since_ms) / 1000);
-		io->state.link = link;
-		io->state.lost = lost;
-		tell(io);
+		io->state.condition = condition;
+		io->state.gone_too_long = gone_too_long;
+		notify_watcher(io);
 	}
 	pthread_mutex_unlock(&io->lock);
 }
@@ -166,20 +166,20 @@ static void back_off(struct nfsio *io, int ms)
 }
 
 /* An attempt to connect has failed: is it the server that is not there, or the file? */
-static enum nfsio_link link_of(const struct nfsio_failure *why)
+static enum nfsio_condition condition_of(const struct nfsio_failure *why)
 {
 	if (why->phase != NFSIO_OPEN)
-		return NFSIO_AWAY;
+		return NFSIO_LINK_DOWN;
 	switch (why->error) {
 	case -ENOENT:
 	case -ESTALE:
 	case -ENOTDIR:
-		return NFSIO_REMOVED;
+		return NFSIO_FILE_DELETED;
 	case -EISDIR:
 	case -EINVAL:
-		return NFSIO_REPLACED;
+		return NFSIO_FILE_REPLACED;
 	default:
-		return NFSIO_AWAY;
+		return NFSIO_LINK_DOWN;
 	}
 }
 
@@ -191,15 +191,15 @@ static void reconnect(struct nfsio *io)
 	struct nfsio_failure why = { 0 };
 
 	io->away_since_ms = since_ms;
-	memset(io->told, 0, sizeof(io->told));
+	memset(io->logged, 0, sizeof(io->logged));
 	/* a connection that broke at once, and was good for nothing before, is a failed attempt like others */
 	if (io->useful || since_ms - io->connected_at_ms > BACKOFF_LIMIT_MS)
 		io->backoff_ms = 0;
 	pthread_mutex_unlock(&io->lock);
-	note_down(io, NFSIO_AWAY);
+	note_down(io, NFSIO_LINK_DOWN);
 	while (!atomic_load(&io->stop)) {
 		struct connection made;
-		enum nfsio_link link;
+		enum nfsio_condition condition;
 
 		/* jitter: clients that lost the same server should not all come back in the same moment */
 		if (io->backoff_ms > 0)
@@ -217,22 +217,22 @@ static void reconnect(struct nfsio *io)
 				pthread_mutex_lock(&io->lock);
 				note_size(io, made.st.size_bytes);
 				publish(io, &made);
-				tell(io);
+				notify_watcher(io);
 				return;
 			}
 			if (same < 0)
 				set_failure(&why, NFSIO_CONNECT, same, nfs_get_error(made.nfs));
 			libnfs_destroy(made.nfs, made.fh);
-			link = same < 0 ? NFSIO_AWAY : NFSIO_REPLACED;
+			condition = same < 0 ? NFSIO_LINK_DOWN : NFSIO_FILE_REPLACED;
 		} else {
-			link = link_of(&why);
+			condition = condition_of(&why);
 			if (why.error == -ETIMEDOUT && io->patience_ms < PATIENCE_LIMIT_MS)
 				io->patience_ms *= 2;
 		}
 		if (atomic_load(&io->stop))
 			break;
-		log_down(io, link, why.message[0] != '\0' ? why.message : strerror(-why.error));
-		note_down(io, link);
+		log_down(io, condition, why.message[0] != '\0' ? why.message : strerror(-why.error));
+		note_down(io, condition);
 	}
 	pthread_mutex_lock(&io->lock);
 }
@@ -243,7 +243,7 @@ static void reconnect(struct nfsio *io)
  */
 static bool is_mine_to_receive(const struct nfsio *io)
 {
-	if (io->receiver != NOBODY || io->broken)
+	if (io->receiver != RECEIVER_NONE || io->broken)
 		return false;
 	return io->detached > 0 || io->batches > 0 || io->finished.head != NULL || now_ms() - io->waited_at_ms >= QUIET_MS;
 }
@@ -293,20 +293,20 @@ void *io_thread(void *arg)
 	io->first_done = true;
 	pthread_cond_signal(&io->settled);
 	while (connected && !atomic_load(&io->stop)) {
-		if (io->broken && io->receiver == NOBODY)
+		if (io->broken && io->receiver == RECEIVER_NONE)
 			discard(io);
 		if (!is_up(io)) {
 			reconnect(io);
 		} else if (is_mine_to_receive(io)) {
-			io->receiver = THE_IO_THREAD;
+			io->receiver = RECEIVER_IO_THREAD;
 			receive(io);
-			if (io->receiver == THE_IO_THREAD)
-				io->receiver = NOBODY;
+			if (io->receiver == RECEIVER_IO_THREAD)
+				io->receiver = RECEIVER_NONE;
 		} else {
 			wait_for_io_work(io);
 		}
 	}
-	while (io->receiver == A_WAITER)
+	while (io->receiver == RECEIVER_WAITER)
 		wait_for_io_work(io); /* it has been woken, and must not find the context gone */
 	if (io->nfs != NULL && !io->broken && io->version != 3) {
 		/* the server keeps state for an open v4 file: say good-bye, but do not insist */

@@ -95,7 +95,7 @@ bool is_transport_error(int error);
  * What an NFSv4 server says of the state that it keeps for us, or does not keep any more: libnfs passes it through
  * NFSv3's table, as -ERANGE mostly, but puts its name into the text (nfs_v4.c, check_nfs4_error).
  */
-enum verdict4 { REFUSED4, NOT_NOW4, STATE_LOST4, OVER_QUOTA4 };
+enum verdict4 { REFUSED4, NOT_NOW4, STATE_FORGOTTEN4, OVER_QUOTA4 };
 
 enum verdict4 verdict4(struct nfs_context *nfs);
 

@@ -136,7 +136,7 @@ static int name_call(struct nfsio *io, enum name_call call, const char *path, co
 	pthread_mutex_lock(&io->lock);
 	if (io->nfs != NULL && !io->broken) {
 		if (io->inflight.head == NULL && io->name_ops == NULL)
-			io->heard_at_ms = now_ms();
+			io->silent_since_ms = now_ms();
 		op.next = io->name_ops;
 		io->name_ops = &op;
 		io->detached++;

@@ -8,7 +8,7 @@
  * libnfs makes the connection: it mounts, looks up and opens. Whose `only_transfers` is set has the context thrown away
  * then, and READ, WRITE and COMMIT go over its connection without libnfs (wire.h).
  *
- * Threads: nfsio_open() starts one I/O thread, which nfsio_close() ends. Every other function may be called
+ * Threads: nfsio_create() starts one I/O thread, which nfsio_destroy() ends. Every other function may be called
  * from any thread at any time between the two.
  */
 #ifndef NBDNFS_NFSIO_H
@@ -28,15 +28,21 @@ enum nfsio_op {
 	NFSIO_COMMIT,         /* NFSv3: all of the file; only its verifier counts */
 };
 
+/*
+ * How transfers travel. Over a wire (wire.h) libnfs makes the connection and is then thrown away: there are no name
+ * operations.
+ */
+enum nfsio_transport { NFSIO_OVER_LIBNFS, NFSIO_OVER_WIRE };
+
 /* What the server was asked when it failed. */
 enum nfsio_phase { NFSIO_CONNECT, NFSIO_MOUNT, NFSIO_OPEN, NFSIO_NAME };
 
 /* What is known of the file and of the way to it. All but NFSIO_UP are being mended, for as long as it takes. */
-enum nfsio_link {
+enum nfsio_condition {
 	NFSIO_UP,
-	NFSIO_AWAY,     /* there is no connection */
-	NFSIO_REMOVED,  /* the server answers and has no such file, or has not mounted what it lies on yet */
-	NFSIO_REPLACED, /* the server has another file under its name */
+	NFSIO_LINK_DOWN,     /* there is no connection */
+	NFSIO_FILE_DELETED,  /* the server answers and has no such file, or has not mounted what it lies on yet */
+	NFSIO_FILE_REPLACED, /* the server has another file under its name */
 };
 
 /* Why something failed. `message` is libnfs's own words, "" when it had none. */
@@ -54,7 +60,7 @@ struct nfsio_req {
 	uint64_t offset_bytes;
 	uint8_t *data;          /* only read from by the writes */
 	void (*done)(struct nfsio_req *req); /* called once, by some thread, without locks; must not block */
-	void *owner;            /* for `done` */
+	void *context;            /* for `done` */
 
 	/* result */
 	int error;              /* 0 or -errno */
@@ -78,7 +84,7 @@ struct nfsio_options {
 	bool create;            /* make the file when it is not there */
 	bool exclusive;         /* with create: fail with EEXIST when it is */
 	bool read_only;
-	bool only_transfers;    /* no name operations: over NFSv3, libnfs only makes the connection */
+	enum nfsio_transport transport; /* over NFSv3; NFSv4 always goes over libnfs */
 	bool quiet;             /* another connection to the same server tells when it goes and comes */
 	uint32_t mode;          /* permission bits of a new file */
 	unsigned connect_timeout_s; /* for the first attempt; a server that is slower is given more by each that follows */
@@ -98,8 +104,8 @@ struct nfsio_options {
 	 * Asked each time that a write is about to go out, also again after a reconnect: 0: let it, -EAGAIN: ask again
 	 * soon, another -errno: the write fails with it. NULL: let all of them. Called with nfsio's lock held.
 	 */
-	int (*may_write)(void *judge);
-	void *judge;
+	int (*may_write)(void *context);
+	void *may_write_context;
 };
 
 struct nfsio_stat {
@@ -114,11 +120,11 @@ struct nfsio;
  * Mount and open, once. Returns 0 and *io, or -errno and *why. The first failure is final; after a success a
  * lost connection is made again for ever.
  */
-int nfsio_open(const struct nfsio_options *options, struct nfsio **io, struct nfsio_failure *why);
+int nfsio_create(const struct nfsio_options *options, struct nfsio **io, struct nfsio_failure *why);
 
 /*
  * Give up the connection and have everything that waits for it fail, now and from now on. For who has threads to end
- * before nfsio_close(), which may not be called while another function runs.
+ * before nfsio_destroy(), which may not be called while another function runs.
  */
 void nfsio_stop(struct nfsio *io);
 
@@ -126,10 +132,10 @@ void nfsio_stop(struct nfsio *io);
  * Fails what is still waiting with -ECANCELED, and joins the thread: nothing is called back from here on. For who has
  * several, whose callbacks look at the others: all are ended before one is closed.
  */
-void nfsio_end(struct nfsio *io);
+void nfsio_join(struct nfsio *io);
 
 /* Ends it, if that has not been done, and frees everything. */
-void nfsio_close(struct nfsio *io);
+void nfsio_destroy(struct nfsio *io);
 
 /* The file as it was opened. */
 void nfsio_opened_stat(const struct nfsio *io, struct nfsio_stat *st);
@@ -139,8 +145,8 @@ void nfsio_opened_stat(const struct nfsio *io, struct nfsio_stat *st);
  * have been.
  */
 struct nfsio_state {
-	enum nfsio_link link;
-	bool lost;
+	enum nfsio_condition condition;
+	bool gone_too_long;
 	uint64_t connects;
 	int64_t silent_since_ms; /* CLOCK_MONOTONIC: from when on a connection was waited for in vain, 0: none was */
 };
@@ -156,7 +162,7 @@ void nfsio_suspect(struct nfsio *io, int64_t since_ms);
  * Have `changed` called whenever the state has changed, by nfsio's thread and without a lock, and once before this
  * returns. It may come to be called by two threads at once.
  */
-void nfsio_watch(struct nfsio *io, void (*changed)(void *owner), void *owner);
+void nfsio_watch(struct nfsio *io, void (*changed)(void *context), void *context);
 
 /* Has the server said that the file has no name any more? It may serve it as long as it has it open. */
 bool nfsio_is_unlinked(const struct nfsio *io);
@@ -167,14 +173,14 @@ bool nfsio_is_unlinked(const struct nfsio *io);
  * called by nfsio's thread, without a lock, with the number of the try; it returns false when it knows no page, else
  * the page's place and CRC-32C. `page` is for the bytes, 4096 of them.
  */
-void nfsio_recognise(struct nfsio *io, bool (*sample)(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc),
-		     void *owner, uint8_t *page);
+void nfsio_recognise(struct nfsio *io, bool (*sample)(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc),
+		     void *context, uint8_t *page);
 
 /*
  * The least size that the file has been seen with since it was opened; UINT64_MAX while that is not less than
  * it was then. What the file has from there on is not what was written, whatever its size is by now.
  */
-uint64_t nfsio_cut_bytes(const struct nfsio *io);
+uint64_t nfsio_truncated_bytes(const struct nfsio *io);
 
 /* The most that one request may move: what the server takes in one READ and one WRITE, 1 MiB at most. */
 uint32_t nfsio_max_transfer_bytes(const struct nfsio *io);

@@ -12,7 +12,7 @@
 
 #define SILENCE_MS 15000
 
-static void destroy(struct nfsio *io)
+static void free_all(struct nfsio *io)
 {
 	if (io->wake_fd >= 0)
 		close(io->wake_fd);
@@ -26,7 +26,7 @@ static void destroy(struct nfsio *io)
 	free(io);
 }
 
-int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct nfsio_failure *why)
+int nfsio_create(const struct nfsio_options *options, struct nfsio **out, struct nfsio_failure *why)
 {
 	struct nfsio *io = calloc(1, sizeof(*io));
 	pthread_condattr_t monotonic;
@@ -40,15 +40,15 @@ int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct n
 	io->url = strdup(options->url);
 	io->address = strdup(options->address);
 	io->version = (int)url_number(options->url, "version=", 3);
-	io->wants_wire = options->only_transfers && io->version == 3;
+	io->next_transport = io->version == 3 ? options->transport : NFSIO_OVER_LIBNFS;
 	wire_init(&io->wire);
 	io->patience_ms = (int64_t)options->connect_timeout_s * 1000;
 	if (io->options.silence_ms == 0)
 		io->options.silence_ms = SILENCE_MS;
 	io->silence_ms = io->options.silence_ms;
 	probe_init(&io->probe, (uint32_t)io->version);
-	io->state.link = NFSIO_AWAY;
-	atomic_init(&io->cut_bytes, UINT64_MAX);
+	io->state.condition = NFSIO_LINK_DOWN;
+	atomic_init(&io->truncated_bytes, UINT64_MAX);
 	io->first_failure = why;
 	io->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	pthread_mutex_init(&io->lock, NULL);
@@ -65,7 +65,7 @@ int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct n
 		error = thread_start(&io->thread, io_thread, io);
 	if (error != 0) {
 		set_failure(why, NFSIO_CONNECT, error, NULL);
-		destroy(io);
+		free_all(io);
 		return error;
 	}
 	pthread_mutex_lock(&io->lock);
@@ -74,7 +74,7 @@ int nfsio_open(const struct nfsio_options *options, struct nfsio **out, struct n
 	io->first_failure = NULL;
 	pthread_mutex_unlock(&io->lock);
 	if (why->error != 0) {
-		nfsio_close(io);
+		nfsio_destroy(io);
 		return why->error;
 	}
 	*out = io;
@@ -89,7 +89,7 @@ void nfsio_stop(struct nfsio *io)
 	pthread_mutex_unlock(&io->lock);
 }
 
-void nfsio_end(struct nfsio *io)
+void nfsio_join(struct nfsio *io)
 {
 	if (io->ended)
 		return;
@@ -98,8 +98,8 @@ void nfsio_end(struct nfsio *io)
 	io->ended = true;
 }
 
-void nfsio_close(struct nfsio *io)
+void nfsio_destroy(struct nfsio *io)
 {
-	nfsio_end(io);
-	destroy(io);
+	nfsio_join(io);
+	free_all(io);
 }

@@ -96,7 +96,7 @@ bool is_hopeless(const struct nfsio *io, const struct nfsio_req *req, int64_t no
 {
 	if (req->op != NFSIO_READ && req->batch == NULL)
 		return false;
-	return io->state.lost ||
+	return io->state.gone_too_long ||
 	       (io->options.soft_limit_ms > 0 && now - req->queued_at_ms >= io->options.soft_limit_ms);
 }
 
@@ -110,7 +110,7 @@ void fail_hopeless(struct nfsio *io)
 		for (struct nfsio_req *req = lists[i]->head, *next; req != NULL; req = next) {
 			next = req->next;
 			if (is_hopeless(io, req, now))
-				req_finish(lists[i], req, io->state.lost ? -ESTALE : -EIO);
+				req_finish(lists[i], req, io->state.gone_too_long ? -ESTALE : -EIO);
 		}
 }
 

@@ -79,14 +79,14 @@ static int read_sample(struct nfsio *io, const struct connection *made, uint64_t
  */
 static int has_known_bytes(struct nfsio *io, const struct connection *made)
 {
-	bool (*sample)(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc);
-	void *owner;
+	bool (*sample)(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc);
+	void *context;
 	uint8_t *page;
 	unsigned number;
 
 	pthread_mutex_lock(&io->lock);
 	sample = io->sample;
-	owner = io->sample_owner;
+	context = io->sample_context;
 	page = io->sample_page;
 	pthread_mutex_unlock(&io->lock);
 	for (number = 0; number < SAMPLES; number++) {
@@ -94,7 +94,7 @@ static int has_known_bytes(struct nfsio *io, const struct connection *made)
 		uint32_t crc;
 		int error;
 
-		if (sample == NULL || !sample(owner, number, &offset, &crc))
+		if (sample == NULL || !sample(context, number, &offset, &crc))
 			break;
 		error = read_sample(io, made, offset, page);
 		if (error != 0 && error != -ENODATA)
@@ -119,12 +119,12 @@ int is_same_file(struct nfsio *io, const struct connection *made)
 	return made->st.size_bytes >= io->opened.size_bytes ? has_known_bytes(io, made) : 0;
 }
 
-void nfsio_recognise(struct nfsio *io, bool (*sample)(void *owner, unsigned number, uint64_t *offset_bytes, uint32_t *crc),
-		     void *owner, uint8_t *page)
+void nfsio_recognise(struct nfsio *io, bool (*sample)(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc),
+		     void *context, uint8_t *page)
 {
 	pthread_mutex_lock(&io->lock);
 	io->sample = sample;
-	io->sample_owner = owner;
+	io->sample_context = context;
 	io->sample_page = page;
 	pthread_mutex_unlock(&io->lock);
 }

@@ -15,7 +15,7 @@ static void wake_if_needed(struct nfsio *io)
 	}
 	if (io->broken || io->later.head != NULL || io->finished.head != NULL || io->transport->events(io) & POLLOUT)
 		wake_io_thread(io);
-	else if (io->detached > 0 && io->receiver == NOBODY)
+	else if (io->detached > 0 && io->receiver == RECEIVER_NONE)
 		call_io_thread(io);
 }
 
@@ -24,7 +24,7 @@ void nfsio_submit(struct nfsio *io, struct nfsio_req *req)
 	pthread_mutex_lock(&io->lock);
 	req_enqueue(io, req, NULL);
 	io->detached++;
-	if (io->state.lost)
+	if (io->state.gone_too_long)
 		fail_hopeless(io);
 	issue_pending(io);
 	wake_if_needed(io);
@@ -43,7 +43,7 @@ void nfsio_batch_start(struct nfsio *io, struct nfsio_batch *batch, struct nfsio
 	io->batches++;
 	for (size_t i = 0; i < count; i++)
 		req_enqueue(io, &reqs[i], batch);
-	if (io->state.lost)
+	if (io->state.gone_too_long)
 		fail_hopeless(io);
 	issue_pending(io);
 	wake_if_needed(io);
@@ -60,13 +60,13 @@ void nfsio_batch_wait(struct nfsio_batch *batch)
 		/* with others under way the I/O thread serves all of them better: no role to hand over */
 		bool alone = io->batches == 1 && io->detached == 0;
 
-		if (alone && io->receiver != A_WAITER && is_up(io) && !io->broken && !atomic_load(&io->stop)) {
+		if (alone && io->receiver != RECEIVER_WAITER && is_up(io) && !io->broken && !atomic_load(&io->stop)) {
 			received = true;
-			io->receiver = A_WAITER; /* the I/O thread, if it polls, finds out when it wakes up */
+			io->receiver = RECEIVER_WAITER; /* the I/O thread, if it polls, finds out when it wakes up */
 			receive(io);
-			io->receiver = NOBODY;
+			io->receiver = RECEIVER_NONE;
 		} else {
-			if (received && io->receiver == NOBODY)
+			if (received && io->receiver == RECEIVER_NONE)
 				call_io_thread(io);
 			batch->sleeping = true;
 			pthread_cond_wait(&batch->all_done, &io->lock);
@@ -76,7 +76,7 @@ void nfsio_batch_wait(struct nfsio_batch *batch)
 	if (received)
 		io->waited_at_ms = now_ms();
 	if (--io->batches > 0 || io->detached > 0 || io->broken)
-		if (io->receiver == NOBODY)
+		if (io->receiver == RECEIVER_NONE)
 			call_io_thread(io);
 	pthread_mutex_unlock(&io->lock);
 	pthread_cond_destroy(&batch->all_done);

@@ -22,13 +22,13 @@ static void give_up_connection(struct nfsio *io, const char *why)
 /* Lock held. */
 static bool is_suspect(const struct nfsio *io)
 {
-	return io->suspect_since_ms != 0 && io->said_at_ms <= io->suspect_since_ms;
+	return io->suspect_since_ms != 0 && io->last_received_ms <= io->suspect_since_ms;
 }
 
 void nfsio_suspect(struct nfsio *io, int64_t since_ms)
 {
 	pthread_mutex_lock(&io->lock);
-	if (is_up(io) && !io->broken && io->said_at_ms <= since_ms) {
+	if (is_up(io) && !io->broken && io->last_received_ms <= since_ms) {
 		io->suspect_since_ms = since_ms;
 		/* nobody has missed an answer: whoever comes next shall not be the one to find out */
 		if (io->inflight.head == NULL && io->name_ops == NULL)
@@ -49,7 +49,7 @@ void look_into_silence(struct nfsio *io)
 {
 	int64_t now = now_ms();
 	struct nfsio_req *oldest = io->inflight.head;
-	bool is_silent = is_suspect(io) || now - io->heard_at_ms >= io->silence_ms;
+	bool is_silent = is_suspect(io) || now - io->silent_since_ms >= io->silence_ms;
 
 	if (io->broken || (oldest == NULL && io->name_ops == NULL) || !is_silent) {
 		if (io->probe.state != PROBE_NONE)
@@ -73,7 +73,7 @@ void look_into_silence(struct nfsio *io)
 		break;
 	case PROBE_ANSWERED:
 		if (now - io->probed_at_ms >= SILENCE_GRACE_MS) {
-			io->state.silent_since_ms = io->heard_at_ms;
+			io->state.silent_since_ms = io->silent_since_ms;
 			give_up_connection(io, "a connection is silent, and the server is not");
 		}
 		break;

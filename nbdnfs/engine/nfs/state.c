@@ -14,7 +14,7 @@ bool nfsio_has_commit(const struct nfsio *io)
 
 bool nfsio_has_names(const struct nfsio *io)
 {
-	return io->version != 3 || !io->options.only_transfers;
+	return io->version != 3 || io->options.transport == NFSIO_OVER_LIBNFS;
 }
 
 uint32_t nfsio_max_transfer_bytes(const struct nfsio *io)
@@ -29,18 +29,18 @@ void nfsio_state(struct nfsio *io, struct nfsio_state *state)
 	pthread_mutex_unlock(&io->lock);
 }
 
-void nfsio_watch(struct nfsio *io, void (*changed)(void *owner), void *owner)
+void nfsio_watch(struct nfsio *io, void (*changed)(void *context), void *context)
 {
 	pthread_mutex_lock(&io->lock);
 	io->changed = changed;
-	io->changed_owner = owner;
+	io->changed_context = context;
 	pthread_mutex_unlock(&io->lock);
-	changed(owner);
+	changed(context);
 }
 
-uint64_t nfsio_cut_bytes(const struct nfsio *io)
+uint64_t nfsio_truncated_bytes(const struct nfsio *io)
 {
-	return atomic_load(&io->cut_bytes);
+	return atomic_load(&io->truncated_bytes);
 }
 
 bool nfsio_is_unlinked(const struct nfsio *io)

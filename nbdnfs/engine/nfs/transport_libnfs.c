@@ -93,7 +93,7 @@ static void refused4(struct nfsio *io, struct nfsio_req *req, int error)
 {
 	enum verdict4 verdict = error == -EAGAIN ? NOT_NOW4 : verdict4(io->nfs);
 
-	if (verdict == STATE_LOST4 || error == -ESTALE) {
+	if (verdict == STATE_FORGOTTEN4 || error == -ESTALE) {
 		io->broken = true; /* a new context opens the file again */
 		return;
 	}

@@ -57,9 +57,9 @@ static void serve_wire(struct nfsio *io, short revents)
 		io->broken = true;
 	while (!io->broken && (status = wire_receive(&io->wire, &answer)) > 0)
 		wire_answered(io, &answer);
-	if (io->wire.has_heard)
+	if (io->wire.has_received)
 		note_received(io);
-	io->wire.has_heard = false;
+	io->wire.has_received = false;
 	if (status < 0)
 		io->broken = true;
 	if (status == -EOPNOTSUPP)
@@ -90,7 +90,7 @@ static short events_of(const struct nfsio *io)
 
 static void close_wire(struct nfsio *io)
 {
-	wire_end(&io->wire);
+	wire_close(&io->wire);
 }
 
 const struct transport transport_wire = {

@@ -71,16 +71,16 @@ struct wire {
 	uint32_t data_bytes, data_left_bytes; /* of it */
 	bool reading;           /* `answer` waits for its data */
 	bool drained;           /* the socket had no more than what came last */
-	bool has_heard;         /* something has come; for the caller to clear */
+	bool has_received;         /* something has come; for the caller to clear */
 };
 
 void wire_init(struct wire *wire);
 
 /* Takes `fd` over: connected, with nothing under way. */
-void wire_start(struct wire *wire, int fd, const uint8_t *handle, uint32_t handle_bytes, uint32_t uid, uint32_t gid);
+void wire_open(struct wire *wire, int fd, const uint8_t *handle, uint32_t handle_bytes, uint32_t uid, uint32_t gid);
 
 /* Closes the connection. The calls that it has are forgotten. */
-void wire_end(struct wire *wire);
+void wire_close(struct wire *wire);
 
 static inline bool wire_is_up(const struct wire *wire)
 {
@@ -96,7 +96,7 @@ static inline bool wire_has_room(const struct wire *wire)
 /* Sends a call, where there is room. Returns 0 or -errno: the connection is good for nothing then. */
 int wire_send(struct wire *wire, struct wire_call *call);
 
-/* Sends a NULL, whose answer is told by has_heard alone. Nothing, when there is no room, or one is under way. */
+/* Sends a NULL, whose answer is told by has_received alone. Nothing, when there is no room, or one is under way. */
 int wire_send_null(struct wire *wire);
 
 /* The rest of what did not fit into the socket. Returns 0 or -errno. */

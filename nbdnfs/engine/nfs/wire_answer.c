@@ -86,7 +86,7 @@ static int parse(const struct wire *wire, const uint8_t *at, uint32_t bytes, str
 {
 	struct xdr_reader reader = { .at = at, .end = at + bytes };
 	uint32_t mark = xdr_get32(&reader), record_bytes = mark & ~LAST_FRAGMENT, xid, verifier_bytes, reply, accepted;
-	bool is_cut = bytes < 4 || record_bytes > bytes - 4; /* there is more of this record to come */
+	bool is_partial = bytes < 4 || record_bytes > bytes - 4; /* there is more of this record to come */
 
 	*head = (struct head){ 0 };
 	if (bytes < 4)
@@ -95,7 +95,7 @@ static int parse(const struct wire *wire, const uint8_t *at, uint32_t bytes, str
 		return -EPROTO;
 	if (!(mark & LAST_FRAGMENT))
 		return -EOPNOTSUPP;
-	if (!is_cut)
+	if (!is_partial)
 		reader.end = at + 4 + record_bytes;
 	xid = xdr_get32(&reader);
 	if (xdr_get32(&reader) != REPLY && !reader.ran_out)
@@ -104,13 +104,13 @@ static int parse(const struct wire *wire, const uint8_t *at, uint32_t bytes, str
 	xdr_get32(&reader); /* the verifier's flavor */
 	verifier_bytes = xdr_get32(&reader);
 	if (reader.ran_out)
-		return is_cut ? 0 : -EPROTO;
+		return is_partial ? 0 : -EPROTO;
 	if (reply != MSG_ACCEPTED || verifier_bytes > MAX_AUTH_BYTES)
 		return -EOPNOTSUPP;
 	xdr_get(&reader, xdr_padded(verifier_bytes));
 	accepted = xdr_get32(&reader);
 	if (reader.ran_out)
-		return is_cut ? 0 : -EPROTO;
+		return is_partial ? 0 : -EPROTO;
 	if (accepted != SUCCESS)
 		return -EOPNOTSUPP;
 	head->answer.call = wire_find_call(wire, xid);
@@ -118,7 +118,7 @@ static int parse(const struct wire *wire, const uint8_t *at, uint32_t bytes, str
 		return -EPROTO; /* nobody has asked */
 	get_results(&reader, head);
 	if (reader.ran_out)
-		return is_cut ? 0 : -EPROTO;
+		return is_partial ? 0 : -EPROTO;
 	head->head_bytes = (uint32_t)(reader.at - at);
 	if (head->data_bytes > head->answer.call->length_bytes ||
 	    head->data_bytes > 4 + record_bytes - head->head_bytes)
@@ -267,7 +267,7 @@ static int fill(struct wire *wire)
 		return errno == EAGAIN || errno == EWOULDBLOCK ? 0 : -errno;
 	if (came == 0)
 		return -ECONNRESET;
-	wire->has_heard = true;
+	wire->has_received = true;
 	bytes = (uint32_t)came;
 	wire->drained = only != NULL || bytes < parts[0].iov_len + (message.msg_iovlen > 1 ? parts[1].iov_len : 0);
 	if (only != NULL) {

@@ -35,7 +35,7 @@ static uint32_t first_xid(void)
 	return (uint32_t)now.tv_nsec ^ (uint32_t)now.tv_sec << 16 ^ (uint32_t)getpid() << 20;
 }
 
-void wire_start(struct wire *wire, int fd, const uint8_t *handle, uint32_t handle_bytes, uint32_t uid, uint32_t gid)
+void wire_open(struct wire *wire, int fd, const uint8_t *handle, uint32_t handle_bytes, uint32_t uid, uint32_t gid)
 {
 	uint8_t *at = wire->begin;
 
@@ -68,7 +68,7 @@ void wire_start(struct wire *wire, int fd, const uint8_t *handle, uint32_t handl
 	wire->begin_bytes = (uint32_t)(at - wire->begin);
 }
 
-void wire_end(struct wire *wire)
+void wire_close(struct wire *wire)
 {
 	if (wire->fd >= 0)
 		close(wire->fd);

@@ -78,7 +78,7 @@ bool cache_known_page(const struct cache *cache, uint64_t from, uint64_t *page, 
 #define RUN_PAGES_MAX 32
 
 /* Pages that lie side by side on the device, on their way to the NAS. */
-struct cache_run {
+struct page_run {
 	uint64_t first_page;
 	uint32_t count;
 	uint32_t slots[RUN_PAGES_MAX];
@@ -88,10 +88,10 @@ struct cache_run {
  * Take the run around the oldest dirty page that is not held, `most` pages at most, and copy it to `data`. Returns
  * false when nothing is dirty that could be taken.
  */
-bool cache_take_run(struct cache *cache, struct cache_run *run, uint32_t most, uint8_t *data);
+bool cache_take_page_run(struct cache *cache, uint32_t most, struct page_run *run, uint8_t *data);
 
 /* How many pages it would take. */
-uint32_t cache_next_run(const struct cache *cache, uint32_t most);
+uint32_t cache_next_page_run(const struct cache *cache, uint32_t most);
 
 /*
  * Take none of these pages before `until`, a time of the caller's. They are read and written as ever. What is held
@@ -103,10 +103,10 @@ void cache_hold(struct cache *cache, uint64_t first_page, uint64_t count, uint64
 bool cache_end_holds(struct cache *cache, uint64_t now);
 
 /* The NAS has the run: stably, or under `verifier` until the next commit. */
-void cache_run_stable(struct cache *cache, const struct cache_run *run);
-void cache_run_uncommitted(struct cache *cache, const struct cache_run *run, uint64_t verifier);
+void cache_page_run_stable(struct cache *cache, const struct page_run *run);
+void cache_page_run_uncommitted(struct cache *cache, const struct page_run *run, uint64_t verifier);
 /* It has not: the pages are dirty as before. */
-void cache_run_failed(struct cache *cache, const struct cache_run *run);
+void cache_page_run_failed(struct cache *cache, const struct page_run *run);
 
 /* The number of pages that a commit that is sent now would cover; remembers them. 0: there are none. */
 uint32_t cache_commit_begin(struct cache *cache);

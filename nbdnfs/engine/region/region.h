@@ -39,9 +39,9 @@ struct region_identity {
 /* What has become of the backing file. */
 enum region_file {
 	REGION_FILE_THERE = 0,
-	REGION_FILE_REMOVED = 1,
+	REGION_FILE_DELETED = 1,
 	REGION_FILE_REPLACED = 2,
-	REGION_FILE_CUT = 3,    /* it was cut short; until the next worker, even if it has its length again */
+	REGION_FILE_TRUNCATED = 3,    /* it was cut short; until the next worker, even if it has its length again */
 };
 
 #define HISTOGRAM_BUCKETS 32

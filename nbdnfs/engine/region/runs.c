@@ -71,14 +71,14 @@ static uint32_t find_run(const struct cache *cache, uint32_t most, uint64_t *fir
 	return count;
 }
 
-uint32_t cache_next_run(const struct cache *cache, uint32_t most)
+uint32_t cache_next_page_run(const struct cache *cache, uint32_t most)
 {
 	uint64_t first;
 
 	return find_run(cache, most, &first);
 }
 
-bool cache_take_run(struct cache *cache, struct cache_run *run, uint32_t most, uint8_t *data)
+bool cache_take_page_run(struct cache *cache, uint32_t most, struct page_run *run, uint8_t *data)
 {
 	run->count = find_run(cache, most, &run->first_page);
 	if (run->count == 0)
@@ -116,14 +116,14 @@ static bool came_back(struct cache *cache, uint32_t index)
 	return true;
 }
 
-void cache_run_stable(struct cache *cache, const struct cache_run *run)
+void cache_page_run_stable(struct cache *cache, const struct page_run *run)
 {
 	for (uint32_t i = 0; i < run->count; i++)
 		if (came_back(cache, run->slots[i]))
 			slot_became_clean(cache, run->slots[i]);
 }
 
-void cache_run_uncommitted(struct cache *cache, const struct cache_run *run, uint64_t verifier)
+void cache_page_run_uncommitted(struct cache *cache, const struct page_run *run, uint64_t verifier)
 {
 	for (uint32_t i = 0; i < run->count; i++) {
 		if (!came_back(cache, run->slots[i]))
@@ -133,7 +133,7 @@ void cache_run_uncommitted(struct cache *cache, const struct cache_run *run, uin
 	}
 }
 
-void cache_run_failed(struct cache *cache, const struct cache_run *run)
+void cache_page_run_failed(struct cache *cache, const struct page_run *run)
 {
 	for (uint32_t i = 0; i < run->count; i++) {
 		struct slot *slot = &cache->slots[run->slots[i]];

@@ -21,7 +21,7 @@ enum owner_state {
 	OWNER_NONE,     /* nobody asked for it */
 	OWNER_HELD,
 	OWNER_UNSURE,   /* the last look is too long ago: writes wait for the next one */
-	OWNER_LOST,     /* somebody else has the file, or the record is gone: for good */
+	OWNER_STOLEN,     /* somebody else has the file, or the record is gone: for good */
 };
 
 struct owner_options {
@@ -30,22 +30,22 @@ struct owner_options {
 	uint32_t refresh_ms;
 };
 
-struct owner;
+struct owner_watch;
 
-/* NULL when there is no memory. No write is permitted before owner_start(). */
-struct owner *owner_create(const struct owner_options *options);
+/* NULL when there is no memory. No write is permitted before owner_watch_start(). */
+struct owner_watch *owner_watch_create(const struct owner_options *options);
 
 /*
  * Look for the first time, and start the thread; `changed` is called with each new state, first of all with what
  * that look found. Returns 0, also when the file is not ours, or -errno and *why.
  */
-int owner_start(struct owner *owner, struct nfsio *io, void (*changed)(void *arg, enum owner_state state), void *arg,
+int owner_watch_start(struct owner_watch *watch, struct nfsio *io, void (*changed)(void *context, enum owner_state state), void *context,
 		struct nfsio_failure *why);
 
 /* nfsio_options.may_write, with the owner as its judge: 0, -EAGAIN, or -EIO when the file is lost. */
-int owner_may_write(void *owner);
+int owner_watch_may_write(void *context);
 
 /* Ends the thread. While it waits for the server, somebody must have called nfsio_stop(). */
-void owner_destroy(struct owner *owner);
+void owner_watch_destroy(struct owner_watch *watch);
 
 #endif
