@@ -133,9 +133,11 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 		io = lend(engine);
 	pthread_mutex_unlock(&engine->lock);
 	started_us = now_us();
-	nfsio_batch_start(engine->ios[io], &batch, reqs, used);
+	if (used > 0)
+		nfsio_batch_start(engine->ios[io], &batch, reqs, used);
 	readahead_follow(engine, page, pages); /* behind what somebody waits for */
-	nfsio_batch_wait(&batch);
+	if (used > 0)
+		nfsio_batch_wait(&batch);
 	if (io > 0) {
 		pthread_mutex_lock(&engine->lock);
 		engine->lent[io] = false;

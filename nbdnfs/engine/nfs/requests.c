@@ -37,8 +37,6 @@ void nfsio_batch_start(struct nfsio *io, struct nfsio_batch *batch, struct nfsio
 	batch->waiting = count;
 	batch->sleeping = false;
 	pthread_cond_init(&batch->all_done, NULL);
-	if (count == 0)
-		return;
 	pthread_mutex_lock(&io->lock);
 	io->batches++;
 	for (size_t i = 0; i < count; i++)
