@@ -29,9 +29,11 @@ def extension(name: str, sources: list[str], *, libraries: bool) -> Extension:
         include_dirs=["nbdnfs/engine"] if libraries else [],
         define_macros=[
             ("Py_LIMITED_API", "0x030B0000"),
-            # No libnfs tells its version at run time before 6.0: the build remembers it.
+            # libnfs reports its version at run time from 6.0 on only: the build records it.
             *([("LIBNFS_BUILT_WITH", f'"{pkg_config("--modversion")[0]}"')] if libraries else []),
         ],
+        # setuptools passes what Python was built with, NDEBUG too; asserts are for production (engine/base/assert.h)
+        undef_macros=["NDEBUG"],
         extra_compile_args=[
             "-std=c11",
             "-D_GNU_SOURCE",

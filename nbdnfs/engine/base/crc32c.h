@@ -8,7 +8,7 @@
 /* CRC-32C (Castagnoli, RFC 3720 B.4) of `length` bytes. By the CPU's instruction where there is one. */
 uint32_t crc32c(const void *data, size_t length);
 
-/* The same by table, on every machine: what tests compare the other with. */
+/* The same by table, on every machine: the reference for tests. */
 uint32_t crc32c_by_table(const void *data, size_t length);
 
 #endif

@@ -2,7 +2,7 @@
 #ifndef NBDNFS_LOG_H
 #define NBDNFS_LOG_H
 
-/* One line on stderr, without stdio's buffers and allocations: it may be written while memory is short. */
+/* Write one line to stderr, without stdio's buffers and allocations: memory may be short. Cut off at 511 bytes. */
 __attribute__((format(printf, 1, 2))) void log_line(const char *format, ...);
 
 #endif

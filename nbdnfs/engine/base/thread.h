@@ -9,9 +9,9 @@
 #define TOUCHED_STACK_BYTES (40 * 1024)
 
 /*
- * Have the calling thread's stack faulted further down than it will ever go: a first touch later would be a
- * page fault in the path that frees memory. Twice what a thread was seen to use, with resets, a silent and a full server:
- * 20 KiB (Rss of the stacks in /proc/PID/smaps, with nothing touched here).
+ * Fault in the calling thread's stack, further down than it ever goes: a first touch later would be a page fault in the
+ * path that frees memory. Twice what a thread was seen to use (20 KiB) with resets, a silent server and a full one,
+ * measured as Rss of the stacks in /proc/PID/smaps with nothing touched here.
  */
 __attribute__((noinline, unused)) static void touch_stack(void)
 {
@@ -22,9 +22,9 @@ __attribute__((noinline, unused)) static void touch_stack(void)
 }
 
 /*
- * Start a thread of the engine's, with a small stack, of which it is to touch what it needs, and all signals blocked,
- * which are for the program's own threads. Returns 0 or -errno.
+ * Start a thread with a small stack and all signals blocked: signals are for the program's own threads. `body` calls
+ * touch_stack() first. Returns 0 and *thread, or -errno.
  */
-int thread_start(pthread_t *thread, void *(*run)(void *arg), void *arg);
+int thread_start(pthread_t *thread, void *(*body)(void *arg), void *arg);
 
 #endif

@@ -1,15 +1,18 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * engine: the block device. Whole pages in and out of a region, which a flusher empties onto the NAS.
+ * engine: the block device. Pages go in and out of a region, which a flusher writes back to the NAS.
  *
  * Every request function may be called from any thread, blocks until it is done, and returns 0 or -errno:
- * -EINVAL for what is not a multiple of 4096 at a multiple of 4096 inside the device, -EIO for a page whose
- * checksum is wrong and for everything once somebody else has taken the file, what the server answered for reads
- * that it refuses. A server that is away is waited for,
- * unless nfs.soft_limit_ms says for how long; a file that is gone for nfs.gone_limit_ms: both are -EIO, for
- * whoever waits. What was acknowledged is kept all the same, and written when that is possible again.
  *
- * After engine_create() none of them maps memory, allocates of the engine's own, or starts a thread.
+ *   -EINVAL  not a multiple of 4096 bytes at a multiple of 4096 inside the device
+ *   -EIO     a page does not match its checksum; the file is shorter than the device; the file is stolen (all requests);
+ *            waiting for the server took longer than nfs.soft_limit_ms; the file was gone for nfs.gone_limit_ms
+ *   other    what the server answered to a READ
+ *
+ * Without a limit requests wait for the server for as long as it takes. What was acknowledged stays in the region after
+ * an error, too, and is written when that is possible again.
+ *
+ * After engine_create() none of them maps memory, allocates (libnfs does), or starts a thread.
  */
 #ifndef NBDNFS_ENGINE_H
 #define NBDNFS_ENGINE_H
@@ -21,7 +24,7 @@
 #include "nfs/owner_watch.h"
 #include "region/region.h"
 
-/* Fewer slots than this leave no room for write-backs and read-aheads side by side. */
+/* With fewer slots, write-backs leave no room for read-ahead. */
 #define ENGINE_REGION_PAGES_MIN 256
 #define ENGINE_CONNECTIONS_MAX 16
 
@@ -29,25 +32,25 @@ struct engine;
 
 struct engine_options {
 	struct nfsio_options nfs;
-	int region_fd;          /* a memfd that the caller keeps, -1: one of the engine's own */
-	uint32_t region_pages;  /* slots of a region that is made */
-	unsigned connections;   /* 1 to ENGINE_CONNECTIONS_MAX: one for all, the others for one reader at a time each */
-	bool stable_writes;     /* FILE_SYNC each, rather than UNSTABLE with a COMMIT now and then */
-	uint32_t read_ahead_pages; /* at most so many; 0: none */
-	struct owner_options owner; /* identity NULL: the file is written whoever owns it */
+	int region_fd;          /* a memfd that remains the caller's; -1: the engine makes one */
+	uint32_t region_pages;  /* slots of a region that is new */
+	unsigned connections;   /* 1 to ENGINE_CONNECTIONS_MAX; all but the first serve one reader at a time */
+	bool stable_writes;     /* write with FILE_SYNC, rather than UNSTABLE and COMMIT */
+	uint32_t read_ahead_pages; /* the most to have ready for one reader; 0: no read-ahead */
+	struct owner_options owner; /* identity NULL: ownership is not looked at */
 	/*
-	 * When somebody else takes the file: end the process with this status, so that its keeper can let the kernel's
-	 * requests fail. 0: stay, and fail all of them here.
+	 * When the file is stolen, end the process with this status: its keeper then lets the kernel's requests fail.
+	 * 0: stay, and fail all requests here.
 	 */
 	int exit_status_when_stolen;
 };
 
-/* Connects, opens, maps the region and takes over what it holds. Returns 0, or -errno and *why. */
+/* Connect, open the file, map the region and take over what it holds. Returns 0 and *engine, or -errno and *why. */
 int engine_create(const struct engine_options *options, struct engine **engine, struct nfsio_failure *why);
 
 /*
- * Ends the threads. With a region of its own, waits until the NAS has everything, or until waiting is an error; a
- * region of the caller's keeps what it holds for the next engine.
+ * End the threads and free the engine. With a region of its own, wait first until the NAS has everything or waiting is an
+ * error; a region of the caller's keeps its pages for the next engine.
  */
 void engine_destroy(struct engine *engine);
 
@@ -55,11 +58,11 @@ uint64_t engine_size_bytes(const struct engine *engine);
 struct region_header *engine_region(const struct engine *engine);
 
 int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes);
-/* In the region when it returns; with `fua` on the NAS, stably. */
+/* The pages are in the region when it returns; with `fua`, on the NAS, stably. */
 int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes, bool fua);
-/* Returns when everything that was written before is on the NAS, stably. */
+/* Everything that was written before is on the NAS, stably, when it returns. */
 int engine_flush(struct engine *engine);
-/* The pages may be forgotten; the file keeps its blocks: a hole would need space again when memory is short. */
+/* The pages may be forgotten. The file keeps its blocks: filling a hole again fails when the NAS is full. */
 int engine_trim(struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes);
 
 #endif

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* What has become of the file, and of the connections to it: into the counters, and into the log. */
+/* The state of the file and of the connections to it, for counters and log. */
 #include "block/internal.h"
 
 #include "base/log.h"
@@ -22,7 +22,7 @@ static bool is_unlinked(const struct engine *engine)
 	return false;
 }
 
-/* As far as answers have told. */
+/* What answers to transfers have shown. */
 static enum region_file file_state(const struct engine *engine)
 {
 	if (is_unlinked(engine))
@@ -30,26 +30,27 @@ static enum region_file file_state(const struct engine *engine)
 	return file_truncated_bytes(engine) < UINT64_MAX ? REGION_FILE_TRUNCATED : REGION_FILE_THERE;
 }
 
-/* A server that answers has another file now, or a shorter one. Lock held. */
+/* Count and log a change. Lock held. */
 static void note_file(struct engine *engine, enum region_file state)
 {
 	_Atomic uint64_t *counter = &counters(engine)->file_state;
 
+	assert_locked(&engine->lock);
 	if (atomic_load_explicit(counter, memory_order_relaxed) == state)
 		return;
 	set_counter(counter, state);
 	if (state == REGION_FILE_TRUNCATED)
-		log_line("the file has been cut to %llu bytes: what lay behind that is lost, and reading it is an error",
+		log_line("the file was truncated to %llu bytes: what lay beyond is lost, reading it is an error",
 			 (unsigned long long)file_truncated_bytes(engine));
 	else if (state == REGION_FILE_DELETED && is_unlinked(engine))
-		log_line("the file has been removed; the server serves it as long as it has it open: end its use now");
+		log_line("the file was deleted on the server and survives only while open: stop using it now");
 }
 
 void file_look_locked(struct engine *engine)
 {
 	enum region_file state = file_state(engine);
 
-	/* what the connections' threads have found out by name says more */
+	/* what condition_changed() has noted says more */
 	if (state != REGION_FILE_THERE &&
 	    atomic_load_explicit(&counters(engine)->file_state, memory_order_relaxed) == REGION_FILE_THERE)
 		note_file(engine, state);
@@ -64,7 +65,7 @@ void file_look(struct engine *engine)
 	pthread_mutex_unlock(&engine->lock);
 }
 
-/* For nfsio to recognise the file by. Called by its threads, without a lock. */
+/* A page by which nfsio recognises the file (nfsio_recognise()). In nfsio's threads, without a lock. */
 static bool sample_page(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc)
 {
 	struct engine *engine = context;
@@ -72,21 +73,21 @@ static bool sample_page(void *context, unsigned number, uint64_t *offset_bytes, 
 	bool found;
 
 	pthread_mutex_lock(&engine->lock);
-	/* from all over the device, and after a page that is wrong not its neighbour */
+	/* spread over the device: where one page is wrong, its neighbours may be, too */
 	found = cache_known_page(engine->cache, number * 0x9e3779b97f4a7c15u % engine->region.page_count, &page, crc);
 	pthread_mutex_unlock(&engine->lock);
 	*offset_bytes = page * PAGE_BYTES;
 	return found;
 }
 
-/* What is known of all connections, into the counters. Called by nfsio's threads, without a lock. */
+/* The condition of a connection has changed: sum up all of them. In nfsio's threads, without a lock. */
 static void condition_changed(void *context)
 {
 	struct engine *engine = context;
 	enum nfsio_condition worst = NFSIO_UP;
 	uint64_t connects = 0;
 	int64_t silent_since_ms = 0;
-	bool away = false;
+	bool link_down = false;
 
 	pthread_mutex_lock(&engine->lock);
 	engine->gone_too_long = false;
@@ -96,17 +97,18 @@ static void condition_changed(void *context)
 		nfsio_state(engine->ios[i], &state);
 		connects += state.connects;
 		engine->gone_too_long |= state.gone_too_long;
-		away |= state.condition == NFSIO_LINK_DOWN;
+		link_down |= state.condition == NFSIO_LINK_DOWN;
 		if (state.condition > worst)
 			worst = state.condition;
 		if (state.silent_since_ms > silent_since_ms)
 			silent_since_ms = state.silent_since_ms;
 	}
-	set_counter(&counters(engine)->disconnected, away);
+	set_counter(&counters(engine)->disconnected, link_down);
 	set_counter(&counters(engine)->reconnects, engine->reconnects_before + connects - engine->io_count);
-	note_file(engine, worst == NFSIO_FILE_DELETED	   ? REGION_FILE_DELETED
-			  : worst == NFSIO_FILE_REPLACED ? REGION_FILE_REPLACED
-						   : file_state(engine));
+	if (worst == NFSIO_FILE_DELETED)
+		note_file(engine, REGION_FILE_DELETED);
+	else
+		note_file(engine, worst == NFSIO_FILE_REPLACED ? REGION_FILE_REPLACED : file_state(engine));
 	pthread_cond_broadcast(&engine->progress);
 	pthread_mutex_unlock(&engine->lock);
 	for (unsigned i = 0; silent_since_ms != 0 && i < engine->io_count; i++)

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Write-backs and COMMITs, until the NAS has for good what was written, and the pauses when it refuses.
+ * Write-backs and COMMITs, until the NAS has stably what was written, and the pauses after a refusal.
  *
- * The flusher starts write-backs; as long as there is more to write, each that is done starts the next one from nfsio's
- * thread, without a detour over the flusher's.
+ * The flusher's thread starts write-backs. As long as there is more to write, the completion of one starts the next, in
+ * nfsio's thread, without waking the flusher.
  */
 #include "block/internal.h"
 
@@ -14,37 +14,36 @@
 #include <string.h>
 
 /*
- * A page that nobody rewrites goes to the NAS after one to two of these, also when there is room for more. Swap is not
- * there for later: what counts is that the region is empty when much comes at once. With a tenth of that, a machine that
- * swaps fifty pages a second found no neighbours for them (13 KiB for each NFS write).
+ * A page that is not written again goes to the NAS after one to two of these, although the region has room: it should be
+ * empty when memory gets short. With a tenth of that, a machine that swaps fifty pages a second found no neighbours for
+ * them (13 KiB for each NFS write).
  */
 #define AGE_LIMIT_MS 5000
-/* What the server refuses (ENOSPC, EIO, ...) is tried again, but not at full speed: these are the pauses. */
+/* The pauses before what the server refused (ENOSPC, EIO, ...) is tried again. */
 #define REFUSED_PAUSE_MS 500
 #define REFUSED_PAUSE_LIMIT_MS 4000
 /*
- * A write that was repeated on a new connection may still lie in the server's queue of the old one, and be done
- * after its repetition. Until it must have been, the server gets no other bytes for those pages. See
+ * A write that was sent again on a new connection may have a twin: the old request may still lie in the server's queue,
+ * and be carried out after the new one. Until the twin must be done, the server gets no other bytes for those pages. See
  * docs/decisions/0011.
  */
 #define TWIN_MS 5000
-/* The same for what a worker before this one may have had under way. */
+/* The same for requests that the last worker may have had in flight. */
 #define REPLAY_MS 1000
-/* How often the flusher looks whether pages may travel again. */
+/* How often the flusher checks whether holds are over. */
 #define HOLD_TICK_MS 250
 
-/* ------------------------------------------------------------------ write-back: completions, no lock --- */
-
 /*
- * It refuses these pages, or a commit. They are held back for a pause that grows, while others may go: a full server
- * still takes what has its blocks. Said once, however often, until all that it refused is written or it refuses for
- * another reason. Lock held.
+ * The server has refused these pages, or a COMMIT. They are held for a pause that grows, while others may go: a full
+ * server still overwrites blocks that it has. Logged once, until everything that was refused is written or the server
+ * refuses for another reason. Lock held.
  */
 static void note_refusal(struct engine *engine, int error, uint64_t first_page, uint64_t count_pages)
 {
 	struct region_counters *c = counters(engine);
 	uint64_t now = now_ms();
 
+	assert_locked(&engine->lock);
 	if (atomic_load(&engine->stolen))
 		return;
 	if (now >= engine->refused_until_ms) {
@@ -65,11 +64,12 @@ static void note_refusal(struct engine *engine, int error, uint64_t first_page, 
 		 cache_unstable_count(engine->cache));
 }
 
-/* It has taken something. That one page went through does not say that it takes all again. Lock held. */
+/* The server has taken a write or a COMMIT. The refusal ends when all that it covers is written. Lock held. */
 static void note_success(struct engine *engine)
 {
 	struct region_counters *c = counters(engine);
 
+	assert_locked(&engine->lock);
 	engine->progress_at_ms = now_ms();
 	if (atomic_load_explicit(&c->write_back_error, memory_order_relaxed) == 0 ||
 	    !cache_is_stable(engine->cache, engine->refused_sequence))
@@ -102,10 +102,13 @@ static void write_back_done(struct nfsio_req *req)
 		engine->held_until_ms = until_ms;
 		set_counter(&counters(engine)->twins_until_ms, until_ms); /* for a worker after this one */
 	}
+	assert(write_back->busy && engine->write_backs_busy > 0);
 	write_back->busy = false;
 	engine->write_backs_busy--;
-	if (write_back->pages_max > SHORT_RUN_PAGES)
+	if (write_back->pages_max > SHORT_RUN_PAGES) {
+		assert(engine->spare_count < LONG_BUFFERS);
 		engine->spare[engine->spare_count++] = write_back->data;
+	}
 	count(&counters(engine)->nfs_in_flight, (uint64_t)-1);
 	if (error == 0)
 		note_success(engine);
@@ -113,7 +116,7 @@ static void write_back_done(struct nfsio_req *req)
 		note_refusal(engine, error, write_back->pages.first_page, write_back->pages.count);
 	note_unstable(engine);
 	file_look_locked(engine);
-	if (error != 0 || req->stable) /* else nobody gains anything before the COMMIT */
+	if (error != 0 || req->stable) /* else a request that waits must wait for the COMMIT */
 		pthread_cond_broadcast(&engine->progress);
 	keep_flushing(engine, error != 0 || req->resent);
 	pthread_mutex_unlock(&engine->lock);
@@ -124,14 +127,15 @@ static void commit_done(struct nfsio_req *req)
 	struct engine *engine = req->context;
 
 	pthread_mutex_lock(&engine->lock);
+	assert(engine->committing);
 	if (req->error != 0) {
 		cache_commit_failed(engine->cache);
 	} else {
-		uint32_t lost = cache_commit_done(engine->cache, req->verifier);
+		uint32_t rewrite = cache_commit_done(engine->cache, req->verifier);
 
-		count(&counters(engine)->lost_uncommitted_pages, lost);
-		if (lost > 0)
-			log_line("the server has restarted: writing %u pages again that it had not on disk", lost);
+		count(&counters(engine)->lost_uncommitted_pages, rewrite);
+		if (rewrite > 0)
+			log_line("the server restarted before it had committed %u pages: writing them again", rewrite);
 	}
 	engine->committing = false;
 	if (req->error == 0) {
@@ -146,8 +150,6 @@ static void commit_done(struct nfsio_req *req)
 	pthread_mutex_unlock(&engine->lock);
 }
 
-/* ------------------------------------------------------------------ the flusher ------------------------ */
-
 /* Is there a reason to write back now, rather than to wait for neighbours? Lock held. */
 static bool wants_write_back(const struct engine *engine)
 {
@@ -159,17 +161,17 @@ static bool wants_write_back(const struct engine *engine)
 	       is_half_full(engine) || oldest <= engine->aged_sequence;
 }
 
-/* Is there a reason to make the server keep what it has, now? Lock held. */
+/* Is there a reason to send a COMMIT now? Lock held. */
 static bool wants_commit(const struct engine *engine)
 {
 	uint32_t uncommitted = cache_uncommitted_count(engine->cache);
 
 	if (uncommitted == 0 || engine->committing || now_ms() < engine->commit_refused_until_ms)
 		return false;
-	/* one commit for many writes: while more are coming, it waits for a good number of pages */
+	/* one COMMIT for many writes: while more are coming, it waits for a good number of pages */
 	if (uncommitted >= engine->region.slot_count / 4)
 		return true;
-	/* what is held back is not waited for */
+	/* pages that are held are not waited for */
 	if (engine->waiting_for_stable > 0 || engine->waiting_for_slot > 0)
 		return cache_oldest_dirty(engine->cache) == 0;
 	return cache_unstable_count(engine->cache) == uncommitted;
@@ -191,11 +193,14 @@ static struct write_back *free_write_back(struct engine *engine)
 	return fits;
 }
 
-/* Start one write-back. Lock held, dropped meanwhile. */
+/* Start one write-back. Lock held; dropped while it is submitted. */
 static void start_write_back(struct engine *engine, struct write_back *write_back)
 {
-	if (write_back->pages_max > SHORT_RUN_PAGES)
+	assert(!write_back->busy && engine->write_backs_busy < WRITE_BACKS);
+	if (write_back->pages_max > SHORT_RUN_PAGES) {
+		assert(engine->spare_count > 0);
 		write_back->data = engine->spare[--engine->spare_count];
+	}
 	cache_take_page_run(engine->cache, pages_at_once(engine, write_back->pages_max), &write_back->pages,
 			    write_back->data);
 	write_back->busy = true;
@@ -216,9 +221,10 @@ static void start_write_back(struct engine *engine, struct write_back *write_bac
 	pthread_mutex_lock(&engine->lock);
 }
 
-/* Lock held, dropped meanwhile. */
+/* Send a COMMIT. Lock held; dropped while it is submitted. */
 static void commit(struct engine *engine)
 {
+	assert(!engine->committing);
 	cache_commit_begin(engine->cache);
 	engine->committing = true;
 	engine->commit = (struct nfsio_req){ .op = NFSIO_COMMIT, .done = commit_done, .context = engine };
@@ -228,7 +234,7 @@ static void commit(struct engine *engine)
 	pthread_mutex_lock(&engine->lock);
 }
 
-/* Wait for `work`, at most `ms`. Lock held, dropped meanwhile. */
+/* Wait for `work`, at most `ms`. Lock held; dropped while waiting. */
 static void wait_for_work(struct engine *engine, uint64_t ms)
 {
 	struct timespec until;
@@ -243,7 +249,10 @@ static void wait_for_work(struct engine *engine, uint64_t ms)
 	pthread_cond_timedwait(&engine->work, &engine->lock, &until);
 }
 
-/* Start one write-back or COMMIT, if there is reason to. Lock held, dropped meanwhile. */
+/*
+ * Start one write-back or COMMIT, if there is a reason to. Returns whether it did. Lock held; dropped while a request is
+ * submitted.
+ */
 static bool flush_step(struct engine *engine)
 {
 	struct write_back *write_back;
@@ -271,8 +280,8 @@ void flusher_call(struct engine *engine)
 }
 
 /*
- * A write-back or COMMIT is done: start what is next. The flusher is called where it has to look at the clock: for
- * pages that grow old, for a server that has refused one (`changed`), and for the end. Lock held, dropped meanwhile.
+ * A write-back or COMMIT has ended: start what is next. The flusher is woken where a time limit matters: for pages that
+ * grow old, after a refusal (`changed`), and for the end. Lock held; dropped while requests are submitted.
  */
 static void keep_flushing(struct engine *engine, bool changed)
 {
@@ -284,8 +293,8 @@ static void keep_flushing(struct engine *engine, bool changed)
 }
 
 /*
- * What a worker before this one had under way may arrive after what is sent now, and so may what that one had sent
- * twice.
+ * What the last worker had in flight may reach the server after what this one sends, and so may twins of what the last
+ * worker sent again.
  */
 void flusher_hold_replay(struct engine *engine)
 {
@@ -303,7 +312,7 @@ void flusher_hold_replay(struct engine *engine)
 void *flusher_thread(void *arg)
 {
 	struct engine *engine = arg;
-	uint64_t young_sequence, young_at_ms; /* what was written up to it was there then */
+	uint64_t young_sequence, young_at_ms; /* the newest write at that time */
 
 	touch_stack();
 	pthread_mutex_lock(&engine->lock);

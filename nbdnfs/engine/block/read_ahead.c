@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Read-ahead: fetches into slots what streams.h says that a reader will want next. */
+/* Read-ahead: fetch into slots what streams.h expects a reader to want next. */
 #include "block/internal.h"
 
 #include "base/crc32c.h"
@@ -17,6 +17,7 @@ static void fetch_done(struct nfsio_req *req)
 		crcs[i] = crc32c(fetch->data + (size_t)i * PAGE_BYTES, PAGE_BYTES);
 	pthread_mutex_lock(&engine->lock);
 	cache_fetch_done(engine->cache, fetch->first_page, fetch->count, fetch->number, ok ? fetch->data : NULL, crcs);
+	assert(fetch->busy && engine->spare_count < LONG_BUFFERS);
 	fetch->busy = false;
 	engine->spare[engine->spare_count++] = fetch->data;
 	count(&counters(engine)->nfs_in_flight, (uint64_t)-1);
@@ -24,7 +25,7 @@ static void fetch_done(struct nfsio_req *req)
 	pthread_mutex_unlock(&engine->lock);
 }
 
-/* NULL when all are under way. Lock held. */
+/* NULL when all are in flight. Lock held. */
 static struct fetch *free_fetch(struct engine *engine)
 {
 	for (struct fetch *fetch = engine->fetches; fetch < engine->fetches + FETCHES; fetch++)
@@ -33,21 +34,22 @@ static struct fetch *free_fetch(struct engine *engine)
 	return NULL;
 }
 
-/* Fetch pages into slots, as far as there is room for them. Lock held, dropped meanwhile. */
+/* Fetch pages into slots, as far as there is room for them. Lock held; dropped while a request is submitted. */
 static void fetch_pages(struct engine *engine, uint64_t first_page, uint32_t pages)
 {
 	while (pages > 0) {
 		struct fetch *fetch = free_fetch(engine);
 		uint32_t most = pages_at_once(engine, pages < FETCH_PAGES ? pages : FETCH_PAGES);
 
-		/* it must not take the place of pages that writes will need at once */
+		/* it must not take slots that writes will need soon */
 		if (fetch == NULL || engine->spare_count == 0 ||
 		    cache_unstable_count(engine->cache) >= engine->region.slot_count * 3 / 4)
 			return;
 		fetch->number = ++engine->fetch_number;
 		fetch->count = cache_fetch_begin(engine->cache, first_page, most, fetch->number);
+		assert(fetch->count <= most);
 		if (fetch->count == 0) {
-			first_page++; /* somebody has it: go on behind it */
+			first_page++; /* the cache has it: go on after it */
 			pages--;
 			continue;
 		}

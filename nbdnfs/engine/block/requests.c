@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Requests: what is read, written, flushed and trimmed, and whoever has to wait for it. */
+/* Requests: read, write, flush and trim. */
 #include "block/internal.h"
 
 #include "base/crc32c.h"
@@ -9,7 +9,7 @@
 
 /* Pages of a request that are looked up, checksummed and fetched in one go. */
 #define BATCH_PAGES 64
-/* A page whose checksum is wrong is read so often before it is given up. */
+/* How often a page whose checksum is wrong is read again. */
 #define CHECKSUM_TRIES 3
 
 static int check_range(const struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes)
@@ -20,15 +20,15 @@ static int check_range(const struct engine *engine, uint64_t offset_bytes, uint6
 	return 0;
 }
 
-/* What a request returns that is otherwise without error. */
+/* What a request returns that has met no error. */
 static int result_of(struct engine *engine)
 {
 	return atomic_load(&engine->stolen) ? -EIO : 0;
 }
 
 /*
- * Make sure that a page that the NAS answered is what was written to it. What was written since it was asked for
- * is newer, and in a slot or, if that was quick, on the NAS already: asked again then.
+ * Check that a page that the NAS returned is what was written to it. A write since the READ was sent makes them differ:
+ * its bytes are in a slot, or on the NAS already, which is why the page is read again.
  */
 static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 {
@@ -51,7 +51,7 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 		pthread_mutex_unlock(&engine->lock);
 		if (newer == CACHE_HIT || (wanted != 0 && wanted == found))
 			return 0;
-		if (wanted == 0) /* where the file was cut it has zeros again, which nobody has written */
+		if (wanted == 0) /* beyond a truncation the file may have zeros again, which are not what was written */
 			return (page + 1) * PAGE_BYTES <= file_truncated_bytes(engine) ? 0 : -EIO;
 		if (tries == CHECKSUM_TRIES)
 			break;
@@ -64,25 +64,25 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 		found = crc32c(data, PAGE_BYTES);
 	}
 	count(&c->checksum_failures, 1);
-	log_line("page %llu of the backing file is not what was written to it: the server has lost or changed it",
+	log_line("page %llu of the backing file is not what was written to it: the server lost or changed it",
 		 (unsigned long long)page);
 	return -EIO;
 }
 
-/* What the NAS answered to a request of consecutive pages, checked. */
+/* The result of a READ of consecutive pages, each of them checked. */
 static int verify_request(struct engine *engine, const struct nfsio_req *req)
 {
 	int error = req->error;
 
 	file_look(engine);
 	if (error == 0 && req->moved_bytes != req->length_bytes)
-		error = -EIO; /* the file ends before the device: it was cut */
+		error = -EIO; /* the file ends before the device: it was truncated */
 	for (uint32_t at = 0; error == 0 && at < req->length_bytes; at += PAGE_BYTES)
 		error = verify_page(engine, (req->offset_bytes + at) / PAGE_BYTES, req->data + at);
 	return error;
 }
 
-/* The number of a connection to read over. Lock held. */
+/* Lend a connection to a reader. Returns its number; 0 is shared and is not lent. Lock held. */
 static unsigned lend(struct engine *engine)
 {
 	for (unsigned i = 1; i < engine->io_count; i++)
@@ -94,8 +94,8 @@ static unsigned lend(struct engine *engine)
 }
 
 /*
- * At most BATCH_PAGES pages. What is in no slot comes straight into the request's buffer; a page that is read
- * once is in the reader's memory then, and has no need of a slot.
+ * Read at most BATCH_PAGES pages. What is in no slot comes straight into the request's buffer and gets no slot: the
+ * reader has it in memory then.
  */
 static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint32_t pages)
 {
@@ -107,6 +107,7 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 	unsigned io = 0;
 	int error = 0;
 
+	assert(pages <= BATCH_PAGES);
 	pthread_mutex_lock(&engine->lock);
 	for (uint32_t i = 0; i < pages; i++) {
 		uint8_t *target = data + (size_t)i * PAGE_BYTES;
@@ -135,11 +136,12 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 	started_us = now_us();
 	if (used > 0)
 		nfsio_batch_start(engine->ios[io], &batch, reqs, used);
-	readahead_follow(engine, page, pages); /* behind what somebody waits for */
+	readahead_follow(engine, page, pages); /* sent after what this thread waits for */
 	if (used > 0)
 		nfsio_batch_wait(&batch);
 	if (io > 0) {
 		pthread_mutex_lock(&engine->lock);
+		assert(engine->lent[io]);
 		engine->lent[io] = false;
 		pthread_mutex_unlock(&engine->lock);
 	}
@@ -169,9 +171,9 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 
 		error = read_batch(engine, data, page, now);
 		if (error == -ESTALE)
-			error = -EIO; /* the file is gone: NBD has no word for it */
+			error = -EIO; /* the file is gone: NBD has no ESTALE */
 		if (error == 0)
-			error = result_of(engine); /* it may have been somebody else's page already */
+			error = result_of(engine); /* the page may be another machine's */
 		data += (size_t)now * PAGE_BYTES;
 		page += now;
 		pages -= now;
@@ -183,8 +185,8 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 }
 
 /*
- * Wait for `progress`. False when that is to end in an error: the file is gone, or the mount is soft and the NAS has
- * taken nothing for too long since `since_ms`. Lock held, dropped meanwhile.
+ * Wait for `progress`. Returns false when waiting is an error: the file is stolen or gone too long, or the mount is soft
+ * and the NAS has taken nothing for too long since `since_ms`. Lock held; dropped while waiting.
  */
 static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
 {
@@ -201,7 +203,7 @@ static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
 	if (engine->progress_at_ms > end_ms)
 		end_ms = engine->progress_at_ms;
 	if (engine->held_until_ms > end_ms)
-		end_ms = engine->held_until_ms; /* that is our doing, not the server's */
+		end_ms = engine->held_until_ms; /* the holds are the engine's doing, not the server's */
 	end_ms += limit_ms;
 	if (now_ms() >= end_ms)
 		return false;
@@ -212,8 +214,8 @@ static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
 }
 
 /*
- * Wait until the flusher has brought everything of these pages up to `sequence` to the NAS. Returns 0 or -EIO.
- * Lock held, dropped meanwhile.
+ * Wait until the NAS has every write up to `sequence` to these pages, stably. Returns 0 or -EIO. Lock held; dropped while
+ * waiting.
  */
 static int wait_pages_stable(struct engine *engine, uint64_t page, uint64_t pages, uint64_t sequence)
 {
@@ -231,7 +233,7 @@ static int wait_pages_stable(struct engine *engine, uint64_t page, uint64_t page
 	return error;
 }
 
-/* At most BATCH_PAGES pages. After an error some of them are written. */
+/* Write at most BATCH_PAGES pages. After an error, some of them may be written. */
 static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page, uint32_t pages, bool fua)
 {
 	uint32_t crcs[BATCH_PAGES], filled = 0;
@@ -239,6 +241,7 @@ static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page
 	bool was_idle;
 	int error = 0;
 
+	assert(pages <= BATCH_PAGES);
 	for (uint32_t i = 0; i < pages; i++)
 		crcs[i] = crc32c(data + (size_t)i * PAGE_BYTES, PAGE_BYTES);
 	pthread_mutex_lock(&engine->lock);

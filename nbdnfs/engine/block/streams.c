@@ -5,13 +5,13 @@
 
 #define FIRST_WINDOW 8
 #define STRIDE_AHEAD 4
-/* Requests of one walker reach us in the order of several threads. */
+/* Requests of one reader arrive through several threads, out of order. */
 #define SLACK 32
-/* Further apart, two requests are not one walker's. */
+/* Two requests that are further apart belong to different readers. */
 #define REACH 1024
 #define STEPS_WANTED 2
 #define STRIDES_WANTED 3
-/* After so many requests, reading ahead is given another chance. */
+/* After so many requests, read-ahead is tried again. */
 #define ANOTHER_CHANCE 256
 
 void streams_init(struct streams *streams, uint32_t window_max)
@@ -25,7 +25,7 @@ static uint64_t distance(uint64_t a, uint64_t b)
 	return a > b ? a - b : b - a;
 }
 
-/* The walker whose last request was nearest, or a place for a new one. */
+/* The stream whose last request was nearest, or a new one in the place of the oldest. */
 static struct stream *stream_of(struct streams *streams, uint64_t page)
 {
 	struct stream *nearest = NULL, *oldest = &streams->of[0];
@@ -59,7 +59,7 @@ static bool walk_on(struct streams *streams, struct stream *stream, uint64_t dev
 
 	if (stream->ahead < stream->next)
 		stream->ahead = stream->next;
-	/* the next lot is asked for while half of the last one is still to be read */
+	/* the next window is fetched while half of the last one is still unread */
 	if (stream->ahead - stream->next > window / 2 || window < FIRST_WINDOW)
 		return false;
 	prefetch->first = stream->ahead;
@@ -77,13 +77,14 @@ static bool stride_on(const struct streams *streams, const struct stream *stream
 {
 	int64_t first = (int64_t)page + stream->stride * STRIDE_AHEAD;
 
-	/* the first time all that lies between, later one more each time */
+	/* the first time everything up to there, later one more each time */
 	prefetch->times = stream->strides == STRIDES_WANTED ? STRIDE_AHEAD : 1;
 	first -= stream->stride * (int64_t)(prefetch->times - 1);
 	prefetch->step = stream->stride;
 	prefetch->first = (uint64_t)first;
 	prefetch->count = count;
-	return streams->window_limit >= FIRST_WINDOW && first >= 0 && clipped((uint64_t)first, count, device_pages) == count;
+	return streams->window_limit >= FIRST_WINDOW && first >= 0 &&
+	       clipped((uint64_t)first, count, device_pages) == count;
 }
 
 bool streams_note(struct streams *streams, uint64_t page, uint32_t count, uint64_t device_pages,
@@ -106,7 +107,7 @@ bool streams_note(struct streams *streams, uint64_t page, uint32_t count, uint64
 	stream->stride = stride;
 	if (distance(page, stream->next) <= SLACK) {
 		if (page + count <= stream->next)
-			return false; /* late, or a second time */
+			return false; /* out of order, or read twice */
 		stream->next = page + count;
 		if (++stream->steps > STEPS_WANTED)
 			return walk_on(streams, stream, device_pages, prefetch);

@@ -7,8 +7,9 @@
 /* `count` more bytes of an issued request have moved. */
 void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool end_of_file)
 {
+	assert(req->moved_bytes <= req->length_bytes);
 	if (count > req->length_bytes - req->moved_bytes) {
-		io->broken = true; /* no server means that; the connection has lost its framing */
+		io->broken = true; /* the connection is out of step: no server answers that */
 		return;
 	}
 	io->useful = true;
@@ -16,10 +17,10 @@ void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool en
 	if (req->moved_bytes == req->length_bytes || end_of_file) {
 		req_finish(&io->inflight, req, 0);
 	} else if (count == 0) {
-		req_finish(&io->inflight, req, -EIO); /* neither bytes nor an end: asking again would not end */
+		req_finish(&io->inflight, req, -EIO); /* neither bytes nor the end: asking again might never end */
 	} else {
 		req_list_remove(&io->inflight, req);
-		req_list_push(&io->pending, req); /* a short transfer: the I/O thread asks for the rest */
+		req_list_push(&io->pending, req); /* a short transfer: ask for the rest */
 	}
 }
 
@@ -38,14 +39,14 @@ void note_refused3(struct nfsio *io, struct nfsio_req *req, int status)
 		req_finish(&io->inflight, req, nfsstat3_to_errno(status) < 0 ? nfsstat3_to_errno(status) : -EIO);
 }
 
-/* The server says how large the file is. */
+/* An answer says how large the file is. */
 void note_size(struct nfsio *io, uint64_t bytes)
 {
 	if (io->opened_once && bytes < io->opened.size_bytes && bytes < atomic_load(&io->truncated_bytes))
 		atomic_store(&io->truncated_bytes, bytes);
 }
 
-/* It says how many names the file has. */
+/* An answer says how many names the file has. */
 void note_links(struct nfsio *io, uint32_t links)
 {
 	if (links == 0)
@@ -57,7 +58,7 @@ void note_received(struct nfsio *io)
 	io->last_received_ms = io->silent_since_ms = now_ms();
 }
 
-/* True when this answer counts: it came from the server, over the context in use. */
+/* Did this answer come from the server, over the context in use? */
 bool counts_as_answer(struct nfsio *io, int rpc_status)
 {
 	if (io->discarding)
@@ -73,9 +74,9 @@ bool counts_as_answer(struct nfsio *io, int rpc_status)
 void note_written3(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool stable, uint64_t verifier)
 {
 	if (req->op == NFSIO_WRITE && !stable) {
-		req_finish(&io->inflight, req, -EPROTO); /* RFC 1813, 3.3.7: a FILE_SYNC write is answered as such */
+		req_finish(&io->inflight, req, -EPROTO); /* RFC 1813, 3.3.7: FILE_SYNC is answered with FILE_SYNC */
 	} else if (req->moved_bytes > 0 && !stable && verifier != req->verifier) {
-		req->moved_bytes = 0; /* the server restarted between the pieces: all of it again */
+		req->moved_bytes = 0; /* the server restarted between the pieces: send all of it again */
 		req_list_remove(&io->inflight, req);
 		req_list_push(&io->pending, req);
 	} else {

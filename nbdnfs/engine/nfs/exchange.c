@@ -6,12 +6,12 @@
 #include <poll.h>
 #include <unistd.h>
 
-/* Over an idle NFSv4 connection something is read so often; leases are 10 s and longer. */
+/* How often an idle NFSv4 client reads something: leases are 10 s and longer. */
 #define TOUCH_MS 4000
-/* While a silent connection is looked into. */
+/* How often a silent connection is looked at while it is tested. */
 #define SILENCE_TICK_MS 250
 
-/* A request under way is not to be waited for: libnfs takes none back, so all of them go on over another context. */
+/* A request in flight has waited too long. libnfs cannot cancel it, so all of them go over a new connection. */
 static void give_up_on_slow(struct nfsio *io)
 {
 	int64_t now = now_ms();
@@ -25,17 +25,26 @@ static bool is_write(const struct nfsio_req *req)
 	return req->op == NFSIO_WRITE || req->op == NFSIO_WRITE_UNSTABLE;
 }
 
+/* 0: send it; -EAGAIN: not yet; another -errno: it fails. */
+static int may_send(const struct nfsio *io, const struct nfsio_req *req)
+{
+	if (!is_write(req) || io->options.may_write == NULL)
+		return 0;
+	return io->options.may_write(io->options.may_write_context);
+}
+
 /* Send what waits, as far as the socket takes it. */
 void issue_pending(struct nfsio *io)
 {
 	struct nfsio_req *req;
 
+	assert_locked(&io->lock);
 	if (!is_up(io) || io->broken)
 		return;
 	if (io->inflight.head == NULL && io->pending.head != NULL)
 		io->silent_since_ms = now_ms();
 	while ((req = io->pending.head) != NULL && !io->broken && io->transport->has_room(io)) {
-		int refused = is_write(req) && io->options.may_write != NULL ? io->options.may_write(io->options.may_write_context) : 0;
+		int refused = may_send(io, req);
 
 		if (refused != 0 && refused != -EAGAIN) {
 			req_finish(&io->pending, req, refused);
@@ -61,20 +70,25 @@ static void touch_done(struct nfsio_req *req)
 }
 
 /*
- * An NFSv4 server forgets a client from which it hears nothing for a lease. What renews that is a call with the open
- * file's state id (RFC 7530, 9.5), such as READ; GETATTR has none.
+ * An NFSv4 server forgets a client that sends nothing for a lease. A call with the open file's state id renews it (RFC
+ * 7530, 9.5), such as READ; GETATTR has none.
  */
 static void touch_lease(struct nfsio *io)
 {
 	if (io->version == 3 || io->touching || io->inflight.head != NULL || now_ms() - io->silent_since_ms < TOUCH_MS)
 		return;
 	io->touching = true;
-	io->touch = (struct nfsio_req){ .op = NFSIO_READ, .length_bytes = 1, .data = &io->touch_byte, .done = touch_done };
+	io->touch = (struct nfsio_req){
+		.op = NFSIO_READ,
+		.length_bytes = 1,
+		.data = &io->touch_byte,
+		.done = touch_done,
+	};
 	req_enqueue(io, &io->touch, NULL);
 	io->detached++;
 }
 
-/* For how long a receiver may sleep. Requests that come meanwhile do not wake it. */
+/* How long a receiver may sleep. Requests that are submitted meanwhile do not wake it. */
 static int sleep_ms(const struct nfsio *io)
 {
 	int64_t ms = io->silence_ms;
@@ -95,8 +109,8 @@ static int sleep_ms(const struct nfsio *io)
 }
 
 /*
- * Wait for something to come over the connection and take it in. Lock held, dropped while waiting. Whoever
- * calls this is io->receiver; where somebody else is when the wait is over, what came is left to him.
+ * Wait until something can be received, and receive it. Called by the thread that is io->receiver; if another one is when
+ * the wait is over, that one receives. Lock held; dropped while waiting, and while callbacks run.
  */
 void receive(struct nfsio *io)
 {
@@ -110,7 +124,7 @@ void receive(struct nfsio *io)
 	uint64_t kicks;
 
 	if (io->finished.head != NULL)
-		timeout_ms = 0; /* what was refused before it went out */
+		timeout_ms = 0; /* give back at once what failed before it was sent */
 	if (me == RECEIVER_IO_THREAD)
 		io->io_thread_polls = true;
 	pthread_mutex_unlock(&io->lock);
@@ -120,6 +134,7 @@ void receive(struct nfsio *io)
 		io->io_thread_polls = false;
 	if (io->receiver != me)
 		return;
+	assert(is_up(io)); /* only the I/O thread throws a connection away, and not while a waiter receives */
 	if (fds[1].revents != 0)
 		(void)!read(io->wake_fd, &kicks, sizeof(kicks));
 	if (fds[0].revents != 0)

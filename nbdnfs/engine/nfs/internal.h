@@ -1,12 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What the parts of nfsio share; nobody else includes it. nfsio.h has what nfsio promises. Each part calls those above
- * it only.
+ * What the parts of nfsio share; nothing else includes it. nfsio.h has the contract. Each part calls those above it only.
  *
  * libnfs_calls.[ch]   what is peculiar to libnfs: its versions' signatures, its errors
  * wire*.[ch]           NFSv3 without libnfs; knows nothing of the rest
  * probe.[ch]           is the server alive? A connection of its own; knows nothing of the rest
- * queue.c              where requests lie, how they end, and who is woken
+ * queue.c              where requests lie, how they end, and which thread is woken
  * answers.c            what the server's answers mean, whichever transport received them
  * connect.c            a new connection: context, mount, open, raw handle
  * recognise.c          is it still the file that was opened?
@@ -20,14 +19,15 @@
  * io_thread.c          the I/O thread: receiving, and connecting again
  * open.c               open and close
  *
- * A submitting thread queues its calls on the context and writes them to the socket itself; the I/O thread
- * receives, reconnects, and sends what did not fit into the socket. A thread that waits for a batch, with
- * nothing else under way, receives in the I/O thread's place: the answer finds it without a detour. libnfs is
- * not thread-safe: every call on a published context is made under `lock`.
+ * A submitting thread writes its calls to the socket itself; the I/O thread receives, reconnects, and sends what did not
+ * fit into the socket. A thread that waits for a batch, with nothing else in flight, receives in the I/O thread's place:
+ * its answer needs no other thread to wake it. libnfs is not thread-safe: every call on a published context is made under
+ * `lock`.
  */
 #ifndef NBDNFS_NFSIO_INTERNAL_H
 #define NBDNFS_NFSIO_INTERNAL_H
 
+#include "base/assert.h"
 #include "nfs/nfsio.h"
 #include "nfs/libnfs_calls.h"
 #include "nfs/probe.h"
@@ -37,17 +37,17 @@
 #include <stdio.h>
 #include <time.h>
 
-/* How often those who wait without a connection are looked at. */
+/* How often the time limits of requests are checked while there is no connection. */
 #define AWAY_TICK_MS 250
 
 /* One name operation, on its caller's stack. Guarded by io->lock. */
 struct name_op {
 	struct nfsio *io;
 	bool done;
-	struct nfsio_failure *why; /* error 0 while nothing has gone wrong */
+	struct nfsio_failure *why; /* error 0 until it fails */
 	struct nfsio_stat *st;
-	struct nfsio_look *look; /* NULL but for nfsio_look(), whose file is `fh` */
-	struct nfsfh *fh;
+	struct nfsio_look *look; /* NULL but for nfsio_look() */
+	struct nfsfh *fh;       /* the file that `look` has opened */
 	int look_error;
 	pthread_cond_t finished;
 	struct name_op *next;
@@ -58,27 +58,27 @@ struct req_list {
 };
 
 /*
- * One libnfs call of a context that nobody else knows yet. It lives as long as the context: one that is destroyed
- * in the middle of a call still calls back.
+ * One libnfs call on a context that is not published yet. It lives as long as the context: one that is destroyed in the
+ * middle of a call still calls back.
  */
 struct step {
 	bool done;
-	bool insists;           /* goes on although the thread is to stop: its deadline is short */
+	bool insists;           /* goes on after `stop`: its deadline is short */
 	int error;
-	void *data;             /* what a successful call made; an error string does not outlive the callback */
+	void *data;             /* what a successful call made */
 	struct nfsio_stat st;
 	uint64_t fileid;
 	uint8_t *page;          /* where a page that is read goes */
-	uint32_t count;         /* how much of it has come */
+	uint32_t count;         /* how many bytes of it were read */
 };
 
-/* Who polls the connection and takes in what comes. */
+/* Which thread polls the connection and receives. */
 enum receiver { RECEIVER_NONE, RECEIVER_IO_THREAD, RECEIVER_WAITER };
 
 struct nfsio {
-	/* constant once nfsio_create() has returned */
+	/* constant after nfsio_create() */
 	char *url, *address;
-	char *mount_path;       /* the part of the URL's directory that the server lets us mount */
+	char *mount_path;       /* the part of the URL's directory that the server exports */
 	char *prefix;           /* the rest of it, "" or "/sub/dir" */
 	struct nfsio_options options;
 	struct nfsio_stat opened;
@@ -87,19 +87,19 @@ struct nfsio {
 	bool opened_once;       /* the I/O thread's own: `opened` is valid */
 	enum nfsio_transport next_transport; /* the I/O thread's own: of connections that are made from now on */
 	int backoff_ms;         /* the I/O thread's own: the pause before the next attempt to connect, 0: none */
-	int64_t patience_ms;    /* the I/O thread's own: for how long an attempt may go on */
+	int64_t patience_ms;    /* the I/O thread's own: how long an attempt to connect may take */
 	char handle[128];       /* the I/O thread's own: the file's, as it was first opened (NFS4_FHSIZE) */
 	int handle_bytes;       /* the I/O thread's own */
-	int64_t gone_since_ms;  /* the I/O thread's own: when the file was first found gone, 0: it is there */
+	int64_t gone_since_ms;  /* the I/O thread's own: when the file was first found gone, 0: it is not */
 	int64_t connected_at_ms; /* the I/O thread's own */
 	int64_t away_since_ms;  /* the I/O thread's own */
-	bool logged[NFSIO_FILE_REPLACED + 1]; /* the I/O thread's own: what has been said since then */
+	bool logged[NFSIO_FILE_REPLACED + 1]; /* the I/O thread's own: which conditions, since away_since_ms */
 	int wake_fd;            /* an eventfd: written to wake the I/O thread out of poll() */
 	pthread_t thread;
 	bool ended;             /* the closing thread's own: `thread` has been joined */
 
-	unsigned contexts;      /* the I/O thread's own: how many it has made */
-	struct step step;       /* the I/O thread's own: the call that connecting is waiting for */
+	unsigned contexts;      /* the I/O thread's own: the number that it has made */
+	struct step step;       /* the I/O thread's own: the call that it waits for while connecting */
 
 	atomic_bool stop;       /* set once, by nfsio_stop() */
 	_Atomic uint64_t truncated_bytes; /* nfsio_truncated_bytes() */
@@ -110,8 +110,8 @@ struct nfsio {
 	enum receiver receiver;
 	bool io_thread_polls;
 	unsigned batches;       /* threads in nfsio_batch_wait() */
-	unsigned detached;      /* requests and name operations under way that no batch waits for */
-	int64_t waited_at_ms;   /* when a waiter received last */
+	unsigned detached;      /* requests and name operations in flight that no batch waits for */
+	int64_t waited_at_ms;   /* when a waiter last received */
 	pthread_cond_t settled; /* signalled with first_done */
 	bool first_done;        /* the first attempt to connect has ended */
 	struct nfsio_failure *first_failure; /* nfsio_create()'s caller's, until first_done */
@@ -124,37 +124,37 @@ struct nfsio {
 	nfs_fh3 fh3;            /* points into fh */
 
 	struct nfsio_state state;
-	void (*changed)(void *context); /* of nfsio_watch(), NULL: nobody does */
+	void (*changed)(void *context); /* of nfsio_watch(); NULL: not called yet */
 	void *changed_context;
-	/* of nfsio_recognise(); sample NULL: no other handle is believed to be the file's, but by number and size */
+	/* of nfsio_recognise(); sample NULL: another handle is the file's if number and size fit */
 	bool (*sample)(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc);
 	void *sample_context;
 	uint8_t *sample_page;
-	bool broken;            /* the connection met a transport error: the I/O thread throws it away */
-	bool wire_failed;       /* the server's answers are too much for `wire`: libnfs is to have them */
-	bool useful;            /* it has brought an answer to a transfer */
+	bool broken;            /* the connection met an error: the I/O thread throws it away */
+	bool wire_failed;       /* the server sent an answer that `wire` does not understand: use libnfs */
+	bool useful;            /* a transfer was answered over it */
 	bool discarding;        /* a context is being destroyed: its callbacks mean nothing */
-	struct req_list pending;  /* to be issued, first come first served */
+	struct req_list pending;  /* to be issued, in this order */
 	struct req_list inflight; /* issued on the connection */
-	struct req_list finished; /* to be given back by the I/O thread, which then drops the lock */
-	struct req_list later;    /* the server asked to be asked again (JUKEBOX), or libnfs had no memory */
+	struct req_list finished; /* for give_back() */
+	struct req_list later;    /* to be pending at later_at_ms: after JUKEBOX, or without memory */
 	int64_t later_at_ms;
 
-	int64_t silent_since_ms; /* when something came over it, or was first waited for */
+	int64_t silent_since_ms; /* when something was last received, or first waited for after that */
 	int64_t silence_ms;     /* see look_into_silence() */
-	int64_t last_received_ms; /* when something came over it, or it was made */
-	int64_t suspect_since_ms; /* nfsio_suspect(): dead, if nothing has come over it since. 0: nobody has said so */
+	int64_t last_received_ms; /* when something was last received, or the connection was made */
+	int64_t suspect_since_ms; /* nfsio_suspect(): to be tested if nothing was received since. 0: not suspect */
 	int64_t given_up_at_ms; /* when silence last cost a connection, 0: never */
-	struct probe probe;     /* beside it, while its silence is looked into */
+	struct probe probe;     /* beside the connection, while that is tested */
 	int64_t probed_at_ms;   /* when the probe began or ended */
 
 	struct nfsio_req touch; /* NFSv4: keeps the lease alive */
 	uint8_t touch_byte;
 	bool touching;
-	struct name_op *name_ops; /* issued on nfs */
+	struct name_op *name_ops; /* issued on `nfs` */
 };
 
-/* What one connection is: handed from connect_once() to the rest. */
+/* A connection that is not published yet. */
 struct connection {
 	struct nfs_context *nfs;
 	struct nfsfh *fh;
@@ -175,13 +175,13 @@ struct transport {
 	bool (*has_room)(const struct nfsio *io);
 	/* Let the socket have what has been issued; NULL where issue() has done that. */
 	void (*push)(struct nfsio *io);
-	/* Ask for any answer at all, which counts for note_received(). Not 0: try again. */
+	/* Ask the server for any answer at all. Not 0: call again later. */
 	int (*send_null)(struct nfsio *io);
 	/* What to poll, for what, and what to do then. */
 	int (*socket)(const struct nfsio *io);
 	short (*events)(const struct nfsio *io);
 	void (*serve)(struct nfsio *io, short revents);
-	/* Close the connection. What was under way on it is not answered any more. */
+	/* Close the connection. Nothing in flight is answered any more. */
 	void (*close)(struct nfsio *io);
 };
 

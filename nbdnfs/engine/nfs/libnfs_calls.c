@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* What libnfs makes of a server's answers, in terms of ours. */
+/* What libnfs makes of a server's answers. */
 #include "nfs/libnfs_calls.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* libnfs's file API reports a lost transport by these, mixed with what the server may say (libnfs.c, nfs_v4.c). */
+/* Some of these are also errors that a server may return (libnfs.c, nfs_v4.c). */
 bool is_transport_error(int error)
 {
 	return error == -EFAULT || error == -EINTR || error == -ETIMEDOUT || error == -ENOTCONN || error == -ECONNRESET;
@@ -18,15 +18,23 @@ enum verdict4 verdict4(struct nfs_context *nfs)
 		const char *name;
 		enum verdict4 verdict;
 	} of[] = {
-		{ "NFS4ERR_DELAY", NOT_NOW4 },		 { "NFS4ERR_GRACE", NOT_NOW4 },
-		{ "NFS4ERR_RESOURCE", NOT_NOW4 },	 { "NFS4ERR_LOCKED", NOT_NOW4 },
-		{ "NFS4ERR_DQUOT", OVER_QUOTA4 },	 { "NFS4ERR_EXPIRED", STATE_FORGOTTEN4 },
+		{ "NFS4ERR_DELAY", NOT_NOW4 },
+		{ "NFS4ERR_GRACE", NOT_NOW4 },
+		{ "NFS4ERR_RESOURCE", NOT_NOW4 },
+		{ "NFS4ERR_LOCKED", NOT_NOW4 },
+		{ "NFS4ERR_DQUOT", OVER_QUOTA4 },
+		{ "NFS4ERR_EXPIRED", STATE_FORGOTTEN4 },
 		{ "NFS4ERR_STALE", STATE_FORGOTTEN4 }, /* ... _CLIENTID and _STATEID as well */
-		{ "NFS4ERR_BAD_STATEID", STATE_FORGOTTEN4 },	 { "NFS4ERR_OLD_STATEID", STATE_FORGOTTEN4 },
-		{ "NFS4ERR_BAD_SEQID", STATE_FORGOTTEN4 },	 { "NFS4ERR_ADMIN_REVOKED", STATE_FORGOTTEN4 },
-		{ "NFS4ERR_FHEXPIRED", STATE_FORGOTTEN4 },	 { "NFS4ERR_BADHANDLE", STATE_FORGOTTEN4 },
-		{ "NFS4ERR_NOFILEHANDLE", STATE_FORGOTTEN4 }, { "NFS4ERR_OPENMODE", STATE_FORGOTTEN4 },
-		{ "NFS4ERR_MOVED", STATE_FORGOTTEN4 },	 { "NFS4ERR_CLID_INUSE", STATE_FORGOTTEN4 },
+		{ "NFS4ERR_BAD_STATEID", STATE_FORGOTTEN4 },
+		{ "NFS4ERR_OLD_STATEID", STATE_FORGOTTEN4 },
+		{ "NFS4ERR_BAD_SEQID", STATE_FORGOTTEN4 },
+		{ "NFS4ERR_ADMIN_REVOKED", STATE_FORGOTTEN4 },
+		{ "NFS4ERR_FHEXPIRED", STATE_FORGOTTEN4 },
+		{ "NFS4ERR_BADHANDLE", STATE_FORGOTTEN4 },
+		{ "NFS4ERR_NOFILEHANDLE", STATE_FORGOTTEN4 },
+		{ "NFS4ERR_OPENMODE", STATE_FORGOTTEN4 },
+		{ "NFS4ERR_MOVED", STATE_FORGOTTEN4 },
+		{ "NFS4ERR_CLID_INUSE", STATE_FORGOTTEN4 },
 	};
 	const char *text = nfs_get_error(nfs);
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What is peculiar to libnfs. The one place that includes its headers, and the one that asks for its version: all other
- * parts of nfsio call libnfs by what 4.0 to 7.0 have in common, and by the functions below.
+ * What is peculiar to libnfs. The only file that includes its headers and depends on its version: all other files of this
+ * room use what 4.0 to 7.0 have in common, and the functions below.
  */
 #ifndef NBDNFS_NFSIO_LIBNFS_H
 #define NBDNFS_NFSIO_LIBNFS_H
@@ -12,7 +12,7 @@
 #include <nfsc/libnfs-raw.h>
 #include <nfsc/libnfs-raw-nfs.h>
 
-#ifdef LIBNFS_API_V2 /* 6.0 and later: buffers come with the call and the data lands in them */
+#ifdef LIBNFS_API_V2 /* 6.0 and later: the data of a READ lands in a buffer that comes with the call */
 #define DATA_LANDS_IN_PLACE 1
 static inline int call_read3(struct rpc_context *rpc, rpc_cb cb, void *data, size_t length, READ3args *args, void *arg)
 {
@@ -82,26 +82,28 @@ uint32_t url_number(const char *url, const char *key, uint32_t otherwise);
 
 /*
  * What nfs_get_fh() points to. libnfs keeps the definition in a private header, the same in 4.0, 5.0, 6.0 and
- * 7.0 (libnfs-private.h, struct nfs_fh). check_raw_handle() asks the server whether it is right.
+ * 7.0 (libnfs-private.h, struct nfs_fh). check_raw_handle() checks it with the server.
  */
 struct nfs_fh_bytes {
 	int len;
 	char *val;
 };
 
+/* Does this error of libnfs's file API mean that the connection broke? */
 bool is_transport_error(int error);
 
 /*
- * What an NFSv4 server says of the state that it keeps for us, or does not keep any more: libnfs passes it through
- * NFSv3's table, as -ERANGE mostly, but puts its name into the text (nfs_v4.c, check_nfs4_error).
+ * What an NFSv4 server's error means. libnfs translates it with NFSv3's table, mostly to -ERANGE, but its text has the
+ * error's name (nfs_v4.c, check_nfs4_error). STATE_FORGOTTEN4: the server does not keep our client or open any more.
  */
 enum verdict4 { REFUSED4, NOT_NOW4, STATE_FORGOTTEN4, OVER_QUOTA4 };
 
+/* Of the call whose callback is running. */
 enum verdict4 verdict4(struct nfs_context *nfs);
 
 void copy_stat(struct nfsio_stat *st, const struct nfs_stat_64 *from);
 
-/* For calls whose answer nothing depends on. */
+/* The callback of calls whose answer does not matter. */
 void libnfs_ignore(int error, struct nfs_context *nfs, void *data, void *arg);
 
 /* libnfs keeps no list of open files: what nfs_open() made is freed by nfs_close() only. `fh` may be NULL. */

@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * nfsio: one file on one NFS server, over one disposable libnfs context.
+ * nfsio: one file on one NFS server, over one connection at a time.
  *
- * Nothing outside nfsio*.c calls libnfs. A context is thrown away after any transport error and a new one is
- * mounted; requests belong to their callers, who see nothing of that: what was in flight is issued again.
+ * A connection is disposable: after any transport error it is thrown away and a new one is made. Requests belong to their
+ * callers, which see nothing of that: what was in flight is sent again.
  *
- * libnfs makes the connection: it mounts, looks up and opens. Whose `only_transfers` is set has the context thrown away
- * then, and READ, WRITE and COMMIT go over its connection without libnfs (wire.h).
+ * libnfs makes the connection: it mounts, looks up and opens. With NFSIO_OVER_WIRE its context is thrown away then, and
+ * READ, WRITE and COMMIT go over its socket without libnfs (wire.h). Nothing outside this room calls libnfs.
  *
- * Threads: nfsio_create() starts one I/O thread, which nfsio_destroy() ends. Every other function may be called
- * from any thread at any time between the two.
+ * Threads: nfsio_create() starts one I/O thread, which nfsio_join() ends. Every other function may be called from any
+ * thread at any time between the two.
  */
 #ifndef NBDNFS_NFSIO_H
 #define NBDNFS_NFSIO_H
@@ -23,52 +23,51 @@
 
 enum nfsio_op {
 	NFSIO_READ,
-	NFSIO_WRITE,          /* stable (FILE_SYNC) when it is done */
+	NFSIO_WRITE,          /* FILE_SYNC: stable when it is done */
 	NFSIO_WRITE_UNSTABLE, /* NFSv3: needs a COMMIT under the same verifier, unless `stable` says otherwise */
-	NFSIO_COMMIT,         /* NFSv3: all of the file; only its verifier counts */
+	NFSIO_COMMIT,         /* NFSv3: the whole file; its only result is the verifier */
 };
 
 /*
- * How transfers travel. Over a wire (wire.h) libnfs makes the connection and is then thrown away: there are no name
- * operations.
+ * How transfers travel over NFSv3; NFSv4 always goes over libnfs. Over a wire (wire.h) there is no libnfs context once
+ * the connection is made, and so there are no name operations.
  */
 enum nfsio_transport { NFSIO_OVER_LIBNFS, NFSIO_OVER_WIRE };
 
-/* What the server was asked when it failed. */
+/* What failed. */
 enum nfsio_phase { NFSIO_CONNECT, NFSIO_MOUNT, NFSIO_OPEN, NFSIO_NAME };
 
-/* What is known of the file and of the way to it. All but NFSIO_UP are being mended, for as long as it takes. */
+/* The condition of the file and of the connection. In all but NFSIO_UP, nfsio tries to connect for as long as it takes. */
 enum nfsio_condition {
 	NFSIO_UP,
-	NFSIO_LINK_DOWN,     /* there is no connection */
-	NFSIO_FILE_DELETED,  /* the server answers and has no such file, or has not mounted what it lies on yet */
-	NFSIO_FILE_REPLACED, /* the server has another file under its name */
+	NFSIO_LINK_DOWN,      /* there is no connection */
+	NFSIO_FILE_DELETED,   /* gone: the server has no such file, or has not mounted its file system yet */
+	NFSIO_FILE_REPLACED,  /* gone: the server has another file under its name */
 };
 
-/* Why something failed. `message` is libnfs's own words, "" when it had none. */
+/* Why something failed. `message` is libnfs's text, "" when there is none. */
 struct nfsio_failure {
 	enum nfsio_phase phase;
 	int error;              /* -errno */
 	char message[256];
 };
 
-/* One request. The caller's, to keep in place from nfsio_submit() on until `done` is called. */
+/* One request. The caller's, which keeps it in place, with its data, until `done` is called. */
 struct nfsio_req {
 	/* set by the caller */
 	enum nfsio_op op;
 	uint32_t length_bytes;  /* at most nfsio_max_transfer_bytes() */
 	uint64_t offset_bytes;
-	uint8_t *data;          /* only read from by the writes */
-	void (*done)(struct nfsio_req *req); /* called once, by some thread, without locks; must not block */
-	void *context;            /* for `done` */
+	uint8_t *data;          /* writes only read from it */
+	void (*done)(struct nfsio_req *req); /* called once, in some thread, without locks; must not block */
+	void *context;          /* for `done` */
 
 	/* result */
 	int error;              /* 0 or -errno */
-	uint32_t moved_bytes;   /* less than length_bytes only on error, or when a read met the end of the file */
-	uint64_t verifier;      /* of the server that took the write or the commit (RFC 1813: writeverf3) */
+	uint32_t moved_bytes;   /* less than length_bytes on error, or where a read met the end of the file */
+	uint64_t verifier;      /* of a write or a COMMIT (RFC 1813: writeverf3) */
 	bool stable;            /* a write that needs no COMMIT */
-
-	bool resent;            /* a write: also on its way on a connection that has broken, where it may yet arrive */
+	bool resent;            /* a write that was also sent on a connection that broke, and may arrive twice */
 
 	/* nfsio's own, guarded by its lock */
 	struct nfsio *io;
@@ -81,28 +80,28 @@ struct nfsio_req {
 struct nfsio_options {
 	const char *url;        /* an NFS URL: path, file, version, ports, uid and gid come from it */
 	const char *address;    /* the server's numeric address, used in place of the URL's host */
-	bool create;            /* make the file when it is not there */
-	bool exclusive;         /* with create: fail with EEXIST when it is */
+	bool create;            /* make the file where there is none */
+	bool exclusive;         /* with create: fail with EEXIST where there is one */
 	bool read_only;
-	enum nfsio_transport transport; /* over NFSv3; NFSv4 always goes over libnfs */
-	bool quiet;             /* another connection to the same server tells when it goes and comes */
+	enum nfsio_transport transport;
+	bool quiet;             /* log nothing that another connection to the same server logs */
 	uint32_t mode;          /* permission bits of a new file */
-	unsigned connect_timeout_s; /* for the first attempt; a server that is slower is given more by each that follows */
+	unsigned connect_timeout_s; /* of the first attempt; it doubles each time that it was too short */
 	/*
-	 * A connection over which nothing comes for so long, while requests wait, is looked into, see look_into_silence() in
-	 * silence.c. No request fails for being slow. 0: 15 s.
+	 * When nothing is received for so long while requests wait, the connection is tested: look_into_silence() in
+	 * silence.c. No request fails because the server is slow. 0: 15 s.
 	 */
 	unsigned silence_ms;
 	/*
-	 * What somebody waits for (every read, and what nfsio_transfer() runs) fails with -EIO
-	 * when it has waited for so long ("soft" of nfs(5)), 0: never ("hard") ...
+	 * Reads, and what nfsio_transfer() runs, fail with -EIO after waiting for so long ("soft" in nfs(5)). 0: never
+	 * ("hard").
 	 */
 	unsigned soft_limit_ms;
-	/* ... and at once, with -ESTALE, when the server has answered for so long that the file is gone. 0: never. */
+	/* They fail with -ESTALE, at once, when the file has been gone for so long. 0: never. */
 	unsigned gone_limit_ms;
 	/*
-	 * Asked each time that a write is about to go out, also again after a reconnect: 0: let it, -EAGAIN: ask again
-	 * soon, another -errno: the write fails with it. NULL: let all of them. Called with nfsio's lock held.
+	 * Called each time that a write is about to be sent, after a reconnect again. Returns 0 (send it), -EAGAIN (ask
+	 * again soon) or another -errno, with which the write fails. Called with nfsio's lock held. NULL: send all.
 	 */
 	int (*may_write)(void *context);
 	void *may_write_context;
@@ -117,78 +116,77 @@ struct nfsio_stat {
 struct nfsio;
 
 /*
- * Mount and open, once. Returns 0 and *io, or -errno and *why. The first failure is final; after a success a
- * lost connection is made again for ever.
+ * Mount and open. Returns 0 and *io, or -errno and *why: the first failure is final. Later, a broken connection is
+ * replaced for as long as it takes.
  */
 int nfsio_create(const struct nfsio_options *options, struct nfsio **io, struct nfsio_failure *why);
 
 /*
- * Give up the connection and have everything that waits for it fail, now and from now on. For who has threads to end
- * before nfsio_destroy(), which may not be called while another function runs.
+ * Close the connection and have everything that waits for it fail, now and from now on. For callers whose threads must
+ * end before nfsio_destroy(), which may not be called while another function runs.
  */
 void nfsio_stop(struct nfsio *io);
 
 /*
- * Fails what is still waiting with -ECANCELED, and joins the thread: nothing is called back from here on. For who has
- * several, whose callbacks look at the others: all are ended before one is closed.
+ * Stop, fail what still waits with -ECANCELED, and join the thread: no callback is called from here on. For callers with
+ * several nfsios whose callbacks look at the others: all are joined before one is destroyed.
  */
 void nfsio_join(struct nfsio *io);
 
-/* Ends it, if that has not been done, and frees everything. */
+/* Join, if that has not been done, and free everything. */
 void nfsio_destroy(struct nfsio *io);
 
 /* The file as it was opened. */
 void nfsio_opened_stat(const struct nfsio *io, struct nfsio_stat *st);
 
-/*
- * How it stands. `lost`: the file is gone, and for so long that reads fail. `connects`: how many connections there
- * have been.
- */
+/* How things stand. */
 struct nfsio_state {
 	enum nfsio_condition condition;
-	bool gone_too_long;
-	uint64_t connects;
-	int64_t silent_since_ms; /* CLOCK_MONOTONIC: from when on a connection was waited for in vain, 0: none was */
+	bool gone_too_long;     /* the file is gone, for so long that reads fail */
+	uint64_t connects;      /* the number of connections that have been made */
+	int64_t silent_since_ms; /* CLOCK_MONOTONIC: the begin of the silence that last cost a connection, 0: none did */
 };
 void nfsio_state(struct nfsio *io, struct nfsio_state *state);
 
 /*
- * Another connection to the server is dead, which has been waited for since then: what ended it may have ended this one. Where nothing has
- * come over it since, it is made anew if nobody waits for it, and else looked into at once. Returns soon.
+ * Another connection to the server was silent from `since_ms` on, and turned out dead: what ended it may have ended this
+ * one. If nothing has been received over this one since then, it is replaced when no request waits, and tested at once
+ * otherwise. Does not block.
  */
 void nfsio_suspect(struct nfsio *io, int64_t since_ms);
 
 /*
- * Have `changed` called whenever the state has changed, by nfsio's thread and without a lock, and once before this
- * returns. It may come to be called by two threads at once.
+ * Have `changed` called whenever the state has changed, in nfsio's thread and without a lock, and once before this
+ * returns. Two threads may call it at the same time.
  */
 void nfsio_watch(struct nfsio *io, void (*changed)(void *context), void *context);
 
-/* Has the server said that the file has no name any more? It may serve it as long as it has it open. */
+/* Has an answer shown that the file has no name any more? The server may keep it while it is open. */
 bool nfsio_is_unlinked(const struct nfsio *io);
 
 /*
- * How the file is recognised where the server knows it by another handle, as after a boot that gave its disk another
- * number, or as a new file that was given the old one's number: by pages whose bytes are known. `sample` is
- * called by nfsio's thread, without a lock, with the number of the try; it returns false when it knows no page, else
- * the page's place and CRC-32C. `page` is for the bytes, 4096 of them.
+ * How the file is recognised when the server has another handle for it (its disk has another number after a boot), as
+ * opposed to a new file that has the old one's number: by pages whose bytes are known. `sample` is called in nfsio's
+ * thread, without a lock, with the number of the try. It returns false when no page is known, else true with the page's
+ * place and CRC-32C. `page` is room for 4096 bytes.
  */
-void nfsio_recognise(struct nfsio *io, bool (*sample)(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc),
-		     void *context, uint8_t *page);
+void nfsio_recognise(struct nfsio *io,
+		     bool (*sample)(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc), void *context,
+		     uint8_t *page);
 
 /*
- * The least size that the file has been seen with since it was opened; UINT64_MAX while that is not less than
- * it was then. What the file has from there on is not what was written, whatever its size is by now.
+ * The least size that the file has had since it was opened; UINT64_MAX while that is what it had then. Beyond it, the file
+ * does not have what was written, whatever its size is now.
  */
 uint64_t nfsio_truncated_bytes(const struct nfsio *io);
 
-/* The most that one request may move: what the server takes in one READ and one WRITE, 1 MiB at most. */
+/* The most that one request may move: what the server takes in one READ and one WRITE, at most 1 MiB. */
 uint32_t nfsio_max_transfer_bytes(const struct nfsio *io);
 
 /* Start a request. Allocates nothing of its own. */
 void nfsio_submit(struct nfsio *io, struct nfsio_req *req);
 
-/* Requests that one thread waits for together. In place until nfsio_batch_wait() returns; guarded by io's lock. */
+/* Requests that one thread waits for together. In place until nfsio_batch_wait() returns; guarded by nfsio's lock. */
 struct nfsio_batch {
 	struct nfsio *io;
 	size_t waiting;
@@ -196,24 +194,23 @@ struct nfsio_batch {
 	pthread_cond_t all_done;
 };
 
-/* Start requests at once; their `done` is not called. */
+/* Start several requests; their `done` is not called. */
 void nfsio_batch_start(struct nfsio *io, struct nfsio_batch *batch, struct nfsio_req *reqs, size_t count);
 void nfsio_batch_wait(struct nfsio_batch *batch);
 
 /* Run one request and wait for it. Returns its error; -EBADF for a write to what was opened `read_only`. */
 int nfsio_transfer(struct nfsio *io, struct nfsio_req *req);
 
-/* Whether NFSIO_WRITE_UNSTABLE and NFSIO_COMMIT can be asked for: the verifier is seen over NFSv3 only. */
+/* Are there NFSIO_WRITE_UNSTABLE and NFSIO_COMMIT? Over NFSv3 only: libnfs hides the verifier of NFSv4. */
 bool nfsio_has_commit(const struct nfsio *io);
 
-/* Whether there is still a libnfs context, when it is connected. */
+/* Are there name operations? Over libnfs only. */
 bool nfsio_has_names(const struct nfsio *io);
 
 /*
- * Name operations, relative to the URL's directory ("/name"). Each returns 0, or -errno and *why; -EOPNOTSUPP where
- * nfsio_has_names() says no. Unlike
- * transfers they fail when the connection is lost: a RENAME that was sent twice may fail although the first did
- * its work, and only the caller can tell.
+ * Name operations, relative to the URL's directory ("/name"). Each returns 0, or -errno and *why; -EOPNOTSUPP where there
+ * are none. Unlike transfers they fail when the connection breaks: a RENAME that is sent twice may fail although the
+ * first one did its work, and only the caller can find out.
  */
 int nfsio_stat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why);
 int nfsio_fstat(struct nfsio *io, struct nfsio_stat *st, struct nfsio_failure *why);
@@ -221,13 +218,13 @@ int nfsio_link(struct nfsio *io, const char *old_path, const char *new_path, str
 int nfsio_rename(struct nfsio *io, const char *old_path, const char *new_path, struct nfsio_failure *why);
 int nfsio_unlink(struct nfsio *io, const char *path, struct nfsio_failure *why);
 
-/* A look at a small file, and a change to the very file that was seen, whatever has its name by then. */
+/* A look at a small file, and a change to the very file that was read, even if its name belongs to another by then. */
 struct nfsio_look {
-	uint8_t *data;          /* filled from the file's beginning */
+	uint8_t *data;          /* filled from the start of the file */
 	uint32_t room_bytes;
 	uint32_t found_bytes;
 	/*
-	 * Decides by what was found whether `change` is written. Called by some thread, with nfsio's lock held; NULL: it
+	 * Decides by what was read whether `change` is written. Called in some thread, with nfsio's lock held. NULL: it
 	 * is not.
 	 */
 	bool (*wants_change)(struct nfsio_look *look);
@@ -238,8 +235,8 @@ struct nfsio_look {
 };
 
 /*
- * Open the file that has the name now, read, change, close. The change may get lost with the server. An error says
- * that not all of it was done; `changed` is true when the server has taken the change.
+ * Open the file that has the name now, read, change, close. The change is not stable when this returns. On an error not all
+ * of it was done; `changed` says whether the server has taken the change.
  */
 int nfsio_look(struct nfsio *io, const char *path, struct nfsio_look *look, struct nfsio_failure *why);
 

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Where requests lie, how they end, and how the threads that wait for them are woken. */
+/* Where requests lie, how they end, and how threads that wait for them are woken. */
 #include "nfs/internal.h"
 
 #include <errno.h>
 #include <unistd.h>
 
+/* The pause before a request is sent again that the server has put off. */
 #define RETRY_LATER_MS 200
 
 void req_list_push(struct req_list *list, struct nfsio_req *req)
@@ -30,7 +31,7 @@ void req_list_remove(struct req_list *list, struct nfsio_req *req)
 		list->tail = req->prev;
 }
 
-/* Put all of `from` before what is in `to`: what was issued first is issued again first. */
+/* Put all of `from` before what is in `to`: what was issued first is issued first again. */
 void req_list_prepend(struct req_list *to, struct req_list *from)
 {
 	if (from->head == NULL)
@@ -44,7 +45,7 @@ void req_list_prepend(struct req_list *to, struct req_list *from)
 	from->head = from->tail = NULL;
 }
 
-/* Have whoever is in poll() look again. */
+/* Have the thread that is in poll() look again. */
 void wake_poller(struct nfsio *io)
 {
 	uint64_t one = 1;
@@ -53,8 +54,8 @@ void wake_poller(struct nfsio *io)
 }
 
 /*
- * The I/O thread has something to do. It may be in poll() although another receives: a waiter has taken its
- * place meanwhile, and has taken in what would have ended the poll.
+ * The I/O thread has something to do. It may be in poll() although a waiter has taken its place meanwhile, and has received
+ * what would have ended the poll.
  */
 void call_io_thread(struct nfsio *io)
 {
@@ -64,7 +65,7 @@ void call_io_thread(struct nfsio *io)
 		pthread_cond_signal(&io->io_work);
 }
 
-/* Have the I/O thread, and whoever receives in its place, look again. */
+/* Have the I/O thread look again, and a waiter that receives in its place. */
 void wake_io_thread(struct nfsio *io)
 {
 	wake_poller(io);
@@ -75,9 +76,12 @@ void req_finish(struct req_list *list, struct nfsio_req *req, int error)
 {
 	struct nfsio_batch *batch = req->batch;
 
+	assert(batch == NULL || batch->waiting > 0);
+	assert_locked(&req->io->lock);
 	req_list_remove(list, req);
 	req->error = error;
 	if (batch == NULL) {
+		assert(req->io->detached > 0);
 		req->io->detached--;
 		req_list_push(&req->io->finished, req);
 	} else if (--batch->waiting == 0 && batch->sleeping) {
@@ -91,7 +95,7 @@ void req_finish_all(struct req_list *list, int error)
 		req_finish(list, list->head, error);
 }
 
-/* Is it time to give up? Never for write-backs: somebody has been told that they are done. */
+/* Has it waited too long? Never for write-backs: their pages were acknowledged. */
 bool is_hopeless(const struct nfsio *io, const struct nfsio_req *req, int64_t now)
 {
 	if (req->op != NFSIO_READ && req->batch == NULL)
@@ -100,7 +104,7 @@ bool is_hopeless(const struct nfsio *io, const struct nfsio_req *req, int64_t no
 	       (io->options.soft_limit_ms > 0 && now - req->queued_at_ms >= io->options.soft_limit_ms);
 }
 
-/* Of what waits to be issued. */
+/* Fail what has waited too long to be issued. */
 void fail_hopeless(struct nfsio *io)
 {
 	struct req_list *lists[] = { &io->pending, &io->later };
@@ -121,7 +125,7 @@ void try_later(struct nfsio *io, struct req_list *list, struct nfsio_req *req)
 	io->later_at_ms = now_ms() + RETRY_LATER_MS;
 }
 
-/* Give finished requests back. Lock held, dropped while their `done` runs: that may submit again. */
+/* Give finished requests back. Lock held; dropped while their `done` runs, which may submit again. */
 void give_back(struct nfsio *io)
 {
 	while (io->finished.head != NULL) {

@@ -5,7 +5,7 @@
 #include <errno.h>
 #include <poll.h>
 
-/* Whoever receives polls with what he knew: tell him where that has changed. */
+/* A thread in poll() polls for what it knew then: wake it where that has changed. */
 static void wake_if_needed(struct nfsio *io)
 {
 	if (!is_up(io)) {
@@ -33,6 +33,7 @@ void nfsio_submit(struct nfsio *io, struct nfsio_req *req)
 
 void nfsio_batch_start(struct nfsio *io, struct nfsio_batch *batch, struct nfsio_req *reqs, size_t count)
 {
+	assert(count > 0);
 	batch->io = io;
 	batch->waiting = count;
 	batch->sleeping = false;
@@ -55,12 +56,12 @@ void nfsio_batch_wait(struct nfsio_batch *batch)
 
 	pthread_mutex_lock(&io->lock);
 	while (batch->waiting > 0) {
-		/* with others under way the I/O thread serves all of them better: no role to hand over */
+		/* with other requests in flight the I/O thread receives: the role need not be handed over */
 		bool alone = io->batches == 1 && io->detached == 0;
 
 		if (alone && io->receiver != RECEIVER_WAITER && is_up(io) && !io->broken && !atomic_load(&io->stop)) {
 			received = true;
-			io->receiver = RECEIVER_WAITER; /* the I/O thread, if it polls, finds out when it wakes up */
+			io->receiver = RECEIVER_WAITER; /* the I/O thread notices when its poll() ends */
 			receive(io);
 			io->receiver = RECEIVER_NONE;
 		} else {
@@ -73,6 +74,7 @@ void nfsio_batch_wait(struct nfsio_batch *batch)
 	}
 	if (received)
 		io->waited_at_ms = now_ms();
+	assert(io->batches > 0);
 	if (--io->batches > 0 || io->detached > 0 || io->broken)
 		if (io->receiver == RECEIVER_NONE)
 			call_io_thread(io);
@@ -84,7 +86,7 @@ int nfsio_transfer(struct nfsio *io, struct nfsio_req *req)
 {
 	struct nfsio_batch batch;
 
-	/* NFS has no open file: a server that lets us write does not know that we did not want to */
+	/* NFSv3 has no open files: the server does not know that this one was opened to read */
 	if (io->options.read_only && req->op != NFSIO_READ)
 		return -EBADF;
 	nfsio_batch_start(io, &batch, req, 1);

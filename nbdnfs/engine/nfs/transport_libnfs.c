@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The transport over libnfs: raw NFSv3 calls, and for NFSv4 libnfs's file API, which hides the state that v4 needs. */
+/*
+ * struct transport over libnfs. NFSv3 with raw calls, so that the status and the stability of each are seen as the server
+ * sent them; NFSv4 with libnfs's file API, which hides the state that NFSv4 needs.
+ */
 #include "nfs/internal.h"
 
 #include <errno.h>
@@ -14,7 +17,7 @@ static void note_attributes3(struct nfsio *io, const post_op_attr *attributes)
 	note_links(io, attributes->post_op_attr_u.attributes.nlink);
 }
 
-/* Before and after a write, which may have made a file long again that had been cut. */
+/* The file before and after a write: the write may have made a truncated file long again. */
 static void note_wcc3(struct nfsio *io, const wcc_data *wcc)
 {
 	if (wcc->before.attributes_follow)
@@ -38,7 +41,6 @@ static void read3_done(struct rpc_context *rpc, int status, void *data, void *ar
 	uint32_t count = ok->count;
 
 	note_attributes3(io, &ok->file_attributes);
-
 	if (!DATA_LANDS_IN_PLACE) {
 		if (count > ok->data.data_len)
 			count = ok->data.data_len;
@@ -118,7 +120,7 @@ static void file_call_done(int error, struct nfs_context *nfs, void *data, void 
 		    (uint32_t)error <= req->length_bytes - req->moved_bytes)
 			memcpy(req->data + req->moved_bytes, data, error);
 		req->stable = true; /* the file was opened with O_SYNC */
-		/* a read that moves nothing has met the end; the file API does not pass eof on */
+		/* the file API does not report the end of the file: a read that moves nothing has met it */
 		note_moved(io, req, error, req->op == NFSIO_READ && error == 0);
 	}
 }

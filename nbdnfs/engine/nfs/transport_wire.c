@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The transport without libnfs: NFSv3 over a socket of our own (wire.h). */
+/* struct transport over a wire (wire.h): NFSv3 without libnfs. */
 #include "nfs/internal.h"
 
 #include <errno.h>
@@ -7,6 +7,7 @@
 
 static int issue_on_wire(struct nfsio *io, struct nfsio_req *req)
 {
+	/* by enum nfsio_op */
 	static const enum wire_procedure procedures[] = {
 		[NFSIO_READ] = WIRE_READ,
 		[NFSIO_WRITE] = WIRE_WRITE,
@@ -22,11 +23,11 @@ static int issue_on_wire(struct nfsio *io, struct nfsio_req *req)
 		.stable = req->op == NFSIO_WRITE,
 	};
 	if (wire_send(&io->wire, &req->call) < 0)
-		io->broken = true; /* it is under way all the same, until the connection has been thrown away */
+		io->broken = true; /* the request counts as in flight until the connection is thrown away */
 	return 0;
 }
 
-/* An answer that came without libnfs. */
+/* An answer was received. */
 static void wire_answered(struct nfsio *io, const struct wire_answer *answer)
 {
 	struct nfsio_req *req = (struct nfsio_req *)((char *)answer->call - offsetof(struct nfsio_req, call));
@@ -47,7 +48,6 @@ static void wire_answered(struct nfsio *io, const struct wire_answer *answer)
 		note_committed3(io, req, answer->verifier);
 }
 
-/* What the socket is ready for. */
 static void serve_wire(struct nfsio *io, short revents)
 {
 	struct wire_answer answer;

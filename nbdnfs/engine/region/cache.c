@@ -6,7 +6,7 @@
 
 #include "base/crc32c.h"
 
-/* 0 means "unknown" in the table; a checksum that happens to be 0 is not checked. */
+/* The table has 0 for "unknown": a page whose checksum happens to be 0 is not checked. */
 uint32_t cache_checksum(const struct cache *cache, uint64_t page)
 {
 	return is_filled(cache, page) ? 0 : word_of(cache, page);
@@ -61,13 +61,14 @@ struct cache *cache_create(struct region *region)
 		uint64_t value = atomic_load(&region->slots[index]);
 		uint64_t page = slot_page(value);
 
-		/* a clean slot is only a saving: its page may have been on the way to its next owner */
-		if (slot_content(value) != SLOT_DIRTY || page >= region->page_count || slot_find(cache, page) != NO_SLOT) {
+		/* clean slots are dropped: the worker may have been killed while it reused one */
+		if (slot_content(value) != SLOT_DIRTY || page >= region->page_count ||
+		    slot_find(cache, page) != NO_SLOT) {
 			slot_publish(cache, index, SLOT_FREE);
 			slot_list_add(cache, ON_FREE, index);
 			continue;
 		}
-		/* the slot wins over what its maker may not have got to */
+		/* the slot is right: the worker may have been killed before it set these */
 		set_filled(cache, page, false);
 		set_word(cache, page, crc32c(data_of(cache, index), PAGE_BYTES));
 		cache->sequence++;
@@ -84,7 +85,7 @@ void cache_destroy(struct cache *cache)
 	free(cache);
 }
 
-/* False when a page was trimmed while its write is under way: the slot is only waiting for the end of that. */
+/* False when a page was trimmed while it is being written: the slot only waits for the end of that. */
 static bool has_bytes(const struct slot *slot)
 {
 	return slot->list == ON_CLEAN || slot->since != 0 || slot->rewritten != 0;
@@ -103,7 +104,7 @@ enum cache_lookup cache_read(struct cache *cache, uint64_t page, uint8_t *data)
 			cache->used++;
 		slot->read_ahead = false;
 		if (slot->list == ON_CLEAN)
-			slot_list_move(cache, ON_CLEAN, index); /* to the end: used last */
+			slot_list_move(cache, ON_CLEAN, index); /* to the end: last used */
 		return CACHE_HIT;
 	}
 	if (is_filled(cache, page)) {
@@ -113,7 +114,7 @@ enum cache_lookup cache_read(struct cache *cache, uint64_t page, uint8_t *data)
 	return CACHE_MISS;
 }
 
-/* Take the page off its slot, if it has one; a run that is under way keeps the slot until it is done. */
+/* Take the page off its slot, if it has one; a write-back keeps the slot until it ends. */
 static void forget(struct cache *cache, uint64_t page)
 {
 	uint32_t index = slot_find(cache, page);
@@ -134,7 +135,7 @@ static void forget(struct cache *cache, uint64_t page)
 	}
 }
 
-/* Put bytes into the page's slot, or a new one. False: there is none. */
+/* Put bytes into the page's slot, or a new one. Returns false when there is none. */
 static bool store(struct cache *cache, uint64_t page, const uint8_t *data, uint32_t crc)
 {
 	uint32_t index = slot_find(cache, page);
@@ -144,12 +145,12 @@ static bool store(struct cache *cache, uint64_t page, const uint8_t *data, uint3
 		if (index == NO_SLOT)
 			return false;
 	} else if (cache->slots[index].list == ON_CLEAN) {
-		slot_publish(cache, index, SLOT_FREE); /* killed while copying, the NAS still has what was there */
+		slot_publish(cache, index, SLOT_FREE); /* if killed while copying: the NAS has the old bytes */
 	}
 	cache->slots[index].fetching = false;
 	memcpy(data_of(cache, index), data, PAGE_BYTES);
 	slot_became_dirty(cache, index);
-	/* killed in between, the slot wins: see cache_create() */
+	/* if killed here: the slot is right, see cache_create() */
 	set_filled(cache, page, false);
 	set_word(cache, page, crc);
 	return true;
@@ -163,7 +164,7 @@ enum cache_store cache_write(struct cache *cache, uint64_t page, const uint8_t *
 	if (!may_fill || !is_one_word(data))
 		return store(cache, page, data, crc) ? CACHE_STORED : CACHE_FULL;
 	memcpy(&word, data, sizeof(word));
-	/* killed after the first of these, the NAS's page does not match and is an error, not wrong bytes */
+	/* if killed after the first of these: the page on the NAS does not match, which is EIO, not wrong bytes */
 	set_word(cache, page, word);
 	set_filled(cache, page, true);
 	forget(cache, page);
@@ -207,7 +208,8 @@ bool cache_materialise(struct cache *cache, uint64_t *page)
 	uint8_t data[PAGE_BYTES];
 
 	for (; *page < cache->region->page_count; (*page)++) {
-		if (*page % 64 == 0 && atomic_load_explicit(&cache->region->filled[*page / 64], memory_order_relaxed) == 0) {
+		if (*page % 64 == 0 &&
+		    atomic_load_explicit(&cache->region->filled[*page / 64], memory_order_relaxed) == 0) {
 			*page += 63;
 			continue;
 		}

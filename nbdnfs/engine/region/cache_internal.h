@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What the parts of the cache share; nothing else includes it. cache.h has what the cache promises. Each part calls
- * those above it only.
+ * What the parts of the cache share; nothing else includes it. cache.h has the contract. Each part calls those above it
+ * only.
  *
  * slots.c      lists, hash, and the life of a slot
  * cache.c      create and destroy, read, write and trim
@@ -11,14 +11,14 @@
 #ifndef NBDNFS_CACHE_INTERNAL_H
 #define NBDNFS_CACHE_INTERNAL_H
 
+#include "base/assert.h"
 #include "region/cache.h"
 
 #include <string.h>
 
 /*
- * What a slot is, beyond what the region says of it. The lists: FREE and CLEAN slots are on one each (CLEAN in
- * the order of their last use), DIRTY ones that are not under way on another, oldest first. A slot whose page
- * is under way (`writing`) or being fetched is on none, unless it is DIRTY again or UNCOMMITTED.
+ * The list that a slot is on. CLEAN is in the order of last use, DIRTY and UNCOMMITTED with the oldest first. A slot that
+ * is being written or fetched is on none.
  */
 enum list_name { ON_NONE, ON_FREE, ON_CLEAN, ON_DIRTY, ON_UNCOMMITTED, LIST_COUNT };
 
@@ -26,16 +26,16 @@ struct slot {
 	uint32_t prev, next;    /* of its list */
 	uint32_t hash_next;
 	uint8_t list;
-	bool hashed;            /* page is found under its number */
-	bool writing;           /* a run with it is under way */
+	bool hashed;            /* slot_find() finds it */
+	bool writing;           /* a copy of it is on its way to the NAS */
 	bool fetching;
-	bool read_ahead;        /* fetched, and nobody has read it yet */
-	bool in_commit;         /* the commit under way covers it */
+	bool read_ahead;        /* fetched, and not read yet */
+	bool in_commit;         /* the COMMIT in flight covers it */
 	uint64_t page;
 	uint64_t fetch;         /* which fetch, while fetching */
 	uint64_t verifier;      /* while UNCOMMITTED */
-	uint64_t since;         /* the oldest write that the NAS may not have, 0 when it has all */
-	uint64_t rewritten;     /* the oldest write since the run under way was copied, 0 for none */
+	uint64_t since;         /* the oldest write that the NAS may not have stably, 0: none */
+	uint64_t rewritten;     /* the oldest write since `writing` made its copy, 0: none */
 };
 
 struct list {
@@ -61,16 +61,19 @@ struct cache {
 
 static inline uint8_t *data_of(const struct cache *cache, uint32_t index)
 {
+	assert(index < cache->region->slot_count);
 	return cache->region->data + (size_t)index * PAGE_BYTES;
 }
 
 static inline bool is_filled(const struct cache *cache, uint64_t page)
 {
+	assert(page < cache->region->page_count);
 	return atomic_load_explicit(&cache->region->filled[page / 64], memory_order_relaxed) >> (page % 64) & 1;
 }
 
 static inline uint32_t word_of(const struct cache *cache, uint64_t page)
 {
+	assert(page < cache->region->page_count);
 	return atomic_load_explicit(&cache->region->page_table[page], memory_order_relaxed);
 }
 
@@ -78,6 +81,7 @@ static inline void set_filled(struct cache *cache, uint64_t page, bool filled)
 {
 	uint64_t bit = (uint64_t)1 << (page % 64);
 
+	assert(page < cache->region->page_count);
 	if (filled)
 		atomic_fetch_or_explicit(&cache->region->filled[page / 64], bit, memory_order_release);
 	else
@@ -86,6 +90,7 @@ static inline void set_filled(struct cache *cache, uint64_t page, bool filled)
 
 static inline void set_word(struct cache *cache, uint64_t page, uint32_t word)
 {
+	assert(page < cache->region->page_count);
 	atomic_store_explicit(&cache->region->page_table[page], word, memory_order_release);
 }
 
@@ -95,7 +100,7 @@ static inline void fill(uint8_t *data, uint32_t word)
 		memcpy(data + at, &word, 4);
 }
 
-/* slots.c */
+/* slots.c. An index is a slot's; NO_SLOT where there is none. */
 
 void slot_list_add(struct cache *cache, enum list_name name, uint32_t index);
 void slot_list_drop(struct cache *cache, uint32_t index);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Reading ahead: slots for pages that are on their way. */
+/* Reading ahead: slots for pages that are being fetched. */
 #include "region/cache_internal.h"
 
 uint32_t cache_fetch_begin(struct cache *cache, uint64_t first_page, uint32_t count, uint64_t fetch)
@@ -15,6 +15,7 @@ uint32_t cache_fetch_begin(struct cache *cache, uint64_t first_page, uint32_t co
 		index = slot_take(cache, page);
 		if (index == NO_SLOT)
 			break;
+		assert(!cache->slots[index].writing);
 		cache->slots[index].fetching = true;
 		cache->slots[index].fetch = fetch;
 	}

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "region/region.h"
 
+#include "base/assert.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -40,12 +42,12 @@ size_t region_size_bytes(uint64_t device_bytes, uint32_t slot_count)
 	return lay_out(device_bytes, slot_count).end;
 }
 
-/* Is it a region, of this version, for this file? */
+/* Is it a region, of this version, for this backing file? Returns 0, or -errno and `message`. */
 static int check(const struct region_header *header, size_t bytes, const struct region_identity *identity,
 		 char *message, size_t message_bytes)
 {
 	if (memcmp(header->magic, MAGIC, sizeof(MAGIC)) != 0) {
-		snprintf(message, message_bytes, "it is not a region");
+		snprintf(message, message_bytes, "the file is not a region");
 		return -EPROTO;
 	}
 	if (header->version != REGION_VERSION) {
@@ -58,98 +60,107 @@ static int check(const struct region_header *header, size_t bytes, const struct 
 		return -EINVAL;
 	}
 	if (header->region_bytes != bytes || region_size_bytes(identity->device_bytes, header->slot_count) != bytes) {
-		snprintf(message, message_bytes, "the region has %zu bytes, which is not what it says", bytes);
+		snprintf(message, message_bytes, "the region has %zu bytes, and its header says otherwise", bytes);
 		return -EPROTO;
 	}
 	return 0;
 }
 
-int region_map(struct region *region, int fd, const struct region_identity *identity, uint32_t slot_count,
-	       char *message, size_t message_bytes)
+/* Open the region's file once more: flock(2) belongs to the open file, which dup(2) would share with the caller. */
+static int reopen(int fd)
 {
-	bool own = fd < 0;
-	void *memory = MAP_FAILED;
+	char path[64];
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	fd = open(path, O_RDWR | O_CLOEXEC);
+	return fd < 0 ? -errno : fd;
+}
+
+/* Lock the region's file and map all of it, in memory. Returns 0 or -errno and `message`. */
+static int lock_and_map(struct region *region, size_t new_bytes, char *message, size_t message_bytes)
+{
 	struct stat st;
-	int error;
+	void *memory;
 
-	*region = (struct region){ .fd = own ? memfd_create("nbdnfs-region", MFD_CLOEXEC) : dup(fd) };
-	message[0] = '\0';
-	if (region->fd < 0)
+	if (fstat(region->fd, &st) < 0)
 		return -errno;
-	if (fstat(region->fd, &st) < 0) {
-		error = -errno;
-		goto fail;
-	}
-	/* flock is the open file's, which dup() shares: a descriptor of our own is opened through /proc */
-	if (!own) {
-		char path[64];
-		int reopened;
-
-		snprintf(path, sizeof(path), "/proc/self/fd/%d", region->fd);
-		reopened = open(path, O_RDWR | O_CLOEXEC);
-		if (reopened < 0) {
-			error = -errno;
-			goto fail;
-		}
-		close(region->fd);
-		region->fd = reopened;
-	}
 	if (flock(region->fd, LOCK_EX | LOCK_NB) < 0) {
-		error = errno == EWOULDBLOCK ? -EBUSY : -errno;
+		int error = errno == EWOULDBLOCK ? -EBUSY : -errno;
+
 		snprintf(message, message_bytes, "the region is in use by another worker");
-		goto fail;
+		return error;
 	}
-	region->bytes = st.st_size > 0 ? (size_t)st.st_size : region_size_bytes(identity->device_bytes, slot_count);
-	if (st.st_size == 0 && ftruncate(region->fd, (off_t)region->bytes) < 0) {
-		error = -errno;
-		goto fail;
-	}
+	region->bytes = st.st_size > 0 ? (size_t)st.st_size : new_bytes;
+	if (st.st_size == 0 && ftruncate(region->fd, (off_t)region->bytes) < 0)
+		return -errno;
 	memory = mmap(NULL, region->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, region->fd, 0);
-	if (memory == MAP_FAILED) {
-		error = -errno;
-		goto fail;
-	}
+	if (memory == MAP_FAILED)
+		return -errno;
 	/* MAP_POPULATE does nothing in a process that locks on fault (mm/gup.c: populate_vma_page_range) */
 	for (size_t at = 0; at < region->bytes; at += PAGE_BYTES)
 		atomic_fetch_or((_Atomic uint8_t *)memory + at, 0);
-	madvise(memory, region->bytes, MADV_DONTDUMP); /* other processes' pages: not for a core file */
+	madvise(memory, region->bytes, MADV_DONTDUMP); /* other processes' pages do not belong in a core file */
 	region->header = memory;
-	if (region->bytes >= sizeof(struct region_header) && region->header->magic[0] == '\0' &&
-	    region_size_bytes(identity->device_bytes, slot_count) == region->bytes) {
-		/* new, or its maker was killed before it had put anything in */
-		region->header->version = REGION_VERSION;
-		region->header->slot_count = slot_count;
-		region->header->identity = *identity;
-		region->header->region_bytes = region->bytes;
-		atomic_thread_fence(memory_order_release);
-		memcpy(region->header->magic, MAGIC, sizeof(MAGIC));
-	} else {
-		error = region->bytes < sizeof(struct region_header)
-				? -EPROTO
-				: check(region->header, region->bytes, identity, message, message_bytes);
-		if (error != 0)
-			goto fail;
-	}
-	struct layout at = lay_out(identity->device_bytes, region->header->slot_count);
+	return 0;
+}
 
-	region->slot_count = region->header->slot_count;
-	region->page_count = identity->device_bytes / PAGE_BYTES;
-	region->slots = (void *)((char *)memory + at.slots);
-	region->page_table = (void *)((char *)memory + at.page_table);
-	region->filled = (void *)((char *)memory + at.filled);
-	region->data = (uint8_t *)memory + at.data;
+/* Lay out a region that is new, or whose maker was killed before it had put anything in. */
+static void make_header(struct region *region, const struct region_identity *identity, uint32_t slot_count)
+{
+	region->header->version = REGION_VERSION;
+	region->header->slot_count = slot_count;
+	region->header->identity = *identity;
+	region->header->region_bytes = region->bytes;
+	atomic_thread_fence(memory_order_release);
+	memcpy(region->header->magic, MAGIC, sizeof(MAGIC));
+}
+
+static void set_parts(struct region *region)
+{
+	struct region_header *header = region->header;
+	struct layout at = lay_out(header->identity.device_bytes, header->slot_count);
+
+	assert(at.end == region->bytes);
+	region->slot_count = header->slot_count;
+	region->page_count = header->identity.device_bytes / PAGE_BYTES;
+	region->slots = (void *)((char *)header + at.slots);
+	region->page_table = (void *)((char *)header + at.page_table);
+	region->filled = (void *)((char *)header + at.filled);
+	region->data = (uint8_t *)header + at.data;
+}
+
+int region_map(struct region *region, int fd, const struct region_identity *identity, uint32_t slot_count,
+	       char *message, size_t message_bytes)
+{
+	size_t new_bytes = region_size_bytes(identity->device_bytes, slot_count);
+	int error;
+
+	message[0] = '\0';
+	*region = (struct region){ .fd = fd < 0 ? memfd_create("nbdnfs-region", MFD_CLOEXEC) : reopen(fd) };
+	if (region->fd < 0)
+		return fd < 0 ? -errno : region->fd;
+	error = lock_and_map(region, new_bytes, message, message_bytes);
+	if (error == 0 && region->bytes < sizeof(struct region_header)) {
+		snprintf(message, message_bytes, "the file is not a region");
+		error = -EPROTO;
+	}
+	if (error == 0 && region->header->magic[0] == '\0' && region->bytes == new_bytes)
+		make_header(region, identity, slot_count);
+	else if (error == 0)
+		error = check(region->header, region->bytes, identity, message, message_bytes);
+	if (error != 0) {
+		region_unmap(region);
+		return error;
+	}
+	set_parts(region);
 	count(&region->header->generation, 1);
 	return 0;
-fail:
-	if (memory != MAP_FAILED)
-		munmap(memory, region->bytes);
-	close(region->fd);
-	return error;
 }
 
 void region_unmap(struct region *region)
 {
-	munmap(region->header, region->bytes);
+	if (region->header != NULL)
+		munmap(region->header, region->bytes);
 	close(region->fd);
 }
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * region: shared memory (a memfd) that outlives a worker. It holds what the kernel was told is written and the
- * NAS does not have yet, so that the next worker can finish the job.
+ * region: shared memory (a memfd) that outlives a worker. It holds the pages that were acknowledged to the kernel and
+ * that the NAS does not have yet, so that the next worker can write them.
  *
  *   header | slot table | page table | filled bitmap | slot data
  *
@@ -9,11 +9,11 @@
  * or, where the filled bitmap has the page's bit, the 32-bit word that the whole page repeats. A filled page
  * lives here alone: the NAS does not have it until a FLUSH writes it.
  *
- * A worker may be killed between any two instructions. Whatever is not acknowledged may be lost, so each change
- * is made in an order that never lets go of the old state before the new one is whole; see cache.c.
+ * A worker may be killed between any two instructions. Only what was acknowledged must survive, so each change is made
+ * in an order that keeps the old state until the new one is complete; see cache.c.
  *
- * One process maps a region at a time: the mapper holds a lock on the descriptor, which the kernel drops when
- * the process is gone. All fields are in the machine's own byte order.
+ * One process maps a region at a time: it holds a lock on the open file (flock(2)), which the kernel drops when the
+ * process ends. All fields are in the machine's own byte order.
  */
 #ifndef NBDNFS_REGION_H
 #define NBDNFS_REGION_H
@@ -26,7 +26,7 @@
 #define PAGE_BYTES 4096u
 #define REGION_VERSION 2u
 
-/* What a slot holds, as the next worker will find it. FETCHING and WRITING are the worker's own business. */
+/* What a slot holds, as the next worker finds it. FETCHING and WRITING exist in the worker's own memory only. */
 enum slot_content { SLOT_FREE = 0, SLOT_CLEAN = 1, SLOT_DIRTY = 2 };
 
 /* The backing file that a region belongs to. */
@@ -36,17 +36,17 @@ struct region_identity {
 	uint64_t path_hash;
 };
 
-/* What has become of the backing file. */
+/* The state of the backing file on the server. */
 enum region_file {
 	REGION_FILE_THERE = 0,
 	REGION_FILE_DELETED = 1,
 	REGION_FILE_REPLACED = 2,
-	REGION_FILE_TRUNCATED = 3,    /* it was cut short; until the next worker, even if it has its length again */
+	REGION_FILE_TRUNCATED = 3, /* stays until the next worker, even if the file has its length again */
 };
 
 #define HISTOGRAM_BUCKETS 32
 
-/* Written by the worker without locks, read by anybody: each is a whole number of its own. */
+/* Written by the worker without locks, read by other processes: each number is whole, but not of one moment. */
 #define REGION_COUNTERS(X)                                                                         \
 	X(reads) X(writes) X(flushes) X(trims)      /* NBD requests */                              \
 	X(read_bytes) X(written_bytes)                                                             \
@@ -57,19 +57,19 @@ enum region_file {
 	X(read_ahead_pages) X(read_ahead_hits) X(read_ahead_wasted)                                \
 	X(stalls)                                   /* writes that had to wait for a slot */        \
 	X(write_errors)                             /* write-backs that the server refused */       \
-	X(lost_uncommitted_pages)                   /* written again: the server had restarted */   \
+	X(lost_uncommitted_pages)                   /* lost by a server that restarted; written again */ \
 	X(checksum_rereads) X(checksum_failures)                                                   \
 	X(replayed_pages)                           /* found dirty by a new worker */               \
 	X(reconnects)                                                                              \
-	X(unstable_pages)                           /* now: what the NAS does not have for good */  \
-	X(nfs_in_flight)                            /* now: write-backs and read-aheads under way */ \
+	X(unstable_pages)                           /* now: pages that the NAS does not have stably */ \
+	X(nfs_in_flight)                            /* now: write-backs and read-aheads */ \
 	X(write_back_error)                         /* now: errno of the last refusal, 0 when none */ \
-	X(disconnected)                             /* now: 1 while there is no connection */           \
+	X(disconnected)                             /* now: 1 while a connection is link_down */    \
 	X(file_state)                               /* now: an enum region_file */                  \
 	X(twins_until_ms)                           /* CLOCK_MONOTONIC: until when pages are held */ \
 	X(owner_state)                              /* now: enum owner_state */
 
-/* log2 of microseconds: bucket n counts what took less than 2^n */
+/* Bucket n counts what took less than 2^n microseconds. */
 #define REGION_HISTOGRAMS(X) X(read_us) X(write_us) X(nfs_read_us) X(nfs_write_us)
 
 struct region_counters {
@@ -87,7 +87,7 @@ struct region_header {
 	uint32_t slot_count;
 	struct region_identity identity;
 	uint64_t region_bytes;
-	_Atomic uint64_t generation;    /* how many workers have mapped it */
+	_Atomic uint64_t generation;    /* the number of workers that have mapped it */
 	struct region_counters counters;
 };
 
@@ -111,8 +111,8 @@ _Static_assert(sizeof(struct region_counters) == (REGION_COUNTER_COUNT + REGION_
 _Static_assert(sizeof(struct region_header) == 56 + sizeof(struct region_counters), "layout");
 
 /*
- * One 64-bit store publishes a slot: content in the low two bits, the page number above.
- * Guarded by the cache's lock; atomic for the sake of a kill in between.
+ * One 64-bit store publishes a slot: content in the low two bits, the page number above. Guarded by the cache's lock;
+ * atomic because the worker may be killed at any instruction.
  */
 typedef _Atomic uint64_t region_slot;
 _Static_assert(sizeof(region_slot) == 8, "layout");
@@ -134,9 +134,9 @@ struct region {
 size_t region_size_bytes(uint64_t device_bytes, uint32_t slot_count);
 
 /*
- * Map the region behind `fd`, which stays the caller's; with fd -1, make a memfd of the region's own. An empty
- * one is laid out for `identity`; one that is in use by a living process, of another version, or of another
- * backing file is refused with -EBUSY, -EPROTO or -EINVAL and a text in `message`. Returns 0 and *region.
+ * Map the region behind `fd`, which remains the caller's; with fd -1, make a memfd of the region's own. An empty one is
+ * laid out for `identity`. Returns 0 and *region, or -errno and a text in `message`: -EBUSY when another process has
+ * mapped it, -EPROTO when it is of another version or damaged, -EINVAL when it belongs to another backing file.
  */
 int region_map(struct region *region, int fd, const struct region_identity *identity, uint32_t slot_count,
 	       char *message, size_t message_bytes);
@@ -167,7 +167,7 @@ static inline void count(_Atomic uint64_t *counter, uint64_t amount)
 	atomic_fetch_add_explicit(counter, amount, memory_order_relaxed);
 }
 
-/* Adds one to the bucket of `us`. */
+/* Add one to the bucket of `us`. */
 void count_duration(_Atomic uint64_t *histogram, uint64_t us);
 
 #endif

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Writing back: which pages may travel, what travels together, and what becomes of it. */
+/* Writing back: which pages may travel, which travel together, and what their slots are afterwards. */
 #include "region/cache_internal.h"
 
 void cache_hold(struct cache *cache, uint64_t first_page, uint64_t count, uint64_t until)
@@ -37,7 +37,7 @@ static bool is_held(const struct cache *cache, uint64_t page)
 	return false;
 }
 
-/* The slot of the oldest dirty page that may travel; NO_SLOT for none. */
+/* The slot of the oldest dirty page that is not held; NO_SLOT when there is none. */
 static uint32_t oldest_takable(const struct cache *cache)
 {
 	uint32_t index = cache->lists[ON_DIRTY].head;
@@ -54,7 +54,7 @@ static bool is_takable(const struct cache *cache, uint64_t page)
 	return index != NO_SLOT && cache->slots[index].list == ON_DIRTY && !is_held(cache, page);
 }
 
-/* The run around the oldest dirty page: its first page, and how many; 0 when nothing is dirty that could be taken. */
+/* The run around the oldest dirty page that is not held. Returns its length and *first, 0 when there is none. */
 static uint32_t find_run(const struct cache *cache, uint32_t most, uint64_t *first)
 {
 	uint32_t oldest = oldest_takable(cache), count = 1;
@@ -80,12 +80,14 @@ uint32_t cache_next_page_run(const struct cache *cache, uint32_t most)
 
 bool cache_take_page_run(struct cache *cache, uint32_t most, struct page_run *run, uint8_t *data)
 {
+	assert(most <= RUN_PAGES_MAX);
 	run->count = find_run(cache, most, &run->first_page);
 	if (run->count == 0)
 		return false;
 	for (uint32_t i = 0; i < run->count; i++) {
 		uint32_t index = slot_find(cache, run->first_page + i);
 
+		assert(index != NO_SLOT && cache->slots[index].list == ON_DIRTY && !cache->slots[index].writing);
 		slot_list_drop(cache, index);
 		cache->slots[index].writing = true;
 		cache->slots[index].rewritten = 0;
@@ -96,11 +98,15 @@ bool cache_take_page_run(struct cache *cache, uint32_t most, struct page_run *ru
 	return true;
 }
 
-/* A run's page has come back. True when nothing has happened to it meanwhile: what is next is the caller's. */
+/*
+ * The write-back of a slot has ended. Returns true when the page was neither written nor trimmed meanwhile: the caller
+ * gives the slot its next state.
+ */
 static bool came_back(struct cache *cache, uint32_t index)
 {
 	struct slot *slot = &cache->slots[index];
 
+	assert(index < cache->region->slot_count && slot->writing && cache->writing_count > 0);
 	slot->writing = false;
 	cache->writing_count--;
 	if (slot->rewritten != 0) {
@@ -142,7 +148,7 @@ void cache_page_run_failed(struct cache *cache, const struct page_run *run)
 		if (came_back(cache, run->slots[i]))
 			slot_list_add(cache, ON_DIRTY, run->slots[i]);
 		else if (since != 0 && slot->list == ON_DIRTY)
-			slot->since = since; /* what was written first did not arrive either */
+			slot->since = since; /* the NAS does not have the older write either */
 	}
 }
 
@@ -155,7 +161,7 @@ uint32_t cache_commit_begin(struct cache *cache)
 
 uint32_t cache_commit_done(struct cache *cache, uint64_t verifier)
 {
-	uint32_t lost = 0, next;
+	uint32_t rewrite = 0, next;
 
 	for (uint32_t index = cache->lists[ON_UNCOMMITTED].head; index != NO_SLOT; index = next) {
 		struct slot *slot = &cache->slots[index];
@@ -168,10 +174,10 @@ uint32_t cache_commit_done(struct cache *cache, uint64_t verifier)
 		} else {
 			slot->in_commit = false;
 			slot_list_move(cache, ON_DIRTY, index);
-			lost++;
+			rewrite++;
 		}
 	}
-	return lost;
+	return rewrite;
 }
 
 void cache_commit_failed(struct cache *cache)

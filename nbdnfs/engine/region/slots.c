@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Which slot is on which list and under which page's number, and what becomes of it. */
+/* The life of a slot: its list, its place in the hash, and its state in the region. */
 #include "region/cache_internal.h"
 
 void slot_list_add(struct cache *cache, enum list_name name, uint32_t index)
@@ -7,6 +7,7 @@ void slot_list_add(struct cache *cache, enum list_name name, uint32_t index)
 	struct list *list = &cache->lists[name];
 	struct slot *slot = &cache->slots[index];
 
+	assert(index < cache->region->slot_count && slot->list == ON_NONE && name != ON_NONE);
 	slot->list = name;
 	slot->next = NO_SLOT;
 	slot->prev = list->tail;
@@ -25,6 +26,7 @@ void slot_list_drop(struct cache *cache, uint32_t index)
 
 	if (slot->list == ON_NONE)
 		return;
+	assert(list->count > 0);
 	if (slot->prev != NO_SLOT)
 		cache->slots[slot->prev].next = slot->next;
 	else
@@ -62,6 +64,7 @@ void slot_hash_add(struct cache *cache, uint32_t index, uint64_t page)
 {
 	uint32_t *bucket = bucket_of(cache, page);
 
+	assert(page < cache->region->page_count && !cache->slots[index].hashed);
 	cache->slots[index].page = page;
 	cache->slots[index].hashed = true;
 	cache->slots[index].hash_next = *bucket;
@@ -71,28 +74,32 @@ void slot_hash_add(struct cache *cache, uint32_t index, uint64_t page)
 static void hash_drop(struct cache *cache, uint32_t index)
 {
 	struct slot *slot = &cache->slots[index];
-	uint32_t *link = bucket_of(cache, slot->page);
+	uint32_t *at = bucket_of(cache, slot->page);
 
 	if (!slot->hashed)
 		return;
-	while (*link != index)
-		link = &cache->slots[*link].hash_next;
-	*link = slot->hash_next;
+	while (*at != index) {
+		assert(*at != NO_SLOT);
+		at = &cache->slots[*at].hash_next;
+	}
+	*at = slot->hash_next;
 	slot->hashed = false;
 }
 
 void slot_publish(struct cache *cache, uint32_t index, enum slot_content content)
 {
-	/* the bytes must be there before the word that says so, for whoever maps the region after a kill */
+	/* after a kill, the next worker must find the bytes where it finds the word that says so */
+	assert(index < cache->region->slot_count);
 	atomic_store_explicit(&cache->region->slots[index], slot_value(cache->slots[index].page, content),
 			      memory_order_release);
 }
 
-/* The page has no slot any more. Not while a run or a fetch with the slot is under way. */
+/* The page has no slot any more. Not while the slot is being written or fetched. */
 void slot_release(struct cache *cache, uint32_t index)
 {
 	struct slot *slot = &cache->slots[index];
 
+	assert(!slot->writing && !slot->fetching);
 	slot_publish(cache, index, SLOT_FREE);
 	hash_drop(cache, index);
 	if (slot->read_ahead)
@@ -102,7 +109,7 @@ void slot_release(struct cache *cache, uint32_t index)
 	slot_list_move(cache, ON_FREE, index);
 }
 
-/* A slot for `page`, on no list and hashed: a free one, or the clean one that was used longest ago. */
+/* A slot for `page`, on no list and hashed: a free one, or the least recently used clean one. */
 uint32_t slot_take(struct cache *cache, uint64_t page)
 {
 	if (cache->lists[ON_FREE].head == NO_SLOT) {
@@ -117,11 +124,12 @@ uint32_t slot_take(struct cache *cache, uint64_t page)
 	return index;
 }
 
-/* The slot's bytes have changed by write number cache->sequence. */
+/* Write number cache->sequence has changed the slot's bytes. */
 void slot_became_dirty(struct cache *cache, uint32_t index)
 {
 	struct slot *slot = &cache->slots[index];
 
+	assert(cache->sequence > 0 && !slot->fetching);
 	slot_publish(cache, index, SLOT_DIRTY);
 	slot->in_commit = false;
 	slot->read_ahead = false;
@@ -136,11 +144,14 @@ void slot_became_dirty(struct cache *cache, uint32_t index)
 	}
 }
 
-/* The NAS has all that the slot holds. */
+/* The NAS has the slot's bytes, stably. */
 void slot_became_clean(struct cache *cache, uint32_t index)
 {
-	cache->slots[index].since = 0;
-	cache->slots[index].in_commit = false;
+	struct slot *slot = &cache->slots[index];
+
+	assert(!slot->writing && !slot->fetching && slot->rewritten == 0);
+	slot->since = 0;
+	slot->in_commit = false;
 	slot_publish(cache, index, SLOT_CLEAN);
 	slot_list_move(cache, ON_CLEAN, index);
 }
