@@ -5,7 +5,7 @@
  *
  * errors.c        results into exceptions
  * arguments.c     numbers and closed objects
- * thread_state.c  a PyThreadState for each thread, kept
+ * thread_state.c  keeping a PyThreadState for each of nbdkit's threads
  * counters.c      the region's counters as a dict
  * engine_type.c   nbdnfs.engine.Engine
  * file_type.c     nbdnfs.engine.NfsFile
@@ -20,7 +20,7 @@
 #include "block/engine.h"
 
 #define CONNECT_TIMEOUT_S 15
-/* As long as a NAS may need to mount the file's disk after it serves the export already. */
+/* A NAS may export a directory that long before it has mounted the file's disk below it. */
 #define GONE_LIMIT_MS 300000
 
 /* errors.c */

@@ -20,13 +20,19 @@ static int parse_transport(const char *name, enum nfsio_transport *transport)
 	return 0;
 }
 
-static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+/* Returns 0 and *options, or -1 and an exception. The texts in *options are the arguments' own. */
+static int parse_options(PyObject *args, PyObject *kwargs, struct engine_options *options)
 {
 	static char *names[] = { "url", "address", "region_fd", "region_pages", "connections", "stable_writes",
 				 "read_ahead_pages", "connect_timeout_s", "soft_limit_ms", "gone_limit_ms",
 				 "silence_ms", "owner_path", "owner_identity", "owner_refresh_ms",
 				 "exit_status_when_stolen", "transport", NULL };
-	struct engine_options options = {
+	struct nfsio_options *nfs = &options->nfs;
+	struct owner_options *owner = &options->owner;
+	const char *transport = "wire";
+	int stable_writes = 0;
+
+	*options = (struct engine_options){
 		.nfs = { .connect_timeout_s = CONNECT_TIMEOUT_S, .gone_limit_ms = GONE_LIMIT_MS },
 		.region_fd = -1,
 		.region_pages = 4096,
@@ -34,30 +40,39 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
 		.read_ahead_pages = 64,
 		.owner = { .refresh_ms = OWNER_REFRESH_MS },
 	};
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$iIIpIIIIIzzIis", names, &nfs->url, &nfs->address,
+					 &options->region_fd, &options->region_pages, &options->connections,
+					 &stable_writes, &options->read_ahead_pages, &nfs->connect_timeout_s,
+					 &nfs->soft_limit_ms, &nfs->gone_limit_ms, &nfs->silence_ms, &owner->path,
+					 &owner->identity, &owner->refresh_ms, &options->exit_status_when_stolen,
+					 &transport))
+		return -1;
+	options->stable_writes = stable_writes;
+	if (parse_transport(transport, &nfs->transport) < 0)
+		return -1;
+	if (options->region_pages < ENGINE_REGION_PAGES_MIN || options->connections < 1 ||
+	    options->connections > ENGINE_CONNECTIONS_MAX) {
+		PyErr_SetString(PyExc_ValueError, "region_pages must be 256 or more, connections 1 to 16");
+		return -1;
+	}
+	if ((owner->path == NULL) != (owner->identity == NULL) || owner->refresh_ms == 0) {
+		PyErr_SetString(PyExc_ValueError, "owner_path and owner_identity must be given together, and "
+						  "owner_refresh_ms must not be 0");
+		return -1;
+	}
+	return 0;
+}
+
+static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+	struct engine_options options;
 	struct nfsio_failure why;
 	struct engine *engine = NULL;
 	struct engine_object *self;
-	const char *transport = "wire";
-	int stable_writes = 0, error;
+	int error;
 
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$iIIpIIIIIzzIis", names, &options.nfs.url, &options.nfs.address,
-					 &options.region_fd, &options.region_pages, &options.connections, &stable_writes,
-					 &options.read_ahead_pages, &options.nfs.connect_timeout_s,
-					 &options.nfs.soft_limit_ms, &options.nfs.gone_limit_ms,
-					 &options.nfs.silence_ms, &options.owner.path, &options.owner.identity,
-					 &options.owner.refresh_ms, &options.exit_status_when_stolen, &transport))
+	if (parse_options(args, kwargs, &options) < 0)
 		return NULL;
-	options.stable_writes = stable_writes;
-	if (parse_transport(transport, &options.nfs.transport) < 0)
-		return NULL;
-	if (options.region_pages < ENGINE_REGION_PAGES_MIN || options.connections < 1 || options.connections > ENGINE_CONNECTIONS_MAX) {
-		PyErr_SetString(PyExc_ValueError, "region_pages must be 256 or more, connections 1 to 16");
-		return NULL;
-	}
-	if ((options.owner.path == NULL) != (options.owner.identity == NULL) || options.owner.refresh_ms == 0) {
-		PyErr_SetString(PyExc_ValueError, "owner_path and owner_identity come together, and owner_refresh_ms is not 0");
-		return NULL;
-	}
 	Py_BEGIN_ALLOW_THREADS
 	error = engine_create(&options, &engine, &why);
 	Py_END_ALLOW_THREADS
@@ -97,8 +112,9 @@ static void engine_dealloc(struct engine_object *self)
 	Py_DECREF(type);
 }
 
-/* One request: `buffer` is NULL for those that move nothing. Keeps the thread's state, drops the GIL. */
-#define RUN(self, error, call)                                  \
+/* clang-format off */
+/* Make a request: keeps the thread's PyThreadState, and drops the GIL during `call`. */
+#define CALL_WITHOUT_GIL(self, error, call)                     \
 	do {                                                    \
 		keep_thread_state();                            \
 		(self)->users++;                                \
@@ -107,6 +123,7 @@ static void engine_dealloc(struct engine_object *self)
 		Py_END_ALLOW_THREADS                            \
 		(self)->users--;                                \
 	} while (0)
+/* clang-format on */
 
 static PyObject *engine_pread(struct engine_object *self, PyObject *args)
 {
@@ -120,7 +137,7 @@ static PyObject *engine_pread(struct engine_object *self, PyObject *args)
 		PyBuffer_Release(&buffer);
 		return closed();
 	}
-	RUN(self, error, engine_read(self->engine, buffer.buf, offset, (uint64_t)buffer.len));
+	CALL_WITHOUT_GIL(self, error, engine_read(self->engine, buffer.buf, offset, (uint64_t)buffer.len));
 	PyBuffer_Release(&buffer);
 	return none_or_errno(error);
 }
@@ -137,7 +154,7 @@ static PyObject *engine_pwrite(struct engine_object *self, PyObject *args)
 		PyBuffer_Release(&buffer);
 		return closed();
 	}
-	RUN(self, error, engine_write(self->engine, buffer.buf, offset, (uint64_t)buffer.len, fua));
+	CALL_WITHOUT_GIL(self, error, engine_write(self->engine, buffer.buf, offset, (uint64_t)buffer.len, fua));
 	PyBuffer_Release(&buffer);
 	return none_or_errno(error);
 }
@@ -148,7 +165,7 @@ static PyObject *engine_flush_method(struct engine_object *self, PyObject *unuse
 
 	if (self->engine == NULL)
 		return closed();
-	RUN(self, error, engine_flush(self->engine));
+	CALL_WITHOUT_GIL(self, error, engine_flush(self->engine));
 	return none_or_errno(error);
 }
 
@@ -161,7 +178,7 @@ static PyObject *engine_trim_method(struct engine_object *self, PyObject *args)
 		return NULL;
 	if (self->engine == NULL)
 		return closed();
-	RUN(self, error, engine_trim(self->engine, offset, length));
+	CALL_WITHOUT_GIL(self, error, engine_trim(self->engine, offset, length));
 	return none_or_errno(error);
 }
 
@@ -181,11 +198,13 @@ static PyObject *engine_counters(struct engine_object *self, PyObject *unused)
 
 static PyMethodDef engine_methods[] = {
 	{ "pread", (PyCFunction)engine_pread, METH_VARARGS, "pread(buffer, offset): fill the buffer from the device" },
-	{ "pwrite", (PyCFunction)engine_pwrite, METH_VARARGS, "pwrite(buffer, offset, fua=False): in the region on return, with fua on the NAS" },
-	{ "flush", (PyCFunction)engine_flush_method, METH_NOARGS, "flush(): all that was written is on the NAS" },
+	{ "pwrite", (PyCFunction)engine_pwrite, METH_VARARGS,
+	  "pwrite(buffer, offset, fua=False): in the region when it returns, with fua on the NAS" },
+	{ "flush", (PyCFunction)engine_flush_method, METH_NOARGS,
+	  "flush(): everything that was written is on the NAS when it returns" },
 	{ "trim", (PyCFunction)engine_trim_method, METH_VARARGS, "trim(length, offset): the bytes may be forgotten" },
 	{ "counters", (PyCFunction)engine_counters, METH_NOARGS, "counters() -> the region's counters and histograms" },
-	{ "close", (PyCFunction)engine_close, METH_NOARGS, "close(): leave the server; nothing may be running" },
+	{ "close", (PyCFunction)engine_close, METH_NOARGS, "close(): disconnect; no request may be running" },
 	{ NULL, NULL, 0, NULL },
 };
 
@@ -199,10 +218,11 @@ static PyType_Slot engine_slots[] = {
 	{ Py_tp_dealloc, engine_dealloc },
 	{ Py_tp_methods, engine_methods },
 	{ Py_tp_getset, engine_getset },
-	{ Py_tp_doc, (void *)"Engine(url, address, *, region_fd=-1, region_pages=4096, connections=1, stable_writes=False, "
-			     "read_ahead_pages=64, connect_timeout_s=15, soft_limit_ms=0, gone_limit_ms=300000, "
-			     "silence_ms=15000, owner_path=None, owner_identity=None, owner_refresh_ms=10000, "
-			     "exit_status_when_stolen=0, transport='wire'): a block device over a file on an NFS server" },
+	{ Py_tp_doc,
+	  (void *)"Engine(url, address, *, region_fd=-1, region_pages=4096, connections=1, stable_writes=False, "
+		  "read_ahead_pages=64, connect_timeout_s=15, soft_limit_ms=0, gone_limit_ms=300000, "
+		  "silence_ms=15000, owner_path=None, owner_identity=None, owner_refresh_ms=10000, "
+		  "exit_status_when_stolen=0, transport='wire'): a block device over a file on an NFS server" },
 	{ 0, NULL },
 };
 

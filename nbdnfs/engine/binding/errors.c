@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Results into exceptions: the one place. */
+/* Errors into exceptions. */
 #include "binding/binding.h"
 
 #include <errno.h>
 #include <string.h>
 
-PyObject *nfs_error;
+PyObject *nfs_error; /* set once, by the module's init */
 
 PyObject *raise_failure(const struct nfsio_failure *why)
 {
@@ -40,6 +40,6 @@ PyObject *none_or_errno(int error)
 
 PyObject *closed(void)
 {
-	PyErr_SetString(PyExc_ValueError, "it is closed");
+	PyErr_SetString(PyExc_ValueError, "already closed");
 	return NULL;
 }

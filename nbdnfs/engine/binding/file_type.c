@@ -76,7 +76,7 @@ static void file_dealloc(struct file_object *self)
 	Py_DECREF(type);
 }
 
-/* Move all of `buffer`; a read may end early, at the end of the file. Returns the number of bytes. */
+/* Move all of `buffer`; a read may stop at the end of the file. Returns the number of bytes. */
 static PyObject *file_transfer(struct file_object *self, enum nfsio_op op, Py_buffer *buffer, uint64_t offset)
 {
 	uint64_t moved = 0, length = (uint64_t)buffer->len;
@@ -138,11 +138,12 @@ static PyObject *stat_dict(const struct nfsio_stat *st)
 	return Py_BuildValue("{sKsIsIsIsKsKsKsKsO}", "size", (unsigned long long)st->size_bytes, "mode",
 			     (unsigned)(st->mode & 07777), "uid", (unsigned)st->uid, "gid", (unsigned)st->gid, "ino",
 			     (unsigned long long)st->fileid, "nlink", (unsigned long long)st->nlink, "used",
-			     (unsigned long long)st->used_bytes, "mtime_us", (unsigned long long)st->mtime_us, "is_regular",
-			     (st->mode & 0170000) == 0100000 ? Py_True : Py_False);
+			     (unsigned long long)st->used_bytes, "mtime_us", (unsigned long long)st->mtime_us,
+			     "is_regular", (st->mode & 0170000) == 0100000 ? Py_True : Py_False);
 }
 
-/* A name operation: `call` sees io, paths and why. */
+/* clang-format off */
+/* A name operation: `call` sets `why`. Returns from the caller on an error. */
 #define NAME_OPERATION(self, error, call)                       \
 	do {                                                    \
 		if ((self)->io == NULL)                         \
@@ -155,6 +156,7 @@ static PyObject *stat_dict(const struct nfsio_stat *st)
 		if ((error) != 0)                               \
 			return raise_failure(&why);             \
 	} while (0)
+/* clang-format on */
 
 static PyObject *file_stat(struct file_object *self, PyObject *unused)
 {
@@ -226,15 +228,18 @@ static PyObject *file_get_size(struct file_object *self, void *unused)
 }
 
 static PyMethodDef file_methods[] = {
-	{ "pread", (PyCFunction)file_pread, METH_VARARGS, "pread(buffer, offset) -> bytes read, less at the end of file" },
-	{ "pwrite", (PyCFunction)file_pwrite, METH_VARARGS, "pwrite(buffer, offset) -> bytes written, all of them, stable" },
+	{ "pread", (PyCFunction)file_pread, METH_VARARGS,
+	  "pread(buffer, offset) -> the number of bytes read, less at the end of the file" },
+	{ "pwrite", (PyCFunction)file_pwrite, METH_VARARGS,
+	  "pwrite(buffer, offset) -> the number of bytes written, which is all of them; on the NAS, stably" },
 	{ "stat", (PyCFunction)file_stat, METH_NOARGS,
-	  "stat() -> {size, mode, uid, gid, ino, nlink, used (bytes), mtime_us, is_regular}, asked of the server" },
+	  "stat() -> {size, mode, uid, gid, ino, nlink, used (bytes), mtime_us, is_regular}, from the server" },
 	{ "lookup", (PyCFunction)file_lookup, METH_VARARGS, "lookup(path) -> as stat(), of another name" },
-	{ "link", (PyCFunction)file_link, METH_VARARGS, "link(old_path, new_path): a hard link; EEXIST when new_path is there" },
+	{ "link", (PyCFunction)file_link, METH_VARARGS,
+	  "link(old_path, new_path): make a hard link; EEXIST when new_path exists" },
 	{ "rename", (PyCFunction)file_rename, METH_VARARGS, "rename(old_path, new_path): replaces new_path" },
-	{ "unlink", (PyCFunction)file_unlink, METH_VARARGS, "unlink(path)" },
-	{ "close", (PyCFunction)file_close, METH_NOARGS, "close(): leave the server; nothing may be running" },
+	{ "unlink", (PyCFunction)file_unlink, METH_VARARGS, "unlink(path): remove a name" },
+	{ "close", (PyCFunction)file_close, METH_NOARGS, "close(): disconnect; no request may be running" },
 	{ NULL, NULL, 0, NULL },
 };
 
@@ -248,8 +253,9 @@ static PyType_Slot file_slots[] = {
 	{ Py_tp_dealloc, file_dealloc },
 	{ Py_tp_methods, file_methods },
 	{ Py_tp_getset, file_getset },
-	{ Py_tp_doc, (void *)"NfsFile(url, address, *, create=False, exclusive=False, mode=0o600, read_only=False, "
-			     "connect_timeout_s=15, gone_limit_ms=300000): a file on an NFS server, and the names beside it" },
+	{ Py_tp_doc,
+	  (void *)"NfsFile(url, address, *, create=False, exclusive=False, mode=0o600, read_only=False, "
+		  "connect_timeout_s=15, gone_limit_ms=300000): a file on an NFS server, and the names beside it" },
 	{ 0, NULL },
 };
 

@@ -8,9 +8,9 @@
 #endif
 
 /*
- * libnfs asks for the name of each reserved port that it is about to bind (socket.c: getservbyport), which reads
+ * libnfs looks up the name of each reserved port that it is about to bind (socket.c: getservbyport), which reads
  * /etc/services at every connection: a file that may have left the page cache, in the process that frees memory. With
- * "dns" for a source, which knows no services, glibc opens nothing, and no longer looks whether nsswitch.conf has
+ * "dns" for a source, which has no services, glibc opens no file, and no longer checks whether nsswitch.conf has
  * changed (nss/nss_database.c: reload_disabled).
  */
 static PyObject *forget_services(PyObject *module, PyObject *unused)
@@ -24,10 +24,11 @@ static PyObject *forget_services(PyObject *module, PyObject *unused)
 
 static PyMethodDef module_methods[] = {
 	{ "keep_thread_states", keep_thread_states, METH_NOARGS,
-	  "keep_thread_states(): for programs whose threads Python did not make, nbdkit above all" },
+	  "keep_thread_states(): keep a state for each thread that Python did not start (nbdkit's)" },
 	{ "forget_services", forget_services, METH_NOARGS,
-	  "forget_services(): this process knows no names of ports from now on, and reads no file for them" },
-	{ "region_counters", region_counters, METH_VARARGS, "region_counters(fd) -> as Engine.counters(), of a region's fd" },
+	  "forget_services(): from now on, looking up the name of a port reads no file and finds nothing" },
+	{ "region_counters", region_counters, METH_VARARGS,
+	  "region_counters(fd) -> as Engine.counters(), of the region behind fd" },
 	{ NULL, NULL, 0, NULL },
 };
 
@@ -49,7 +50,8 @@ PyMODINIT_FUNC PyInit__engine(void)
 	if (thread_state_init() < 0)
 		goto fail;
 	nfs_error = PyErr_NewExceptionWithDoc("nbdnfs.engine.NfsError",
-					      "An OSError with `phase`: connect, mount, open or name.", PyExc_OSError, NULL);
+					      "An OSError with `phase`: connect, mount, open or name.", PyExc_OSError,
+					      NULL);
 	engine_type = PyType_FromSpec(&engine_spec);
 	file_type = PyType_FromSpec(&file_spec);
 	if (nfs_error == NULL || engine_type == NULL || file_type == NULL ||
@@ -58,7 +60,7 @@ PyMODINIT_FUNC PyInit__engine(void)
 	    PyModule_AddObjectRef(module, "NfsFile", file_type) < 0 ||
 	    PyModule_AddStringConstant(module, "libnfs_version", LIBNFS_BUILT_WITH) < 0 ||
 	    PyModule_AddIntConstant(module, "region_version", REGION_VERSION) < 0 ||
-	    /* a keeper looks at this one every second, and is not to map or allocate for it */
+	    /* for the keeper, which looks at this counter every second and must not allocate for it */
 	    PyModule_AddIntConstant(module, "disconnected_offset",
 				    offsetof(struct region_header, counters.disconnected)) < 0)
 		goto fail;

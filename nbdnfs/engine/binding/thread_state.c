@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* A PyThreadState for each of nbdkit's threads, kept. */
+/* Keeping a PyThreadState for each of nbdkit's threads. */
 #include "binding/binding.h"
 
 #include <pthread.h>
@@ -8,9 +8,9 @@
 #include "base/thread.h"
 
 /*
- * nbdkit's Python plugin makes and drops a PyThreadState around every callback, and CPython maps and unmaps a
- * frame stack for each. A program that calls keep_thread_states() has each thread that CPython did not make
- * itself keep the state of its first request, until the thread ends.
+ * nbdkit's Python plugin makes and drops a PyThreadState around every callback, and CPython maps and unmaps a frame
+ * stack for each. After keep_thread_states(), each thread that CPython did not start keeps the state of its first
+ * request until the thread ends.
  */
 static pthread_key_t kept_state_key; /* made once by the module's init */
 static bool keep_states;             /* guarded by the GIL */

@@ -68,9 +68,9 @@ static int make_buffers(struct engine *engine)
 }
 
 /*
- * Close all connections, and end the watch on ownership, whose thread uses one of them. All are ended before anything is
- * freed: the thread of a connection looks at the others (condition_changed() of file.c) and asks the watch whether it may
- * write.
+ * Close all connections, and end the watch on ownership, whose thread uses one of them. All are ended before anything
+ * is freed: the thread of a connection looks at the others (condition_changed() of file.c) and asks the watch whether
+ * it may write.
  */
 static void close_connections(struct engine *engine)
 {

@@ -5,8 +5,8 @@
  * Every request function may be called from any thread, blocks until it is done, and returns 0 or -errno:
  *
  *   -EINVAL  not a multiple of 4096 bytes at a multiple of 4096 inside the device
- *   -EIO     a page does not match its checksum; the file is shorter than the device; the file is stolen (all requests);
- *            waiting for the server took longer than nfs.soft_limit_ms; the file was gone for nfs.gone_limit_ms
+ *   -EIO     a page does not match its checksum; the file is shorter than the device; the file is stolen; waiting for
+ *            the server took longer than nfs.soft_limit_ms; the file was gone for nfs.gone_limit_ms
  *   other    what the server answered to a READ
  *
  * Without a limit requests wait for the server for as long as it takes. What was acknowledged stays in the region after
@@ -49,8 +49,8 @@ struct engine_options {
 int engine_create(const struct engine_options *options, struct engine **engine, struct nfsio_failure *why);
 
 /*
- * End the threads and free the engine. With a region of its own, wait first until the NAS has everything or waiting is an
- * error; a region of the caller's keeps its pages for the next engine.
+ * End the threads and free the engine. With a region of its own, wait first until the NAS has everything or waiting
+ * is an error; a region of the caller's keeps its pages for the next engine.
  */
 void engine_destroy(struct engine *engine);
 

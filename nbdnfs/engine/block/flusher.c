@@ -14,18 +14,18 @@
 #include <string.h>
 
 /*
- * A page that is not written again goes to the NAS after one to two of these, although the region has room: it should be
- * empty when memory gets short. With a tenth of that, a machine that swaps fifty pages a second found no neighbours for
- * them (13 KiB for each NFS write).
+ * A page that is not written again goes to the NAS after one to two of these, although the region has room: it should
+ * be empty when memory gets short. With a tenth of that, a machine that swaps fifty pages a second found no
+ * neighbours for them (13 KiB for each NFS write).
  */
 #define AGE_LIMIT_MS 5000
 /* The pauses before what the server refused (ENOSPC, EIO, ...) is tried again. */
 #define REFUSED_PAUSE_MS 500
 #define REFUSED_PAUSE_LIMIT_MS 4000
 /*
- * A write that was sent again on a new connection may have a twin: the old request may still lie in the server's queue,
- * and be carried out after the new one. Until the twin must be done, the server gets no other bytes for those pages. See
- * docs/decisions/0011.
+ * A write that was sent again on a new connection may have a twin: the old request may still lie in the server's
+ * queue, and be carried out after the new one. Until the twin must be done, the server gets no other bytes for those
+ * pages. See docs/decisions/0011.
  */
 #define TWIN_MS 5000
 /* The same for requests that the last worker may have had in flight. */
@@ -135,7 +135,7 @@ static void commit_done(struct nfsio_req *req)
 
 		count(&counters(engine)->lost_uncommitted_pages, rewrite);
 		if (rewrite > 0)
-			log_line("the server restarted before it had committed %u pages: writing them again", rewrite);
+			log_line("the server restarted: writing %u pages again that it had not committed", rewrite);
 	}
 	engine->committing = false;
 	if (req->error == 0) {
@@ -250,8 +250,8 @@ static void wait_for_work(struct engine *engine, uint64_t ms)
 }
 
 /*
- * Start one write-back or COMMIT, if there is a reason to. Returns whether it did. Lock held; dropped while a request is
- * submitted.
+ * Start one write-back or COMMIT, if there is a reason to. Returns whether it did. Lock held; dropped while a request
+ * is submitted.
  */
 static bool flush_step(struct engine *engine)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What the parts of the engine share; nothing else includes it. engine.h has the contract. Each part calls those above it
- * only. What guards what is said in struct engine.
+ * What the parts of the engine share; nothing else includes it. engine.h has the contract. Each part calls those
+ * above it only. What guards what is said in struct engine.
  *
  * streams.[ch]        which readers walk the device, and what to read ahead for them
  * file.c              the state of the file and of the connections, for counters and log
@@ -24,8 +24,8 @@
 
 /*
  * Write-backs and read-aheads in flight at once, and what one of each moves at most. Short write-backs are for pages
- * without neighbours: a server that is a millisecond away takes many of them in the time of one. They never split a run:
- * one that is longer waits for a long write-back.
+ * without neighbours: a server that is a millisecond away takes many of them in the time of one. They never split a
+ * run: one that is longer waits for a long write-back.
  */
 #define LONG_WRITE_BACKS 12
 #define SHORT_WRITE_BACKS 8
@@ -65,8 +65,8 @@ struct engine {
 	/* constant after engine_create() */
 	struct engine_options options;
 	/*
-	 * The first is for write-backs, read-ahead, and reads that find no other idle. Each of the others is lent to one
-	 * reader at a time, which receives its answer itself (nfs/requests.c): no other thread has to wake it.
+	 * The first is for write-backs, read-ahead, and reads that find no other idle. Each of the others is lent to
+	 * one reader at a time, which receives its answer itself (nfs/requests.c): no other thread has to wake it.
 	 */
 	struct nfsio *ios[ENGINE_CONNECTIONS_MAX];
 	unsigned io_count;
@@ -84,9 +84,9 @@ struct engine {
 	atomic_bool stolen;     /* another machine owns the file: requests fail; set once, under `lock` */
 
 	/*
-	 * Guards everything below, and the cache. Completions take it, in nfsio's thread and without nfsio's lock. While it
-	 * is held, nfsio's lock is taken by nfsio_state() alone; all other calls of nfsio drop it first, except
-	 * nfsio_truncated_bytes() and nfsio_is_unlinked(), which take no lock.
+	 * Guards everything below, and the cache. Completions take it, in nfsio's thread and without nfsio's lock.
+	 * While it is held, nfsio's lock is taken by nfsio_state() alone; all other calls of nfsio drop it first,
+	 * except nfsio_truncated_bytes() and nfsio_is_unlinked(), which take no lock.
 	 */
 	pthread_mutex_t lock;
 	pthread_cond_t work;    /* the flusher has something to do */

@@ -185,8 +185,8 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 }
 
 /*
- * Wait for `progress`. Returns false when waiting is an error: the file is stolen or gone too long, or the mount is soft
- * and the NAS has taken nothing for too long since `since_ms`. Lock held; dropped while waiting.
+ * Wait for `progress`. Returns false when waiting is an error: the file is stolen or gone too long, or the mount is
+ * soft and the NAS has taken nothing for too long since `since_ms`. Lock held; dropped while waiting.
  */
 static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
 {
@@ -214,8 +214,8 @@ static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
 }
 
 /*
- * Wait until the NAS has every write up to `sequence` to these pages, stably. Returns 0 or -EIO. Lock held; dropped while
- * waiting.
+ * Wait until the NAS has every write up to `sequence` to these pages, stably. Returns 0 or -EIO. Lock held; dropped
+ * while waiting.
  */
 static int wait_pages_stable(struct engine *engine, uint64_t page, uint64_t pages, uint64_t sequence)
 {

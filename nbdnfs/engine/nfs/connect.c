@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * A new connection: a libnfs context that nobody else knows yet mounts, opens the file, and makes sure of its handle.
- * The I/O thread waits for each call (`step`), and meanwhile tends those who wait for the connection.
+ * A new connection: a libnfs context that is not published yet mounts, opens the file and checks its handle. The I/O
+ * thread waits for each call (`step`), and meanwhile fails requests that have waited too long.
  */
 #include "nfs/internal.h"
 
@@ -18,13 +18,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* A connection that is asked for and not answered so soon is asked for again: the kernel's own pauses double. */
+/* How long to wait for an answer to a SYN before a new attempt: the kernel's own pauses between repetitions double. */
 #define SYN_LIMIT_MS 2500
 #define FIRST_SYN_LIMIT_MS 15000
-/* An attempt that takes so long is told of before it has failed. */
-#define TELL_AFTER_MS 2000
+/* An attempt that takes so long is logged before it has failed. */
+#define LOG_AFTER_MS 2000
 
-/* A peer that is gone without a word is noticed by the kernel, not by a limit on how slow a server may be. */
+/* The kernel notices a peer that has vanished; there is no limit on how slow a server may be. */
 #define KEEPALIVE_IDLE_S 5
 #define KEEPALIVE_INTERVAL_S 5
 #define KEEPALIVE_PROBES 4
@@ -67,29 +67,29 @@ struct step *new_step(struct nfsio *io)
 	return &io->step;
 }
 
-/* There is no connection: said once for each reason, until there is one again. The I/O thread's. */
+/* Log why there is no connection: once for each condition, until there is one again. For the I/O thread. */
 void log_down(struct nfsio *io, enum nfsio_condition condition, const char *reason)
 {
 	static const char *const gone[] = {
-		[NFSIO_FILE_DELETED] = "the file has been removed",
-		[NFSIO_FILE_REPLACED] = "the file has been replaced by another",
+		[NFSIO_FILE_DELETED] = "the file was deleted on the server",
+		[NFSIO_FILE_REPLACED] = "the file was replaced by another on the server",
 	};
 
 	if (io->logged[condition] || io->options.quiet)
 		return;
 	io->logged[condition] = true;
 	if (condition == NFSIO_LINK_DOWN)
-		log_line("server %s: no connection (%s), waiting for it", io->address, reason);
+		log_line("server %s: no connection (%s), waiting for one", io->address, reason);
 	else
-		log_line("server %s: %s; nothing is written, and the old file is waited for", io->address, gone[condition]);
+		log_line("server %s: %s: writing nothing, waiting for the old file", io->address, gone[condition]);
 }
 
-/* While there is no connection: whoever has waited long enough is told. Without the lock. */
+/* While there is no connection: fail requests that have waited too long. Without the lock. */
 void tend_waiting(struct nfsio *io)
 {
 	bool logged = io->logged[NFSIO_LINK_DOWN] || io->logged[NFSIO_FILE_DELETED] || io->logged[NFSIO_FILE_REPLACED];
 
-	if (io->opened_once && !logged && now_ms() - io->away_since_ms >= TELL_AFTER_MS)
+	if (io->opened_once && !logged && now_ms() - io->away_since_ms >= LOG_AFTER_MS)
 		log_down(io, NFSIO_LINK_DOWN, "no answer");
 	pthread_mutex_lock(&io->lock);
 	fail_hopeless(io);
@@ -110,7 +110,7 @@ static void tune_socket(int fd)
 	setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &unacked_ms, sizeof(unacked_ms));
 }
 
-/* Has the peer not even acknowledged that we want to connect? */
+/* Has the peer not even acknowledged the SYN? */
 static bool is_unanswered(int fd)
 {
 	struct tcp_info info;
@@ -138,7 +138,7 @@ int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t d
 			return -ETIMEDOUT;
 		if (fds[0].fd < 0)
 			return -ENOTCONN;
-		tune_socket(fds[0].fd); /* each time: libnfs goes from one connection to the next under one number */
+		tune_socket(fds[0].fd); /* each time: libnfs may have made another socket under the same number */
 		if (!is_unanswered(fds[0].fd))
 			answered_at_ms = now;
 		else if (now - answered_at_ms >= (io->opened_once ? SYN_LIMIT_MS : FIRST_SYN_LIMIT_MS))
@@ -149,7 +149,7 @@ int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t d
 			(void)!read(io->wake_fd, &kicks, sizeof(kicks));
 		if (fds[0].revents != 0 && nfs_service(nfs, fds[0].revents) < 0 && !step->done)
 			return -ENOTCONN;
-		if (!step->insists) /* which is called under the lock */
+		if (!step->insists) /* else the lock is held */
 			tend_waiting(io);
 	}
 	return step->error;
@@ -173,8 +173,9 @@ static struct nfs_context *new_context(struct nfsio *io, struct nfs_url **parsed
 	nfs_set_autoreconnect(nfs, 0);
 	nfs_set_timeout(nfs, -1);
 	/*
-	 * An NFSv4 server knows its clients by name, and takes a second context of the same name for the first one
-	 * after a reboot, whose opens it then forgets. libnfs's default is the same for all that start in a second.
+	 * An NFSv4 server knows its clients by name. It takes a second context of the same name for the first one
+	 * after a reboot, and forgets its opens. libnfs's default name is the same for all that start within a
+	 * second.
 	 */
 	gethostname(host, sizeof(host) - 1);
 	snprintf(name, sizeof(name), "nbdnfs-%s-%ld-%lld-%lx-%u", host, (long)getpid(), (long long)now_ms(),
@@ -183,7 +184,7 @@ static struct nfs_context *new_context(struct nfsio *io, struct nfs_url **parsed
 	return nfs;
 }
 
-/* A connection that was refused, cut or timed out, or "ask again later", as opposed to a server that answered no. */
+/* Is the error a connection that failed, or "try later", as opposed to a server that refuses? */
 static bool is_no_answer(struct nfs_context *nfs, int error)
 {
 	return is_transport_error(error) || error == -EIO || error == -ECANCELED || error == -EAGAIN ||
@@ -191,8 +192,8 @@ static bool is_no_answer(struct nfs_context *nfs, int error)
 }
 
 /*
- * Mount the URL's directory, or, where the server exports only a parent of it, the longest parent it lets us
- * mount. The choice is kept for reconnects. Returns false and *why, with the first refusal; *nfs may be NULL then.
+ * Mount the URL's directory or, where the server exports only a parent of it, the longest parent that it exports.
+ * Remember the choice for reconnects. Returns false and *why, of the first refusal; *nfs may be NULL then.
  */
 static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, struct nfs_url **url, int64_t deadline_ms,
 			    struct nfsio_failure *why)
@@ -211,7 +212,8 @@ static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, struct n
 		if (error == 0)
 			break;
 		if (first)
-			set_failure(why, is_no_answer(*nfs, error) ? NFSIO_CONNECT : NFSIO_MOUNT, error, nfs_get_error(*nfs));
+			set_failure(why, is_no_answer(*nfs, error) ? NFSIO_CONNECT : NFSIO_MOUNT, error,
+				    nfs_get_error(*nfs));
 		first = false;
 
 		char *slash = strrchr(path, '/');
@@ -219,7 +221,7 @@ static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, struct n
 		if (is_no_answer(*nfs, error) || chosen || slash == NULL || slash == path)
 			return false;
 		*slash = '\0';
-		/* a context that failed to mount is not to be used again */
+		/* a context that failed to mount cannot be used again */
 		nfs_destroy_url(*url);
 		*url = NULL;
 		nfs_destroy_context(*nfs);
@@ -247,7 +249,7 @@ static int open_file(struct nfsio *io, struct nfs_context *nfs, const char *path
 	int flags = (io->options.read_only ? O_RDONLY : O_RDWR) | O_SYNC;
 	int error;
 
-	/* created once only: a file that vanished must not come back empty under live swap */
+	/* not on a reconnect: a file that was deleted must not come back empty under live swap */
 	bool create = io->options.create && !io->opened_once;
 
 	if (!(create && io->options.exclusive)) {
@@ -267,7 +269,7 @@ static int open_file(struct nfsio *io, struct nfs_context *nfs, const char *path
 	return error;
 }
 
-/* The handle's bytes are libnfs's own; make sure that they name the file it has open. */
+/* struct nfs_fh_bytes is libnfs's private layout: check that the handle's bytes name the file that libnfs has open. */
 static int check_raw_handle(struct nfsio *io, struct nfs_context *nfs, struct nfsfh *fh, nfs_fh3 *raw,
 			    uint64_t fileid, int64_t deadline_ms)
 {
@@ -289,10 +291,10 @@ static int check_raw_handle(struct nfsio *io, struct nfs_context *nfs, struct nf
 	return error;
 }
 
-/* Mount and open with a context of its own. Returns false and *why. Called without the lock. */
+/* Mount and open with a new context. Returns true and *made, or false and *why. Without the lock. */
 bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why)
 {
-	int64_t deadline_ms = now_ms() + 1 + io->patience_ms; /* now_ms() rounds down: not a moment too early */
+	int64_t deadline_ms = now_ms() + 1 + io->patience_ms; /* + 1: now_ms() rounds down */
 	struct nfs_url *url = NULL;
 	struct nfs_context *nfs = new_context(io, &url, why);
 	struct step *step;

@@ -109,8 +109,8 @@ static int sleep_ms(const struct nfsio *io)
 }
 
 /*
- * Wait until something can be received, and receive it. Called by the thread that is io->receiver; if another one is when
- * the wait is over, that one receives. Lock held; dropped while waiting, and while callbacks run.
+ * Wait until something can be received, and receive it. Called by the thread that is io->receiver; if another one is
+ * when the wait is over, that one receives. Lock held; dropped while waiting, and while callbacks run.
  */
 void receive(struct nfsio *io)
 {

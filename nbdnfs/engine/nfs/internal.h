@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What the parts of nfsio share; nothing else includes it. nfsio.h has the contract. Each part calls those above it only.
+ * What the parts of nfsio share; nothing else includes it. nfsio.h has the contract. Each part calls those above it
+ * only.
  *
  * libnfs_calls.[ch]   what is peculiar to libnfs: its versions' signatures, its errors
  * wire*.[ch]           NFSv3 without libnfs; knows nothing of the rest
@@ -19,10 +20,10 @@
  * io_thread.c          the I/O thread: receiving, and connecting again
  * open.c               open and close
  *
- * A submitting thread writes its calls to the socket itself; the I/O thread receives, reconnects, and sends what did not
- * fit into the socket. A thread that waits for a batch, with nothing else in flight, receives in the I/O thread's place:
- * its answer needs no other thread to wake it. libnfs is not thread-safe: every call on a published context is made under
- * `lock`.
+ * A submitting thread writes its calls to the socket itself; the I/O thread receives, reconnects, and sends what did
+ * not fit into the socket. A thread that waits for a batch, with nothing else in flight, receives in the I/O thread's
+ * place: its answer needs no other thread to wake it. libnfs is not thread-safe: every call on a published context is
+ * made under `lock`.
  */
 #ifndef NBDNFS_NFSIO_INTERNAL_H
 #define NBDNFS_NFSIO_INTERNAL_H
@@ -124,10 +125,10 @@ struct nfsio {
 	nfs_fh3 fh3;            /* points into fh */
 
 	struct nfsio_state state;
-	void (*changed)(void *context); /* of nfsio_watch(); NULL: not called yet */
+	nfsio_changed_fn changed; /* of nfsio_watch(); NULL: not called yet */
 	void *changed_context;
 	/* of nfsio_recognise(); sample NULL: another handle is the file's if number and size fit */
-	bool (*sample)(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc);
+	nfsio_sample_fn sample;
 	void *sample_context;
 	uint8_t *sample_page;
 	bool broken;            /* the connection met an error: the I/O thread throws it away */
@@ -164,8 +165,8 @@ struct connection {
 };
 
 /*
- * How transfers travel. A connection gets one when it is put to use, and keeps it. Every function is called with the lock
- * held, while there is a connection, and does not block; where the connection turns out to be of no use, it sets
+ * How transfers travel. A connection gets one when it is put to use, and keeps it. Every function is called with the
+ * lock held, while there is a connection, and does not block; where the connection turns out to be of no use, it sets
  * io->broken.
  */
 struct transport {

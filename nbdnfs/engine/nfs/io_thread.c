@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The I/O thread: receives while nobody else does, throws a broken connection away, and makes a new one for as long as
- * it takes.
+ * The I/O thread: receives while no waiter does, throws a broken connection away, and tries to make a new one for as
+ * long as it takes.
  */
 #include "nfs/internal.h"
 
@@ -20,22 +20,22 @@
 #define TRANSFER_LIMIT_BYTES (1024 * 1024)
 #define TRANSFER_UNKNOWN_BYTES (128 * 1024)
 #define BACKOFF_FIRST_MS 50
-/* Longer, and the first request after the server's return would wait for it. With jitter half as much again. */
+/* The first request after the server's return waits for it. With jitter, up to half as much again. */
 #define BACKOFF_LIMIT_MS 1000
 #define CLOSE_LIMIT_MS 1000
-/* A server that does not get through mounting and opening in time is given more of it, up to this. */
+/* The time for mounting and opening doubles each time that it was too short, up to this. */
 #define PATIENCE_LIMIT_MS (10 * 60 * 1000)
 /*
- * For all that an engine's connections have under way, as memlock.py has it where they begin with libnfs, and a bit more:
- * there are more large write-backs. Each connection touches the same heap, so that it is there once.
+ * What libnfs allocates for everything that an engine's connections have in flight; a bit more than where they begin
+ * with libnfs (nbdnfs/memlock.py), because there are more long write-backs. All connections touch the same heap.
  */
 #define LIBNFS_HEAP_BYTES (5 * 1024 * 1024 / 2)
-/* So long after a waiter has received the I/O thread takes over again. */
+/* How long after a waiter has received the I/O thread receives again. */
 #define QUIET_MS 100
 
 /*
- * What a broken connection has not sent yet shall not arrive after its own repetition: closing resets it, instead of
- * leaving it to the kernel to bring the rest there some time.
+ * Have close(2) reset the connection: else the kernel goes on sending what is left in the socket, which may reach the
+ * server after its own repetition.
  */
 static void drop_unsent(int fd)
 {
@@ -45,11 +45,13 @@ static void drop_unsent(int fd)
 		setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now));
 }
 
-/* Throw the context away; what was in flight waits for the next one. Lock held. */
+/* Throw the connection away; what was in flight waits for the next one. Lock held. */
 static void discard(struct nfsio *io)
 {
+	assert_locked(&io->lock);
 	if (!is_up(io))
 		return;
+	assert(io->receiver == RECEIVER_NONE);
 	if (io->broken)
 		drop_unsent(io->transport->socket(io));
 	for (struct nfsio_req *req = io->inflight.head; req != NULL; req = req->next)
@@ -62,10 +64,10 @@ static void discard(struct nfsio *io)
 	probe_end(&io->probe);
 	req_list_prepend(&io->pending, &io->inflight);
 	while (io->name_ops != NULL)
-		name_op_finish(io->name_ops, -ECONNRESET, "the connection was lost");
+		name_op_finish(io->name_ops, -ECONNRESET, "the connection broke");
 }
 
-/* What libnfs will allocate for calls and answers under way is there, and touched, when memory is short later. */
+/* Fault in what libnfs will allocate for calls in flight: memory may be short later. */
 static void touch_heap(size_t bytes)
 {
 	volatile char *heap = malloc(bytes);
@@ -75,7 +77,7 @@ static void touch_heap(size_t bytes)
 	free((void *)(uintptr_t)heap);
 }
 
-/* libnfs's socket, without libnfs. Returns whether it could be had. Lock held. */
+/* Go on with libnfs's socket, without libnfs. Returns false when that is not possible. Lock held. */
 static bool take_over(struct nfsio *io, const struct connection *made)
 {
 	int fd = fcntl(nfs_get_fd(made->nfs), F_DUPFD_CLOEXEC, 0);
@@ -92,8 +94,9 @@ static bool take_over(struct nfsio *io, const struct connection *made)
 /* Put a connection to use, and send what has waited for one. Lock held. */
 static void publish(struct nfsio *io, const struct connection *made)
 {
+	assert(!is_up(io) && io->inflight.head == NULL);
 	if (io->wire_failed && io->next_transport == NFSIO_OVER_WIRE) {
-		log_line("server %s: its answers are unusual, libnfs gets them from now on", io->address);
+		log_line("server %s: its answers are unusual, using libnfs from now on", io->address);
 		io->next_transport = NFSIO_OVER_LIBNFS;
 		touch_heap(LIBNFS_HEAP_BYTES);
 	}
@@ -112,10 +115,10 @@ static void publish(struct nfsio *io, const struct connection *made)
 	issue_pending(io);
 }
 
-/* Tell the watcher. Lock held, dropped meanwhile. */
+/* Call nfsio_watch()'s callback. Lock held; dropped during the call. */
 static void notify_watcher(struct nfsio *io)
 {
-	void (*changed)(void *context) = io->changed;
+	nfsio_changed_fn changed = io->changed;
 	void *context = io->changed_context;
 
 	pthread_mutex_unlock(&io->lock);
@@ -124,7 +127,7 @@ static void notify_watcher(struct nfsio *io)
 	pthread_mutex_lock(&io->lock);
 }
 
-/* There is no connection, and this is why. Called without the lock. */
+/* There is no connection: note why. Without the lock. */
 static void note_down(struct nfsio *io, enum nfsio_condition condition)
 {
 	int64_t now = now_ms();
@@ -138,7 +141,7 @@ static void note_down(struct nfsio *io, enum nfsio_condition condition)
 	pthread_mutex_lock(&io->lock);
 	if (io->state.condition != condition || io->state.gone_too_long != gone_too_long) {
 		if (gone_too_long && !io->state.gone_too_long && !io->options.quiet)
-			log_line("server %s: the file has been gone for %.0f s: from now on waiting for it is an error",
+			log_line("server %s: the file has been gone for %.0f s: requests that need it fail from now on",
 				 io->address, (double)(now - io->gone_since_ms) / 1000);
 		io->state.condition = condition;
 		io->state.gone_too_long = gone_too_long;
@@ -147,7 +150,7 @@ static void note_down(struct nfsio *io, enum nfsio_condition condition)
 	pthread_mutex_unlock(&io->lock);
 }
 
-/* Sleep without the lock; only the end ends it early. */
+/* Sleep; only nfsio_stop() ends it early. Without the lock. */
 static void back_off(struct nfsio *io, int ms)
 {
 	int64_t until_ms = now_ms() + ms;
@@ -165,7 +168,7 @@ static void back_off(struct nfsio *io, int ms)
 	}
 }
 
-/* An attempt to connect has failed: is it the server that is not there, or the file? */
+/* An attempt to connect has failed: is the server not there, or the file? */
 static enum nfsio_condition condition_of(const struct nfsio_failure *why)
 {
 	if (why->phase != NFSIO_OPEN)
@@ -183,7 +186,7 @@ static enum nfsio_condition condition_of(const struct nfsio_failure *why)
 	}
 }
 
-/* Connect again for as long as it takes. Called with the lock held, which it drops meanwhile. */
+/* Connect again, for as long as it takes. Lock held; dropped meanwhile. */
 static void reconnect(struct nfsio *io)
 {
 	int64_t since_ms = now_ms();
@@ -192,7 +195,7 @@ static void reconnect(struct nfsio *io)
 
 	io->away_since_ms = since_ms;
 	memset(io->logged, 0, sizeof(io->logged));
-	/* a connection that broke at once, and was good for nothing before, is a failed attempt like others */
+	/* a connection that broke at once, without any use, counts as a failed attempt */
 	if (io->useful || since_ms - io->connected_at_ms > BACKOFF_LIMIT_MS)
 		io->backoff_ms = 0;
 	pthread_mutex_unlock(&io->lock);
@@ -201,7 +204,7 @@ static void reconnect(struct nfsio *io)
 		struct connection made;
 		enum nfsio_condition condition;
 
-		/* jitter: clients that lost the same server should not all come back in the same moment */
+		/* jitter: the clients of a server should not all come back in the same moment */
 		if (io->backoff_ms > 0)
 			back_off(io, io->backoff_ms / 2 + (int)(rand_r(&seed) % (unsigned)io->backoff_ms));
 		io->backoff_ms = io->backoff_ms == 0 ? BACKOFF_FIRST_MS : io->backoff_ms * 2;
@@ -238,17 +241,18 @@ static void reconnect(struct nfsio *io)
 }
 
 /*
- * The I/O thread leaves receiving to a lonely waiter, who does it better, and to the next one, who may come at
- * any moment; but somebody must hear what nobody waits for, and notice a connection that ends while it is idle.
+ * Should the I/O thread receive now? It leaves that to a single waiter, and for a moment to the next one, which may
+ * come soon. But it must receive what no waiter waits for, and notice a connection that ends while it is idle.
  */
 static bool is_mine_to_receive(const struct nfsio *io)
 {
 	if (io->receiver != RECEIVER_NONE || io->broken)
 		return false;
-	return io->detached > 0 || io->batches > 0 || io->finished.head != NULL || now_ms() - io->waited_at_ms >= QUIET_MS;
+	return io->detached > 0 || io->batches > 0 || io->finished.head != NULL ||
+	       now_ms() - io->waited_at_ms >= QUIET_MS;
 }
 
-/* Lock held, dropped meanwhile. */
+/* Lock held; dropped while waiting. */
 static void wait_for_io_work(struct nfsio *io)
 {
 	struct timespec until;
@@ -262,7 +266,7 @@ static void wait_for_io_work(struct nfsio *io)
 	pthread_cond_timedwait(&io->io_work, &io->lock, &until);
 }
 
-/* libnfs asks an NFSv3 server for its limits; over NFSv4 it says 0. */
+/* `servers` is what libnfs knows of the server's limit: 0 over NFSv4. */
 static uint32_t smaller_limit(uint32_t limit, uint64_t servers)
 {
 	if (servers == 0)
@@ -307,9 +311,9 @@ void *io_thread(void *arg)
 		}
 	}
 	while (io->receiver == RECEIVER_WAITER)
-		wait_for_io_work(io); /* it has been woken, and must not find the context gone */
+		wait_for_io_work(io); /* it has been woken, and still uses the connection */
 	if (io->nfs != NULL && !io->broken && io->version != 3) {
-		/* the server keeps state for an open v4 file: say good-bye, but do not insist */
+		/* the server keeps state for an open NFSv4 file: close it, but only wait a moment for that */
 		struct step *step = new_step(io);
 
 		step->insists = true;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What is peculiar to libnfs. The only file that includes its headers and depends on its version: all other files of this
- * room use what 4.0 to 7.0 have in common, and the functions below.
+ * What is peculiar to libnfs. The only file that includes its headers and depends on its version: all other files of
+ * this room use what 4.0 to 7.0 have in common, and the functions below.
  */
 #ifndef NBDNFS_NFSIO_LIBNFS_H
 #define NBDNFS_NFSIO_LIBNFS_H

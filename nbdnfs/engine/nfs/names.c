@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Operations on names, and on small files beside ours: one call each, which fails with its connection. */
+/* Operations on names, and on small files beside the backing file. Each fails when its connection breaks. */
 #include "nfs/internal.h"
 
 #include <errno.h>
@@ -9,11 +9,15 @@
 
 void name_op_finish(struct name_op *op, int error, const char *text)
 {
-	struct name_op **link = &op->io->name_ops;
+	struct name_op **at = &op->io->name_ops;
 
-	while (*link != op)
-		link = &(*link)->next;
-	*link = op->next;
+	assert_locked(&op->io->lock);
+	assert(!op->done && op->io->detached > 0);
+	while (*at != op) {
+		assert(*at != NULL);
+		at = &(*at)->next;
+	}
+	*at = op->next;
 	op->done = true;
 	op->io->detached--;
 	set_failure(op->why, NFSIO_NAME, error, text);
@@ -38,7 +42,7 @@ static void name_op_done(int error, struct nfs_context *nfs, void *data, void *a
 	}
 }
 
-/* nfsio_look(), step by step: open, read, write where that is wanted, close. Each is the callback of the one before. */
+/* nfsio_look(), step by step: open, read, write if wanted, close. Each is the callback of the one before. */
 
 static void look_closed(int error, struct nfs_context *nfs, void *data, void *arg)
 {
@@ -58,7 +62,7 @@ static void look_close(struct name_op *op, struct nfs_context *nfs, int error)
 		op->io->broken = true;
 }
 
-/* True when a step has brought a result; discard() sees to what has lost its connection. */
+/* Did a step have a result? discard() finishes operations whose connection broke. */
 static bool look_goes_on(struct name_op *op, int error)
 {
 	if (op->io->discarding)
@@ -167,7 +171,7 @@ static int name_call(struct nfsio *io, enum name_call call, const char *path, co
 		while (!op.done)
 			pthread_cond_wait(&op.finished, &io->lock);
 	} else {
-		set_failure(why, NFSIO_NAME, status, "the server is away");
+		set_failure(why, NFSIO_NAME, status, "there is no connection to the server");
 	}
 	pthread_mutex_unlock(&io->lock);
 	pthread_cond_destroy(&op.finished);

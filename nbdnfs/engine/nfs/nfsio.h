@@ -2,8 +2,8 @@
 /*
  * nfsio: one file on one NFS server, over one connection at a time.
  *
- * A connection is disposable: after any transport error it is thrown away and a new one is made. Requests belong to their
- * callers, which see nothing of that: what was in flight is sent again.
+ * A connection is disposable: after any transport error it is thrown away and a new one is made. Requests belong to
+ * their callers, which see nothing of that: what was in flight is sent again.
  *
  * libnfs makes the connection: it mounts, looks up and opens. With NFSIO_OVER_WIRE its context is thrown away then, and
  * READ, WRITE and COMMIT go over its socket without libnfs (wire.h). Nothing outside this room calls libnfs.
@@ -37,7 +37,10 @@ enum nfsio_transport { NFSIO_OVER_LIBNFS, NFSIO_OVER_WIRE };
 /* What failed. */
 enum nfsio_phase { NFSIO_CONNECT, NFSIO_MOUNT, NFSIO_OPEN, NFSIO_NAME };
 
-/* The condition of the file and of the connection. In all but NFSIO_UP, nfsio tries to connect for as long as it takes. */
+/*
+ * The condition of the file and of the connection. In all but NFSIO_UP, nfsio tries to connect for as long as it
+ * takes.
+ */
 enum nfsio_condition {
 	NFSIO_UP,
 	NFSIO_LINK_DOWN,      /* there is no connection */
@@ -128,8 +131,8 @@ int nfsio_create(const struct nfsio_options *options, struct nfsio **io, struct 
 void nfsio_stop(struct nfsio *io);
 
 /*
- * Stop, fail what still waits with -ECANCELED, and join the thread: no callback is called from here on. For callers with
- * several nfsios whose callbacks look at the others: all are joined before one is destroyed.
+ * Stop, fail what still waits with -ECANCELED, and join the thread: no callback is called from here on. For callers
+ * with several nfsios whose callbacks look at the others: all are joined before one is destroyed.
  */
 void nfsio_join(struct nfsio *io);
 
@@ -144,14 +147,14 @@ struct nfsio_state {
 	enum nfsio_condition condition;
 	bool gone_too_long;     /* the file is gone, for so long that reads fail */
 	uint64_t connects;      /* the number of connections that have been made */
-	int64_t silent_since_ms; /* CLOCK_MONOTONIC: the begin of the silence that last cost a connection, 0: none did */
+	int64_t silent_since_ms; /* CLOCK_MONOTONIC: the start of the silence that last cost a connection, or 0 */
 };
 void nfsio_state(struct nfsio *io, struct nfsio_state *state);
 
 /*
- * Another connection to the server was silent from `since_ms` on, and turned out dead: what ended it may have ended this
- * one. If nothing has been received over this one since then, it is replaced when no request waits, and tested at once
- * otherwise. Does not block.
+ * Another connection to the server was silent from `since_ms` on, and turned out dead: what ended it may have ended
+ * this one. If nothing has been received over this one since then, it is replaced when no request waits, and tested
+ * at once otherwise. Does not block.
  */
 void nfsio_suspect(struct nfsio *io, int64_t since_ms);
 
@@ -159,7 +162,8 @@ void nfsio_suspect(struct nfsio *io, int64_t since_ms);
  * Have `changed` called whenever the state has changed, in nfsio's thread and without a lock, and once before this
  * returns. Two threads may call it at the same time.
  */
-void nfsio_watch(struct nfsio *io, void (*changed)(void *context), void *context);
+typedef void (*nfsio_changed_fn)(void *context);
+void nfsio_watch(struct nfsio *io, nfsio_changed_fn changed, void *context);
 
 /* Has an answer shown that the file has no name any more? The server may keep it while it is open. */
 bool nfsio_is_unlinked(const struct nfsio *io);
@@ -170,13 +174,12 @@ bool nfsio_is_unlinked(const struct nfsio *io);
  * thread, without a lock, with the number of the try. It returns false when no page is known, else true with the page's
  * place and CRC-32C. `page` is room for 4096 bytes.
  */
-void nfsio_recognise(struct nfsio *io,
-		     bool (*sample)(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc), void *context,
-		     uint8_t *page);
+typedef bool (*nfsio_sample_fn)(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc);
+void nfsio_recognise(struct nfsio *io, nfsio_sample_fn sample, void *context, uint8_t *page);
 
 /*
- * The least size that the file has had since it was opened; UINT64_MAX while that is what it had then. Beyond it, the file
- * does not have what was written, whatever its size is now.
+ * The least size that the file has had since it was opened; UINT64_MAX while that is what it had then. Beyond it, the
+ * file does not have what was written, whatever its size is now.
  */
 uint64_t nfsio_truncated_bytes(const struct nfsio *io);
 
@@ -208,9 +211,9 @@ bool nfsio_has_commit(const struct nfsio *io);
 bool nfsio_has_names(const struct nfsio *io);
 
 /*
- * Name operations, relative to the URL's directory ("/name"). Each returns 0, or -errno and *why; -EOPNOTSUPP where there
- * are none. Unlike transfers they fail when the connection breaks: a RENAME that is sent twice may fail although the
- * first one did its work, and only the caller can find out.
+ * Name operations, relative to the URL's directory ("/name"). Each returns 0, or -errno and *why; -EOPNOTSUPP where
+ * there are none. Unlike transfers they fail when the connection breaks: a RENAME that is sent twice may fail
+ * although the first one did its work, and only the caller can find out.
  */
 int nfsio_stat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why);
 int nfsio_fstat(struct nfsio *io, struct nfsio_stat *st, struct nfsio_failure *why);
@@ -235,8 +238,8 @@ struct nfsio_look {
 };
 
 /*
- * Open the file that has the name now, read, change, close. The change is not stable when this returns. On an error not all
- * of it was done; `changed` says whether the server has taken the change.
+ * Open the file that has the name now, read, change, close. The change is not stable when this returns. On an error
+ * not all of it was done; `changed` says whether the server has taken the change.
  */
 int nfsio_look(struct nfsio *io, const char *path, struct nfsio_look *look, struct nfsio_failure *why);
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Open and close. See nfsio.h for what nfsio promises, internal.h for its other parts. */
+/* Create and destroy. */
 #include "nfs/internal.h"
 
 #include "base/thread.h"

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* See owner.h. Nothing here allocates once owner_watch_start() has returned. */
+/* Nothing here allocates once owner_watch_start() has returned. */
 #include "nfs/owner_watch.h"
 
 #include <errno.h>
@@ -14,28 +14,28 @@
 #include "base/log.h"
 #include "base/thread.h"
 
-/* The counter in the record: ten digits behind "nbdnfs owner 1\nrefreshed ". The only bytes that a worker writes. */
+/* The counter in the record: ten digits behind "nbdnfs owner 1\nrefreshed ". A worker writes no other bytes. */
 #define COUNTER_OFFSET 25u
 #define COUNTER_BYTES 10u
 
-/* A look that failed is repeated after so long, or after refresh_ms where that is less. */
+/* The pause after a look that failed; refresh_ms where that is less. */
 #define RETRY_MS 200u
-/* A name that is not there is asked for again before that means anything. */
+/* A record that is not there counts as gone only after so many looks. */
 #define MISSING_LOOKS 3
 
 struct owner_watch {
 	/* constant */
-	struct owner_options options;       /* its texts are copies */
+	struct owner_options options;       /* with copies of its texts */
 	char *path, *identity;
 
 	/* constant after owner_watch_start() */
 	struct nfsio *io;
-	void (*changed)(void *context, enum owner_state state);
+	owner_changed_fn changed;
 	void *context;
 	pthread_t thread;
 	bool has_thread;
 
-	_Atomic int64_t permitted_until_ms; /* by CLOCK_BOOTTIME, which counts while the machine sleeps */
+	_Atomic int64_t permitted_until_ms; /* CLOCK_BOOTTIME, which goes on while the machine sleeps */
 	atomic_int state;                   /* enum owner_state; changed by the thread alone */
 	atomic_bool asked;                  /* a write waits for a look */
 
@@ -44,14 +44,14 @@ struct owner_watch {
 	bool stop;
 
 	/* the thread's own, and owner_watch_start()'s before there is one; look_at() runs while it waits */
-	uint8_t known[OWNER_RECORD_BYTES];  /* the record as it was first seen, the counter left out */
+	uint8_t known[OWNER_RECORD_BYTES];  /* the record as it was first read; its counter is not compared */
 	uint8_t found[OWNER_RECORD_BYTES];
 	bool has_known;
 	bool is_ours;                       /* what look_at() found */
 	uint64_t counter;
 	char change[COUNTER_BYTES + 1];
 	unsigned missing;
-	int complaint;                      /* the error that was told last, 0 when all is well */
+	int logged_error;                   /* the error that was last logged, 0 after a success */
 };
 
 static int64_t boottime_ms(void)
@@ -62,7 +62,7 @@ static int64_t boottime_ms(void)
 	return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
 }
 
-/* Text behind "\nKEY " in the record, up to the line's end; "?" when there is none. */
+/* The text after "\nKEY " in the record, up to the end of the line; "?" when there is none. */
 static void get_field(const uint8_t *record, uint32_t bytes, const char *key, char *value, size_t room)
 {
 	char text[OWNER_RECORD_BYTES + 1], line[32];
@@ -79,7 +79,7 @@ static void get_field(const uint8_t *record, uint32_t bytes, const char *key, ch
 	}
 }
 
-/* Whether the record is in force, and of this boot. */
+/* Is the record in force, and this boot's? */
 static bool names_us(const struct owner_watch *watch, const uint8_t *record)
 {
 	char text[OWNER_RECORD_BYTES + 1];
@@ -90,7 +90,7 @@ static bool names_us(const struct owner_watch *watch, const uint8_t *record)
 	       strstr(text, "\nstate held\n") != NULL && strstr(text, watch->options.identity) != NULL;
 }
 
-/* nfsio_look.wants_change: is what was found ours? Then it gets a sign of life. */
+/* nfsio_look.wants_change: is the record this machine's? Then mark it as a sign of life. */
 static bool look_at(struct nfsio_look *look)
 {
 	struct owner_watch *watch = (struct owner_watch *)(void *)(look->data - offsetof(struct owner_watch, found));
@@ -119,17 +119,17 @@ static void set_state(struct owner_watch *watch, enum owner_state state)
 {
 	if (atomic_load(&watch->state) == (int)state)
 		return;
-	watch->changed(watch->context, state); /* first: a write that is refused for it is explained by then */
+	watch->changed(watch->context, state); /* first: the state must be known before a write fails for it */
 	atomic_store(&watch->state, state);
 }
 
-/* Said once for each change of the error; what comes with a lost connection nfsio says itself. */
-static void complain(struct owner_watch *watch, int error, const char *what)
+/* Log each new error once; nfsio itself logs what comes with a broken connection. */
+static void log_error(struct owner_watch *watch, int error, const char *what)
 {
-	if (error != -ENOTCONN && error != -ECONNRESET && error != watch->complaint)
-		log_line("the owner record %s %s (%s): writes will wait until it can be", watch->options.path + 1, what,
+	if (error != -ENOTCONN && error != -ECONNRESET && error != watch->logged_error)
+		log_line("the owner record %s %s (%s): writes wait", watch->options.path + 1, what,
 			 strerror(-error));
-	watch->complaint = error;
+	watch->logged_error = error;
 }
 
 static void note_stolen(struct owner_watch *watch, uint32_t found_bytes)
@@ -139,15 +139,16 @@ static void note_stolen(struct owner_watch *watch, uint32_t found_bytes)
 	if (found_bytes == OWNER_RECORD_BYTES) {
 		get_field(watch->found, found_bytes, "host", host, sizeof(host));
 		get_field(watch->found, found_bytes, "claimed", since, sizeof(since));
-		log_line("the backing file has been taken over by %s at %s: no more is read or written here", host, since);
+		log_line("the backing file has been taken over by %s at %s: all requests fail from now on", host,
+			 since);
 	} else {
-		log_line("the owner record %s is %s: no more is read or written here", watch->options.path + 1,
+		log_line("the owner record %s is %s: all requests fail from now on", watch->options.path + 1,
 			 found_bytes == 0 ? "gone" : "damaged");
 	}
 	set_state(watch, OWNER_STOLEN);
 }
 
-/* One look. Returns 0 when it told something, else an error that another look may mend, and *why. */
+/* One look. Returns 0 when it had a result, else *why and an error that the next look may not meet. */
 static int look(struct owner_watch *watch, struct nfsio_failure *why)
 {
 	struct nfsio_look look = {
@@ -173,14 +174,14 @@ static int look(struct owner_watch *watch, struct nfsio_failure *why)
 		note_stolen(watch, look.found_bytes);
 		return 0;
 	}
-	/* without the sign of life in place others may think us dead: no permission either */
+	/* without the sign of life other machines may take the file over: no permission either */
 	if (look.changed) {
 		atomic_store(&watch->permitted_until_ms, began_ms + 2 * (int64_t)watch->options.refresh_ms);
 		set_state(watch, OWNER_HELD);
-		watch->complaint = 0;
+		watch->logged_error = 0;
 		return 0;
 	}
-	complain(watch, error, watch->is_ours ? "cannot be refreshed" : "cannot be read");
+	log_error(watch, error, watch->is_ours ? "cannot be refreshed" : "cannot be read");
 	if (boottime_ms() >= atomic_load(&watch->permitted_until_ms))
 		set_state(watch, OWNER_UNSURE);
 	return error;
@@ -196,7 +197,7 @@ static void add_ms(struct timespec *time, uint32_t ms)
 	}
 }
 
-/* True when the thread is to go on. */
+/* Sleep until it is time for the next look. Returns false when the thread must end. */
 static bool sleep_ms(struct owner_watch *watch, uint32_t ms)
 {
 	struct timespec until;
@@ -250,8 +251,8 @@ struct owner_watch *owner_watch_create(const struct owner_options *options)
 	return watch;
 }
 
-int owner_watch_start(struct owner_watch *watch, struct nfsio *io, void (*changed)(void *context, enum owner_state state), void *context,
-		struct nfsio_failure *why)
+int owner_watch_start(struct owner_watch *watch, struct nfsio *io, owner_changed_fn changed, void *context,
+		      struct nfsio_failure *why)
 {
 	struct timespec pause = { 0 };
 	int error;
@@ -281,7 +282,7 @@ int owner_watch_may_write(void *context)
 		return -EIO;
 	if (boottime_ms() < atomic_load(&watch->permitted_until_ms))
 		return 0;
-	/* it may sleep for long yet, when it was the whole machine that slept; a signal that it misses comes again */
+	/* after the machine has slept, the thread may sleep on for long: wake it. A missed signal is sent again */
 	atomic_store(&watch->asked, true);
 	pthread_cond_signal(&watch->wake);
 	return -EAGAIN;

@@ -58,18 +58,20 @@ void probe_service(struct probe *probe, short revents)
 		return;
 	if (!probe->sent) {
 		/* xid, CALL, RPC version 2, program, version, NULL, and no credentials or verifier */
-		uint32_t call[] = { LAST_FRAGMENT | 40, 0x6e626421, 0, 2, NFS_PROGRAM, probe->nfs_version, 0, 0, 0, 0, 0 };
+		uint32_t call[] = {
+			LAST_FRAGMENT | 40, 0x6e626421, 0, 2, NFS_PROGRAM, probe->nfs_version, 0, 0, 0, 0, 0,
+		};
 
 		for (unsigned i = 0; i < sizeof(call) / sizeof(call[0]); i++)
 			call[i] = htonl(call[i]);
-		/* a new connection takes so few bytes at once, or it is none */
+		/* a new connection takes so few bytes at once, or it is not up */
 		if (send(probe->fd, call, sizeof(call), MSG_NOSIGNAL) != (ssize_t)sizeof(call))
 			finish(probe, PROBE_FAILED);
 		probe->sent = true;
 	} else {
 		char answer[64];
 
-		/* any answer will do: whoever refuses is alive */
+		/* any answer is enough: a server that refuses is alive */
 		finish(probe, recv(probe->fd, answer, sizeof(answer), 0) > 0 ? PROBE_ANSWERED : PROBE_FAILED);
 	}
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * probe: is a silent server alive? A connection of its own, one NULL call (RFC 5531), one answer. Without libnfs, so
- * that it can be made beside a context that is waiting, and without allocating. No lock: the owner's thread alone.
+ * probe: is a silent server alive? A connection of its own, one NULL call (RFC 5531), one answer. Without libnfs, which
+ * cannot do that beside a context that waits, and without allocating. No lock: the caller serialises all calls.
  */
 #ifndef NBDNFS_PROBE_H
 #define NBDNFS_PROBE_H
@@ -20,7 +20,7 @@ struct probe {
 
 void probe_init(struct probe *probe, uint32_t nfs_version);
 
-/* Begin anew, with the server at the other end of `connected_fd`. */
+/* Start again, with the server at the other end of `connected_fd`. */
 void probe_start(struct probe *probe, int connected_fd);
 
 /* What to poll `fd` for. */
@@ -29,7 +29,7 @@ short probe_events(const struct probe *probe);
 /* After a poll(2) that had `revents` for `fd`. */
 void probe_service(struct probe *probe, short revents);
 
-/* Let go of the connection; the state is PROBE_NONE. */
+/* Close the connection; the state is PROBE_NONE. */
 void probe_end(struct probe *probe);
 
 #endif

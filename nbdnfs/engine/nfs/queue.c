@@ -54,8 +54,8 @@ void wake_poller(struct nfsio *io)
 }
 
 /*
- * The I/O thread has something to do. It may be in poll() although a waiter has taken its place meanwhile, and has received
- * what would have ended the poll.
+ * The I/O thread has something to do. It may be in poll() although a waiter has taken its place meanwhile, and has
+ * received what would have ended the poll.
  */
 void call_io_thread(struct nfsio *io)
 {

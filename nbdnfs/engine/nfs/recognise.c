@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* After a reconnect: is what has the file's name now the file that was opened? */
+/* After a reconnect: is the file that has the name now the file that was opened? */
 #include "nfs/internal.h"
 
 #include "base/crc32c.h"
@@ -7,11 +7,11 @@
 #include <errno.h>
 #include <string.h>
 
-/* Pages that are compared to recognise the file; one that is right will do. */
+/* How many pages are compared to recognise the file; one that matches is enough. */
 #define SAMPLES 8
 #define SAMPLE_BYTES 4096
 
-/* A page of a file, at most; what comes of it counts only when it is whole. */
+/* At most a page of a file. */
 static void step_read3_done(struct rpc_context *rpc, int status, void *data, void *arg)
 {
 	struct step *step = arg;
@@ -43,7 +43,7 @@ void remember_handle(struct nfsio *io, const struct connection *made)
 	const struct nfs_fh_bytes *bytes = (const struct nfs_fh_bytes *)nfs_get_fh(made->fh);
 
 	if (bytes == NULL || bytes->len <= 0 || bytes->len > (int)sizeof(io->handle))
-		return; /* compared with none, every handle is another */
+		return; /* without one, every later handle is another */
 	io->handle_bytes = bytes->len;
 	memcpy(io->handle, bytes->val, (size_t)bytes->len);
 }
@@ -74,12 +74,12 @@ static int read_sample(struct nfsio *io, const struct connection *made, uint64_t
 }
 
 /*
- * Has the file the bytes that it should have? One page that is right will do: a server that has lost some of its writes
- * has not lost the file. Returns 1, or 0, or -errno when that could not be found out.
+ * Does the file have the bytes that it should have? One page that matches is enough: a server that lost some writes
+ * still has the file. Returns 1, 0, or -errno when that could not be found out.
  */
 static int has_known_bytes(struct nfsio *io, const struct connection *made)
 {
-	bool (*sample)(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc);
+	nfsio_sample_fn sample;
 	void *context;
 	uint8_t *page;
 	unsigned number;
@@ -102,13 +102,13 @@ static int has_known_bytes(struct nfsio *io, const struct connection *made)
 		if (error == 0 && crc32c(page, SAMPLE_BYTES) == crc)
 			return 1;
 	}
-	return number == 0; /* nothing of it is known: there is nothing to lose */
+	return number == 0; /* no page is known: nothing can be overwritten that matters */
 }
 
 /*
- * Is this still the file that was opened first? A stranger under its name must not be swapped into. The server may
- * name the same file by another handle (its disk has another number after a boot), and file systems give a new
- * file the number of one that was removed. Returns 1, or 0, or -errno when that could not be found out.
+ * Is this still the file that was opened first? Another file under its name must not be written to. The server may give
+ * the same file another handle (its disk has another number after a boot), and file systems give a new file the number
+ * of one that was deleted. Returns 1, 0, or -errno when that could not be found out.
  */
 int is_same_file(struct nfsio *io, const struct connection *made)
 {
@@ -119,8 +119,7 @@ int is_same_file(struct nfsio *io, const struct connection *made)
 	return made->st.size_bytes >= io->opened.size_bytes ? has_known_bytes(io, made) : 0;
 }
 
-void nfsio_recognise(struct nfsio *io, bool (*sample)(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc),
-		     void *context, uint8_t *page)
+void nfsio_recognise(struct nfsio *io, nfsio_sample_fn sample, void *context, uint8_t *page)
 {
 	pthread_mutex_lock(&io->lock);
 	io->sample = sample;

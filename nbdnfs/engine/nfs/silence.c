@@ -1,19 +1,19 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* A connection over which nothing comes: is the server slow, or the connection dead? */
+/* A connection over which nothing is received: is the server slow, or the connection dead? */
 #include "nfs/internal.h"
 
 #include "base/log.h"
 
-/* A server that has answered elsewhere has so long to answer here. */
+/* How long a server that answers the probe may stay silent on the connection. */
 #define SILENCE_GRACE_MS 5000
-/* A request that is not answered while others are is sent again after so many times silence_ms. */
+/* A request that is not answered while others are gives up the connection after so many times silence_ms. */
 #define REPEAT_FACTOR 4
-/* Both limits double each time they have cost a connection, unless the last time is so long ago. */
+/* Both limits double each time they cost a connection, until none was given up for so long. */
 #define CALM_MS (15 * 60 * 1000)
 
 static void give_up_connection(struct nfsio *io, const char *why)
 {
-	log_line("server %s: %s: asking again over a new connection", io->address, why);
+	log_line("server %s: %s: sending all requests again over a new connection", io->address, why);
 	io->silence_ms *= 2;
 	io->given_up_at_ms = now_ms();
 	io->broken = true;
@@ -30,7 +30,7 @@ void nfsio_suspect(struct nfsio *io, int64_t since_ms)
 	pthread_mutex_lock(&io->lock);
 	if (is_up(io) && !io->broken && io->last_received_ms <= since_ms) {
 		io->suspect_since_ms = since_ms;
-		/* nobody has missed an answer: whoever comes next shall not be the one to find out */
+		/* no request waits: replace it now, so that the next one does not have to find out */
 		if (io->inflight.head == NULL && io->name_ops == NULL)
 			io->broken = true;
 		wake_io_thread(io);
@@ -39,11 +39,11 @@ void nfsio_suspect(struct nfsio *io, int64_t since_ms)
 }
 
 /*
- * The time-outs. A server may be as slow as it likes; but a connection can die without TCP noticing (something between
- * forgets it, and acknowledges), and a server may drop a request. So silence is looked into: with a NULL call over
- * the same connection and one over a new connection. Where the second is answered and the first is not, the
- * connection is given up, and all requests go over a new one. So they do when one of them alone remains
- * unanswered. In both cases with a limit that doubles, so that a server that is only slow gets through with it.
+ * The time-outs. A server may be slow without limit; but a connection can die without TCP noticing (a middlebox
+ * forgets it and still acknowledges), and a server may drop a request. So a silent connection is tested, with a NULL
+ * call over it and a probe over a new one. If only the probe is answered, the connection is given up, and all
+ * requests are sent again over a new one. The same happens when a single request stays unanswered while others are
+ * answered. Both limits double each time, so that a server that is merely slow gets through.
  */
 void look_into_silence(struct nfsio *io)
 {
@@ -59,7 +59,7 @@ void look_into_silence(struct nfsio *io)
 			io->given_up_at_ms = 0;
 		}
 		if (!io->broken && oldest != NULL && now - oldest->issued_at_ms >= REPEAT_FACTOR * io->silence_ms)
-			give_up_connection(io, "a request is not answered while others are");
+			give_up_connection(io, "a request was not answered while others were");
 		return;
 	}
 	switch (io->probe.state) {
@@ -74,10 +74,10 @@ void look_into_silence(struct nfsio *io)
 	case PROBE_ANSWERED:
 		if (now - io->probed_at_ms >= SILENCE_GRACE_MS) {
 			io->state.silent_since_ms = io->silent_since_ms;
-			give_up_connection(io, "a connection is silent, and the server is not");
+			give_up_connection(io, "the connection is silent, and the server is not");
 		}
 		break;
-	case PROBE_FAILED: /* it does not answer there either: wait, and ask again now and then */
+	case PROBE_FAILED: /* the server does not answer there either: wait, and try again now and then */
 		if (now - io->probed_at_ms >= SILENCE_GRACE_MS) {
 			probe_start(&io->probe, io->transport->socket(io));
 			io->probed_at_ms = now;

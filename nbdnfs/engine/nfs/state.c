@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* What is known of the file and of the way to it. */
+/* What is known of the file and of the connection. */
 #include "nfs/internal.h"
 
 void nfsio_opened_stat(const struct nfsio *io, struct nfsio_stat *st)
@@ -29,7 +29,7 @@ void nfsio_state(struct nfsio *io, struct nfsio_state *state)
 	pthread_mutex_unlock(&io->lock);
 }
 
-void nfsio_watch(struct nfsio *io, void (*changed)(void *context), void *context)
+void nfsio_watch(struct nfsio *io, nfsio_changed_fn changed, void *context)
 {
 	pthread_mutex_lock(&io->lock);
 	io->changed = changed;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * struct transport over libnfs. NFSv3 with raw calls, so that the status and the stability of each are seen as the server
- * sent them; NFSv4 with libnfs's file API, which hides the state that NFSv4 needs.
+ * struct transport over libnfs. NFSv3 with raw calls, so that the status and the stability of each are seen as the
+ * server sent them; NFSv4 with libnfs's file API, which hides the state that NFSv4 needs.
  */
 #include "nfs/internal.h"
 

@@ -1,20 +1,21 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Answers. */
+/* Answers: received, checked, and put where they belong. */
+#include "base/assert.h"
 #include "nfs/wire_internal.h"
 
 #include <errno.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
-/* What a record may be at most: no READ asks for more, and the rest of an answer is small. */
+/* The longest record that is accepted: no READ asks for more data, and the rest of an answer is small. */
 #define RECORD_BYTES_MAX (1024u * 1024 + 4096)
 
-/* An answer's head, as far as it has been understood. */
+/* The head of an answer, parsed. */
 struct head {
 	struct wire_answer answer;
 	uint32_t head_bytes;    /* up to the data */
 	uint32_t data_bytes;
-	uint32_t tail_bytes;    /* of the record, behind the data */
+	uint32_t tail_bytes;    /* of the record, after the data */
 };
 
 static void get_attributes(struct xdr_reader *reader, struct wire_answer *answer)
@@ -81,12 +82,12 @@ static void get_results(struct xdr_reader *reader, struct head *head)
 	}
 }
 
-/* Returns 1 when these bytes hold an answer's whole head, 0 when more of it must come, or -errno. */
+/* Parse an answer's head. Returns 1 and *head, 0 when not all of it is there yet, or -errno. */
 static int parse(const struct wire *wire, const uint8_t *at, uint32_t bytes, struct head *head)
 {
 	struct xdr_reader reader = { .at = at, .end = at + bytes };
 	uint32_t mark = xdr_get32(&reader), record_bytes = mark & ~LAST_FRAGMENT, xid, verifier_bytes, reply, accepted;
-	bool is_partial = bytes < 4 || record_bytes > bytes - 4; /* there is more of this record to come */
+	bool is_partial = bytes < 4 || record_bytes > bytes - 4; /* not all of this record is there yet */
 
 	*head = (struct head){ 0 };
 	if (bytes < 4)
@@ -115,7 +116,7 @@ static int parse(const struct wire *wire, const uint8_t *at, uint32_t bytes, str
 		return -EOPNOTSUPP;
 	head->answer.call = wire_find_call(wire, xid);
 	if (head->answer.call == NULL)
-		return -EPROTO; /* nobody has asked */
+		return -EPROTO; /* an answer without a call */
 	get_results(&reader, head);
 	if (reader.ran_out)
 		return is_partial ? 0 : -EPROTO;
@@ -126,15 +127,16 @@ static int parse(const struct wire *wire, const uint8_t *at, uint32_t bytes, str
 	if (head->answer.count_bytes > head->data_bytes && head->answer.call->procedure == WIRE_READ)
 		head->answer.count_bytes = head->data_bytes;
 	head->tail_bytes = 4 + record_bytes - head->head_bytes - head->data_bytes;
-	/* an answer to what has not been sent whole yet is none */
+	/* a call that is not sent whole yet cannot be answered */
 	if (wire->out_bytes > 0 && head->answer.call == wire->last)
 		return -EPROTO;
 	return 1;
 }
 
-/* So many bytes of the data lie where they belong. */
+/* The data of a READ is being received; `got_bytes` of it are in place. */
 static void begin_data(struct wire *wire, const struct head *head, uint32_t got_bytes)
 {
+	assert(!wire->reading && got_bytes <= head->data_bytes && head->data_bytes <= head->answer.call->length_bytes);
 	wire->answer = head->answer;
 	wire->reading = true;
 	wire->data_bytes = head->data_bytes;
@@ -144,11 +146,12 @@ static void begin_data(struct wire *wire, const struct head *head, uint32_t got_
 
 static void drop_in(struct wire *wire, uint32_t bytes)
 {
+	assert(bytes <= wire->in_bytes);
 	wire->in_bytes -= bytes;
 	memmove(wire->in, wire->in + bytes, wire->in_bytes);
 }
 
-/* What has come, up to the next answer. Returns 1 and *answer, 0 when more must come, or -errno. */
+/* Parse what was received, up to the next answer. Returns 1 and *answer, 0 when that needs more, or -errno. */
 static int digest(struct wire *wire, struct wire_answer *answer)
 {
 	for (;;) {
@@ -192,8 +195,8 @@ static int digest(struct wire *wire, struct wire_answer *answer)
 }
 
 /*
- * `bytes` have come of the only answer that is due, read_head_bytes of them in `in`, the others where the data would
- * begin if its head were like the last one's. Puts them where they belong. Returns 0 or -errno.
+ * `bytes` of the only answer that is due were received: read_head_bytes of them into `in`, the others to where the data
+ * belongs if the head is as long as the last one's. Put them where they belong. Returns 0 or -errno.
  */
 static int sort_only_answer(struct wire *wire, struct wire_call *call, uint32_t bytes)
 {
@@ -207,15 +210,15 @@ static int sort_only_answer(struct wire *wire, struct wire_call *call, uint32_t 
 	memcpy(wire->in + wire->in_bytes, call->data, copied_bytes);
 	wire->in_bytes += copied_bytes;
 	if (copied_bytes == beyond_bytes)
-		return 0; /* all of it is in `in`, for digest() */
+		return 0; /* everything is in `in`, for digest() */
 	status = parse(wire, wire->in, wire->in_bytes, &head);
 	if (status < 0)
 		return status;
 	if (status == 0 || head.answer.call != call || head.data_bytes < guess_bytes)
-		return -EPROTO; /* too large for what it is */
+		return -EPROTO; /* larger than such an answer can be */
 	got_bytes = bytes - head.head_bytes;
 	if (got_bytes > head.data_bytes + head.tail_bytes)
-		return -EPROTO; /* nobody has asked for more */
+		return -EPROTO; /* more than one answer, and only one is due */
 	wire->skip_bytes = head.tail_bytes;
 	if (got_bytes > head.data_bytes) {
 		wire->skip_bytes -= got_bytes - head.data_bytes;
@@ -234,12 +237,14 @@ static int sort_only_answer(struct wire *wire, struct wire_call *call, uint32_t 
 	return 0;
 }
 
-/* Take in what there is. Returns 1, 0 when there is nothing, or -errno. */
+/* Receive what there is. Returns 1, 0 when there is nothing, or -errno. */
 static int fill(struct wire *wire)
 {
-	struct iovec parts[2] = { { .iov_base = wire->in + wire->in_bytes, .iov_len = WIRE_IN_BYTES - wire->in_bytes } };
+	struct iovec parts[2] = {
+		{ .iov_base = wire->in + wire->in_bytes, .iov_len = WIRE_IN_BYTES - wire->in_bytes },
+	};
 	struct msghdr message = { .msg_iov = parts, .msg_iovlen = 1 };
-	/* With one answer to come, and nothing of it here yet, it is known where its data will go. */
+	/* with one answer due, and nothing of it received yet, it is known where its data belongs */
 	struct wire_call *only = !wire->reading && wire->in_bytes == 0 && wire->skip_bytes == 0 &&
 						 wire->first != NULL && wire->first == wire->last &&
 						 wire->first->procedure == WIRE_READ
@@ -282,6 +287,7 @@ static int fill(struct wire *wire)
 		bytes -= data_bytes;
 	}
 	wire->in_bytes += bytes;
+	assert(wire->in_bytes <= WIRE_IN_BYTES);
 	return 1;
 }
 

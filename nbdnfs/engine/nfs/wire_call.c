@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Start and end, and calls. */
+/* Open and close, and calls. */
+#include "base/assert.h"
 #include "nfs/wire_internal.h"
 
 #include <errno.h>
@@ -26,8 +27,8 @@ static uint32_t first_xid(void)
 	struct timespec now;
 
 	/*
-	 * A server knows repeated calls by address, port and xid: what another connection from the same port has sent
-	 * lately must not look like ours.
+	 * A server recognises repeated calls by address, port and xid: a call of an earlier connection from the same
+	 * port must not look like one of this connection.
 	 */
 	if (getrandom(&xid, sizeof(xid), GRND_NONBLOCK) == (ssize_t)sizeof(xid))
 		return xid;
@@ -39,6 +40,7 @@ void wire_open(struct wire *wire, int fd, const uint8_t *handle, uint32_t handle
 {
 	uint8_t *at = wire->begin;
 
+	assert(fd >= 0 && handle_bytes > 0 && handle_bytes <= WIRE_HANDLE_BYTES_MAX);
 	wire_init(wire);
 	wire->fd = fd;
 	wire->next_xid = first_xid();
@@ -63,9 +65,11 @@ void wire_open(struct wire *wire, int fd, const uint8_t *handle, uint32_t handle
 	at = xdr_put32(at, 0);
 	wire->null_bytes = (uint32_t)(at - wire->begin);
 	at = xdr_put32(at, handle_bytes);
-	memcpy(at, handle, handle_bytes); /* what pads it is zero already */
+	memcpy(at, handle, handle_bytes); /* its padding is zero already */
 	at += xdr_padded(handle_bytes);
 	wire->begin_bytes = (uint32_t)(at - wire->begin);
+	/* the longest call adds offset, count, stability and length */
+	assert(wire->begin_bytes + 20 <= WIRE_CALL_BYTES_MAX);
 }
 
 void wire_close(struct wire *wire)
@@ -107,7 +111,7 @@ struct wire_call *wire_find_call(const struct wire *wire, uint32_t xid)
 	return call;
 }
 
-/* What is left of a part when `done_bytes` of it and of those before it are gone; takes its own share off those. */
+/* What is left of a part when the first *done_bytes are sent; takes the part's share off *done_bytes. */
 static struct iovec rest_of(const void *part, uint32_t bytes, uint32_t *done_bytes)
 {
 	uint32_t gone_bytes = *done_bytes < bytes ? *done_bytes : bytes;
@@ -172,11 +176,12 @@ int wire_send(struct wire *wire, struct wire_call *call)
 		wire->out_pad_bytes = xdr_padded(call->length_bytes) - call->length_bytes;
 		break;
 	case WIRE_COMMIT:
-		at = xdr_put64(at, 0); /* all of the file */
+		at = xdr_put64(at, 0); /* the whole file */
 		at = xdr_put32(at, 0);
 		break;
 	}
 	wire->out_bytes = (uint32_t)(at - wire->out);
+	assert(wire->out_bytes <= WIRE_CALL_BYTES_MAX);
 	wire->out_done_bytes = 0;
 	xdr_put32(wire->out, LAST_FRAGMENT | (wire->out_bytes - 4 + wire->out_data_bytes + wire->out_pad_bytes));
 	await_answer(wire, call);

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* XDR, and what the parts of the wire share; nothing else includes it. wire_answer.c calls wire_call.c, not back. */
+/*
+ * XDR, and what the parts of the wire share; nothing else includes it. wire_answer.c calls wire_call.c, not vice
+ * versa.
+ */
 #ifndef NBDNFS_WIRE_INTERNAL_H
 #define NBDNFS_WIRE_INTERNAL_H
 
@@ -49,7 +52,7 @@ static inline uint32_t xdr_padded(uint32_t bytes)
 	return (bytes + 3) & ~3u;
 }
 
-/* Reads on from `at`; where less is left than is asked for, `ran_out` is set, and what it returns means nothing. */
+/* Reads from `at` on. When less is left than a function needs, `ran_out` is set, and its result means nothing. */
 struct xdr_reader {
 	const uint8_t *at, *end;
 	bool ran_out;

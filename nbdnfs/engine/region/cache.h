@@ -11,8 +11,8 @@
  *   UNCOMMITTED  the NAS has its bytes, but may lose them until a COMMIT
  *   CLEAN        the NAS has its bytes, stably; the slot may be reused
  *
- * A page that is written while its slot is WRITING becomes DIRTY when that write-back ends. A page without a slot may be
- * *filled*: it repeats one 32-bit word, which lies in the region's page table.
+ * A page that is written while its slot is WRITING becomes DIRTY when that write-back ends. A page without a slot may
+ * be *filled*: it repeats one 32-bit word, which lies in the region's page table.
  *
  * Each write gets the next sequence number.
  */
@@ -68,8 +68,8 @@ bool cache_materialise(struct cache *cache, uint64_t *page);
 uint32_t cache_checksum(const struct cache *cache, uint64_t page);
 
 /*
- * A page that the NAS has stably, with its CRC-32C: the first from `from` on, and from the device's start after its end.
- * Returns false when there is none.
+ * A page that the NAS has stably, with its CRC-32C: the first from `from` on, and from the device's start after its
+ * end. Returns false when there is none.
  */
 bool cache_known_page(const struct cache *cache, uint64_t from, uint64_t *page, uint32_t *crc);
 
@@ -111,8 +111,8 @@ void cache_page_run_failed(struct cache *cache, const struct page_run *run);
 /* Remember which pages a COMMIT covers that is sent now. Returns their number. */
 uint32_t cache_commit_begin(struct cache *cache);
 /*
- * The COMMIT returned `verifier`: of the pages that it covers, those written under it are clean. The others were lost by a
- * server that restarted, and are dirty again; returns their number.
+ * The COMMIT returned `verifier`: of the pages that it covers, those written under it are clean. The others were lost
+ * by a server that restarted, and are dirty again; returns their number.
  */
 uint32_t cache_commit_done(struct cache *cache, uint64_t verifier);
 void cache_commit_failed(struct cache *cache);
@@ -126,8 +126,8 @@ uint32_t cache_unstable_count(const struct cache *cache); /* all that the NAS do
 /* ---- reading ahead ---- */
 
 /*
- * Reserve free or clean slots for up to `count` pages from `first_page` on, for fetch number `fetch`. Returns the number
- * of pages: it stops at the first page that the cache has already, and when slots run out.
+ * Reserve free or clean slots for up to `count` pages from `first_page` on, for fetch number `fetch`. Returns the
+ * number of pages: it stops at the first page that the cache has already, and when slots run out.
  */
 uint32_t cache_fetch_begin(struct cache *cache, uint64_t first_page, uint32_t count, uint64_t fetch);
 /*

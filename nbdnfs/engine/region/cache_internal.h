@@ -17,8 +17,8 @@
 #include <string.h>
 
 /*
- * The list that a slot is on. CLEAN is in the order of last use, DIRTY and UNCOMMITTED with the oldest first. A slot that
- * is being written or fetched is on none.
+ * The list that a slot is on. CLEAN is in the order of last use, DIRTY and UNCOMMITTED with the oldest first. A slot
+ * that is being written or fetched is on none.
  */
 enum list_name { ON_NONE, ON_FREE, ON_CLEAN, ON_DIRTY, ON_UNCOMMITTED, LIST_COUNT };
 

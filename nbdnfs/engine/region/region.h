@@ -106,7 +106,8 @@ _Static_assert(offsetof(struct region_header, region_bytes) == 40, "layout");
 _Static_assert(offsetof(struct region_header, generation) == 48, "layout");
 _Static_assert(offsetof(struct region_header, counters) == 56, "layout");
 _Static_assert(offsetof(struct region_counters, read_us) == REGION_COUNTER_COUNT * 8, "layout");
-_Static_assert(sizeof(struct region_counters) == (REGION_COUNTER_COUNT + REGION_HISTOGRAM_COUNT * HISTOGRAM_BUCKETS) * 8,
+_Static_assert(sizeof(struct region_counters) ==
+		       (REGION_COUNTER_COUNT + REGION_HISTOGRAM_COUNT * HISTOGRAM_BUCKETS) * 8,
 	       "layout");
 _Static_assert(sizeof(struct region_header) == 56 + sizeof(struct region_counters), "layout");
 
