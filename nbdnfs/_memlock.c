@@ -154,6 +154,8 @@ static struct PyModuleDef module_def = {
 	.m_methods = methods,
 };
 
+PyMODINIT_FUNC PyInit__memlock(void);
+
 PyMODINIT_FUNC PyInit__memlock(void)
 {
 	return PyModule_Create(&module_def);

@@ -15,7 +15,7 @@ PyObject *raise_failure(const struct nfsio_failure *why)
 		[NFSIO_OPEN] = "open",
 		[NFSIO_NAME] = "name",
 	};
-	PyObject *message = PyUnicode_DecodeUTF8(why->message, strlen(why->message), "replace");
+	PyObject *message = PyUnicode_DecodeUTF8(why->message, (Py_ssize_t)strlen(why->message), "replace");
 	PyObject *exception = NULL, *phase = NULL;
 
 	if (message != NULL)

@@ -40,6 +40,8 @@ static struct PyModuleDef module_def = {
 	.m_methods = module_methods,
 };
 
+PyMODINIT_FUNC PyInit__engine(void);
+
 PyMODINIT_FUNC PyInit__engine(void)
 {
 	PyObject *module = PyModule_Create(&module_def);

@@ -126,7 +126,7 @@ int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t d
 
 	while (!step->done) {
 		struct pollfd fds[2] = {
-			{ .fd = nfs_get_fd(nfs), .events = nfs_which_events(nfs) },
+			{ .fd = nfs_get_fd(nfs), .events = (short)nfs_which_events(nfs) },
 			{ .fd = io->wake_fd, .events = POLLIN },
 		};
 		int64_t now = now_ms(), left_ms = deadline_ms - now;
@@ -262,7 +262,7 @@ static int open_file(struct nfsio *io, struct nfs_context *nfs, const char *path
 		}
 	}
 	step = new_step(io);
-	if (nfs_create_async(nfs, path, O_RDWR | O_SYNC | O_EXCL, io->options.mode, step_done, step) != 0)
+	if (nfs_create_async(nfs, path, O_RDWR | O_SYNC | O_EXCL, (int)io->options.mode, step_done, step) != 0)
 		return -EIO;
 	error = pump(io, nfs, step, deadline_ms);
 	*fh = step->data;
@@ -280,7 +280,7 @@ static int check_raw_handle(struct nfsio *io, struct nfs_context *nfs, struct nf
 
 	if (bytes == NULL || bytes->len <= 0 || bytes->len > NFS3_FHSIZE || bytes->val == NULL)
 		return -EPROTO;
-	raw->data.data_len = bytes->len;
+	raw->data.data_len = (unsigned)bytes->len;
 	raw->data.data_val = bytes->val;
 	args.object = *raw;
 	if (call_getattr3(nfs_get_rpc_context(nfs), step_getattr3_done, &args, step) != 0)

@@ -206,7 +206,7 @@ static void reconnect(struct nfsio *io)
 
 		/* jitter: the clients of a server should not all come back in the same moment */
 		if (io->backoff_ms > 0)
-			back_off(io, io->backoff_ms / 2 + (int)(rand_r(&seed) % (unsigned)io->backoff_ms));
+			back_off(io, io->backoff_ms / 2 + rand_r(&seed) % io->backoff_ms);
 		io->backoff_ms = io->backoff_ms == 0 ? BACKOFF_FIRST_MS : io->backoff_ms * 2;
 		if (io->backoff_ms > BACKOFF_LIMIT_MS)
 			io->backoff_ms = BACKOFF_LIMIT_MS;

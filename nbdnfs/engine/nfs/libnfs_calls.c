@@ -52,9 +52,9 @@ void copy_stat(struct nfsio_stat *st, const struct nfs_stat_64 *from)
 		.fileid = from->nfs_ino,
 		.nlink = from->nfs_nlink,
 		.mtime_us = from->nfs_mtime * 1000000 + from->nfs_mtime_nsec / 1000,
-		.mode = from->nfs_mode,
-		.uid = from->nfs_uid,
-		.gid = from->nfs_gid,
+		.mode = (uint32_t)from->nfs_mode,
+		.uid = (uint32_t)from->nfs_uid,
+		.gid = (uint32_t)from->nfs_gid,
 	};
 }
 

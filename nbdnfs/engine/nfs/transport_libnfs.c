@@ -34,7 +34,7 @@ static void read3_done(struct rpc_context *rpc, int status, void *data, void *ar
 	if (!counts_as_answer(io, status))
 		return;
 	if (res->status != NFS3_OK) {
-		note_refused3(io, req, res->status);
+		note_refused3(io, req, (int)res->status);
 		return;
 	}
 	READ3resok *ok = &res->READ3res_u.resok;
@@ -67,7 +67,7 @@ static void write3_done(struct rpc_context *rpc, int status, void *data, void *a
 	if (!counts_as_answer(io, status))
 		return;
 	if (res->status != NFS3_OK) {
-		note_refused3(io, req, res->status);
+		note_refused3(io, req, (int)res->status);
 		return;
 	}
 	WRITE3resok *ok = &res->WRITE3res_u.resok;
@@ -85,7 +85,7 @@ static void commit3_done(struct rpc_context *rpc, int status, void *data, void *
 	if (!counts_as_answer(io, status))
 		return;
 	if (res->status != NFS3_OK) {
-		note_refused3(io, req, res->status);
+		note_refused3(io, req, (int)res->status);
 		return;
 	}
 	note_committed3(io, req, verifier_of(res->COMMIT3res_u.resok.verf));
@@ -116,12 +116,13 @@ static void file_call_done(int error, struct nfs_context *nfs, void *data, void 
 	if (error < 0) {
 		refused4(io, req, error);
 	} else {
-		if (!DATA_LANDS_IN_PLACE && req->op == NFSIO_READ &&
-		    (uint32_t)error <= req->length_bytes - req->moved_bytes)
-			memcpy(req->data + req->moved_bytes, data, error);
+		uint32_t count = (uint32_t)error;
+
+		if (!DATA_LANDS_IN_PLACE && req->op == NFSIO_READ && count <= req->length_bytes - req->moved_bytes)
+			memcpy(req->data + req->moved_bytes, data, count);
 		req->stable = true; /* the file was opened with O_SYNC */
 		/* the file API does not report the end of the file: a read that moves nothing has met it */
-		note_moved(io, req, error, req->op == NFSIO_READ && error == 0);
+		note_moved(io, req, count, req->op == NFSIO_READ && count == 0);
 	}
 }
 

@@ -25,7 +25,7 @@ enum list_name { ON_NONE, ON_FREE, ON_CLEAN, ON_DIRTY, ON_UNCOMMITTED, LIST_COUN
 struct slot {
 	uint32_t prev, next;    /* of its list */
 	uint32_t hash_next;
-	uint8_t list;
+	enum list_name list;
 	bool hashed;            /* slot_find() finds it */
 	bool writing;           /* a copy of it is on its way to the NAS */
 	bool fetching;
