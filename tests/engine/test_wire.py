@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Transfers over NFSv3 without libnfs (nbdnfs/engine/nfs/wire.c), against a server whose answers look as they like.
+"""Transfers over NFSv3 without libnfs (nbdnfs/engine/nfs/wire*.c), against a server whose answers look as they like.
 
 No page that is read here was written before: its checksum is unknown, and a wrong byte would reach the reader.
 """
