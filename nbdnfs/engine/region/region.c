@@ -107,12 +107,14 @@ static int lock_and_map(struct region *region, size_t new_bytes, char *message, 
 /* Lay out a region that is new, or whose maker was killed before it had put anything in. */
 static void make_header(struct region *region, const struct region_identity *identity, uint32_t slot_count)
 {
+	uint64_t magic;
+
 	region->header->version = REGION_VERSION;
 	region->header->slot_count = slot_count;
 	region->header->identity = *identity;
 	region->header->region_bytes = region->bytes;
-	atomic_thread_fence(memory_order_release);
-	memcpy(region->header->magic, MAGIC, sizeof(MAGIC));
+	memcpy(&magic, MAGIC, sizeof(magic));
+	atomic_store_explicit((_Atomic uint64_t *)(void *)region->header->magic, magic, memory_order_release);
 }
 
 static void set_parts(struct region *region)
