@@ -25,18 +25,24 @@ def extension(name: str, sources: list[str], *, libraries: bool) -> Extension:
     return Extension(
         name,
         sources=sorted(sources),
-        depends=sorted(glob.glob("nbdnfs/engine/*.h")) if libraries else [],
+        depends=sorted(glob.glob("nbdnfs/engine/**/*.h", recursive=True)) if libraries else [],
+        include_dirs=["nbdnfs/engine"] if libraries else [],
         define_macros=[
             ("Py_LIMITED_API", "0x030B0000"),
-            # No libnfs tells its version at run time before 6.0: the build remembers it.
+            # libnfs reports its version at run time from 6.0 on only: the build records it.
             *([("LIBNFS_BUILT_WITH", f'"{pkg_config("--modversion")[0]}"')] if libraries else []),
         ],
+        # setuptools passes what Python was built with, NDEBUG too; asserts are for production (engine/base/assert.h)
+        undef_macros=["NDEBUG"],
         extra_compile_args=[
             "-std=c11",
             "-D_GNU_SOURCE",
             "-Wall",
             "-Wextra",
             "-Wshadow",
+            "-Wundef",
+            "-Wstrict-prototypes",
+            "-Wmissing-prototypes",
             "-Wno-unused-parameter",
             "-fvisibility=hidden",
             *(pkg_config("--cflags") if libraries else []),
@@ -53,7 +59,7 @@ def extension(name: str, sources: list[str], *, libraries: bool) -> Extension:
 
 setup(
     ext_modules=[
-        extension("nbdnfs.engine._engine", glob.glob("nbdnfs/engine/*.c"), libraries=True),
+        extension("nbdnfs.engine._engine", glob.glob("nbdnfs/engine/**/*.c", recursive=True), libraries=True),
         extension("nbdnfs._memlock", ["nbdnfs/_memlock.c"], libraries=False),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

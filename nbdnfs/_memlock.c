@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What memlock.py cannot do from Python: calls that have no binding there. No policy, no messages.
- * Limited API of CPython 3.11. Each function raises OSError where the kernel or glibc refuses.
+ * System calls that memlock.py needs and Python does not have. No policy, no messages. Limited API of CPython 3.11.
+ * Each function raises OSError where the kernel or glibc refuses.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -49,7 +49,7 @@ static PyObject *tune_malloc(PyObject *module, PyObject *args)
 	Py_RETURN_NONE;
 }
 
-/* Take `bytes` from the heap, touch them, give them back: with malloc tuned they stay ours, and faulted. */
+/* Allocate `bytes`, touch them, free them: after tune_malloc() they stay in the heap, faulted in. */
 static PyObject *extend_heap(PyObject *module, PyObject *args)
 {
 	unsigned long long bytes;
@@ -66,7 +66,7 @@ static PyObject *extend_heap(PyObject *module, PyObject *args)
 	Py_RETURN_NONE;
 }
 
-/* For threads that the program does not start itself: glibc takes its default from RLIMIT_STACK at exec. */
+/* For threads that nbdkit starts: glibc takes its default from RLIMIT_STACK at exec. */
 static PyObject *set_default_stack(PyObject *module, PyObject *args)
 {
 	unsigned long long bytes;
@@ -121,22 +121,28 @@ static PyObject *set_io_flusher(PyObject *module, PyObject *unused)
 	return none_or_errno(prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0 ? 0 : errno);
 }
 
-/* Of the calling thread alone: each has its own (kernel/exit.c: reparent_leader). */
+/* For the calling thread: the setting is each thread's own (kernel/exit.c: reparent_leader). */
 static PyObject *outlive_parent(PyObject *module, PyObject *unused)
 {
 	return none_or_errno(prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0) == 0 ? 0 : errno);
 }
 
 static PyMethodDef methods[] = {
-	{ "lock_on_fault", lock_on_fault, METH_NOARGS, "mlockall(2): what is there, and all that comes, once it is touched" },
-	{ "tune_malloc", tune_malloc, METH_VARARGS, "tune_malloc(top_pad_bytes): one arena, never mapped, never trimmed" },
-	{ "extend_heap", extend_heap, METH_VARARGS, "extend_heap(bytes): have that much touched and free in the heap" },
-	{ "set_default_stack", set_default_stack, METH_VARARGS, "set_default_stack(bytes): of threads started from now on" },
+	{ "lock_on_fault", lock_on_fault, METH_NOARGS,
+	  "mlockall(2): lock all memory, now and later, as soon as it is touched" },
+	{ "tune_malloc", tune_malloc, METH_VARARGS,
+	  "tune_malloc(top_pad_bytes): one arena, no mmap(2), no trimming" },
+	{ "extend_heap", extend_heap, METH_VARARGS, "extend_heap(bytes): fault in that much free heap" },
+	{ "set_default_stack", set_default_stack, METH_VARARGS,
+	  "set_default_stack(bytes): the stack size of threads that are started from now on" },
 	{ "get_default_stack", get_default_stack, METH_NOARGS, "get_default_stack() -> bytes" },
 	{ "populate", populate, METH_VARARGS, "populate(start, length): read a mapping's pages in, madvise(2)" },
-	{ "drop", drop, METH_VARARGS, "drop(start, length): unmap a file mapping's pages, to be read again when touched" },
-	{ "set_io_flusher", set_io_flusher, METH_NOARGS, "prctl(PR_SET_IO_FLUSHER): this task and those it starts" },
-	{ "outlive_parent", outlive_parent, METH_NOARGS, "prctl(PR_SET_PDEATHSIG, 0): no signal when the parent ends" },
+	{ "drop", drop, METH_VARARGS,
+	  "drop(start, length): drop a file mapping's pages, which are read again when touched" },
+	{ "set_io_flusher", set_io_flusher, METH_NOARGS,
+	  "prctl(PR_SET_IO_FLUSHER): for this thread and those it starts" },
+	{ "outlive_parent", outlive_parent, METH_NOARGS,
+	  "prctl(PR_SET_PDEATHSIG, 0): no signal when the parent ends" },
 	{ NULL, NULL, 0, NULL },
 };
 
@@ -147,6 +153,8 @@ static struct PyModuleDef module_def = {
 	.m_size = -1,
 	.m_methods = methods,
 };
+
+PyMODINIT_FUNC PyInit__memlock(void);
 
 PyMODINIT_FUNC PyInit__memlock(void)
 {

@@ -69,8 +69,8 @@ HEADER_BYTES = COUNTERS_OFFSET + _COUNTER_BYTES * (len(COUNTERS) + HISTOGRAM_BUC
 _DISCONNECTED_OFFSET = COUNTERS_OFFSET + _COUNTER_BYTES * COUNTERS.index("disconnected")
 
 # The counter `file_state`: enum region_file.
-FILE_THERE, FILE_REMOVED, FILE_REPLACED, FILE_TRUNCATED = range(4)
-# The counter `owner_state`: enum owner_state of owner.h.
+FILE_THERE, FILE_DELETED, FILE_REPLACED, FILE_TRUNCATED = range(4)
+# The counter `owner_state`: enum owner_state of owner_watch.h.
 OWNER_NONE, OWNER_HELD, OWNER_UNSURE, OWNER_STOLEN = range(4)
 
 

@@ -20,7 +20,7 @@ from nbdnfs.kernel import nbd_device, swap_area
 from nbdnfs.sizes import SLOT_BYTES
 
 _FILE_PROBLEMS = {
-    region.FILE_REMOVED: "the backing file was deleted on the server",
+    region.FILE_DELETED: "the backing file was deleted on the server",
     region.FILE_REPLACED: "the backing file was replaced on the server: nothing is written to the new file",
     region.FILE_TRUNCATED: "the backing file was truncated on the server: the pages behind its end are lost",
 }

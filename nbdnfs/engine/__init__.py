@@ -1,62 +1,77 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A block device over a file on an NFS server: a C core over libnfs, without the kernel's NFS client.
+"""A block device over a file on an NFS server, without the kernel's NFS client. In C; see README.md beside this file.
 
     from nbdnfs.engine import Engine
 
     device = Engine("nfs://nas/export/swap/box.swap?version=3", "192.0.2.7")
     page = bytearray(4096)
     device.pread(page, 8192)        # fills the buffer from offset 8192
-    device.pwrite(page, 0)          # on the NAS, stably, when it returns
+    device.pwrite(page, 0)          # in the region when it returns
+    device.flush()                  # on the NAS, stably, when it returns
     device.close()
 
-`Engine(url, address)` mounts the directory of the URL on `address` (a numeric address: names are resolved once
-and by the caller, `nbdnfs.url.NfsUrl.resolve`), opens the file, and keeps one connection with any number of
-requests in flight. Version, ports, uid and gid come from the URL, as libnfs reads it.
+`Engine(url, address)` mounts the directory of the URL on `address`, opens the file, and keeps `connections`
+connections with any number of requests in flight. `address` is numeric: the caller resolves names, once. Version,
+ports, uid and gid come from the URL, as libnfs reads it.
 
-- `size_bytes`: the device's size, a multiple of 4096.
-- `pread(buffer, offset)`, `pwrite(buffer, offset)`: whole pages, 4096 bytes at multiples of 4096, inside the
-  device; `buffer` is anything with the buffer protocol. A write is stable (RFC 1813: FILE_SYNC) when it returns.
-- `flush()`: all that was written is on the NAS. `trim(length, offset)`: the bytes may be forgotten; the file
-  keeps its blocks.
-- `close()`: leaves the server. RuntimeError while requests run.
+- `size_bytes`: the device's size, the file's size when it was opened; a multiple of 4096.
+- `pread(buffer, offset)`: fills the buffer, with what the last pwrite() that returned put there. Pages are compared
+  with the checksum of what was written.
+- `pwrite(buffer, offset, fua=False)`: acknowledged when the pages lie in the region, a memfd that outlives this process
+  if the caller made it (`region_fd`) and dies with it otherwise. The engine sends them to the NAS within ten seconds,
+  except pages that repeat one 32-bit word: those go with the next flush(). With `fua`, returns when these pages are
+  on the NAS, stably.
+- `flush()`: returns when everything that was written before it is on the NAS, stably: written with FILE_SYNC, or
+  covered by a COMMIT under the same write verifier (RFC 1813, 3.3.7 and 3.3.21).
+- `trim(length, offset)`: the bytes may be forgotten. The file keeps its blocks.
+- `counters()`: the region's counters and histograms, by name (engine/region/region.h).
+- `close()`: disconnects. With a region of its own, the engine first waits until the NAS has everything. RuntimeError
+  while requests run.
 
-All of them may be called from any number of threads; none holds the GIL while it waits, and requests of
-several threads are in flight together. A connection that breaks is made again for as long as that takes, and
-what was under way is sent again: callers wait, they see no error. `soft_limit_ms` makes EIO of waits that are
-longer (0: none does); a file that the server has lost or exchanged is waited for `gone_limit_ms`, and then EIO too.
-What was written is kept in any case. docs/decisions/0010 has the whole table, 0011 what `silence_ms` is.
+pread(), pwrite() and trim() take whole pages: 4096 bytes at multiples of 4096, inside the device. `buffer` is anything
+with the buffer protocol. All methods but close() may be called from any number of threads; none holds the GIL while it
+waits. `transport` says how pages travel over NFSv3: "wire" (without libnfs) or "libnfs". NFSv4 always uses libnfs.
 
-With `owner_path` and `owner_identity` the engine writes only while the record of that name, beside the file, has that
-line; see nbdnfs.owner. Once it has another, all requests raise EIO, or, with `exit_status_when_lost`, the process ends.
+A broken connection is replaced, for as long as that takes, and what was in flight is sent again: callers wait and see
+no error. Waiting ends in EIO
 
-`NfsFile` is the same for a file of any size, with byte offsets and with operations on names, for making and
-inspecting backing files. Where the file has been gone for `gone_limit_ms`, its requests raise ESTALE.
+- after `soft_limit_ms`, if that is not 0;
+- once the server has answered for `gone_limit_ms` that the file was deleted or replaced, if that is not 0;
+- at once when another machine owns the file, see below.
 
-Errors: opening raises `NfsError`, an OSError with `phase` ("connect": no answer; "mount": no such export, or
-not for us; "open": the file). Requests raise OSError: EINVAL for what is not whole pages inside the device,
-EIO where the file ends before the device, and what the server answered (ENOSPC, EDQUOT, EROFS, ESTALE, ...).
+What was acknowledged stays in the region all the same, and is written when that is possible again. docs/decisions/0010
+has the whole table, 0011 what `silence_ms` is.
+
+With `owner_path` and `owner_identity` the engine writes only while the record of that name, beside the file, contains
+that text. Once it does not, the file is stolen: all requests but trim() raise EIO, or, with `exit_status_when_stolen`,
+the process ends with that status.
+
+`NfsFile` is a file of any size, with byte offsets and operations on names, for making and inspecting backing files. Its
+pwrite() returns when the data is on the NAS, stably. Once the file has been gone for `gone_limit_ms`, its transfers
+raise ESTALE.
+
+Errors. Opening raises `NfsError`, an OSError with `phase`: "connect" (no answer), "mount" (the server does not export
+that, or not to this client), "open" (the file) or "name" (a name operation). Requests raise OSError: EINVAL for what is
+not whole pages inside the device; EIO where the file is shorter than the device, where a page does not match its
+checksum, and for the waits above; and what the server answered to a READ (EACCES, ...). A write that the server refuses
+(ENOSPC, EDQUOT, EROFS, ...) is not an error to the caller: the page stays in the region, the counter `write_back_error`
+has the errno, and the engine tries again.
 """
 
 from nbdnfs.engine._engine import (
     Engine,
     NfsError,
     NfsFile,
-    disconnected_offset,
     forget_services,
     keep_thread_states,
     libnfs_version,
-    region_counters,
-    region_version,
 )
 
 __all__ = [
     "Engine",
     "NfsError",
     "NfsFile",
-    "disconnected_offset",
     "forget_services",
     "keep_thread_states",
     "libnfs_version",
-    "region_counters",
-    "region_version",
 ]

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from typing_extensions import Buffer
 
 libnfs_version: str
-region_version: int
-disconnected_offset: int
 
 def keep_thread_states() -> None: ...
 def forget_services() -> None: ...
-def region_counters(fd: int, /) -> dict[str, int | list[int]]: ...
 
 class NfsError(OSError):
     phase: str
@@ -43,8 +40,8 @@ class Engine:
         owner_path: str | None = None,
         owner_identity: str | None = None,
         owner_refresh_ms: int = 10000,
-        exit_status_when_lost: int = 0,
-        libnfs_transfers: bool = False,
+        exit_status_when_stolen: int = 0,
+        transport: Literal["wire", "libnfs"] = "wire",
     ) -> None: ...
     @property
     def size_bytes(self) -> int: ...

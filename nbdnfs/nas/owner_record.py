@@ -3,7 +3,7 @@
 
 The record is `.NAME.owner` beside the file NAME: always 512 bytes of text, one `key value` on each line, in the order
 of `_FIELDS`, and then empty lines. The worker that owns the file overwrites ten digits every `refresh_ms`
-(engine/owner.c has their offset), and nothing else is ever written to it; any other change is a new file in its place.
+(engine/nfs/owner_watch.c has their offset), and nothing else is ever written to it; any other change is a new file in its place.
 docs/decisions/0009 says why.
 
 The keeper has this module in its locked memory, so that hashlib (OpenSSL) is imported only where a hash is made.
@@ -24,7 +24,7 @@ from nbdnfs.errors import ConfigError
 RECORD_BYTES = 512
 # A live owner has refreshed its record within this many refresh times, delays included.
 _STALE_REFRESHES = 2.5
-# Reading the record permits writes for this many refresh times: engine/owner.c.
+# Reading the record permits writes for this many refresh times: engine/nfs/owner_watch.c.
 _PERMITTED_REFRESHES = 2
 
 _MAGIC = "nbdnfs owner 1"

@@ -155,7 +155,8 @@ class Worker:
             self._url,
             self._address,
             connect_timeout_s=connect_timeout_s,
-            exit_status_when_lost=protocol.STOLEN_STATUS if self._settings.control_fd is not None else 0,
+            exit_status_when_stolen=protocol.STOLEN_STATUS if self._settings.control_fd is not None else 0,
+            transport=self._settings.transport,  # type: ignore[arg-type]
             **self._settings.numbers,  # type: ignore[arg-type]
             **self._settings.owner,  # type: ignore[arg-type]
         )

@@ -21,12 +21,13 @@ ENGINE_NUMBERS = {
     "region_pages": range(256, 1 << 24),
     "connections": range(1, 17),
     "stable_writes": range(2),
-    "libnfs_transfers": range(2),
     "read_ahead_pages": range(4097),
     "soft_limit_ms": range(1 << 32),
     "gone_limit_ms": range(1 << 32),
     "silence_ms": range(1 << 31),
 }
+# How the C engine moves pages over NFSv3: on its own, or through libnfs as NFSv4 always does.
+TRANSPORTS = ("wire", "libnfs")
 LOCKS = ("wanted", "required", "off")
 KEYS = (
     "url",
@@ -38,6 +39,7 @@ KEYS = (
     "owner",
     "owner_record",
     "control_fd",
+    "transport",
     *ENGINE_NUMBERS,
 )
 
@@ -52,10 +54,11 @@ class WorkerSettings:
     without     names of measures (memlock.NAMES) to skip
     numbers     nbdnfs.engine.Engine's numeric arguments
     control_fd  the control socket of a keeper's worker; None without a keeper
+    transport   one of TRANSPORTS, for NFSv3
     owner       nbdnfs.engine.Engine's arguments about the owner record; empty where none is kept
     """
 
-    __slots__ = ("address", "control_fd", "engine", "lock", "numbers", "owner", "url", "without")
+    __slots__ = ("address", "control_fd", "engine", "lock", "numbers", "owner", "transport", "url", "without")
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class WorkerSettings:
         numbers: dict[str, int],
         control_fd: int | None,
         owner: dict[str, str | int],
+        transport: str,
     ) -> None:
         self.url = url
         self.address = address
@@ -76,6 +80,7 @@ class WorkerSettings:
         self.numbers = numbers
         self.control_fd = control_fd
         self.owner = owner
+        self.transport = transport
 
     @property
     def is_nfs4(self) -> bool:
@@ -84,7 +89,7 @@ class WorkerSettings:
     @property
     def is_through_libnfs(self) -> bool:
         """Whether transfers go through libnfs, not through the engine's own NFSv3."""
-        return self.is_nfs4 or bool(self.numbers.get("libnfs_transfers", 0))
+        return self.is_nfs4 or self.transport == "libnfs"
 
 
 def parse(settings: Mapping[str, str]) -> WorkerSettings:
@@ -108,7 +113,10 @@ def parse(settings: Mapping[str, str]) -> WorkerSettings:
     numbers.setdefault("connections", defaults.CONNECTIONS)
     control_fd = _number("control_fd", settings["control_fd"], DESCRIPTORS) if "control_fd" in settings else None
     owner = _owner(settings.get("owner", "off"), settings.get("owner_record", ""))
-    return WorkerSettings(settings["url"], settings.get("address"), engine, lock, without, numbers, control_fd, owner)
+    transport = _one_of("transport", settings.get("transport", TRANSPORTS[0]), TRANSPORTS)
+    return WorkerSettings(
+        settings["url"], settings.get("address"), engine, lock, without, numbers, control_fd, owner, transport
+    )
 
 
 def _owner(text: str, record: str) -> dict[str, str | int]:

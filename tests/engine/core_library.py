@@ -38,7 +38,7 @@ class RegionStruct(Structure):
 
 
 class RunStruct(Structure):
-    """struct cache_run"""
+    """struct page_run"""
 
     _fields_ = (("first_page", c_uint64), ("count", c_uint32), ("slots", c_uint32 * 32))
 
@@ -46,8 +46,9 @@ class RunStruct(Structure):
 def build(directory: Path) -> ctypes.CDLL:
     """Compile the library into `directory` and declare its functions."""
     path = directory / "libcore.so"
-    command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fPIC", "-shared", "-pthread", "-o", str(path)]
-    subprocess.run([*command, *(str(SOURCES / f"{name}.c") for name in ("region", "cache", "crc32c"))], check=True)
+    command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fPIC", "-shared", "-pthread"]
+    sources = [*sorted((SOURCES / "region").glob("*.c")), SOURCES / "base/crc32c.c"]
+    subprocess.run([*command, f"-I{SOURCES}", "-o", str(path), *map(str, sources)], check=True)
     library = ctypes.CDLL(str(path))
     signatures = {
         "crc32c": (c_uint32, c_char_p, c_size_t),
@@ -65,11 +66,11 @@ def build(directory: Path) -> ctypes.CDLL:
         "cache_page_is_stable": (c_bool, c_void_p, c_uint64, c_uint64),
         "cache_materialise": (c_bool, c_void_p, POINTER(c_uint64)),
         "cache_checksum": (c_uint32, c_void_p, c_uint64),
-        "cache_take_run": (c_bool, c_void_p, POINTER(RunStruct), c_uint32, c_char_p),
-        "cache_next_run": (c_uint32, c_void_p, c_uint32),
-        "cache_run_stable": (None, c_void_p, POINTER(RunStruct)),
-        "cache_run_uncommitted": (None, c_void_p, POINTER(RunStruct), c_uint64),
-        "cache_run_failed": (None, c_void_p, POINTER(RunStruct)),
+        "cache_take_page_run": (c_bool, c_void_p, c_uint32, POINTER(RunStruct), c_char_p),
+        "cache_next_page_run": (c_uint32, c_void_p, c_uint32),
+        "cache_page_run_stable": (None, c_void_p, POINTER(RunStruct)),
+        "cache_page_run_uncommitted": (None, c_void_p, POINTER(RunStruct), c_uint64),
+        "cache_page_run_failed": (None, c_void_p, POINTER(RunStruct)),
         "cache_commit_begin": (c_uint32, c_void_p),
         "cache_commit_done": (c_uint32, c_void_p, c_uint64),
         "cache_commit_failed": (None, c_void_p),
@@ -161,8 +162,8 @@ class Cache:
     def take_run(self, most: int) -> Run | None:
         """The run around the oldest dirty page; what was foretold of it holds."""
         struct, buffer = RunStruct(), ctypes.create_string_buffer(32 * PAGE)
-        foretold = self.library.cache_next_run(self.pointer, most)
-        if not self.library.cache_take_run(self.pointer, byref(struct), most, buffer):
+        foretold = self.library.cache_next_page_run(self.pointer, most)
+        if not self.library.cache_take_page_run(self.pointer, most, byref(struct), buffer):
             assert foretold == 0
             return None
         assert foretold == struct.count
@@ -184,15 +185,15 @@ class Cache:
 
     def run_stable(self, run: Run) -> None:
         """The NAS has it."""
-        self.library.cache_run_stable(self.pointer, byref(run.struct))
+        self.library.cache_page_run_stable(self.pointer, byref(run.struct))
 
     def run_uncommitted(self, run: Run, verifier: int) -> None:
         """The NAS may forget it."""
-        self.library.cache_run_uncommitted(self.pointer, byref(run.struct), verifier)
+        self.library.cache_page_run_uncommitted(self.pointer, byref(run.struct), verifier)
 
     def run_failed(self, run: Run) -> None:
         """The NAS may have some of it."""
-        self.library.cache_run_failed(self.pointer, byref(run.struct))
+        self.library.cache_page_run_failed(self.pointer, byref(run.struct))
 
     def commit_begin(self) -> int:
         """The number of pages it covers."""

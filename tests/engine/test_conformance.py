@@ -33,7 +33,7 @@ SIZE = 16 * MIB
 
 def over_libnfs(url: str, address: str) -> engine.Engine:
     """One that makes its transfers over NFSv3 through libnfs, as it does where a server's answers are unusual."""
-    return engine.Engine(url, address, libnfs_transfers=True)
+    return engine.Engine(url, address, transport="libnfs")
 
 
 ENGINES: dict[str, Callable[[str, str], engine.Engine | reference_engine.Engine]] = {

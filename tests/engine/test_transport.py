@@ -536,7 +536,7 @@ def test_a_server_that_is_away_and_comes_back(
     assert path.read_bytes()[PAGE : 2 * PAGE] == page
     said.wait_for("connected again after")
     assert len(said.lines) == 2
-    assert "waiting for it" in said.lines[0]
+    assert "waiting for one" in said.lines[0]
 
 
 def test_a_file_that_was_replaced_is_not_written_into(
@@ -552,7 +552,7 @@ def test_a_file_that_was_replaced_is_not_written_into(
     fake.replace(stranger := os.urandom(MIB), fileid=fileid + 1)
     fake.crash()
     written = in_background(write, engine, page, 0)
-    said.wait_for("the file has been replaced by another")
+    said.wait_for("the file was replaced by another")
     lookups = len(fake.calls("LOOKUP"))
     wait_until(lambda: len(fake.calls("LOOKUP")) > lookups, "it looks again")
     assert not written.done()

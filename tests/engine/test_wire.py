@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Transfers over NFSv3 without libnfs (nbdnfs/engine/wire.c), against a server whose answers look as they like.
+"""Transfers over NFSv3 without libnfs (nbdnfs/engine/nfs/wire*.c), against a server whose answers look as they like.
 
 No page that is read here was written before: its checksum is unknown, and a wrong byte would reach the reader.
 """
@@ -692,13 +692,19 @@ def test_several_connections_at_once(fake: FakeNfsServer, open_engine: Callable[
 # And through libnfs
 
 
-@pytest.mark.parametrize("libnfs_transfers", [False, True])
-def test_who_makes_the_calls(fake: FakeNfsServer, open_engine: Callable[..., Engine], libnfs_transfers: bool) -> None:
-    """READ, WRITE and COMMIT are libnfs's where it is told to make them, and where it is not, none is."""
-    engine = open_engine(fake.url(), libnfs_transfers=libnfs_transfers)
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
+def test_who_makes_the_calls(fake: FakeNfsServer, open_engine: Callable[..., Engine], transport: str) -> None:
+    """READ, WRITE and COMMIT are libnfs's with transport="libnfs", and otherwise none is."""
+    engine = open_engine(fake.url(), transport=transport)
     read_pages(fake, engine, 4)
     engine.pwrite(page := os.urandom(PAGE), 0)
     in_background(engine.flush).result(DEADLINE_S)
     assert fake.on_disk[:PAGE] == page
     for op in ("READ", "WRITE", "COMMIT"):
-        assert callers(fake, op) == {LIBNFS if libnfs_transfers else WIRE}
+        assert callers(fake, op) == {LIBNFS if transport == "libnfs" else WIRE}
+
+
+def test_a_transport_that_is_none(fake: FakeNfsServer, open_engine: Callable[..., Engine]) -> None:
+    """Two names, and nothing else."""
+    with pytest.raises(ValueError, match="'wire' or 'libnfs'"):
+        open_engine(fake.url(), transport="tcp")

@@ -78,8 +78,8 @@ def test_layout(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "enum", "endings"),
     [
-        ("region.h", "region_file", {region.FILE_REMOVED: "_REMOVED", region.FILE_REPLACED: "_REPLACED"}),
-        ("owner.h", "owner_state", {region.OWNER_HELD: "_HELD", region.OWNER_UNSURE: "_UNSURE"}),
+        ("region.h", "region_file", {region.FILE_DELETED: "_DELETED", region.FILE_REPLACED: "_REPLACED"}),
+        ("owner_watch.h", "owner_state", {region.OWNER_HELD: "_HELD", region.OWNER_UNSURE: "_UNSURE"}),
     ],
 )
 def test_states(header: str, enum: str, endings: dict[int, str]) -> None:

@@ -59,9 +59,9 @@ def test_the_format_is_that_of_the_worker() -> None:
     assert b"\nstate held\n" in data
     assert f"\nboot {D}\n".encode() in data
     assert b"\nhost box2\n" in data
-    source = (Path(owner_record.__file__).parents[1] / "engine/owner.c").read_text()
+    source = (Path(owner_record.__file__).parents[1] / "engine/nfs/owner_watch.c").read_text()
     assert re.search(r"#define COUNTER_OFFSET 25u", source)
-    header = (Path(owner_record.__file__).parents[1] / "engine/owner.h").read_text()
+    header = (Path(owner_record.__file__).parents[1] / "engine/nfs/owner_watch.h").read_text()
     assert f"#define OWNER_RECORD_BYTES {RECORD_BYTES}u" in header
     assert f"#define OWNER_REFRESH_MS {owner_record.TIMING.refresh_ms}u" in header
 

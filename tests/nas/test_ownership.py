@@ -67,7 +67,7 @@ def test_a_second_machine_is_refused(swap_file: FileOnServer, version: int, monk
     assert ownership.claim(url, HOLDER, box1) == record
 
     refused(swap_file, box2, "is in use as swap by box1", record.claimed, "last sign of life", "nbdnfs down")
-    grow_old(swap_file, 7200)
+    grow_old(swap_file, 7260)
     refused(swap_file, box2, "box1", record.claimed, "no sign of life for 2 h", "--steal")
 
     waited_s: list[float] = []

@@ -50,15 +50,15 @@ def test_everything() -> None:
 @pytest.mark.parametrize(
     ("query", "setting", "is_nfs4", "is_through_libnfs"),
     [
-        ("", "0", False, False),
-        ("?version=3&uid=4", "0", False, False),
-        ("?uid=4&version=4", "0", True, True),
-        ("?version=3", "1", False, True),
+        ("", "wire", False, False),
+        ("?version=3&uid=4", "wire", False, False),
+        ("?uid=4&version=4", "wire", True, True),
+        ("?version=3", "libnfs", False, True),
     ],
 )
 def test_transfers(query: str, setting: str, is_nfs4: bool, is_through_libnfs: bool) -> None:
     """NFSv4 goes through libnfs, NFSv3 on request."""
-    found = settings.parse({"url": URL + query, "libnfs_transfers": setting})
+    found = settings.parse({"url": URL + query, "transport": setting})
     assert (found.is_nfs4, found.is_through_libnfs) == (is_nfs4, is_through_libnfs)
 
 

@@ -1,0 +1,281 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Create and destroy. */
+#include "block/internal.h"
+
+#include "base/log.h"
+#include "base/thread.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static int fail(struct nfsio_failure *why, int error, const char *message)
+{
+	*why = (struct nfsio_failure){ .phase = NFSIO_OPEN, .error = error };
+	snprintf(why->message, sizeof(why->message), "%s", message);
+	return error;
+}
+
+/* FNV-1a of the URL up to its options: the server and the path. */
+static uint64_t hash_path(const char *url)
+{
+	uint64_t hash = 0xcbf29ce484222325u;
+
+	for (; *url != '\0' && *url != '?'; url++)
+		hash = (hash ^ (uint8_t)*url) * 0x100000001b3u;
+	return hash;
+}
+
+static int map_region(struct engine *engine, const struct nfsio_stat *st, struct nfsio_failure *why)
+{
+	struct region_identity identity = {
+		.device_bytes = engine->size_bytes,
+		.fileid = st->fileid,
+		.path_hash = hash_path(engine->options.nfs.url),
+	};
+	char message[128];
+	int error = region_map(&engine->region, engine->options.region_fd, &identity, engine->options.region_pages,
+			       message, sizeof(message));
+
+	return error == 0 ? 0 : fail(why, error, message[0] != '\0' ? message : strerror(-error));
+}
+
+static int make_buffers(struct engine *engine)
+{
+	size_t long_bytes = (size_t)RUN_PAGES_MAX * PAGE_BYTES, short_bytes = (size_t)SHORT_RUN_PAGES * PAGE_BYTES;
+	unsigned long_buffers = nfsio_has_names(engine->ios[0]) ? LIBNFS_LONG_BUFFERS : LONG_BUFFERS;
+	size_t bytes = long_buffers * long_bytes + SHORT_WRITE_BACKS * short_bytes + engine->io_count * PAGE_BYTES;
+	uint8_t *at = aligned_alloc(PAGE_BYTES, bytes);
+
+	if (at == NULL)
+		return -ENOMEM;
+	memset(at, 0, bytes); /* faults the pages in now, not when memory is short */
+	engine->buffers = at;
+	for (; engine->spare_count < long_buffers; at += long_bytes)
+		engine->spare[engine->spare_count++] = at;
+	for (unsigned i = 0; i < LONG_WRITE_BACKS; i++)
+		engine->write_backs[i] = (struct write_back){ .engine = engine, .pages_max = RUN_PAGES_MAX };
+	for (unsigned i = LONG_WRITE_BACKS; i < WRITE_BACKS; i++, at += short_bytes)
+		engine->write_backs[i] =
+			(struct write_back){ .engine = engine, .pages_max = SHORT_RUN_PAGES, .data = at };
+	for (struct fetch *fetch = engine->fetches; fetch < engine->fetches + FETCHES; fetch++)
+		*fetch = (struct fetch){ .engine = engine };
+	engine->samples = at;
+	assert(at + engine->io_count * PAGE_BYTES == engine->buffers + bytes);
+	return 0;
+}
+
+/*
+ * Close all connections, and end the watch on ownership, whose thread uses one of them. All are ended before anything
+ * is freed: the thread of a connection looks at the others (condition_changed() of file.c) and asks the watch whether
+ * it may write.
+ */
+static void close_connections(struct engine *engine)
+{
+	bool has_own_names = engine->names != NULL && engine->names != engine->ios[0];
+
+	for (unsigned i = 0; i < engine->io_count; i++)
+		nfsio_stop(engine->ios[i]);
+	if (has_own_names)
+		nfsio_stop(engine->names);
+	for (unsigned i = 0; i < engine->io_count; i++)
+		nfsio_join(engine->ios[i]);
+	if (engine->owner_watch != NULL)
+		owner_watch_destroy(engine->owner_watch);
+	engine->owner_watch = NULL;
+	if (has_own_names)
+		nfsio_destroy(engine->names);
+	engine->names = NULL;
+	while (engine->io_count > 0)
+		nfsio_destroy(engine->ios[--engine->io_count]);
+}
+
+static int open_connections(struct engine *engine, struct nfsio_failure *why)
+{
+	struct nfsio_options options = engine->options.nfs;
+	int error = 0;
+
+	while (error == 0 && engine->io_count < engine->options.connections) {
+		error = nfsio_create(&options, &engine->ios[engine->io_count], why);
+		if (error == 0)
+			engine->io_count++;
+		options.quiet = true; /* the first one logs what there is to say about the server */
+	}
+	options.transport = NFSIO_OVER_LIBNFS;
+	if (error == 0 && engine->owner_watch != NULL && nfsio_has_names(engine->ios[0]))
+		engine->names = engine->ios[0];
+	else if (error == 0 && engine->owner_watch != NULL)
+		error = nfsio_create(&options, &engine->names, why);
+	return error;
+}
+
+/* For owner_watch. No lock held. */
+static void owner_state_changed(void *context, enum owner_state state)
+{
+	struct engine *engine = context;
+
+	set_counter(&counters(engine)->owner_state, state);
+	if (state != OWNER_STOLEN)
+		return;
+	if (engine->options.exit_status_when_stolen != 0)
+		_exit(engine->options.exit_status_when_stolen);
+	pthread_mutex_lock(&engine->lock);
+	atomic_store(&engine->stolen, true);
+	pthread_cond_broadcast(&engine->progress);
+	pthread_cond_signal(&engine->work);
+	pthread_mutex_unlock(&engine->lock);
+}
+
+/* What the connections tell about the file and the server. Returns 0, or -errno and *why. */
+static int take_file_facts(struct engine *engine, struct nfsio_stat *st, struct nfsio_failure *why)
+{
+	char message[128];
+
+	nfsio_opened_stat(engine->ios[0], st);
+	engine->size_bytes = st->size_bytes;
+	engine->piece_bytes = nfsio_max_transfer_bytes(engine->ios[0]);
+	if (!nfsio_has_commit(engine->ios[0]))
+		engine->options.stable_writes = true;
+	if (st->size_bytes > 0 && st->size_bytes % PAGE_BYTES == 0)
+		return 0;
+	snprintf(message, sizeof(message), "its size, %llu bytes, is not a positive multiple of %u",
+		 (unsigned long long)st->size_bytes, PAGE_BYTES);
+	return fail(why, -EINVAL, message);
+}
+
+/* Take over what the region holds, and set the counters that say "now". */
+static void take_over_region(struct engine *engine)
+{
+	set_counter(&counters(engine)->nfs_in_flight, 0);
+	set_counter(&counters(engine)->write_back_error, 0);
+	set_counter(&counters(engine)->owner_state, OWNER_NONE);
+	engine->reconnects_before = atomic_load(&counters(engine)->reconnects);
+	flusher_hold_replay(engine);
+	count(&counters(engine)->replayed_pages, cache_dirty_count(engine->cache));
+	engine->aged_sequence = cache_sequence(engine->cache); /* what is replayed has waited long enough */
+	note_unstable(engine);
+}
+
+static void init_locks(struct engine *engine)
+{
+	pthread_condattr_t monotonic;
+
+	pthread_mutex_init(&engine->lock, NULL);
+	pthread_condattr_init(&monotonic);
+	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+	pthread_cond_init(&engine->work, &monotonic);
+	pthread_cond_init(&engine->progress, &monotonic);
+	pthread_condattr_destroy(&monotonic);
+}
+
+/* Start the threads: owner_watch's, which must allow writes first, and the flusher's. Returns 0, or -errno and *why. */
+static int start_threads(struct engine *engine, struct nfsio_failure *why)
+{
+	int error = 0;
+
+	if (engine->owner_watch != NULL)
+		error = owner_watch_start(engine->owner_watch, engine->names, owner_state_changed, engine, why);
+	if (error != 0)
+		return error;
+	error = thread_start(&engine->flusher, flusher_thread, engine);
+	return error == 0 ? 0 : fail(why, error, "");
+}
+
+/* Free what engine_create() has made so far. No thread of the engine's runs. */
+static void free_engine(struct engine *engine)
+{
+	close_connections(engine); /* ends what is still in flight */
+	if (engine->cache != NULL)
+		cache_destroy(engine->cache);
+	free(engine->buffers);
+	if (engine->region.header != NULL)
+		region_unmap(&engine->region);
+	pthread_cond_destroy(&engine->work);
+	pthread_cond_destroy(&engine->progress);
+	pthread_mutex_destroy(&engine->lock);
+	free(engine);
+}
+
+static int create_owner_watch(struct engine *engine, struct nfsio_failure *why)
+{
+	if (engine->options.owner.identity == NULL)
+		return 0;
+	engine->owner_watch = owner_watch_create(&engine->options.owner);
+	if (engine->owner_watch == NULL)
+		return fail(why, -ENOMEM, "");
+	engine->options.nfs.may_write = owner_watch_may_write;
+	engine->options.nfs.may_write_context = engine->owner_watch;
+	return 0;
+}
+
+int engine_create(const struct engine_options *options, struct engine **out, struct nfsio_failure *why)
+{
+	struct engine *engine = calloc(1, sizeof(*engine));
+	struct nfsio_stat st;
+	int error;
+
+	if (engine == NULL)
+		return fail(why, -ENOMEM, "");
+	engine->options = *options;
+	engine->own_region = options->region_fd < 0;
+	init_locks(engine);
+	error = create_owner_watch(engine, why);
+	if (error == 0)
+		error = open_connections(engine, why);
+	if (error == 0)
+		error = take_file_facts(engine, &st, why);
+	if (error == 0)
+		error = map_region(engine, &st, why);
+	if (error != 0)
+		goto fail;
+	engine->cache = cache_create(&engine->region);
+	if (engine->cache == NULL || make_buffers(engine) != 0) {
+		error = fail(why, -ENOMEM, "");
+		goto fail;
+	}
+	take_over_region(engine);
+	streams_init(&engine->streams, options->read_ahead_pages);
+	error = start_threads(engine, why);
+	if (error != 0)
+		goto fail;
+	for (unsigned i = 0; i < engine->io_count; i++)
+		file_watch(engine, engine->ios[i], engine->samples + (size_t)i * PAGE_BYTES);
+	*out = engine;
+	return 0;
+fail:
+	free_engine(engine);
+	return error;
+}
+
+void engine_destroy(struct engine *engine)
+{
+	bool all_written = false, is_final = false;
+
+	while (engine->own_region && !all_written && !is_final) {
+		all_written = engine_flush(engine) == 0; /* after a soft limit it is tried again */
+		pthread_mutex_lock(&engine->lock);
+		is_final = engine->gone_too_long || atomic_load(&engine->stolen);
+		pthread_mutex_unlock(&engine->lock);
+	}
+	pthread_mutex_lock(&engine->lock);
+	engine->abandon = !all_written;
+	if (engine->own_region && !all_written)
+		log_line("%u pages are given up that the server did not take", cache_unstable_count(engine->cache));
+	engine->stop = true;
+	pthread_cond_signal(&engine->work);
+	pthread_mutex_unlock(&engine->lock);
+	pthread_join(engine->flusher, NULL);
+	free_engine(engine);
+}
+
+uint64_t engine_size_bytes(const struct engine *engine)
+{
+	return engine->size_bytes;
+}
+
+struct region_header *engine_region(const struct engine *engine)
+{
+	return engine->region.header;
+}

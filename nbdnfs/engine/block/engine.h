@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * engine: the block device. Pages go in and out of a region, which a flusher writes back to the NAS.
+ *
+ * Every request function may be called from any thread, blocks until it is done, and returns 0 or -errno:
+ *
+ *   -EINVAL  not a multiple of 4096 bytes at a multiple of 4096 inside the device
+ *   -EIO     a page does not match its checksum; the file is shorter than the device; the file is stolen; waiting for
+ *            the server took longer than nfs.soft_limit_ms; the file was gone for nfs.gone_limit_ms
+ *   other    what the server answered to a READ
+ *
+ * Without a limit requests wait for the server for as long as it takes. What was acknowledged stays in the region after
+ * an error, too, and is written when that is possible again.
+ *
+ * After engine_create() none of them maps memory, allocates (libnfs does), or starts a thread.
+ */
+#ifndef NBDNFS_ENGINE_H
+#define NBDNFS_ENGINE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "nfs/nfsio.h"
+#include "nfs/owner_watch.h"
+#include "region/region.h"
+
+/* With fewer slots, write-backs leave no room for read-ahead. */
+#define ENGINE_REGION_PAGES_MIN 256
+#define ENGINE_CONNECTIONS_MAX 16
+
+struct engine;
+
+struct engine_options {
+	struct nfsio_options nfs;
+	int region_fd;          /* a memfd that remains the caller's; -1: the engine makes one */
+	uint32_t region_pages;  /* slots of a region that is new */
+	unsigned connections;   /* 1 to ENGINE_CONNECTIONS_MAX; all but the first serve one reader at a time */
+	bool stable_writes;     /* write with FILE_SYNC, rather than UNSTABLE and COMMIT */
+	uint32_t read_ahead_pages; /* the most to have ready for one reader; 0: no read-ahead */
+	struct owner_options owner; /* identity NULL: ownership is not looked at */
+	/*
+	 * When the file is stolen, end the process with this status: its keeper then lets the kernel's requests fail.
+	 * 0: stay, and fail all requests here.
+	 */
+	int exit_status_when_stolen;
+};
+
+/* Connect, open the file, map the region and take over what it holds. Returns 0 and *engine, or -errno and *why. */
+int engine_create(const struct engine_options *options, struct engine **engine, struct nfsio_failure *why);
+
+/*
+ * End the threads and free the engine. With a region of its own, wait first until the NAS has everything or waiting
+ * is an error; a region of the caller's keeps its pages for the next engine.
+ */
+void engine_destroy(struct engine *engine);
+
+uint64_t engine_size_bytes(const struct engine *engine);
+struct region_header *engine_region(const struct engine *engine);
+
+int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes);
+/* The pages are in the region when it returns; with `fua`, on the NAS, stably. */
+int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes, bool fua);
+/* Everything that was written before is on the NAS, stably, when it returns. */
+int engine_flush(struct engine *engine);
+/* The pages may be forgotten. The file keeps its blocks: filling a hole again fails when the NAS is full. */
+int engine_trim(struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes);
+
+#endif

@@ -1,0 +1,122 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* The state of the file and of the connections to it, for counters and log. */
+#include "block/internal.h"
+
+#include "base/log.h"
+
+uint64_t file_truncated_bytes(const struct engine *engine)
+{
+	uint64_t least = UINT64_MAX;
+
+	for (unsigned i = 0; i < engine->io_count; i++)
+		if (nfsio_truncated_bytes(engine->ios[i]) < least)
+			least = nfsio_truncated_bytes(engine->ios[i]);
+	return least;
+}
+
+static bool is_unlinked(const struct engine *engine)
+{
+	for (unsigned i = 0; i < engine->io_count; i++)
+		if (nfsio_is_unlinked(engine->ios[i]))
+			return true;
+	return false;
+}
+
+/* What answers to transfers have shown. */
+static enum region_file file_state(const struct engine *engine)
+{
+	if (is_unlinked(engine))
+		return REGION_FILE_DELETED;
+	return file_truncated_bytes(engine) < UINT64_MAX ? REGION_FILE_TRUNCATED : REGION_FILE_THERE;
+}
+
+/* Count and log a change. Lock held. */
+static void note_file(struct engine *engine, enum region_file state)
+{
+	_Atomic uint64_t *counter = &counters(engine)->file_state;
+
+	assert_locked(&engine->lock);
+	if (atomic_load_explicit(counter, memory_order_relaxed) == state)
+		return;
+	set_counter(counter, state);
+	if (state == REGION_FILE_TRUNCATED)
+		log_line("the file was truncated to %llu bytes: what lay beyond is lost, reading it is an error",
+			 (unsigned long long)file_truncated_bytes(engine));
+	else if (state == REGION_FILE_DELETED && is_unlinked(engine))
+		log_line("the file was deleted on the server and survives only while open: stop using it now");
+}
+
+void file_look_locked(struct engine *engine)
+{
+	enum region_file state = file_state(engine);
+
+	/* what condition_changed() has noted says more */
+	if (state != REGION_FILE_THERE &&
+	    atomic_load_explicit(&counters(engine)->file_state, memory_order_relaxed) == REGION_FILE_THERE)
+		note_file(engine, state);
+}
+
+void file_look(struct engine *engine)
+{
+	if (file_state(engine) == REGION_FILE_THERE)
+		return;
+	pthread_mutex_lock(&engine->lock);
+	file_look_locked(engine);
+	pthread_mutex_unlock(&engine->lock);
+}
+
+/* A page by which nfsio recognises the file (nfsio_recognise()). In nfsio's threads, without a lock. */
+static bool sample_page(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc)
+{
+	struct engine *engine = context;
+	uint64_t page = 0;
+	bool found;
+
+	pthread_mutex_lock(&engine->lock);
+	/* spread over the device: where one page is wrong, its neighbours may be, too */
+	found = cache_known_page(engine->cache, number * 0x9e3779b97f4a7c15u % engine->region.page_count, &page, crc);
+	pthread_mutex_unlock(&engine->lock);
+	*offset_bytes = page * PAGE_BYTES;
+	return found;
+}
+
+/* The condition of a connection has changed: sum up all of them. In nfsio's threads, without a lock. */
+static void condition_changed(void *context)
+{
+	struct engine *engine = context;
+	enum nfsio_condition worst = NFSIO_UP;
+	uint64_t connects = 0;
+	int64_t silent_since_ms = 0;
+	bool link_down = false;
+
+	pthread_mutex_lock(&engine->lock);
+	engine->gone_too_long = false;
+	for (unsigned i = 0; i < engine->io_count; i++) {
+		struct nfsio_state state;
+
+		nfsio_state(engine->ios[i], &state);
+		connects += state.connects;
+		engine->gone_too_long |= state.gone_too_long;
+		link_down |= state.condition == NFSIO_LINK_DOWN;
+		if (state.condition > worst)
+			worst = state.condition;
+		if (state.silent_since_ms > silent_since_ms)
+			silent_since_ms = state.silent_since_ms;
+	}
+	set_counter(&counters(engine)->disconnected, link_down);
+	set_counter(&counters(engine)->reconnects, engine->reconnects_before + connects - engine->io_count);
+	if (worst == NFSIO_FILE_DELETED)
+		note_file(engine, REGION_FILE_DELETED);
+	else
+		note_file(engine, worst == NFSIO_FILE_REPLACED ? REGION_FILE_REPLACED : file_state(engine));
+	pthread_cond_broadcast(&engine->progress);
+	pthread_mutex_unlock(&engine->lock);
+	for (unsigned i = 0; silent_since_ms != 0 && i < engine->io_count; i++)
+		nfsio_suspect(engine->ios[i], silent_since_ms);
+}
+
+void file_watch(struct engine *engine, struct nfsio *io, uint8_t *page)
+{
+	nfsio_recognise(io, sample_page, engine, page);
+	nfsio_watch(io, condition_changed, engine);
+}

@@ -1,0 +1,185 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * What the parts of the engine share; nothing else includes it. engine.h has the contract. Each part calls those
+ * above it only. What guards what is said in struct engine.
+ *
+ * streams.[ch]        which readers walk the device, and what to read ahead for them
+ * file.c              the state of the file and of the connections, for counters and log
+ * flusher.c           write-backs and COMMITs, and the thread that starts them
+ * read_ahead.c        fetches of what a reader will want next
+ * requests.c          read, write, flush and trim
+ * engine.c            create and destroy
+ */
+#ifndef NBDNFS_ENGINE_INTERNAL_H
+#define NBDNFS_ENGINE_INTERNAL_H
+
+#include "base/assert.h"
+#include "region/cache.h"
+#include "block/engine.h"
+#include "block/streams.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <time.h>
+
+/*
+ * Write-backs and read-aheads in flight at once, and what one of each moves at most. Short write-backs are for pages
+ * without neighbours: a server that is a millisecond away takes many of them in the time of one. They never split a
+ * run: one that is longer waits for a long write-back.
+ */
+#define LONG_WRITE_BACKS 12
+#define SHORT_WRITE_BACKS 8
+#define WRITE_BACKS (LONG_WRITE_BACKS + SHORT_WRITE_BACKS)
+#define SHORT_RUN_PAGES 4
+#define FETCHES 4
+#define FETCH_PAGES RUN_PAGES_MAX
+/* Buffers of RUN_PAGES_MAX pages, shared by long write-backs and fetches: there are seldom many of both. */
+#define LONG_BUFFERS 14
+/* The same over libnfs, which allocates as much again for each call. */
+#define LIBNFS_LONG_BUFFERS 10
+
+/* A write-back in flight, or a place for one. */
+struct write_back {
+	struct nfsio_req req;   /* first: the write-back is found from it */
+	struct engine *engine;
+	struct page_run pages;
+	uint8_t *data;          /* pages_max pages; a long write-back has them while it is busy */
+	uint32_t pages_max;
+	uint64_t started_us;
+	bool busy;              /* guarded by engine->lock */
+};
+
+/* A read-ahead in flight, or a place for one. */
+struct fetch {
+	struct nfsio_req req;   /* first: the fetch is found from it */
+	struct engine *engine;
+	uint64_t first_page;
+	uint64_t number;
+	uint32_t count;
+	uint8_t *data;          /* FETCH_PAGES pages, while it is busy */
+	uint64_t started_us;
+	bool busy;              /* guarded by engine->lock */
+};
+
+struct engine {
+	/* constant after engine_create() */
+	struct engine_options options;
+	/*
+	 * The first is for write-backs, read-ahead, and reads that find no other idle. Each of the others is lent to
+	 * one reader at a time, which receives its answer itself (nfs/requests.c): no other thread has to wake it.
+	 */
+	struct nfsio *ios[ENGINE_CONNECTIONS_MAX];
+	unsigned io_count;
+	struct nfsio *names;    /* for owner_watch: ios[0] where that has names, else one of its own */
+	struct region region;
+	uint64_t size_bytes;
+	uint64_t reconnects_before; /* of workers before this one */
+	uint32_t piece_bytes;
+	bool own_region;
+	uint8_t *buffers;       /* of write-backs, fetches and samples */
+	uint8_t *samples;       /* a page for each connection's thread */
+	pthread_t flusher;
+	struct owner_watch *owner_watch; /* NULL: ownership is not looked at */
+
+	atomic_bool stolen;     /* another machine owns the file: requests fail; set once, under `lock` */
+
+	/*
+	 * Guards everything below, and the cache. Completions take it, in nfsio's thread and without nfsio's lock.
+	 * While it is held, nfsio's lock is taken by nfsio_state() alone; all other calls of nfsio drop it first,
+	 * except nfsio_truncated_bytes() and nfsio_is_unlinked(), which take no lock.
+	 */
+	pthread_mutex_t lock;
+	pthread_cond_t work;    /* the flusher has something to do */
+	pthread_cond_t progress; /* slots became clean or free, a fetch ended, or the file's condition changed */
+	struct cache *cache;
+	struct streams streams;
+	struct write_back write_backs[WRITE_BACKS]; /* the long ones first */
+	uint8_t *spare[LONG_BUFFERS]; /* buffers that are not in use */
+	unsigned spare_count;
+	unsigned write_backs_busy;
+	struct fetch fetches[FETCHES];
+	struct nfsio_req commit;
+	bool committing;
+	bool starved;           /* a write-back is wanted and none is free: the next completion starts it */
+	bool flusher_rests;     /* it waits for `work` without a time limit */
+	bool stop;              /* the flusher ends once the NAS has everything, or `abandon` is set */
+	bool abandon;
+	uint32_t waiting_for_stable; /* the number of requests that wait for the NAS */
+	uint32_t waiting_for_slot;
+	bool lent[ENGINE_CONNECTIONS_MAX]; /* ios that a reader has */
+	uint64_t fetch_number;
+	uint64_t aged_sequence; /* writes up to it are old enough to be written back */
+	uint64_t refused_until_ms; /* until when pages that the server refused are held */
+	uint64_t commit_refused_until_ms;
+	uint64_t refused_pause_ms;
+	uint64_t refused_sequence; /* the newest write when the server last refused one */
+	uint64_t progress_at_ms; /* when the NAS last took a write or a COMMIT */
+	uint64_t held_until_ms; /* until when pages are held because of twins or a replay */
+	bool gone_too_long;     /* the file is gone, for so long that waiting for it is an error */
+};
+
+static inline uint64_t now_us(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * 1000000 + (uint64_t)ts.tv_nsec / 1000;
+}
+
+static inline uint64_t now_ms(void)
+{
+	return now_us() / 1000;
+}
+
+static inline struct region_counters *counters(struct engine *engine)
+{
+	return &engine->region.header->counters;
+}
+
+/* Count what the NAS does not have stably. Lock held. */
+static inline void note_unstable(struct engine *engine)
+{
+	set_counter(&counters(engine)->unstable_pages, cache_unstable_count(engine->cache));
+}
+
+/* Half full of pages to write back; those that only wait for a COMMIT have a limit of their own. Lock held. */
+static inline bool is_half_full(const struct engine *engine)
+{
+	return cache_unstable_count(engine->cache) - cache_uncommitted_count(engine->cache) >=
+	       engine->region.slot_count / 2;
+}
+
+/* At most what the server moves in one READ or WRITE, but at least a page: nfsio splits it where that is more. */
+static inline uint32_t pages_at_once(const struct engine *engine, uint32_t wanted)
+{
+	uint32_t most = engine->piece_bytes / PAGE_BYTES;
+
+	return wanted <= most ? wanted : most > 0 ? most : 1;
+}
+
+/* file.c */
+
+/* The least size that the file has had, UINT64_MAX where that is all of it. With or without the lock. */
+uint64_t file_truncated_bytes(const struct engine *engine);
+/* Note whether an answer has shown that the file was truncated or deleted. Takes the lock if so. */
+void file_look(struct engine *engine);
+/* The same with the lock held. */
+void file_look_locked(struct engine *engine);
+/* Have nfsio recognise the file (`page` is for a sample) and report its condition. Takes the lock. */
+void file_watch(struct engine *engine, struct nfsio *io, uint8_t *page);
+
+/* flusher.c */
+
+/* The thread; `arg` is the engine. Takes the lock. */
+void *flusher_thread(void *arg);
+/* Wake the flusher, unless a completion will go on anyway. Lock held. */
+void flusher_call(struct engine *engine);
+/* Hold the pages that the last worker has left. Without the lock: engine_create() alone knows the engine. */
+void flusher_hold_replay(struct engine *engine);
+
+/* read_ahead.c */
+
+/* These pages are being read: fetch what their reader will want next. Takes the lock. */
+void readahead_follow(struct engine *engine, uint64_t page, uint32_t pages);
+
+#endif

@@ -1,0 +1,328 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Requests: read, write, flush and trim. */
+#include "block/internal.h"
+
+#include "base/crc32c.h"
+#include "base/log.h"
+
+#include <errno.h>
+
+/* Pages of a request that are looked up, checksummed and fetched in one go. */
+#define BATCH_PAGES 64
+/* How often a page whose checksum is wrong is read again. */
+#define CHECKSUM_TRIES 3
+
+static int check_range(const struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes)
+{
+	if (offset_bytes % PAGE_BYTES != 0 || length_bytes % PAGE_BYTES != 0 || length_bytes == 0 ||
+	    offset_bytes > engine->size_bytes || length_bytes > engine->size_bytes - offset_bytes)
+		return -EINVAL;
+	return 0;
+}
+
+/* What a request returns that has met no error. */
+static int result_of(struct engine *engine)
+{
+	return atomic_load(&engine->stolen) ? -EIO : 0;
+}
+
+/*
+ * Check that a page that the NAS returned is what was written to it. A write since the READ was sent makes them differ:
+ * its bytes are in a slot, or on the NAS already, which is why the page is read again.
+ */
+static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
+{
+	struct region_counters *c = counters(engine);
+	uint32_t found = crc32c(data, PAGE_BYTES);
+
+	for (int tries = 0;; tries++) {
+		struct nfsio_req req = {
+			.op = NFSIO_READ, .offset_bytes = page * PAGE_BYTES, .length_bytes = PAGE_BYTES, .data = data
+		};
+		enum cache_lookup newer = CACHE_MISS;
+		uint32_t wanted;
+		int error;
+
+		pthread_mutex_lock(&engine->lock);
+		wanted = cache_checksum(engine->cache, page);
+		if (wanted != 0 && wanted != found)
+			while ((newer = cache_read(engine->cache, page, data)) == CACHE_WAIT)
+				pthread_cond_wait(&engine->progress, &engine->lock);
+		pthread_mutex_unlock(&engine->lock);
+		if (newer == CACHE_HIT || (wanted != 0 && wanted == found))
+			return 0;
+		if (wanted == 0) /* beyond a truncation the file may have zeros again, which are not what was written */
+			return (page + 1) * PAGE_BYTES <= file_truncated_bytes(engine) ? 0 : -EIO;
+		if (tries == CHECKSUM_TRIES)
+			break;
+		count(&c->checksum_rereads, 1);
+		error = nfsio_transfer(engine->ios[0], &req);
+		if (error != 0)
+			return error;
+		if (req.moved_bytes != PAGE_BYTES)
+			return -EIO;
+		found = crc32c(data, PAGE_BYTES);
+	}
+	count(&c->checksum_failures, 1);
+	log_line("page %llu of the backing file is not what was written to it: the server lost or changed it",
+		 (unsigned long long)page);
+	return -EIO;
+}
+
+/* The result of a READ of consecutive pages, each of them checked. */
+static int verify_request(struct engine *engine, const struct nfsio_req *req)
+{
+	int error = req->error;
+
+	file_look(engine);
+	if (error == 0 && req->moved_bytes != req->length_bytes)
+		error = -EIO; /* the file ends before the device: it was truncated */
+	for (uint32_t at = 0; error == 0 && at < req->length_bytes; at += PAGE_BYTES)
+		error = verify_page(engine, (req->offset_bytes + at) / PAGE_BYTES, req->data + at);
+	return error;
+}
+
+/* Lend a connection to a reader. Returns its number; 0 is shared and is not lent. Lock held. */
+static unsigned lend(struct engine *engine)
+{
+	for (unsigned i = 1; i < engine->io_count; i++)
+		if (!engine->lent[i]) {
+			engine->lent[i] = true;
+			return i;
+		}
+	return 0;
+}
+
+/*
+ * Read at most BATCH_PAGES pages. What is in no slot comes straight into the request's buffer and gets no slot: the
+ * reader has it in memory then.
+ */
+static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint32_t pages)
+{
+	struct nfsio_req reqs[BATCH_PAGES];
+	struct nfsio_batch batch;
+	uint64_t started_us;
+	uint32_t missed = 0;
+	size_t used = 0;
+	unsigned io = 0;
+	int error = 0;
+
+	assert(pages <= BATCH_PAGES);
+	pthread_mutex_lock(&engine->lock);
+	for (uint32_t i = 0; i < pages; i++) {
+		uint8_t *target = data + (size_t)i * PAGE_BYTES;
+		struct nfsio_req *last = used > 0 ? &reqs[used - 1] : NULL;
+		enum cache_lookup found;
+
+		while ((found = cache_read(engine->cache, page + i, target)) == CACHE_WAIT)
+			pthread_cond_wait(&engine->progress, &engine->lock);
+		if (found == CACHE_HIT)
+			continue;
+		missed++;
+		if (last != NULL && last->data + last->length_bytes == target &&
+		    last->length_bytes + PAGE_BYTES <= engine->piece_bytes)
+			last->length_bytes += PAGE_BYTES;
+		else
+			reqs[used++] = (struct nfsio_req){
+				.op = NFSIO_READ,
+				.offset_bytes = (page + i) * PAGE_BYTES,
+				.length_bytes = PAGE_BYTES,
+				.data = target,
+			};
+	}
+	if (used > 0)
+		io = lend(engine);
+	pthread_mutex_unlock(&engine->lock);
+	started_us = now_us();
+	if (used > 0)
+		nfsio_batch_start(engine->ios[io], &batch, reqs, used);
+	readahead_follow(engine, page, pages); /* sent after what this thread waits for */
+	if (used > 0)
+		nfsio_batch_wait(&batch);
+	if (io > 0) {
+		pthread_mutex_lock(&engine->lock);
+		assert(engine->lent[io]);
+		engine->lent[io] = false;
+		pthread_mutex_unlock(&engine->lock);
+	}
+	for (size_t i = 0; i < used; i++) {
+		count(&counters(engine)->nfs_reads, 1);
+		count(&counters(engine)->nfs_read_bytes, reqs[i].length_bytes);
+		if (error == 0)
+			error = verify_request(engine, &reqs[i]);
+	}
+	if (used > 0)
+		count_duration(counters(engine)->nfs_read_us, now_us() - started_us);
+	count(&counters(engine)->hit_pages, pages - missed);
+	count(&counters(engine)->missed_pages, missed);
+	return error;
+}
+
+int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes)
+{
+	uint64_t started_us = now_us();
+	uint64_t page = offset_bytes / PAGE_BYTES, pages = length_bytes / PAGE_BYTES;
+	int error = check_range(engine, offset_bytes, length_bytes);
+
+	if (error == 0)
+		error = result_of(engine);
+	while (error == 0 && pages > 0) {
+		uint32_t now = pages < BATCH_PAGES ? (uint32_t)pages : BATCH_PAGES;
+
+		error = read_batch(engine, data, page, now);
+		if (error == -ESTALE)
+			error = -EIO; /* the file is gone: NBD has no ESTALE */
+		if (error == 0)
+			error = result_of(engine); /* the page may be another machine's */
+		data += (size_t)now * PAGE_BYTES;
+		page += now;
+		pages -= now;
+	}
+	count(&counters(engine)->reads, 1);
+	count(&counters(engine)->read_bytes, length_bytes);
+	count_duration(counters(engine)->read_us, now_us() - started_us);
+	return error;
+}
+
+/*
+ * Wait for `progress`. Returns false when waiting is an error: the file is stolen or gone too long, or the mount is
+ * soft and the NAS has taken nothing for too long since `since_ms`. Lock held; dropped while waiting.
+ */
+static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
+{
+	uint64_t limit_ms = engine->options.nfs.soft_limit_ms, end_ms = since_ms;
+	struct timespec until;
+
+	if (engine->gone_too_long || atomic_load(&engine->stolen))
+		return false;
+	flusher_call(engine);
+	if (limit_ms == 0) {
+		pthread_cond_wait(&engine->progress, &engine->lock);
+		return true;
+	}
+	if (engine->progress_at_ms > end_ms)
+		end_ms = engine->progress_at_ms;
+	if (engine->held_until_ms > end_ms)
+		end_ms = engine->held_until_ms; /* the holds are the engine's doing, not the server's */
+	end_ms += limit_ms;
+	if (now_ms() >= end_ms)
+		return false;
+	until.tv_sec = (time_t)(end_ms / 1000);
+	until.tv_nsec = (long)(end_ms % 1000) * 1000000;
+	pthread_cond_timedwait(&engine->progress, &engine->lock, &until);
+	return true;
+}
+
+/*
+ * Wait until the NAS has every write up to `sequence` to these pages, stably. Returns 0 or -EIO. Lock held; dropped
+ * while waiting.
+ */
+static int wait_pages_stable(struct engine *engine, uint64_t page, uint64_t pages, uint64_t sequence)
+{
+	uint64_t since_ms = now_ms();
+	int error = 0;
+
+	engine->waiting_for_stable++;
+	for (uint64_t i = 0; i < pages && error == 0; i++)
+		while (!cache_page_is_stable(engine->cache, page + i, sequence))
+			if (!wait_for_nas(engine, since_ms)) {
+				error = -EIO;
+				break;
+			}
+	engine->waiting_for_stable--;
+	return error;
+}
+
+/* Write at most BATCH_PAGES pages. After an error, some of them may be written. */
+static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page, uint32_t pages, bool fua)
+{
+	uint32_t crcs[BATCH_PAGES], filled = 0;
+	uint64_t since_ms = now_ms();
+	bool was_idle;
+	int error = 0;
+
+	assert(pages <= BATCH_PAGES);
+	for (uint32_t i = 0; i < pages; i++)
+		crcs[i] = crc32c(data + (size_t)i * PAGE_BYTES, PAGE_BYTES);
+	pthread_mutex_lock(&engine->lock);
+	was_idle = cache_unstable_count(engine->cache) == 0;
+	for (uint32_t i = 0; i < pages && error == 0; i++) {
+		enum cache_store stored;
+
+		while ((stored = cache_write(engine->cache, page + i, data + (size_t)i * PAGE_BYTES, crcs[i], !fua)) ==
+			       CACHE_FULL &&
+		       error == 0) {
+			count(&counters(engine)->stalls, 1);
+			engine->waiting_for_slot++;
+			if (!wait_for_nas(engine, since_ms))
+				error = -EIO;
+			engine->waiting_for_slot--;
+		}
+		filled += stored == CACHE_FILLED;
+	}
+	note_unstable(engine);
+	if (was_idle || is_half_full(engine))
+		flusher_call(engine);
+	if (fua && error == 0)
+		error = wait_pages_stable(engine, page, pages, cache_sequence(engine->cache));
+	pthread_mutex_unlock(&engine->lock);
+	count(&counters(engine)->filled_pages_written, filled);
+	return error != 0 ? error : result_of(engine);
+}
+
+int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes, bool fua)
+{
+	uint64_t started_us = now_us();
+	uint64_t page = offset_bytes / PAGE_BYTES, pages = length_bytes / PAGE_BYTES;
+	int error = check_range(engine, offset_bytes, length_bytes);
+
+	if (error == 0)
+		error = result_of(engine);
+	while (error == 0 && pages > 0) {
+		uint32_t now = pages < BATCH_PAGES ? (uint32_t)pages : BATCH_PAGES;
+
+		error = write_batch(engine, data, page, now, fua);
+		data += (size_t)now * PAGE_BYTES;
+		page += now;
+		pages -= now;
+	}
+	count(&counters(engine)->writes, 1);
+	count(&counters(engine)->written_bytes, length_bytes);
+	count_duration(counters(engine)->write_us, now_us() - started_us);
+	return error;
+}
+
+int engine_flush(struct engine *engine)
+{
+	uint64_t page = 0, sequence, since_ms = now_ms();
+	bool in_time = true;
+
+	count(&counters(engine)->flushes, 1);
+	pthread_mutex_lock(&engine->lock);
+	engine->waiting_for_stable++;
+	while (in_time && !cache_materialise(engine->cache, &page))
+		in_time = wait_for_nas(engine, since_ms);
+	sequence = cache_sequence(engine->cache);
+	while (in_time && !cache_is_stable(engine->cache, sequence))
+		in_time = wait_for_nas(engine, since_ms);
+	engine->waiting_for_stable--;
+	pthread_mutex_unlock(&engine->lock);
+	return in_time ? result_of(engine) : -EIO;
+}
+
+int engine_trim(struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes)
+{
+	uint64_t page = offset_bytes / PAGE_BYTES, pages = length_bytes / PAGE_BYTES;
+	int error = check_range(engine, offset_bytes, length_bytes);
+
+	count(&counters(engine)->trims, 1);
+	if (error != 0)
+		return error;
+	pthread_mutex_lock(&engine->lock);
+	for (uint64_t i = 0; i < pages; i++)
+		cache_trim(engine->cache, page + i);
+	note_unstable(engine);
+	pthread_cond_broadcast(&engine->progress);
+	pthread_mutex_unlock(&engine->lock);
+	return 0;
+}

@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * streams: recognises readers that walk the device, and says what to read ahead for them. No I/O, no lock.
+ */
+#ifndef NBDNFS_STREAMS_H
+#define NBDNFS_STREAMS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#define STREAMS 8
+
+struct stream {
+	uint64_t last;          /* the first page of its newest request */
+	uint64_t next;          /* the page after its highest request */
+	uint64_t ahead;         /* the page after those that were read ahead */
+	int64_t stride;         /* pages from the start of one request to the start of the next */
+	uint32_t steps;         /* requests in a row that began where the last one ended */
+	uint32_t strides;       /* requests in a row with the same stride */
+	uint32_t window;        /* pages to have ready */
+	uint64_t used_at;
+};
+
+struct streams {
+	struct stream of[STREAMS];
+	uint64_t clock;
+	uint32_t window_max;
+	uint32_t window_limit;  /* less than window_max while pages are read ahead in vain */
+};
+
+/* Pages to fetch: `count` at `first`, and again every `step` pages, `times` times in all. */
+struct prefetch {
+	uint64_t first;
+	uint32_t count;
+	int64_t step;
+	uint32_t times;
+};
+
+void streams_init(struct streams *streams, uint32_t window_max);
+
+/* A request for `count` pages from `page` on. Returns true and *prefetch when something is to be fetched. */
+bool streams_note(struct streams *streams, uint64_t page, uint32_t count, uint64_t device_pages,
+		  struct prefetch *prefetch);
+
+/* Of what was read ahead, `used` pages were read since the last call, and `wasted` were dropped unread. */
+void streams_judge(struct streams *streams, uint32_t used, uint32_t wasted);
+
+#endif

@@ -1,0 +1,93 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* What the server's answers to READ, WRITE and COMMIT mean, whichever transport has received them. */
+#include "nfs/internal.h"
+
+#include <errno.h>
+
+/* `count` more bytes of an issued request have moved. */
+void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool end_of_file)
+{
+	assert(req->moved_bytes <= req->length_bytes);
+	if (count > req->length_bytes - req->moved_bytes) {
+		io->broken = true; /* the connection is out of step: no server answers that */
+		return;
+	}
+	io->useful = true;
+	req->moved_bytes += count;
+	if (req->moved_bytes == req->length_bytes || end_of_file) {
+		req_finish(&io->inflight, req, 0);
+	} else if (count == 0) {
+		req_finish(&io->inflight, req, -EIO); /* neither bytes nor the end: asking again might never end */
+	} else {
+		req_list_remove(&io->inflight, req);
+		req_list_push(&io->pending, req); /* a short transfer: ask for the rest */
+	}
+}
+
+void note_refused3(struct nfsio *io, struct nfsio_req *req, int status)
+{
+	if (status == NFS3ERR_STALE || status == NFS3ERR_BADHANDLE) {
+		io->broken = true; /* a new context looks the file up again */
+		return;
+	}
+	io->useful = true;
+	if (status == NFS3ERR_JUKEBOX)
+		try_later(io, &io->inflight, req);
+	else if (status == NFS3ERR_DQUOT)
+		req_finish(&io->inflight, req, -EDQUOT); /* -ERANGE to libnfs (nfsstat3_to_errno) */
+	else
+		req_finish(&io->inflight, req, nfsstat3_to_errno(status) < 0 ? nfsstat3_to_errno(status) : -EIO);
+}
+
+/* An answer says how large the file is. */
+void note_size(struct nfsio *io, uint64_t bytes)
+{
+	if (io->opened_once && bytes < io->opened.size_bytes && bytes < atomic_load(&io->truncated_bytes))
+		atomic_store(&io->truncated_bytes, bytes);
+}
+
+/* An answer says how many names the file has. */
+void note_links(struct nfsio *io, uint32_t links)
+{
+	if (links == 0)
+		atomic_store(&io->unlinked, true);
+}
+
+void note_received(struct nfsio *io)
+{
+	io->last_received_ms = io->silent_since_ms = now_ms();
+}
+
+/* Did this answer come from the server, over the context in use? */
+bool counts_as_answer(struct nfsio *io, int rpc_status)
+{
+	if (io->discarding)
+		return false;
+	if (rpc_status != RPC_STATUS_SUCCESS) {
+		io->broken = true;
+		return false;
+	}
+	note_received(io);
+	return true;
+}
+
+void note_written3(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool stable, uint64_t verifier)
+{
+	if (req->op == NFSIO_WRITE && !stable) {
+		req_finish(&io->inflight, req, -EPROTO); /* RFC 1813, 3.3.7: FILE_SYNC is answered with FILE_SYNC */
+	} else if (req->moved_bytes > 0 && !stable && verifier != req->verifier) {
+		req->moved_bytes = 0; /* the server restarted between the pieces: send all of it again */
+		req_list_remove(&io->inflight, req);
+		req_list_push(&io->pending, req);
+	} else {
+		req->verifier = verifier;
+		req->stable = stable && (req->moved_bytes == 0 || req->stable);
+		note_moved(io, req, count, false);
+	}
+}
+
+void note_committed3(struct nfsio *io, struct nfsio_req *req, uint64_t verifier)
+{
+	req->verifier = verifier;
+	req_finish(&io->inflight, req, 0);
+}

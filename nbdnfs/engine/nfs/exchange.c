@@ -1,0 +1,157 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Sending what waits, and receiving. */
+#include "nfs/internal.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <unistd.h>
+
+/* How often an idle NFSv4 client reads something: leases are 10 s and longer. */
+#define TOUCH_MS 4000
+/* How often a silent connection is looked at while it is tested. */
+#define SILENCE_TICK_MS 250
+
+/* A request in flight has waited too long. libnfs cannot cancel it, so all of them go over a new connection. */
+static void give_up_on_slow(struct nfsio *io)
+{
+	int64_t now = now_ms();
+
+	for (struct nfsio_req *req = io->inflight.head; req != NULL && !io->broken; req = req->next)
+		io->broken = is_hopeless(io, req, now);
+}
+
+static bool is_write(const struct nfsio_req *req)
+{
+	return req->op == NFSIO_WRITE || req->op == NFSIO_WRITE_UNSTABLE;
+}
+
+/* 0: send it; -EAGAIN: not yet; another -errno: it fails. */
+static int may_send(const struct nfsio *io, const struct nfsio_req *req)
+{
+	if (!is_write(req) || io->options.may_write == NULL)
+		return 0;
+	return io->options.may_write(io->options.may_write_context);
+}
+
+/* Send what waits, as far as the socket takes it. */
+void issue_pending(struct nfsio *io)
+{
+	struct nfsio_req *req;
+
+	assert_locked(&io->lock);
+	if (!is_up(io) || io->broken)
+		return;
+	if (io->inflight.head == NULL && io->pending.head != NULL)
+		io->silent_since_ms = now_ms();
+	while ((req = io->pending.head) != NULL && !io->broken && io->transport->has_room(io)) {
+		int refused = may_send(io, req);
+
+		if (refused != 0 && refused != -EAGAIN) {
+			req_finish(&io->pending, req, refused);
+			continue;
+		}
+		if (refused != 0 || io->transport->issue(io, req) < 0) {
+			try_later(io, &io->pending, req);
+			continue;
+		}
+		req_list_remove(&io->pending, req);
+		req_list_push(&io->inflight, req);
+		req->issued_at_ms = now_ms();
+	}
+	if (io->transport->push != NULL)
+		io->transport->push(io);
+}
+
+static void touch_done(struct nfsio_req *req)
+{
+	pthread_mutex_lock(&req->io->lock);
+	req->io->touching = false;
+	pthread_mutex_unlock(&req->io->lock);
+}
+
+/*
+ * An NFSv4 server forgets a client that sends nothing for a lease. A call with the open file's state id renews it (RFC
+ * 7530, 9.5), such as READ; GETATTR has none.
+ */
+static void touch_lease(struct nfsio *io)
+{
+	if (io->version == 3 || io->touching || io->inflight.head != NULL || now_ms() - io->silent_since_ms < TOUCH_MS)
+		return;
+	io->touching = true;
+	io->touch = (struct nfsio_req){
+		.op = NFSIO_READ,
+		.length_bytes = 1,
+		.data = &io->touch_byte,
+		.done = touch_done,
+	};
+	req_enqueue(io, &io->touch, NULL);
+	io->detached++;
+}
+
+/* How long a receiver may sleep. Requests that are submitted meanwhile do not wake it. */
+static int sleep_ms(const struct nfsio *io)
+{
+	int64_t ms = io->silence_ms;
+
+	if (io->probe.state != PROBE_NONE)
+		ms = SILENCE_TICK_MS;
+	if (io->version != 3 && ms > TOUCH_MS / 4)
+		ms = TOUCH_MS / 4;
+	if (io->options.soft_limit_ms > 0 && ms > AWAY_TICK_MS)
+		ms = AWAY_TICK_MS;
+	if (io->later.head != NULL) {
+		int64_t left_ms = io->later_at_ms - now_ms();
+
+		if (left_ms < ms)
+			ms = left_ms > 0 ? left_ms : 0;
+	}
+	return (int)ms;
+}
+
+/*
+ * Wait until something can be received, and receive it. Called by the thread that is io->receiver; if another one is
+ * when the wait is over, that one receives. Lock held; dropped while waiting, and while callbacks run.
+ */
+void receive(struct nfsio *io)
+{
+	enum receiver me = io->receiver;
+	struct pollfd fds[3] = {
+		{ .fd = io->transport->socket(io), .events = io->transport->events(io) },
+		{ .fd = io->wake_fd, .events = POLLIN },
+		{ .fd = io->probe.fd, .events = probe_events(&io->probe) },
+	};
+	int timeout_ms = sleep_ms(io);
+	uint64_t kicks;
+
+	if (io->finished.head != NULL)
+		timeout_ms = 0; /* give back at once what failed before it was sent */
+	if (me == RECEIVER_IO_THREAD)
+		io->io_thread_polls = true;
+	pthread_mutex_unlock(&io->lock);
+	poll(fds, 3, timeout_ms);
+	pthread_mutex_lock(&io->lock);
+	if (me == RECEIVER_IO_THREAD)
+		io->io_thread_polls = false;
+	if (io->receiver != me)
+		return;
+	assert(is_up(io)); /* only the I/O thread throws a connection away, and not while a waiter receives */
+	if (fds[1].revents != 0)
+		(void)!read(io->wake_fd, &kicks, sizeof(kicks));
+	if (fds[0].revents != 0)
+		io->transport->serve(io, fds[0].revents);
+	if (io->later.head != NULL && now_ms() >= io->later_at_ms)
+		req_list_prepend(&io->pending, &io->later);
+	if (io->options.soft_limit_ms > 0) {
+		fail_hopeless(io);
+		give_up_on_slow(io);
+	}
+	if (io->probe.state == PROBE_WAITING && fds[2].fd == io->probe.fd && fds[2].revents != 0) {
+		probe_service(&io->probe, fds[2].revents);
+		if (io->probe.state != PROBE_WAITING)
+			io->probed_at_ms = now_ms();
+	}
+	look_into_silence(io);
+	touch_lease(io);
+	issue_pending(io);
+	give_back(io);
+}

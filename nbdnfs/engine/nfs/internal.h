@@ -1,0 +1,265 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * What the parts of nfsio share; nothing else includes it. nfsio.h has the contract. Each part calls those above it
+ * only.
+ *
+ * libnfs_calls.[ch]   what is peculiar to libnfs: its versions' signatures, its errors
+ * wire*.[ch]           NFSv3 without libnfs; knows nothing of the rest
+ * probe.[ch]           is the server alive? A connection of its own; knows nothing of the rest
+ * queue.c              where requests lie, how they end, and which thread is woken
+ * answers.c            what the server's answers mean, whichever transport received them
+ * connect.c            a new connection: context, mount, open, raw handle
+ * recognise.c          is it still the file that was opened?
+ * transport_libnfs.c   struct transport over libnfs: NFSv4, and NFSv3 where that is asked for
+ * transport_wire.c     struct transport over a wire
+ * silence.c            the time-outs: is a silent connection dead?
+ * exchange.c           sending what waits, and receiving
+ * requests.c           what callers submit and wait for
+ * state.c              what is known of the file and of the way to it
+ * names.c              stat, link, rename, unlink, and a look at a small file
+ * io_thread.c          the I/O thread: receiving, and connecting again
+ * open.c               open and close
+ *
+ * A submitting thread writes its calls to the socket itself; the I/O thread receives, reconnects, and sends what did
+ * not fit into the socket. A thread that waits for a batch, with nothing else in flight, receives in the I/O thread's
+ * place: its answer needs no other thread to wake it. libnfs is not thread-safe: every call on a published context is
+ * made under `lock`.
+ */
+#ifndef NBDNFS_NFSIO_INTERNAL_H
+#define NBDNFS_NFSIO_INTERNAL_H
+
+#include "base/assert.h"
+#include "nfs/nfsio.h"
+#include "nfs/libnfs_calls.h"
+#include "nfs/probe.h"
+#include "nfs/wire.h"
+
+#include <stdatomic.h>
+#include <stdio.h>
+#include <time.h>
+
+/* How often the time limits of requests are checked while there is no connection. */
+#define AWAY_TICK_MS 250
+
+/* One name operation, on its caller's stack. Guarded by io->lock. */
+struct name_op {
+	struct nfsio *io;
+	bool done;
+	struct nfsio_failure *why; /* error 0 until it fails */
+	struct nfsio_stat *st;
+	struct nfsio_look *look; /* NULL but for nfsio_look() */
+	struct nfsfh *fh;       /* the file that `look` has opened */
+	int look_error;
+	pthread_cond_t finished;
+	struct name_op *next;
+};
+
+struct req_list {
+	struct nfsio_req *head, *tail;
+};
+
+/*
+ * One libnfs call on a context that is not published yet. It lives as long as the context: one that is destroyed in the
+ * middle of a call still calls back.
+ */
+struct step {
+	bool done;
+	bool insists;           /* goes on after `stop`: its deadline is short */
+	int error;
+	void *data;             /* what a successful call made */
+	struct nfsio_stat st;
+	uint64_t fileid;
+	uint8_t *page;          /* where a page that is read goes */
+	uint32_t count;         /* how many bytes of it were read */
+};
+
+/* Which thread polls the connection and receives. */
+enum receiver { RECEIVER_NONE, RECEIVER_IO_THREAD, RECEIVER_WAITER };
+
+struct nfsio {
+	/* constant after nfsio_create() */
+	char *url, *address;
+	char *mount_path;       /* the part of the URL's directory that the server exports */
+	char *prefix;           /* the rest of it, "" or "/sub/dir" */
+	struct nfsio_options options;
+	struct nfsio_stat opened;
+	uint32_t max_transfer_bytes;
+	int version;
+	bool opened_once;       /* the I/O thread's own: `opened` is valid */
+	enum nfsio_transport next_transport; /* the I/O thread's own: of connections that are made from now on */
+	int backoff_ms;         /* the I/O thread's own: the pause before the next attempt to connect, 0: none */
+	int64_t patience_ms;    /* the I/O thread's own: how long an attempt to connect may take */
+	char handle[128];       /* the I/O thread's own: the file's, as it was first opened (NFS4_FHSIZE) */
+	int handle_bytes;       /* the I/O thread's own */
+	int64_t gone_since_ms;  /* the I/O thread's own: when the file was first found gone, 0: it is not */
+	int64_t connected_at_ms; /* the I/O thread's own */
+	int64_t away_since_ms;  /* the I/O thread's own */
+	bool logged[NFSIO_FILE_REPLACED + 1]; /* the I/O thread's own: which conditions, since away_since_ms */
+	int wake_fd;            /* an eventfd: written to wake the I/O thread out of poll() */
+	pthread_t thread;
+	bool ended;             /* the closing thread's own: `thread` has been joined */
+
+	unsigned contexts;      /* the I/O thread's own: the number that it has made */
+	struct step step;       /* the I/O thread's own: the call that it waits for while connecting */
+
+	atomic_bool stop;       /* set once, by nfsio_stop() */
+	_Atomic uint64_t truncated_bytes; /* nfsio_truncated_bytes() */
+	atomic_bool unlinked;   /* nfsio_is_unlinked() */
+
+	pthread_mutex_t lock;   /* guards everything below */
+	pthread_cond_t io_work; /* the I/O thread has something to do, and is not in poll() */
+	enum receiver receiver;
+	bool io_thread_polls;
+	unsigned batches;       /* threads in nfsio_batch_wait() */
+	unsigned detached;      /* requests and name operations in flight that no batch waits for */
+	int64_t waited_at_ms;   /* when a waiter last received */
+	pthread_cond_t settled; /* signalled with first_done */
+	bool first_done;        /* the first attempt to connect has ended */
+	struct nfsio_failure *first_failure; /* nfsio_create()'s caller's, until first_done */
+
+	const struct transport *transport; /* of the connection; NULL while there is none */
+	struct wire wire;       /* of transport_wire */
+	/* of transport_libnfs */
+	struct nfs_context *nfs;
+	struct nfsfh *fh;
+	nfs_fh3 fh3;            /* points into fh */
+
+	struct nfsio_state state;
+	nfsio_changed_fn changed; /* of nfsio_watch(); NULL: not called yet */
+	void *changed_context;
+	/* of nfsio_recognise(); sample NULL: another handle is the file's if number and size fit */
+	nfsio_sample_fn sample;
+	void *sample_context;
+	uint8_t *sample_page;
+	bool broken;            /* the connection met an error: the I/O thread throws it away */
+	bool wire_failed;       /* the server sent an answer that `wire` does not understand: use libnfs */
+	bool useful;            /* a transfer was answered over it */
+	bool discarding;        /* a context is being destroyed: its callbacks mean nothing */
+	struct req_list pending;  /* to be issued, in this order */
+	struct req_list inflight; /* issued on the connection */
+	struct req_list finished; /* for give_back() */
+	struct req_list later;    /* to be pending at later_at_ms: after JUKEBOX, or without memory */
+	int64_t later_at_ms;
+
+	int64_t silent_since_ms; /* when something was last received, or first waited for after that */
+	int64_t silence_ms;     /* see look_into_silence() */
+	int64_t last_received_ms; /* when something was last received, or the connection was made */
+	int64_t suspect_since_ms; /* nfsio_suspect(): to be tested if nothing was received since. 0: not suspect */
+	int64_t given_up_at_ms; /* when silence last cost a connection, 0: never */
+	struct probe probe;     /* beside the connection, while that is tested */
+	int64_t probed_at_ms;   /* when the probe began or ended */
+
+	struct nfsio_req touch; /* NFSv4: keeps the lease alive */
+	uint8_t touch_byte;
+	bool touching;
+	struct name_op *name_ops; /* issued on `nfs` */
+};
+
+/* A connection that is not published yet. */
+struct connection {
+	struct nfs_context *nfs;
+	struct nfsfh *fh;
+	nfs_fh3 fh3;
+	struct nfsio_stat st;
+	int64_t deadline_ms;    /* of the attempt that made it */
+};
+
+/*
+ * How transfers travel. A connection gets one when it is put to use, and keeps it. Every function is called with the
+ * lock held, while there is a connection, and does not block; where the connection turns out to be of no use, it sets
+ * io->broken.
+ */
+struct transport {
+	/* Send a request. Negative: there was no memory for it; try later. */
+	int (*issue)(struct nfsio *io, struct nfsio_req *req);
+	/* Can another one be issued now? */
+	bool (*has_room)(const struct nfsio *io);
+	/* Let the socket have what has been issued; NULL where issue() has done that. */
+	void (*push)(struct nfsio *io);
+	/* Ask the server for any answer at all. Not 0: call again later. */
+	int (*send_null)(struct nfsio *io);
+	/* What to poll, for what, and what to do then. */
+	int (*socket)(const struct nfsio *io);
+	short (*events)(const struct nfsio *io);
+	void (*serve)(struct nfsio *io, short revents);
+	/* Close the connection. Nothing in flight is answered any more. */
+	void (*close)(struct nfsio *io);
+};
+
+extern const struct transport transport_libnfs, transport_wire;
+
+/* Lock held. */
+static inline bool is_up(const struct nfsio *io)
+{
+	return io->transport != NULL;
+}
+
+static inline int64_t now_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+static inline void set_failure(struct nfsio_failure *why, enum nfsio_phase phase, int error, const char *text)
+{
+	why->phase = phase;
+	why->error = error;
+	snprintf(why->message, sizeof(why->message), "%s", text != NULL ? text : "");
+}
+
+/* queue.c, all with the lock held, which give_back() drops meanwhile. */
+void req_list_push(struct req_list *list, struct nfsio_req *req);
+void req_list_remove(struct req_list *list, struct nfsio_req *req);
+void req_list_prepend(struct req_list *to, struct req_list *from);
+void wake_poller(struct nfsio *io);
+void call_io_thread(struct nfsio *io);
+void wake_io_thread(struct nfsio *io);
+void req_enqueue(struct nfsio *io, struct nfsio_req *req, struct nfsio_batch *batch);
+void req_finish(struct req_list *list, struct nfsio_req *req, int error);
+void req_finish_all(struct req_list *list, int error);
+bool is_hopeless(const struct nfsio *io, const struct nfsio_req *req, int64_t now);
+void fail_hopeless(struct nfsio *io);
+void try_later(struct nfsio *io, struct req_list *list, struct nfsio_req *req);
+void give_back(struct nfsio *io);
+
+/* answers.c, all with the lock held. */
+void note_received(struct nfsio *io);
+bool counts_as_answer(struct nfsio *io, int rpc_status);
+void note_size(struct nfsio *io, uint64_t bytes);
+void note_links(struct nfsio *io, uint32_t links);
+void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool end_of_file);
+void note_written3(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool stable, uint64_t verifier);
+void note_committed3(struct nfsio *io, struct nfsio_req *req, uint64_t verifier);
+void note_refused3(struct nfsio *io, struct nfsio_req *req, int status);
+
+/* exchange.c, with the lock held, which receive() drops meanwhile. */
+void issue_pending(struct nfsio *io);
+void receive(struct nfsio *io);
+
+/* silence.c, with the lock held. */
+void look_into_silence(struct nfsio *io);
+
+/* names.c, with the lock held. */
+void name_op_finish(struct name_op *op, int error, const char *text);
+
+/*
+ * connect.c, all for the I/O thread and without the lock. But it is held for libnfs_destroy() of a published
+ * context, and for pump() with a step that insists.
+ */
+void step_done(int error, struct nfs_context *nfs, void *data, void *arg);
+struct step *new_step(struct nfsio *io);
+void log_down(struct nfsio *io, enum nfsio_condition condition, const char *reason);
+void tend_waiting(struct nfsio *io);
+int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t deadline_ms);
+bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why);
+
+/* recognise.c, for the I/O thread. is_same_file() waits, and takes the lock. */
+void remember_handle(struct nfsio *io, const struct connection *made);
+int is_same_file(struct nfsio *io, const struct connection *made);
+
+/* io_thread.c. What nfsio_create() starts, with the nfsio as `arg`. */
+void *io_thread(void *arg);
+
+#endif

@@ -1,0 +1,246 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * nfsio: one file on one NFS server, over one connection at a time.
+ *
+ * A connection is disposable: after any transport error it is thrown away and a new one is made. Requests belong to
+ * their callers, which see nothing of that: what was in flight is sent again.
+ *
+ * libnfs makes the connection: it mounts, looks up and opens. With NFSIO_OVER_WIRE its context is thrown away then, and
+ * READ, WRITE and COMMIT go over its socket without libnfs (wire.h). Nothing outside this room calls libnfs.
+ *
+ * Threads: nfsio_create() starts one I/O thread, which nfsio_join() ends. Every other function may be called from any
+ * thread at any time between the two.
+ */
+#ifndef NBDNFS_NFSIO_H
+#define NBDNFS_NFSIO_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "nfs/wire.h"
+
+enum nfsio_op {
+	NFSIO_READ,
+	NFSIO_WRITE,          /* FILE_SYNC: stable when it is done */
+	NFSIO_WRITE_UNSTABLE, /* NFSv3: needs a COMMIT under the same verifier, unless `stable` says otherwise */
+	NFSIO_COMMIT,         /* NFSv3: the whole file; its only result is the verifier */
+};
+
+/*
+ * How transfers travel over NFSv3; NFSv4 always goes over libnfs. Over a wire (wire.h) there is no libnfs context once
+ * the connection is made, and so there are no name operations.
+ */
+enum nfsio_transport { NFSIO_OVER_LIBNFS, NFSIO_OVER_WIRE };
+
+/* What failed. */
+enum nfsio_phase { NFSIO_CONNECT, NFSIO_MOUNT, NFSIO_OPEN, NFSIO_NAME };
+
+/*
+ * The condition of the file and of the connection. In all but NFSIO_UP, nfsio tries to connect for as long as it
+ * takes.
+ */
+enum nfsio_condition {
+	NFSIO_UP,
+	NFSIO_LINK_DOWN,      /* there is no connection */
+	NFSIO_FILE_DELETED,   /* gone: the server has no such file, or has not mounted its file system yet */
+	NFSIO_FILE_REPLACED,  /* gone: the server has another file under its name */
+};
+
+/* Why something failed. `message` is libnfs's text, "" when there is none. */
+struct nfsio_failure {
+	enum nfsio_phase phase;
+	int error;              /* -errno */
+	char message[256];
+};
+
+/* One request. The caller's, which keeps it in place, with its data, until `done` is called. */
+struct nfsio_req {
+	/* set by the caller */
+	enum nfsio_op op;
+	uint32_t length_bytes;  /* at most nfsio_max_transfer_bytes() */
+	uint64_t offset_bytes;
+	uint8_t *data;          /* writes only read from it */
+	void (*done)(struct nfsio_req *req); /* called once, in some thread, without locks; must not block */
+	void *context;          /* for `done` */
+
+	/* result */
+	int error;              /* 0 or -errno */
+	uint32_t moved_bytes;   /* less than length_bytes on error, or where a read met the end of the file */
+	uint64_t verifier;      /* of a write or a COMMIT (RFC 1813: writeverf3) */
+	bool stable;            /* a write that needs no COMMIT */
+	bool resent;            /* a write that was also sent on a connection that broke, and may arrive twice */
+
+	/* nfsio's own, guarded by its lock */
+	struct nfsio *io;
+	struct nfsio_batch *batch;
+	struct wire_call call;
+	int64_t queued_at_ms, issued_at_ms;
+	struct nfsio_req *prev, *next;
+};
+
+struct nfsio_options {
+	const char *url;        /* an NFS URL: path, file, version, ports, uid and gid come from it */
+	const char *address;    /* the server's numeric address, used in place of the URL's host */
+	bool create;            /* make the file where there is none */
+	bool exclusive;         /* with create: fail with EEXIST where there is one */
+	bool read_only;
+	enum nfsio_transport transport;
+	bool quiet;             /* log nothing that another connection to the same server logs */
+	uint32_t mode;          /* permission bits of a new file */
+	unsigned connect_timeout_s; /* of the first attempt; it doubles each time that it was too short */
+	/*
+	 * When nothing is received for so long while requests wait, the connection is tested: look_into_silence() in
+	 * silence.c. No request fails because the server is slow. 0: 15 s.
+	 */
+	unsigned silence_ms;
+	/*
+	 * Reads, and what nfsio_transfer() runs, fail with -EIO after waiting for so long ("soft" in nfs(5)). 0: never
+	 * ("hard").
+	 */
+	unsigned soft_limit_ms;
+	/* They fail with -ESTALE, at once, when the file has been gone for so long. 0: never. */
+	unsigned gone_limit_ms;
+	/*
+	 * Called each time that a write is about to be sent, after a reconnect again. Returns 0 (send it), -EAGAIN (ask
+	 * again soon) or another -errno, with which the write fails. Called with nfsio's lock held. NULL: send all.
+	 */
+	int (*may_write)(void *context);
+	void *may_write_context;
+};
+
+struct nfsio_stat {
+	uint64_t size_bytes, used_bytes, fileid, nlink;
+	uint64_t mtime_us;       /* by the server's clock, since the epoch */
+	uint32_t mode, uid, gid; /* mode as in stat(2), with the file type */
+};
+
+struct nfsio;
+
+/*
+ * Mount and open. Returns 0 and *io, or -errno and *why: the first failure is final. Later, a broken connection is
+ * replaced for as long as it takes.
+ */
+int nfsio_create(const struct nfsio_options *options, struct nfsio **io, struct nfsio_failure *why);
+
+/*
+ * Close the connection and have everything that waits for it fail, now and from now on. For callers whose threads must
+ * end before nfsio_destroy(), which may not be called while another function runs.
+ */
+void nfsio_stop(struct nfsio *io);
+
+/*
+ * Stop, fail what still waits with -ECANCELED, and join the thread: no callback is called from here on. For callers
+ * with several nfsios whose callbacks look at the others: all are joined before one is destroyed.
+ */
+void nfsio_join(struct nfsio *io);
+
+/* Join, if that has not been done, and free everything. */
+void nfsio_destroy(struct nfsio *io);
+
+/* The file as it was opened. */
+void nfsio_opened_stat(const struct nfsio *io, struct nfsio_stat *st);
+
+/* How things stand. */
+struct nfsio_state {
+	enum nfsio_condition condition;
+	bool gone_too_long;     /* the file is gone, for so long that reads fail */
+	uint64_t connects;      /* the number of connections that have been made */
+	int64_t silent_since_ms; /* CLOCK_MONOTONIC: the start of the silence that last cost a connection, or 0 */
+};
+void nfsio_state(struct nfsio *io, struct nfsio_state *state);
+
+/*
+ * Another connection to the server was silent from `since_ms` on, and turned out dead: what ended it may have ended
+ * this one. If nothing has been received over this one since then, it is replaced when no request waits, and tested
+ * at once otherwise. Does not block.
+ */
+void nfsio_suspect(struct nfsio *io, int64_t since_ms);
+
+/*
+ * Have `changed` called whenever the state has changed, in nfsio's thread and without a lock, and once before this
+ * returns. Two threads may call it at the same time.
+ */
+typedef void (*nfsio_changed_fn)(void *context);
+void nfsio_watch(struct nfsio *io, nfsio_changed_fn changed, void *context);
+
+/* Has an answer shown that the file has no name any more? The server may keep it while it is open. */
+bool nfsio_is_unlinked(const struct nfsio *io);
+
+/*
+ * How the file is recognised when the server has another handle for it (its disk has another number after a boot), as
+ * opposed to a new file that has the old one's number: by pages whose bytes are known. `sample` is called in nfsio's
+ * thread, without a lock, with the number of the try. It returns false when no page is known, else true with the page's
+ * place and CRC-32C. `page` is room for 4096 bytes.
+ */
+typedef bool (*nfsio_sample_fn)(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc);
+void nfsio_recognise(struct nfsio *io, nfsio_sample_fn sample, void *context, uint8_t *page);
+
+/*
+ * The least size that the file has had since it was opened; UINT64_MAX while that is what it had then. Beyond it, the
+ * file does not have what was written, whatever its size is now.
+ */
+uint64_t nfsio_truncated_bytes(const struct nfsio *io);
+
+/* The most that one request may move: what the server takes in one READ and one WRITE, at most 1 MiB. */
+uint32_t nfsio_max_transfer_bytes(const struct nfsio *io);
+
+/* Start a request. Allocates nothing of its own. */
+void nfsio_submit(struct nfsio *io, struct nfsio_req *req);
+
+/* Requests that one thread waits for together. In place until nfsio_batch_wait() returns; guarded by nfsio's lock. */
+struct nfsio_batch {
+	struct nfsio *io;
+	size_t waiting;
+	bool sleeping;
+	pthread_cond_t all_done;
+};
+
+/* Start several requests; their `done` is not called. */
+void nfsio_batch_start(struct nfsio *io, struct nfsio_batch *batch, struct nfsio_req *reqs, size_t count);
+void nfsio_batch_wait(struct nfsio_batch *batch);
+
+/* Run one request and wait for it. Returns its error; -EBADF for a write to what was opened `read_only`. */
+int nfsio_transfer(struct nfsio *io, struct nfsio_req *req);
+
+/* Are there NFSIO_WRITE_UNSTABLE and NFSIO_COMMIT? Over NFSv3 only: libnfs hides the verifier of NFSv4. */
+bool nfsio_has_commit(const struct nfsio *io);
+
+/* Are there name operations? Over libnfs only. */
+bool nfsio_has_names(const struct nfsio *io);
+
+/*
+ * Name operations, relative to the URL's directory ("/name"). Each returns 0, or -errno and *why; -EOPNOTSUPP where
+ * there are none. Unlike transfers they fail when the connection breaks: a RENAME that is sent twice may fail
+ * although the first one did its work, and only the caller can find out.
+ */
+int nfsio_stat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why);
+int nfsio_fstat(struct nfsio *io, struct nfsio_stat *st, struct nfsio_failure *why);
+int nfsio_link(struct nfsio *io, const char *old_path, const char *new_path, struct nfsio_failure *why);
+int nfsio_rename(struct nfsio *io, const char *old_path, const char *new_path, struct nfsio_failure *why);
+int nfsio_unlink(struct nfsio *io, const char *path, struct nfsio_failure *why);
+
+/* A look at a small file, and a change to the very file that was read, even if its name belongs to another by then. */
+struct nfsio_look {
+	uint8_t *data;          /* filled from the start of the file */
+	uint32_t room_bytes;
+	uint32_t found_bytes;
+	/*
+	 * Decides by what was read whether `change` is written. Called in some thread, with nfsio's lock held. NULL: it
+	 * is not.
+	 */
+	bool (*wants_change)(struct nfsio_look *look);
+	const uint8_t *change;
+	uint32_t change_bytes;
+	uint32_t change_offset;
+	bool changed;
+};
+
+/*
+ * Open the file that has the name now, read, change, close. The change is not stable when this returns. On an error
+ * not all of it was done; `changed` says whether the server has taken the change.
+ */
+int nfsio_look(struct nfsio *io, const char *path, struct nfsio_look *look, struct nfsio_failure *why);
+
+#endif

@@ -1,0 +1,304 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Nothing here allocates once owner_watch_start() has returned. */
+#include "nfs/owner_watch.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "base/log.h"
+#include "base/thread.h"
+
+/* The counter in the record: ten digits behind "nbdnfs owner 1\nrefreshed ". A worker writes no other bytes. */
+#define COUNTER_OFFSET 25u
+#define COUNTER_BYTES 10u
+
+/* The pause after a look that failed; refresh_ms where that is less. */
+#define RETRY_MS 200u
+/* A record that is not there counts as gone only after so many looks. */
+#define MISSING_LOOKS 3
+
+struct owner_watch {
+	/* constant */
+	struct owner_options options;       /* with copies of its texts */
+	char *path, *identity;
+
+	/* constant after owner_watch_start() */
+	struct nfsio *io;
+	owner_changed_fn changed;
+	void *context;
+	pthread_t thread;
+	bool has_thread;
+
+	_Atomic int64_t permitted_until_ms; /* CLOCK_BOOTTIME, which goes on while the machine sleeps */
+	atomic_int state;                   /* enum owner_state; changed by the thread alone */
+	atomic_bool asked;                  /* a write waits for a look */
+
+	pthread_mutex_t lock; /* guards `stop` */
+	pthread_cond_t wake;
+	bool stop;
+
+	/* the thread's own, and owner_watch_start()'s before there is one; look_at() runs while it waits */
+	uint8_t known[OWNER_RECORD_BYTES];  /* the record as it was first read; its counter is not compared */
+	uint8_t found[OWNER_RECORD_BYTES];
+	bool has_known;
+	bool is_ours;                       /* what look_at() found */
+	uint64_t counter;
+	char change[COUNTER_BYTES + 1];
+	unsigned missing;
+	int logged_error;                   /* the error that was last logged, 0 after a success */
+};
+
+static int64_t boottime_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_BOOTTIME, &ts);
+	return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+/* The text after "\nKEY " in the record, up to the end of the line; "?" when there is none. */
+static void get_field(const uint8_t *record, uint32_t bytes, const char *key, char *value, size_t room)
+{
+	char text[OWNER_RECORD_BYTES + 1], line[32];
+	const char *at;
+
+	memcpy(text, record, bytes);
+	text[bytes] = '\0';
+	snprintf(line, sizeof(line), "\n%s ", key);
+	at = strstr(text, line);
+	snprintf(value, room, "%s", "?");
+	if (at != NULL) {
+		at += strlen(line);
+		snprintf(value, room, "%.*s", (int)strcspn(at, "\n"), at);
+	}
+}
+
+/* Is the record in force, and this boot's? */
+static bool names_us(const struct owner_watch *watch, const uint8_t *record)
+{
+	char text[OWNER_RECORD_BYTES + 1];
+
+	memcpy(text, record, OWNER_RECORD_BYTES);
+	text[OWNER_RECORD_BYTES] = '\0';
+	return strncmp(text, "nbdnfs owner 1\nrefreshed ", COUNTER_OFFSET) == 0 &&
+	       strstr(text, "\nstate held\n") != NULL && strstr(text, watch->options.identity) != NULL;
+}
+
+/* nfsio_look.wants_change: is the record this machine's? Then mark it as a sign of life. */
+static bool look_at(struct nfsio_look *look)
+{
+	struct owner_watch *watch = (struct owner_watch *)(void *)(look->data - offsetof(struct owner_watch, found));
+
+	watch->is_ours = false;
+	if (look->found_bytes != OWNER_RECORD_BYTES)
+		return false;
+	if (!watch->has_known) {
+		if (!names_us(watch, watch->found))
+			return false;
+		memcpy(watch->known, watch->found, OWNER_RECORD_BYTES);
+		watch->has_known = true;
+		watch->counter = strtoull((char *)watch->known + COUNTER_OFFSET, NULL, 10);
+	} else if (memcmp(watch->known, watch->found, COUNTER_OFFSET) != 0 ||
+		   memcmp(watch->known + COUNTER_OFFSET + COUNTER_BYTES, watch->found + COUNTER_OFFSET + COUNTER_BYTES,
+			  OWNER_RECORD_BYTES - COUNTER_OFFSET - COUNTER_BYTES) != 0) {
+		return false;
+	}
+	watch->is_ours = true;
+	snprintf(watch->change, sizeof(watch->change), "%010llu",
+		 (unsigned long long)(++watch->counter % 10000000000ull));
+	return true;
+}
+
+static void set_state(struct owner_watch *watch, enum owner_state state)
+{
+	if (atomic_load(&watch->state) == (int)state)
+		return;
+	watch->changed(watch->context, state); /* first: the state must be known before a write fails for it */
+	atomic_store(&watch->state, state);
+}
+
+/* Log each new error once; nfsio itself logs what comes with a broken connection. */
+static void log_error(struct owner_watch *watch, int error, const char *what)
+{
+	if (error != -ENOTCONN && error != -ECONNRESET && error != watch->logged_error)
+		log_line("the owner record %s %s (%s): writes wait", watch->options.path + 1, what,
+			 strerror(-error));
+	watch->logged_error = error;
+}
+
+static void note_stolen(struct owner_watch *watch, uint32_t found_bytes)
+{
+	char host[72] = "", since[32] = "";
+
+	if (found_bytes == OWNER_RECORD_BYTES) {
+		get_field(watch->found, found_bytes, "host", host, sizeof(host));
+		get_field(watch->found, found_bytes, "claimed", since, sizeof(since));
+		log_line("the backing file has been taken over by %s at %s: all requests fail from now on", host,
+			 since);
+	} else {
+		log_line("the owner record %s is %s: all requests fail from now on", watch->options.path + 1,
+			 found_bytes == 0 ? "gone" : "damaged");
+	}
+	set_state(watch, OWNER_STOLEN);
+}
+
+/* One look. Returns 0 when it had a result, else *why and an error that the next look may not meet. */
+static int look(struct owner_watch *watch, struct nfsio_failure *why)
+{
+	struct nfsio_look look = {
+		.data = watch->found,
+		.room_bytes = OWNER_RECORD_BYTES,
+		.wants_change = look_at,
+		.change = (const uint8_t *)watch->change,
+		.change_bytes = COUNTER_BYTES,
+		.change_offset = COUNTER_OFFSET,
+	};
+	int64_t began_ms = boottime_ms();
+	int error;
+
+	watch->is_ours = false;
+	error = nfsio_look(watch->io, watch->options.path, &look, why);
+	if (error == -ENOENT && ++watch->missing >= MISSING_LOOKS) {
+		note_stolen(watch, 0);
+		return 0;
+	}
+	if (error != -ENOENT)
+		watch->missing = 0;
+	if (error == 0 && !watch->is_ours) {
+		note_stolen(watch, look.found_bytes);
+		return 0;
+	}
+	/* without the sign of life other machines may take the file over: no permission either */
+	if (look.changed) {
+		atomic_store(&watch->permitted_until_ms, began_ms + 2 * (int64_t)watch->options.refresh_ms);
+		set_state(watch, OWNER_HELD);
+		watch->logged_error = 0;
+		return 0;
+	}
+	log_error(watch, error, watch->is_ours ? "cannot be refreshed" : "cannot be read");
+	if (boottime_ms() >= atomic_load(&watch->permitted_until_ms))
+		set_state(watch, OWNER_UNSURE);
+	return error;
+}
+
+static void add_ms(struct timespec *time, uint32_t ms)
+{
+	time->tv_sec += ms / 1000;
+	time->tv_nsec += (long)(ms % 1000) * 1000000;
+	if (time->tv_nsec >= 1000000000) {
+		time->tv_nsec -= 1000000000;
+		time->tv_sec++;
+	}
+}
+
+/* Sleep until it is time for the next look. Returns false when the thread must end. */
+static bool sleep_ms(struct owner_watch *watch, uint32_t ms)
+{
+	struct timespec until;
+	bool stop;
+
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	add_ms(&until, ms);
+	pthread_mutex_lock(&watch->lock);
+	while (!watch->stop && !atomic_exchange(&watch->asked, false) &&
+	       pthread_cond_timedwait(&watch->wake, &watch->lock, &until) != ETIMEDOUT)
+		;
+	stop = watch->stop;
+	pthread_mutex_unlock(&watch->lock);
+	return !stop;
+}
+
+static void *owner_watch_thread(void *arg)
+{
+	struct owner_watch *watch = arg;
+	struct nfsio_failure why;
+	uint32_t retry_ms = watch->options.refresh_ms < RETRY_MS ? watch->options.refresh_ms : RETRY_MS;
+	uint32_t pause_ms = watch->options.refresh_ms;
+
+	touch_stack();
+	while (atomic_load(&watch->state) != OWNER_STOLEN && sleep_ms(watch, pause_ms))
+		pause_ms = look(watch, &why) == 0 ? watch->options.refresh_ms : retry_ms;
+	return NULL;
+}
+
+struct owner_watch *owner_watch_create(const struct owner_options *options)
+{
+	struct owner_watch *watch = calloc(1, sizeof(*watch));
+	pthread_condattr_t monotonic;
+
+	if (watch == NULL)
+		return NULL;
+	watch->options = *options;
+	watch->options.path = watch->path = strdup(options->path);
+	watch->options.identity = watch->identity = strdup(options->identity);
+	if (watch->path == NULL || watch->identity == NULL) {
+		free(watch->path);
+		free(watch->identity);
+		free(watch);
+		return NULL;
+	}
+	pthread_mutex_init(&watch->lock, NULL);
+	pthread_condattr_init(&monotonic);
+	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+	pthread_cond_init(&watch->wake, &monotonic);
+	pthread_condattr_destroy(&monotonic);
+	return watch;
+}
+
+int owner_watch_start(struct owner_watch *watch, struct nfsio *io, owner_changed_fn changed, void *context,
+		      struct nfsio_failure *why)
+{
+	struct timespec pause = { 0 };
+	int error;
+
+	watch->io = io;
+	watch->changed = changed;
+	watch->context = context;
+	add_ms(&pause, RETRY_MS);
+	while ((error = look(watch, why)) == -ENOENT)
+		nanosleep(&pause, NULL); /* a few times: MISSING_LOOKS */
+	if (error == -ENOTCONN || error == -ECONNRESET)
+		why->phase = NFSIO_CONNECT;
+	if (error != 0 || atomic_load(&watch->state) == OWNER_STOLEN)
+		return error;
+	error = thread_start(&watch->thread, owner_watch_thread, watch);
+	watch->has_thread = error == 0;
+	if (error != 0)
+		*why = (struct nfsio_failure){ .phase = NFSIO_OPEN, .error = error };
+	return error;
+}
+
+int owner_watch_may_write(void *context)
+{
+	struct owner_watch *watch = context;
+
+	if (atomic_load(&watch->state) == OWNER_STOLEN)
+		return -EIO;
+	if (boottime_ms() < atomic_load(&watch->permitted_until_ms))
+		return 0;
+	/* after the machine has slept, the thread may sleep on for long: wake it. A missed signal is sent again */
+	atomic_store(&watch->asked, true);
+	pthread_cond_signal(&watch->wake);
+	return -EAGAIN;
+}
+
+void owner_watch_destroy(struct owner_watch *watch)
+{
+	pthread_mutex_lock(&watch->lock);
+	watch->stop = true;
+	pthread_cond_signal(&watch->wake);
+	pthread_mutex_unlock(&watch->lock);
+	if (watch->has_thread)
+		pthread_join(watch->thread, NULL);
+	pthread_cond_destroy(&watch->wake);
+	pthread_mutex_destroy(&watch->lock);
+	free(watch->path);
+	free(watch->identity);
+	free(watch);
+}

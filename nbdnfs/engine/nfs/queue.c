@@ -1,0 +1,153 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Where requests lie, how they end, and how threads that wait for them are woken. */
+#include "nfs/internal.h"
+
+#include <errno.h>
+#include <unistd.h>
+
+/* The pause before a request is sent again that the server has put off. */
+#define RETRY_LATER_MS 200
+
+void req_list_push(struct req_list *list, struct nfsio_req *req)
+{
+	req->next = NULL;
+	req->prev = list->tail;
+	if (list->tail != NULL)
+		list->tail->next = req;
+	else
+		list->head = req;
+	list->tail = req;
+}
+
+void req_list_remove(struct req_list *list, struct nfsio_req *req)
+{
+	if (req->prev != NULL)
+		req->prev->next = req->next;
+	else
+		list->head = req->next;
+	if (req->next != NULL)
+		req->next->prev = req->prev;
+	else
+		list->tail = req->prev;
+}
+
+/* Put all of `from` before what is in `to`: what was issued first is issued first again. */
+void req_list_prepend(struct req_list *to, struct req_list *from)
+{
+	if (from->head == NULL)
+		return;
+	from->tail->next = to->head;
+	if (to->head != NULL)
+		to->head->prev = from->tail;
+	else
+		to->tail = from->tail;
+	to->head = from->head;
+	from->head = from->tail = NULL;
+}
+
+/* Have the thread that is in poll() look again. */
+void wake_poller(struct nfsio *io)
+{
+	uint64_t one = 1;
+
+	(void)!write(io->wake_fd, &one, sizeof(one));
+}
+
+/*
+ * The I/O thread has something to do. It may be in poll() although a waiter has taken its place meanwhile, and has
+ * received what would have ended the poll.
+ */
+void call_io_thread(struct nfsio *io)
+{
+	if (io->io_thread_polls)
+		wake_poller(io);
+	else
+		pthread_cond_signal(&io->io_work);
+}
+
+/* Have the I/O thread look again, and a waiter that receives in its place. */
+void wake_io_thread(struct nfsio *io)
+{
+	wake_poller(io);
+	pthread_cond_signal(&io->io_work);
+}
+
+void req_finish(struct req_list *list, struct nfsio_req *req, int error)
+{
+	struct nfsio_batch *batch = req->batch;
+
+	assert(batch == NULL || batch->waiting > 0);
+	assert_locked(&req->io->lock);
+	req_list_remove(list, req);
+	req->error = error;
+	if (batch == NULL) {
+		assert(req->io->detached > 0);
+		req->io->detached--;
+		req_list_push(&req->io->finished, req);
+	} else if (--batch->waiting == 0 && batch->sleeping) {
+		pthread_cond_signal(&batch->all_done);
+	}
+}
+
+void req_finish_all(struct req_list *list, int error)
+{
+	while (list->head != NULL)
+		req_finish(list, list->head, error);
+}
+
+/* Has it waited too long? Never for write-backs: their pages were acknowledged. */
+bool is_hopeless(const struct nfsio *io, const struct nfsio_req *req, int64_t now)
+{
+	if (req->op != NFSIO_READ && req->batch == NULL)
+		return false;
+	return io->state.gone_too_long ||
+	       (io->options.soft_limit_ms > 0 && now - req->queued_at_ms >= io->options.soft_limit_ms);
+}
+
+/* Fail what has waited too long to be issued. */
+void fail_hopeless(struct nfsio *io)
+{
+	struct req_list *lists[] = { &io->pending, &io->later };
+	int64_t now = now_ms();
+
+	for (size_t i = 0; i < 2; i++)
+		for (struct nfsio_req *req = lists[i]->head, *next; req != NULL; req = next) {
+			next = req->next;
+			if (is_hopeless(io, req, now))
+				req_finish(lists[i], req, io->state.gone_too_long ? -ESTALE : -EIO);
+		}
+}
+
+void try_later(struct nfsio *io, struct req_list *list, struct nfsio_req *req)
+{
+	req_list_remove(list, req);
+	req_list_push(&io->later, req);
+	io->later_at_ms = now_ms() + RETRY_LATER_MS;
+}
+
+/* Give finished requests back. Lock held; dropped while their `done` runs, which may submit again. */
+void give_back(struct nfsio *io)
+{
+	while (io->finished.head != NULL) {
+		struct nfsio_req *req = io->finished.head, *next;
+
+		io->finished.head = io->finished.tail = NULL;
+		pthread_mutex_unlock(&io->lock);
+		for (; req != NULL; req = next) {
+			next = req->next; /* `done` may free or reuse the request */
+			req->done(req);
+		}
+		pthread_mutex_lock(&io->lock);
+	}
+}
+
+void req_enqueue(struct nfsio *io, struct nfsio_req *req, struct nfsio_batch *batch)
+{
+	req->io = io;
+	req->batch = batch;
+	req->error = 0;
+	req->moved_bytes = 0;
+	req->stable = req->resent = false;
+	req->queued_at_ms = now_ms();
+	req_list_push(&io->pending, req);
+}

@@ -1,0 +1,105 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* struct transport over a wire (wire.h): NFSv3 without libnfs. */
+#include "nfs/internal.h"
+
+#include <errno.h>
+#include <poll.h>
+
+static int issue_on_wire(struct nfsio *io, struct nfsio_req *req)
+{
+	/* by enum nfsio_op */
+	static const enum wire_procedure procedures[] = {
+		[NFSIO_READ] = WIRE_READ,
+		[NFSIO_WRITE] = WIRE_WRITE,
+		[NFSIO_WRITE_UNSTABLE] = WIRE_WRITE,
+		[NFSIO_COMMIT] = WIRE_COMMIT,
+	};
+
+	req->call = (struct wire_call){
+		.procedure = procedures[req->op],
+		.offset_bytes = req->offset_bytes + req->moved_bytes,
+		.length_bytes = req->length_bytes - req->moved_bytes,
+		.data = req->data + req->moved_bytes,
+		.stable = req->op == NFSIO_WRITE,
+	};
+	if (wire_send(&io->wire, &req->call) < 0)
+		io->broken = true; /* the request counts as in flight until the connection is thrown away */
+	return 0;
+}
+
+/* An answer was received. */
+static void wire_answered(struct nfsio *io, const struct wire_answer *answer)
+{
+	struct nfsio_req *req = (struct nfsio_req *)((char *)answer->call - offsetof(struct nfsio_req, call));
+
+	if (answer->has_size_before)
+		note_size(io, answer->size_before_bytes);
+	if (answer->has_size) {
+		note_size(io, answer->size_bytes);
+		note_links(io, answer->links);
+	}
+	if (answer->status != NFS3_OK)
+		note_refused3(io, req, (int)answer->status);
+	else if (answer->call->procedure == WIRE_READ)
+		note_moved(io, req, answer->count_bytes, answer->end_of_file);
+	else if (answer->call->procedure == WIRE_WRITE)
+		note_written3(io, req, answer->count_bytes, answer->stable, answer->verifier);
+	else
+		note_committed3(io, req, answer->verifier);
+}
+
+static void serve_wire(struct nfsio *io, short revents)
+{
+	struct wire_answer answer;
+	int status = 1;
+
+	if (revents & POLLOUT && wire_flush(&io->wire) < 0)
+		io->broken = true;
+	while (!io->broken && (status = wire_receive(&io->wire, &answer)) > 0)
+		wire_answered(io, &answer);
+	if (io->wire.has_received)
+		note_received(io);
+	io->wire.has_received = false;
+	if (status < 0)
+		io->broken = true;
+	if (status == -EOPNOTSUPP)
+		io->wire_failed = true;
+}
+
+static bool has_room(const struct nfsio *io)
+{
+	return wire_has_room(&io->wire);
+}
+
+static int send_null(struct nfsio *io)
+{
+	if (wire_send_null(&io->wire) < 0)
+		io->broken = true;
+	return io->broken;
+}
+
+static int socket_of(const struct nfsio *io)
+{
+	return io->wire.fd;
+}
+
+static short events_of(const struct nfsio *io)
+{
+	return wire_has_room(&io->wire) ? POLLIN : POLLIN | POLLOUT;
+}
+
+static void close_wire(struct nfsio *io)
+{
+	wire_close(&io->wire);
+}
+
+const struct transport transport_wire = {
+	.issue = issue_on_wire,
+	.has_room = has_room,
+	.push = NULL,
+	.send_null = send_null,
+	.socket = socket_of,
+	.events = events_of,
+	.serve = serve_wire,
+	.close = close_wire,
+};

@@ -1,0 +1,110 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * wire: READ, WRITE, COMMIT and NULL of NFSv3 (RFC 1813, RFC 5531) over a TCP connection that the caller has made.
+ *
+ * libnfs allocates for each call and each answer, copies their data, and scans a table of 16 KiB each time that it is
+ * called. Nothing here allocates: a call is sent from the caller's memory, and the data of a READ is received into it.
+ *
+ * The caller serialises all functions on one wire. None of them blocks.
+ */
+#ifndef NBDNFS_WIRE_H
+#define NBDNFS_WIRE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+enum wire_procedure { WIRE_NULL = 0, WIRE_READ = 6, WIRE_WRITE = 7, WIRE_COMMIT = 21 };
+
+/* One call. The caller's, which keeps it in place, with its data, until it is answered or the wire is closed. */
+struct wire_call {
+	enum wire_procedure procedure;
+	uint32_t length_bytes;
+	uint64_t offset_bytes;
+	uint8_t *data;          /* WIRE_WRITE only reads from it */
+	bool stable;            /* WIRE_WRITE: FILE_SYNC, else UNSTABLE */
+
+	/* the wire's own */
+	uint32_t xid;
+	struct wire_call *prev, *next;
+};
+
+struct wire_answer {
+	struct wire_call *call;
+	uint32_t status;        /* nfsstat3; unless 0, only the sizes below mean something */
+	uint32_t count_bytes;   /* read or written; what was read lies in the call's data */
+	bool end_of_file;
+	bool stable;            /* a write that needs no COMMIT */
+	uint64_t verifier;      /* of a write or a commit */
+	/* the file's, where the server sent them */
+	bool has_size, has_size_before;
+	uint64_t size_bytes, size_before_bytes;
+	uint32_t links;         /* with has_size */
+};
+
+/* Room for the handle (NFS3_FHSIZE), for what comes before the data of a call, and for that of an answer. */
+#define WIRE_HANDLE_BYTES_MAX 64
+#define WIRE_CALL_BYTES_MAX 256
+#define WIRE_IN_BYTES 1024
+
+struct wire {
+	int fd;                 /* -1: none */
+	uint32_t next_xid;
+
+	/* the beginning of each call, as it is sent: null_bytes of it for NULL, begin_bytes for the others */
+	uint8_t begin[WIRE_CALL_BYTES_MAX];
+	uint32_t null_bytes, begin_bytes;
+
+	struct wire_call *first, *last; /* not answered yet, in the order of sending */
+	struct wire_call null;
+
+	/* a call that the socket has not taken whole: head, data, padding, and how much of these is sent */
+	uint8_t out[WIRE_CALL_BYTES_MAX];
+	const uint8_t *out_data;
+	uint32_t out_bytes, out_data_bytes, out_pad_bytes, out_done_bytes;
+
+	uint8_t in[WIRE_IN_BYTES]; /* received and not parsed yet */
+	uint32_t in_bytes;
+	uint32_t skip_bytes;    /* to be skipped next, or after the data */
+	uint32_t read_head_bytes; /* the length of the last READ's answer up to its data */
+	struct wire_answer answer; /* of the READ whose data is being received */
+	uint32_t data_bytes, data_left_bytes; /* of it */
+	bool reading;           /* `answer` waits for its data */
+	bool drained;           /* the last recvmsg(2) emptied the socket */
+	bool has_received;      /* something was received; the caller clears it */
+};
+
+void wire_init(struct wire *wire);
+
+/* Take over `fd`, a connected socket with nothing in flight. */
+void wire_open(struct wire *wire, int fd, const uint8_t *handle, uint32_t handle_bytes, uint32_t uid, uint32_t gid);
+
+/* Close the connection. Calls that are not answered yet are forgotten. */
+void wire_close(struct wire *wire);
+
+static inline bool wire_is_up(const struct wire *wire)
+{
+	return wire->fd >= 0;
+}
+
+/* Is there room for another call? If not, call wire_flush() when the socket is writable. */
+static inline bool wire_has_room(const struct wire *wire)
+{
+	return wire->out_bytes == 0;
+}
+
+/* Send a call, where there is room. Returns 0, or -errno: close the wire then. */
+int wire_send(struct wire *wire, struct wire_call *call);
+
+/* Send a NULL, whose answer only sets has_received. Does nothing when there is no room, or one is in flight. */
+int wire_send_null(struct wire *wire);
+
+/* Send the rest of what did not fit into the socket. Returns 0, or -errno: close the wire then. */
+int wire_flush(struct wire *wire);
+
+/*
+ * The next answer. Returns 1 and *answer; 0 when there is none yet; -errno when the wire must be closed, -EOPNOTSUPP
+ * when that is because of an answer that RPC allows and this code does not understand.
+ */
+int wire_receive(struct wire *wire, struct wire_answer *answer);
+
+#endif

@@ -1,0 +1,197 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Open and close, and calls. */
+#include "base/assert.h"
+#include "nfs/wire_internal.h"
+
+#include <errno.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#define MACHINE_NAME "nbdnfs\0" /* with its padding */
+#define MACHINE_NAME_BYTES 6u
+
+#define XID_AT 4
+#define PROCEDURE_AT 24
+
+void wire_init(struct wire *wire)
+{
+	*wire = (struct wire){ .fd = -1 };
+}
+
+static uint32_t first_xid(void)
+{
+	uint32_t xid;
+	struct timespec now;
+
+	/*
+	 * A server recognises repeated calls by address, port and xid: a call of an earlier connection from the same
+	 * port must not look like one of this connection.
+	 */
+	if (getrandom(&xid, sizeof(xid), GRND_NONBLOCK) == (ssize_t)sizeof(xid))
+		return xid;
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint32_t)now.tv_nsec ^ (uint32_t)now.tv_sec << 16 ^ (uint32_t)getpid() << 20;
+}
+
+void wire_open(struct wire *wire, int fd, const uint8_t *handle, uint32_t handle_bytes, uint32_t uid, uint32_t gid)
+{
+	uint8_t *at = wire->begin;
+
+	assert(fd >= 0 && handle_bytes > 0 && handle_bytes <= WIRE_HANDLE_BYTES_MAX);
+	wire_init(wire);
+	wire->fd = fd;
+	wire->next_xid = first_xid();
+	wire->read_head_bytes = READ_HEAD_BYTES;
+	at = xdr_put32(at, 0); /* the record's mark */
+	at = xdr_put32(at, 0); /* xid */
+	at = xdr_put32(at, CALL);
+	at = xdr_put32(at, RPC_VERSION);
+	at = xdr_put32(at, NFS_PROGRAM);
+	at = xdr_put32(at, NFS_VERSION);
+	at = xdr_put32(at, 0); /* procedure */
+	at = xdr_put32(at, AUTH_SYS);
+	at = xdr_put32(at, 5 * 4 + xdr_padded(MACHINE_NAME_BYTES));
+	at = xdr_put32(at, 0); /* stamp: arbitrary */
+	at = xdr_put32(at, MACHINE_NAME_BYTES);
+	memcpy(at, MACHINE_NAME, xdr_padded(MACHINE_NAME_BYTES));
+	at += xdr_padded(MACHINE_NAME_BYTES);
+	at = xdr_put32(at, uid);
+	at = xdr_put32(at, gid);
+	at = xdr_put32(at, 0); /* no further groups */
+	at = xdr_put32(at, AUTH_NONE);
+	at = xdr_put32(at, 0);
+	wire->null_bytes = (uint32_t)(at - wire->begin);
+	at = xdr_put32(at, handle_bytes);
+	memcpy(at, handle, handle_bytes); /* its padding is zero already */
+	at += xdr_padded(handle_bytes);
+	wire->begin_bytes = (uint32_t)(at - wire->begin);
+	/* the longest call adds offset, count, stability and length */
+	assert(wire->begin_bytes + 20 <= WIRE_CALL_BYTES_MAX);
+}
+
+void wire_close(struct wire *wire)
+{
+	if (wire->fd >= 0)
+		close(wire->fd);
+	wire_init(wire);
+}
+
+static void await_answer(struct wire *wire, struct wire_call *call)
+{
+	call->next = NULL;
+	call->prev = wire->last;
+	if (wire->last != NULL)
+		wire->last->next = call;
+	else
+		wire->first = call;
+	wire->last = call;
+}
+
+void wire_forget_call(struct wire *wire, struct wire_call *call)
+{
+	if (call->prev != NULL)
+		call->prev->next = call->next;
+	else
+		wire->first = call->next;
+	if (call->next != NULL)
+		call->next->prev = call->prev;
+	else
+		wire->last = call->prev;
+}
+
+struct wire_call *wire_find_call(const struct wire *wire, uint32_t xid)
+{
+	struct wire_call *call = wire->first;
+
+	while (call != NULL && call->xid != xid)
+		call = call->next;
+	return call;
+}
+
+/* What is left of a part when the first *done_bytes are sent; takes the part's share off *done_bytes. */
+static struct iovec rest_of(const void *part, uint32_t bytes, uint32_t *done_bytes)
+{
+	uint32_t gone_bytes = *done_bytes < bytes ? *done_bytes : bytes;
+
+	*done_bytes -= gone_bytes;
+	return (struct iovec){ .iov_base = (uint8_t *)(uintptr_t)part + gone_bytes, .iov_len = bytes - gone_bytes };
+}
+
+int wire_flush(struct wire *wire)
+{
+	static const uint8_t zeros[3];
+
+	while (wire->out_bytes > 0) {
+		uint32_t done_bytes = wire->out_done_bytes;
+		struct iovec parts[3];
+		struct msghdr message = { .msg_iov = parts, .msg_iovlen = wire->out_data_bytes > 0 ? 3 : 1 };
+		ssize_t sent;
+
+		parts[0] = rest_of(wire->out, wire->out_bytes, &done_bytes);
+		parts[1] = rest_of(wire->out_data, wire->out_data_bytes, &done_bytes);
+		parts[2] = rest_of(zeros, wire->out_pad_bytes, &done_bytes);
+		sent = sendmsg(wire->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+		if (sent < 0 && errno == EINTR)
+			continue;
+		if (sent < 0)
+			return errno == EAGAIN || errno == EWOULDBLOCK ? 0 : -errno;
+		wire->out_done_bytes += (uint32_t)sent;
+		if (wire->out_done_bytes == wire->out_bytes + wire->out_data_bytes + wire->out_pad_bytes)
+			wire->out_bytes = 0;
+	}
+	return 0;
+}
+
+int wire_send(struct wire *wire, struct wire_call *call)
+{
+	uint8_t *at = wire->out;
+	uint32_t begin_bytes = call->procedure == WIRE_NULL ? wire->null_bytes : wire->begin_bytes;
+
+	if (!wire_has_room(wire))
+		return -EBUSY;
+	call->xid = wire->next_xid++;
+	memcpy(at, wire->begin, begin_bytes);
+	xdr_put32(at + XID_AT, call->xid);
+	xdr_put32(at + PROCEDURE_AT, call->procedure);
+	at += begin_bytes;
+	wire->out_data = at; /* of no bytes */
+	wire->out_data_bytes = wire->out_pad_bytes = 0;
+	switch (call->procedure) {
+	case WIRE_NULL:
+		break;
+	case WIRE_READ:
+		at = xdr_put64(at, call->offset_bytes);
+		at = xdr_put32(at, call->length_bytes);
+		break;
+	case WIRE_WRITE:
+		at = xdr_put64(at, call->offset_bytes);
+		at = xdr_put32(at, call->length_bytes);
+		at = xdr_put32(at, call->stable ? FILE_SYNC : UNSTABLE);
+		at = xdr_put32(at, call->length_bytes);
+		wire->out_data = call->data;
+		wire->out_data_bytes = call->length_bytes;
+		wire->out_pad_bytes = xdr_padded(call->length_bytes) - call->length_bytes;
+		break;
+	case WIRE_COMMIT:
+		at = xdr_put64(at, 0); /* the whole file */
+		at = xdr_put32(at, 0);
+		break;
+	}
+	wire->out_bytes = (uint32_t)(at - wire->out);
+	assert(wire->out_bytes <= WIRE_CALL_BYTES_MAX);
+	wire->out_done_bytes = 0;
+	xdr_put32(wire->out, LAST_FRAGMENT | (wire->out_bytes - 4 + wire->out_data_bytes + wire->out_pad_bytes));
+	await_answer(wire, call);
+	return wire_flush(wire);
+}
+
+int wire_send_null(struct wire *wire)
+{
+	if (!wire_has_room(wire) || wire_find_call(wire, wire->null.xid) == &wire->null)
+		return 0;
+	wire->null = (struct wire_call){ .procedure = WIRE_NULL };
+	return wire_send(wire, &wire->null);
+}

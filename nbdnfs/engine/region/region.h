@@ -1,0 +1,174 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * region: shared memory (a memfd) that outlives a worker. It holds the pages that were acknowledged to the kernel and
+ * that the NAS does not have yet, so that the next worker can write them.
+ *
+ *   header | slot table | page table | filled bitmap | slot data
+ *
+ * The page table has four bytes for each page of the device: the CRC-32C of what was last written (0: unknown),
+ * or, where the filled bitmap has the page's bit, the 32-bit word that the whole page repeats. A filled page
+ * lives here alone: the NAS does not have it until a FLUSH writes it.
+ *
+ * A worker may be killed between any two instructions. Only what was acknowledged must survive, so each change is made
+ * in an order that keeps the old state until the new one is complete; see cache.c.
+ *
+ * One process maps a region at a time: it holds a lock on the open file (flock(2)), which the kernel drops when the
+ * process ends. All fields are in the machine's own byte order.
+ */
+#ifndef NBDNFS_REGION_H
+#define NBDNFS_REGION_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define PAGE_BYTES 4096u
+#define REGION_VERSION 2u
+
+/* What a slot holds, as the next worker finds it. FETCHING and WRITING exist in the worker's own memory only. */
+enum slot_content { SLOT_FREE = 0, SLOT_CLEAN = 1, SLOT_DIRTY = 2 };
+
+/* The backing file that a region belongs to. */
+struct region_identity {
+	uint64_t device_bytes;
+	uint64_t fileid;
+	uint64_t path_hash;
+};
+
+/* The state of the backing file on the server. */
+enum region_file {
+	REGION_FILE_THERE = 0,
+	REGION_FILE_DELETED = 1,
+	REGION_FILE_REPLACED = 2,
+	REGION_FILE_TRUNCATED = 3, /* stays until the next worker, even if the file has its length again */
+};
+
+#define HISTOGRAM_BUCKETS 32
+
+/* Written by the worker without locks, read by other processes: each number is whole, but not of one moment. */
+#define REGION_COUNTERS(X)                                                                         \
+	X(reads) X(writes) X(flushes) X(trims)      /* NBD requests */                              \
+	X(read_bytes) X(written_bytes)                                                             \
+	X(hit_pages) X(missed_pages)                /* read pages found in the region, and not */   \
+	X(filled_pages_written)                     /* pages of one word, which do not travel */    \
+	X(nfs_reads) X(nfs_read_bytes)                                                             \
+	X(nfs_writes) X(nfs_written_bytes) X(nfs_commits)                                          \
+	X(read_ahead_pages) X(read_ahead_hits) X(read_ahead_wasted)                                \
+	X(stalls)                                   /* writes that had to wait for a slot */        \
+	X(write_errors)                             /* write-backs that the server refused */       \
+	X(lost_uncommitted_pages)                   /* lost by a server that restarted; written again */ \
+	X(checksum_rereads) X(checksum_failures)                                                   \
+	X(replayed_pages)                           /* found dirty by a new worker */               \
+	X(reconnects)                                                                              \
+	X(unstable_pages)                           /* now: pages that the NAS does not have stably */ \
+	X(nfs_in_flight)                            /* now: write-backs and read-aheads */ \
+	X(write_back_error)                         /* now: errno of the last refusal, 0 when none */ \
+	X(disconnected)                             /* now: 1 while a connection is link_down */    \
+	X(file_state)                               /* now: an enum region_file */                  \
+	X(twins_until_ms)                           /* CLOCK_MONOTONIC: until when pages are held */ \
+	X(owner_state)                              /* now: enum owner_state */
+
+/* Bucket n counts what took less than 2^n microseconds. */
+#define REGION_HISTOGRAMS(X) X(read_us) X(write_us) X(nfs_read_us) X(nfs_write_us)
+
+struct region_counters {
+#define X(name) _Atomic uint64_t name;
+	REGION_COUNTERS(X)
+#undef X
+#define X(name) _Atomic uint64_t name[HISTOGRAM_BUCKETS];
+	REGION_HISTOGRAMS(X)
+#undef X
+};
+
+struct region_header {
+	char magic[8];                  /* "nbdnfs\0\0"; written last when a region is made */
+	uint32_t version;
+	uint32_t slot_count;
+	struct region_identity identity;
+	uint64_t region_bytes;
+	_Atomic uint64_t generation;    /* the number of workers that have mapped it */
+	struct region_counters counters;
+};
+
+/*
+ * Other processes read the header by offset (nbdnfs/region.py), and the next worker may be of another build.
+ * Whoever changes one of these numbers changes REGION_VERSION and the table in Python with it.
+ */
+#define REGION_COUNTER_COUNT 31
+#define REGION_HISTOGRAM_COUNT 4
+_Static_assert(offsetof(struct region_header, magic) == 0, "layout");
+_Static_assert(offsetof(struct region_header, version) == 8, "layout");
+_Static_assert(offsetof(struct region_header, slot_count) == 12, "layout");
+_Static_assert(offsetof(struct region_header, identity) == 16, "layout");
+_Static_assert(sizeof(struct region_identity) == 24, "layout");
+_Static_assert(offsetof(struct region_header, region_bytes) == 40, "layout");
+_Static_assert(offsetof(struct region_header, generation) == 48, "layout");
+_Static_assert(offsetof(struct region_header, counters) == 56, "layout");
+_Static_assert(offsetof(struct region_counters, read_us) == REGION_COUNTER_COUNT * 8, "layout");
+_Static_assert(sizeof(struct region_counters) ==
+		       (REGION_COUNTER_COUNT + REGION_HISTOGRAM_COUNT * HISTOGRAM_BUCKETS) * 8,
+	       "layout");
+_Static_assert(sizeof(struct region_header) == 56 + sizeof(struct region_counters), "layout");
+
+/*
+ * One 64-bit store publishes a slot: content in the low two bits, the page number above. Guarded by the cache's lock;
+ * atomic because the worker may be killed at any instruction.
+ */
+typedef _Atomic uint64_t region_slot;
+_Static_assert(sizeof(region_slot) == 8, "layout");
+_Static_assert(sizeof(_Atomic uint32_t) == 4, "layout: an entry of the page table");
+
+struct region {
+	int fd;
+	size_t bytes;
+	struct region_header *header;
+	region_slot *slots;
+	_Atomic uint32_t *page_table;   /* guarded by the cache's lock */
+	_Atomic uint64_t *filled;       /* guarded by the cache's lock */
+	uint8_t *data;                  /* slot n's page at n * PAGE_BYTES */
+	uint32_t slot_count;
+	uint64_t page_count;
+};
+
+/* The size of a region with `slot_count` slots for a device of `device_bytes`. */
+size_t region_size_bytes(uint64_t device_bytes, uint32_t slot_count);
+
+/*
+ * Map the region behind `fd`, which remains the caller's; with fd -1, make a memfd of the region's own. An empty one is
+ * laid out for `identity`. Returns 0 and *region, or -errno and a text in `message`: -EBUSY when another process has
+ * mapped it, -EPROTO when it is of another version or damaged, -EINVAL when it belongs to another backing file.
+ */
+int region_map(struct region *region, int fd, const struct region_identity *identity, uint32_t slot_count,
+	       char *message, size_t message_bytes);
+void region_unmap(struct region *region);
+
+static inline uint64_t slot_value(uint64_t page, enum slot_content content)
+{
+	return page << 2 | content;
+}
+
+static inline uint64_t slot_page(uint64_t value)
+{
+	return value >> 2;
+}
+
+static inline enum slot_content slot_content(uint64_t value)
+{
+	return value & 3;
+}
+
+static inline void set_counter(_Atomic uint64_t *counter, uint64_t value)
+{
+	atomic_store_explicit(counter, value, memory_order_relaxed);
+}
+
+static inline void count(_Atomic uint64_t *counter, uint64_t amount)
+{
+	atomic_fetch_add_explicit(counter, amount, memory_order_relaxed);
+}
+
+/* Add one to the bucket of `us`. */
+void count_duration(_Atomic uint64_t *histogram, uint64_t us);
+
+#endif
