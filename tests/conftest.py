@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support import sanitizer_reports
 from support.nfs_server import Ganesha
 from support.proxy import TcpProxy
 
@@ -24,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """A shell that starts us in the background has SIGINT ignored, and so would be whatever a test starts: sh(1)."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    sanitizer_reports.register(config)
 
 
 @dataclasses.dataclass(frozen=True)
