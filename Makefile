@@ -5,6 +5,8 @@ PYTHON := .venv/bin/python
 # A throwaway NFS server, guests' images and kernel devices need root.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,HERE,NBDNFS_CACHE,NBDNFS_VM_ACCEL)
 PYTEST := $(AS_ROOT) $(PYTHON) -m pytest
+# Programs that use what tests share; pytest has the same folders from pyproject.toml.
+PROGRAM := $(AS_ROOT) env PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/vm-tests:$(CURDIR)/bench $(PYTHON)
 
 .PHONY: help demo test faults vm-test bench bench-vm lint
 help:
@@ -19,7 +21,7 @@ help:
 
 demo:
 	@tools/bootstrap.sh demo
-	$(AS_ROOT) $(PYTHON) vm-tests/demo.py $(if $(HERE),--here)
+	$(PROGRAM) vm-tests/demo.py $(if $(HERE),--here)
 
 # One after the other, also under make -j: what is cheap to find out comes first.
 test:
@@ -33,8 +35,8 @@ test:
 # Long: a minute of it is in `make test`.
 faults:
 	@tools/bootstrap.sh test
-	$(PYTEST) tests -m long
-	$(AS_ROOT) $(PYTHON) tests/faults/run.py $(ARGS)
+	$(if $(ARGS),,$(PYTEST) tests -m long)
+	$(PROGRAM) tests/faults/run.py $(ARGS)
 
 vm-test:
 	@tools/bootstrap.sh test
@@ -42,11 +44,11 @@ vm-test:
 
 bench:
 	@tools/bootstrap.sh bench
-	$(AS_ROOT) $(PYTHON) bench/native.py --json build/bench.json --svg build/bench.svg $(ARGS)
+	$(PROGRAM) bench/native.py --json build/bench.json --svg build/bench.svg $(ARGS)
 
 bench-vm:
 	@tools/bootstrap.sh demo
-	$(AS_ROOT) $(PYTHON) bench/vm.py --json build/bench-vm.json --svg build/bench-vm.svg $(ARGS)
+	$(PROGRAM) bench/vm.py --json build/bench-vm.json --svg build/bench-vm.svg $(ARGS)
 
 lint:
 	@tools/bootstrap.sh test

@@ -25,15 +25,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from native_report import Result, Row, Sample, as_json, missed_goals, picture, table
+from portmap import register
+from support.nfs_server import Ganesha, program, rpc_null_answers
+
+from nbdnfs import proc_stat
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests"))
-
-from nativereport import Result, Row, Sample, as_json, missed_goals, picture, table  # noqa: E402
-from portmap import register  # noqa: E402
-from support.nfs_server import Ganesha, program, rpc_null_answers  # noqa: E402
-
-from nbdnfs import proc_stat  # noqa: E402
-
 DEVICE_BYTES = 256 << 20
 PEERS = ("nbdnfs", "qemu-nbd", "libnfs-python", "limit")
 DEADLINE_S = 30.0

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """make bench-vm: one guest swaps to zram, to the kernel's nbd, to the kernel's NFS and to nbdnfs, in turn.
 
@@ -21,17 +20,14 @@ import tempfile
 import time
 from pathlib import Path
 
-_HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(_HERE), str(_HERE.parent / "vm-tests"), str(_HERE.parent / "tests")]
-
-from support.nfs_server import Ganesha, ServerError, free_ports  # noqa: E402
-from svg import Group, bars  # noqa: E402
-from vmtest import host, image, initramfs  # noqa: E402
-from vmtest.benchpeers import FLOOR, KERNEL_NBD, KERNEL_NFS, OURS, PEERS, Files  # noqa: E402
-from vmtest.benchrun import Load, Results, one_round  # noqa: E402
-from vmtest.guest import Guest, seen_from_guest  # noqa: E402
-from vmtest.outcome import GuestFailedError, HarnessError, LostGuestError  # noqa: E402
-from vmtest.payload import payload  # noqa: E402
+from support.nfs_server import Ganesha, ServerError, free_ports
+from svg import Group, bars
+from vm_peers import FLOOR, KERNEL_NBD, KERNEL_NFS, OURS, PEERS, Files
+from vm_rounds import Load, Results, one_round
+from vmtest import host, image, initramfs
+from vmtest.guest import Guest, seen_from_guest
+from vmtest.outcome import GuestFailedError, HarnessError, LostGuestError
+from vmtest.payload import payload
 
 _GUEST_MIB = 512
 _PASSES = ("fill", "sequential", "random", "sequential")

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The demo behind `make demo`: a machine swaps onto a file on an NFS server, and every page is checked.
 
@@ -18,16 +17,13 @@ import time
 from pathlib import Path
 from types import FrameType
 
-_HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(_HERE), str(_HERE.parent / "tests")]
-
-from support.nfs_server import Ganesha, ServerError  # noqa: E402
-from vmtest import host, image, initramfs, swap  # noqa: E402
-from vmtest.guest import Guest, seen_from_guest  # noqa: E402
-from vmtest.local import LocalMachine, check_here  # noqa: E402
-from vmtest.outcome import GuestFailedError, HarnessError, LostGuestError  # noqa: E402
-from vmtest.payload import payload  # noqa: E402
-from vmtest.verdict import Progress  # noqa: E402
+from support.nfs_server import Ganesha, ServerError
+from vmtest import host, image, initramfs, swap
+from vmtest.guest import Guest, seen_from_guest
+from vmtest.local import LocalMachine, check_here
+from vmtest.outcome import GuestFailedError, HarnessError, LostGuestError
+from vmtest.payload import payload
+from vmtest.verdict import Progress
 
 _FILE_MIB = 256
 _HOG_MIB = 64

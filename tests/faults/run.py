@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A seeded fault-injection run: verified reads and writes through a real worker while faults strike at random.
 
-    .venv/bin/python tests/faults/run.py --seconds 600 [--seed N] [--version 4]
+    make faults ARGS="--seconds 600 [--seed N] [--version 4]"
 
 Everything that is drawn comes from the seed, which is printed: the faults with their times, and each thread's
 requests. How the two meet is up to the machine. Exit status 0: no wrong byte, no error, nothing that hung. Needs
@@ -17,8 +17,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from strikes import Strikes
 from support.nfs_server import Ganesha
@@ -106,7 +104,7 @@ def main() -> int:
             workdir=Path(folder),
         )
     if failures:
-        print(*said[-40:], *failures, f"again: --seed {args.seed}", sep="\n", flush=True)
+        print(*said[-40:], *failures, f'to replay: make faults ARGS="--seed {args.seed}"', sep="\n", flush=True)
     return 1 if failures else 0
 
 

@@ -15,7 +15,7 @@ MIB = 1 << 20
 
 @pytest.mark.timeout(400)
 def test_a_minute_of_faults(tmp_path: Path) -> None:
-    """Another one each time; its seed is printed, and `tests/faults/run.py --seed` replays it."""
+    """Another one each time; its seed is printed, and `make faults ARGS="--seed N"` replays it."""
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
     failures, said = run.run(seconds=SECONDS, seed=seed, device_bytes=128 * MIB, workdir=tmp_path)

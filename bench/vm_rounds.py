@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Rounds of the same verified stress run on each peer of benchpeers.py, in one guest; the samples, and their JSON."""
+"""Rounds of the same verified stress run on each peer of vm_peers.py, in one guest; the samples, and their JSON."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from vm_peers import OURS, PEERS, Files
 from vmtest import swap, verdict
-from vmtest.benchpeers import OURS, PEERS, Files
 from vmtest.counters import Counters
 from vmtest.guest import Guest
 from vmtest.netem import delayed

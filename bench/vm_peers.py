@@ -27,7 +27,7 @@ from vmtest.outcome import GuestFailedError, HarnessError
 
 OURS, KERNEL_NFS, KERNEL_NBD, FLOOR = "nbdnfs", "kernel-nfs", "kernel-nbd", "zram"
 
-_ATTACH_TCP = Path(__file__).parents[2] / "bench/attach_tcp.py"
+_ATTACH_TCP = Path(__file__).parent / "attach_tcp.py"
 _MOUNT = "/mnt/bench"
 _PRIORITY = 32767
 _NBDKIT_DEADLINE_S = 20.0

@@ -8,11 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 import vm
-from vmtest.benchpeers import KERNEL_NBD, KERNEL_NFS, OURS
-from vmtest.benchrun import Load, Results, Sample
+from vm_peers import KERNEL_NBD, KERNEL_NFS, OURS
+from vm_rounds import Load, Results, Sample
 from vmtest.outcome import HarnessError
-
-pytestmark = pytest.mark.meta
 
 LOAD = Load(size_mib=96, limit_mib=24, processes=4, timeout_s=60)
 COUNTERS = {"nfs_writes": 2, "nfs_written_bytes": 200 * 1024, "hit_pages": 3, "missed_pages": 1}
