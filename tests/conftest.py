@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from support import sanitizer_reports
+from support.engines import OpenEngine, opening
 from support.nfs_server import Ganesha
 from support.proxy import TcpProxy
 
@@ -101,3 +102,22 @@ def proxy(ganesha: Ganesha) -> Iterator[TcpProxy]:
     """A faulty way to the session's server: `backing_file.url(nfsport=proxy.port)`."""
     with TcpProxy(ganesha.nfs_port) as proxy:
         yield proxy
+
+
+@pytest.fixture
+def engine_options() -> dict[str, int]:
+    """What `open_engine` gives each engine; a module with other needs has a fixture of this name."""
+    return {}
+
+
+@pytest.fixture
+def open_engine(request: pytest.FixtureRequest, engine_options: dict[str, int]) -> Iterator[OpenEngine]:
+    """`open_engine(url, **options)`: an engine on the loopback address, closed at the end of the test.
+
+    All other fixtures of the test come first: engines are closed while their servers still answer.
+    """
+    for name in request.fixturenames:
+        if name != request.fixturename:
+            request.getfixturevalue(name)
+    with opening(**engine_options) as open_engine:
+        yield open_engine
