@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import sanitizer_reports
+from support import needs, sanitizer_reports
 from support.engines import OpenEngine, opening
 from support.nfs_server import Ganesha
 from support.proxy import TcpProxy
@@ -27,6 +27,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     sanitizer_reports.register(config)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The markers `server` and `fake`, which `make unit` leaves out."""
+    needs.mark(items)
 
 
 @dataclasses.dataclass(frozen=True)

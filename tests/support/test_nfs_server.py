@@ -116,6 +116,7 @@ def test_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
         assert server.is_running
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 def test_dies_with_its_process(tmp_path: Path, number: signal.Signals) -> None:
     """However the process that started it ends, no server is left."""
