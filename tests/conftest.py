@@ -6,7 +6,6 @@ Nothing here skips a test: a missing program is an error that names the package 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import signal
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 from support import needs, sanitizer_reports
 from support.engines import OpenEngine, opening
-from support.nfs_server import Ganesha
+from support.nfs_server import FileOnServer, Ganesha
 from support.proxy import TcpProxy
 
 MIB = 1 << 20
@@ -32,23 +31,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The markers `server` and `fake`, which `make unit` leaves out."""
     needs.mark(items)
-
-
-@dataclasses.dataclass(frozen=True)
-class FileOnServer:
-    """A file of an export: its URL for clients, and its path behind the server's back."""
-
-    server: Ganesha
-    name: str
-    size_bytes: int
-
-    @property
-    def path(self) -> Path:
-        return self.server.export_path / self.name
-
-    def url(self, version: int = 3, **params: str | int) -> str:
-        """As Ganesha.url."""
-        return self.server.url(self.name, version, **params)
 
 
 @pytest.fixture(scope="session")

@@ -82,7 +82,7 @@ _REGULAR, _DIRECTORY = 1, 2
 MIB = 1 << 20
 
 
-def _put(file: bytearray, offset: int, data: bytes) -> None:
+def _put(file: bytearray, offset: int, data: bytes | bytearray) -> None:
     """As pwrite(2): what lies between the end and a later offset is zeros."""
     file.extend(bytes(max(0, offset - len(file))))
     file[offset : offset + len(data)] = data

@@ -8,6 +8,7 @@ It must run as root: FSAL VFS opens files by handle (CAP_DAC_READ_SEARCH), and r
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import signal
@@ -386,3 +387,20 @@ LOG {{
     Default_Log_Level = EVENT;
 }}
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class FileOnServer:
+    """A file of an export: its URL for clients, and its path behind the server's back."""
+
+    server: Ganesha
+    name: str
+    size_bytes: int
+
+    @property
+    def path(self) -> Path:
+        return self.server.export_path / self.name
+
+    def url(self, version: int = 3, **params: str | int) -> str:
+        """As Ganesha.url."""
+        return self.server.url(self.name, version, **params)

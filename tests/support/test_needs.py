@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from conftest import FileOnServer
 
 from support import nfs_server, small_filesystem
 from support.fake_nfs import FakeNfsServer
 from support.needs import NEEDS, _Finder
+from support.nfs_server import FileOnServer
 
 
 class _HasServer:

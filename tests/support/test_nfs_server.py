@@ -14,10 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FileOnServer
 
 from nbdnfs.engine import NfsFile
-from support.nfs_server import LOOPBACK, Ganesha, ServerError, rpc_null_answers
+from support.nfs_server import LOOPBACK, FileOnServer, Ganesha, ServerError, rpc_null_answers
 from support.small_filesystem import small_filesystem
 
 DEADLINE_S = 15.0
