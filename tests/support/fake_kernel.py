@@ -24,16 +24,6 @@ class FakeLinkError(AssertionError):
     """The keeper gave no living link in time."""
 
 
-class _Client(NbdClient):
-    """An NBD client on a socket whose handshake is done."""
-
-    def __init__(self, sock: socket.socket, timeout_s: float) -> None:
-        self._socket = sock
-        self._socket.settimeout(timeout_s)
-        self._timeout_s = timeout_s
-        self._cookie = 0
-
-
 class FakeKernel:
     """keeper.Kernel. `timeout_s` bounds every wait of the client's; the counts are of what the keeper has asked.
 
@@ -155,8 +145,8 @@ class FakeKernel:
                 sock, links = self._socket, self._links
             if sock is not None:
                 try:
-                    (reply,) = _Client(sock, self._timeout_s).run([request])
-                except (ConnectionError, TimeoutError):
+                    (reply,) = NbdClient.over(sock, self._timeout_s).run([request])
+                except OSError:  # also EBADF: `_take` may close it meanwhile
                     broken_s = broken_s or time.monotonic()
                 else:
                     if broken_s is not None:

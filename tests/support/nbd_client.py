@@ -49,14 +49,25 @@ class NbdClient:
     """One connection. Not thread-safe. Every wait ends after `timeout_s` with TimeoutError."""
 
     def __init__(self, path: Path, timeout_s: float = 60.0) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(timeout_s)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(timeout_s)
         try:
-            self._socket.connect(str(path))
-            self.export = nbd_handshake.negotiate(self._socket, timeout_s=timeout_s)
+            sock.connect(str(path))
+            self.export = nbd_handshake.negotiate(sock, timeout_s=timeout_s)
         except BaseException:
-            self._socket.close()
+            sock.close()
             raise
+        self._use(sock, timeout_s)
+
+    @classmethod
+    def over(cls, sock: socket.socket, timeout_s: float = 60.0) -> NbdClient:
+        """A client on a socket whose handshake is done. It has no `export`."""
+        client = cls.__new__(cls)
+        client._use(sock, timeout_s)
+        return client
+
+    def _use(self, sock: socket.socket, timeout_s: float) -> None:
+        self._socket = sock
         self._socket.settimeout(timeout_s)
         self._timeout_s = timeout_s
         self._cookie = 0
