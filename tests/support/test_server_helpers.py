@@ -30,13 +30,19 @@ def test_second_reader(backing_file: FileOnServer) -> None:
     assert second_reader.read(backing_file.url(), MIB - 5, 100) == content[-5:]
 
 
+def write_unbuffered(path: Path, size: int) -> None:
+    with path.open("wb", buffering=0) as file:
+        for _ in range(0, size, 64 * 1024):
+            file.write(bytes(64 * 1024))
+
+
 def test_small_filesystem(tmp_path: Path) -> None:
     """It fills up, also for root, near the size that was asked for; afterwards nothing is mounted or left."""
     with small_filesystem(tmp_path, 4 * MIB) as folder:
         assert os.path.ismount(folder)
         file = folder / "file"
         with pytest.raises(OSError, match="No space left") as caught:
-            file.write_bytes(bytes(8 * MIB))
+            write_unbuffered(file, 8 * MIB)
         assert caught.value.errno == errno.ENOSPC
         assert 2 * MIB < file.stat().st_size < 4 * MIB
     assert not os.path.ismount(folder)
