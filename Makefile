@@ -18,7 +18,7 @@ help:
 	@echo 'make faults       ten minutes of verified reads and writes while faults strike; ARGS="--seed 7 --version 4"'
 	@echo 'make vm-test      all tests in guests; SUITE=trixie for Debian 13, ARGS="--memory-rounds 3"'
 	@echo 'make bench        our worker beside qemu-nbd, the reference engine and bare libnfs'
-	@echo 'make bench-vm     a guest swaps to zram, kernel nbd, kernel NFS and nbdnfs; ARGS="--size 64 --rounds 1" is short'
+	@echo 'make bench-vm     a guest swaps to zram, kernel nbd, kernel NFS and nbdnfs; ARGS="--size 64 --rounds 1"'
 	@echo 'make lint         ruff, mypy, and the C compiler with warnings as errors'
 	@echo 'make format       ruff format, and clang-format where it is installed'
 	@echo 'make clean        remove what was built; .venv stays'
