@@ -69,7 +69,7 @@ static uint64_t next_offset(void)
 	return (job.sequential ? next_block++ % blocks : random_number() % blocks) * job.block_bytes;
 }
 
-/* Incompressible, and different for each request: nobody may save anything on it. */
+/* Incompressible, and different for each request: no server can take a short cut. */
 static void fill(uint8_t *data)
 {
 	for (uint32_t at = 0; at < job.block_bytes; at += 512) {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What `make bench-vm` compares: four things that a machine can swap to, set up and taken down in a guest.
 
-zram        compressed memory: no network at all, the floor
+zram        compressed memory, without a network: the floor
 kernel-nbd  the kernel's nbd over TCP to `nbdkit file` on the server: what the 2012 patches compared with
 kernel-nfs  the kernel's swap file on an NFSv3 mount
 nbdnfs      ours
@@ -42,7 +42,7 @@ class Swapping:
 
 @dataclass(frozen=True)
 class Files:
-    """The server's side: URLs of two files as a guest says them, and the file that `nbdkit file` serves."""
+    """The server's side: URLs of two files as seen from a guest, and the file that `nbdkit file` serves."""
 
     ours_url: str
     kernel_url: str

@@ -21,7 +21,7 @@ _HOG_WAS_KILLED = 3
 
 
 class NotFinishedError(GuestFailedError):
-    """No page was wrong as far as it came, but something was killed."""
+    """No page was wrong, but something was killed before the end."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def one_round(
     """Each peer in that order, with each delay, by one process and by several.
 
     GuestFailedError for a wrong page, and when something is killed that swaps to ours. Others may fail (a small cgroup
-    that swaps to the kernel's NFS runs out of memory now and then): that is told, and there is no sample of it.
+    that swaps to the kernel's NFS runs out of memory now and then): that is reported, and there is no sample of it.
     """
     samples = []
     for delay_ms in delays_ms:

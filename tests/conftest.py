@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the tests share: one NFS server for the session, fresh files on it, a faulty way to it.
+"""What the tests share: one NFS server for the session, fresh files on it, a proxy before it, engines.
 
 Nothing here skips a test: a missing program is an error that names the package to install.
 """
@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A shell that starts us in the background has SIGINT ignored, and so would be whatever a test starts: sh(1)."""
+    """A shell that starts pytest in the background ignores SIGINT (sh(1)), and children would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     sanitizer_reports.register(config)
@@ -42,7 +42,7 @@ def ganesha(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ganesha]:
 
 @pytest.fixture
 def own_ganesha(tmp_path: Path) -> Iterator[Ganesha]:
-    """An NFS server of the test's own, to be stopped, killed, paused and restarted as it likes."""
+    """An NFS server of the test's own, which it may stop, kill, pause and restart."""
     with Ganesha(tmp_path / "ganesha") as server:
         yield server
 
@@ -86,7 +86,7 @@ def swap_file(new_file: Callable[..., FileOnServer]) -> Iterator[FileOnServer]:
 
 @pytest.fixture
 def proxy(ganesha: Ganesha) -> Iterator[TcpProxy]:
-    """A faulty way to the session's server: `backing_file.url(nfsport=proxy.port)`."""
+    """A proxy before the session's server: `backing_file.url(nfsport=proxy.port)`."""
     with TcpProxy(ganesha.nfs_port) as proxy:
         yield proxy
 

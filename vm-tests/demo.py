@@ -33,7 +33,7 @@ _STRESS_TIMEOUT_S = 1200.0
 
 
 class Teller:
-    """Says what goes on, each line with the time since the start."""
+    """Prints progress, each line with the seconds since the start."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()

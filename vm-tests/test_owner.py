@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who owns the backing file, with systemd and a real kernel: boots, a crash, a clean stop, and a theft under load."""
+"""Ownership of the backing file, with systemd and a real kernel: boots, a crash, a stop, and a theft under load."""
 
 from __future__ import annotations
 

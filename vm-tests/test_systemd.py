@@ -40,7 +40,7 @@ def _status(guest: Guest, name: str) -> dict[str, object]:
 
 
 def _wait_for_swap(guest: Guest, name: str) -> None:
-    """Until the unit that somebody has started is up: its job may have timed out, on an emulated CPU."""
+    """Wait until a unit that was started is up: its job may have timed out, on an emulated CPU."""
     unit = f"nbdnfs@{name}"
     guest.run(f"until systemctl -q is-active {unit} || systemctl -q is-failed {unit}; do sleep 1; done", 600)
     _status(guest, name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What make bench says: medians, ratios, and which goals are missed."""
+"""The report of make bench: medians, ratios, and which goals are missed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What make bench-vm says: medians, ratios, how our writes coalesce; and that its JSON can be gone on with."""
+"""The report of make bench-vm: medians, ratios, how writes coalesce; and that a run can be continued from its JSON."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_tables(results: Results) -> None:
 
 
 def test_our_figures(results: Results) -> None:
-    """What each NFS write carries is told, over all rounds."""
+    """The size of an NFS write, over all rounds."""
     figures = vm.our_figures(results, 0.0, 1)
     assert "128 KiB for each NFS write of swap-out alone" in figures
     assert "in the whole run 100 KiB for each write" in figures

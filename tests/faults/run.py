@@ -3,9 +3,9 @@
 
     make faults ARGS="--seconds 600 [--seed N] [--version 4]"
 
-Everything that is drawn comes from the seed, which is printed: the faults with their times, and each thread's
-requests. How the two meet is up to the machine. Exit status 0: no wrong byte, no error, nothing that hung. Needs
-root, for the server and a small file system under its export.
+The seed, which is printed, decides the faults with their times and each thread's requests; how they coincide is up
+to the machine. Exit status 0: no wrong byte, no error, no request that hung. Needs root, for the server and a small
+file system under its export.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from verified_load import VerifiedLoad
 
 MIB = 1 << 20
 REGION_PAGES = 1024
-# shorter than the worker's own, so that it is looked into several times in a run
+# shorter than the default, so that silent connections are replaced several times in a run
 SILENCE_MS = 3000
 _PAUSES_S = (1.0, 10.0)
 _LAST_REQUESTS_S = 60.0
@@ -36,7 +36,7 @@ _LAST_REQUESTS_S = 60.0
 def run(
     *, seconds: float, seed: int, version: int = 3, connections: int = 1, device_bytes: int = 512 * MIB, workdir: Path
 ) -> tuple[list[str], list[str]]:
-    """One run. Returns what went wrong, in texts, and what the worker said on stderr."""
+    """One run. Returns the failures, as texts, and the lines that the worker logged."""
     draw = random.Random(seed)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(small_filesystem(workdir, device_bytes * 5 // 4))
@@ -44,7 +44,7 @@ def run(
         proxy = stack.enter_context(TcpProxy(server.nfs_port))
         path = server.export_path / "swap"
         with path.open("wb") as file:
-            file.truncate(device_bytes)  # all of it holes, so that a full file system matters
+            file.truncate(device_bytes)  # all holes, so that a full file system matters
         worker = stack.enter_context(
             serving(
                 server.url(path.name, version, nfsport=proxy.port),

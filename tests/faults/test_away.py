@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A worker whose NAS is away: what it costs, and what it says."""
+"""A worker whose NAS is away: its CPU time, and its log."""
 
 from __future__ import annotations
 

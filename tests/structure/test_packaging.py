@@ -95,7 +95,7 @@ def test_a_source_distribution_can_be_built(source_files: set[str]) -> None:
 
 
 def test_a_wheel_has_no_sources(wheel_files: set[str]) -> None:
-    """It has the Python modules and what the extensions' stubs say, no C."""
+    """It has the Python modules, the extensions' stubs and the plugin, and no C."""
     assert {name for name in wheel_files if name.endswith((".c", ".h"))} == set()
     assert {"nbdnfs/py.typed", "nbdnfs/_memlock.pyi", "nbdnfs/plugin/nbdnfs_plugin.py"} <= wheel_files
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "nbdnfs").rglob("*.py")}

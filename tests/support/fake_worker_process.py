@@ -28,7 +28,7 @@ class FakeWorkerProcess:
     process: subprocess.Popen[bytes]
 
     def activate(self) -> None:
-        """Wait until it is ready, and send the word. AssertionError when it ends instead."""
+        """Wait until it is ready, and activate it. AssertionError when it ends instead."""
         assert self.control.recv(1) == b"r"
         self.control.sendall(b"g")
 

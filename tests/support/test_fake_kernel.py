@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The fake kernel keeps what the real one promises about sockets and requests."""
+"""The fake kernel treats sockets and requests as the real one does."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_request_is_sent_again_over_the_next_socket(kernel: FakeKernel) -> Non
 
 
 def test_no_socket_in_time(kernel: FakeKernel) -> None:
-    """Both waits end with an error that says for what."""
+    """Both waits end with an error."""
     kernel = FakeKernel(timeout_s=0.1)
     with pytest.raises(FakeLinkError, match="no new link"):
         kernel.read(0, PAGE)

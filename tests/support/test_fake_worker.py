@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The fake worker behaves as its word says."""
+"""Each behaviour of the fake worker."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_serve() -> None:
 
 
 def test_a_standby_ends_with_its_keeper() -> None:
-    """An end of file instead of the word: status 0."""
+    """An end of file instead of an activation: status 0."""
     with fake_worker("serve") as worker:
         assert worker.control.recv(1) == b"r"
         worker.control.close()

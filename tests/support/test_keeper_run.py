@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A scenario beside a keeper: it ends the keeper, and what it raises is raised."""
+"""A scenario beside a keeper: it ends the keeper, and its exception is raised."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_scenarios_exception_is_raised(stand_in: StandIn) -> None:
 
 
 def test_a_keeper_that_ends_by_itself_is_not_signalled(stand_in: StandIn) -> None:
-    """`over` tells the scenario, which has no one to end then."""
+    """The scenario sees it by `over`, and ends nothing then."""
     over = threading.Event()
     ended = StandIn(ends_by_itself=True)
     assert run_keeper(keeper(ended), lambda keeper: _wait(over), over, join_s=DEADLINE_S) == 3

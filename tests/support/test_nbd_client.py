@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The NBD client: many requests under way, replies in any order, errors, and servers that break the protocol."""
+"""The NBD client: many requests in flight, replies in any order, errors, and servers that break the protocol."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_one_request_each(ends: tuple[NbdClient, Server]) -> None:
 
 
 def test_replies_in_any_order(ends: tuple[NbdClient, Server]) -> None:
-    """Four are under way and no more; the last is answered first; each reply has its own request."""
+    """Four are in flight and no more; the last is answered first; each reply has its own request."""
     client, server = ends
     requests = [Request(READ, number, 1) for number in range(6)]
 
@@ -97,7 +97,7 @@ def test_an_error_is_an_oserror(ends: tuple[NbdClient, Server]) -> None:
     done = in_background(client.read, 0, PAGE)
     (_, _, cookie, _, _), _ = server.receive()
     server.reply(cookie, error=errno.ENOSPC)
-    with pytest.raises(OSError, match="refused the request") as caught:
+    with pytest.raises(OSError, match="rejected the request") as caught:
         done.result(DEADLINE_S)
     assert caught.value.errno == errno.ENOSPC
 
@@ -115,7 +115,7 @@ def test_both_sides_send_at_once(ends: tuple[NbdClient, Server]) -> None:
     assert len(done.result(DEADLINE_S)) == 2
 
 
-def test_what_is_no_reply(ends: tuple[NbdClient, Server]) -> None:
+def test_what_is_not_a_reply(ends: tuple[NbdClient, Server]) -> None:
     """Another magic number, or an end in the middle of a reply, ends the connection with an error."""
     client, server = ends
     done = in_background(client.read, 0, PAGE)

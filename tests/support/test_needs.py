@@ -57,7 +57,7 @@ def test_a_server_is_found(function: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize("function", [_circle, _a_sentence_about_it, nfs_server.free_ports])
 def test_nothing_else_is_found(function: Callable[[], object]) -> None:
-    """Functions that call each other come to an end; words in a sentence are no program."""
+    """Functions that call each other come to an end; a sentence does not name a program."""
     assert not _Finder(NEEDS["server"]).needs(function)
 
 

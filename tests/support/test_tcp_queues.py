@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The queues of a TCP connection are what lies in them."""
+"""The bytes in a TCP connection's queues, at both ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.waiting import wait_until
 
 
 def test_unread_bytes_are_counted() -> None:
-    """Those that the receiver has not read, until it has; and nothing of a connection that is no more."""
+    """Bytes count until the receiver has read them; a connection that does not exist has none."""
     with TcpQueues() as queues, socket.create_server((LOOPBACK, 0)) as listener:
         port = listener.getsockname()[1]
         client = socket.create_connection((LOOPBACK, port))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Waits end: with a result, with the exception, or with a text that says for what."""
+"""Waits end with a result, with the exception, or with a text that names what did not happen."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_in_background_can_be_left() -> None:
 
 
 def test_wait_until() -> None:
-    """It looks again until it is so, and says what it waited for when it is not in time."""
+    """It checks until the condition holds; at the end of its time it names the condition."""
     looks = iter([False, False, True])
     wait_until(lambda: next(looks), "the third look")
     started_s = time.monotonic()

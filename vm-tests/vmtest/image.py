@@ -61,7 +61,7 @@ _DISK_SIZE = "4G"
 
 @dataclass(frozen=True)
 class Image:
-    """A built image. `folder` holds `root/`, `root.raw` and `vmlinuz`; all are read only for everybody."""
+    """A built image. `folder` holds `root/`, `root.raw` and `vmlinuz`; all are read-only."""
 
     suite: str
     folder: Path

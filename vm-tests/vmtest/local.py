@@ -48,7 +48,7 @@ def _has_nbd() -> bool:
 
 
 class LocalJob:
-    """A command on this machine. Its output is collected in files: nobody needs to read along."""
+    """A command on this machine. Its output goes to files, so that no thread has to read it."""
 
     def __init__(self, command: str, folder: Path, environment: dict[str, str], timeout_s: float) -> None:
         self.command = command
