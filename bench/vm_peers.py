@@ -127,7 +127,7 @@ def _nbdkit(files: Files) -> Iterator[None]:
         deadline = time.monotonic() + _NBDKIT_DEADLINE_S
         while not host.listens(files.nbd_port):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise HarnessError(f"nbdkit does not serve {files.nbd_file} on port {files.nbd_port}")
+                raise HarnessError(f"nbdkit did not serve {files.nbd_file} on port {files.nbd_port}")
             time.sleep(0.05)
         yield
         if process.poll() is not None:

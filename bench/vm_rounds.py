@@ -91,7 +91,7 @@ class Results:
         data = json.loads(path.read_text())
         there = Load(**data["load"])
         if there != load:
-            raise HarnessError(f"{path} is about another load: {there}", "give it another name, or the same sizes")
+            raise HarnessError(f"{path} is about another load: {there}", "name another file, or give the same sizes")
         samples = [Sample(**{**sample, "passes": tuple(sample["passes"])}) for sample in data["samples"]]
         return cls(load, tuple(samples))
 

@@ -249,6 +249,6 @@ def test_without(boot: Callable[..., Guest], ganesha: Ganesha, without: str, hog
     except LostGuestError as error:
         outcome = f"lost: {error}"
     except GuestFailedError as error:
-        lines = str(error).splitlines()  # of a run that was not done in time: how far it had come, second by second
+        lines = str(error).splitlines()  # of a run that timed out: how far it had come, second by second
         outcome = "failed: " + "; ".join(dict.fromkeys((lines[0], lines[-1])))
     print(f"| without {without or 'nothing (all measures)'} | {' '.join(outcome.split())} |")

@@ -87,11 +87,15 @@ def _strike_until(end_s: float, strikes: Strikes, load: VerifiedLoad, draw: rand
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Verified reads and writes while faults strike at random.")
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="of an earlier run, to replay it")
-    parser.add_argument("--version", type=int, choices=(3, 4), default=3, help="of NFS; 4 needs libnfs 5 or newer")
-    parser.add_argument("--connections", type=int, choices=(1, 2), default=1, help="of the worker, to the server")
-    parser.add_argument("--device-mib", type=int, default=512)
+    parser.add_argument("--seconds", type=float, default=600, help="how long faults strike")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="replay the run with this seed")
+    parser.add_argument(
+        "--version", type=int, choices=(3, 4), default=3, help="version of NFS; 4 needs libnfs 5 or newer"
+    )
+    parser.add_argument(
+        "--connections", type=int, choices=(1, 2), default=1, help="connections of the worker to the server"
+    )
+    parser.add_argument("--device-mib", type=int, default=512, help="size of the device")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="nbdnfs-faults-") as folder:

@@ -101,5 +101,5 @@ def parse(text: str) -> Histogram:
         sites.append(Site(functions, int(flags, 16), int(hits)))
     dropped = re.search(r"^\s*Dropped: (\d+)", text, re.MULTILINE)
     if dropped is None or len(sites) != text.count("} hitcount:"):
-        raise GuestFailedError(f"this histogram is not understood:\n{text[-2000:]}")
+        raise GuestFailedError(f"the kernel's histogram is not understood:\n{text[-2000:]}")
     return Histogram(tuple(sorted(sites, key=lambda site: -site.hits)), int(dropped[1]))

@@ -86,13 +86,13 @@ class GuestJob:
 
         def ended() -> bool:
             if state.stuck and state.status is None:
-                raise LostGuestError(f"a killed command does not die, it hangs in the kernel: {self.command}")
+                raise LostGuestError(f"a killed command did not end, it hangs in the kernel: {self.command}")
             return state.status is not None
 
         self._guest.wait_until(ended, timeout_s=None, what=self.command)
         assert state.status is not None
         if state.timed_out:
-            raise GuestFailedError(f"not done in time: {self.command}\n{self.stdout}{self.stderr}")
+            raise GuestFailedError(f"timed out: {self.command}\n{self.stdout}{self.stderr}")
         return Result(self.command, state.status, self.stdout, self.stderr)
 
     def kill(self) -> None:
@@ -225,7 +225,7 @@ class Guest:
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            raise LostGuestError(f"{self.name} is not down {timeout_s:g} s after '{verb}'") from None
+            raise LostGuestError(f"{self.name} is still up {timeout_s:g} s after '{verb}'") from None
         if last_words not in self.kernel_log:
             raise LostGuestError(f"{self.name} died during '{verb}': {self._cause_of_death()}")
         self._end_process()
@@ -379,7 +379,7 @@ class Guest:
                 return
             self.check_alive()
             if deadline is not None and time.monotonic() > deadline:
-                raise LostGuestError(f"{self.name}: {what}: nothing for {timeout_s:g} s")
+                raise LostGuestError(f"{self.name}: {what}: not within {timeout_s:g} s")
             with self.channel.changed:
                 self.channel.changed.wait(_TICK_S)
 

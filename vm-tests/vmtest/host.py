@@ -45,7 +45,7 @@ def run(argv: Sequence[str | Path], *, what: str, timeout_s: float, env: Mapping
             words, check=False, capture_output=True, text=True, timeout=timeout_s, env=env, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
-        raise HarnessError(f"{what}: not done within {timeout_s:g} s", command) from None
+        raise HarnessError(f"{what}: timed out after {timeout_s:g} s", command) from None
     except OSError as error:
         raise HarnessError(f"{what}: cannot start {words[0]}: {error.strerror}") from None
     if done.returncode != 0:

@@ -83,7 +83,7 @@ class LocalJob:
         status = self._process.wait()
         self._timer.cancel()
         if self._timed_out.is_set():
-            raise GuestFailedError(f"not done in time: {self.command}\n{self.stdout}{self.stderr}")
+            raise GuestFailedError(f"timed out: {self.command}\n{self.stdout}{self.stderr}")
         return Result(self.command, status, self.stdout, self.stderr)
 
     def kill(self) -> None:

@@ -66,7 +66,7 @@ def parse(text: str) -> tuple[Progress | None, Verdict | None]:
             elif event["event"] == "progress":
                 progress = Progress(event["pass"], event["done"], event["pages"], event["wrong"], event["seconds"])
         except (ValueError, KeyError, TypeError):
-            raise GuestFailedError(f"this is not a line of the stress program: {line.strip()!r}") from None
+            raise GuestFailedError(f"not a line of the stress program: {line.strip()!r}") from None
     return progress, verdict
 
 
