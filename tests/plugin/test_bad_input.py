@@ -343,6 +343,7 @@ def test_nbdkits_python_is_too_old(
     ]
 
 
+@pytest.mark.server
 def test_another_python_than_nbdkits_is_told(caplog: pytest.LogCaptureFixture) -> None:
     """It works, so it is a warning: in one line, with both versions and the remedy. The same one: no word."""
     with caplog.at_level(logging.INFO):
