@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import FileOnServer
-from support.nfs_server import LOOPBACK, Ganesha, free_ports, program
+from support.nfs_server import LOOPBACK, FileOnServer, Ganesha, free_ports, program
 from support.waiting import DEADLINE_S
 
 import nbdnfs

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FileOnServer
 from support import second_reader
 from support.nbd_client import READ, TRIM, WRITE, NbdClient, Request
-from support.nfs_server import Ganesha, program
+from support.nfs_server import FileOnServer, Ganesha, program
 from support.proxy import TcpProxy
 from support.waiting import DEADLINE_S, in_background, wait_until
 from support.worker_process import serving
