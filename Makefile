@@ -1,40 +1,55 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# CI and the README call these and nothing else. Each may be run on a fresh Debian 12 or 13, and again.
+# CI and the README call these and nothing else. Each can run on a fresh Debian 12 or 13, and again.
 
 PYTHON := .venv/bin/python
 # A throwaway NFS server, guests' images and kernel devices need root.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,HERE,NBDNFS_CACHE,NBDNFS_VM_ACCEL)
 PYTEST := $(AS_ROOT) $(PYTHON) -m pytest
+# Programs that use what tests share; pytest has the same folders from pyproject.toml.
+PROGRAM := $(AS_ROOT) env PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/vm-tests:$(CURDIR)/bench $(PYTHON)
+C_FILES = $(wildcard nbdnfs/*.c nbdnfs/engine/*.[ch] nbdnfs/engine/*/*.[ch] bench/*.c vm-tests/inside/*.c)
 
-.PHONY: help demo test faults vm-test bench bench-vm lint
+.PHONY: help demo test unit faults vm-test bench bench-vm lint format clean
 help:
 	@echo 'make demo         a Debian guest swaps onto a file on an NFS server; a table at the end'
 	@echo 'make demo HERE=1  the same on this machine, without a guest (needs the kernel module nbd)'
-	@echo 'make test         lint, types, all tests, and one guest that swaps'
+	@echo 'make test         lint, types, all tests, and one guest that swaps; ONE=tests/FILE.py::NAME for one test'
+	@echo 'make unit         the tests that need no server, no root and no nbdkit: less than a minute'
 	@echo 'make faults       ten minutes of verified reads and writes while faults strike; ARGS="--seed 7 --version 4"'
 	@echo 'make vm-test      all tests in guests; SUITE=trixie for Debian 13, ARGS="--memory-rounds 3"'
 	@echo 'make bench        our worker beside qemu-nbd, the reference engine and bare libnfs'
-	@echo 'make bench-vm     a guest swaps to zram, kernel nbd, kernel NFS and nbdnfs; ARGS="--size 64 --rounds 1" is short'
-	@echo 'make lint         ruff and mypy'
+	@echo 'make bench-vm     a guest swaps to zram, kernel nbd, kernel NFS and nbdnfs; ARGS="--size 64 --rounds 1"'
+	@echo 'make lint         ruff, mypy, and the C compiler with warnings as errors'
+	@echo 'make format       ruff format, and clang-format where it is installed'
+	@echo 'make clean        remove what was built; .venv stays'
 
 demo:
 	@tools/bootstrap.sh demo
-	$(AS_ROOT) $(PYTHON) vm-tests/demo.py $(if $(HERE),--here)
+	$(PROGRAM) vm-tests/demo.py $(if $(HERE),--here)
 
-# One after the other, also under make -j: what is cheap to find out comes first.
+# One after the other, also under make -j: the cheap checks come first.
+# -m "": one test that is named runs even if it is long.
 test:
 	@tools/bootstrap.sh test
+ifdef ONE
+	$(PYTEST) -m "" $(ONE) $(ARGS)
+else
 	$(MAKE) --no-print-directory run-lint
 	$(PYTEST) tests
 	$(AS_ROOT) tools/sanitize.sh address -q
 	$(AS_ROOT) tools/sanitize.sh thread -q
 	$(PYTEST) vm-tests -m "smoke or meta"
+endif
 
-# Long: a minute of it is in `make test`.
+unit:
+	@tools/bootstrap.sh test
+	$(PYTHON) -m pytest -q tests -m "not server and not fake and not long" $(ARGS)
+
+# Long: a minute of it is in `make test`. With ARGS only the run itself, for example to replay a seed.
 faults:
 	@tools/bootstrap.sh test
-	$(PYTEST) tests -m long
-	$(AS_ROOT) $(PYTHON) tests/faults/run.py $(ARGS)
+	$(if $(ARGS),,$(PYTEST) tests -m long)
+	$(PROGRAM) tests/faults/run.py $(ARGS)
 
 vm-test:
 	@tools/bootstrap.sh test
@@ -42,18 +57,32 @@ vm-test:
 
 bench:
 	@tools/bootstrap.sh bench
-	$(AS_ROOT) $(PYTHON) bench/native.py --json build/bench.json --svg build/bench.svg $(ARGS)
+	$(PROGRAM) bench/native.py --json build/bench.json --svg build/bench.svg $(ARGS)
 
 bench-vm:
 	@tools/bootstrap.sh demo
-	$(AS_ROOT) $(PYTHON) bench/vm.py --json build/bench-vm.json --svg build/bench-vm.svg $(ARGS)
+	$(PROGRAM) bench/vm.py --json build/bench-vm.json --svg build/bench-vm.svg $(ARGS)
 
 lint:
 	@tools/bootstrap.sh test
 	$(MAKE) --no-print-directory run-lint
 
+# Warnings are errors here and not in setup.py: a newer compiler's new warning must not break an installation.
 .PHONY: run-lint
 run-lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	NBDNFS_CFLAGS=-Werror $(PYTHON) -W ignore setup.py -q build_ext --build-temp build/werror --build-lib build/werror/lib
+	gcc -std=gnu11 -D_GNU_SOURCE -Wall -Wextra -Werror -fsyntax-only $$(pkg-config --cflags libnfs) bench/*.c
+
+format:
+	@tools/bootstrap.sh test
+	$(PYTHON) -m ruff check --fix-only --quiet .
+	$(PYTHON) -m ruff format .
+	$(if $(and $(wildcard .clang-format),$(shell command -v clang-format)),clang-format -i $(C_FILES))
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find nbdnfs -name '*.so' -delete
+	find nbdnfs plugin systemd tests vm-tests bench tools -name __pycache__ -prune -exec rm -rf {} +

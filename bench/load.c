@@ -69,7 +69,7 @@ static uint64_t next_offset(void)
 	return (job.sequential ? next_block++ % blocks : random_number() % blocks) * job.block_bytes;
 }
 
-/* Incompressible, and different for each request: nobody may save anything on it. */
+/* Incompressible, and different for each request: no server can take a short cut. */
 static void fill(uint8_t *data)
 {
 	for (uint32_t at = 0; at < job.block_bytes; at += 512) {
@@ -275,7 +275,8 @@ static void run_nfs(const char *text)
 	nfs = nfs_init_context();
 	url = nfs_parse_url_full(nfs, text);
 	if (url == NULL || nfs_mount(nfs, url->server, url->path) != 0 ||
-	    nfs_open(nfs, url->file, O_RDWR | (job.write ? O_SYNC : 0), &file) != 0 || nfs_fstat64(nfs, file, &st) != 0) {
+	    nfs_open(nfs, url->file, O_RDWR | (job.write ? O_SYNC : 0), &file) != 0 ||
+	    nfs_fstat64(nfs, file, &st) != 0) {
 		fprintf(stderr, "load: %s\n", nfs_get_error(nfs));
 		exit(1);
 	}

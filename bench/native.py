@@ -25,15 +25,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from native_report import Result, Row, Sample, as_json, missed_goals, picture, table
+from portmap import register
+from support.nfs_server import Ganesha, program, rpc_null_answers
+
+from nbdnfs import proc_stat
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests"))
-
-from nativereport import Result, Row, Sample, as_json, missed_goals, picture, table  # noqa: E402
-from portmap import register  # noqa: E402
-from support.nfs_server import Ganesha, program, rpc_null_answers  # noqa: E402
-
-from nbdnfs import proc_stat  # noqa: E402
-
 DEVICE_BYTES = 256 << 20
 PEERS = ("nbdnfs", "qemu-nbd", "libnfs-python", "limit")
 DEADLINE_S = 30.0
@@ -91,7 +89,7 @@ def serving(peer: str, server: Ganesha, nfs_port: int, directory: Path) -> Itera
         deadline = time.monotonic() + DEADLINE_S
         while not path.exists():
             if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"bench: {peer} does not start: {' '.join(argv)}")
+                raise SystemExit(f"bench: {peer} did not start: {' '.join(argv)}")
             time.sleep(0.05)
         _wait_for_answer(peer, path, process, deadline)
         time.sleep(1)  # what it still does for itself is not the load's
@@ -162,12 +160,14 @@ def enter_namespaces() -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.5, help="of each run")
-    parser.add_argument("--delay-ms", type=float, default=1.0, help="round trip to add in the second part; 0: none")
-    parser.add_argument("--json", type=Path, help="where all samples go")
-    parser.add_argument("--svg", type=Path, help="where the picture goes")
-    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--rounds", type=int, default=5, help="each begins with another peer")
+    parser.add_argument("--seconds", type=float, default=1.5, help="length of each run")
+    parser.add_argument(
+        "--delay-ms", type=float, default=1.0, help="round trip to add in the second part; 0 leaves it out"
+    )
+    parser.add_argument("--json", type=Path, help="write all samples to this file")
+    parser.add_argument("--svg", type=Path, help="write the picture to this file")
+    parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated, some of the default")
     options = parser.parse_args()
     peers = [peer for peer in options.peers.split(",") if peer != "qemu-nbd" or shutil.which("qemu-nbd")]
     if sys.version_info >= (3, 12):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tell rpcbind on this machine that a program is served on another port (RFC 1833, portmapper version 2)."""
+"""Register another port for a program with this machine's rpcbind (RFC 1833, portmapper version 2)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import struct
 _PORTMAPPER, _VERSION, _SET, _UNSET = 100000, 2, 1, 2
 _TCP = 6
 
-# each used once: a second connection from the same one meets the first in TIME_WAIT
+# each is used once: a second connection from it would meet the first in TIME_WAIT
 _ports = iter(range(700, 1024))
 
 
 def register(program: int, version: int, port: int) -> None:
-    """Replace the registration of `program` over TCP. OSError where rpcbind does not want that."""
+    """Replace the registration of `program` over TCP. OSError when rpcbind rejects it."""
     _call(_UNSET, program, version, 0)
     if not _call(_SET, program, version, port):
-        raise OSError(f"rpcbind does not register program {program} on port {port}")
+        raise OSError(f"rpcbind did not register program {program} on port {port}")
 
 
 def _call(procedure: int, program: int, version: int, port: int) -> bool:
@@ -26,7 +26,7 @@ def _call(procedure: int, program: int, version: int, port: int) -> bool:
     with socket.socket() as connection:
         connection.settimeout(5)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        connection.bind(("127.0.0.1", next(_ports)))  # one that only root may use: rpcbind asks for it
+        connection.bind(("127.0.0.1", next(_ports)))  # a privileged port: rpcbind demands one
         connection.connect(("127.0.0.1", 111))
         connection.sendall(struct.pack(">I", 0x8000_0000 | len(body)) + body)
         reply = connection.recv(256)

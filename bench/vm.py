@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """make bench-vm: one guest swaps to zram, to the kernel's nbd, to the kernel's NFS and to nbdnfs, in turn.
 
@@ -21,17 +20,14 @@ import tempfile
 import time
 from pathlib import Path
 
-_HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(_HERE), str(_HERE.parent / "vm-tests"), str(_HERE.parent / "tests")]
-
-from support.nfs_server import Ganesha, ServerError, free_ports  # noqa: E402
-from svg import Group, bars  # noqa: E402
-from vmtest import host, image, initramfs  # noqa: E402
-from vmtest.benchpeers import FLOOR, KERNEL_NBD, KERNEL_NFS, OURS, PEERS, Files  # noqa: E402
-from vmtest.benchrun import Load, Results, one_round  # noqa: E402
-from vmtest.guest import Guest, seen_from_guest  # noqa: E402
-from vmtest.outcome import GuestFailedError, HarnessError, LostGuestError  # noqa: E402
-from vmtest.payload import payload  # noqa: E402
+from support.nfs_server import Ganesha, ServerError, free_ports
+from svg import Group, bars
+from vm_peers import FLOOR, KERNEL_NBD, KERNEL_NFS, OURS, PEERS, Files
+from vm_rounds import Load, Results, one_round
+from vmtest import host, image, initramfs
+from vmtest.guest import Guest, seen_from_guest
+from vmtest.outcome import GuestFailedError, HarnessError, LostGuestError
+from vmtest.payload import payload
 
 _GUEST_MIB = 512
 _PASSES = ("fill", "sequential", "random", "sequential")
@@ -45,7 +41,7 @@ def main() -> int:
     load = Load(options.size, options.size // 4, options.processes, options.timeout)
     try:
         if options.continued and options.json is None:
-            raise HarnessError("--continue without --json has nothing to continue")
+            raise HarnessError("--continue needs --json, the file of the earlier run")
         earlier = Results(load, ())
         if options.continued and options.json.exists():
             earlier = Results.load_from(options.json, load)
@@ -68,15 +64,31 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="5, for medians; one takes many minutes")
-    parser.add_argument("--size", type=int, default=96, metavar="MIB", help="of pages; a quarter is the limit (96)")
-    parser.add_argument("--processes", type=int, default=4, metavar="N", help="of the second run on each peer (4)")
-    parser.add_argument("--delays-ms", type=_numbers, default=[0.0, 1.0], metavar="N,N", help="round trip added (0,1)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="default 5, for medians; one takes many minutes"
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=96,
+        metavar="MIB",
+        help="size of the pages; the cgroup has a quarter of it (default 96)",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=4, metavar="N", help="how many the second run on each peer has (default 4)"
+    )
+    parser.add_argument(
+        "--delays-ms", type=_numbers, default=[0.0, 1.0], metavar="N,N", help="round trips to add (default 0,1)"
+    )
     parser.add_argument("--peers", type=_peers, default=list(PEERS), metavar="A,B", help=",".join(PEERS))
-    parser.add_argument("--timeout", type=float, default=1800, metavar="S", help="for one run of the stress program")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where all samples go, after each round")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="where the picture goes")
-    parser.add_argument("--continue", dest="continued", action="store_true", help="keep what the JSON file has")
+    parser.add_argument(
+        "--timeout", type=float, default=1800, metavar="S", help="time limit of one run of the stress program"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples to FILE, after each round")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write the picture to FILE")
+    parser.add_argument(
+        "--continue", dest="continued", action="store_true", help="add rounds to those in the JSON file"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show the programs that are started")
     return parser.parse_args()
 

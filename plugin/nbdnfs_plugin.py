@@ -7,6 +7,8 @@ nbdkit runs this module as __main__, where tests cannot reach it: all logic is i
 importable (`nbdnfs serve` and the keeper set PYTHONPATH; by hand, set it yourself).
 """
 
+from __future__ import annotations
+
 import os
 import sys
 
@@ -15,17 +17,28 @@ import nbdkit
 from nbdnfs.errors import NbdnfsError
 from nbdnfs.worker import life, settings
 
+# For type checkers only: the worker does not import typing, whose memory it would have to lock.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    from nbdnfs.engine import Engine
+    from nbdnfs.worker.reference_engine import Engine as ReferenceEngine
+
+    T = TypeVar("T")
+
 API_VERSION = 2
 
 # The kernel's requests are far smaller; nbdkit itself allows 64 MiB (docs/nbdkit-protocol.pod).
 MAX_REQUEST_BYTES = 32 * 1024 * 1024
 
-_values = {}
-_worker = None
-_engine = None
+_values: dict[str, str] = {}
+_worker: life.Worker = None  # type: ignore[assignment]  # until config_complete
+_engine: Engine | ReferenceEngine = None  # type: ignore[assignment]  # until after_fork
 
 
-def _or_exit(step):
+def _or_exit(step: Callable[[], T]) -> T:
     """Run `step`; a user's error becomes its lines on stderr and its exit status, without a traceback."""
     try:
         return step()
@@ -34,21 +47,21 @@ def _or_exit(step):
         os._exit(error.exit_code)
 
 
-def thread_model():
+def thread_model() -> int:
     return nbdkit.THREAD_MODEL_PARALLEL
 
 
-def config(key, value):
+def config(key: str, value: str) -> None:
     _values[key] = value
 
 
-def config_complete():
+def config_complete() -> None:
     global _worker
     _worker = _or_exit(lambda: life.Worker(settings.parse(_values)))
     _or_exit(_worker.prepare)
 
 
-def after_fork():
+def after_fork() -> None:
     global _engine
     _or_exit(_worker.lock_memory)
     _or_exit(_worker.wait_until_activated)
@@ -56,48 +69,48 @@ def after_fork():
     _or_exit(_worker.settle_memory)
 
 
-def cleanup():
+def cleanup() -> None:
     if _engine is not None:
         _engine.close()
 
 
-def open(readonly):
+def open(readonly: bool) -> int:
     return 1
 
 
-def get_size(h):
+def get_size(h: int) -> int:
     return _engine.size_bytes
 
 
-def block_size(h):
+def block_size(h: int) -> tuple[int, int, int]:
     return (4096, 4096, MAX_REQUEST_BYTES)
 
 
-def is_rotational(h):
+def is_rotational(h: int) -> bool:
     return False
 
 
-def can_write(h):
+def can_write(h: int) -> bool:
     return True
 
 
-def can_flush(h):
+def can_flush(h: int) -> bool:
     return True
 
 
-def can_fua(h):
+def can_fua(h: int) -> int:
     return nbdkit.FUA_NATIVE
 
 
-def can_trim(h):
+def can_trim(h: int) -> bool:
     return True
 
 
-def can_multi_conn(h):
+def can_multi_conn(h: int) -> bool:
     return True
 
 
-def pread(h, buf, offset, flags):
+def pread(h: int, buf: bytearray, offset: int, flags: int) -> None:
     try:
         _engine.pread(buf, offset)
     except OSError as error:
@@ -105,19 +118,19 @@ def pread(h, buf, offset, flags):
         raise
 
 
-def pwrite(h, buf, offset, flags):
+def pwrite(h: int, buf: bytearray, offset: int, flags: int) -> None:
     try:
-        _engine.pwrite(buf, offset, flags & nbdkit.FLAG_FUA)
+        _engine.pwrite(buf, offset, flags & nbdkit.FLAG_FUA != 0)
     except OSError as error:
         nbdkit.set_error(error.errno)
         raise
 
 
-def flush(h, flags):
+def flush(h: int, flags: int) -> None:
     _engine.flush()
 
 
-def trim(h, count, offset, flags):
+def trim(h: int, count: int, offset: int, flags: int) -> None:
     try:
         _engine.trim(count, offset)
     except OSError as error:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the tests share: one NFS server for the session, fresh files on it, a faulty way to it.
+"""What the tests share: one NFS server for the session, fresh files on it, a proxy before it, engines.
 
 Nothing here skips a test: a missing program is an error that names the package to install.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import signal
@@ -14,33 +13,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.nfs_server import Ganesha
+from support import needs, sanitizer_reports
+from support.engines import OpenEngine, opening
+from support.nfs_server import FileOnServer, Ganesha
 from support.proxy import TcpProxy
 
 MIB = 1 << 20
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A shell that starts us in the background has SIGINT ignored, and so would be whatever a test starts: sh(1)."""
+    """A shell that starts pytest in the background ignores SIGINT (sh(1)), and children would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    sanitizer_reports.register(config)
 
 
-@dataclasses.dataclass(frozen=True)
-class FileOnServer:
-    """A file of an export: its URL for clients, and its path behind the server's back."""
-
-    server: Ganesha
-    name: str
-    size_bytes: int
-
-    @property
-    def path(self) -> Path:
-        return self.server.export_path / self.name
-
-    def url(self, version: int = 3, **params: str | int) -> str:
-        """As Ganesha.url."""
-        return self.server.url(self.name, version, **params)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The markers `server` and `fake`, which `make unit` leaves out."""
+    needs.mark(items)
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +42,7 @@ def ganesha(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ganesha]:
 
 @pytest.fixture
 def own_ganesha(tmp_path: Path) -> Iterator[Ganesha]:
-    """An NFS server of the test's own, to be stopped, killed, paused and restarted as it likes."""
+    """An NFS server of the test's own, which it may stop, kill, pause and restart."""
     with Ganesha(tmp_path / "ganesha") as server:
         yield server
 
@@ -96,6 +86,25 @@ def swap_file(new_file: Callable[..., FileOnServer]) -> Iterator[FileOnServer]:
 
 @pytest.fixture
 def proxy(ganesha: Ganesha) -> Iterator[TcpProxy]:
-    """A faulty way to the session's server: `backing_file.url(nfsport=proxy.port)`."""
+    """A proxy before the session's server: `backing_file.url(nfsport=proxy.port)`."""
     with TcpProxy(ganesha.nfs_port) as proxy:
         yield proxy
+
+
+@pytest.fixture
+def engine_options() -> dict[str, int]:
+    """What `open_engine` gives each engine; a module with other needs has a fixture of this name."""
+    return {}
+
+
+@pytest.fixture
+def open_engine(request: pytest.FixtureRequest, engine_options: dict[str, int]) -> Iterator[OpenEngine]:
+    """`open_engine(url, **options)`: an engine on the loopback address, closed at the end of the test.
+
+    All other fixtures of the test come first: engines are closed while their servers still answer.
+    """
+    for name in request.fixturenames:
+        if name != request.fixturename:
+            request.getfixturevalue(name)
+    with opening(**engine_options) as open_engine:
+        yield open_engine

@@ -1,9 +1,9 @@
 #!/bin/bash
 # SPDX-License-Identifier: LGPL-2.1-or-later
 #
-# Make a Debian 12 or 13 machine ready for `make test`, `make demo` or `make bench` (bootstrap.sh test|demo|bench):
-# Debian packages that are missing, .venv from the system's Python, nbdnfs in it, its C extension up to date.
-# May be run again and again; when there is nothing to do it says so in one line and takes a second.
+# Prepare a Debian 12 or 13 machine for `make test`, `make demo` or `make bench` (bootstrap.sh test|demo|bench):
+# install missing Debian packages, make .venv from the system's Python, install nbdnfs into it, build its C extension.
+# It can run any number of times; when there is nothing to do, it takes a second and prints one line.
 
 set -eu
 cd "$(dirname "$0")/.."
@@ -22,16 +22,17 @@ esac
 packages="gcc libc6-dev make pkg-config libnfs-dev python3-dev python3-venv"
 # run
 packages="$packages nbdkit nbdkit-plugin-python libnbd-bin"
-# the throwaway NFS server, also on a file system that fills up
-# (netbase: without /etc/rpc and /etc/services it cannot register with rpcbind)
+# the throwaway NFS server, and a small file system for it to fill
+# (netbase: without /etc/rpc and /etc/services the server cannot register with rpcbind)
 packages="$packages nfs-ganesha nfs-ganesha-vfs rpcbind netbase e2fsprogs"
 # guests
 packages="$packages qemu-system-x86 qemu-utils ipxe-qemu mmdebstrap gpg iproute2"
 packages="$packages $packages_for_mode"
 
-# Two at once, from two terminals: the second waits.
+# Of two that run at once, the second waits.
 exec 9<"$0"
-flock -w 1800 9 || die "another bootstrap has been running for half an hour"
+flock -w 1800 9 || die \
+    "another bootstrap.sh is still running after 30 minutes" "wait for it, or end it, and run this again"
 
 did_something=no
 
@@ -45,7 +46,8 @@ is_installed() {
 
 install_packages() {
     command -v dpkg-query >/dev/null || die \
-        "this is no Debian: I cannot install what is needed" "needed, by Debian's names: $packages"
+        "this is not Debian: packages cannot be installed automatically" \
+        "install these, under Debian's names: $packages"
     missing=""
     for package in $packages; do
         is_installed "$package" || missing="$missing $package"
@@ -53,14 +55,16 @@ install_packages() {
     [ -n "$missing" ] || return 0
     did_something=yes
     say "installing Debian packages:$missing"
-    [ "$(id -u)" = 0 ] || command -v sudo >/dev/null || die "that needs root, or sudo" "run this as root"
+    [ "$(id -u)" = 0 ] || command -v sudo >/dev/null || die \
+        "installing packages needs root, and sudo is not installed" "run this as root"
 
-    # The tests start NFS servers of their own. The one that the package would start, on all addresses, and again
-    # at every boot, is nobody's wish: masked while it is installed, and then left disabled. (dpkg's helper
-    # complains about masked units, and goes on.)
+    # The tests start NFS servers of their own. The package would start one on all addresses, now and at every boot:
+    # its units are masked during the installation and disabled afterwards. (dpkg's helper warns about masked units
+    # and goes on.)
     keep_off=""
-    case "$missing" in *nfs-ganesha*) is_installed nfs-ganesha || keep_off="nfs-ganesha.service nfs-ganesha-lock.service" ;; esac
-    [ -d /run/systemd/system ] || keep_off=""
+    if [ -d /run/systemd/system ] && ! is_installed nfs-ganesha; then
+        case "$missing" in *nfs-ganesha*) keep_off="nfs-ganesha.service nfs-ganesha-lock.service" ;; esac
+    fi
     # shellcheck disable=SC2086 # lists of words
     {
         [ -z "$keep_off" ] || as_root systemctl --quiet --runtime mask $keep_off || :
@@ -73,46 +77,47 @@ install_packages() {
             as_root systemctl --quiet disable $keep_off || :
         fi
     }
-    [ "$status" = 0 ] || die "apt-get could not install them (status $status)" "what it says stands above"
+    [ "$status" = 0 ] || die "apt-get failed with status $status" "see its messages above"
 }
 
-# NFS-Ganesha looks for the mounts there. systemd's package makes it, which a bare root need not have.
+# NFS-Ganesha reads /etc/mtab. systemd's package makes it; a minimal root file system may lack both.
 link_mtab() {
     [ ! -e /etc/mtab ] && [ ! -L /etc/mtab ] || return 0
     did_something=yes
-    say "making /etc/mtab, a link to /proc/self/mounts"
+    say "linking /etc/mtab to /proc/self/mounts"
     as_root ln -s ../proc/self/mounts /etc/mtab
 }
 
-# nbdkit embeds the system's Python, so that one must be the one that the extension and the packages are for.
+# nbdkit embeds the system's Python: the extension and the packages must be for that one.
 make_venv() {
     system_python=$(/usr/bin/python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     case "$system_python" in
-        3.[0-9] | 3.10) die "/usr/bin/python3 is $system_python: nbdnfs needs 3.11 or newer" ;;
+        3.[0-9] | 3.10) die \
+            "/usr/bin/python3 is Python $system_python, and nbdnfs needs 3.11 or newer" "use Debian 12 or newer" ;;
     esac
     venv_python=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo none)
     if [ "$venv_python" != "$system_python" ]; then
         did_something=yes
-        say "making .venv from /usr/bin/python3 ($system_python)"
+        say "making .venv from /usr/bin/python3 (Python $system_python)"
         rm -rf .venv
         /usr/bin/python3 -m venv .venv
     fi
 
-    # What is installed, and where: a checkout that was moved or whose metadata changed is installed again.
+    # A checkout that was moved, or whose metadata changed, is installed again.
     wanted=$(cat pyproject.toml setup.py; pwd)
     if [ "$(cat .venv/installed-for 2>/dev/null)" != "$wanted" ]; then
         did_something=yes
         say "installing nbdnfs and its Python packages into .venv"
-        # Without build isolation: one set of build tools, the one in .venv. Debian 12's pip needs `wheel`
-        # to build the packages that have nothing but a setup.py (libnfs). From 77 on, setuptools warns at
-        # each build of a licence in a form that Debian 12's setuptools understands.
+        # Without build isolation there is one set of build tools, in .venv. Debian 12's pip needs `wheel` to build
+        # packages that have only a setup.py (libnfs). From version 77 on, setuptools warns at each build about the
+        # form of the licence field, the only form that Debian 12's setuptools understands.
         .venv/bin/python -m pip install --quiet --disable-pip-version-check 'setuptools>=70.1,<77' wheel
         .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test]'
         echo "$wanted" >.venv/installed-for
     fi
 }
 
-# setuptools compares the times of sources and result, but does not see that libnfs is another one.
+# setuptools compares the times of sources and extension, but does not notice another libnfs.
 build_extension() {
     libnfs=$(pkg-config --modversion libnfs)
     force=""
@@ -120,7 +125,7 @@ build_extension() {
     before=$(stat -c %y nbdnfs/engine/*.so 2>/dev/null || :)
     output=$(.venv/bin/python setup.py -q build_ext --inplace $force 2>&1) || {
         printf '%s\n' "$output" >&2
-        die "the C extension does not build" "what the compiler says stands above"
+        die "the C extension does not build" "see the compiler's messages above"
     }
     echo "$libnfs" >.venv/built-with-libnfs
     [ -z "$output" ] || printf '%s\n' "$output"
@@ -133,7 +138,7 @@ build_extension() {
 compare_pythons() {
     nbdkit_python=$(nbdkit python --dump-plugin | sed -n 's/^python_version=\([0-9]*\.[0-9]*\).*/\1/p')
     [ "$nbdkit_python" = "$system_python" ] || die \
-        "nbdkit embeds Python ${nbdkit_python:-(unknown)}, but /usr/bin/python3 and .venv are $system_python: the plugin cannot load nbdnfs" \
+        "nbdkit embeds Python ${nbdkit_python:-(unknown)}, but .venv has Python $system_python: it cannot load nbdnfs" \
         "install nbdkit-plugin-python and python3 from the same Debian release"
 }
 
@@ -143,7 +148,7 @@ make_venv
 build_extension
 compare_pythons
 if [ "$did_something" = no ]; then
-    say "everything is there (Python $system_python, $(nbdkit --version), libnfs $libnfs)"
+    say "everything is up to date (Python $system_python, $(nbdkit --version), libnfs $libnfs)"
 else
     say "ready (Python $system_python, $(nbdkit --version), libnfs $libnfs)"
 fi

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The demo behind `make demo`: a machine swaps onto a file on an NFS server, and every page is checked.
 
@@ -18,16 +17,13 @@ import time
 from pathlib import Path
 from types import FrameType
 
-_HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(_HERE), str(_HERE.parent / "tests")]
-
-from support.nfs_server import Ganesha, ServerError  # noqa: E402
-from vmtest import host, image, initramfs, swap  # noqa: E402
-from vmtest.guest import Guest, seen_from_guest  # noqa: E402
-from vmtest.local import LocalMachine, check_here  # noqa: E402
-from vmtest.outcome import GuestFailedError, HarnessError, LostGuestError  # noqa: E402
-from vmtest.payload import payload  # noqa: E402
-from vmtest.verdict import Progress  # noqa: E402
+from support.nfs_server import Ganesha, ServerError
+from vmtest import host, image, initramfs, swap
+from vmtest.guest import Guest, seen_from_guest
+from vmtest.local import LocalMachine, check_here
+from vmtest.outcome import GuestFailedError, HarnessError, LostGuestError
+from vmtest.payload import payload
+from vmtest.verdict import Progress
 
 _FILE_MIB = 256
 _HOG_MIB = 64
@@ -37,7 +33,7 @@ _STRESS_TIMEOUT_S = 1200.0
 
 
 class Teller:
-    """Says what goes on, each line with the time since the start."""
+    """Prints progress, each line with the seconds since the start."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -58,7 +54,7 @@ class Teller:
 def main() -> int:
     """Run it; returns the exit status."""
     parser = argparse.ArgumentParser(description="A machine swaps onto a file on an NFS server; a table at the end.")
-    parser.add_argument("--here", action="store_true", help="on this machine itself, which must have nbd; no guest")
+    parser.add_argument("--here", action="store_true", help="use this machine, which must have nbd, instead of a guest")
     parser.add_argument("-v", "--verbose", action="store_true", help="show the programs that are started")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.WARNING, format="%(message)s")
@@ -91,9 +87,9 @@ def _run(tell: Teller, here: bool) -> swap.Measured:
     host.need_root("the throwaway NFS server")
     with contextlib.ExitStack() as stack:
         workdir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdnfs-demo-")))
-        tell("an NFS server on loopback: NFS-Ganesha")
+        tell("starting NFS-Ganesha on loopback")
         server = stack.enter_context(Ganesha(workdir / "nas"))
-        tell(f"a backing file of {_FILE_MIB} MiB on it: nbdnfs create")
+        tell(f"creating a backing file of {_FILE_MIB} MiB: nbdnfs create")
         url = server.url("demo.swap")
         host.nbdnfs_create(url, _FILE_MIB, timeout_s=300)
         sizes = {"size_mib": _HOG_MIB, "limit_mib": _LIMIT_MIB}
@@ -105,10 +101,10 @@ def _run(tell: Teller, here: bool) -> swap.Measured:
 
 def _in_guest(tell: Teller, workdir: Path, url: str, sizes: dict[str, int]) -> swap.Measured:
     suite = image.default_suite()
-    tell(f"a guest image of Debian {suite} (built once, some two minutes, then cached)")
+    tell(f"preparing a guest image of Debian {suite} (about two minutes the first time, then cached)")
     built = image.image(suite)
     initramfs.initrd(built)
-    tell("nbdnfs, built for that guest")
+    tell("building nbdnfs for the guest")
     disk = payload(built, project=True)
     tell(f"booting a guest with {_GUEST_MIB} MiB in QEMU, without hardware acceleration")
     with Guest(built, disk, workdir / "guest", memory_mib=_GUEST_MIB) as guest:

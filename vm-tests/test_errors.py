@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What cannot work says so in one line, and what to do in another, and is not tried again and again."""
+"""A device that cannot work logs why in one line and what to do in another, and is not started again and again."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _NO_PERMISSION = "[Service]\nCapabilityBoundingSet=~CAP_SYS_ADMIN\n"
 
 
 def said(guest: Guest, name: str) -> list[str]:
-    """What the keeper and its children have told the journal; not what systemd says about them."""
+    """What the keeper and its children have logged; without systemd's own lines."""
     return guest.run(f"journalctl -o cat --no-pager _SYSTEMD_UNIT=nbdnfs@{name}.service", 90).stdout.splitlines()
 
 
 def fails(guest: Guest, name: str, config: str, status: int) -> list[str]:
-    """Start a device that cannot work; what is said. It fails with that exit status, and is left at that."""
+    """Start a device that cannot work; returns its log. It fails with that exit status and is not restarted."""
     guest.run(f"cat > /etc/nbdnfs/{name}.toml <<'.'\n{config}.")
     assert guest.run(f"systemctl start nbdnfs@{name}", _START_TIMEOUT_S, check=False).status != 0
     shown = guest.run(f"systemctl show -p ActiveState,ExecMainStatus,NRestarts nbdnfs@{name}").stdout.split()

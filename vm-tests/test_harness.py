@@ -22,7 +22,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_cache_builds_once(cache_folder: Path) -> None:
-    """Of four who ask at once, one builds and the others wait for it."""
+    """Of four that ask at once, one builds and the others wait for it."""
     builds: list[Path] = []
     entries: list[Path] = []
 

@@ -25,7 +25,7 @@ _CGROUP = "/sys/fs/cgroup/nbdnfs-hog"
 _KILLER = "/root/killer.py"
 _DEVICE_MIB = 128
 _NEXT_VERSION = "99.0"
-# As many as the hog takes: a file tells it when the last kill has been. A random pass takes an emulated CPU minutes.
+# As many as the hog takes: a file appears after the last kill. A random pass takes an emulated CPU minutes.
 _PASSES = ",".join(["fill", *[*["sequential"] * 3, "random"] * 15])
 _SEQUENTIAL = ",".join(["fill", *["sequential"] * 63])
 _ENOUGH = "/run/enough"

@@ -89,7 +89,7 @@ def threads(guest: Guest, pid: int) -> list[int]:
 
 
 def backing_file(ganesha: Ganesha) -> str:
-    """A backing file's URL, as a guest says it."""
+    """A backing file's URL, as seen from a guest."""
     url = ganesha.url("memory.swap")
     host.nbdnfs_create(url, _FILE_MIB, timeout_s=300)
     return seen_from_guest(url)
@@ -99,7 +99,7 @@ def press(
     guest: Guest, url: str, *, hog_mib: int, timeout_s: float = _STRESS_TIMEOUT_S, settings: Sequence[str] = ()
 ) -> Pressure:
     """Swap with nothing but the machine's memory as the limit. The verdict is unchecked."""
-    # as the units have it: a locked page that is being moved is a fault for who touches it
+    # as the units set it: touching a locked page while compaction moves it is a page fault
     guest.run("sysctl -q vm.compact_unevictable_allowed=0")
     with swap.serving(guest, url, settings=settings) as worker, swap.swapping(guest, worker):
         pids = worker.nbdkit_pid, worker.serve_pid
@@ -148,7 +148,7 @@ def test_pressure(boot: Callable[..., Guest], ganesha: Ganesha, memory_round: in
     allocations may enter I/O or a file system.
     """
     url = backing_file(ganesha)
-    # how fast the host is decides whether a request takes more than queue/io_timeout: that is no part of the question
+    # whether a request takes longer than queue/io_timeout depends on the host's speed, which is not what is tested
     with boot(project=True, memory_mib=_GUEST_MIB, allow={"slow"}) as guest:
         guest.settle()
         pressure = press(guest, url, hog_mib=hog_mib)
@@ -167,10 +167,10 @@ def test_pressure(boot: Callable[..., Guest], ganesha: Ganesha, memory_round: in
 
 @pytest.mark.timeout(1200)
 def test_cgroup_limit(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
-    """A process four times its memory.max swaps and lives: the cgroup reaches its limit and kills nobody.
+    """A process four times its memory.max swaps and lives: the cgroup reaches its limit and nothing is killed.
 
     The case of the 2012 thread: "the cgroup controller is killing my processes instead of using the swapfile". The
-    doctor has nothing to say about the worker, which has all of its measures: it runs as root.
+    doctor finds nothing wrong with the worker, which runs as root and so has all of its measures.
     """
     limit_mib = 8
     url = backing_file(ganesha)
@@ -249,6 +249,6 @@ def test_without(boot: Callable[..., Guest], ganesha: Ganesha, without: str, hog
     except LostGuestError as error:
         outcome = f"lost: {error}"
     except GuestFailedError as error:
-        lines = str(error).splitlines()  # of a run that was not done in time: how far it had come, second by second
+        lines = str(error).splitlines()  # of a run that timed out: how far it had come, second by second
         outcome = "failed: " + "; ".join(dict.fromkeys((lines[0], lines[-1])))
     print(f"| without {without or 'nothing (all measures)'} | {' '.join(outcome.split())} |")

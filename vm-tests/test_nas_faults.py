@@ -19,7 +19,7 @@ _FILE_MIB = 128
 _AWAY_S = 10.0
 # Small, so that what goes out has to be on the NAS soon, and what comes in is read from there.
 _REGION_PAGES = 1024
-# A program whose page is on a NAS that is away waits for as long as it takes, which is no fault of the kernel's.
+# A program whose page is on a NAS that is away waits for as long as that takes, which is not an error of the kernel.
 _PATIENT = ("sysctl.kernel.hung_task_timeout_secs=600",)
 _NFS_PORT, _MOUNT_PORT = 2049, 20048
 _EXPORT = "/srv/nas"
@@ -72,7 +72,7 @@ class Strikes:
 
 
 def create(url: str) -> str:
-    """A backing file; returns the URL as a guest says it."""
+    """A backing file; returns its URL as seen from a guest."""
     host.nbdnfs_create(url, _FILE_MIB, timeout_s=300)
     return seen_from_guest(url)
 
@@ -86,7 +86,7 @@ def stress(
     timeout_s: float,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Stressed:
-    """The stress program in a cgroup, every page right and nobody killed; GuestFailedError or an assertion else."""
+    """The stress program in a cgroup. GuestFailedError or AssertionError for a wrong page or a kill."""
     with swap.limited(guest, limit_mib) as cgroup:
         verdict = swap.stress(guest, size_mib=size_mib, cgroup=cgroup, timeout_s=timeout_s, on_progress=on_progress)
         events = swap.memory_events(guest, cgroup)
@@ -170,7 +170,7 @@ def test_a_network_that_loses_packets(boot: Callable[..., Guest], ganesha: Ganes
         # few pages: most that are read cost a round trip and more each
         with netem.delayed(guest, 50, loss_percent=2):
             stress(guest, worker, size_mib=12, limit_mib=5, timeout_s=900)
-            told = guest.run("tc -s qdisc show dev eth0").stdout
-            print(told)
-        dropped = int(told.partition("dropped ")[2].partition(",")[0])
+            shown = guest.run("tc -s qdisc show dev eth0").stdout
+            print(shown)
+        dropped = int(shown.partition("dropped ")[2].partition(",")[0])
         assert dropped > 0

@@ -27,7 +27,7 @@ def test_passed(boot: Callable[..., Guest], tmp_path: Path) -> None:
         # several at once, one of them too slow, one killed on request
         slow, killed = guest.start("sleep 100", timeout_s=0.5), guest.start("sleep 100")
         assert guest.run("head -c 1000000 /dev/zero | tr '\\0' x").stdout == "x" * 1_000_000
-        with pytest.raises(GuestFailedError, match="not done in time: sleep 100"):
+        with pytest.raises(GuestFailedError, match="timed out: sleep 100"):
             slow.wait()
         killed.kill()
         assert killed.wait().status == -9
@@ -53,7 +53,7 @@ def test_passed(boot: Callable[..., Guest], tmp_path: Path) -> None:
 
 
 def test_failed(boot: Callable[..., Guest]) -> None:
-    """A wrong page, a hog that is killed, and what the kernel says about that, are failures of a living guest."""
+    """A wrong page, a hog that is killed, and the kernel's log of that are failures of a living guest."""
     with boot(allow={"oom"}) as guest:
         hog = guest.start(f"hog --size 16 --spoil 100 --report {guest.verdict_target}", timeout_s=60)
         verdict = guest.wait_verdict(hog, timeout_s=70)
@@ -78,7 +78,7 @@ def test_failed(boot: Callable[..., Guest]) -> None:
 
 
 def test_lost_by_panic(boot: Callable[..., Guest]) -> None:
-    """A guest that panics is lost at once, whoever waits for what, and the panic is the reason."""
+    """A guest that panics is lost at once, whatever is waited for, and the panic is the reason."""
     with boot() as guest:
         waiting = guest.start("sleep 100")
         guest.start("echo c > /proc/sysrq-trigger")

@@ -40,7 +40,7 @@ def _status(guest: Guest, name: str) -> dict[str, object]:
 
 
 def _wait_for_swap(guest: Guest, name: str) -> None:
-    """Until the unit that somebody has started is up: its job may have timed out, on an emulated CPU."""
+    """Wait until a unit that was started is up: its job may have timed out, on an emulated CPU."""
     unit = f"nbdnfs@{name}"
     guest.run(f"until systemctl -q is-active {unit} || systemctl -q is-failed {unit}; do sleep 1; done", 600)
     _status(guest, name)
@@ -127,8 +127,10 @@ def test_one_image_two_machines(boot: Callable[..., Guest], ganesha: Ganesha) ->
                 " mkdir /sys/fs/cgroup/hog && echo 8M > /sys/fs/cgroup/hog/memory.max"
             )
             seed = 1 if guest is one else 2
-            hog = f"exec hog --size 24 --passes fill,sequential,sequential --seed {seed} --cgroup /sys/fs/cgroup/hog"
-            hogs.append(guest.start(f"{hog} --report {guest.verdict_target}", 900))
+            command = (
+                f"exec hog --size 24 --passes fill,sequential,sequential --seed {seed} --cgroup /sys/fs/cgroup/hog"
+            )
+            hogs.append(guest.start(f"{command} --report {guest.verdict_target}", 900))
         for guest, hog in zip((one, two), hogs, strict=True):
             verdict = guest.wait_verdict(hog, 900).check()
             hog.wait()

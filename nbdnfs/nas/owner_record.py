@@ -3,8 +3,8 @@
 
 The record is `.NAME.owner` beside the file NAME: always 512 bytes of text, one `key value` on each line, in the order
 of `_FIELDS`, and then empty lines. The worker that owns the file overwrites ten digits every `refresh_ms`
-(engine/nfs/owner_watch.c has their offset), and nothing else is ever written to it; any other change is a new file in its place.
-docs/decisions/0009 says why.
+(engine/nfs/owner_watch.c has their offset), and nothing else is ever written to it; any other change is a new file in
+its place. docs/decisions/0009 says why.
 
 The keeper has this module in its locked memory, so that hashlib (OpenSSL) is imported only where a hash is made.
 """

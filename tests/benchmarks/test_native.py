@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What make bench says: medians, ratios, and which goals are missed."""
+"""The report of make bench: medians, ratios, and which goals are missed."""
 
 from __future__ import annotations
 
 from xml.etree import ElementTree
 
-import nativereport
-from nativereport import Result, Row, Sample
+import native_report
+from native_report import Result, Row, Sample
 
 READ = Row("read", "random", 4096, 16)
 WRITE = Row("write", "random", 4096, 1)
@@ -27,7 +27,7 @@ def parts(ours_read: float, ours_write: float) -> dict[str, dict[Row, dict[str, 
 
 def test_table() -> None:
     """Medians, ours as a multiple of each other's, and the size."""
-    text = nativereport.table("no added delay", parts(1500, 300)["no added delay"])
+    text = native_report.table("no added delay", parts(1500, 300)["no added delay"])
     assert "1,500" in text
     assert "1.67  0.75" in text
     assert "36000" in text
@@ -35,8 +35,8 @@ def test_table() -> None:
 
 def test_goals() -> None:
     """Three times where a page waits for the one before, 0.7 of the limit; what is missed is named with its figure."""
-    assert nativereport.missed_goals(parts(1500, 300)) == ["no goal is missed"]
-    missed = nativereport.missed_goals(parts(1000, 299))
+    assert native_report.missed_goals(parts(1500, 300)) == ["no goal is missed"]
+    missed = native_report.missed_goals(parts(1000, 299))
     assert [line.partition(", no")[0] for line in missed] == [
         "missed: random read 4 KiB, depth 16",
         "missed: random write 4 KiB, depth 1",
@@ -46,7 +46,7 @@ def test_goals() -> None:
 
 def test_picture() -> None:
     """Well-formed, the same each time, a bar for each peer of each row."""
-    drawn = nativereport.picture(parts(1500, 300))
-    assert drawn == nativereport.picture(parts(1500, 300))
+    drawn = native_report.picture(parts(1500, 300))
+    assert drawn == native_report.picture(parts(1500, 300))
     bars = [e for e in ElementTree.fromstring(drawn).iter() if e.tag.endswith("rect")]
     assert len(bars) == 1 + 3 + 6

@@ -8,8 +8,7 @@ import os
 from collections.abc import Callable
 
 import pytest
-from conftest import FileOnServer
-from support.nfs_server import Ganesha
+from support.nfs_server import FileOnServer, Ganesha
 
 from nbdnfs import cli
 from nbdnfs.commands import bench

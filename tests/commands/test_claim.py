@@ -8,8 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import FileOnServer
-from support.nfs_server import Ganesha
+from support.nfs_server import FileOnServer, Ganesha
 from support.owner_records import HOLDER, machine, record_of
 from support.waiting import DEADLINE_S
 

@@ -6,8 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import FileOnServer
-from support.nfs_server import LOOPBACK, Ganesha
+from support.nfs_server import LOOPBACK, FileOnServer, Ganesha
 from support.owner_records import (
     HOLDER,
     QUICK,

@@ -7,11 +7,12 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import FileOnServer
+from support.engines import PAGE, OpenEngine, read_pages, write_pages
 from support.fake_nfs import (
     NFS3_OK,
     NFS3ERR_ACCES,
@@ -23,21 +24,18 @@ from support.fake_nfs import (
     NFS3ERR_STALE,
     FakeNfsServer,
 )
-from support.nfs_server import LOOPBACK, Ganesha
+from support.nfs_server import Ganesha
 from support.proxy import TcpProxy
 from support.small_filesystem import small_filesystem
 from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
 from nbdnfs.engine import Engine
 
-PAGE = 4096
 MIB = 1 << 20
 SLOTS = 256
 
 # region.h: enum region_file
 THERE, REMOVED, REPLACED, CUT = range(4)
-
-OpenEngine = Callable[..., Engine]
 
 
 @pytest.fixture
@@ -48,33 +46,15 @@ def fake() -> Iterator[FakeNfsServer]:
 
 
 @pytest.fixture
-def open_engine(fake: FakeNfsServer) -> Iterator[OpenEngine]:
-    """`open_engine(url)`: an engine with a small region, which is closed at the end of the test. No read-ahead."""
-    engines: list[Engine] = []
-
-    def open_it(url: str, **options: int) -> Engine:
-        engines.append(Engine(url, LOOPBACK, **{"region_pages": SLOTS, "read_ahead_pages": 0, **options}))
-        return engines[-1]
-
-    yield open_it
-    for engine in engines:
-        in_background(engine.close).result(DEADLINE_S)
+def engine_options() -> dict[str, int]:
+    """A small region, which a test can fill."""
+    return {"region_pages": SLOTS}
 
 
 @pytest.fixture
 def said(capfd: pytest.CaptureFixture[str]) -> SaidOnStderr:
     """What the C code says during the test."""
     return SaidOnStderr(capfd)
-
-
-def read(engine: Engine, page: int, count: int = 1) -> bytes:
-    buffer = bytearray(count * PAGE)
-    engine.pread(buffer, page * PAGE)
-    return bytes(buffer)
-
-
-def write(engine: Engine, page: int, data: bytes) -> None:
-    engine.pwrite(data, page * PAGE)
 
 
 def counter(engine: Engine, name: str) -> int:
@@ -97,7 +77,7 @@ def io_error() -> Iterator[None]:
 def fill_region(engine: Engine, first_page: int = 512) -> None:
     """As many different pages as it has slots; none of them can go while the server takes nothing."""
     for page in range(first_page, first_page + SLOTS):
-        write(engine, page, os.urandom(PAGE))
+        write_pages(engine, page, os.urandom(PAGE))
 
 
 # What counts as away
@@ -125,7 +105,7 @@ def test_a_stopped_server_is_waited_for(own_ganesha: Ganesha, open_engine: OpenE
     (own_ganesha.export_path / "swap").write_bytes(content := os.urandom(4 * MIB))
     engine = open_engine(own_ganesha.url("swap"))
     own_ganesha.pause()
-    reading = in_background(read, engine, 3)
+    reading = in_background(read_pages, engine, 3)
     written = in_background(engine.pwrite, bytes(range(256)) * 16, 0, True)
     time.sleep(2)
     assert not reading.done()
@@ -142,7 +122,7 @@ def test_a_server_that_is_slow_to_mount(fake: FakeNfsServer, open_engine: OpenEn
     engine = open_engine(fake.url(), connect_timeout_s=1)
     fake.delay("MNT", 2.5)
     fake.disconnect()
-    assert in_background(read, engine, 1).result(DEADLINE_S) == fake.content[PAGE : 2 * PAGE]
+    assert in_background(read_pages, engine, 1).result(DEADLINE_S) == fake.content[PAGE : 2 * PAGE]
     assert len(fake.calls("MNT")) == 1 + 3
 
 
@@ -161,7 +141,7 @@ def test_killed_under_write_load(own_ganesha: Ganesha, open_engine: OpenEngine, 
         for number in range(rounds * 1024):
             page = number * 37 % 1024
             expected[page * PAGE : (page + 1) * PAGE] = data = os.urandom(PAGE)
-            write(engine, page, data)
+            write_pages(engine, page, data)
 
     load(1)
     loading = in_background(load, 4)
@@ -171,7 +151,7 @@ def test_killed_under_write_load(own_ganesha: Ganesha, open_engine: OpenEngine, 
     assert not loading.done()
     own_ganesha.start()
     begin = time.monotonic()
-    in_background(read, engine, 5).result(DEADLINE_S)
+    in_background(read_pages, engine, 5).result(DEADLINE_S)
     assert time.monotonic() - begin < 2
     loading.result(DEADLINE_S)
     in_background(engine.flush).result(DEADLINE_S)
@@ -187,7 +167,7 @@ def test_a_connection_that_says_nothing_more(
     """TCP sees a living peer, and nothing comes; the server answers on a new connection, and so do all requests."""
     engine = open_engine(backing_file.url(nfsport=proxy.port), silence_ms=500)
     proxy.silence()
-    requests = [in_background(read, engine, 1), in_background(engine.pwrite, b"word" * 1024, 0, True)]
+    requests = [in_background(read_pages, engine, 1), in_background(engine.pwrite, b"word" * 1024, 0, True)]
     for request in requests:
         request.result(DEADLINE_S)
     assert counter(engine, "reconnects") == 1
@@ -201,11 +181,11 @@ def test_connections_that_went_silent_with_another(
     """What one of them has found out the others need not: they are made anew before anybody has waited for them."""
     engine = open_engine(backing_file.url(nfsport=proxy.port), silence_ms=500, connections=4)
     proxy.silence()
-    in_background(read, engine, 1).result(DEADLINE_S)
+    in_background(read_pages, engine, 1).result(DEADLINE_S)
     wait_until(lambda: counter(engine, "reconnects") == 4, "all have connected again")
     begin = time.monotonic()
     for page in range(2, 34):
-        assert in_background(read, engine, page).result(DEADLINE_S) == bytes(PAGE)
+        assert in_background(read_pages, engine, page).result(DEADLINE_S) == bytes(PAGE)
     assert time.monotonic() - begin < 5  # or one of them has waited for an answer in vain
     assert counter(engine, "reconnects") == 4
 
@@ -214,7 +194,7 @@ def test_a_slow_answer_is_no_silence(fake: FakeNfsServer, open_engine: OpenEngin
     """The server is asked whether it lives, says so over the same connection, and is waited for."""
     engine = open_engine(fake.url(), silence_ms=500)
     fake.delay("READ", 1.8)
-    assert in_background(read, engine, 1).result(DEADLINE_S) == fake.content[PAGE : 2 * PAGE]
+    assert in_background(read_pages, engine, 1).result(DEADLINE_S) == fake.content[PAGE : 2 * PAGE]
     assert fake.calls("NULL")
     assert len(fake.calls("READ")) == 1
     assert counter(engine, "reconnects") == 0
@@ -224,9 +204,9 @@ def test_a_request_that_was_dropped(fake: FakeNfsServer, open_engine: OpenEngine
     """All others are answered, one never: it is sent again."""
     engine = open_engine(fake.url(), silence_ms=250)
     fake.hold("READ", times=1)
-    dropped = in_background(read, engine, 1)
+    dropped = in_background(read_pages, engine, 1)
     fake.wait_for(1, DEADLINE_S)
-    wait_until(lambda: read(engine, 2) and dropped.done(), "it is done")
+    wait_until(lambda: read_pages(engine, 2) and dropped.done(), "it is done")
     assert dropped.result(DEADLINE_S) == fake.content[PAGE : 2 * PAGE]
     assert counter(engine, "reconnects") == 1
 
@@ -235,7 +215,7 @@ def test_a_very_slow_server_gets_through(fake: FakeNfsServer, open_engine: OpenE
     """It needs longer for a READ than a request is given before it is sent again: each time it is given more."""
     engine = open_engine(fake.url(), silence_ms=200)
     fake.delay("READ", 3.0)
-    assert in_background(read, engine, 1).result(DEADLINE_S) == fake.content[PAGE : 2 * PAGE]
+    assert in_background(read_pages, engine, 1).result(DEADLINE_S) == fake.content[PAGE : 2 * PAGE]
     assert 1 <= counter(engine, "reconnects") <= 4
 
 
@@ -250,10 +230,10 @@ def test_soft(backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngi
     acknowledged = os.urandom(PAGE)
     proxy.refuse = True
     proxy.cut()
-    write(engine, 0, acknowledged)
+    write_pages(engine, 0, acknowledged)
     begin = time.monotonic()
     waiting = [
-        in_background(read, engine, 100),
+        in_background(read_pages, engine, 100),
         in_background(engine.flush),
         in_background(engine.pwrite, os.urandom(PAGE), PAGE, True),
     ]
@@ -263,12 +243,12 @@ def test_soft(backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngi
     assert time.monotonic() - begin >= 1.0
     with io_error():
         in_background(fill_region, engine).result(DEADLINE_S)
-    assert read(engine, 0) == acknowledged
+    assert read_pages(engine, 0) == acknowledged
     proxy.refuse = False
     wait_for_counter(engine, "disconnected", 0)
     in_background(engine.flush).result(DEADLINE_S)
     assert backing_file.path.read_bytes()[:PAGE] == acknowledged
-    assert read(engine, 100) == bytes(PAGE)
+    assert read_pages(engine, 100) == bytes(PAGE)
 
 
 def test_soft_forgets_nothing_at_its_end(backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine) -> None:
@@ -277,7 +257,7 @@ def test_soft_forgets_nothing_at_its_end(backing_file: FileOnServer, proxy: TcpP
     data = os.urandom(PAGE)
     proxy.refuse = True
     proxy.cut()
-    write(engine, 0, data)
+    write_pages(engine, 0, data)
     closed = in_background(engine.close)
     with pytest.raises(TimeoutError):
         closed.result(2)
@@ -291,16 +271,16 @@ def test_soft_and_a_server_that_hangs(fake: FakeNfsServer, open_engine: OpenEngi
     engine = open_engine(fake.url(), soft_limit_ms=1000)
     fake.hold("READ")
     with io_error():
-        in_background(read, engine, 1).result(DEADLINE_S)
+        in_background(read_pages, engine, 1).result(DEADLINE_S)
     fake.release()
-    assert read(engine, 1) == fake.content[PAGE : 2 * PAGE]
+    assert read_pages(engine, 1) == fake.content[PAGE : 2 * PAGE]
 
 
 def test_hard_is_the_default(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
     """A request that is not answered waits, and is not sent a second time while it does."""
     engine = open_engine(fake.url())
     fake.hold("READ")
-    request = in_background(read, engine, 1)
+    request = in_background(read_pages, engine, 1)
     with pytest.raises(TimeoutError):
         request.result(3)
     assert len(fake.calls("READ")) == 1
@@ -329,11 +309,11 @@ def test_what_is_refused_is_kept(
     engine = open_engine(fake.url())
     data = os.urandom(PAGE)
     fake.fail(op, status)
-    write(engine, 7, data)
+    write_pages(engine, 7, data)
     flushed = in_background(engine.flush)
     wait_for_counter(engine, "write_back_error", code)
     wait_until(lambda: len(fake.calls(op)) >= 3, "it is tried again")
-    assert read(engine, 7) == data
+    assert read_pages(engine, 7) == data
     assert not flushed.done()
     fake.fail(op, NFS3_OK)
     flushed.result(DEADLINE_S)
@@ -364,7 +344,7 @@ def test_a_file_system_that_is_full(tmp_path: Path, open_engine: OpenEngine, sai
         for number in range(SLOTS // 2):
             page = number * 7 % 1024  # on blocks and on holes
             expected[page * PAGE : (page + 1) * PAGE] = data = os.urandom(PAGE)
-            write(engine, page, data)
+            write_pages(engine, page, data)
         flushed = in_background(engine.flush)
         wait_for_counter(engine, "write_back_error", errno.ENOSPC)
         wait_until(lambda: counter(engine, "write_errors") >= 8, "it is tried again")
@@ -390,9 +370,9 @@ def test_a_stale_handle_of_the_same_file(fake: FakeNfsServer, open_engine: OpenE
     engine = open_engine(fake.url())
     data = os.urandom(PAGE)
     fake.expire_handles()
-    assert read(engine, 1) == fake.content[PAGE : 2 * PAGE]
+    assert read_pages(engine, 1) == fake.content[PAGE : 2 * PAGE]
     fake.expire_handles()
-    write(engine, 0, data)
+    write_pages(engine, 0, data)
     in_background(engine.flush).result(DEADLINE_S)
     assert fake.on_disk[:PAGE] == data
     assert counter(engine, "file_state") == THERE
@@ -402,7 +382,7 @@ def test_a_server_that_calls_everything_stale_is_not_hammered(fake: FakeNfsServe
     """Looking up works, reading does not: there is a pause between the attempts."""
     engine = open_engine(fake.url())
     fake.fail("READ", NFS3ERR_STALE)
-    request = in_background(read, engine, 0)
+    request = in_background(read_pages, engine, 0)
     wait_until(lambda: len(fake.calls("READ")) >= 3, "it is tried again")
     before = len(fake.calls("READ"))
     time.sleep(1.0)  # what may happen in a second is what is measured
@@ -419,7 +399,7 @@ def test_a_file_that_is_gone(fake: FakeNfsServer, open_engine: OpenEngine, said:
     engine = open_engine(fake.url(), gone_limit_ms=2000)
     fileid, content = fake.fileid, fake.content
     acknowledged = os.urandom(PAGE)
-    write(engine, 0, acknowledged)
+    write_pages(engine, 0, acknowledged)
     stranger = os.urandom(4 * MIB)
     if how == "replaced":
         fake.replace(stranger, fileid + 1)
@@ -427,7 +407,7 @@ def test_a_file_that_is_gone(fake: FakeNfsServer, open_engine: OpenEngine, said:
         fake.fail("LOOKUP", NFS3ERR_NOENT)
         fake.expire_handles()
     begin = time.monotonic()
-    waiting = [in_background(read, engine, 100), in_background(engine.flush)]
+    waiting = [in_background(read_pages, engine, 100), in_background(engine.flush)]
     wait_for_counter(engine, "file_state", REPLACED if how == "replaced" else REMOVED)
     assert counter(engine, "disconnected") == 0
     for future in waiting:
@@ -435,10 +415,10 @@ def test_a_file_that_is_gone(fake: FakeNfsServer, open_engine: OpenEngine, said:
             future.result(DEADLINE_S)
     assert time.monotonic() - begin >= 2.0
     with io_error():
-        in_background(read, engine, 200).result(DEADLINE_S)
+        in_background(read_pages, engine, 200).result(DEADLINE_S)
     with io_error():
         in_background(fill_region, engine).result(DEADLINE_S)
-    assert read(engine, 0) == acknowledged
+    assert read_pages(engine, 0) == acknowledged
     if how == "replaced":
         assert fake.content == fake.on_disk == stranger
         fake.replace(content, fileid)
@@ -448,7 +428,7 @@ def test_a_file_that_is_gone(fake: FakeNfsServer, open_engine: OpenEngine, said:
     wait_for_counter(engine, "file_state", THERE)
     in_background(engine.flush).result(DEADLINE_S)
     assert fake.on_disk[:PAGE] == acknowledged
-    assert read(engine, 100) == content[100 * PAGE : 101 * PAGE]
+    assert read_pages(engine, 100) == content[100 * PAGE : 101 * PAGE]
     assert ["was deleted" in line or "was replaced" in line for line in said.lines] == [True, False, False]
 
 
@@ -456,10 +436,10 @@ def test_an_export_that_is_mounted_late(fake: FakeNfsServer, open_engine: OpenEn
     """A NAS that boots serves the folder before the disk with the file is there: everybody waits, nobody fails."""
     engine = open_engine(fake.url())
     data = os.urandom(PAGE)
-    write(engine, 0, data)
+    write_pages(engine, 0, data)
     fake.fail("LOOKUP", NFS3ERR_NOENT)
     fake.crash()
-    requests = [in_background(read, engine, 1), in_background(engine.flush)]
+    requests = [in_background(read_pages, engine, 1), in_background(engine.flush)]
     wait_for_counter(engine, "file_state", REMOVED)
     assert not any(request.done() for request in requests)
     fake.fail("LOOKUP", NFS3_OK)
@@ -482,8 +462,8 @@ def test_a_real_file_that_is_gone_under_load(own_ganesha: Ganesha, open_engine: 
         number = 0
         while True:
             number += 1
-            write(engine, number * 37 % 1024, os.urandom(PAGE))
-            read(engine, number * 53 % 1024)
+            write_pages(engine, number * 37 % 1024, os.urandom(PAGE))
+            read_pages(engine, number * 53 % 1024)
 
     loads = [in_background(load), in_background(load)]
     wait_until(lambda: counter(engine, "nfs_writes") > 20, "the load is running")
@@ -512,17 +492,17 @@ def test_a_new_file_with_the_old_number(fake: FakeNfsServer, open_engine: OpenEn
     engine = open_engine(fake.url(), gone_limit_ms=500)
     content, fileid = fake.content, fake.fileid
     data = os.urandom(PAGE)
-    write(engine, 3, data)
+    write_pages(engine, 3, data)
     in_background(engine.flush).result(DEADLINE_S)
     kept = fake.content
     fake.replace(content, fileid)
     with io_error():
-        in_background(read, engine, 100).result(DEADLINE_S)
+        in_background(read_pages, engine, 100).result(DEADLINE_S)
     assert counter(engine, "file_state") == REPLACED
     assert fake.content == content
     fake.replace(kept, fileid)
     wait_for_counter(engine, "file_state", THERE)
-    assert read(engine, 100) == content[100 * PAGE : 101 * PAGE]
+    assert read_pages(engine, 100) == content[100 * PAGE : 101 * PAGE]
 
 
 def test_a_file_that_is_cut_under_load(ganesha: Ganesha, open_engine: OpenEngine, said: SaidOnStderr) -> None:
@@ -533,24 +513,24 @@ def test_a_file_that_is_cut_under_load(ganesha: Ganesha, open_engine: OpenEngine
     path.write_bytes(content := os.urandom(4 * MIB))
     engine = open_engine(ganesha.url("short"))
     old = os.urandom(PAGE)
-    write(engine, 900, old)
+    write_pages(engine, 900, old)
     in_background(engine.flush).result(DEADLINE_S)
     for page in range(SLOTS):  # the old one out of the region
-        write(engine, page, content[page * PAGE : (page + 1) * PAGE])
+        write_pages(engine, page, content[page * PAGE : (page + 1) * PAGE])
     in_background(engine.flush).result(DEADLINE_S)
     os.truncate(path, MIB)
     with io_error():
-        in_background(read, engine, 900).result(DEADLINE_S)
+        in_background(read_pages, engine, 900).result(DEADLINE_S)
     assert counter(engine, "file_state") == CUT
     new = os.urandom(PAGE)
-    write(engine, 1023, new)
+    write_pages(engine, 1023, new)
     in_background(engine.flush).result(DEADLINE_S)
     assert path.stat().st_size == 4 * MIB
     for page in (500, 900):  # one that nobody knows, one that was written
         with io_error():
-            in_background(read, engine, page).result(DEADLINE_S)
-    assert read(engine, 100, 2) == content[100 * PAGE : 102 * PAGE]
-    assert read(engine, 1023) == new
+            in_background(read_pages, engine, page).result(DEADLINE_S)
+    assert read_pages(engine, 100, 2) == content[100 * PAGE : 102 * PAGE]
+    assert read_pages(engine, 1023) == new
     assert [f"truncated to {MIB} bytes" in line for line in said.lines] == [True, False]
     path.unlink()
 
@@ -561,12 +541,12 @@ def test_a_cut_that_the_next_write_mends(fake: FakeNfsServer, open_engine: OpenE
     """
     engine = open_engine(fake.url())
     fake.content = fake.content[:MIB]
-    write(engine, 1023, os.urandom(PAGE))
+    write_pages(engine, 1023, os.urandom(PAGE))
     in_background(engine.flush).result(DEADLINE_S)
     assert len(fake.content) == 4 * MIB
     assert counter(engine, "file_state") == CUT
     with io_error():
-        in_background(read, engine, 500).result(DEADLINE_S)
+        in_background(read_pages, engine, 500).result(DEADLINE_S)
 
 
 # Writes that are repeated
@@ -579,23 +559,23 @@ def test_a_late_twin_of_a_repeated_write(fake: FakeNfsServer, open_engine: OpenE
     engine = open_engine(fake.url())
     first, second = os.urandom(PAGE), os.urandom(PAGE)
     fake.hold("WRITE", times=1)
-    write(engine, 9, first)
+    write_pages(engine, 9, first)
     flushed = in_background(engine.flush)
     fake.wait_for(1, DEADLINE_S)
     fake.disconnect()
     flushed.result(DEADLINE_S)
     assert fake.on_disk[9 * PAGE : 10 * PAGE] == first
-    write(engine, 9, second)
+    write_pages(engine, 9, second)
     flushed = in_background(engine.flush)
     with pytest.raises(TimeoutError):
         flushed.result(1.5)  # it would have been there long ago
     fake.release()
     flushed.result(DEADLINE_S)
     for page in range(512, 512 + SLOTS):  # out of the region
-        write(engine, page, os.urandom(PAGE))
+        write_pages(engine, page, os.urandom(PAGE))
     in_background(engine.flush).result(DEADLINE_S)
     assert fake.on_disk[9 * PAGE : 10 * PAGE] == second
-    assert read(engine, 9) == second
+    assert read_pages(engine, 9) == second
     assert counter(engine, "checksum_rereads") == 0
 
 
@@ -605,12 +585,12 @@ def test_a_late_twin_of_a_dead_workers_write(fake: FakeNfsServer, open_engine: O
     engine = open_engine(fake.url(), region_fd=region_fd)
     first, second = os.urandom(PAGE), os.urandom(PAGE)
     fake.hold("WRITE", times=1)
-    write(engine, 9, first)
+    write_pages(engine, 9, first)
     flushed = in_background(engine.flush)
     fake.wait_for(1, DEADLINE_S)
     fake.disconnect()
     flushed.result(DEADLINE_S)
-    write(engine, 9, second)
+    write_pages(engine, 9, second)
     engine.close()
     engine = open_engine(fake.url(), region_fd=region_fd)
     flushed = in_background(engine.flush)
@@ -626,11 +606,11 @@ def test_others_do_not_wait_for_a_repeated_write(fake: FakeNfsServer, open_engin
     """Only the pages that were repeated are held back."""
     engine = open_engine(fake.url())
     fake.hold("WRITE", times=1)
-    write(engine, 9, first := os.urandom(PAGE))
+    write_pages(engine, 9, first := os.urandom(PAGE))
     flushed = in_background(engine.flush)
     fake.wait_for(1, DEADLINE_S)
     fake.disconnect()
     flushed.result(DEADLINE_S)
-    write(engine, 9, os.urandom(PAGE))
+    write_pages(engine, 9, os.urandom(PAGE))
     in_background(engine.pwrite, os.urandom(PAGE), 10 * PAGE, True).result(DEADLINE_S)
     assert fake.content[9 * PAGE : 10 * PAGE] == first

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.nfs_server import LOOPBACK, Ganesha
+from support.engines import PAGE, OpenEngine, read_pages
+from support.nfs_server import Ganesha
 from support.proxy import TcpProxy
 from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
@@ -19,7 +20,6 @@ pytestmark = pytest.mark.skipif(
     int(libnfs_version.split(".")[0]) < 5, reason="libnfs 4.0 cannot write over NFSv4 (sahlberg/libnfs#319)"
 )
 
-PAGE = 4096
 MIB = 1 << 20
 LEASE_S = 10
 
@@ -43,17 +43,9 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
 
 
 @pytest.fixture
-def open_engine(start_server: StartServer) -> Iterator[Callable[[str], Engine]]:
-    """`open_engine(url)`: closed before the servers end."""
-    engines: list[Engine] = []
-
-    def open_it(url: str) -> Engine:
-        engines.append(Engine(url, LOOPBACK, region_pages=256, read_ahead_pages=0))
-        return engines[-1]
-
-    yield open_it
-    for engine in engines:
-        in_background(engine.close).result(DEADLINE_S)
+def engine_options() -> dict[str, int]:
+    """A small region."""
+    return {"region_pages": 256}
 
 
 def exchange(engine: Engine, path: Path, page: int) -> None:
@@ -61,13 +53,11 @@ def exchange(engine: Engine, path: Path, page: int) -> None:
     data = os.urandom(PAGE)
     engine.pwrite(data, page * PAGE, True)
     assert path.read_bytes()[page * PAGE : (page + 1) * PAGE] == data
-    buffer = bytearray(PAGE)
-    engine.pread(buffer, 200 * PAGE)
-    assert buffer == bytes(PAGE)
+    assert read_pages(engine, 200) == bytes(PAGE)
 
 
 def test_idle_for_three_leases(
-    start_server: StartServer, open_engine: Callable[[str], Engine], capfd: pytest.CaptureFixture[str]
+    start_server: StartServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Nobody asks for anything for so long; then a read and a write are done, over the same connection. Each lease is
     renewed on the way, whether this server insists on that or not.
@@ -87,7 +77,7 @@ def test_idle_for_three_leases(
         in_background(engine.close).result(DEADLINE_S)
 
 
-def test_a_lease_that_has_run_out(start_server: StartServer, open_engine: Callable[[str], Engine]) -> None:
+def test_a_lease_that_has_run_out(start_server: StartServer, open_engine: OpenEngine) -> None:
     """The network hangs for longer than the lease, on a connection that stays: the file is opened again."""
     server = start_server()
     with TcpProxy(server.nfs_port) as proxy:
@@ -100,7 +90,7 @@ def test_a_lease_that_has_run_out(start_server: StartServer, open_engine: Callab
         in_background(engine.close).result(DEADLINE_S)
 
 
-def test_a_server_in_its_grace_period(start_server: StartServer, open_engine: Callable[[str], Engine]) -> None:
+def test_a_server_in_its_grace_period(start_server: StartServer, open_engine: OpenEngine) -> None:
     """Killed and started again it lets nobody open a file for a while: requests wait, and then go on."""
     server = start_server(grace_s=5)
     # Ganesha has a grace period after its first start, too

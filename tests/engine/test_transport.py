@@ -8,10 +8,10 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 
 import pytest
 from conftest import FileOnServer
+from support.engines import PAGE, OpenEngine, read_pages, results, write_pages, write_pages_and_flush
 from support.fake_nfs import (
     FILE_SYNC,
     NFS3_OK,
@@ -27,8 +27,8 @@ from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
 from nbdnfs.engine import Engine, NfsError
 
-PAGE = 4096
 MIB = 1 << 20
+MIB_PAGES = MIB // PAGE
 
 
 @pytest.fixture
@@ -44,57 +44,21 @@ def fake(new_fake: Callable[..., FakeNfsServer]) -> FakeNfsServer:
     return new_fake(os.urandom(MIB))
 
 
-@pytest.fixture
-def open_engine(new_fake: Callable[..., FakeNfsServer]) -> Iterator[Callable[..., Engine]]:
-    """`open_engine(url)`: an engine that is closed at the end of the test, before the fake servers end.
-
-    It reads nothing ahead unless told to.
-    """
-    engines: list[Engine] = []
-
-    def open_it(url: str, *, read_ahead_pages: int = 0, **options: int) -> Engine:
-        engines.append(Engine(url, LOOPBACK, read_ahead_pages=read_ahead_pages, **options))
-        return engines[-1]
-
-    yield open_it
-    for engine in engines:
-        in_background(engine.close).result(DEADLINE_S)
-
-
-def read(engine: Engine, offset: int, length: int = PAGE) -> bytes:
-    buffer = bytearray(length)
-    engine.pread(buffer, offset)
-    return bytes(buffer)
-
-
-def write(engine: Engine, data: bytes, offset: int) -> None:
-    """On the server when it returns."""
-    engine.pwrite(data, offset)
-    engine.flush()
-
-
-def results(futures: list[Future[bytes]]) -> list[bytes]:
-    deadline = time.monotonic() + DEADLINE_S
-    return [future.result(max(0.0, deadline - time.monotonic())) for future in futures]
-
-
 # Requests in flight together
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["in order", "out of order"])
-def test_four_reads_are_in_flight_together(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], reverse: bool
-) -> None:
+def test_four_reads_are_in_flight_together(fake: FakeNfsServer, open_engine: OpenEngine, reverse: bool) -> None:
     """The server has four READs before it answers the first; each caller gets its own page, in any order."""
     engine = open_engine(fake.url())
     fake.hold("READ")
-    pages = [in_background(read, engine, number * PAGE) for number in range(4)]
+    pages = [in_background(read_pages, engine, number) for number in range(4)]
     fake.wait_for(4, DEADLINE_S)
     fake.release(reverse=reverse)
     assert b"".join(results(pages)) == fake.content[: 4 * PAGE]
 
 
-def test_four_writes_are_in_flight_together(fake: FakeNfsServer, open_engine: Callable[..., Engine]) -> None:
+def test_four_writes_are_in_flight_together(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
     """The same for WRITEs, of pages that are no neighbours."""
     engine = open_engine(fake.url())
     expected = bytearray(fake.content)
@@ -103,21 +67,19 @@ def test_four_writes_are_in_flight_together(fake: FakeNfsServer, open_engine: Ca
     for number in range(4):
         page = os.urandom(PAGE)
         expected[number * 64 * PAGE : (number * 64 + 1) * PAGE] = page
-        written.append(in_background(write, engine, page, number * 64 * PAGE))
+        written.append(in_background(write_pages_and_flush, engine, number * 64, page))
     fake.wait_for(4, DEADLINE_S)
     fake.release(reverse=True)
     results(written)
     assert fake.content == expected
 
 
-def test_one_large_read_is_several_in_flight(
-    new_fake: Callable[..., FakeNfsServer], open_engine: Callable[..., Engine]
-) -> None:
+def test_one_large_read_is_several_in_flight(new_fake: Callable[..., FakeNfsServer], open_engine: OpenEngine) -> None:
     """A read of 128 KiB from a server that moves 16 KiB at a time: all eight pieces are asked for at once."""
     fake = new_fake(os.urandom(MIB), rtmax=16384, wtmax=16384)
     engine = open_engine(fake.url())
     fake.hold("READ")
-    future = in_background(read, engine, 0, MIB // 8)
+    future = in_background(read_pages, engine, 0, MIB_PAGES // 8)
     fake.wait_for(8, DEADLINE_S)
     fake.release(reverse=True)
     assert future.result(DEADLINE_S) == fake.content[: MIB // 8]
@@ -127,17 +89,17 @@ def test_one_large_read_is_several_in_flight(
 
 
 def test_four_requests_to_a_slow_server_take_the_time_of_one(
-    backing_file: FileOnServer, proxy: TcpProxy, open_engine: Callable[..., Engine]
+    backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine
 ) -> None:
     """Replies 200 ms late: a read takes 200 ms, and four reads at once take hardly more, not 800."""
     backing_file.path.write_bytes(content := os.urandom(backing_file.size_bytes))
     engine = open_engine(backing_file.url(nfsport=proxy.port))
     proxy.delay_s = 0.2
     start = time.monotonic()
-    assert read(engine, 0) == content[:PAGE]
+    assert read_pages(engine, 0) == content[:PAGE]
     one_s = time.monotonic() - start
     start = time.monotonic()
-    pages = results([in_background(read, engine, number * MIB) for number in range(4)])
+    pages = results([in_background(read_pages, engine, number * MIB_PAGES) for number in range(4)])
     four_s = time.monotonic() - start
     assert pages == [content[number * MIB : number * MIB + PAGE] for number in range(4)]
     assert one_s >= 0.2
@@ -148,22 +110,18 @@ def test_four_requests_to_a_slow_server_take_the_time_of_one(
 
 
 @pytest.mark.parametrize("limit", [1, 1000, PAGE, 65536])
-def test_short_reads_go_on(
-    new_fake: Callable[..., FakeNfsServer], open_engine: Callable[..., Engine], limit: int
-) -> None:
+def test_short_reads_go_on(new_fake: Callable[..., FakeNfsServer], open_engine: OpenEngine, limit: int) -> None:
     """A server that returns fewer bytes than asked for is asked for the rest."""
     length = min(limit * 40, MIB) // PAGE * PAGE or PAGE
     fake = new_fake(os.urandom(2 * MIB))
     engine = open_engine(fake.url())
     fake.limit("READ", limit)
-    assert read(engine, 3 * PAGE, length) == fake.content[3 * PAGE : 3 * PAGE + length]
+    assert read_pages(engine, 3, length // PAGE) == fake.content[3 * PAGE : 3 * PAGE + length]
     assert len(fake.calls("READ")) >= length // limit
 
 
 @pytest.mark.parametrize("limit", [1, 1000, PAGE, 65536])
-def test_short_writes_go_on(
-    new_fake: Callable[..., FakeNfsServer], open_engine: Callable[..., Engine], limit: int
-) -> None:
+def test_short_writes_go_on(new_fake: Callable[..., FakeNfsServer], open_engine: OpenEngine, limit: int) -> None:
     """The same for one that takes fewer."""
     length = min(limit * 40, MIB) // PAGE * PAGE or PAGE
     fake = new_fake(os.urandom(2 * MIB))
@@ -171,32 +129,30 @@ def test_short_writes_go_on(
     expected = bytearray(fake.content)
     expected[3 * PAGE : 3 * PAGE + length] = data = os.urandom(length)
     fake.limit("WRITE", limit)
-    write(engine, data, 3 * PAGE)
+    write_pages_and_flush(engine, 3, data)
     assert fake.content == fake.on_disk == expected
     assert len(fake.calls("WRITE")) >= length // limit
 
 
 @pytest.mark.parametrize("op", ["READ", "WRITE"])
-def test_a_server_that_is_not_ready_is_asked_again(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], op: str
-) -> None:
+def test_a_server_that_is_not_ready_is_asked_again(fake: FakeNfsServer, open_engine: OpenEngine, op: str) -> None:
     """NFS3ERR_JUKEBOX (RFC 1813: try again later) three times, then done; the caller sees nothing of it."""
     engine = open_engine(fake.url())
     fake.fail(op, NFS3ERR_JUKEBOX, times=3)
     data = os.urandom(PAGE) if op == "WRITE" else fake.content[PAGE : 2 * PAGE]
     if op == "WRITE":
-        write(engine, data, PAGE)
-    assert read(engine, PAGE) == data == fake.content[PAGE : 2 * PAGE]
+        write_pages_and_flush(engine, 1, data)
+    assert read_pages(engine, 1) == data == fake.content[PAGE : 2 * PAGE]
     assert len(fake.calls(op)) == 4
 
 
-def test_others_go_on_while_one_is_asked_to_wait(fake: FakeNfsServer, open_engine: Callable[..., Engine]) -> None:
+def test_others_go_on_while_one_is_asked_to_wait(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
     """JUKEBOX for one request does not hold up those that come after it."""
     engine = open_engine(fake.url())
     fake.fail("READ", NFS3ERR_JUKEBOX, times=1)
-    slow = in_background(read, engine, 0)
+    slow = in_background(read_pages, engine, 0)
     wait_until(lambda: fake.calls("READ"), "the first READ")
-    assert read(engine, PAGE) == fake.content[PAGE : 2 * PAGE]
+    assert read_pages(engine, 1) == fake.content[PAGE : 2 * PAGE]
     assert [call.offset for call in fake.calls("READ")][:2] == [0, PAGE]
     assert slow.result(DEADLINE_S) == fake.content[:PAGE]
 
@@ -204,29 +160,25 @@ def test_others_go_on_while_one_is_asked_to_wait(fake: FakeNfsServer, open_engin
 # Servers that refuse and servers that are wrong
 
 
-def test_a_failed_read_is_an_error_and_the_next_one_works(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine]
-) -> None:
+def test_a_failed_read_is_an_error_and_the_next_one_works(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
     """The server's EIO reaches the caller, once."""
     engine = open_engine(fake.url())
     fake.fail("READ", NFS3ERR_IO, times=1)
     with pytest.raises(OSError, match="Input/output error") as caught:
-        read(engine, 0)
+        read_pages(engine, 0)
     assert caught.value.errno == errno.EIO
-    assert read(engine, 0) == fake.content[:PAGE]
+    assert read_pages(engine, 0) == fake.content[:PAGE]
 
 
-def test_a_full_server(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_server(fake: FakeNfsServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str]) -> None:
     """ENOSPC is nobody's error: the page stays, the flush waits, two lines tell of it; with room it is written."""
     engine = open_engine(fake.url())
     page = os.urandom(PAGE)
     fake.fail("WRITE", NFS3ERR_NOSPC)
     said = SaidOnStderr(capfd)
-    written = in_background(write, engine, page, 0)
+    written = in_background(write_pages_and_flush, engine, 0, page)
     said.wait_for("refuses to write (No space left on device)")
-    assert read(engine, 0) == page
+    assert read_pages(engine, 0) == page
     assert not written.done()
     fake.fail("WRITE", NFS3_OK)
     written.result(DEADLINE_S)
@@ -236,7 +188,7 @@ def test_a_full_server(
 
 
 def test_a_stable_write_that_is_not(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], capfd: pytest.CaptureFixture[str]
+    fake: FakeNfsServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A FILE_SYNC write that the server calls UNSTABLE is not taken for done (RFC 1813, 3.3.7); it is said and
     tried again.
@@ -244,7 +196,7 @@ def test_a_stable_write_that_is_not(
     engine = open_engine(fake.url(), stable_writes=True)
     fake.claim_stable(UNSTABLE)
     said = SaidOnStderr(capfd)
-    written = in_background(write, engine, os.urandom(PAGE), 0)
+    written = in_background(write_pages_and_flush, engine, 0, os.urandom(PAGE))
     said.wait_for("refuses to write (Protocol error)")
     assert not written.done()
     fake.claim_stable(None)
@@ -252,35 +204,31 @@ def test_a_stable_write_that_is_not(
     assert len(fake.calls("WRITE")) >= 2
 
 
-def test_a_file_name_that_looks_like_a_version(
-    new_fake: Callable[..., FakeNfsServer], open_engine: Callable[..., Engine]
-) -> None:
+def test_a_file_name_that_looks_like_a_version(new_fake: Callable[..., FakeNfsServer], open_engine: OpenEngine) -> None:
     """`version=4` in the path is part of it: what is spoken is NFSv3 as the engine speaks it, with COMMIT."""
     fake = new_fake(os.urandom(MIB), path="/export/version=4&version=4")
     engine = open_engine(fake.url())
-    assert read(engine, 0) == fake.content[:PAGE]
-    write(engine, bytes(PAGE), 0)
+    assert read_pages(engine, 0) == fake.content[:PAGE]
+    write_pages_and_flush(engine, 0, bytes(PAGE))
     assert {call.stable for call in fake.calls("WRITE")} == {UNSTABLE}
     assert fake.calls("COMMIT")
 
 
-def test_a_file_that_was_cut(backing_file: FileOnServer, open_engine: Callable[..., Engine]) -> None:
+def test_a_file_that_was_cut(backing_file: FileOnServer, open_engine: OpenEngine) -> None:
     """Somebody truncates the file: reads of what is gone fail with EIO, never zeros; the rest is still read."""
     backing_file.path.write_bytes(content := os.urandom(backing_file.size_bytes))
     engine = open_engine(backing_file.url())
     os.truncate(backing_file.path, 8 * MIB + 100)
     for offset, length in ((8 * MIB, PAGE), (12 * MIB, PAGE), (7 * MIB, 2 * MIB)):
         with pytest.raises(OSError, match="Input/output error") as caught:
-            read(engine, offset, length)
+            read_pages(engine, offset // PAGE, length // PAGE)
         assert caught.value.errno == errno.EIO
-    assert read(engine, 8 * MIB - PAGE) == content[8 * MIB - PAGE : 8 * MIB]
+    assert read_pages(engine, 8 * MIB_PAGES - 1) == content[8 * MIB - PAGE : 8 * MIB]
 
 
 @pytest.mark.parametrize("op", ["READ", "WRITE"])
 @pytest.mark.parametrize("claim", [PAGE + 1, 2**31, 2**32 - 1])
-def test_a_count_beyond_what_was_asked(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], op: str, claim: int
-) -> None:
+def test_a_count_beyond_what_was_asked(fake: FakeNfsServer, open_engine: OpenEngine, op: str, claim: int) -> None:
     """A reply that claims to have moved more than was asked for is not believed; the request is done again."""
     engine = open_engine(fake.url())
     guard = os.urandom(PAGE)
@@ -290,7 +238,7 @@ def test_a_count_beyond_what_was_asked(
     if op == "READ":
         request = in_background(engine.pread, memoryview(buffer)[PAGE : 2 * PAGE], 0)
     else:
-        request = in_background(write, engine, data, 0)
+        request = in_background(write_pages_and_flush, engine, 0, data)
     wait_until(lambda: len(fake.calls(op)) >= 2, "the request is sent again")
     fake.claim_count(op, None)
     request.result(DEADLINE_S)
@@ -300,11 +248,11 @@ def test_a_count_beyond_what_was_asked(
         assert fake.on_disk[:PAGE] == data
 
 
-def test_a_server_that_is_always_wrong_is_not_hammered(fake: FakeNfsServer, open_engine: Callable[..., Engine]) -> None:
+def test_a_server_that_is_always_wrong_is_not_hammered(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
     """Connecting works, no answer makes sense: there is a pause between the attempts, and it grows."""
     engine = open_engine(fake.url())
     fake.claim_count("READ", 2**31)
-    request = in_background(read, engine, 0)
+    request = in_background(read_pages, engine, 0)
     wait_until(lambda: len(fake.calls("READ")) >= 3, "the request is sent again")
     before = len(fake.calls("READ"))
     time.sleep(1.0)  # what may happen in a second is what is measured
@@ -313,11 +261,11 @@ def test_a_server_that_is_always_wrong_is_not_hammered(fake: FakeNfsServer, open
     assert request.result(DEADLINE_S) == fake.content[:PAGE]
 
 
-def test_garbage_instead_of_a_reply(fake: FakeNfsServer, open_engine: Callable[..., Engine]) -> None:
+def test_garbage_instead_of_a_reply(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
     """Replies that do not decode cost the connection, not the request."""
     engine = open_engine(fake.url())
     fake.mangle("READ", lambda result: result[:7])
-    request = in_background(read, engine, 0)
+    request = in_background(read_pages, engine, 0)
     wait_until(lambda: len(fake.calls("READ")) >= 2, "the request is sent again")
     fake.mangle("READ", None)
     assert request.result(DEADLINE_S) == fake.content[:PAGE]
@@ -328,7 +276,7 @@ def test_garbage_instead_of_a_reply(fake: FakeNfsServer, open_engine: Callable[.
 
 @pytest.mark.parametrize("stable_writes", [False, True])
 def test_what_is_flushed_survives_a_crash(
-    new_fake: Callable[..., FakeNfsServer], open_engine: Callable[..., Engine], stable_writes: bool
+    new_fake: Callable[..., FakeNfsServer], open_engine: OpenEngine, stable_writes: bool
 ) -> None:
     """Large and small writes, some taken short, none larger than the server takes; after the flush all of them are
     on its disk: written FILE_SYNC, or committed.
@@ -337,9 +285,9 @@ def test_what_is_flushed_survives_a_crash(
     engine = open_engine(fake.url(), stable_writes=stable_writes)
     fake.limit("WRITE", 10_000)
     data = os.urandom(MIB)
-    engine.pwrite(data[: MIB // 2], 0)
+    write_pages(engine, 0, data[: MIB // 2])
     for number in range(128, 256):
-        engine.pwrite(data[number * PAGE : (number + 1) * PAGE], number * PAGE)
+        write_pages(engine, number, data[number * PAGE : (number + 1) * PAGE])
     engine.flush()
     fake.crash()
     assert fake.content == data
@@ -350,14 +298,14 @@ def test_what_is_flushed_survives_a_crash(
 
 @pytest.mark.parametrize("request_kind", ["flush", "fua"])
 def test_nothing_is_said_to_be_stable_too_early(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], request_kind: str
+    fake: FakeNfsServer, open_engine: OpenEngine, request_kind: str
 ) -> None:
     """Flush and FUA wait for the COMMIT's answer, not only for the WRITE's."""
     engine = open_engine(fake.url())
     page = os.urandom(PAGE)
     fake.hold("COMMIT")
     if request_kind == "flush":
-        request = in_background(write, engine, page, 0)
+        request = in_background(write_pages_and_flush, engine, 0, page)
     else:
         request = in_background(engine.pwrite, page, 0, True)
     fake.wait_for(1, DEADLINE_S)
@@ -369,7 +317,7 @@ def test_nothing_is_said_to_be_stable_too_early(
 
 
 def test_a_crash_between_write_and_commit(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], capfd: pytest.CaptureFixture[str]
+    fake: FakeNfsServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The server forgets what it had taken unstably: the new write verifier tells, and all of it is written again
     before the flush returns.
@@ -378,7 +326,7 @@ def test_a_crash_between_write_and_commit(
     said = SaidOnStderr(capfd)
     data = os.urandom(8 * PAGE)
     fake.hold("COMMIT")
-    written = in_background(write, engine, data, 0)
+    written = in_background(write_pages_and_flush, engine, 0, data)
     fake.wait_for(1, DEADLINE_S)
     fake.crash()
     assert fake.content[: len(data)] != data
@@ -388,16 +336,16 @@ def test_a_crash_between_write_and_commit(
     said.wait_for("writing 8 pages again")
 
 
-def test_a_page_is_never_written_twice_at_once(fake: FakeNfsServer, open_engine: Callable[..., Engine]) -> None:
+def test_a_page_is_never_written_twice_at_once(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
     """Rewritten while its WRITE is under way, it reads as the newest, and goes when the first has been answered."""
     engine = open_engine(fake.url())
     first, second = os.urandom(PAGE), os.urandom(PAGE)
     fake.hold("WRITE")
-    flushes = [in_background(write, engine, first, 0)]
+    flushes = [in_background(write_pages_and_flush, engine, 0, first)]
     fake.wait_for(1, DEADLINE_S)
-    engine.pwrite(second, 0)
+    write_pages(engine, 0, second)
     flushes.append(in_background(engine.flush))
-    assert read(engine, 0) == second
+    assert read_pages(engine, 0) == second
     with pytest.raises(TimeoutError):
         flushes[1].result(0.3)  # time enough for a second WRITE, if there were one
     assert fake.held_count == 1
@@ -408,7 +356,7 @@ def test_a_page_is_never_written_twice_at_once(fake: FakeNfsServer, open_engine:
 
 
 def test_a_server_that_lies_is_caught(
-    new_fake: Callable[..., FakeNfsServer], open_engine: Callable[..., Engine], capfd: pytest.CaptureFixture[str]
+    new_fake: Callable[..., FakeNfsServer], open_engine: OpenEngine, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It says that a page is on disk and loses it in a crash: reading it is EIO, never the old bytes. What it has
     kept is read on.
@@ -417,23 +365,21 @@ def test_a_server_that_lies_is_caught(
     engine = open_engine(fake.url(), region_pages=256)
     said = SaidOnStderr(capfd)
     fake.lying = True
-    write(engine, os.urandom(PAGE), 0)
+    write_pages_and_flush(engine, 0, os.urandom(PAGE))
     fake.lying = False
     others = os.urandom(3 * MIB)
-    write(engine, others, MIB)  # more than the region holds: the page is nowhere else by now
+    write_pages_and_flush(engine, MIB_PAGES, others)  # more than the region holds: the page is nowhere else by now
     fake.crash()
     with pytest.raises(OSError, match="Input/output error"):
-        read(engine, 0)
+        read_pages(engine, 0)
     said.wait_for("page 0 of the backing file is not what was written to it")
-    assert read(engine, MIB, len(others)) == others
+    assert read_pages(engine, MIB_PAGES, len(others) // PAGE) == others
 
 
 # Connections that break
 
 
-def test_resets_in_the_middle_of_a_reply(
-    backing_file: FileOnServer, proxy: TcpProxy, open_engine: Callable[..., Engine]
-) -> None:
+def test_resets_in_the_middle_of_a_reply(backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine) -> None:
     """200 times RST inside a READ's reply, with eight reads under way: every one returns the right bytes."""
     backing_file.path.write_bytes(content := os.urandom(backing_file.size_bytes))
     engine = open_engine(backing_file.url(nfsport=proxy.port))
@@ -441,13 +387,13 @@ def test_resets_in_the_middle_of_a_reply(
     for number in range(200):
         proxy.reset_after_reply_bytes(1 + number * 2_550)  # 200 places in eight replies of 64 KiB
         offsets = [(number * 8 + reader) * length % len(content) for reader in range(8)]
-        pieces = results([in_background(read, engine, offset, length) for offset in offsets])
+        pieces = results([in_background(read_pages, engine, offset // PAGE, length // PAGE) for offset in offsets])
         for offset, piece in zip(offsets, pieces, strict=True):
             assert piece == content[offset : offset + length], f"round {number}, offset {offset}"
         assert proxy.resets == number + 1
 
 
-def test_resets_while_writing(backing_file: FileOnServer, proxy: TcpProxy, open_engine: Callable[..., Engine]) -> None:
+def test_resets_while_writing(backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine) -> None:
     """30 times RST with eight writes under way: all return, and the file has every byte of them."""
     engine = open_engine(backing_file.url(nfsport=proxy.port))
     expected = bytearray(backing_file.size_bytes)
@@ -458,7 +404,7 @@ def test_resets_while_writing(backing_file: FileOnServer, proxy: TcpProxy, open_
         for writer in range(8):
             offset = (number * 8 + writer) * length
             expected[offset : offset + length] = data = os.urandom(length)
-            written.append(in_background(write, engine, data, offset))
+            written.append(in_background(write_pages_and_flush, engine, offset // PAGE, data))
         results(written)
     assert proxy.resets > 10
     assert backing_file.path.read_bytes() == expected
@@ -466,15 +412,15 @@ def test_resets_while_writing(backing_file: FileOnServer, proxy: TcpProxy, open_
 
 @pytest.mark.parametrize("fault", ["cut", "reset", "half_close"])
 def test_connections_that_end_while_requests_wait(
-    backing_file: FileOnServer, proxy: TcpProxy, open_engine: Callable[..., Engine], fault: str
+    backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine, fault: str
 ) -> None:
     """FIN, RST, FIN from one side, with reads and writes waiting for their replies: all are done."""
     engine = open_engine(backing_file.url(nfsport=proxy.port))
     page = os.urandom(PAGE)
     sent = proxy.passed_bytes[0]
     proxy.delay_s = 0.5  # longer than it takes to send the requests and end the connection
-    reads = [in_background(read, engine, number * PAGE) for number in range(4)]
-    writes = [in_background(write, engine, page, (16 + number) * PAGE) for number in range(4)]
+    reads = [in_background(read_pages, engine, number) for number in range(4)]
+    writes = [in_background(write_pages_and_flush, engine, 16 + number, page) for number in range(4)]
     wait_until(lambda: proxy.passed_bytes[0] > sent + 4 * PAGE, "the requests are with the server")
     {"cut": proxy.cut, "reset": proxy.reset, "half_close": lambda: proxy.half_close("client")}[fault]()
     proxy.delay_s = 0.0
@@ -486,15 +432,15 @@ def test_connections_that_end_while_requests_wait(
 
 @pytest.mark.parametrize("op", ["READ", "WRITE", "COMMIT"])
 @pytest.mark.parametrize("idle_s", [0, 0.2], ids=["at once", "after a while"])
-def test_nobody_else_has_to_ask(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], op: str, idle_s: float
-) -> None:
+def test_nobody_else_has_to_ask(fake: FakeNfsServer, open_engine: OpenEngine, op: str, idle_s: float) -> None:
     """One request waits alone when the connection goes: it is sent again by itself, whoever listens just then."""
     engine = open_engine(fake.url())
     time.sleep(idle_s)
     page = fake.content[:PAGE] if op == "READ" else os.urandom(PAGE)
     fake.hold(op)
-    request = in_background(read, engine, 0) if op == "READ" else in_background(write, engine, page, 0)
+    request = (
+        in_background(read_pages, engine, 0) if op == "READ" else in_background(write_pages_and_flush, engine, 0, page)
+    )
     fake.wait_for(1, DEADLINE_S)
     fake.crash()
     fake.release()
@@ -503,13 +449,11 @@ def test_nobody_else_has_to_ask(
     assert len(fake.calls(op)) >= 2
 
 
-def test_a_network_that_hangs_for_a_while(
-    backing_file: FileOnServer, proxy: TcpProxy, open_engine: Callable[..., Engine]
-) -> None:
+def test_a_network_that_hangs_for_a_while(backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine) -> None:
     """Nothing passes: the request waits, for it is not dead that is slow. Then everything goes on, on the same way."""
     engine = open_engine(backing_file.url(nfsport=proxy.port))
     proxy.black_hole = True
-    request = in_background(read, engine, 0)
+    request = in_background(read_pages, engine, 0)
     with pytest.raises(TimeoutError):
         request.result(1.0)
     proxy.black_hole = False
@@ -518,7 +462,7 @@ def test_a_network_that_hangs_for_a_while(
 
 
 def test_a_server_that_is_away_and_comes_back(
-    own_ganesha: Ganesha, open_engine: Callable[..., Engine], capfd: pytest.CaptureFixture[str]
+    own_ganesha: Ganesha, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Killed with requests under way and restarted: they are done, without an error, and two lines tell of it."""
     path = own_ganesha.export_path / "swap"
@@ -527,8 +471,8 @@ def test_a_server_that_is_away_and_comes_back(
     page = os.urandom(PAGE)
     said = SaidOnStderr(capfd)
     own_ganesha.kill()
-    reads = [in_background(read, engine, number * MIB) for number in range(4)]
-    written = in_background(write, engine, page, PAGE)
+    reads = [in_background(read_pages, engine, number * MIB_PAGES) for number in range(4)]
+    written = in_background(write_pages_and_flush, engine, 1, page)
     said.wait_for("no connection")
     own_ganesha.start()
     assert results(reads) == [content[number * MIB : number * MIB + PAGE] for number in range(4)]
@@ -540,7 +484,7 @@ def test_a_server_that_is_away_and_comes_back(
 
 
 def test_a_file_that_was_replaced_is_not_written_into(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], capfd: pytest.CaptureFixture[str]
+    fake: FakeNfsServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Another file under the name while the connection was lost: requests wait, a line says why; the stranger stays
     as it is. With the old file back in its place, everything goes on.
@@ -551,7 +495,7 @@ def test_a_file_that_was_replaced_is_not_written_into(
     said = SaidOnStderr(capfd)
     fake.replace(stranger := os.urandom(MIB), fileid=fileid + 1)
     fake.crash()
-    written = in_background(write, engine, page, 0)
+    written = in_background(write_pages_and_flush, engine, 0, page)
     said.wait_for("the file was replaced by another")
     lookups = len(fake.calls("LOOKUP"))
     wait_until(lambda: len(fake.calls("LOOKUP")) > lookups, "it looks again")
@@ -571,7 +515,7 @@ def test_close_while_idle(fake: FakeNfsServer) -> None:
     assert fake.open_connections == 1
     in_background(engine.close).result(5)
     wait_until(lambda: fake.open_connections == 0, "the connection is closed")
-    for call in (lambda: read(engine, 0), lambda: engine.pwrite(bytes(PAGE), 0), engine.flush):
+    for call in (lambda: read_pages(engine, 0), lambda: write_pages(engine, 0, bytes(PAGE)), engine.flush):
         with pytest.raises(ValueError, match="closed"):
             call()
     engine.close()
@@ -609,7 +553,7 @@ def test_close_brings_everything_to_the_server(
     said.wait_for("no connection")
     data = os.urandom(8 * PAGE) + b"\0" * PAGE + b"word" * (PAGE // 2)  # pages of one word are kept as such
     backing_file.path.write_bytes(b"\xff" * backing_file.size_bytes)
-    engine.pwrite(data, PAGE)
+    write_pages(engine, 1, data)
     closed = in_background(engine.close)
     with pytest.raises(TimeoutError):
         closed.result(0.3)
@@ -622,7 +566,7 @@ def test_close_waits_for_nobody(fake: FakeNfsServer) -> None:
     """While requests run it is refused, and the device works on."""
     engine = Engine(fake.url(), LOOPBACK)
     fake.hold("READ")
-    request = in_background(read, engine, 0)
+    request = in_background(read_pages, engine, 0)
     fake.wait_for(1, DEADLINE_S)
     with pytest.raises(RuntimeError, match="still running"):
         engine.close()
@@ -636,16 +580,16 @@ def test_close_waits_for_nobody(fake: FakeNfsServer) -> None:
 
 @pytest.mark.parametrize("export", ["/srv", "/srv/a", "/srv/a/b"])
 def test_an_export_of_a_parent_directory(
-    new_fake: Callable[..., FakeNfsServer], open_engine: Callable[..., Engine], export: str
+    new_fake: Callable[..., FakeNfsServer], open_engine: OpenEngine, export: str
 ) -> None:
     """The server lets only a parent of the URL's directory be mounted: it is, also when connecting again."""
     fake = new_fake(os.urandom(MIB), path="/srv/a/b/swap", export=export)
     engine = open_engine(fake.url())
-    assert read(engine, 0) == fake.content[:PAGE]
+    assert read_pages(engine, 0) == fake.content[:PAGE]
     mounts = len(fake.calls("MNT"))
     assert mounts == 1 + "/srv/a/b".count("/") - export.count("/")
     fake.crash()
-    assert read(engine, PAGE) == fake.content[PAGE : 2 * PAGE]
+    assert read_pages(engine, 1) == fake.content[PAGE : 2 * PAGE]
     assert len(fake.calls("MNT")) == mounts + 1
 
 

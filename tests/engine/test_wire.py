@@ -12,22 +12,20 @@ import errno
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.engines import PAGE, OpenEngine, opening, read_pages, results, write_pages
 from support.fake_nfs import NFS3_OK, NFS3ERR_IO, NFS3ERR_JUKEBOX, UNSTABLE, Call, FakeNfsServer
-from support.nfs_server import LOOPBACK
 from support.sunrpc import LAST_FRAGMENT, PROG_MISMATCH, SYSTEM_ERR, Credentials, opaque, record, u32, u64
 from support.tcp_queues import TcpQueues
 from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
 from nbdnfs.engine import Engine
 
-PAGE = 4096
 MIB = 1 << 20
+MIB_PAGES = MIB // PAGE
 SIZE = 4 * MIB
 # Nothing here is to be mended by the end of the engine's patience with a silent connection.
 NEVER_MS = 600_000
@@ -52,58 +50,28 @@ def fake(new_fake: Callable[..., FakeNfsServer]) -> FakeNfsServer:
 
 
 @pytest.fixture
-def open_engine(new_fake: Callable[..., FakeNfsServer]) -> Iterator[Callable[..., Engine]]:
-    """`open_engine(url)`: an engine that is closed at the end of the test, before the fake servers end."""
-    engines: list[Engine] = []
-
-    def open_it(url: str, **options: Any) -> Engine:
-        engines.append(open_engine_at(url, **options))
-        return engines[-1]
-
-    yield open_it
-    for engine in engines:
-        in_background(engine.close).result(DEADLINE_S)
-
-
-def open_engine_at(url: str, *, silence_ms: int = NEVER_MS, **options: Any) -> Engine:
-    """It reads nothing ahead, and waits for ever."""
-    return Engine(url, LOOPBACK, read_ahead_pages=0, silence_ms=silence_ms, **options)
+def engine_options() -> dict[str, int]:
+    """Nothing here is to be mended by the end of the engine's patience."""
+    return {"silence_ms": NEVER_MS}
 
 
 @pytest.fixture(scope="module")
 def lasting() -> Iterator[tuple[FakeNfsServer, Engine]]:
     """A server and an engine for the many examples of one property."""
-    with FakeNfsServer(os.urandom(SIZE)) as fake:
-        engine = open_engine_at(fake.url())
-        yield fake, engine
-        in_background(engine.close).result(DEADLINE_S)
+    with FakeNfsServer(os.urandom(SIZE)) as fake, opening(silence_ms=NEVER_MS) as open_engine:
+        yield fake, open_engine(fake.url())
 
 
-def read(engine: Engine, offset: int, length: int = PAGE) -> bytes:
-    """Whole pages. AssertionError when bytes around the buffer have changed."""
-    guard = os.urandom(PAGE)
-    memory = bytearray(guard + bytes(length) + guard)
-    try:
-        engine.pread(memoryview(memory)[PAGE : PAGE + length], offset)
-    finally:
-        assert memory[:PAGE] == memory[PAGE + length :] == guard, "it has written beside the buffer"
-    return bytes(memory[PAGE : PAGE + length])
-
-
-def results(futures: Sequence[Future[bytes]]) -> list[bytes]:
-    return [future.result(DEADLINE_S) for future in futures]
-
-
-def read_pages(fake: FakeNfsServer, engine: Engine, count: int, order: Sequence[int] | None = None) -> None:
+def read_at_once(fake: FakeNfsServer, engine: Engine, count: int, order: Sequence[int] | None = None) -> None:
     """Have the first pages read, each by a READ of its own, and see that they are right.
 
     Several are under way at once: the server has all of them before it answers the first, in `order`.
     """
     if count == 1:
-        pages = [in_background(read, engine, 0)]
+        pages = [in_background(read_pages, engine, 0)]
     else:
         fake.hold("READ")
-        pages = [in_background(read, engine, number * PAGE) for number in range(count)]
+        pages = [in_background(read_pages, engine, number) for number in range(count)]
         fake.wait_for(count, DEADLINE_S)
         fake.release(order=order)
     assert b"".join(results(pages)) == fake.content[: count * PAGE]
@@ -221,7 +189,7 @@ def test_answers_come_in_any_pieces_order_and_shape(lasting: tuple[FakeNfsServer
     for now in rounds:
         shaped(fake, now.shapes)
         fake.send_in_pieces(now.piece_sizes)
-        read_pages(fake, engine, len(now.order), now.order)
+        read_at_once(fake, engine, len(now.order), now.order)
     fake.send_in_pieces(None)
     assert callers(fake) == {WIRE}
     assert len(connections_of(fake.calls("READ"))) == 1
@@ -229,14 +197,12 @@ def test_answers_come_in_any_pieces_order_and_shape(lasting: tuple[FakeNfsServer
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("shape", [PLAIN, BARE], ids=["with attributes", "without"])
-def test_answers_come_byte_by_byte(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], count: int, shape: Shape
-) -> None:
+def test_answers_come_byte_by_byte(fake: FakeNfsServer, open_engine: OpenEngine, count: int, shape: Shape) -> None:
     """Of one READ and of several."""
     engine = open_engine(fake.url())
     fake.rewrite("READ", shape)
     fake.send_in_pieces(itertools.repeat(1))
-    read_pages(fake, engine, count)
+    read_at_once(fake, engine, count)
     assert callers(fake) == {WIRE}
 
 
@@ -244,13 +210,13 @@ def test_answers_come_byte_by_byte(
 @pytest.mark.parametrize("second", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("first", SHAPES.values(), ids=SHAPES)
 def test_no_answer_looks_like_the_one_before(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], first: Shape, second: Shape, count: int
+    fake: FakeNfsServer, open_engine: OpenEngine, first: Shape, second: Shape, count: int
 ) -> None:
     """Where the data begins is guessed from the last answer, and the guess is wrong, in both directions."""
     engine = open_engine(fake.url())
     shaped(fake, [first, second] * 4)
     for _ in range(8 // count):
-        read_pages(fake, engine, count)
+        read_at_once(fake, engine, count)
     assert callers(fake) == {WIRE}
     assert len(fake.calls("READ")) == 8
     assert len(connections_of(fake.calls("READ"))) == 1
@@ -260,12 +226,12 @@ def test_no_answer_looks_like_the_one_before(
 @pytest.mark.parametrize("shape", [PLAIN, BARE, LONG], ids=["plain", "without attributes", "with a verifier"])
 @pytest.mark.parametrize("count", [1, 4])
 def test_short_and_odd_counts(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], most_bytes: int, shape: Shape, count: int
+    fake: FakeNfsServer, open_engine: OpenEngine, most_bytes: int, shape: Shape, count: int
 ) -> None:
     """Less than asked for, with bytes that pad it: the rest, and no more, is asked for again."""
     engine = open_engine(fake.url())
     fake.rewrite("READ", dataclasses.replace(shape, most_bytes=most_bytes))
-    read_pages(fake, engine, count)
+    read_at_once(fake, engine, count)
     asked = [(at, PAGE - at) for at in range(0, PAGE, most_bytes)]
     expected = [(page * PAGE + at, left) for page in range(count) for at, left in asked]
     assert sorted((call.offset, call.count) for call in fake.calls("READ")) == expected
@@ -275,7 +241,7 @@ def test_short_and_odd_counts(
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize(("said", "sent"), [(PAGE, 1000), (1000, PAGE), (1001, 998), (0xFFFF_FFFF, 2000)])
 def test_a_count_that_is_not_that_of_the_data(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], said: int, sent: int, count: int
+    fake: FakeNfsServer, open_engine: OpenEngine, said: int, sent: int, count: int
 ) -> None:
     """What has been read is no more than either; the rest is asked for again."""
     engine = open_engine(fake.url())
@@ -285,7 +251,7 @@ def test_a_count_that_is_not_that_of_the_data(
         return record(head + u32(said, 0) + opaque(data))
 
     fake.rewrite("READ", answer, times=count)
-    read_pages(fake, engine, count)
+    read_at_once(fake, engine, count)
     rests = [(call.offset % PAGE, call.count) for call in fake.calls("READ")[count:]]
     assert rests == [(min(said, sent), PAGE - min(said, sent))] * count
     assert len(connections_of(fake.calls("READ"))) == 1
@@ -293,20 +259,18 @@ def test_a_count_that_is_not_that_of_the_data(
 
 @pytest.mark.parametrize("shape", [PLAIN, BARE], ids=["with attributes", "without"])
 @pytest.mark.parametrize("end_of_file", [True, False])
-def test_no_bytes_at_all(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], shape: Shape, end_of_file: bool
-) -> None:
+def test_no_bytes_at_all(fake: FakeNfsServer, open_engine: OpenEngine, shape: Shape, end_of_file: bool) -> None:
     """No data, be it the end of the file or not, is EIO: a device has no end in the middle. The next READ is right."""
     engine = open_engine(fake.url())
-    read_pages(fake, engine, 1)
+    read_at_once(fake, engine, 1)
 
     def empty(message: bytes) -> bytes:
         return record(shape.message(message)[: -PAGE - 12] + u32(0, end_of_file, 0))
 
     fake.rewrite("READ", empty, times=1)
     with pytest.raises(OSError, match="Input/output error"):
-        read(engine, 0)
-    read_pages(fake, engine, 4)
+        read_pages(engine, 0)
+    read_at_once(fake, engine, 4)
     assert len(connections_of(fake.calls("READ"))) == 1
 
 
@@ -315,21 +279,19 @@ def test_no_bytes_at_all(
 
 @pytest.mark.parametrize("before", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("shape", [PLAIN, BARE, LONG], ids=["with attributes", "without", "with a verifier"])
-def test_an_error_instead_of_data(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], before: Shape, shape: Shape
-) -> None:
+def test_an_error_instead_of_data(fake: FakeNfsServer, open_engine: OpenEngine, before: Shape, shape: Shape) -> None:
     """The reader gets it, at once, and the next one its page: of one READ, and of one in four."""
     engine = open_engine(fake.url())
     shaped(fake, [before, shape])
-    read_pages(fake, engine, 1)
+    read_at_once(fake, engine, 1)
     fake.fail("READ", NFS3ERR_IO, times=1)
     with pytest.raises(OSError, match="Input/output error") as caught:
-        read(engine, 0)
+        read_pages(engine, 0)
     assert caught.value.errno == errno.EIO
 
     fake.fail("READ", NFS3ERR_IO, times=1)
     fake.hold("READ")
-    pages = [in_background(read, engine, number * PAGE) for number in range(4)]
+    pages = [in_background(read_pages, engine, number) for number in range(4)]
     fake.wait_for(4, DEADLINE_S)
     fake.release()
     failed = [number for number, page in enumerate(pages) if page.exception(DEADLINE_S) is not None]
@@ -341,15 +303,15 @@ def test_an_error_instead_of_data(
 
 
 @pytest.mark.parametrize("before", [PLAIN, BARE, LONG], ids=["plain", "without attributes", "with a verifier"])
-def test_not_now_instead_of_data(fake: FakeNfsServer, open_engine: Callable[..., Engine], before: Shape) -> None:
+def test_not_now_instead_of_data(fake: FakeNfsServer, open_engine: OpenEngine, before: Shape) -> None:
     """JUKEBOX is no error to the reader, only a wait; the others go on."""
     engine = open_engine(fake.url())
     shaped(fake, [before])
-    read_pages(fake, engine, 1)
+    read_at_once(fake, engine, 1)
     fake.fail("READ", NFS3ERR_JUKEBOX, times=1)
-    read_pages(fake, engine, 1)
+    read_at_once(fake, engine, 1)
     fake.fail("READ", NFS3ERR_JUKEBOX, times=2)
-    read_pages(fake, engine, 4)
+    read_at_once(fake, engine, 4)
     assert len(fake.calls("READ")) == 1 + 2 + 6
     assert len(connections_of(fake.calls("READ"))) == 1
 
@@ -361,7 +323,7 @@ def test_not_now_instead_of_data(fake: FakeNfsServer, open_engine: Callable[...,
 @pytest.mark.parametrize("after", [b"", FATTR3], ids=["", "attributes after"])
 @pytest.mark.parametrize("size", [1, 7, MIB])
 def test_answers_to_writes(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], before: bytes, after: bytes, size: int
+    fake: FakeNfsServer, open_engine: OpenEngine, before: bytes, after: bytes, size: int
 ) -> None:
     """With and without attributes, in pieces: what they say is understood, and nothing is written twice."""
     engine = open_engine(fake.url())
@@ -372,7 +334,7 @@ def test_answers_to_writes(
     expected = bytearray(fake.content)
     for number in range(4):
         expected[number * 2 * PAGE : (number * 2 + 1) * PAGE] = page = os.urandom(PAGE)
-        engine.pwrite(page, number * 2 * PAGE)
+        write_pages(engine, number * 2, page)
     in_background(engine.flush).result(DEADLINE_S)
     assert fake.on_disk == expected
     assert [call.count for call in fake.calls("WRITE")] == [PAGE] * 4
@@ -381,12 +343,12 @@ def test_answers_to_writes(
 
 
 @pytest.mark.parametrize("limit", [1001, 1002, 1003, 4095])
-def test_writes_that_need_padding(fake: FakeNfsServer, open_engine: Callable[..., Engine], limit: int) -> None:
+def test_writes_that_need_padding(fake: FakeNfsServer, open_engine: OpenEngine, limit: int) -> None:
     """What a short WRITE has left is no multiple of four bytes: what comes after it is understood all the same."""
     engine = open_engine(fake.url())
     fake.limit("WRITE", limit)
     page = os.urandom(PAGE)
-    engine.pwrite(page, PAGE)
+    write_pages(engine, 1, page)
     in_background(engine.flush).result(DEADLINE_S)
     assert fake.on_disk[PAGE : 2 * PAGE] == page
     assert [call.count for call in fake.calls("WRITE")] == [PAGE - at for at in range(0, PAGE, limit)]
@@ -417,7 +379,7 @@ UNUSUAL: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("unusual", UNUSUAL.values(), ids=UNUSUAL)
 def test_unusual_answers_to_reads(
     fake: FakeNfsServer,
-    open_engine: Callable[..., Engine],
+    open_engine: OpenEngine,
     capfd: pytest.CaptureFixture[str],
     unusual: Callable[[bytes], bytes],
     connections: int,
@@ -426,15 +388,15 @@ def test_unusual_answers_to_reads(
     """One costs the connection and a line; no reader sees anything, and from then on libnfs gets the answers."""
     engine = open_engine(fake.url(), connections=connections)
     said = SaidOnStderr(capfd)
-    read_pages(fake, engine, count)
+    read_at_once(fake, engine, count)
     assert callers(fake) == {WIRE}
     fake.rewrite("READ", unusual, times=1)
-    read_pages(fake, engine, count)
+    read_at_once(fake, engine, count)
     said.wait_for("its answers are unusual")
     assert callers(fake) == {WIRE, LIBNFS}
     wires = connections_of(fake.calls("READ"))
     for _ in range(3):
-        read_pages(fake, engine, count)
+        read_at_once(fake, engine, count)
     if connections == 1:
         assert connections_of(fake.calls("READ")).keys() == wires.keys()
         assert caller(fake.calls("READ")[-1]) == LIBNFS
@@ -445,7 +407,7 @@ def test_unusual_answers_to_reads(
 @pytest.mark.parametrize("unusual", UNUSUAL.values(), ids=UNUSUAL)
 def test_unusual_answers_to_writes(
     fake: FakeNfsServer,
-    open_engine: Callable[..., Engine],
+    open_engine: OpenEngine,
     capfd: pytest.CaptureFixture[str],
     op: str,
     unusual: Callable[[bytes], bytes],
@@ -455,7 +417,7 @@ def test_unusual_answers_to_writes(
     said = SaidOnStderr(capfd)
     fake.rewrite(op, unusual, times=1)
     page = os.urandom(PAGE)
-    engine.pwrite(page, PAGE)
+    write_pages(engine, 1, page)
     in_background(engine.flush).result(DEADLINE_S)
     assert fake.on_disk[PAGE : 2 * PAGE] == page
     said.wait_for("its answers are unusual")
@@ -495,7 +457,7 @@ BROKEN: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
 def test_answers_that_make_no_sense(
     fake: FakeNfsServer,
-    open_engine: Callable[..., Engine],
+    open_engine: OpenEngine,
     capfd: pytest.CaptureFixture[str],
     broken: Callable[[bytes], bytes],
     is_guessed: bool,
@@ -506,10 +468,10 @@ def test_answers_that_make_no_sense(
     said = SaidOnStderr(capfd)
     if is_guessed:
         shaped(fake, [BARE])
-        read_pages(fake, engine, 1)
+        read_at_once(fake, engine, 1)
     fake.rewrite("READ", broken, times=1)
-    read_pages(fake, engine, count)
-    read_pages(fake, engine, 4)  # for what came too much is met by what comes next
+    read_at_once(fake, engine, count)
+    read_at_once(fake, engine, 4)  # for what came too much is met by what comes next
     assert len(connections_of(fake.calls("READ"))) == 2
     said.wait_for("connected again after")
     assert callers(fake) == {WIRE}
@@ -519,25 +481,24 @@ def test_answers_that_make_no_sense(
 @pytest.mark.parametrize("first", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("second", [PLAIN, BARE, LONG], ids=["plain", "without attributes", "with a verifier"])
 def test_little_data_and_much_that_is_none(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], first: Shape, second: Shape
+    fake: FakeNfsServer, open_engine: OpenEngine, first: Shape, second: Shape
 ) -> None:
     """Whatever that is taken for, the page is right."""
     engine = open_engine(fake.url())
     shaped(fake, [first, dataclasses.replace(second, most_bytes=4, beyond_bytes=3000)] * 3)
     for _ in range(3):
-        read_pages(fake, engine, 1)
+        read_at_once(fake, engine, 1)
     assert callers(fake) == {WIRE}
 
 
-def test_nothing_is_under_way_and_an_answer_comes(fake: FakeNfsServer, open_engine: Callable[..., Engine]) -> None:
+def test_nothing_is_under_way_and_an_answer_comes(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
     """The same where nobody waits: the one who comes next does so on a new connection."""
     engine = open_engine(fake.url())
     fake.rewrite("COMMIT", BROKEN["twice"], times=1)
-    engine.pwrite(os.urandom(PAGE), 0)
+    write_pages(engine, 0, os.urandom(PAGE))
     in_background(engine.flush).result(DEADLINE_S)
     wait_until(lambda: len(fake.calls("MNT")) == 2, "a new connection")
-    read_pages_from = 64 * PAGE
-    assert read(engine, read_pages_from) == fake.content[read_pages_from : read_pages_from + PAGE]
+    assert read_pages(engine, 64) == fake.content[64 * PAGE : 65 * PAGE]
     assert callers(fake) == {WIRE}
 
 
@@ -545,7 +506,7 @@ def test_nothing_is_under_way_and_an_answer_comes(fake: FakeNfsServer, open_engi
 
 
 def test_writes_that_do_not_fit_into_the_socket(
-    new_fake: Callable[..., FakeNfsServer], open_engine: Callable[..., Engine]
+    new_fake: Callable[..., FakeNfsServer], open_engine: OpenEngine
 ) -> None:
     """The server reads nothing, and then slowly: a WRITE stops in its middle and goes on there, and others follow.
     What is answered meanwhile is read, and what is asked for meanwhile is asked for after it.
@@ -553,20 +514,20 @@ def test_writes_that_do_not_fit_into_the_socket(
     fake = new_fake(narrow=True)
     engine = open_engine(fake.url(), region_pages=1024)
     fake.hold("READ", times=1)
-    early = in_background(read, engine, 3 * MIB)
+    early = in_background(read_pages, engine, 3 * MIB_PAGES)
     fake.wait_for(1, DEADLINE_S)
     (first,) = fake.calls("READ")
     fake.receive(0)
 
     expected = bytearray(fake.content)
     expected[:MIB] = data = os.urandom(MIB)
-    engine.pwrite(data, 0)
+    write_pages(engine, 0, data)
     flushed = in_background(engine.flush)
     with TcpQueues() as queues:
         wait_until(
             lambda: queues.of(first.client_port, fake.port)[1] > 2 * PAGE, "the beginning of a WRITE is in the socket"
         )
-        late = [in_background(read, engine, 3 * MIB + number * PAGE) for number in range(1, 5)]
+        late = [in_background(read_pages, engine, 3 * MIB_PAGES + number) for number in range(1, 5)]
         fake.release()
         assert early.result(DEADLINE_S) == expected[3 * MIB : 3 * MIB + PAGE]
         in_socket = queues.of(first.client_port, fake.port)[1]
@@ -583,18 +544,18 @@ def test_writes_that_do_not_fit_into_the_socket(
     assert list(connections_of(fake.calls("READ", "WRITE", "COMMIT"))) == [first.connection]
 
 
-def test_an_answer_to_half_a_call(new_fake: Callable[..., FakeNfsServer], open_engine: Callable[..., Engine]) -> None:
+def test_an_answer_to_half_a_call(new_fake: Callable[..., FakeNfsServer], open_engine: OpenEngine) -> None:
     """A WRITE that is said to be done before the server has it whole is not; it is sent again on a new connection."""
     fake = new_fake(narrow=True)
     engine = open_engine(fake.url())
     fake.hold("READ", times=1)
-    page = in_background(read, engine, 3 * MIB)
+    page = in_background(read_pages, engine, 3 * MIB_PAGES)
     fake.wait_for(1, DEADLINE_S)
     (call,) = fake.calls("READ")
     fake.receive(0)
     expected = bytearray(fake.content)
     expected[: 32 * PAGE] = data = os.urandom(32 * PAGE)
-    engine.pwrite(data, 0)
+    write_pages(engine, 0, data)
     flushed = in_background(engine.flush)
     with TcpQueues() as queues:
         wait_until(lambda: queues.of(call.client_port, fake.port)[1] > 2 * PAGE, "half of a WRITE is in the socket")
@@ -613,11 +574,11 @@ def test_an_answer_to_half_a_call(new_fake: Callable[..., FakeNfsServer], open_e
 # What calls say of themselves
 
 
-def test_xids_begin_anew(fake: FakeNfsServer, open_engine: Callable[..., Engine]) -> None:
+def test_xids_begin_anew(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
     """A server knows a repeated call by its xid: no connection begins with that of another, and none uses one twice."""
     engine = open_engine(fake.url(), connections=2)
     for _ in range(3):
-        read_pages(fake, engine, 4)
+        read_at_once(fake, engine, 4)
         fake.disconnect()
         wait_until(lambda: fake.open_connections == 2, "it has connected again, with both")
     connections = connections_of(fake.calls("READ")).values()
@@ -634,14 +595,14 @@ def test_xids_begin_anew(fake: FakeNfsServer, open_engine: Callable[..., Engine]
 )
 def test_calls_come_from_the_urls_user(
     fake: FakeNfsServer,
-    open_engine: Callable[..., Engine],
+    open_engine: OpenEngine,
     params: dict[str, int],
     expected: tuple[int, int] | None,
 ) -> None:
     """READ, WRITE and COMMIT have the URL's uid and gid, or those of the process."""
     engine = open_engine(fake.url(**params))
-    read_pages(fake, engine, 1)
-    engine.pwrite(os.urandom(PAGE), 0)
+    read_at_once(fake, engine, 1)
+    write_pages(engine, 0, os.urandom(PAGE))
     in_background(engine.flush).result(DEADLINE_S)
     for op in ("READ", "WRITE", "COMMIT"):
         found = [call.credentials for call in fake.calls(op)]
@@ -650,13 +611,13 @@ def test_calls_come_from_the_urls_user(
 
 @pytest.mark.parametrize("size", [1, MIB])
 def test_a_slow_server_is_asked_whether_it_is_there(
-    fake: FakeNfsServer, open_engine: Callable[..., Engine], capfd: pytest.CaptureFixture[str], size: int
+    fake: FakeNfsServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str], size: int
 ) -> None:
     """It is, as its answer to a NULL says over the same connection: that one stays, and the READ is answered there."""
     engine = open_engine(fake.url(), silence_ms=300)
     said = SaidOnStderr(capfd)
     fake.hold("READ")
-    page = in_background(read, engine, 0)
+    page = in_background(read_pages, engine, 0)
     fake.wait_for(1, DEADLINE_S)
     (asked,) = fake.calls("READ")
     fake.send_in_pieces(itertools.repeat(size))
@@ -673,14 +634,14 @@ def test_a_slow_server_is_asked_whether_it_is_there(
     assert not said.lines
 
 
-def test_several_connections_at_once(fake: FakeNfsServer, open_engine: Callable[..., Engine]) -> None:
+def test_several_connections_at_once(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
     """Each has its own answers in pieces, and is lost now and then: no byte is wrong."""
     engine = open_engine(fake.url(), connections=3)
     shaped(fake, [BARE, PLAIN, LONG] * 20)
     fake.send_in_pieces(itertools.chain([1] * 100, itertools.cycle([7, 130, 4096, 10_000])))
     for number in range(8):
         offsets = [(number * 8 + reader) * 16 * PAGE % SIZE for reader in range(8)]
-        pieces = [in_background(read, engine, offset, 16 * PAGE) for offset in offsets]
+        pieces = [in_background(read_pages, engine, offset // PAGE, 16) for offset in offsets]
         if number % 2:
             fake.disconnect()
         for offset, piece in zip(offsets, results(pieces), strict=True):
@@ -693,11 +654,11 @@ def test_several_connections_at_once(fake: FakeNfsServer, open_engine: Callable[
 
 
 @pytest.mark.parametrize("transport", ["wire", "libnfs"])
-def test_who_makes_the_calls(fake: FakeNfsServer, open_engine: Callable[..., Engine], transport: str) -> None:
+def test_who_makes_the_calls(fake: FakeNfsServer, open_engine: OpenEngine, transport: str) -> None:
     """READ, WRITE and COMMIT are libnfs's with transport="libnfs", and otherwise none is."""
     engine = open_engine(fake.url(), transport=transport)
-    read_pages(fake, engine, 4)
-    engine.pwrite(page := os.urandom(PAGE), 0)
+    read_at_once(fake, engine, 4)
+    write_pages(engine, 0, page := os.urandom(PAGE))
     in_background(engine.flush).result(DEADLINE_S)
     assert fake.on_disk[:PAGE] == page
     for op in ("READ", "WRITE", "COMMIT"):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A seeded fault-injection run: verified reads and writes through a real worker while faults strike at random.
 
-    .venv/bin/python tests/faults/run.py --seconds 600 [--seed N] [--version 4]
+    make faults ARGS="--seconds 600 [--seed N] [--version 4]"
 
-Everything that is drawn comes from the seed, which is printed: the faults with their times, and each thread's
-requests. How the two meet is up to the machine. Exit status 0: no wrong byte, no error, nothing that hung. Needs
-root, for the server and a small file system under its export.
+The seed, which is printed, decides the faults with their times and each thread's requests; how they coincide is up
+to the machine. Exit status 0: no wrong byte, no error, no request that hung. Needs root, for the server and a small
+file system under its export.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from strikes import Strikes
 from support.nfs_server import Ganesha
 from support.proxy import TcpProxy
@@ -29,7 +27,7 @@ from verified_load import VerifiedLoad
 
 MIB = 1 << 20
 REGION_PAGES = 1024
-# shorter than the worker's own, so that it is looked into several times in a run
+# shorter than the default, so that silent connections are replaced several times in a run
 SILENCE_MS = 3000
 _PAUSES_S = (1.0, 10.0)
 _LAST_REQUESTS_S = 60.0
@@ -38,7 +36,7 @@ _LAST_REQUESTS_S = 60.0
 def run(
     *, seconds: float, seed: int, version: int = 3, connections: int = 1, device_bytes: int = 512 * MIB, workdir: Path
 ) -> tuple[list[str], list[str]]:
-    """One run. Returns what went wrong, in texts, and what the worker said on stderr."""
+    """One run. Returns the failures, as texts, and the lines that the worker logged."""
     draw = random.Random(seed)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(small_filesystem(workdir, device_bytes * 5 // 4))
@@ -46,7 +44,7 @@ def run(
         proxy = stack.enter_context(TcpProxy(server.nfs_port))
         path = server.export_path / "swap"
         with path.open("wb") as file:
-            file.truncate(device_bytes)  # all of it holes, so that a full file system matters
+            file.truncate(device_bytes)  # all holes, so that a full file system matters
         worker = stack.enter_context(
             serving(
                 server.url(path.name, version, nfsport=proxy.port),
@@ -89,11 +87,15 @@ def _strike_until(end_s: float, strikes: Strikes, load: VerifiedLoad, draw: rand
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Verified reads and writes while faults strike at random.")
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="of an earlier run, to replay it")
-    parser.add_argument("--version", type=int, choices=(3, 4), default=3, help="of NFS; 4 needs libnfs 5 or newer")
-    parser.add_argument("--connections", type=int, choices=(1, 2), default=1, help="of the worker, to the server")
-    parser.add_argument("--device-mib", type=int, default=512)
+    parser.add_argument("--seconds", type=float, default=600, help="how long faults strike")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="replay the run with this seed")
+    parser.add_argument(
+        "--version", type=int, choices=(3, 4), default=3, help="version of NFS; 4 needs libnfs 5 or newer"
+    )
+    parser.add_argument(
+        "--connections", type=int, choices=(1, 2), default=1, help="connections of the worker to the server"
+    )
+    parser.add_argument("--device-mib", type=int, default=512, help="size of the device")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="nbdnfs-faults-") as folder:
@@ -106,7 +108,7 @@ def main() -> int:
             workdir=Path(folder),
         )
     if failures:
-        print(*said[-40:], *failures, f"again: --seed {args.seed}", sep="\n", flush=True)
+        print(*said[-40:], *failures, f'to replay: make faults ARGS="--seed {args.seed}"', sep="\n", flush=True)
     return 1 if failures else 0
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What strikes in a fault-injection run: one kind a function, which sets the fault, and says how it is mended."""
+"""The faults of a fault-injection run: each method sets one, and returns its name and the function that ends it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ MIB = 1 << 20
 
 
 class Strikes:
-    """The tools on one server, the proxy before it, and the small file system under its export.
+    """Faults of one server, of the proxy before it, and of the small file system under its export.
 
-    `strike` sets a fault and returns its name and what mends it; at most one is in force at a time.
+    `strike` sets a random fault and returns its name and the function that ends it; one is in force at a time.
     """
 
     def __init__(self, server: Ganesha, proxy: TcpProxy, draw: random.Random) -> None:

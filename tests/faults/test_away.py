@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A worker whose NAS is away: what it costs, and what it says."""
+"""A worker whose NAS is away: its CPU time, and its log."""
 
 from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.nbd_client import NbdClient
@@ -49,7 +51,10 @@ def test_a_nas_that_is_away(own_ganesha: Ganesha, tmp_path: Path, how: str, away
         else:
             proxy.black_hole = True
         proxy.cut()
-        waiting = [in_background(reader.read, 0, PAGE), in_background(lambda: writer.write(PAGE, data, fua=True))]
+        waiting: list[Future[Any]] = [
+            in_background(reader.read, 0, PAGE),
+            in_background(lambda: writer.write(PAGE, data, fua=True)),
+        ]
         begin_s, begin_cpu_s = time.monotonic(), cpu_s(worker)
         time.sleep(away_s)  # the time is what is measured
         share = (cpu_s(worker) - begin_cpu_s) / (time.monotonic() - begin_s)

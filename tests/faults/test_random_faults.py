@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A minute of the fault-injection run (run.py): zero wrong bytes, zero errors, and nothing that hangs."""
+"""A minute of the fault-injection run (run.py): no wrong byte, no error, and no request that hangs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIB = 1 << 20
 
 @pytest.mark.timeout(400)
 def test_a_minute_of_faults(tmp_path: Path) -> None:
-    """Another one each time; its seed is printed, and `tests/faults/run.py --seed` replays it."""
+    """With another seed each time; it is printed, and `make faults ARGS="--seed N"` replays it."""
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
     failures, said = run.run(seconds=SECONDS, seed=seed, device_bytes=128 * MIB, workdir=tmp_path)

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import FileOnServer
-from support.nfs_server import LOOPBACK
+from support.nfs_server import LOOPBACK, FileOnServer
 from support.owner_records import HOLDER, beside, record_path
 
 from nbdnfs.keeper import main

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FileOnServer
-from support.nfs_server import Ganesha
+from support.nfs_server import FileOnServer, Ganesha
 from support.owner_records import (
     HOLDER,
     QUICK,

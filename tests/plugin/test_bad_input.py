@@ -11,10 +11,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import FileOnServer
-from support.nfs_server import LOOPBACK, Ganesha, free_ports, program
+from support.nfs_server import LOOPBACK, FileOnServer, Ganesha, free_ports, program
 from support.waiting import DEADLINE_S
 
 import nbdnfs
@@ -47,7 +47,7 @@ def serve_fails(socket_path: Path) -> Iterator[Callable[..., list[str]]]:
     or leaves a socket.
     """
 
-    def run(status: int, text: str, *options: str, **how: object) -> list[str]:
+    def run(status: int, text: str, *options: str, **how: Any) -> list[str]:
         command = [sys.executable, "-m", "nbdnfs", "serve", text, "--socket", str(socket_path), *options]
         return last_lines(status, command, **how)
 
@@ -55,9 +55,9 @@ def serve_fails(socket_path: Path) -> Iterator[Callable[..., list[str]]]:
     assert not socket_path.exists()
 
 
-def last_lines(status: int, command: Sequence[str], **how: object) -> list[str]:
+def last_lines(status: int, command: Sequence[str], **how: Any) -> list[str]:
     """Run a command to its end; the last two lines that it says, without their prefix."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False, **how)  # type: ignore[call-overload]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False, **how)
     lines = done.stderr.splitlines()
     assert done.returncode == status, done.stderr
     assert done.stdout == ""
@@ -343,6 +343,7 @@ def test_nbdkits_python_is_too_old(
     ]
 
 
+@pytest.mark.server
 def test_another_python_than_nbdkits_is_told(caplog: pytest.LogCaptureFixture) -> None:
     """It works, so it is a warning: in one line, with both versions and the remedy. The same one: no word."""
     with caplog.at_level(logging.INFO):

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import FileOnServer
 from support.nbd_client import NbdClient
+from support.nfs_server import FileOnServer
 from support.proxy import TcpProxy
 from support.waiting import wait_until
 from support.worker_process import Worker, serving

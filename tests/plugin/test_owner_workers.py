@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import FileOnServer
 from support.nbd_client import FLUSH, READ, WRITE, NbdClient, Request
+from support.nfs_server import FileOnServer
 from support.waiting import DEADLINE_S, in_background, wait_until
 from support.worker_process import serving
 

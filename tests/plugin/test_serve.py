@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FileOnServer
 from support import second_reader
 from support.nbd_client import READ, TRIM, WRITE, NbdClient, Request
-from support.nfs_server import Ganesha, program
+from support.nfs_server import FileOnServer, Ganesha, program
 from support.proxy import TcpProxy
 from support.waiting import DEADLINE_S, in_background, wait_until
 from support.worker_process import serving
@@ -236,7 +235,7 @@ def test_an_error_of_the_server_is_the_clients_errno(backing_file: FileOnServer,
     """The file is truncated: EIO on the wire for what is missing, the rest goes on, no traceback of ours."""
     with serving(backing_file.url(), directory) as worker, NbdClient(worker.socket, DEADLINE_S) as client:
         os.truncate(backing_file.path, MIB)
-        with pytest.raises(OSError, match="refused") as caught:
+        with pytest.raises(OSError, match="rejected") as caught:
             client.read(2 * MIB, PAGE)
         assert caught.value.errno == errno.EIO
         assert client.read(0, PAGE) == bytes(PAGE)

@@ -18,19 +18,6 @@ MOST_COLUMNS = 120
 MOST_FILE_LINES = 400
 TAB_COLUMNS = 8
 
-# Where a rule does not hold yet, by name; nothing is added here without a reason.
-ALLOWED_FUNCTIONS: dict[str, str] = {
-    "vm-tests/test_owner.py:test_boots_and_a_theft": "to be split with the harness",
-}
-ALLOWED_LINES: dict[str, str] = {
-    "bench/load.c": "moves with the benchmarks",
-    "tests/plugin/test_bad_input.py": "moves with tests/support",
-    "tools/bootstrap.sh": "to be shortened with its messages",
-    "vm-tests/inside/hog.c": "moves with the harness",
-}
-
-ALLOWED_FILES: dict[str, str] = {}
-
 
 def sources(*suffixes: str) -> list[Path]:
     """Files of the project that are, or are about to be, under version control."""
@@ -83,8 +70,7 @@ def test_functions_are_short() -> None:
         for name, lines in (python_functions if path.suffix == ".py" else c_functions)(path.read_text())
         if lines > MOST_FUNCTION_LINES
     }
-    assert {name: lines for name, lines in found.items() if name not in ALLOWED_FUNCTIONS} == {}
-    assert set(ALLOWED_FUNCTIONS) <= set(found), "an exception that is not needed any more"
+    assert found == {}
 
 
 def test_lines_are_short() -> None:
@@ -95,7 +81,7 @@ def test_lines_are_short() -> None:
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if len(line.expandtabs(TAB_COLUMNS)) > MOST_COLUMNS
     ]
-    assert [name for name in found if name.partition(":")[0] not in ALLOWED_LINES] == []
+    assert found == []
 
 
 def test_files_of_the_engine_are_short() -> None:
@@ -105,7 +91,7 @@ def test_files_of_the_engine_are_short() -> None:
         for path in sources(".c", ".h")
         if path.is_relative_to(PROJECT / "nbdnfs") and (count := len(path.read_text().splitlines())) > MOST_FILE_LINES
     }
-    assert {name: lines for name, lines in found.items() if name not in ALLOWED_FILES} == {}
+    assert found == {}
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Fault tool: a kernel's nbd device for a keeper, and the client that speaks through it.
+"""Fault tool: a kernel's nbd device for a keeper, and the client that does I/O on it.
 
-It keeps what the real one promises (drivers/block/nbd.c): it holds the socket that it is given until that is
-dead; it takes another one only then, and reports success either way; a request that was under way when the
-link broke is sent again on the next. One device, one request at a time.
+It behaves as the real one (drivers/block/nbd.c): it keeps a socket until that is dead; only then does it accept
+another, and it reports success either way; a request that was in flight when its socket died is sent again on the
+next. One device, one request at a time.
 """
 
 from __future__ import annotations
@@ -24,20 +24,10 @@ class FakeLinkError(AssertionError):
     """The keeper gave no living link in time."""
 
 
-class _Client(NbdClient):
-    """An NBD client on a socket whose handshake is done."""
-
-    def __init__(self, sock: socket.socket, timeout_s: float) -> None:
-        self._socket = sock
-        self._socket.settimeout(timeout_s)
-        self._timeout_s = timeout_s
-        self._cookie = 0
-
-
 class FakeKernel:
-    """keeper.Kernel. `timeout_s` bounds every wait of the client's; the counts are of what the keeper has asked.
+    """keeper.Kernel. Every wait of the client ends after `timeout_s`; the counters count the keeper's calls.
 
-    The keeper's thread calls what the protocol has; another thread does the I/O. `_lock` guards the socket and the
+    The keeper's thread calls the protocol's methods; another thread does the I/O. `_lock` guards the socket and the
     device, and is notified when they change.
     """
 
@@ -56,7 +46,7 @@ class FakeKernel:
         self._news_read, self._news_write = os.pipe2(os.O_NONBLOCK)
         self._dead: list[int] = []
 
-    # What the keeper sees
+    # The keeper's side: keeper.Kernel
 
     def fileno(self) -> int:
         return self._news_read
@@ -96,16 +86,16 @@ class FakeKernel:
         self.close()
         self.attached = None
 
-    # What the test does
+    # The test's side
 
     def send_link_dead(self, index: int) -> None:
-        """LINK_DEAD for a device, true or not."""
+        """Announce LINK_DEAD for a device, whether its socket is dead or not."""
         with self._lock:
             self._dead.append(index)
             os.write(self._news_write, b"x")
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the socket, as when the worker dies."""
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
@@ -113,19 +103,19 @@ class FakeKernel:
             self._lock.notify_all()
 
     def destroy(self) -> None:
-        """Hang up, and let go of all descriptors: nobody looks at it any more."""
+        """Close the socket and all other descriptors. The object is of no use afterwards."""
         self.close()
         os.close(self._news_read)
         os.close(self._news_write)
 
     @property
     def links(self) -> int:
-        """How many sockets it has taken so far."""
+        """How many sockets it has accepted so far."""
         with self._lock:
             return self._links
 
     def wait_for_link(self, count: int) -> None:
-        """Until it has taken `count` sockets."""
+        """Wait until it has accepted `count` sockets. FakeLinkError after `timeout_s`."""
         with self._lock:
             if not self._lock.wait_for(lambda: self._links >= count, self._timeout_s):
                 raise FakeLinkError(f"{self._links} links after {self._timeout_s} s, not {count}")
@@ -155,8 +145,8 @@ class FakeKernel:
                 sock, links = self._socket, self._links
             if sock is not None:
                 try:
-                    (reply,) = _Client(sock, self._timeout_s).run([request])
-                except (ConnectionError, TimeoutError):
+                    (reply,) = NbdClient.over(sock, self._timeout_s).run([request])
+                except OSError:  # also EBADF: `_take` may close it meanwhile
                     broken_s = broken_s or time.monotonic()
                 else:
                     if broken_s is not None:

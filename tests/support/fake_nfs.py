@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Fault tool: an NFSv3 server with one file in memory that does what a test tells it to.
+"""Fault tool: an NFSv3 server with one file in memory and with faults that a test sets.
 
     with FakeNfsServer(bytes(1 << 20)) as server:
         device = Engine(server.url(), LOOPBACK)
@@ -9,7 +9,7 @@
         server.fail("WRITE", NFS3ERR_NOSPC, times=2)
         server.crash()                             # unstable writes are lost, the verifier changes
 
-Fake: it is for faults that a real server shows too rarely. What does not need one is tested with Ganesha.
+It is for faults that a real server shows too rarely. Everything else is tested with Ganesha.
 Procedures are named as in RFC 1813: "READ", "WRITE", "COMMIT", "GETATTR", "LOOKUP", "ACCESS", "FSINFO",
 "FSSTAT", "PATHCONF", and "MNT" for MOUNT's.
 """
@@ -82,8 +82,8 @@ _REGULAR, _DIRECTORY = 1, 2
 MIB = 1 << 20
 
 
-def _put(file: bytearray, offset: int, data: bytes) -> None:
-    """As pwrite(2): what lies between the end and a later offset is zeros."""
+def _put(file: bytearray, offset: int, data: bytes | bytearray) -> None:
+    """As pwrite(2): a gap between the end and a later offset is filled with zeros."""
     file.extend(bytes(max(0, offset - len(file))))
     file[offset : offset + len(data)] = data
 
@@ -92,8 +92,7 @@ def _put(file: bytearray, offset: int, data: bytes) -> None:
 class Call:
     """A call that arrived. Offset, count and stable are 0 where the procedure has none.
 
-    How it came and from whom is no part of what was asked: the xid, the connection's number and its client's port,
-    AUTH_SYS.
+    The xid, the connection's number, its client's port and the credentials do not count in comparisons.
     """
 
     op: str
@@ -138,10 +137,10 @@ class FakeNfsServer(RpcServer):
     content     the file
     path        the file's path; its directories are there too
     export      the directory that may be mounted; by default the file's
-    rtmax, wtmax  the most bytes that a READ and a WRITE may move, as FSINFO tells
+    rtmax, wtmax  the most bytes that a READ and a WRITE may move, as FSINFO reports
     narrow      as RpcServer
 
-    `lying` may be set at any time: an "async" export. What is written or committed meanwhile never gets to disk.
+    `lying` may be set at any time: an "async" export. Data written or committed meanwhile never reaches the disk.
     """
 
     def __init__(
@@ -178,7 +177,7 @@ class FakeNfsServer(RpcServer):
     # Faults
 
     def delay(self, op: str, seconds: float) -> None:
-        """Every call of `op` is done and answered so much later; none waits for another."""
+        """Execute and answer every call of `op` this much later; calls do not wait for each other."""
         with self._lock:
             self._of(op).delay_s = seconds
 
@@ -196,15 +195,15 @@ class FakeNfsServer(RpcServer):
             self._of(op).limit_bytes = count
 
     def claim_count(self, op: str, count: int | None) -> None:
-        """READ or WRITE says that it moved `count` bytes, whatever was asked; None: the truth.
+        """READ or WRITE claims to have moved `count` bytes, whatever was asked; None: the truth.
 
-        READ's answer really has as many, up to a MiB.
+        READ's answer has that many bytes, up to a MiB.
         """
         with self._lock:
             self._of(op).claimed_count = count
 
     def claim_stable(self, stable: int | None) -> None:
-        """WRITE says that it wrote `stable` (UNSTABLE, ...), whatever it did; None: the truth."""
+        """WRITE claims to have written `stable` (UNSTABLE, ...), whatever it did; None: the truth."""
         with self._lock:
             self._of("WRITE").claimed_stable = stable
 
@@ -222,29 +221,29 @@ class FakeNfsServer(RpcServer):
             self._of(op).rewrite, self._of(op).rewritten_times = change, times
 
     def send_in_pieces(self, sizes: Iterable[int] | None) -> None:
-        """What is sent from now on goes out in pieces of so many bytes, each when the client has read the one before.
+        """Send in pieces of these sizes from now on, each piece when the client has read the one before.
 
-        When there are no more sizes, and with None: as it comes.
+        Without further sizes, and with None, there are no pieces.
         """
         with self._lock:
             self._piece_sizes = None if sizes is None else iter(sizes)
 
     def receive(self, count: int | None) -> None:
-        """So many bytes are received, and then nothing; None: all that comes."""
+        """Receive `count` more bytes and then nothing; None: everything."""
         with self._lock:
             self._may_receive_bytes = count
         self._wake()
 
     @property
     def has_received(self) -> bool:
-        """Whether all that `receive()` allows has come."""
+        """Whether as many bytes have arrived as `receive()` allows."""
         with self._lock:
             return self._may_receive_bytes == 0
 
     def hold(self, op: str, *, after: bool = False, times: int | None = None) -> None:
         """Calls of `op`, or the next `times` of them, wait until `release()`.
 
-        With `after`, they are done when they come: the answer waits.
+        With `after`, the call is executed when it arrives, and only its answer waits.
         """
         with self._lock:
             faults = self._of(op)
@@ -263,9 +262,9 @@ class FakeNfsServer(RpcServer):
             return len(self._held)
 
     def release(self, *, reverse: bool = False, order: Sequence[int] | None = None) -> None:
-        """Answer what is held, the last come first if `reverse`, and hold nothing any more.
+        """Answer the held calls, the last to arrive first if `reverse`, and hold no more.
 
-        `order` has the place in the order of arrival of what is answered first, second, ...
+        `order` lists places in the order of arrival: of the call answered first, second, ...
         """
         with self._lock:
             for faults in self._faults.values():
@@ -282,7 +281,7 @@ class FakeNfsServer(RpcServer):
         self._wake()
 
     def crash(self) -> None:
-        """Power fails and comes back: what is not on disk is lost, connections are reset, the verifier changes."""
+        """Power fails and returns: data not on disk is lost, connections are reset, the write verifier changes."""
         with self._lock:
             self._content = self._on_disk.copy()
             self._unstable.clear()
@@ -292,18 +291,18 @@ class FakeNfsServer(RpcServer):
         self._wait_for_reset()
 
     def disconnect(self) -> None:
-        """Connections are reset. What is held is not forgotten: released, it is done, and answered to nobody."""
+        """Reset the connections. Held calls stay: when released they are executed, and their answers are dropped."""
         with self._lock:
             self._reset_connections()
         self._wait_for_reset()
 
     def expire_handles(self) -> None:
-        """Every file handle given out so far is stale. The file is still the same."""
+        """Make every file handle issued so far stale. The file stays the same."""
         with self._lock:
             self._generation += 1
 
     def replace(self, content: bytes, fileid: int) -> None:
-        """Another file under the same name, or with the old `fileid` the old one. Every handle is stale."""
+        """Put another file under the name, or the same one if `fileid` is the old one. Every handle is stale."""
         with self._lock:
             self._fileid = fileid
             self._generation += 1
@@ -335,7 +334,7 @@ class FakeNfsServer(RpcServer):
             return bytes(self._on_disk)
 
     def calls(self, *ops: str) -> list[Call]:
-        """The calls that have come, in their order; of `ops`, or all."""
+        """The calls so far, in the order of their arrival: those of `ops`, or all."""
         with self._lock:
             return [call for call in self._calls if not ops or call.op in ops]
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Fault tool: the file descriptor store of PID 1, for keepers that come and go.
 
-It does what systemd does (src/core/service.c): takes notifications one after the other, keeps descriptors under their
-names, drops one at its other end's hang-up unless FDPOLL=0 came with it, and hands all of them to the next process.
-It can be slow, which systemd may be on a machine that swaps.
+It behaves as systemd (src/core/service.c): takes notifications in order, keeps descriptors by name, drops one whose
+other end has closed unless it was sent with FDPOLL=0, and passes all of them to the next process.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _FLUSH = b"X_FLUSHED=1"
 
 
 class FakeSystemd:
-    """Listens until `close`. `loses`: it never hears that something is to be forgotten.
+    """Listens until `close`. While `loses` is set, FDSTOREREMOVE is ignored.
 
     `_lock` guards the store and is notified when a message has been taken.
     """
@@ -38,19 +37,19 @@ class FakeSystemd:
         self._thread.start()
 
     def names(self) -> set[str]:
-        """What is stored, after all that has been told so far."""
+        """The names that are stored, once all notifications so far have been taken."""
         self._settle()
         return set(self._stored)
 
     def hand_over(self) -> dict[str, int]:
-        """Copies of what is stored, as the next keeper gets them; the store keeps its own."""
+        """Copies of the stored descriptors, as the next keeper gets them; the store keeps its own."""
         self._settle()
         with self._lock:
             self._drop_what_hung_up()
             return {name: os.dup(descriptor) for name, descriptor in self._stored.items()}
 
     def drop(self) -> None:
-        """The unit has stopped."""
+        """Empty the store, as when the unit has stopped."""
         self._settle()
         with self._lock:
             for name in list(self._stored):
@@ -105,7 +104,7 @@ class FakeSystemd:
 
 
 def wait_until_ended(pid: int, timeout_s: float = 15.0) -> None:
-    """Until a process that need not be a child of ours is gone, or a zombie that nobody has waited for."""
+    """Wait for the end of a process, which need not be a child of this one; a zombie has ended."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Fault tool: a program that stands for nbdkit with our plugin, as a keeper starts it; it serves zeros.
+"""Fault tool: a program in place of nbdkit with the plugin, as a keeper starts it; it serves zeros.
 
     python fake_worker.py BEHAVIOUR
 
-serve     as the real one: a standby until the word comes, then an NBD server until its connection ends
-exit:N    ends with status N when the word comes
-early:N   ends with status N at once
-mute      takes the word, and never greets
-deaf      serves, and does not notice the end of its connection
+serve     as the real one: a standby until it is activated, then an NBD server until its connection closes
+exit:N    exits with status N when it is activated
+early:N   exits with status N at once
+mute      is activated, and never sends a greeting
+deaf      serves, and ignores the end of its connection
 """
 
 import os
@@ -53,7 +53,7 @@ def _serve(sock: socket.socket) -> None:
 
 
 def main() -> None:
-    """Behave."""
+    """Run the behaviour that the first argument names."""
     behaviour, _, status = sys.argv[1].partition(":")
     if behaviour == "early":
         sys.exit(int(status))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A keeper in the test's own thread, a scenario in another one; and the work of a keeper whose swap is a word."""
+"""A keeper in the test's own thread, a scenario in another; and a keeper's work with real workers and no swap."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ until = functools.partial(wait_until, what="it is so", timeout_s=20.0)
 
 
 def run_keeper(keeper: Keeper, scenario: Callable[[Keeper], None], over: threading.Event, *, join_s: float) -> int:
-    """Run it until `scenario` has ended, which then is what stops it; its exit status, or the scenario's exception.
+    """Run it until `scenario` ends, which stops it with SIGTERM; its exit status, or the scenario's exception.
 
-    `over` is set once the keeper has ended, by whatever.
+    `over` is set once the keeper has ended, for whatever reason.
     """
     failure: list[BaseException] = []
 
@@ -49,7 +49,7 @@ def run_keeper(keeper: Keeper, scenario: Callable[[Keeper], None], over: threadi
 
 
 class FakeSwap(RealWork):
-    """Real workers, which it counts; a swap that is a word."""
+    """Starts real workers, and counts them; swapping on is only noted."""
 
     on = False
     starts = 0

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A small NBD client for loads: many requests under way on one connection, simple replies in any order.
-
-What nbdcopy and libnbd do well they do in the tests; this one counts, mixes and verifies.
-"""
+"""An NBD client for loads: many requests in flight on one connection, simple replies in any order."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back: an errno of the protocol (0: done), and the data of a read."""
+    """A reply: an errno of the protocol (0: success), and the data of a read."""
 
     request: Request
     error: int
@@ -49,14 +46,25 @@ class NbdClient:
     """One connection. Not thread-safe. Every wait ends after `timeout_s` with TimeoutError."""
 
     def __init__(self, path: Path, timeout_s: float = 60.0) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(timeout_s)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(timeout_s)
         try:
-            self._socket.connect(str(path))
-            self.export = nbd_handshake.negotiate(self._socket, timeout_s=timeout_s)
+            sock.connect(str(path))
+            self.export = nbd_handshake.negotiate(sock, timeout_s=timeout_s)
         except BaseException:
-            self._socket.close()
+            sock.close()
             raise
+        self._use(sock, timeout_s)
+
+    @classmethod
+    def over(cls, sock: socket.socket, timeout_s: float = 60.0) -> NbdClient:
+        """A client on a socket whose handshake is done. It has no `export`."""
+        client = cls.__new__(cls)
+        client._use(sock, timeout_s)
+        return client
+
+    def _use(self, sock: socket.socket, timeout_s: float) -> None:
+        self._socket = sock
         self._socket.settimeout(timeout_s)
         self._timeout_s = timeout_s
         self._cookie = 0
@@ -68,13 +76,13 @@ class NbdClient:
         self.close()
 
     def close(self) -> None:
-        """Say goodbye and hang up."""
+        """Send NBD_CMD_DISC and close the socket."""
         with contextlib.suppress(OSError):
             self._socket.sendall(_REQUEST.pack(_REQUEST_MAGIC, 0, 2, 0, 0, 0))
         self._socket.close()
 
     def run(self, requests: Iterable[Request], depth: int = 1) -> Iterator[Reply]:
-        """Send the requests, `depth` of them under way, and yield the replies as they come."""
+        """Send the requests, at most `depth` in flight, and yield the replies as they arrive."""
         under_way: dict[int, Request] = {}
         for request in requests:
             while len(under_way) >= depth:
@@ -86,10 +94,10 @@ class NbdClient:
             )
             unsent = memoryview(header + request.data)
             while unsent:
-                # the server may be sending itself: with both sides' buffers full nobody would go on
+                # the server may be sending too: with the buffers of both sides full, neither could go on
                 readable, writable, _ = select.select([self._socket], [self._socket], [], self._timeout_s)
                 if not readable and not writable:
-                    raise TimeoutError("the server takes nothing and says nothing")
+                    raise TimeoutError("the server neither receives nor sends")
                 if readable:
                     yield self._receive(under_way)
                 if writable:
@@ -116,13 +124,13 @@ class NbdClient:
     def _one(self, request: Request) -> bytes:
         (reply,) = self.run([request])
         if reply.error:
-            raise OSError(reply.error, "the server refused the request")
+            raise OSError(reply.error, "the server rejected the request")
         return reply.data
 
     def _receive(self, under_way: dict[int, Request]) -> Reply:
         magic, error, cookie = _REPLY.unpack(self._receive_exactly(_REPLY.size))
         if magic != _REPLY_MAGIC:
-            raise ConnectionError(f"no reply: {magic:#x}")
+            raise ConnectionError(f"not a reply: its magic number is {magic:#x}")
         request = under_way.pop(cookie)
         wanted = request.length_bytes if request.op == READ and not error else 0
         return Reply(request, error, self._receive_exactly(wanted))
@@ -132,6 +140,6 @@ class NbdClient:
         while len(received) < length_bytes:
             piece = self._socket.recv(length_bytes - len(received))
             if not piece:
-                raise ConnectionError("the server hung up")
+                raise ConnectionError("the server closed the connection")
             received += piece
         return bytes(received)

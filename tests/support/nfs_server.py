@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A throwaway NFS-Ganesha on loopback, and the faults that a NAS has: it stops, dies, hangs and comes back.
+"""A throwaway NFS-Ganesha on loopback, and the faults of a NAS: it stops, dies, hangs and returns.
 
-An ordinary process with its own ports, log and state directory, no system service; NFSv3 and NFSv4 over TCP.
+An ordinary process with its own ports, log and state directory, not a system service; NFSv3 and NFSv4 over TCP.
 It must run as root: FSAL VFS opens files by handle (CAP_DAC_READ_SEARCH), and rpcbind binds port 111.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import signal
@@ -40,13 +41,13 @@ _REGISTRATION_ATTEMPTS = 10
 _REGISTRATION_PAUSE_S = 0.1
 _LOG_TAIL_LINES = 15
 
-# Below net.ipv4.ip_local_port_range (32768-60999): while the server is stopped, no outgoing connection of
-# anybody's can take its ports, so that it can come back on them.
+# Below net.ipv4.ip_local_port_range (32768-60999): while the server is stopped, no outgoing connection can take its
+# ports, so that it can return on them.
 _PORT_RANGE = range(20000, 32000)
 
 
 class ServerError(RuntimeError):
-    """The server, or what it needs, does not run. The text holds the end of its log."""
+    """The server, or a program that it needs, does not run. The text has the end of its log."""
 
 
 def program(name: str, package: str) -> str:
@@ -58,7 +59,7 @@ def program(name: str, package: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """For programs that are not what is tested: a sanitizer that is preloaded for the tests is not for them."""
+    """The environment of programs that are not under test: without a sanitizer that is preloaded for the tests."""
     return {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
 
 
@@ -88,7 +89,7 @@ def rpc_null_answers(port: int, rpc_program: int, version: int, timeout_s: float
 def ensure_rpcbind(pid_file: Path) -> None:
     """Start rpcbind when none answers on port 111, and leave it running; its pid goes to `pid_file`.
 
-    Ganesha registers NFSv3 and MOUNT with it and ends when it cannot. Nobody asks it for a port afterwards.
+    Ganesha registers NFSv3 and MOUNT with it, and exits when it cannot. No client asks it for a port.
     """
     if rpc_null_answers(_RPCBIND_PORT, _PORTMAPPER, 2):
         return
@@ -106,7 +107,7 @@ def ensure_rpcbind(pid_file: Path) -> None:
 
 
 def free_ports(count: int, address: str = LOOPBACK) -> list[int]:
-    """TCP ports of `address` that nobody has bound, found by binding them all at once."""
+    """Unused TCP ports of `address`, found by binding all of them at once."""
     with contextlib.ExitStack() as held:
         ports: list[int] = []
         for port in random.sample(_PORT_RANGE, len(_PORT_RANGE)):
@@ -128,7 +129,7 @@ _spawner = ThreadPoolExecutor(1, "ganesha-spawner")
 
 
 def _spawn(argv: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start a program that is killed when this process ends, however it ends, Ctrl-C and SIGKILL included."""
+    """Start a program that is killed when this process ends, however that happens, SIGKILL included."""
     return _spawner.submit(
         subprocess.Popen,
         [program("setpriv", "util-linux"), "--pdeathsig", "KILL", *argv],
@@ -147,7 +148,7 @@ class Ganesha:
     a small file system of the caller's), `ganesha.log`, `ganesha.conf` and `state/`. Its ports stay the same
     for as long as the object lives, whatever happens to the process. It dies with its starter.
 
-    squash       "none": uid 0 of a client is root on the files; "root": it is nobody; "all": everybody is
+    squash       "none": a client's uid 0 stays root; "root": it becomes uid 65534; "all": every uid does
     access       "RW" or "RO"
     protocols    NFS versions; 4 means 4.0, 4.1 and 4.2
     lease_s      NFSv4 lease time
@@ -207,7 +208,7 @@ class Ganesha:
     def pid(self) -> int:
         """The server's process. ServerError when it does not run."""
         if self._process is None:
-            raise ServerError("the server does not run")
+            raise ServerError("the server is not running")
         return self._process.pid
 
     @property
@@ -223,9 +224,9 @@ class Ganesha:
         started again then.
         """
         if self.is_running:
-            raise ServerError("the server runs already")
+            raise ServerError("the server is already running")
         if os.geteuid() != 0:
-            raise ServerError("ganesha.nfsd opens files by handle, for which it must be root")
+            raise ServerError("ganesha.nfsd opens files by handle, which needs root")
         for directory in (self.workdir / "state", self.export_path):
             directory.mkdir(parents=True, exist_ok=True)
         if 3 in self._protocols:
@@ -238,7 +239,7 @@ class Ganesha:
             time.sleep(_REGISTRATION_PAUSE_S)
 
     def _start_once(self, deadline: float, *, may_try_again: bool) -> bool:
-        """True: it answers. False: it ended for a reason that passes. ServerError: it will not run."""
+        """True: it answers. False: it ended for a passing reason. ServerError: it cannot run."""
         log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         self._process = _spawn(
             [
@@ -247,7 +248,7 @@ class Ganesha:
                 *("-L", str(self.log_path), "-p", str(self.workdir / "ganesha.pid")),
             ]
         )
-        # Services answer before they are registered, on which it may yet give up.
+        # Services answer before they are registered, and a failed registration still ends the server.
         while not (self._answers() and "NFS SERVER INITIALIZED" in self._log_since(log_start)):
             status = self._process.poll()
             if status is not None:
@@ -258,7 +259,7 @@ class Ganesha:
                 self.kill()
                 raise ServerError(f"ganesha.nfsd does not answer\n{self.log_tail()}")
             time.sleep(_POLL_S)
-        # It serves all the same when it could not make sense of the export.
+        # With an export that it cannot use, the server runs all the same.
         complaints = self._log_since(log_start)
         if "(EXPORT)" in complaints:
             self.kill()
@@ -278,9 +279,9 @@ class Ganesha:
         )
 
     def stop(self) -> None:
-        """End the server as its init script would (a paused one too), and wait for its end.
+        """End the server with SIGTERM (a paused one too), and wait for it.
 
-        Nothing happens when it was stopped or killed before; ServerError when it ended by itself.
+        Nothing happens if it was stopped or killed before; ServerError if it ended by itself.
         """
         if self._process is None:
             return
@@ -297,7 +298,7 @@ class Ganesha:
             process.wait(_STOP_DEADLINE_S)
 
     def kill(self) -> None:
-        """SIGKILL, as when the NAS loses power; the files keep what the server's kernel holds of them."""
+        """SIGKILL, as when the NAS loses power; but data in the kernel's page cache survives."""
         os.kill(self.pid, signal.SIGKILL)
         assert self._process is not None
         self._process.wait(_STOP_DEADLINE_S)
@@ -309,7 +310,7 @@ class Ganesha:
         self.start()
 
     def pause(self) -> None:
-        """SIGSTOP: connections stay up, TCP acknowledges, nobody answers. Returns when all threads stand."""
+        """SIGSTOP: connections stay up, TCP acknowledges, no reply comes. Returns when all threads have stopped."""
         os.kill(self.pid, signal.SIGSTOP)
         deadline = time.monotonic() + _STOP_DEADLINE_S
         while os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG) is None:
@@ -318,7 +319,7 @@ class Ganesha:
             time.sleep(0.001)
 
     def resume(self) -> None:
-        """SIGCONT: it goes on with what has arrived."""
+        """SIGCONT: it goes on with the requests that have arrived."""
         os.kill(self.pid, signal.SIGCONT)
 
     def log_tail(self) -> str:
@@ -386,3 +387,20 @@ LOG {{
     Default_Log_Level = EVENT;
 }}
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class FileOnServer:
+    """A file of an export: its URL for clients, and its path behind the server's back."""
+
+    server: Ganesha
+    name: str
+    size_bytes: int
+
+    @property
+    def path(self) -> Path:
+        return self.server.export_path / self.name
+
+    def url(self, version: int = 3, **params: str | int) -> str:
+        """As Ganesha.url."""
+        return self.server.url(self.name, version, **params)

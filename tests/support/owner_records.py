@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import FileOnServer
 
 from nbdnfs.engine import Engine, libnfs_version
 from nbdnfs.nas import owner_record, ownership
 from nbdnfs.nas.owner_record import Identity, Record, Timing
-from support.nfs_server import LOOPBACK
+from support.nfs_server import LOOPBACK, FileOnServer
 from support.waiting import DEADLINE_S, in_background
 
 PAGE = 4096

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Fault tool: a TCP proxy between a client and a server that delays, cuts, resets, stalls and refuses.
+"""Fault tool: a TCP proxy between a client and a server that delays, closes, resets, stalls and refuses.
 
     with TcpProxy(server.nfs_port) as proxy:
         url = server.url("swap0", nfsport=proxy.port)
@@ -7,8 +7,7 @@
         proxy.reset_after_reply_bytes(2000) # RST to both sides in the middle of a reply
         proxy.refuse = True                 # ECONNREFUSED, on the same port, until False
 
-It sits on this machine, so the kernel still acknowledges what a stalled proxy does not read: TCP_USER_TIMEOUT
-and keepalive see a living peer.
+The kernel acknowledges what a stalled proxy does not read: TCP_USER_TIMEOUT and keepalive see a living peer.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ T = TypeVar("T")
 
 _COMMAND_DEADLINE_S = 10.0
 _RECEIVE_BYTES = 256 << 10
-# What a direction holds back before it stops reading: a delayed link has that much "in flight".
+# What a direction holds back before it stops reading: so much is in flight on a delayed connection.
 _QUEUE_LIMIT_BYTES = 16 << 20
 # A throttled direction sends in slices of this length.
 _THROTTLE_SLICE_S = 0.02
 _RESET_DEADLINE_S = 1.0
 
 
-class _Link:
-    """What one direction does to its bytes, in all connections. Owned by the proxy's thread."""
+class _Direction:
+    """What happens to the bytes of one direction, in all connections. Owned by the proxy's thread."""
 
     def __init__(self) -> None:
         self.delay_s = 0.0
@@ -55,8 +54,8 @@ class _Link:
 class _Flow:
     """One direction of one connection: from `source` through a queue to `sink`. Owned by the proxy."""
 
-    def __init__(self, link: _Link, source: socket.socket, sink: socket.socket) -> None:
-        self.link = link
+    def __init__(self, direction: _Direction, source: socket.socket, sink: socket.socket) -> None:
+        self.direction = direction
         self.source = source
         self.sink = sink
         # (when it is due, bytes), in order; no bytes: the end of the stream
@@ -75,12 +74,12 @@ class _Flow:
             return
         self.source_ended = not data
         self.queued_bytes += len(data)
-        self.chunks.append((time.monotonic() + self.link.delay_s, memoryview(data)))
+        self.chunks.append((time.monotonic() + self.direction.delay_s, memoryview(data)))
 
     def send_due(self) -> float:
-        """Send what is due; the time at which more will be (inf: when the sink or the source says so).
+        """Send what is due; returns when more will be (inf: when the sink or the source becomes ready).
 
-        ConnectionError when the sink was reset, _ResetNow when this direction was told to do that.
+        ConnectionError when the sink was reset, _ResetNow when this direction is to reset its connection.
         """
         self.sink_is_full = False
         while self.chunks:
@@ -92,28 +91,28 @@ class _Flow:
                 self.chunks.popleft()
                 self.end_sink()
                 continue
-            slice_bytes = max(1, min(len(data), self.link.bytes_per_s * _THROTTLE_SLICE_S))
-            wanted = int(min(slice_bytes, self.link.reset_after_bytes))
+            slice_bytes = max(1, min(len(data), self.direction.bytes_per_s * _THROTTLE_SLICE_S))
+            wanted = int(min(slice_bytes, self.direction.reset_after_bytes))
             try:
                 sent = self.sink.send(data[:wanted]) if wanted and not self.sink_ended else wanted
             except BlockingIOError:
                 self.sink_is_full = True
                 return math.inf
-            self.next_send_s = now + sent / self.link.bytes_per_s
-            self.link.passed_bytes += sent
+            self.next_send_s = now + sent / self.direction.bytes_per_s
+            self.direction.passed_bytes += sent
             self.queued_bytes -= sent
             if sent == len(data):
                 self.chunks.popleft()
             else:
                 self.chunks[0] = (due, data[sent:])
-            self.link.reset_after_bytes -= sent
-            if self.link.reset_after_bytes <= 0:
-                self.link.reset_after_bytes = math.inf
+            self.direction.reset_after_bytes -= sent
+            if self.direction.reset_after_bytes <= 0:
+                self.direction.reset_after_bytes = math.inf
                 raise _ResetNow
         return math.inf
 
     def end_sink(self) -> None:
-        """Say to the sink that no more comes; what comes nevertheless is thrown away."""
+        """Send FIN to the sink; bytes that arrive afterwards are dropped."""
         if not self.sink_ended:
             self.sink_ended = True
             with contextlib.suppress(OSError):
@@ -127,7 +126,7 @@ class _ResetNow(Exception):
 class _Connection:
     """A client, the server, and the two flows between them. Owned by the proxy's thread."""
 
-    def __init__(self, client: socket.socket, server: socket.socket, requests: _Link, replies: _Link) -> None:
+    def __init__(self, client: socket.socket, server: socket.socket, requests: _Direction, replies: _Direction) -> None:
         self.client = client
         self.server = server
         self.to_server = _Flow(requests, client, server)
@@ -138,7 +137,7 @@ class _Connection:
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def cut(self) -> None:
-        """Close in both directions: an orderly end (FIN). What is on its way is lost."""
+        """Close in both directions with FIN. Bytes on their way are lost."""
         for end in (self.client, self.server):
             # a socket closed with bytes unread sends RST instead of FIN
             with contextlib.suppress(OSError):
@@ -174,18 +173,18 @@ def _unacknowledged_bytes(end: socket.socket) -> int:
 
 
 class TcpProxy:
-    """Fault tool: passes TCP connections from `port` to `target_port`, with the faults that it is told.
+    """Fault tool: passes TCP connections from `port` to `target_port`, with the faults that are set.
 
-    Its thread owns the sockets, the connections and the settings. Everything else is done by handing that
-    thread a command and waiting for it, so that a fault is in force when the call that asked for it returns;
-    the command queue is all that is shared, and there is no lock. Any thread may use it. `close()` ends it.
+    Its thread owns the sockets, the connections and the settings. Other threads queue commands for it and wait, so
+    that a fault is in force when the call that sets it returns; only the queue is shared, and there is no lock. Any
+    thread may use it. `close()` ends it.
     """
 
     def __init__(self, target_port: int, target_host: str = LOOPBACK) -> None:
         self._target = (target_host, target_port)
         self.port = free_ports(1)[0]
-        self._requests = _Link()
-        self._replies = _Link()
+        self._requests = _Direction()
+        self._replies = _Direction()
         self._connections: list[_Connection] = []
         self._accepted = 0
         self._resets = 0
@@ -210,7 +209,7 @@ class TcpProxy:
     ) -> None:
         self.close()
 
-    # What the tests say and ask
+    # For tests, from any thread
 
     @property
     def delay_s(self) -> float:
@@ -241,7 +240,7 @@ class TcpProxy:
 
     @property
     def black_hole(self) -> bool:
-        """While True nothing passes, on old connections or new; then everything goes on where it stood."""
+        """While True nothing passes, on old connections or new; afterwards everything goes on."""
         return self._stalled
 
     @black_hole.setter
@@ -258,11 +257,11 @@ class TcpProxy:
         self._do(lambda: self._listen(not value))
 
     def cut(self) -> None:
-        """Close every connection on both sides, as a server does that ends. New ones are welcome."""
+        """Close every connection on both sides, as a server that ends does. New connections work."""
         self._do(lambda: self._end_all(_Connection.cut))
 
     def reset(self) -> None:
-        """RST on every connection, to both sides. New ones are welcome."""
+        """Send RST on every connection, to both sides. New connections work."""
         self._do(lambda: self._end_all(_Connection.reset))
 
     def reset_after_reply_bytes(self, count: int) -> None:
@@ -273,9 +272,9 @@ class TcpProxy:
         self._do(lambda: setattr(self._replies, "reset_after_bytes", count))
 
     def silence(self) -> None:
-        """The connections of this moment say nothing more for good, and live on; new ones work.
+        """Nothing passes on the present connections any more, but they stay open; new ones work.
 
-        What a firewall does that has forgotten them.
+        As with a firewall that has dropped their state.
         """
 
         def silence_all() -> None:
@@ -324,7 +323,7 @@ class TcpProxy:
             raise RuntimeError("the proxy's thread failed") from self._failure
 
     def _do(self, command: Callable[[], T]) -> T:
-        """Have the thread run a command; its result. RuntimeError when the thread has failed."""
+        """Run a command in the thread; returns its result. RuntimeError when the thread has failed."""
         if self._failure is not None:
             raise RuntimeError("the proxy's thread failed") from self._failure
         future: Future[T] = Future()
@@ -336,7 +335,7 @@ class TcpProxy:
                 future.set_exception(error)
 
         self._commands.put(run)
-        # The thread may be awake, have taken the command that ends it, and be gone already.
+        # The thread may have taken the command that ends it, and have ended already.
         with contextlib.suppress(OSError):
             self._wake_writer.send(b"!")
         return future.result(_COMMAND_DEADLINE_S)
@@ -356,7 +355,7 @@ class TcpProxy:
             self._selector.close()
 
     def _turn(self) -> None:
-        """Send what is due, then wait for the next thing to happen, and take it in."""
+        """Send what is due, then wait for the next event and handle it."""
         wake_s = math.inf
         for connection in self._connections.copy():
             wake_s = min(wake_s, self._advance(connection))
@@ -386,12 +385,12 @@ class TcpProxy:
         assert self._listener is not None
         try:
             client, _ = self._listener.accept()
-        except OSError:  # it has gone again
+        except OSError:  # the client has closed already
             return
         self._accepted += 1
         try:
             server = socket.create_connection(self._target, timeout=_RESET_DEADLINE_S)
-        except OSError:  # the server is away: what the client sees is a reset
+        except OSError:  # the server is away: the client sees a reset
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.close()
             return
@@ -404,7 +403,7 @@ class TcpProxy:
             self._end(connection, _Connection.reset)
 
     def _advance(self, connection: _Connection) -> float:
-        """Send what is due on a connection and see to what it waits for; when it is due again."""
+        """Send what is due on a connection and watch for what it needs; returns when more is due."""
         flows = (connection.to_server, connection.to_client)
         wake_s = math.inf
         stands = self._stalled or connection.is_silent

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reads a file from an NFS server with PyPI's libnfs package: none of our code is between."""
+"""Reads a file from an NFS server with PyPI's libnfs package, without any code of the project."""
 
 from __future__ import annotations
 

@@ -18,13 +18,13 @@ _DEADLINE_S = 30.0
 def small_filesystem(workdir: Path, size_bytes: int) -> Iterator[Path]:
     """The folder `workdir/small`, on which an ext4 of `size_bytes` (2 MiB at least) is mounted; needs root.
 
-    End what holds files there (an NFS server) before the context ends.
+    Whatever has files open there (an NFS server) must end before the context does.
     """
     image, folder = workdir / "small.img", workdir / "small"
     folder.mkdir(parents=True)
     with image.open("wb") as file:
         os.truncate(file.fileno(), size_bytes)
-    # -m 0: nothing kept back for root, so that root sees a full file system as everybody does
+    # -m 0: no blocks reserved for root, so that the file system fills up for root too
     _run(program("mkfs.ext4", "e2fsprogs"), "-q", "-m", "0", str(image))
     _run(program("mount", "mount"), "-o", "loop", str(image), str(folder))
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What FakeNfsServer stands on: XDR (RFC 4506) and an ONC RPC server over TCP (RFC 5531), in one thread."""
+"""The base of FakeNfsServer: XDR (RFC 4506) and an ONC RPC server over TCP (RFC 5531), in one thread."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def record(message: bytes) -> bytes:
 
 
 class XdrReader:
-    """Takes values off a message, front to back. ValueError where it ends too early."""
+    """Takes values from a message, front to back. ValueError where it ends too early."""
 
     def __init__(self, data: bytes) -> None:
         self._data = memoryview(data)
@@ -85,7 +85,7 @@ class Credentials:
 
 
 class _Connection:
-    """A client's socket, what has come from it and what is to go. The server thread's own."""
+    """A client's socket, the bytes received from it and those to be sent. Owned by the server's thread."""
 
     def __init__(self, sock: socket.socket, client_port: int, number: int) -> None:
         sock.setblocking(False)
@@ -98,7 +98,7 @@ class _Connection:
         self.to_send = bytearray()
 
     def take_records(self) -> list[bytes]:
-        """The whole records that have come since. ValueError when one is absurdly long."""
+        """The complete records received since the last call. ValueError for one of more than 8 MiB."""
         records = []
         while len(self.received) >= 4:
             header = int.from_bytes(self.received[:4])
@@ -117,7 +117,7 @@ class _Connection:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RpcCall:
-    """A call that waits for its answer. `arguments` is the procedure's part of the message."""
+    """A call to be answered. `arguments` is the procedure's part of the message."""
 
     connection: _Connection
     xid: int
@@ -187,21 +187,21 @@ class RpcServer:
         """How many clients are connected."""
         return len(self._connections)
 
-    # What a subclass defines; both run in the thread, under the lock
+    # For subclasses to define; all run in the thread, under the lock
 
     def _arrived(self, call: RpcCall) -> None:
-        """Hand a call that has come to `_answer_at`, or keep it for later."""
+        """Pass a new call to `_answer_at`, or keep it for later."""
         raise NotImplementedError
 
     def _run_call(self, call: RpcCall) -> tuple[int, bytes]:
-        """Do what a call asks: accept_stat and the result."""
+        """Execute a call; returns accept_stat and the result."""
         raise NotImplementedError
 
     def _on_the_wire(self, call: RpcCall, message: bytes) -> bytes:
-        """What is sent for an answer."""
+        """The bytes that are sent for an answer."""
         return record(message)
 
-    # What a subclass uses, under the lock
+    # For subclasses to use, under the lock
 
     def _answer_at(self, call: RpcCall, when_s: float) -> None:
         """Run and answer a call at a time of time.monotonic()."""
@@ -214,13 +214,13 @@ class RpcServer:
             call.connection.to_send += self._on_the_wire(call, message)
 
     def _reset_connections(self) -> None:
-        """RST to every client; the calls that wait are forgotten. `_wait_for_reset` afterwards, without the lock."""
+        """Send RST to every client and drop the calls that wait. Then call `_wait_for_reset`, without the lock."""
         self._delayed.clear()
         self._disconnected.clear()
         self._disconnect = True
 
     def _wait_for_reset(self) -> None:
-        """Not for the thread. Who connects after this is not meant any more."""
+        """Wait until the connections are reset; not for the thread. Later connections are not affected."""
         self._wake()
         assert self._disconnected.wait(_JOIN_DEADLINE_S), "the fake server's thread is stuck"
 
@@ -264,7 +264,7 @@ class RpcServer:
                 self._receive(key.data)
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # it may have gone again
+        with contextlib.suppress(OSError):  # the client may have closed already
             sock, address = self._listener.accept()
             connection = _Connection(sock, address[1], next(self._connection_numbers))
             self._connections.append(connection)
@@ -328,7 +328,7 @@ class RpcServer:
         message = XdrReader(record)
         xid, kind, rpc_version, program, version, procedure = (message.u32() for _ in range(6))
         if kind != 0 or rpc_version != 2:
-            raise ValueError("no call of RPC version 2")
+            raise ValueError("not a call of RPC version 2")
         flavour, credentials = message.u32(), message.opaque()
         message.u32()  # the verifier
         message.opaque()

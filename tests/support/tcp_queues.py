@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What lies in the queues of a TCP connection over loopback, whoever has its ends: sock_diag(7)."""
+"""How much is in the queues of a TCP connection over loopback, of whatever processes: sock_diag(7)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _QUEUES_AT = _HEADER.size + 4 + _ID.size + _ID_END.size + 4  # in inet_diag_msg
 
 
 class TcpQueues:
-    """Asks the kernel, about 10 us each time. One thread's."""
+    """Asks the kernel, which takes about 10 us. For one thread."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
@@ -43,8 +43,9 @@ class TcpQueues:
         self._socket.close()
 
     def of(self, own_port: int, peer_port: int) -> tuple[int, int]:
-        """Of the end with `own_port`: bytes that it has not read, and bytes that it sends and the other has not
-        acknowledged. Zeros when there is no such connection any more.
+        """For the end with `own_port`: received bytes that were not read, and sent bytes that were not acknowledged.
+
+        Zeros when there is no such connection.
         """
         address = socket.inet_aton(LOOPBACK)
         request = _REQUEST.pack(socket.AF_INET, socket.IPPROTO_TCP, 0, 0xFFFF_FFFF)

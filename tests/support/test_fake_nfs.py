@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The fake NFS server keeps to RFC 1813 when it is told nothing, and does what its faults say."""
+"""The fake NFS server follows RFC 1813 when no fault is set, and each fault does what it promises."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Client:
         """The next reply: xid, accept_stat and the result."""
         header = self._stream.read(4)
         if len(header) < 4:
-            raise ConnectionError("the server has hung up")
+            raise ConnectionError("the server closed the connection")
         reply = XdrReader(self._stream.read(int.from_bytes(header) & 0x7FFF_FFFF))
         xid, _kind, _accepted, _flavour, _length, accept_stat = (reply.u32() for _ in range(6))
         return xid, accept_stat, reply
@@ -195,7 +195,7 @@ def test_release_in_order_and_in_reverse(server: FakeNfsServer, client: Client, 
 
 
 def test_wait_for_has_a_deadline(server: FakeNfsServer) -> None:
-    """Nobody comes: an error says how many there are."""
+    """Without calls, the error has their number."""
     with pytest.raises(AssertionError, match="0 calls are held"):
         server.wait_for(1, 0.01)
 
@@ -211,7 +211,7 @@ def test_delays_overlap(server: FakeNfsServer, client: Client, handle: bytes) ->
 
 
 def test_failures_by_number_and_for_good(server: FakeNfsServer, client: Client, handle: bytes) -> None:
-    """The next two fail one way, all others the other, until told to stop; nothing is written meanwhile."""
+    """The next two fail one way, all others the other, until that is ended; nothing is written meanwhile."""
     server.fail("WRITE", NFS3ERR_JUKEBOX, times=2)
     server.fail("WRITE", NFS3ERR_IO)
     statuses = [client.write(handle, 0, b"x", FILE_SYNC)[0] for _ in range(4)]
@@ -222,7 +222,7 @@ def test_failures_by_number_and_for_good(server: FakeNfsServer, client: Client, 
 
 
 def test_limits_and_claims(server: FakeNfsServer, client: Client, handle: bytes) -> None:
-    """Short transfers do and say less than asked; claims say what was not done."""
+    """Short transfers move and report less than was asked; claims report what was not done."""
     server.limit("READ", 7)
     server.limit("WRITE", 2)
     assert client.read(handle, 0, 100)[1] == CONTENT[:7]
@@ -249,7 +249,7 @@ def test_handles_go_stale(server: FakeNfsServer, client: Client, handle: bytes) 
 
 
 def test_what_it_does_not_understand(server: FakeNfsServer, client: Client) -> None:
-    """Other programs and procedures, and arguments that end too early, are answered as RFC 5531 says."""
+    """Other programs and procedures, and arguments that end too early, are answered as RFC 5531 demands."""
     for program, procedure, arguments, expected in (
         (100000, 0, b"", PROG_UNAVAIL),
         (NFS, 99, b"", PROC_UNAVAIL),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The NFS server of the tests starts, ends, dies, hangs and comes back as it is told, and leaves nothing behind."""
+"""The NFS server of the tests starts, stops, dies, hangs and returns on command, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FileOnServer
 
 from nbdnfs.engine import NfsFile
-from support.nfs_server import LOOPBACK, Ganesha, ServerError, rpc_null_answers
+from support.nfs_server import LOOPBACK, FileOnServer, Ganesha, ServerError, rpc_null_answers
 from support.small_filesystem import small_filesystem
 
 DEADLINE_S = 15.0
@@ -79,7 +78,7 @@ def test_sees_what_a_test_does_behind_its_back(ganesha: Ganesha) -> None:
 
 
 def test_kill_and_restart(own_ganesha: Ganesha) -> None:
-    """After SIGKILL nobody answers; after start the same URL works again."""
+    """After SIGKILL there is no answer; after a start the same URL works again."""
     (own_ganesha.export_path / "file").write_bytes(b"hello")
     url = own_ganesha.url("file")
     own_ganesha.kill()
@@ -94,7 +93,7 @@ def test_kill_and_restart(own_ganesha: Ganesha) -> None:
 
 
 def test_pause_and_resume(own_ganesha: Ganesha) -> None:
-    """A paused server takes connections and says nothing; resumed, it answers. A paused one can be stopped."""
+    """A paused server accepts connections and does not answer; resumed, it does. A paused one can be stopped."""
     own_ganesha.pause()
     assert not rpc_null_answers(own_ganesha.nfs_port, NFS, 3, timeout_s=0.2)
     own_ganesha.resume()
@@ -116,6 +115,7 @@ def test_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
         assert server.is_running
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 def test_dies_with_its_process(tmp_path: Path, number: signal.Signals) -> None:
     """However the process that started it ends, no server is left."""
@@ -140,7 +140,7 @@ def test_dies_with_its_process(tmp_path: Path, number: signal.Signals) -> None:
 
 
 def test_end_by_itself_is_reported(tmp_path: Path) -> None:
-    """A server that ended and was not told to is an error when it is stopped, with its log."""
+    """Stopping a server that has ended by itself is an error that has its log."""
     server = Ganesha(tmp_path)
     server.start()
     os.kill(server.pid, signal.SIGKILL)
@@ -150,13 +150,13 @@ def test_end_by_itself_is_reported(tmp_path: Path) -> None:
 
 
 def test_impossible_export_is_reported(tmp_path: Path) -> None:
-    """An export on a file system that has no handles is an error that shows what the server says."""
+    """An export on a file system that has no handles is an error that has the server's message."""
     with pytest.raises(ServerError, match="cannot export /proc/sys\n"):
         Ganesha(tmp_path, export=Path("/proc/sys")).start()
 
 
 def test_squash(tmp_path: Path) -> None:
-    """With squash="root" root is nobody on the files, and may not write where nobody may not."""
+    """With squash="root" root becomes uid 65534, and may not write where that uid may not."""
     with Ganesha(tmp_path, squash="root") as server:
         server.export_path.chmod(0o777)
         NfsFile(server.url("made"), LOOPBACK, create=True).close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The proxy does what its faults say, and nothing when it is told nothing."""
+"""Each fault of the proxy does what it promises; without a fault the proxy changes nothing."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_black_hole_swallows_and_heals(faulty: TcpProxy, client: socket.socket) 
 
 
 def test_silence_is_for_the_old_only(faulty: TcpProxy, client: socket.socket) -> None:
-    """A silenced connection stays open and dumb; a new one works."""
+    """On a silenced connection nothing passes, and it stays open; a new one works."""
     faulty.silence()
     client.settimeout(0.1)
     client.sendall(b"anyone?")
@@ -232,7 +232,7 @@ def test_refuse_and_return(faulty: TcpProxy, client: socket.socket) -> None:
 
 
 def test_server_away_is_a_reset() -> None:
-    """Where nobody listens behind the proxy, the client's connection is reset, be it while it connects."""
+    """Without a server behind the proxy, the client's connection is reset, perhaps while it connects."""
 
     def connect_and_receive(port: int) -> None:
         with socket.create_connection((LOOPBACK, port), timeout=DEADLINE_S) as client:

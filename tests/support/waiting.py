@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Doing things at the same time in tests, with deadlines: a request that never ends fails its test, no more."""
+"""Concurrency in tests, with deadlines: a request that never ends fails its own test and no other."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 
 T = TypeVar("T")
 
-# No promise is about a time this long: it only ends what hangs.
+# Nothing is promised to take less than this: it only ends what hangs.
 DEADLINE_S = 30.0
 
 
 def in_background(function: Callable[..., T], *arguments: object) -> Future[T]:
-    """Call it in a thread of its own, which does not keep the process alive. Wait with `.result(DEADLINE_S)`."""
+    """Call it in a new daemon thread. Wait with `.result(DEADLINE_S)`."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -32,7 +32,7 @@ def in_background(function: Callable[..., T], *arguments: object) -> Future[T]:
 
 
 def wait_until(is_so: Callable[[], object], what: str, timeout_s: float = DEADLINE_S) -> None:
-    """Look every 5 ms. AssertionError with `what` when it is not so in time."""
+    """Check every 5 ms. AssertionError with `what` at the end of `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
@@ -40,7 +40,7 @@ def wait_until(is_so: Callable[[], object], what: str, timeout_s: float = DEADLI
 
 
 class SaidOnStderr:
-    """What the C code has said on stderr from here on."""
+    """What the C code has logged on stderr since this object was made."""
 
     def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
         self._capfd = capfd
@@ -56,5 +56,5 @@ class SaidOnStderr:
         try:
             wait_until(lambda: any(words in line for line in self.lines), f"a line with '{words}'")
         except AssertionError as error:
-            error.add_note(f"but it has said: {self.lines}")
+            error.add_note(f"these lines were logged: {self.lines}")
             raise

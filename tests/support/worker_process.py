@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A worker as `nbdnfs serve` runs it, in a process of its own, for the time of a `with`."""
+"""A worker as `nbdnfs serve` runs it, for the time of a `with`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DEADLINE_S = 20.0
 
 @dataclass(frozen=True)
 class Worker:
-    """A running worker: its socket, the process of `serve`, and what it says on stderr."""
+    """A running worker: its socket, the process of `serve`, and the file that has its stderr."""
 
     socket: Path
     serve: subprocess.Popen[bytes]
@@ -48,10 +48,10 @@ class Worker:
 
 
 def _is_served(path: Path, deadline_s: float) -> bool:
-    """Whether the worker shakes hands.
+    """Whether the worker completes a handshake.
 
-    nbdkit listens before it forks: to connect proves nothing. It answers once the engine has opened the file, and
-    ends when the server has gone by then.
+    nbdkit listens before it forks, so that a connection alone proves nothing. It answers once the engine has opened
+    the file, and exits if the server is away by then.
     """
     try:
         NbdClient(path, deadline_s).close()
@@ -62,9 +62,9 @@ def _is_served(path: Path, deadline_s: float) -> bool:
 
 @contextlib.contextmanager
 def serving(url: str, directory: Path, *options: str) -> Iterator[Worker]:
-    """`nbdnfs serve URL --socket ...`, ended with SIGTERM; the socket is there when the block begins.
+    """`nbdnfs serve URL --socket ...`, ended with SIGTERM; it serves when the block begins.
 
-    AssertionError, with what it said, when it ends early or does not end well.
+    AssertionError with its stderr when it ends early or with an error.
     """
     socket_path, stderr_path = directory / "worker.sock", directory / "worker.err"
     with stderr_path.open("wb") as stderr:
@@ -86,6 +86,6 @@ def serving(url: str, directory: Path, *options: str) -> Iterator[Worker]:
         try:
             status = serve.wait(_DEADLINE_S)
         except subprocess.TimeoutExpired:
-            serve.send_signal(signal.SIGTERM)  # the second one kills a worker that waits for its server
+            serve.send_signal(signal.SIGTERM)  # the second kills a worker that waits for its server
             status = serve.wait(_DEADLINE_S)
     assert status == 0, stderr_path.read_text()

@@ -254,7 +254,7 @@ static void wait_for_events(void)
         }
     poll(polled, count, 250);
     if (polled[0].revents & POLLHUP)
-        nap_ms(100); // nobody at the other end: poll() would return at once for ever
+        nap_ms(100); // no peer: poll() would return at once, again and again
 }
 
 int main(void)

@@ -291,25 +291,22 @@ static void parse_options(int argc, char **argv)
     }
 }
 
-int main(int argc, char **argv)
+// The processes, in their order, and the pipe that starts each one's passes.
+static pid_t children[MAX_PROCESSES];
+static int go[MAX_PROCESSES];
+
+// Fork the processes; each waits for its first pass, and dies with this one.
+static void start_processes(size_t page_count)
 {
-    parse_options(argc, argv);
-    counters = mmap(NULL, sizeof *counters * (size_t)processes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (counters == MAP_FAILED)
-        die("no memory");
-    size_t page_count = size_mib * (1 << 20) / PAGE_BYTES / (size_t)processes;
-    size_t total_pages = page_count * (size_t)processes;
-    int go[MAX_PROCESSES];
-    pid_t children[MAX_PROCESSES];
     pid_t parent = getpid();
     for (int i = 0; i < processes; i++) {
         int ends[2];
         if (pipe(ends) < 0)
             die("pipe");
-        pid_t pid = fork();
-        if (pid < 0)
+        children[i] = fork();
+        if (children[i] < 0)
             die("fork");
-        if (pid == 0) {
+        if (children[i] == 0) {
             close(ends[1]);
             prctl(PR_SET_PDEATHSIG, SIGKILL);
             if (getppid() != parent)
@@ -318,9 +315,37 @@ int main(int argc, char **argv)
         }
         close(ends[0]);
         go[i] = ends[1];
-        children[i] = pid;
     }
-    // The parent goes on telling while its children wait for memory.
+}
+
+// One pass of all processes; how many seconds the slowest took.
+static double run_pass(int pass, size_t total_pages, double started_s)
+{
+    double pass_started_s = now_s(), finished_s = 0;
+    for (int i = 0; i < processes; i++) {
+        atomic_store(&counters[i].done, 0);
+        if (write(go[i], "", 1) != 1)
+            die("pipe");
+    }
+    wait_for_pass(pass, total_pages, started_s);
+    for (int i = 0; i < processes; i++) {
+        double this_s = atomic_load(&counters[i].finished_s);
+        finished_s = this_s > finished_s ? this_s : finished_s;
+    }
+    return finished_s - pass_started_s;
+}
+
+int main(int argc, char **argv)
+{
+    parse_options(argc, argv);
+    size_t counters_bytes = sizeof *counters * (size_t)processes;
+    counters = mmap(NULL, counters_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (counters == MAP_FAILED)
+        die("no memory");
+    size_t page_count = size_mib * (1 << 20) / PAGE_BYTES / (size_t)processes;
+    size_t total_pages = page_count * (size_t)processes;
+    start_processes(page_count);
+    // The parent goes on reporting while its children wait for memory.
     if (mlockall(MCL_CURRENT | MCL_FUTURE) < 0)
         fprintf(stderr, "hog: not locked: %s\n", strerror(errno));
 
@@ -330,19 +355,9 @@ int main(int argc, char **argv)
     bool is_last = false;
     for (int pass = 0; pass < pass_count && !is_last; pass++) {
         is_last = pass > 0 && until_path && access(until_path, F_OK) == 0;
-        double pass_started_s = now_s(), finished_s = 0;
-        for (int i = 0; i < processes; i++) {
-            atomic_store(&counters[i].done, 0);
-            if (write(go[i], "", 1) != 1)
-                die("pipe");
-        }
-        wait_for_pass(pass, total_pages, started_s);
-        for (int i = 0; i < processes; i++) {
-            double this_s = atomic_load(&counters[i].finished_s);
-            finished_s = this_s > finished_s ? this_s : finished_s;
-        }
+        double seconds = run_pass(pass, total_pages, started_s);
         snprintf(times + strlen(times), sizeof times - strlen(times), "%s{\"order\": \"%s\", \"seconds\": %.2f}",
-                 pass ? ", " : "", order_names[passes[pass]], finished_s - pass_started_s);
+                 pass ? ", " : "", order_names[passes[pass]], seconds);
     }
     unsigned long wrong = sum(offsetof(struct counters, wrong));
     snprintf(verdict, sizeof verdict,

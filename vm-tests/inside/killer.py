@@ -5,8 +5,8 @@
     killer.py NAME worker|keeper|both COUNT SECONDS
 
 One line of JSON for each kill: {"killed": [pids], "resumed_s": seconds, or null when nothing moved in time}. Swap moves
-again when the device completes a request, by its counters in /sys/block: requests that nobody makes do not
-complete, so it is of use under load alone. It locks its memory: it must not be part of what it measures.
+again when the device completes a request, by its counters in /sys/block: without requests
+nothing completes, so it needs a load. It locks its memory: it must not be part of what it measures.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ import sys
 import time
 
 RESUME_TIMEOUT_S = 60.0
-# Replies that were on their way when the worker died are no sign of life. An emulated CPU takes them in for long.
+# Replies that were on their way when the worker died do not count. An emulated CPU needs long to take them in.
 GRACE_S = 0.3
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -57,10 +57,10 @@ def main() -> None:
     name, what, count, every_s = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
     with open(f"/run/nbdnfs/{name}/device") as record:
         device = record.read().strip()
-    whom = ["worker", "keeper"] if what == "both" else [what]
+    targets = ["worker", "keeper"] if what == "both" else [what]
     for _ in range(count):
         time.sleep(every_s)
-        pids = [living_pid_of(name, one) for one in whom]
+        pids = [living_pid_of(name, one) for one in targets]
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         killed_s = time.monotonic()

@@ -21,7 +21,7 @@ _EVENT = "/sys/kernel/tracing/events/kmem/mm_page_alloc"
 _GFP_IO, _GFP_FS = 0x40, 0x80
 _GFP_DIRECT_RECLAIM, _GFP_KSWAPD_RECLAIM = 0x400, 0x800
 
-# Frames that say no more than that it is an allocation.
+# Frames of the allocator itself, which every allocation has.
 _PLUMBING = re.compile(
     r"__alloc_pages|alloc_pages|__get_free_pages|get_zeroed_page|__folio_alloc|folio_alloc|vma_alloc_folio|"
     r"new_slab|allocate_slab|___slab_alloc|__slab_alloc|__kmem_cache_alloc|kmem_cache_alloc|__kmalloc|"
@@ -51,9 +51,9 @@ class Site:
 
     @property
     def place(self) -> str:
-        """The innermost functions that tell what it is for."""
-        telling = [name for name in self.functions if not _PLUMBING.match(name)]
-        return " < ".join(telling[:_FRAMES_SHOWN])
+        """The innermost functions that show what it is for."""
+        callers = [name for name in self.functions if not _PLUMBING.match(name)]
+        return " < ".join(callers[:_FRAMES_SHOWN])
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def start(machine: Machine, tids: Collection[int]) -> None:
 
 
 def read(machine: Machine) -> Histogram:
-    """What was counted since `start`, which goes on. GuestFailedError when the kernel's answer is none that we know."""
+    """What was counted since `start`, which goes on. GuestFailedError when its form is unknown."""
     return parse(machine.run(f"cat {_EVENT}/hist").stdout)
 
 
@@ -101,5 +101,5 @@ def parse(text: str) -> Histogram:
         sites.append(Site(functions, int(flags, 16), int(hits)))
     dropped = re.search(r"^\s*Dropped: (\d+)", text, re.MULTILINE)
     if dropped is None or len(sites) != text.count("} hitcount:"):
-        raise GuestFailedError(f"this histogram is not understood:\n{text[-2000:]}")
+        raise GuestFailedError(f"the kernel's histogram is not understood:\n{text[-2000:]}")
     return Histogram(tuple(sorted(sites, key=lambda site: -site.hits)), int(dropped[1]))

@@ -39,7 +39,7 @@ def cached(name: str, key: str, build: Callable[[Path], None]) -> Path:
 
     Two processes that ask at once: one builds, the other waits. The folder appears under its name only when it
     is complete, so an interrupted build leaves nothing that could be taken for a result. Entries of the same
-    name that nobody used for a week are removed.
+    name that were not used for a week are removed.
     """
     root = cache_root()
     root.mkdir(parents=True, exist_ok=True)

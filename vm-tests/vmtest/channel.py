@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The host's end of the command channel: the frames of inside/agent.c, and the jobs that they tell about."""
+"""The host's end of the command channel: the frames of inside/agent.c, and the jobs that they are about."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class JobState:
     """Exit status, or minus the signal; None while it runs."""
     timed_out: bool = False
     stuck: bool = False
-    """It was killed and is still there: it hangs in the kernel."""
+    """It was killed and has not ended: it hangs in the kernel."""
 
 
 class Channel:
-    """Sends requests and sorts what comes back. A thread of its own reads; it wakes everybody when it ends.
+    """Sends requests and assigns the answers to jobs. A thread of its own reads; when it ends it wakes all waits.
 
     `changed` guards all state and is notified whenever something arrives.
     """
@@ -34,9 +34,9 @@ class Channel:
     def __init__(self, connection: socket.socket) -> None:
         self.changed = threading.Condition()
         self.boot_id: str | None = None
-        """Set once the agent has said READY."""
+        """Set once the agent has sent READY."""
         self.closed = False
-        self.last_heard = time.monotonic()
+        self.last_received_s = time.monotonic()
         self._jobs: dict[int, JobState] = {}
         self._ids = itertools.count(1)
         self._connection = connection
@@ -51,7 +51,7 @@ class Channel:
         self._connection.close()
 
     def start(self, command: str, timeout_s: float) -> tuple[int, JobState]:
-        """Ask for a command; the agent kills it after `timeout_s`. OSError when the guest is gone."""
+        """Ask for a command; the agent kills it after `timeout_s`. OSError when the guest has died."""
         data = command.encode()
         with self.changed:
             number = next(self._ids)
@@ -64,7 +64,7 @@ class Channel:
         self._send(b"KILL %d\n" % number)
 
     def ping(self) -> None:
-        """Ask for a sign of life; the answer moves `last_heard`."""
+        """Ask for a sign of life; the answer updates `last_received_s`."""
         self._send(b"PING 0\n")
 
     def _send(self, data: bytes) -> None:
@@ -87,7 +87,7 @@ class Channel:
                 self.changed.notify_all()
 
     def _take(self, words: list[bytes], payload: bytes) -> None:
-        self.last_heard = time.monotonic()
+        self.last_received_s = time.monotonic()
         kind = words[0]
         if kind == b"READY":
             self.boot_id = words[1].decode()

@@ -46,7 +46,7 @@ _CPU = "max,la57=off,svm=off,smap=off,smep=off,pku=off,erms=off,fsrm=off"
 
 
 def seen_from_guest(url: str) -> str:
-    """The URL of a server on the host's loopback as a guest must say it."""
+    """The URL of a server on the host's loopback, as seen from a guest."""
     return url.replace("//127.0.0.1/", f"//{HOST_ADDRESS}/", 1)
 
 
@@ -59,11 +59,11 @@ class GuestJob:
         self._state = state
         self.command = command
         self.verdicts_before = guest.verdict_path.read_text(errors="replace")
-        """What the verdict port had said when it was started: of the programs before it."""
+        """What the verdict port had delivered when it was started: from earlier programs."""
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended yet, as far as is known. LostGuestError when nobody can know."""
+        """Whether it has not ended yet, as far as is known. LostGuestError when the guest is lost."""
         self._guest.check_alive()
         return self._state.status is None
 
@@ -86,17 +86,17 @@ class GuestJob:
 
         def ended() -> bool:
             if state.stuck and state.status is None:
-                raise LostGuestError(f"a killed command does not die, it hangs in the kernel: {self.command}")
+                raise LostGuestError(f"a killed command did not end, it hangs in the kernel: {self.command}")
             return state.status is not None
 
         self._guest.wait_until(ended, timeout_s=None, what=self.command)
         assert state.status is not None
         if state.timed_out:
-            raise GuestFailedError(f"not done in time: {self.command}\n{self.stdout}{self.stderr}")
+            raise GuestFailedError(f"timed out: {self.command}\n{self.stdout}{self.stderr}")
         return Result(self.command, state.status, self.stdout, self.stderr)
 
     def kill(self) -> None:
-        """SIGKILL for its process group. `wait` tells when it is gone."""
+        """SIGKILL for its process group. `wait` returns when it has ended."""
         self._guest.channel.kill(self._number)
 
 
@@ -110,7 +110,7 @@ class Guest:
     disks           more raw disks, as /dev/vdc and on
     forwards        TCP ports of the guest by those of the host's loopback that lead there, also after another boot
     allow           kinds of kernel log lines (klog.KINDS) that this test expects
-    silence_s       how long a living guest may be unheard
+    silence_s       how long a living guest may be silent
 
     Everything that waits raises LostGuestError as soon as the guest is dead or has been silent for too long.
     Use it from the thread that made it: QEMU dies with that thread.
@@ -202,7 +202,7 @@ class Guest:
         self.boot_seconds = time.monotonic() - started
 
     def settle(self, timeout_s: float = BOOT_TIMEOUT_S) -> None:
-        """Wait until systemd has started all it starts, the network among it. A failed unit is no concern here."""
+        """Wait until systemd has started all it starts, the network among it. A failed unit does not matter here."""
         self.run("systemctl is-system-running --wait", timeout_s, check=False)
 
     def shutdown(self, timeout_s: float = 90) -> float:
@@ -225,7 +225,7 @@ class Guest:
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            raise LostGuestError(f"{self.name} is not down {timeout_s:g} s after '{verb}'") from None
+            raise LostGuestError(f"{self.name} is still up {timeout_s:g} s after '{verb}'") from None
         if last_words not in self.kernel_log:
             raise LostGuestError(f"{self.name} died during '{verb}': {self._cause_of_death()}")
         self._end_process()
@@ -242,7 +242,7 @@ class Guest:
             self._channel = None
 
     def _close(self, error: BaseException | None) -> None:
-        """End it for good. What went wrong gets the end of the kernel log to go with it."""
+        """End it for good. An error gets the end of the kernel log as a note."""
         self._end_process()
         if error is None:
             self._overlay.unlink(missing_ok=True)
@@ -277,7 +277,7 @@ class Guest:
             *("-device", "virtserialport,chardev=verdict,name=nbdnfs.verdict"),
         ]
 
-    # What it says
+    # Its output
 
     @property
     def kernel_log_path(self) -> Path:
@@ -370,8 +370,8 @@ class Guest:
     def wait_until(self, condition: Callable[[], bool], timeout_s: float | None, what: str) -> None:
         """Wait until `condition()` holds; it is asked whenever something arrives, and ten times a second.
 
-        LostGuestError when the guest is dead or silent, or at the end of `timeout_s`: who waits for a living
-        guest gives the deadline to the agent, which keeps it.
+        LostGuestError when the guest is dead or silent, or at the end of `timeout_s`: a wait for a
+        living guest gives the deadline to the agent, which keeps it.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
@@ -379,12 +379,12 @@ class Guest:
                 return
             self.check_alive()
             if deadline is not None and time.monotonic() > deadline:
-                raise LostGuestError(f"{self.name}: {what}: nothing for {timeout_s:g} s")
+                raise LostGuestError(f"{self.name}: {what}: not within {timeout_s:g} s")
             with self.channel.changed:
                 self.channel.changed.wait(_TICK_S)
 
     def check_alive(self) -> None:
-        """LostGuestError unless the guest runs and has been heard of lately."""
+        """LostGuestError unless the guest runs and has sent something lately."""
         channel = self.channel
         if channel.closed or self._process is None or self._process.poll() is not None:
             raise self._lost()
@@ -392,19 +392,19 @@ class Guest:
             return
         now = time.monotonic()
         if now - self._last_ping > self.silence_s / 2:
-            self._asked_since = now  # nobody waited for this guest; silence is no answer to pings, not no pings
+            self._asked_since = now  # no ping was sent for a while; silence means that pings are not answered
         if now - self._last_ping > _PING_EVERY_S:
             self._last_ping = now
             with contextlib.suppress(OSError):
                 channel.ping()
-        if now - max(channel.last_heard, self._asked_since) > self.silence_s:
+        if now - max(channel.last_received_s, self._asked_since) > self.silence_s:
             raise LostGuestError(f"{self.name} has been silent for {self.silence_s:g} s")
 
     def _lost(self) -> LostGuestError:
         return LostGuestError(f"{self.name} died: {self._cause_of_death()}")
 
     def _cause_of_death(self) -> str:
-        """The line of the kernel log, or of QEMU, that tells best why it is gone."""
+        """The line of the kernel log, or of QEMU, that best explains its death."""
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(5)
@@ -417,4 +417,4 @@ class Guest:
             said = self._process.stdout.read()
         if said.strip():
             return said.decode(errors="replace").strip().splitlines()[-1]
-        return (self.kernel_log.strip().splitlines() or ["its kernel never said a word"])[-1]
+        return (self.kernel_log.strip().splitlines() or ["its kernel logged nothing"])[-1]

@@ -36,7 +36,7 @@ def need_root(what: str) -> None:
 
 
 def run(argv: Sequence[str | Path], *, what: str, timeout_s: float, env: Mapping[str, str] | None = None) -> str:
-    """Run a program to its end and return its stdout. HarnessError carries the last lines of what it said."""
+    """Run a program to its end and return its stdout. HarnessError has the last lines of its output."""
     words = [str(word) for word in argv]
     command = f"the command was: {shlex.join(words)}"
     log.debug("run: %s", shlex.join(words))
@@ -45,7 +45,7 @@ def run(argv: Sequence[str | Path], *, what: str, timeout_s: float, env: Mapping
             words, check=False, capture_output=True, text=True, timeout=timeout_s, env=env, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
-        raise HarnessError(f"{what}: not done within {timeout_s:g} s", command) from None
+        raise HarnessError(f"{what}: timed out after {timeout_s:g} s", command) from None
     except OSError as error:
         raise HarnessError(f"{what}: cannot start {words[0]}: {error.strerror}") from None
     if done.returncode != 0:
@@ -61,7 +61,7 @@ def nbdnfs_create(url: str, size_mib: int, *, timeout_s: float) -> None:
 
 
 def listens(port: int) -> bool:
-    """Whether somebody takes connections on a TCP port of loopback."""
+    """Whether a TCP port of loopback accepts connections."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
         return True
     return False
@@ -72,7 +72,7 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a program that the kernel kills when this thread dies, however it dies: no guest stays behind.
 
-    It has a session of its own: Ctrl-C at the terminal is for us, who end it in order.
+    It has a session of its own: Ctrl-C at the terminal reaches this process, which ends it in order.
     """
     words = [find_program("setpriv", "util-linux"), "--pdeathsig", "KILL", *(str(word) for word in argv)]
     log.debug("start: %s", shlex.join(words))

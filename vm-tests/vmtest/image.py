@@ -61,7 +61,7 @@ _DISK_SIZE = "4G"
 
 @dataclass(frozen=True)
 class Image:
-    """A built image. `folder` holds `root/`, `root.raw` and `vmlinuz`; all are read only for everybody."""
+    """A built image. `folder` holds `root/`, `root.raw` and `vmlinuz`; all are read-only."""
 
     suite: str
     folder: Path
@@ -97,7 +97,7 @@ def default_suite() -> str:
     """$SUITE, or Debian 12. HarnessError for a suite that nothing is known about."""
     suite = os.environ.get("SUITE") or SUITES[0]
     if suite not in SUITES:
-        raise HarnessError(f"SUITE={suite} is not known", f"choose one of: {', '.join(SUITES)}")
+        raise HarnessError(f"SUITE={suite} is not supported", f"choose one of: {', '.join(SUITES)}")
     return suite
 
 

@@ -21,9 +21,9 @@ _KINDS: dict[str, str] = {
     "nomem": r"page allocation failure|page allocation stalls",
     # block/blk-core.c, mm/page_io.c, fs/buffer.c
     "io": r"I/O error|(Read|Write)-error on swap-device|lost async page write",
-    # drivers/block/nbd.c; "shutting down sockets" is no trouble of its own, every detach ends with it
+    # drivers/block/nbd.c; "shutting down sockets" is not an error, every detach ends with it
     "nbd": r"\bnbd\d*: .*(error|failed|[Tt]imed out|timeout|Dead connection|invalid socket)",
-    # drivers/block/nbd.c: a request has taken longer than queue/io_timeout, which is no error while there is no TIMEOUT
+    # drivers/block/nbd.c: a request has taken longer than queue/io_timeout, not an error while there is no TIMEOUT
     "slow": r"\bnbd\d*: Possible stuck request",
     # mm/swapfile.c, mm/memory.c: a page table that holds no page
     "swap": r"swap_info_get: |Bad swap (file|offset) entry|Bad page (map|state)|swap_free: ",
@@ -37,7 +37,7 @@ KINDS = frozenset(_KINDS)
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a kernel log that tells of trouble."""
+    """One line of a kernel log that reports a problem."""
 
     kind: str
     line: str
@@ -49,7 +49,7 @@ class Finding:
 def scan(log: str, allow: Collection[str] = ()) -> list[Finding]:
     """What `log` holds of the KINDS, less those in `allow`; one finding a line, in the log's order.
 
-    ValueError for an allowance that is no kind: it would allow nothing and look as if it did.
+    ValueError for an allowance that is not a kind: it would allow nothing, silently.
     """
     if unknown := set(allow) - KINDS:
         raise ValueError(f"no such kind: {', '.join(sorted(unknown))}")

@@ -48,7 +48,7 @@ def _has_nbd() -> bool:
 
 
 class LocalJob:
-    """A command on this machine. Its output is collected in files: nobody needs to read along."""
+    """A command on this machine. Its output goes to files, so that no thread has to read it."""
 
     def __init__(self, command: str, folder: Path, environment: dict[str, str], timeout_s: float) -> None:
         self.command = command
@@ -83,7 +83,7 @@ class LocalJob:
         status = self._process.wait()
         self._timer.cancel()
         if self._timed_out.is_set():
-            raise GuestFailedError(f"not done in time: {self.command}\n{self.stdout}{self.stderr}")
+            raise GuestFailedError(f"timed out: {self.command}\n{self.stdout}{self.stderr}")
         return Result(self.command, status, self.stdout, self.stderr)
 
     def kill(self) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What can become of a test in a guest.
 
-It *passed*, it *failed* (the guest lives and says so: a wrong page, a command's exit status, a line in its kernel
-log), or the guest is *lost* (it died, or nobody hears from it). Lost is never counted as failed, because nobody
-knows what a lost guest had to say, and never as passed.
+It *passed*, it *failed* (the guest lives and reports it: a wrong page, a command's exit status, a line in its kernel
+log), or the guest is *lost* (it died, or it is silent). Lost is never counted as failed, because what a lost guest
+would have reported is unknown, and never as passed.
 """
 
 from __future__ import annotations

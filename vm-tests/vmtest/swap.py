@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The one scenario that everything else is a variation of: serve, attach, swapon, stress, and all the way back."""
+"""The basic scenario, which the other tests vary: serve, attach, swapon, stress, swapoff, detach."""
 
 from __future__ import annotations
 
@@ -145,9 +145,9 @@ def run(
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Measured:
     """The whole scenario on a backing file that exists. GuestFailedError or LostGuestError when it breaks off."""
-    tell("nbdkit with the plugin: nbdnfs serve")
+    tell("starting a worker: nbdnfs serve")
     with serving(machine, url) as worker:
-        tell("the kernel's device: nbdnfs attach, mkswap, swapon")
+        tell("attaching the kernel's device and swapping on: nbdnfs attach, mkswap, swapon")
         with swapping(machine, worker) as device:
             tell(f"swapping to {device}: {size_mib} MiB of pages in a cgroup of {limit_mib} MiB")
             before = counters(machine)
@@ -157,7 +157,7 @@ def run(
                 )
             after = counters(machine)
             locked_kib, resident_kib = memory_of(machine, worker.nbdkit_pid)
-            tell("all the way back: swapoff, nbdnfs detach")
+            tell("swapping off and detaching: swapoff, nbdnfs detach")
     return Measured(
         pages_out=after["pswpout"] - before["pswpout"],
         pages_in=after["pswpin"] - before["pswpin"],

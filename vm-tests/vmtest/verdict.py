@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the stress program (inside/hog.c) says on the verdict port: progress, and one verdict at the end."""
+"""What the stress program (inside/hog.c) writes to the verdict port: progress, and one verdict at the end."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Progress:
 def parse(text: str) -> tuple[Progress | None, Verdict | None]:
     """The last progress and the verdict in what came over the port so far; a line not ended yet is left alone.
 
-    GuestFailedError when the hog tells that it could not finish, or for a line that is not the hog's.
+    GuestFailedError when the hog reports that it could not finish, or for a line that is not the hog's.
     """
     progress: Progress | None = None
     verdict: Verdict | None = None
@@ -66,7 +66,7 @@ def parse(text: str) -> tuple[Progress | None, Verdict | None]:
             elif event["event"] == "progress":
                 progress = Progress(event["pass"], event["done"], event["pages"], event["wrong"], event["seconds"])
         except (ValueError, KeyError, TypeError):
-            raise GuestFailedError(f"this is not a line of the stress program: {line.strip()!r}") from None
+            raise GuestFailedError(f"not a line of the stress program: {line.strip()!r}") from None
     return progress, verdict
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Rounds of the same verified stress run on each peer of benchpeers.py, in one guest; the samples, and their JSON."""
+"""Rounds of the same verified stress run on each peer of vm_peers.py, in one guest; the samples, and their JSON."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from vm_peers import OURS, PEERS, Files
 from vmtest import swap, verdict
-from vmtest.benchpeers import OURS, PEERS, Files
 from vmtest.counters import Counters
 from vmtest.guest import Guest
 from vmtest.netem import delayed
@@ -21,7 +21,7 @@ _HOG_WAS_KILLED = 3
 
 
 class NotFinishedError(GuestFailedError):
-    """No page was wrong as far as it came, but something was killed."""
+    """No page was wrong, but something was killed before the end."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Results:
         data = json.loads(path.read_text())
         there = Load(**data["load"])
         if there != load:
-            raise HarnessError(f"{path} is about another load: {there}", "give it another name, or the same sizes")
+            raise HarnessError(f"{path} is about another load: {there}", "name another file, or give the same sizes")
         samples = [Sample(**{**sample, "passes": tuple(sample["passes"])}) for sample in data["samples"]]
         return cls(load, tuple(samples))
 
@@ -108,7 +108,7 @@ def one_round(
     """Each peer in that order, with each delay, by one process and by several.
 
     GuestFailedError for a wrong page, and when something is killed that swaps to ours. Others may fail (a small cgroup
-    that swaps to the kernel's NFS runs out of memory now and then): that is told, and there is no sample of it.
+    that swaps to the kernel's NFS runs out of memory now and then): that is reported, and there is no sample of it.
     """
     samples = []
     for delay_ms in delays_ms:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What `make bench-vm` compares: four things that a machine can swap to, set up and taken down in a guest.
 
-zram        compressed memory: no network at all, the floor
+zram        compressed memory, without a network: the floor
 kernel-nbd  the kernel's nbd over TCP to `nbdkit file` on the server: what the 2012 patches compared with
 kernel-nfs  the kernel's swap file on an NFSv3 mount
 nbdnfs      ours
@@ -27,7 +27,7 @@ from vmtest.outcome import GuestFailedError, HarnessError
 
 OURS, KERNEL_NFS, KERNEL_NBD, FLOOR = "nbdnfs", "kernel-nfs", "kernel-nbd", "zram"
 
-_ATTACH_TCP = Path(__file__).parents[2] / "bench/attach_tcp.py"
+_ATTACH_TCP = Path(__file__).parent / "attach_tcp.py"
 _MOUNT = "/mnt/bench"
 _PRIORITY = 32767
 _NBDKIT_DEADLINE_S = 20.0
@@ -42,7 +42,7 @@ class Swapping:
 
 @dataclass(frozen=True)
 class Files:
-    """The server's side: URLs of two files as a guest says them, and the file that `nbdkit file` serves."""
+    """The server's side: URLs of two files as seen from a guest, and the file that `nbdkit file` serves."""
 
     ours_url: str
     kernel_url: str
@@ -127,7 +127,7 @@ def _nbdkit(files: Files) -> Iterator[None]:
         deadline = time.monotonic() + _NBDKIT_DEADLINE_S
         while not host.listens(files.nbd_port):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise HarnessError(f"nbdkit does not serve {files.nbd_file} on port {files.nbd_port}")
+                raise HarnessError(f"nbdkit did not serve {files.nbd_file} on port {files.nbd_port}")
             time.sleep(0.05)
         yield
         if process.poll() is not None:

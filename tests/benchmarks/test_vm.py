@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What make bench-vm says: medians, ratios, how our writes coalesce; and that its JSON can be gone on with."""
+"""The report of make bench-vm: medians, ratios, how writes coalesce; and that a run can be continued from its JSON."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 import vm
-from vmtest.benchpeers import KERNEL_NBD, KERNEL_NFS, OURS
-from vmtest.benchrun import Load, Results, Sample
+from vm_peers import KERNEL_NBD, KERNEL_NFS, OURS
+from vm_rounds import Load, Results, Sample
 from vmtest.outcome import HarnessError
-
-pytestmark = pytest.mark.meta
 
 LOAD = Load(size_mib=96, limit_mib=24, processes=4, timeout_s=60)
 COUNTERS = {"nfs_writes": 2, "nfs_written_bytes": 200 * 1024, "hit_pages": 3, "missed_pages": 1}
@@ -41,7 +39,7 @@ def test_tables(results: Results) -> None:
 
 
 def test_our_figures(results: Results) -> None:
-    """What each NFS write carries is told, over all rounds."""
+    """The size of an NFS write, over all rounds."""
     figures = vm.our_figures(results, 0.0, 1)
     assert "128 KiB for each NFS write of swap-out alone" in figures
     assert "in the whole run 100 KiB for each write" in figures

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What `make bench` measured: rows, samples, and how they are told: a table, JSON, a picture, and the goals missed."""
+"""What `make bench` measured: rows and samples, as a table, as JSON, as a picture; and the goals that were missed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Row:
 
 @dataclass
 class Sample:
-    """One run: what bench/load.c says, and what the server process has used meanwhile."""
+    """One run: the output of bench/load.c, and what the server process used meanwhile."""
 
     load: dict[str, float]
     cpu_s_per_gb: float | None
