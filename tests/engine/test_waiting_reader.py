@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from fake_nfs import FakeNfsServer
+from support.fake_nfs import FakeNfsServer
 
 from nbdnfs.engine import Engine
 
