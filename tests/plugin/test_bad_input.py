@@ -196,7 +196,7 @@ def test_size_is_no_multiple_of_a_page(
     """EX_CONFIG, with the size."""
     file = new_file(size)
     assert serve_fails(os.EX_CONFIG, file.url()) == [
-        f"{file.path} on {LOOPBACK} cannot be a device: its size, {size} bytes, is no multiple of 4096",
+        f"{file.path} on {LOOPBACK} cannot be a device: its size, {size} bytes, is not a positive multiple of 4096",
         PAGES_HINT,
     ]
 
