@@ -184,7 +184,7 @@ def test_a_record_that_is_removed(
     with pytest.raises(OSError, match="Input/output error"):
         held.engine.flush()
     said = capfd.readouterr().err
-    assert said.count("is gone: no more is read or written here") == 1
+    assert said.count("is gone: all requests fail from now on") == 1
 
 
 def test_a_worker_that_comes_too_late(
