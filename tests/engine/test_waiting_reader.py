@@ -5,14 +5,21 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+from support.engines import PAGE, OpenEngine, read_pages, write_pages
 from support.fake_nfs import FakeNfsServer
 
-from nbdnfs.engine import Engine
-
-PAGE = 4096
 PAGES = 512
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeNfsServer]:
+    """A server with 512 random pages."""
+    with FakeNfsServer(os.urandom(PAGES * PAGE)) as server:
+        yield server
 
 
 def waits_of_engine_threads() -> int:
@@ -26,21 +33,14 @@ def waits_of_engine_threads() -> int:
     )
 
 
-def test_the_io_thread_sleeps_while_a_reader_receives() -> None:
+def test_the_io_thread_sleeps_while_a_reader_receives(open_engine: OpenEngine, fake: FakeNfsServer) -> None:
     """Also after reads that found their page in the region, and so waited for nothing."""
-    content = os.urandom(PAGES * PAGE)
-    with FakeNfsServer(content) as fake:
-        engine = Engine(fake.url(), "127.0.0.1", read_ahead_pages=0)
-        try:
-            buffer = bytearray(PAGE)
-            engine.pwrite(os.urandom(PAGE), 0)
-            for _ in range(10):
-                engine.pread(buffer, 0)
-            before = waits_of_engine_threads()
-            assert before > 0
-            for page in range(1, PAGES):
-                engine.pread(buffer, page * PAGE)
-                assert buffer == content[page * PAGE : (page + 1) * PAGE]
-            assert waits_of_engine_threads() - before < PAGES // 2
-        finally:
-            engine.close()
+    engine, content = open_engine(fake.url()), fake.content
+    write_pages(engine, 0, os.urandom(PAGE))
+    for _ in range(10):
+        read_pages(engine, 0)
+    before = waits_of_engine_threads()
+    assert before > 0
+    for page in range(1, PAGES):
+        assert read_pages(engine, page) == content[page * PAGE : (page + 1) * PAGE]
+    assert waits_of_engine_threads() - before < PAGES // 2

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# the keeper looks for nbdkit before its loop
+pytestmark = pytest.mark.server
+
 ROOT = Path(__file__).parents[2]
 
 # `nbdnfs run t`, with a configuration below another root, on a machine that need not have the nbd driver. In place of
