@@ -56,7 +56,7 @@ class Measure:
 
     def line(self) -> str:
         """As a warning."""
-        return f"{self.name}: {self.found}" + (f" ({self.hint})" if self.hint else "")
+        return f"'{self.name}' is not in force: {self.found}" + (f" ({self.hint})" if self.hint else "")
 
 
 def prepare(skip: Iterable[str] = ()) -> list[Measure]:

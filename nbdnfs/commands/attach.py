@@ -69,6 +69,7 @@ def attach(
         wanted = _named(device, root)
         if wanted.attached:
             raise device_in_use.already_attached(wanted, root)
+    _require_socket(socket_path)  # before what is said about the driver
     with contextlib.ExitStack() as stack:
         kernel = netlink if netlink is not None else stack.enter_context(_open_netlink())
         sock = stack.enter_context(_connect(socket_path, timeout_s))
@@ -119,24 +120,36 @@ def detach(
         )
 
 
+def _require_socket(path: Path) -> None:
+    """Errors as in `attach`."""
+    try:
+        is_socket = stat.S_ISSOCK(path.stat().st_mode)
+    except OSError as error:
+        raise _explain(error, path) from None
+    if not is_socket:
+        raise UsageError(f"{path} is not a socket", _serve_hint(path))
+
+
 def _connect(path: Path, timeout_s: float) -> socket.socket:
     """A socket that is connected to the server on `path`. Errors as in `attach`."""
-    hint = f"start the server first: nbdnfs serve URL --socket {path}"
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(timeout_s)
-        if not stat.S_ISSOCK(path.stat().st_mode):
-            raise UsageError(f"{path} is not a socket", hint)
         sock.connect(str(path))
     except BaseException as error:
         sock.close()
         if isinstance(error, OSError):
-            raise _explain(error, path, timeout_s, hint) from None
+            raise _explain(error, path, timeout_s) from None
         raise
     return sock
 
 
-def _explain(error: OSError, path: Path, timeout_s: float, hint: str) -> NbdnfsError:
+def _serve_hint(path: Path) -> str:
+    return f"start the server first: nbdnfs serve URL --socket {path}"
+
+
+def _explain(error: OSError, path: Path, timeout_s: float = 0.0) -> NbdnfsError:
+    hint = _serve_hint(path)
     if isinstance(error, TimeoutError):
         return UnavailableError(
             f"the server on {path} accepted no connection within {timeout_s:g} s", "see what it is waiting for: its log"
@@ -177,7 +190,7 @@ def _named(device: str, root: Path) -> NbdDevice:
         raise NoInputError(f"there is no device /dev/{name}", "list those that exist: ls -d /sys/block/nbd*")
     raise UnavailableError(
         f"there is no device /dev/{name}: the kernel's nbd driver is not loaded",
-        "load it as root: modprobe nbd" if module.available else "use a kernel that has it: CONFIG_BLK_DEV_NBD",
+        module.hint,
     )
 
 

@@ -91,7 +91,7 @@ def down(name: str, report: Progress, *, service: bool = False) -> None:
     attached = nbd_device.find(nbd_device.backend_of(name))
     if attached is None and not records.path.exists():
         if not service:
-            raise NoInputError(f"{name} is not up", "there is nothing to do; see nbdnfs status")
+            raise NoInputError(f"the device '{name}' is not up", "there is nothing to do; see nbdnfs status")
         return
     try:
         if attached is not None and (swap := swap_area.find(attached.path)) is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A block device over a file on an NFS server, without the kernel's NFS client. In C; see README.md beside this file.
+"""A block device over a file on an NFS server, without the kernel's NFS client: C, with a map in its README.md.
 
     from nbdnfs.engine import Engine
 

@@ -39,6 +39,7 @@ from nbdnfs.errors import (
     UnavailableError,
     UsageError,
 )
+from nbdnfs.kernel import state as kernel_state
 
 DEFAULT_TIMEOUT_S = 5.0
 
@@ -163,7 +164,7 @@ class NbdNetlink:
 
     @classmethod
     def open(cls, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> NbdNetlink:
-        """A socket to the running kernel. UnavailableError, with the hint `modprobe nbd`, without the
+        """A socket to the running kernel. UnavailableError, with a hint, without the
         driver."""
         sock = _open_socket()
         try:
@@ -365,10 +366,7 @@ def _find_family(sock: socket.socket, name: str, timeout_s: float) -> tuple[int,
 
     def missing(code: int, what: str) -> NbdnfsError:
         if code == errno.ENOENT:
-            return UnavailableError(
-                f"the kernel has no {name} driver",
-                f"load it as root: modprobe {name}",
-            )
+            return UnavailableError(f"the kernel's {name} driver is not loaded", kernel_state.nbd_module().hint)
         return _error(code, what)
 
     answer = _exchange(sock, message, _GENL_ID_CTRL, 0, _NLM_F_REQUEST, timeout_s, f"find the {name} driver", missing)

@@ -98,6 +98,11 @@ class NbdModule:
     loaded: bool
     available: bool
 
+    @property
+    def hint(self) -> str:
+        """What to do when it is not loaded."""
+        return "load it as root: modprobe nbd" if self.available else "use a kernel that has it: CONFIG_BLK_DEV_NBD"
+
 
 def swaps(root: Path = ROOT) -> list[Swap]:
     """The active swap areas, /proc/swaps (mm/swapfile.c: swap_show). Empty on a kernel without swap."""

@@ -18,7 +18,7 @@ ENGINE = Path(__file__).resolve().parents[2] / "nbdnfs" / "engine"
 # Who may use what: a room includes and calls rooms of a lower rank, and itself. region and nfs do not know each other.
 RANKS = {"base": 0, "region": 1, "nfs": 1, "block": 2, "binding": 3}
 
-_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+_INCLUDE = re.compile(r'^\s*#\s*include\s+["<]([^">]+)[">]', re.MULTILINE)
 
 
 def room_of(name: str) -> str:
@@ -56,7 +56,8 @@ def files(pattern: str) -> list[str]:
 
 def includes() -> dict[str, set[str]]:
     """For each C file, the files of ours that it includes."""
-    return {name: set(_INCLUDE.findall((ENGINE / name).read_text())) for name in files("*.[ch]")}
+    ours = set(files("*.h"))
+    return {name: set(_INCLUDE.findall((ENGINE / name).read_text())) & ours for name in files("*.[ch]")}
 
 
 @pytest.fixture(scope="module")

@@ -32,14 +32,15 @@ def name_of(path: Path) -> str:
 
 
 def c_functions(text: str) -> Iterator[tuple[str, int]]:
-    """The functions of a C file with the number of lines of each body: one begins and ends with a brace in column 0."""
+    """The functions of a C file with the number of lines of each body: from the brace in column 0, or at the end of a
+    head that begins there, to a brace in column 0."""
     lines = text.splitlines()
     start: int | None = None
     for number, line in enumerate(lines):
-        if line == "{":
+        if line == "{" or re.fullmatch(r"\w.*\) *\{", line):
             start = number
         elif line == "}" and start is not None:
-            head = " ".join(lines[max(0, start - 3) : start])
+            head = " ".join(lines[max(0, start - 3) : start + 1])
             yield re.findall(r"(\w+)\(", head)[-1] if "(" in head else "?", number - start + 1
             start = None
 
@@ -99,6 +100,7 @@ def test_files_of_the_engine_are_short() -> None:
     [
         ("int f(int a)\n{\n\treturn a;\n}\n", [("f", 3)]),
         ("static int\nlong_name(int a,\n\t  int b)\n{\n}\n", [("long_name", 2)]),
+        ("void f(void) {\n\tg();\n}\n", [("f", 3)]),
         ("struct s {\n\tint a;\n};\n", []),
     ],
 )
