@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -67,6 +68,16 @@ class Fetch:
     pages: list[bytes]
 
 
+@dataclass
+class Waiter:
+    """A thread of the engine that sleeps until `is_over()`. Then `promised` is on the server, stably: of each page
+    these bytes, or some that were acknowledged later, which `later` has."""
+
+    is_over: Callable[[], bool]
+    promised: dict[int, bytes | None] = field(default_factory=dict)
+    later: dict[int, list[bytes | None]] = field(default_factory=dict)
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Every rule is one thing that the engine, the server or a killer may do next."""
 
@@ -80,6 +91,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.acknowledged: dict[int, bytes | None] = dict(self.server.stable)
         self.runs: list[Run] = []
         self.fetches: list[Fetch] = []
+        self.waiters: list[Waiter] = []
         self.commit_under_way = False
         self.number = 0
         self.now = 0
@@ -90,6 +102,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.region = Region(self.library, self.fd, IDENTITY, SLOTS)
         self.cache = Cache(self.region)
         self.holds: list[tuple[range, int]] = []
+        self.waiters = []
 
     def close(self) -> None:
         """Its end: nothing but the region stays."""
@@ -118,6 +131,8 @@ class CacheMachine(RuleBasedStateMachine):
                 self.cache.commit_done(self.server.verifier)
         assert materialised
         assert self.cache.unstable_count() == 0
+        self.those_that_wait_are_woken()
+        assert self.waiters == []
         for page, data in self.acknowledged.items():
             assert data in (None, self.server.stable[page])
         self.close()
@@ -125,29 +140,66 @@ class CacheMachine(RuleBasedStateMachine):
 
     # ---- the kernel
 
+    def acknowledge(self, page: int, data: bytes | None) -> None:
+        """From now on the page reads like this; None: as anything."""
+        self.acknowledged[page] = data
+        for waiter in self.waiters:
+            waiter.later.setdefault(page, []).append(data)
+
+    def wait(self, waiter: Waiter) -> None:
+        """As a request does: it looks first, and sleeps until it is woken and finds that its wait is over."""
+        if waiter.is_over():
+            self.check_promise(waiter)
+        else:
+            self.waiters.append(waiter)
+
+    def check_promise(self, waiter: Waiter) -> None:
+        for page, data in waiter.promised.items():
+            allowed = [data, *waiter.later.get(page, [])]
+            assert None in allowed or self.server.stable[page] in allowed
+
+    def may_fill(self, page: int) -> bool:
+        """As the engine decides: not where a FLUSH or FUA may wait for the page."""
+        return not any(waiter.promised for waiter in self.waiters) or self.cache.page_is_stable(page, 2**64 - 1)
+
     @rule(page=PAGES, seed=st.integers(0, 2**32 - 1))
     def write(self, page: int, seed: int) -> None:
         data = random.Random(seed).randbytes(PAGE)
         if self.cache.write(page, data):
-            self.acknowledged[page] = data
+            self.acknowledge(page, data)
+        else:
+            self.wait(Waiter(self.cache.has_room))
 
     @rule(page=PAGES, word=st.sampled_from((0, 1, 0xFFFFFFFF)))
     def write_one_word(self, page: int, word: int) -> None:
         data = word.to_bytes(4, "little") * (PAGE // 4)
-        assert self.cache.write(page, data), "a filled page needs no slot"
-        self.acknowledged[page] = data
+        assert self.cache.write(page, data, may_fill=self.may_fill(page)), "a filled page needs no slot"
+        self.acknowledge(page, data)
+
+    @rule(page=PAGES, seed=st.integers(0, 2**32 - 1))
+    def write_fua(self, page: int, seed: int) -> None:
+        data = random.Random(seed).randbytes(PAGE)
+        if self.cache.write(page, data, may_fill=False):
+            self.acknowledge(page, data)
+            sequence = self.cache.sequence()
+            self.wait(Waiter(lambda: self.cache.page_is_stable(page, sequence), {page: data}))
 
     @rule(page=PAGES)
     def trim(self, page: int) -> None:
         self.cache.trim(page)
-        self.acknowledged[page] = None
+        self.acknowledge(page, None)
+
+    @rule(most=st.integers(1, DEVICE_PAGES))
+    def materialise(self, most: int) -> None:
+        """A FLUSH that has got so far, and gives the lock to others."""
+        if not self.cache.materialise(most):
+            self.wait(Waiter(self.cache.has_room))
 
     @rule()
     def flush(self) -> None:
-        """Whenever the cache says that all is stable, it is."""
-        if self.cache.materialise() and self.cache.is_stable(self.cache.sequence()):
-            for page, data in self.acknowledged.items():
-                assert data in (None, self.server.stable[page])
+        if self.cache.materialise():
+            sequence = self.cache.sequence()
+            self.wait(Waiter(lambda: self.cache.is_stable(sequence), dict(self.acknowledged)))
 
     # ---- the flusher
 
@@ -228,6 +280,7 @@ class CacheMachine(RuleBasedStateMachine):
         if covered:
             pages = [self.server.read(first + i) for i in range(covered)]
             self.fetches.append(Fetch(self.number, first, pages))
+            self.wait(Waiter(lambda: self.cache.read(first)[0] != WAIT))
 
     @precondition(lambda self: self.fetches)
     @rule(data=st.data())
@@ -248,6 +301,19 @@ class CacheMachine(RuleBasedStateMachine):
         self.open()
 
     # ---- what always holds
+
+    @invariant()
+    def what_is_quick_is_right(self) -> None:
+        self.cache.check(DEVICE_PAGES)
+
+    @invariant()
+    def those_that_wait_are_woken(self) -> None:
+        """When the wait of any is over, the cache says that something has happened. (Else there is no broadcast.)"""
+        changed = self.cache.take_changed()
+        for waiter in [waiter for waiter in self.waiters if waiter.is_over()]:
+            assert changed
+            self.check_promise(waiter)
+            self.waiters.remove(waiter)
 
     @invariant()
     def reads_see_what_was_acknowledged(self) -> None:

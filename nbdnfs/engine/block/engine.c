@@ -121,11 +121,11 @@ static void owner_state_changed(void *context, enum owner_state state)
 		return;
 	if (engine->options.exit_status_when_stolen != 0)
 		_exit(engine->options.exit_status_when_stolen);
-	pthread_mutex_lock(&engine->lock);
+	engine_lock(engine);
 	atomic_store(&engine->stolen, true);
-	pthread_cond_broadcast(&engine->progress);
+	engine->changed = true;
 	pthread_cond_signal(&engine->work);
-	pthread_mutex_unlock(&engine->lock);
+	engine_unlock(engine);
 }
 
 /* What the connections tell about the file and the server. Returns 0, or -errno and *why. */
@@ -255,17 +255,17 @@ void engine_destroy(struct engine *engine)
 
 	while (engine->own_region && !all_written && !is_final) {
 		all_written = engine_flush(engine) == 0; /* after a soft limit it is tried again */
-		pthread_mutex_lock(&engine->lock);
+		engine_lock(engine);
 		is_final = engine->gone_too_long || atomic_load(&engine->stolen);
-		pthread_mutex_unlock(&engine->lock);
+		engine_unlock(engine);
 	}
-	pthread_mutex_lock(&engine->lock);
+	engine_lock(engine);
 	engine->abandon = !all_written;
 	if (engine->own_region && !all_written)
 		log_line("%u pages are given up that the server did not take", cache_unstable_count(engine->cache));
 	engine->stop = true;
 	pthread_cond_signal(&engine->work);
-	pthread_mutex_unlock(&engine->lock);
+	engine_unlock(engine);
 	pthread_join(engine->flusher, NULL);
 	free_engine(engine);
 }

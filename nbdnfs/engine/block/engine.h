@@ -60,9 +60,16 @@ struct region_header *engine_region(const struct engine *engine);
 int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes);
 /* The pages are in the region when it returns; with `fua`, on the NAS, stably. */
 int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes, bool fua);
-/* Everything that was written before is on the NAS, stably, when it returns. */
+/*
+ * Everything that was written before is on the NAS, stably, when it returns: of each page what was written last before
+ * the FLUSH, or later. A page that is trimmed meanwhile is not waited for: the NAS may have older bytes of it then, as
+ * after any TRIM.
+ */
 int engine_flush(struct engine *engine);
-/* The pages may be forgotten. The file keeps its blocks: filling a hole again fails when the NAS is full. */
+/*
+ * The pages may be forgotten: until they are written again, they read as anything that was ever there. The file keeps
+ * its blocks: filling a hole again fails when the NAS is full.
+ */
 int engine_trim(struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes);
 
 #endif
