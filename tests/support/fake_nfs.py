@@ -178,6 +178,7 @@ class FakeNfsServer(RpcServer):
         self._verifier = 1
         self.lying = False
         self._write_steps: list[WriteStep] = []
+        self._claimed_size: int | None = None
         self._calls: list[Call] = []
         self._faults: dict[str, _Faults] = {}
         self._held: list[tuple[RpcCall, bytes | None]] = []  # with the answer, where the work is done
@@ -220,6 +221,11 @@ class FakeNfsServer(RpcServer):
         """WRITE claims to have written `stable` (UNSTABLE, ...), whatever it did; None: the truth."""
         with self._lock:
             self._of("WRITE").claimed_stable = stable
+
+    def claim_size(self, size_bytes: int | None) -> None:
+        """Attributes say that the file has `size_bytes`; None: the truth."""
+        with self._lock:
+            self._claimed_size = size_bytes
 
     def script_writes(self, steps: Iterable[WriteStep]) -> None:
         """The next WRITEs are carried out like this, one step each, and those after them as ever."""
@@ -434,7 +440,7 @@ class FakeNfsServer(RpcServer):
     def _attributes(self, path: str) -> bytes:
         """fattr3"""
         is_file = path == self._path
-        size = len(self._content) if is_file else 4096
+        size = 4096 if not is_file else len(self._content) if self._claimed_size is None else self._claimed_size
         return (
             u32(_REGULAR if is_file else _DIRECTORY, 0o600 if is_file else 0o755, 1, 0, 0)
             + u64(size, size)

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 static int fail(struct nfsio_failure *why, int error, const char *message)
@@ -26,6 +27,33 @@ static uint64_t hash_path(const char *url)
 	for (; *url != '\0' && *url != '?'; url++)
 		hash = (hash ^ (uint8_t)*url) * 0x100000001b3u;
 	return hash;
+}
+
+/*
+ * Its size is what the server says, and so is what the region locks. A region that a worker has left is taken over
+ * whatever its size: it is in memory already, with acknowledged pages. Returns 0, or -EFBIG and *why.
+ */
+static int check_memory(const struct engine *engine, struct nfsio_failure *why)
+{
+	uint64_t bytes = region_size_bytes(engine->size_bytes, engine->options.region_pages);
+	uint64_t memory_bytes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGE_SIZE);
+	uint64_t limit_bytes = memory_bytes / ENGINE_MEMORY_SHARE;
+	char message[sizeof(why->message)];
+	struct stat st;
+
+	if (limit_bytes < ENGINE_MEMORY_MIN_BYTES)
+		limit_bytes = ENGINE_MEMORY_MIN_BYTES;
+	if (bytes <= limit_bytes)
+		return 0;
+	if (engine->options.region_fd >= 0 && fstat(engine->options.region_fd, &st) == 0 && st.st_size > 0)
+		return 0;
+	snprintf(message, sizeof(message),
+		 "its %llu GiB and a region of %llu MiB need %llu MiB of locked memory, and at most %llu MiB may be"
+		 " locked on this machine (an eighth of its memory, or 64 MiB)",
+		 (unsigned long long)(engine->size_bytes >> 30),
+		 (unsigned long long)engine->options.region_pages * PAGE_BYTES >> 20, (unsigned long long)(bytes >> 20),
+		 (unsigned long long)(limit_bytes >> 20));
+	return fail(why, -EFBIG, message);
 }
 
 static int map_region(struct engine *engine, const struct nfsio_stat *st, struct nfsio_failure *why)
@@ -226,6 +254,8 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 		error = open_connections(engine, why);
 	if (error == 0)
 		error = take_file_facts(engine, &st, why);
+	if (error == 0)
+		error = check_memory(engine, why);
 	if (error == 0)
 		error = map_region(engine, &st, why);
 	if (error != 0)

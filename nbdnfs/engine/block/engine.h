@@ -27,6 +27,12 @@
 /* With fewer slots, write-backs leave no room for read-ahead. */
 #define ENGINE_REGION_PAGES_MIN 256
 #define ENGINE_CONNECTIONS_MAX 16
+/*
+ * A region (region.h: slots, and a table that grows with the device, a little over 1 MiB for each GiB) may have this
+ * share of the machine's memory, but always so many bytes.
+ */
+#define ENGINE_MEMORY_SHARE 8
+#define ENGINE_MEMORY_MIN_BYTES (64u << 20)
 
 struct engine;
 
@@ -45,7 +51,11 @@ struct engine_options {
 	int exit_status_when_stolen;
 };
 
-/* Connect, open the file, map the region and take over what it holds. Returns 0 and *engine, or -errno and *why. */
+/*
+ * Connect, open the file, map the region and take over what it holds. Returns 0 and *engine, or -errno and *why.
+ * -EFBIG: the file is so large that a new region for it would have more than its share of memory; nothing was allocated
+ * for it.
+ */
 int engine_create(const struct engine_options *options, struct engine **engine, struct nfsio_failure *why);
 
 /*
