@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[2] / "nbdnfs" / "engine"
@@ -45,6 +45,12 @@ class RunStruct(Structure):
     _fields_ = (("first_page", c_uint64), ("count", c_uint32), ("is_overtaken", c_bool), ("slots", c_uint32 * 32))
 
 
+class PageSetStruct(Structure):
+    """struct page_set"""
+
+    _fields_ = (("limit", c_uint64), ("level_count", c_uint), ("levels", c_void_p * 6), ("words", c_void_p))
+
+
 def build(directory: Path) -> ctypes.CDLL:
     """Compile the library into `directory` and declare its functions."""
     path = directory / "libcore.so"
@@ -81,6 +87,10 @@ def build(directory: Path) -> ctypes.CDLL:
         "cache_known_page": (c_bool, c_void_p, c_uint64, POINTER(c_uint64), POINTER(c_uint32)),
         "cache_uncommitted_count": (c_uint32, c_void_p),
         "cache_unstable_count": (c_uint32, c_void_p),
+        "page_set_init": (c_bool, POINTER(PageSetStruct), c_uint64),
+        "page_set_deinit": (None, POINTER(PageSetStruct)),
+        "page_set_put": (None, POINTER(PageSetStruct), c_uint64, c_bool),
+        "page_set_next": (c_bool, POINTER(PageSetStruct), c_uint64, POINTER(c_uint64)),
         "cache_take_changed": (c_bool, c_void_p),
         "cache_oldest_dirty": (c_uint64, c_void_p),
         "reference_is_stable": (c_bool, c_void_p, c_uint64),

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from core_library import HIT, MISS, PAGE, WAIT, Cache, Identity, Region, Run, build
-from hypothesis import HealthCheck, settings
+from core_library import HIT, MISS, PAGE, WAIT, Cache, Identity, PageSetStruct, Region, Run, build
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
@@ -337,6 +337,48 @@ def test_model(library: ctypes.CDLL) -> None:
             max_examples=400, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+
+
+@given(data=st.data(), limit=st.sampled_from((1, 63, 64, 65, 4096, 4097, 300_000)))
+def test_page_set(library: ctypes.CDLL, data: st.DataObject, limit: int) -> None:
+    """Against Python's own: after each change, the next member from anywhere on."""
+    numbers = st.integers(0, limit - 1) | st.sampled_from((0, limit - 1))
+    page_set, members, found = PageSetStruct(), set[int](), ctypes.c_uint64()
+    assert library.page_set_init(ctypes.byref(page_set), limit)
+    for number, is_member, start in data.draw(st.lists(st.tuples(numbers, st.booleans(), numbers), max_size=30)):
+        library.page_set_put(ctypes.byref(page_set), number, is_member)
+        (members.add if is_member else members.discard)(number)
+        expected = min((member for member in members if member >= start), default=None)
+        has_next = library.page_set_next(ctypes.byref(page_set), start, ctypes.byref(found))
+        assert (found.value if has_next else None) == expected
+    assert not library.page_set_next(ctypes.byref(page_set), limit, ctypes.byref(found))
+    library.page_set_deinit(ctypes.byref(page_set))
+
+
+def test_a_page_that_is_overtaken_each_time(library: ctypes.CDLL) -> None:
+    """Its first write is stable once a later write-back is, and no COMMIT comes in time: the run says so."""
+    fd = os.memfd_create("region")
+    region = Region(library, fd, IDENTITY, SLOTS)
+    cache = Cache(region)
+    cache.write(0, os.urandom(PAGE))
+    first, overtaken = cache.sequence(), []
+    for _ in range(3):
+        run = cache.take_run(1)
+        assert run is not None
+        overtaken.append(run.struct.is_overtaken)
+        cache.write(0, os.urandom(PAGE))
+        cache.run_uncommitted(run, 1)
+        assert not cache.is_stable(first)
+    assert overtaken == [False, True, True]
+    run = cache.take_run(1)
+    assert run is not None
+    cache.write(0, os.urandom(PAGE))
+    cache.run_stable(run)
+    assert cache.is_stable(first)
+    assert not cache.is_stable(cache.sequence())
+    cache.destroy()
+    region.unmap()
+    os.close(fd)
 
 
 def test_crc_is_crc32c(library: ctypes.CDLL) -> None:
