@@ -84,7 +84,7 @@ def open_error(error: OSError, url: NfsUrl, address: str) -> NbdnfsError:
     if number == errno.EFBIG:
         return ConfigError(
             f"{path} on {url.host} is too large for this machine: {words(error)}",
-            "use a smaller file; each GiB of it needs a little over 1 MiB of locked memory, beside the region",
+            "use a smaller file, or a smaller region; each GiB of the file needs a little over 1 MiB of locked memory",
         )
     if number == errno.EBUSY:
         return BusyError(f"{path} on {url.host} is in use", "try again later")
