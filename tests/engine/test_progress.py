@@ -13,10 +13,9 @@ from support.engines import PAGE, OpenEngine, read_pages, write_pages
 from support.fake_nfs import FILE_SYNC, NFS3ERR_JUKEBOX, UNSTABLE, FakeNfsServer
 from support.waiting import DEADLINE_S, in_background, wait_until
 
-from nbdnfs import engine as engine_package
 from nbdnfs.engine import Engine
 
-BLOCK = Path(engine_package.__file__).parent / "block"
+BLOCK = Path(__file__).resolve().parents[2] / "nbdnfs" / "engine" / "block"
 PAGES = 1024
 SLOTS = 256
 ONE_WORD = b"word" * (PAGE // 4)

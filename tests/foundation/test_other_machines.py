@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import setuptools
 
-from nbdnfs import engine, region
+from nbdnfs import region
 from nbdnfs.sizes import SLOT_BYTES
 
 ROOT = Path(__file__).resolve().parents[2]
-ENGINE = Path(engine.__file__).parent
+ENGINE = ROOT / "nbdnfs" / "engine"
 SOURCES = sorted(path for room in ("base", "region", "nfs", "block") for path in (ENGINE / room).glob("*.c"))
 SLOTS = 4096
 GIB = 1 << 30
