@@ -86,8 +86,7 @@ def test_a_page_that_is_written_again_all_the_time(open_engine: OpenEngine, fake
         fake.wait_for(1, DEADLINE_S)
         versions.append(os.urandom(PAGE))
         write_pages(engine, 0, versions[-1])
-        fake.release()
-        fake.hold("WRITE", after=True)
+        fake.answer_held()
     flushed.result(DEADLINE_S)
     assert [call.stable for call in fake.calls("WRITE")][:2] == [UNSTABLE, FILE_SYNC]
     assert fake.on_disk[:PAGE] in versions

@@ -305,6 +305,17 @@ class FakeNfsServer(RpcServer):
             self._held.clear()
         self._wake()
 
+    def answer_held(self) -> None:
+        """Answer the calls that are held now. Those that come after are held as before."""
+        with self._lock:
+            for call, answer in self._held:
+                if answer is None:
+                    self._answer_at(call, time.monotonic())
+                else:
+                    self._send_reply(call, SUCCESS, answer)
+            self._held.clear()
+        self._wake()
+
     def crash(self) -> None:
         """Power fails and returns: data not on disk is lost, connections are reset, the write verifier changes."""
         with self._lock:
