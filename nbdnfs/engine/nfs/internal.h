@@ -118,7 +118,10 @@ struct nfsio {
 	struct nfsio_failure *first_failure; /* nfsio_create()'s caller's, until first_done */
 
 	const struct transport *transport; /* of the connection; NULL while there is none */
-	struct wire wire;       /* of transport_wire */
+	/* of transport_wire */
+	struct wire wire;
+	uint8_t handle3[WIRE_HANDLE_BYTES_MAX]; /* the file's */
+	uint32_t handle3_bytes;
 	/* of transport_libnfs */
 	struct nfs_context *nfs;
 	struct nfsfh *fh;

@@ -84,8 +84,10 @@ static bool take_over(struct nfsio *io, const struct connection *made)
 
 	if (fd < 0)
 		return false;
-	wire_open(&io->wire, fd, (const uint8_t *)made->fh3.data.data_val, made->fh3.data.data_len,
-		   url_number(io->url, "uid=", getuid()), url_number(io->url, "gid=", getgid()));
+	wire_open(&io->wire, fd, url_number(io->url, "uid=", getuid()), url_number(io->url, "gid=", getgid()));
+	assert(made->fh3.data.data_len > 0 && made->fh3.data.data_len <= sizeof(io->handle3));
+	io->handle3_bytes = made->fh3.data.data_len;
+	memcpy(io->handle3, made->fh3.data.data_val, io->handle3_bytes);
 	libnfs_destroy(made->nfs, made->fh);
 	io->transport = &transport_wire;
 	return true;

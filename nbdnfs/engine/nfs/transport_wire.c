@@ -17,6 +17,8 @@ static int issue_on_wire(struct nfsio *io, struct nfsio_req *req)
 
 	req->call = (struct wire_call){
 		.procedure = procedures[req->op],
+		.handle = io->handle3,
+		.handle_bytes = io->handle3_bytes,
 		.offset_bytes = req->offset_bytes + req->moved_bytes,
 		.length_bytes = req->length_bytes - req->moved_bytes,
 		.data = req->data + req->moved_bytes,
@@ -34,7 +36,7 @@ static void wire_answered(struct nfsio *io, const struct wire_answer *answer)
 
 	if (answer->has_size_before)
 		note_size(io, answer->size_before_bytes);
-	if (answer->has_size) {
+	if (answer->has_attributes) {
 		note_size(io, answer->size_bytes);
 		note_links(io, answer->links);
 	}
