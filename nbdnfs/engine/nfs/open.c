@@ -46,6 +46,7 @@ int nfsio_create(const struct nfsio_options *options, struct nfsio **out, struct
 	if (io->options.silence_ms == 0)
 		io->options.silence_ms = SILENCE_MS;
 	io->silence_ms = io->options.silence_ms;
+	io->deadline_ms = INT64_MAX;
 	probe_init(&io->probe, (uint32_t)io->version);
 	io->state.condition = NFSIO_LINK_DOWN;
 	atomic_init(&io->truncated_bytes, UINT64_MAX);
