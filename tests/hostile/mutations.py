@@ -57,21 +57,38 @@ _ATTRIBUTES_AT = {
     "ACCESS": (2,),
     "FSINFO": (2,),
 }
+# Where the results have a length, a count or the number of something, in words.
+_LENGTHS_AT = {
+    "MNT": (1, 10),
+    "EXPORT": (0, 1),
+    "LOOKUP": (1,),
+    "READ": (23, 25),
+    "WRITE": (30,),
+    "FSINFO": (23, 24, 26, 27),
+}
 _WORDS_MUTATED = 44
 _KEPT = 64
 
 
 class Mutations:
-    """`FakeNas.mutate` takes it. Of all answers, `chance` are mutated. `counts` says which mutations there were."""
+    """`FakeNas.mutate` takes it. Of all answers, `chance` are mutated. `counts` says which mutations there were.
 
-    def __init__(self, draw: random.Random, chance: float, *, drop_chance: float = 0.0) -> None:
+    Mutations after which a client may wait for an answer until its patience ends are `silent_chance` of all.
+    """
+
+    def __init__(self, draw: random.Random, chance: float, *, silent_chance: float = 0.0) -> None:
         self._draw = draw
         self._chance = chance
-        self._drop_chance = drop_chance
+        self._silent_chance = silent_chance
         self._earlier: collections.deque[bytes] = collections.deque(maxlen=_KEPT)
-        self._kinds: tuple[Callable[[NasCall, bytes], bytes], ...] = (
+        self._silent_kinds: tuple[Callable[[NasCall, bytes], bytes], ...] = (
+            self._no_answer,
             self._unknown_xid,
             self._earlier_xid,
+            self._wrong_mark,
+            self._noise,
+        )
+        self._kinds: tuple[Callable[[NasCall, bytes], bytes], ...] = (
             self._head_word,
             self._denied,
             self._verifier,
@@ -81,25 +98,23 @@ class Mutations:
             self._word,
             self._word,
             self._word,
+            self._length,
+            self._length,
             self._truncated,
-            self._wrong_mark,
             self._fragmented,
             self._empty_fragments,
             self._longer,
             self._twice,
             self._other_results,
-            self._noise,
             self._data,
         )
         self.counts: collections.Counter[str] = collections.Counter()
 
     def __call__(self, call: NasCall, message: bytes) -> bytes | None:
-        if self._draw.random() < self._drop_chance:
-            self.counts["no answer"] += 1
-            return b""
+        at = self._draw.random()
         mutated = None
-        if self._draw.random() < self._chance:
-            kind = self._draw.choice(self._kinds)
+        if at < self._chance + self._silent_chance:
+            kind = self._draw.choice(self._kinds if at < self._chance else self._silent_kinds)
             mutated = kind(call, message)
             self.counts[kind.__name__.strip("_").replace("_", " ")] += 1
         self._earlier.append(message)
@@ -112,6 +127,9 @@ class Mutations:
         return self._draw.choice((*_EXTREMES, self._draw.getrandbits(32)))
 
     # Each of these is one mutation.
+
+    def _no_answer(self, call: NasCall, message: bytes) -> bytes:
+        return b""
 
     def _unknown_xid(self, call: NasCall, message: bytes) -> bytes:
         return self._with_word(message, _XID, self._draw.getrandbits(32))
@@ -165,6 +183,11 @@ class Mutations:
         if call.op == "WRITE" and word == 31 and value in (1, 2):
             value = 3  # it is not as stable as that
         return self._with_word(message, _RESULTS + 4 * word, value)
+
+    def _length(self, call: NasCall, message: bytes) -> bytes:
+        """The length or the count of something in the results."""
+        at = _RESULTS + 4 * self._draw.choice(_LENGTHS_AT.get(call.op, (0,)))
+        return self._with_word(message, at, self._extreme()) if at + 4 <= len(message) else record(message)
 
     def _truncated(self, call: NasCall, message: bytes) -> bytes:
         return record(message[: self._draw.randrange(len(message))])
