@@ -132,9 +132,11 @@ void receive(struct nfsio *io)
 		timeout_ms = 0; /* give back at once what failed before it was sent */
 	if (me == RECEIVER_IO_THREAD)
 		io->io_thread_polls = true;
+	io->polls_until_ms = now_ms() + timeout_ms;
 	pthread_mutex_unlock(&io->lock);
 	poll(fds, 3, timeout_ms);
 	pthread_mutex_lock(&io->lock);
+	io->polls_until_ms = 0;
 	if (me == RECEIVER_IO_THREAD)
 		io->io_thread_polls = false;
 	if (io->receiver != me)

@@ -168,6 +168,7 @@ struct nfsio {
 	int64_t silent_since_ms; /* when something was last received, or first waited for after that */
 	int64_t silence_ms;     /* see look_into_silence(): options.silence_ms, or a multiple of it */
 	int64_t deadline_ms;    /* nothing outstanding is given up before; it may have been answered meanwhile */
+	int64_t polls_until_ms; /* when the poll() that began last ends at the latest; 0 after it */
 	int64_t last_received_ms; /* when something was last received, or the connection was made */
 	int64_t suspect_since_ms; /* nfsio_suspect(): to be tested if nothing was received since. 0: not suspect */
 	int64_t given_up_at_ms; /* when silence last cost a connection, 0: never */

@@ -11,7 +11,7 @@
 #include <string.h>
 
 /* A directory that turns out to be stale is not looked for again sooner. */
-#define FIND_AGAIN_MS 10000
+#define FIND_AGAIN_MS 5000
 
 /* What waits for a request. */
 struct look_wait {

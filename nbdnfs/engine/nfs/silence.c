@@ -42,6 +42,8 @@ int64_t note_outstanding(struct nfsio *io, int64_t repeat_after_ms, int64_t limi
 		io->deadline_ms = at_ms;
 	if (limit_at_ms < io->deadline_ms)
 		io->deadline_ms = limit_at_ms;
+	if (io->deadline_ms < io->polls_until_ms)
+		wake_poller(io); /* it knew of later ones; never for a transfer */
 	return at_ms;
 }
 
