@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Nothing waits for ever: an answer to a look at the owner record or to an operation on names is dropped, late or an error.
+"""Nothing waits for ever: an answer to a look or to an operation on names is dropped, late or an error.
 
 nbdnfs/engine/nfs/silence.c and docs/decisions/0020-liveness.md have what is promised.
 """
