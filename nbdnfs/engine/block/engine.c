@@ -102,6 +102,7 @@ static int open_connections(struct engine *engine, struct nfsio_failure *why)
 		if (error == 0)
 			engine->io_count++;
 		options.quiet = true; /* the first one logs what there is to say about the server */
+		options.like = engine->ios[0];
 	}
 	options.transport = NFSIO_OVER_LIBNFS;
 	if (error == 0 && engine->owner_watch != NULL && nfsio_has_names(engine->ios[0]))
