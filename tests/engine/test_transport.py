@@ -452,13 +452,14 @@ def test_nobody_else_has_to_ask(fake: FakeNfsServer, open_engine: OpenEngine, op
 def test_a_network_that_hangs_for_a_while(backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine) -> None:
     """Nothing passes: the request waits, for it is not dead that is slow. Then everything goes on, on the same way."""
     engine = open_engine(backing_file.url(nfsport=proxy.port))
+    connections = proxy.accepted
     proxy.black_hole = True
     request = in_background(read_pages, engine, 0)
     with pytest.raises(TimeoutError):
         request.result(1.0)
     proxy.black_hole = False
     assert request.result(DEADLINE_S) == bytes(PAGE)
-    assert proxy.accepted == 1
+    assert proxy.accepted == connections
 
 
 def test_a_server_that_is_away_and_comes_back(
@@ -536,9 +537,10 @@ def test_close_while_the_server_is_away(
 def test_close_while_the_server_hangs(backing_file: FileOnServer, proxy: TcpProxy) -> None:
     """Nor for a server that takes the connection and says nothing: idle, or while it connects again."""
     engine = Engine(backing_file.url(nfsport=proxy.port), LOOPBACK)
+    connections = proxy.accepted
     proxy.black_hole = True
     proxy.cut()
-    wait_until(lambda: proxy.accepted == 2, "the next attempt")
+    wait_until(lambda: proxy.accepted > connections, "the next attempt")
     in_background(engine.close).result(5)
 
 
@@ -582,7 +584,7 @@ def test_close_waits_for_nobody(fake: FakeNfsServer) -> None:
 def test_an_export_of_a_parent_directory(
     new_fake: Callable[..., FakeNfsServer], open_engine: OpenEngine, export: str
 ) -> None:
-    """The server lets only a parent of the URL's directory be mounted: it is, also when connecting again."""
+    """The server lets only a parent of the URL's directory be mounted: it is, also when the file is looked up again."""
     fake = new_fake(os.urandom(MIB), path="/srv/a/b/swap", export=export)
     engine = open_engine(fake.url())
     assert read_pages(engine, 0) == fake.content[:PAGE]
@@ -590,6 +592,9 @@ def test_an_export_of_a_parent_directory(
     assert mounts == 1 + "/srv/a/b".count("/") - export.count("/")
     fake.crash()
     assert read_pages(engine, 1) == fake.content[PAGE : 2 * PAGE]
+    assert len(fake.calls("MNT")) == mounts
+    fake.expire_handles()
+    assert read_pages(engine, 2) == fake.content[2 * PAGE : 3 * PAGE]
     assert len(fake.calls("MNT")) == mounts + 1
 
 
@@ -599,4 +604,4 @@ def test_no_export_at_all(new_fake: Callable[..., FakeNfsServer]) -> None:
     with pytest.raises(NfsError) as caught:
         Engine(fake.url(), LOOPBACK)
     assert (caught.value.phase, caught.value.errno) == ("mount", errno.EACCES)
-    assert len(fake.calls("MNT")) == 2
+    assert len(fake.calls("MNT")) == 3  # with "/"

@@ -97,6 +97,7 @@ static int open_connections(struct engine *engine, struct nfsio_failure *why)
 			engine->io_count++;
 		options.quiet = true; /* the first one logs what there is to say about the server ... */
 		options.looks = false; /* ... and serves owner_watch */
+		options.like = engine->ios[0];
 	}
 	return error;
 }
