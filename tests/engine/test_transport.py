@@ -15,9 +15,14 @@ from support.engines import PAGE, OpenEngine, read_pages, results, write_pages, 
 from support.fake_nfs import (
     FILE_SYNC,
     NFS3_OK,
+    NFS3ERR_ACCES,
+    NFS3ERR_FBIG,
     NFS3ERR_IO,
     NFS3ERR_JUKEBOX,
     NFS3ERR_NOSPC,
+    NFS3ERR_PERM,
+    NFS3ERR_ROFS,
+    NFS3ERR_SERVERFAULT,
     UNSTABLE,
     FakeNfsServer,
 )
@@ -160,13 +165,45 @@ def test_others_go_on_while_one_is_asked_to_wait(fake: FakeNfsServer, open_engin
 # Servers that refuse and servers that are wrong
 
 
-def test_a_failed_read_is_an_error_and_the_next_one_works(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
-    """The server's EIO reaches the caller, once."""
+MAY_PASS = [NFS3ERR_PERM, NFS3ERR_IO, NFS3ERR_ACCES, NFS3ERR_ROFS, NFS3ERR_SERVERFAULT]
+
+
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
+@pytest.mark.parametrize("status", MAY_PASS)
+def test_a_read_that_is_refused_for_a_moment(
+    fake: FakeNfsServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str], status: int, transport: str
+) -> None:
+    """An export, a disk or a name service comes and goes: reads wait for it as writes do, and one line says so."""
+    engine = open_engine(fake.url(), transport=transport)
+    said = SaidOnStderr(capfd)
+    fake.fail("READ", status)
+    pages = [in_background(read_pages, engine, number) for number in range(3)]
+    wait_until(lambda: len(fake.calls("READ")) >= 3 * 3, "each is tried again")
+    assert not any(page.done() for page in pages)
+    fake.fail("READ", NFS3_OK)
+    assert b"".join(results(pages)) == fake.content[: 3 * PAGE]
+    said.wait_for("refuses to read")
+    assert sum("refuses to read" in line for line in said.lines) == 1
+
+
+def test_a_read_that_stays_refused(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
+    """After the limit it is an error, and the next one works."""
+    engine = open_engine(fake.url(), soft_limit_ms=700)
+    fake.fail("READ", NFS3ERR_IO)
+    with pytest.raises(OSError, match="Input/output error"):
+        in_background(read_pages, engine, 0).result(DEADLINE_S)
+    assert len(fake.calls("READ")) >= 2
+    fake.fail("READ", NFS3_OK)
+    assert read_pages(engine, 0) == fake.content[:PAGE]
+
+
+def test_a_read_that_makes_no_sense_is_an_error(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
+    """What does not pass reaches the caller, once."""
     engine = open_engine(fake.url())
-    fake.fail("READ", NFS3ERR_IO, times=1)
-    with pytest.raises(OSError, match="Input/output error") as caught:
+    fake.fail("READ", NFS3ERR_FBIG, times=1)
+    with pytest.raises(OSError, match="File too large") as caught:
         read_pages(engine, 0)
-    assert caught.value.errno == errno.EIO
+    assert caught.value.errno == errno.EFBIG
     assert read_pages(engine, 0) == fake.content[:PAGE]
 
 

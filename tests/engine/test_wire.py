@@ -17,7 +17,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.engines import PAGE, OpenEngine, opening, read_pages, results, write_pages
-from support.fake_nfs import NFS3_OK, NFS3ERR_IO, NFS3ERR_JUKEBOX, UNSTABLE, Call, FakeNfsServer
+from support.fake_nfs import NFS3_OK, NFS3ERR_JUKEBOX, NFS3ERR_NXIO, UNSTABLE, Call, FakeNfsServer
 from support.sunrpc import (
     GARBAGE_ARGS,
     LAST_FRAGMENT,
@@ -296,12 +296,12 @@ def test_an_error_instead_of_data(fake: FakeNfsServer, open_engine: OpenEngine, 
     engine = open_engine(fake.url())
     shaped(fake, [before, shape])
     read_at_once(fake, engine, 1)
-    fake.fail("READ", NFS3ERR_IO, times=1)
-    with pytest.raises(OSError, match="Input/output error") as caught:
+    fake.fail("READ", NFS3ERR_NXIO, times=1)
+    with pytest.raises(OSError, match="No such device") as caught:
         read_pages(engine, 0)
-    assert caught.value.errno == errno.EIO
+    assert caught.value.errno == errno.ENXIO
 
-    fake.fail("READ", NFS3ERR_IO, times=1)
+    fake.fail("READ", NFS3ERR_NXIO, times=1)
     fake.hold("READ")
     pages = [in_background(read_pages, engine, number) for number in range(4)]
     fake.wait_for(4, DEADLINE_S)

@@ -183,6 +183,7 @@ struct nfsio {
 	struct req_list finished; /* for give_back() */
 	struct req_list later;    /* to be pending at later_at_ms: after JUKEBOX, or without memory */
 	int64_t later_at_ms;
+	int64_t refusal_told_ms; /* when a READ was last refused for a reason that may pass, or 0 */
 
 	int64_t silent_since_ms; /* when something was last received, or first waited for after that */
 	int64_t silence_ms;     /* see look_into_silence(): options.silence_ms, or a multiple of it */
@@ -284,6 +285,7 @@ void note_links(struct nfsio *io, uint32_t links);
 void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool end_of_file);
 void note_written3(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool stable, uint64_t verifier);
 void note_committed3(struct nfsio *io, struct nfsio_req *req, uint64_t verifier);
+void note_refused(struct nfsio *io, struct nfsio_req *req, int error);
 void note_refused3(struct nfsio *io, struct nfsio_req *req, int status);
 void note_refused_elsewhere3(struct nfsio *io, struct nfsio_req *req, int status);
 

@@ -73,9 +73,12 @@ static int run(struct nfsio *io, struct nfsio_look *look, const char *step, stru
 /* The handle of the directory is stale, or not known: find it by its name, over a new connection. */
 static void find_directory_again(struct nfsio *io)
 {
+	int64_t now = now_ms();
+
 	pthread_mutex_lock(&io->lock);
-	if (is_up(io) && !io->broken && (io->directory_sought_ms == 0 || now_ms() - io->directory_sought_ms >= FIND_AGAIN_MS)) {
-		io->directory_sought_ms = now_ms();
+	if (is_up(io) && !io->broken &&
+	    (io->directory_sought_ms == 0 || now - io->directory_sought_ms >= FIND_AGAIN_MS)) {
+		io->directory_sought_ms = now;
 		io->directory_is_stale = true;
 		io->broken = true;
 		wake_io_thread(io);

@@ -103,7 +103,7 @@ static void refused4(struct nfsio *io, struct nfsio_req *req, int error)
 	if (verdict == NOT_NOW4)
 		try_later(io, &io->inflight, req);
 	else
-		req_finish(&io->inflight, req, verdict == OVER_QUOTA4 ? -EDQUOT : error);
+		note_refused(io, req, verdict == OVER_QUOTA4 ? -EDQUOT : error);
 }
 
 static void file_call_done(int error, struct nfs_context *nfs, void *data, void *arg)
