@@ -5,18 +5,25 @@
  *
  * libnfs_calls.[ch]   what is peculiar to libnfs: its versions' signatures, its errors
  * wire*.[ch]           NFSv3 without libnfs; knows nothing of the rest
+ * reserved_port.[ch]   a local port below 1024 that no daemon wants; knows nothing of the rest
  * probe.[ch]           is the server alive? A connection of its own; knows nothing of the rest
  * queue.c              where requests lie, how they end, and which thread is woken
+ * name_queue.c         the same for operations on names
  * answers.c            what the server's answers mean, whichever transport received them
- * connect.c            a new connection: context, mount, open, raw handle
+ * waiting.c            what goes on while there is no connection
+ * connect_wire.c       a new connection to a file whose handle is known
+ * connect_libnfs.c     one to a file that has only a name: context, mount, open
  * recognise.c          is it still the file that was opened?
+ * connect.c            which of the two, and to the right file
  * transport_libnfs.c   struct transport over libnfs: NFSv4, and NFSv3 where that is asked for
  * transport_wire.c     struct transport over a wire
- * silence.c            the time-outs: is a silent connection dead?
+ * silence.c            the time-outs: what is sent again over a new connection, and when
+ * name_calls.c         operations on names over libnfs: calls and answers
  * exchange.c           sending what waits, and receiving
  * requests.c           what callers submit and wait for
  * state.c              what is known of the file and of the way to it
- * names.c              stat, link, rename, unlink, and a look at a small file
+ * names.c              what callers wait for: stat, link, rename, unlink
+ * look.c               a look at a small file beside the one that is open
  * io_thread.c          the I/O thread: receiving, and connecting again
  * open.c               open and close
  *
@@ -36,14 +43,30 @@
 
 #include <stdatomic.h>
 #include <stdio.h>
+#include <sys/socket.h>
 #include <time.h>
 
 /* How often the time limits of requests are checked while there is no connection. */
 #define AWAY_TICK_MS 250
+/* The pause before a call is sent again that the server has put off. */
+#define RETRY_LATER_MS 200
+/* How often nfsio_look.waiting is called. */
+#define WAITING_TICK_MS 250
+
+enum name_call { CALL_STAT, CALL_FSTAT, CALL_LINK, CALL_RENAME, CALL_UNLINK, CALL_LOOK };
 
 /* One name operation, on its caller's stack. Guarded by io->lock. */
 struct name_op {
 	struct nfsio *io;
+	enum name_call call;
+	const char *path, *new_path;
+	int64_t fail_at_ms;     /* then it fails, unless it is outstanding */
+	int64_t send_at_ms;     /* not before: the server has put it off */
+	/* while it is outstanding */
+	int64_t give_up_at_ms;  /* then it is taken for dropped by a server that answers others: silence.c */
+	int64_t limit_at_ms;    /* then the connection is given up in any case */
+	bool sent;              /* outstanding, or it was */
+	bool put_off;           /* the server has last answered "later" */
 	bool done;
 	struct nfsio_failure *why; /* error 0 until it fails */
 	struct nfsio_stat *st;
@@ -73,6 +96,14 @@ struct step {
 	uint32_t count;         /* how many bytes of it were read */
 };
 
+/* Where a file is: its server, and its handle there. */
+struct place {
+	struct sockaddr_storage peer;
+	socklen_t peer_bytes;
+	uint8_t handle[128];    /* NFS4_FHSIZE */
+	uint32_t handle_bytes;  /* 0: not known */
+};
+
 /* Which thread polls the connection and receives. */
 enum receiver { RECEIVER_NONE, RECEIVER_IO_THREAD, RECEIVER_WAITER };
 
@@ -86,11 +117,11 @@ struct nfsio {
 	uint32_t max_transfer_bytes;
 	int version;
 	bool opened_once;       /* the I/O thread's own: `opened` is valid */
-	enum nfsio_transport next_transport; /* the I/O thread's own: of connections that are made from now on */
+	enum nfsio_transport transport_kind; /* of all connections: options.transport over NFSv3, libnfs over NFSv4 */
 	int backoff_ms;         /* the I/O thread's own: the pause before the next attempt to connect, 0: none */
 	int64_t patience_ms;    /* the I/O thread's own: how long an attempt to connect may take */
-	char handle[128];       /* the I/O thread's own: the file's, as it was first opened (NFS4_FHSIZE) */
-	int handle_bytes;       /* the I/O thread's own */
+	bool refused_port;      /* the I/O thread's own: the last attempt found no server at the known port */
+	bool refusal_logged;    /* the I/O thread's own: the connection before this one ended as `refused` says, too */
 	int64_t gone_since_ms;  /* the I/O thread's own: when the file was first found gone, 0: it is not */
 	int64_t connected_at_ms; /* the I/O thread's own */
 	int64_t away_since_ms;  /* the I/O thread's own */
@@ -118,7 +149,19 @@ struct nfsio {
 	struct nfsio_failure *first_failure; /* nfsio_create()'s caller's, until first_done */
 
 	const struct transport *transport; /* of the connection; NULL while there is none */
-	struct wire wire;       /* of transport_wire */
+	/* of transport_wire */
+	struct wire wire;       /* the I/O thread's own while there is no connection */
+	uint32_t read_max_bytes, write_max_bytes; /* what the server takes in one call over this connection */
+
+	/* the file as it was last recognised; changed by the I/O thread alone, while there is no connection */
+	struct place place;
+	uint64_t fsid, fileid;  /* fsid 0 over libnfs */
+
+	/* for nfsio_look() over a wire */
+	struct nfsio_handle directory; /* the URL's directory; length 0: not known */
+	bool directory_is_stale; /* the next connection is to find it by its name first */
+	int64_t directory_sought_ms; /* when that was last asked for */
+
 	/* of transport_libnfs */
 	struct nfs_context *nfs;
 	struct nfsfh *fh;
@@ -132,7 +175,7 @@ struct nfsio {
 	void *sample_context;
 	uint8_t *sample_page;
 	bool broken;            /* the connection met an error: the I/O thread throws it away */
-	bool wire_failed;       /* the server sent an answer that `wire` does not understand: use libnfs */
+	int refused;            /* why wire_receive() ended the connection: -EPROTO, -EACCES; 0: something else did */
 	bool useful;            /* a transfer was answered over it */
 	bool discarding;        /* a context is being destroyed: its callbacks mean nothing */
 	struct req_list pending;  /* to be issued, in this order */
@@ -140,9 +183,12 @@ struct nfsio {
 	struct req_list finished; /* for give_back() */
 	struct req_list later;    /* to be pending at later_at_ms: after JUKEBOX, or without memory */
 	int64_t later_at_ms;
+	int64_t refusal_told_ms; /* when a READ was last refused for a reason that may pass, or 0 */
 
 	int64_t silent_since_ms; /* when something was last received, or first waited for after that */
-	int64_t silence_ms;     /* see look_into_silence() */
+	int64_t silence_ms;     /* see look_into_silence(): options.silence_ms, or a multiple of it */
+	int64_t deadline_ms;    /* nothing outstanding is given up before; it may have been answered meanwhile */
+	int64_t polls_until_ms; /* when the poll() that began last ends at the latest; 0 after it */
 	int64_t last_received_ms; /* when something was last received, or the connection was made */
 	int64_t suspect_since_ms; /* nfsio_suspect(): to be tested if nothing was received since. 0: not suspect */
 	int64_t given_up_at_ms; /* when silence last cost a connection, 0: never */
@@ -152,15 +198,22 @@ struct nfsio {
 	struct nfsio_req touch; /* NFSv4: keeps the lease alive */
 	uint8_t touch_byte;
 	bool touching;
-	struct name_op *name_ops; /* issued on `nfs` */
+	struct name_op *name_ops; /* outstanding on `nfs` */
+	struct name_op *waiting_names; /* to be sent */
 };
 
 /* A connection that is not published yet. */
 struct connection {
+	/* over libnfs; else `nfs` is NULL, and the connection is io->wire */
 	struct nfs_context *nfs;
 	struct nfsfh *fh;
 	nfs_fh3 fh3;
-	struct nfsio_stat st;
+
+	struct nfsio_stat st;   /* over a wire: size, type, links and file number are sure */
+	uint64_t fsid;
+	struct place place;
+	uint32_t read_max_bytes, write_max_bytes; /* at most 1 MiB */
+	struct nfsio_handle directory; /* length 0: not asked for, or not found */
 	int64_t deadline_ms;    /* of the attempt that made it */
 };
 
@@ -219,7 +272,7 @@ void wake_io_thread(struct nfsio *io);
 void req_enqueue(struct nfsio *io, struct nfsio_req *req, struct nfsio_batch *batch);
 void req_finish(struct req_list *list, struct nfsio_req *req, int error);
 void req_finish_all(struct req_list *list, int error);
-bool is_hopeless(const struct nfsio *io, const struct nfsio_req *req, int64_t now);
+int is_hopeless(const struct nfsio *io, const struct nfsio_req *req, int64_t now);
 void fail_hopeless(struct nfsio *io);
 void try_later(struct nfsio *io, struct req_list *list, struct nfsio_req *req);
 void give_back(struct nfsio *io);
@@ -232,32 +285,65 @@ void note_links(struct nfsio *io, uint32_t links);
 void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool end_of_file);
 void note_written3(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool stable, uint64_t verifier);
 void note_committed3(struct nfsio *io, struct nfsio_req *req, uint64_t verifier);
+void note_refused(struct nfsio *io, struct nfsio_req *req, int error);
 void note_refused3(struct nfsio *io, struct nfsio_req *req, int status);
+void note_refused_elsewhere3(struct nfsio *io, struct nfsio_req *req, int status);
+
+/* names.c. `op` is on the caller's stack. Without the lock; waits. */
+int name_call(struct nfsio *io, struct name_op *op, enum name_call call, const char *path, const char *new_path,
+	      struct nfsio_failure *why);
 
 /* exchange.c, with the lock held, which receive() drops meanwhile. */
 void issue_pending(struct nfsio *io);
 void receive(struct nfsio *io);
 
+/* requests.c: nfsio_submit() with the lock held. */
+void submit(struct nfsio *io, struct nfsio_req *req);
+
 /* silence.c, with the lock held. */
+int64_t note_outstanding(struct nfsio *io, int64_t repeat_after_ms, int64_t limit_at_ms);
+int silence_sleep_ms(const struct nfsio *io);
 void look_into_silence(struct nfsio *io);
 
-/* names.c, with the lock held. */
+/* name_queue.c, all with the lock held. */
 void name_op_finish(struct name_op *op, int error, const char *text);
+void name_op_sent(struct name_op *op);
+void name_op_put_off(struct name_op *op);
+bool name_op_may_repeat(const struct name_op *op);
+void name_ops_interrupted(struct nfsio *io);
+void fail_late_names(struct nfsio *io);
+void name_ops_finish_all(struct nfsio *io, int error);
+
+/* name_calls.c, with the lock held. */
+void issue_names(struct nfsio *io);
+
+/* waiting.c, for the I/O thread and without the lock. */
+void log_down(struct nfsio *io, enum nfsio_condition condition, const char *reason);
+void tend_waiting(struct nfsio *io);
+int syn_limit_ms(const struct nfsio *io);
+void tune_socket(int fd);
+uint32_t transfer_limit(uint64_t servers);
+
+/* connect_wire.c, for the I/O thread and without the lock. After an error io->wire is closed. */
+int connect_to_handle(struct nfsio *io, const struct place *place, struct connection *made, struct nfsio_failure *why);
+int read_page_by_wire(struct nfsio *io, const struct connection *made, uint64_t offset_bytes, uint8_t *page,
+		      uint32_t page_bytes);
 
 /*
- * connect.c, all for the I/O thread and without the lock. But it is held for libnfs_destroy() of a published
+ * connect_libnfs.c, all for the I/O thread and without the lock. But it is held for libnfs_destroy() of a published
  * context, and for pump() with a step that insists.
  */
 void step_done(int error, struct nfs_context *nfs, void *data, void *arg);
 struct step *new_step(struct nfsio *io);
-void log_down(struct nfsio *io, enum nfsio_condition condition, const char *reason);
-void tend_waiting(struct nfsio *io);
 int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t deadline_ms);
-bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why);
+bool connect_to_name(struct nfsio *io, struct connection *made, struct nfsio_failure *why);
 
 /* recognise.c, for the I/O thread. is_same_file() waits, and takes the lock. */
-void remember_handle(struct nfsio *io, const struct connection *made);
 int is_same_file(struct nfsio *io, const struct connection *made);
+
+/* connect.c, for the I/O thread and without the lock. */
+void connection_close(struct nfsio *io, struct connection *made);
+bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why);
 
 /* io_thread.c. What nfsio_create() starts, with the nfsio as `arg`. */
 void *io_thread(void *arg);

@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <string.h>
 
 static int issue_on_wire(struct nfsio *io, struct nfsio_req *req)
 {
@@ -13,12 +14,21 @@ static int issue_on_wire(struct nfsio *io, struct nfsio_req *req)
 		[NFSIO_WRITE] = WIRE_WRITE,
 		[NFSIO_WRITE_UNSTABLE] = WIRE_WRITE,
 		[NFSIO_COMMIT] = WIRE_COMMIT,
+		[NFSIO_LOOKUP] = WIRE_LOOKUP,
 	};
 
+	uint32_t limit_bytes = req->op == NFSIO_READ ? io->read_max_bytes : io->write_max_bytes;
+	uint32_t left_bytes = req->length_bytes - req->moved_bytes;
+
+	if (req->op == NFSIO_LOOKUP)
+		limit_bytes = WIRE_NAME_BYTES_MAX;
+	/* what does not fit into one call is asked for when that one is answered, as after a short transfer */
 	req->call = (struct wire_call){
 		.procedure = procedures[req->op],
+		.handle = req->handle != NULL ? req->handle->bytes : io->place.handle,
+		.handle_bytes = req->handle != NULL ? req->handle->length_bytes : io->place.handle_bytes,
 		.offset_bytes = req->offset_bytes + req->moved_bytes,
-		.length_bytes = req->length_bytes - req->moved_bytes,
+		.length_bytes = left_bytes < limit_bytes ? left_bytes : limit_bytes,
 		.data = req->data + req->moved_bytes,
 		.stable = req->op == NFSIO_WRITE,
 	};
@@ -27,18 +37,39 @@ static int issue_on_wire(struct nfsio *io, struct nfsio_req *req)
 	return 0;
 }
 
+/* An answer to a call of nfsio_look(): it says nothing about the file that is open. */
+static void wire_answered_elsewhere(struct nfsio *io, struct nfsio_req *req, const struct wire_answer *answer)
+{
+	if (answer->status != NFS3_OK) {
+		note_refused_elsewhere3(io, req, (int)answer->status);
+	} else if (answer->call->procedure == WIRE_LOOKUP) {
+		io->useful = true;
+		req->found->length_bytes = answer->handle_bytes;
+		memcpy(req->found->bytes, answer->handle, answer->handle_bytes);
+		req_finish(&io->inflight, req, 0);
+	} else {
+		note_moved(io, req, answer->count_bytes, answer->end_of_file);
+	}
+}
+
 /* An answer was received. */
 static void wire_answered(struct nfsio *io, const struct wire_answer *answer)
 {
 	struct nfsio_req *req = (struct nfsio_req *)((char *)answer->call - offsetof(struct nfsio_req, call));
 
+	if (req->handle != NULL) {
+		wire_answered_elsewhere(io, req, answer);
+		return;
+	}
 	if (answer->has_size_before)
 		note_size(io, answer->size_before_bytes);
-	if (answer->has_size) {
+	if (answer->has_attributes) {
 		note_size(io, answer->size_bytes);
 		note_links(io, answer->links);
 	}
-	if (answer->status != NFS3_OK)
+	if (answer->count_bytes > answer->call->length_bytes)
+		io->broken = true; /* the connection is out of step: no server moves more than it was asked to */
+	else if (answer->status != NFS3_OK)
 		note_refused3(io, req, (int)answer->status);
 	else if (answer->call->procedure == WIRE_READ)
 		note_moved(io, req, answer->count_bytes, answer->end_of_file);
@@ -62,8 +93,8 @@ static void serve_wire(struct nfsio *io, short revents)
 	io->wire.has_received = false;
 	if (status < 0)
 		io->broken = true;
-	if (status == -EOPNOTSUPP)
-		io->wire_failed = true;
+	if (status == -EPROTO || status == -EACCES)
+		io->refused = status;
 }
 
 static bool has_room(const struct nfsio *io)
