@@ -118,7 +118,7 @@ static void look_opened(int error, struct nfs_context *nfs, void *data, void *ar
 		look_close(op, nfs, -ENOMEM);
 }
 
-enum name_call { CALL_STAT, CALL_FSTAT, CALL_LINK, CALL_RENAME, CALL_UNLINK, CALL_LOOK };
+enum name_call { CALL_STAT, CALL_LSTAT, CALL_FSTAT, CALL_LINK, CALL_RENAME, CALL_UNLINK, CALL_LOOK };
 
 static int name_call(struct nfsio *io, enum name_call call, const char *path, const char *new_path,
 		     struct nfsio_stat *st, struct nfsio_look *look, struct nfsio_failure *why)
@@ -147,6 +147,9 @@ static int name_call(struct nfsio *io, enum name_call call, const char *path, co
 		switch (call) {
 		case CALL_STAT:
 			status = nfs_stat64_async(io->nfs, full[0], name_op_done, &op);
+			break;
+		case CALL_LSTAT:
+			status = nfs_lstat64_async(io->nfs, full[0], name_op_done, &op);
 			break;
 		case CALL_FSTAT:
 			status = nfs_fstat64_async(io->nfs, io->fh, name_op_done, &op);
@@ -181,6 +184,11 @@ static int name_call(struct nfsio *io, enum name_call call, const char *path, co
 int nfsio_stat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why)
 {
 	return name_call(io, CALL_STAT, path, NULL, st, NULL, why);
+}
+
+int nfsio_lstat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why)
+{
+	return name_call(io, CALL_LSTAT, path, NULL, st, NULL, why);
 }
 
 int nfsio_fstat(struct nfsio *io, struct nfsio_stat *st, struct nfsio_failure *why)

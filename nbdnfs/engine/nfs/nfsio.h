@@ -81,7 +81,7 @@ struct nfsio_req {
 };
 
 struct nfsio_options {
-	const char *url;        /* an NFS URL: path, file, version, ports, uid and gid come from it */
+	const char *url;        /* an NFS URL: path (percent-encoded), version, ports, uid and gid come from it */
 	const char *address;    /* the server's numeric address, used in place of the URL's host */
 	bool create;            /* make the file where there is none */
 	bool exclusive;         /* with create: fail with EEXIST where there is one */
@@ -216,6 +216,7 @@ bool nfsio_has_names(const struct nfsio *io);
  * although the first one did its work, and only the caller can find out.
  */
 int nfsio_stat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why);
+int nfsio_lstat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why);
 int nfsio_fstat(struct nfsio *io, struct nfsio_stat *st, struct nfsio_failure *why);
 int nfsio_link(struct nfsio *io, const char *old_path, const char *new_path, struct nfsio_failure *why);
 int nfsio_rename(struct nfsio *io, const char *old_path, const char *new_path, struct nfsio_failure *why);
