@@ -159,7 +159,7 @@ def _release_file(records: Records) -> None:
 
     try:
         holder = owner_record.keeper_holder(records.name)
-        ownership.release(text.replace("%", "%%"), holder, owner_record.identity(), address=address)
+        ownership.release(text, holder, owner_record.identity(), address=address)
     except NbdnfsError as error:
         print(f"nbdnfs: {records.name}: the owner record stays: {error.message}", file=sys.stderr)
 

@@ -31,8 +31,7 @@ T = TypeVar("T")
 
 def sibling_url(target: NfsUrl, name: str) -> str:
     """The URL of another name in the same directory."""
-    path, mark, options = target.text.partition("?")
-    return path.removesuffix(target.name) + name + mark + options
+    return target.sibling(name).text
 
 
 def open_file(

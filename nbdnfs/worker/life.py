@@ -35,7 +35,7 @@ CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", 
 
 
 def check_url(text: str) -> tuple[str, str]:
-    """The URL as libnfs takes it, and the server's address. Raises NbdnfsError, also where this libnfs cannot do it."""
+    """The URL in its canonical form, and the server's address. Raises NbdnfsError, also where libnfs is too old."""
     from nbdnfs import nfs_url
     from nbdnfs.nas import explain
 
@@ -131,7 +131,7 @@ class Worker:
     def _parsed_url(self) -> NfsUrl:
         from nbdnfs import nfs_url
 
-        return nfs_url.parse(self._url.replace("%", "%%"))  # its specifiers have been replaced
+        return nfs_url.parse_recorded(self._url)  # its keeper may be of an earlier version
 
     def _heap_bytes(self) -> int:
         """nbdkit's own, and what libnfs takes for calls and answers where transfers go through it."""

@@ -155,7 +155,29 @@ int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t d
 	return step->error;
 }
 
-static struct nfs_context *new_context(struct nfsio *io, struct nfs_url **parsed, struct nfsio_failure *why)
+/*
+ * libnfs gets a URL with the options only. uid and gid are set apart: its atoi() takes no number over 2147483647 where
+ * long has 32 bits.
+ */
+static bool set_options(struct nfsio *io, struct nfs_context *nfs)
+{
+	const char *options = strchr(io->url, '?');
+	char text[512];
+	struct nfs_url *parsed;
+
+	if (snprintf(text, sizeof(text), "nfs://server/directory/file%s", options != NULL ? options : "") >=
+	    (int)sizeof(text))
+		return false;
+	parsed = nfs_parse_url_full(nfs, text);
+	if (parsed == NULL)
+		return false;
+	nfs_destroy_url(parsed);
+	nfs_set_uid(nfs, (int)url_number(io->url, "uid=", getuid()));
+	nfs_set_gid(nfs, (int)url_number(io->url, "gid=", getgid()));
+	return true;
+}
+
+static struct nfs_context *new_context(struct nfsio *io, struct nfsio_failure *why)
 {
 	struct nfs_context *nfs = nfs_init_context();
 	char host[65] = "", name[160];
@@ -164,8 +186,7 @@ static struct nfs_context *new_context(struct nfsio *io, struct nfs_url **parsed
 		set_failure(why, NFSIO_CONNECT, -ENOMEM, NULL);
 		return NULL;
 	}
-	*parsed = nfs_parse_url_full(nfs, io->url);
-	if (*parsed == NULL) {
+	if (!set_options(io, nfs)) {
 		set_failure(why, NFSIO_CONNECT, -EINVAL, nfs_get_error(nfs));
 		nfs_destroy_context(nfs);
 		return NULL;
@@ -191,18 +212,38 @@ static bool is_no_answer(struct nfs_context *nfs, int error)
 	       verdict4(nfs) == NOT_NOW4 || verdict4(nfs) == STATE_FORGOTTEN4;
 }
 
+/* Cut the last component off `path`; "/" is the last that is left. Returns false when there is none. */
+static bool go_up(char *path)
+{
+	char *slash = strrchr(path, '/');
+
+	if (slash == NULL || slash[1] == '\0')
+		return false;
+	slash[slash == path] = '\0';
+	return true;
+}
+
+/* Remember what was mounted, for reconnects, and what of the directory is below it. */
+static bool remember_mount(struct nfsio *io, const char *path)
+{
+	const char *rest = io->directory + (strcmp(path, "/") == 0 ? 0 : strlen(path));
+
+	io->mount_path = strdup(path);
+	io->prefix = strdup(strcmp(rest, "/") == 0 ? "" : rest);
+	return io->prefix != NULL && io->mount_path != NULL;
+}
+
 /*
  * Mount the URL's directory or, where the server exports only a parent of it, the longest parent that it exports.
  * Remember the choice for reconnects. Returns false and *why, of the first refusal; *nfs may be NULL then.
  */
-static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, struct nfs_url **url, int64_t deadline_ms,
-			    struct nfsio_failure *why)
+static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, int64_t deadline_ms, struct nfsio_failure *why)
 {
-	char path[4096];
+	char path[URL_PATH_BYTES_MAX + 1];
 	bool chosen = io->mount_path != NULL;
 	bool first = true;
 
-	snprintf(path, sizeof(path), "%s", chosen ? io->mount_path : (*url)->path);
+	snprintf(path, sizeof(path), "%s", chosen ? io->mount_path : io->directory);
 	for (;;) {
 		struct step *step = new_step(io);
 		int error = -EIO;
@@ -215,29 +256,17 @@ static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, struct n
 			set_failure(why, is_no_answer(*nfs, error) ? NFSIO_CONNECT : NFSIO_MOUNT, error,
 				    nfs_get_error(*nfs));
 		first = false;
-
-		char *slash = strrchr(path, '/');
-
-		if (is_no_answer(*nfs, error) || chosen || slash == NULL || slash == path)
+		if (is_no_answer(*nfs, error) || chosen || !go_up(path))
 			return false;
-		*slash = '\0';
 		/* a context that failed to mount cannot be used again */
-		nfs_destroy_url(*url);
-		*url = NULL;
 		nfs_destroy_context(*nfs);
-		*nfs = new_context(io, url, why);
+		*nfs = new_context(io, why);
 		if (*nfs == NULL)
 			return false;
 	}
-	if (!chosen) {
-		const char *rest = (*url)->path + strlen(path);
-
-		io->mount_path = strdup(path);
-		io->prefix = strdup(strcmp(rest, "/") == 0 ? "" : rest);
-		if (io->prefix == NULL || io->mount_path == NULL) {
-			set_failure(why, NFSIO_MOUNT, -ENOMEM, NULL);
-			return false;
-		}
+	if (!chosen && !remember_mount(io, path)) {
+		set_failure(why, NFSIO_MOUNT, -ENOMEM, NULL);
+		return false;
 	}
 	return true;
 }
@@ -295,8 +324,7 @@ static int check_raw_handle(struct nfsio *io, struct nfs_context *nfs, struct nf
 bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why)
 {
 	int64_t deadline_ms = now_ms() + 1 + io->patience_ms; /* + 1: now_ms() rounds down */
-	struct nfs_url *url = NULL;
-	struct nfs_context *nfs = new_context(io, &url, why);
+	struct nfs_context *nfs = new_context(io, why);
 	struct step *step;
 	char path[4096];
 	int error;
@@ -304,9 +332,9 @@ bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failur
 	*made = (struct connection){ .deadline_ms = deadline_ms };
 	if (nfs == NULL)
 		return false;
-	if (!mount_directory(io, &nfs, &url, deadline_ms, why))
+	if (!mount_directory(io, &nfs, deadline_ms, why))
 		goto fail;
-	snprintf(path, sizeof(path), "%s%s%s", io->prefix, url->file[0] == '/' ? "" : "/", url->file);
+	snprintf(path, sizeof(path), "%s/%s", io->prefix, io->file);
 	error = open_file(io, nfs, path, deadline_ms, &made->fh);
 	if (error == 0) {
 		step = new_step(io);
@@ -324,11 +352,8 @@ bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failur
 		goto fail;
 	}
 	made->nfs = nfs;
-	nfs_destroy_url(url);
 	return true;
 fail:
-	if (url != NULL)
-		nfs_destroy_url(url);
 	if (nfs != NULL)
 		libnfs_destroy(nfs, made->fh);
 	return false;

@@ -79,7 +79,8 @@ enum receiver { RECEIVER_NONE, RECEIVER_IO_THREAD, RECEIVER_WAITER };
 struct nfsio {
 	/* constant after nfsio_create() */
 	char *url, *address;
-	char *mount_path;       /* the part of the URL's directory that the server exports */
+	char *directory, *file; /* the URL's path, decoded; the directory is "/" at least */
+	char *mount_path;       /* the part of the directory that the server exports */
 	char *prefix;           /* the rest of it, "" or "/sub/dir" */
 	struct nfsio_options options;
 	struct nfsio_stat opened;
@@ -254,6 +255,14 @@ void log_down(struct nfsio *io, enum nfsio_condition condition, const char *reas
 void tend_waiting(struct nfsio *io);
 int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t deadline_ms);
 bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why);
+
+/* url.c */
+
+/* Of an encoded path. libnfs's own limit is PATH_MAX. */
+#define URL_PATH_BYTES_MAX 4000
+
+/* The URL's directory ("/" at least) and file, decoded, for free(). Returns 0, -ENOMEM, or -EINVAL: it has none. */
+int url_take_path(const char *url, char **directory, char **file);
 
 /* recognise.c, for the I/O thread. is_same_file() waits, and takes the lock. */
 void remember_handle(struct nfsio *io, const struct connection *made);
