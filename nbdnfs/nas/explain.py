@@ -54,6 +54,8 @@ def open_error(error: OSError, url: NfsUrl, address: str) -> NbdnfsError:
     room. UnavailableError: no answer. IOFailureError: anything else.
     """
     number, phase = error.errno or 0, _phase(error)
+    if number == errno.EAGAIN:
+        return put_off_error(url)
     if phase == "connect":
         return _connection_error(error, url, address)
     if phase == "mount":
@@ -86,6 +88,14 @@ def open_error(error: OSError, url: NfsUrl, address: str) -> NbdnfsError:
     if number in (errno.ENOSPC, errno.EDQUOT):
         return CannotCreateError(f"{url.host} has no room for {path}", "free space there, or ask for a smaller size")
     return IOFailureError(f"cannot open {path} on {url.host}: {words(error)}")
+
+
+def put_off_error(url: NfsUrl) -> UnavailableError:
+    """The server asked to try again later (NFS3ERR_JUKEBOX, NFS4ERR_DELAY) for longer than that is done."""
+    return UnavailableError(
+        f"{url.host} keeps putting off calls for {url.path}: it asks to try again later",
+        "see whether the server brings the file back from slow storage, or is starting up; then try again",
+    )
 
 
 def words(error: OSError) -> str:
