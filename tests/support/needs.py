@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from support.fake_kernel import FakeKernel
+from support.fake_nas import FakeNas
 from support.fake_nfs import FakeNfsServer
 from support.fake_systemd import FakeSystemd
 from support.keeper_run import FakeSwap, run_keeper
@@ -29,7 +30,7 @@ from support.worker_process import serving
 # Functions and classes, and the words that stand in command lines.
 NEEDS: dict[str, tuple[object, ...]] = {
     "server": (Ganesha, small_filesystem, serving, FakeSwap, "nbdkit", "serve"),
-    "fake": (FakeNfsServer, RpcServer, FakeKernel, FakeSystemd, TcpProxy, run_keeper),
+    "fake": (FakeNas, FakeNfsServer, RpcServer, FakeKernel, FakeSystemd, TcpProxy, run_keeper),
 }
 
 

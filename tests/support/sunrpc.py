@@ -93,6 +93,7 @@ class _Connection:
         self.sock = sock
         self.client_port = client_port
         self.number = number
+        self.last_received_s = time.monotonic()
         self.received = bytearray()
         self.record = bytearray()
         self.to_send = bytearray()
@@ -135,11 +136,14 @@ class RpcServer:
     subclass's state included; it is held while the subclass's methods run. Other threads change that state
     under the lock and call `_wake()`, so that a change is in force for every call answered after it.
 
-    narrow  connections have little room in their buffers, at both ends
+    narrow       connections have little room in their buffers, at both ends
+    port         where it listens; None: a free port
+    idle_limit_s a connection on which nothing was received for so long is closed; None: never
     """
 
-    def __init__(self, *, narrow: bool = False) -> None:
-        self.port = free_ports(1)[0]
+    def __init__(self, *, narrow: bool = False, port: int | None = None, idle_limit_s: float | None = None) -> None:
+        self.port = free_ports(1)[0] if port is None else port
+        self._idle_limit_s = idle_limit_s
         self._lock = threading.RLock()
         self._delayed: list[tuple[float, int, RpcCall]] = []  # a heap, by the time when it is due
         self._ready: list[RpcCall] = []
@@ -252,7 +256,9 @@ class RpcServer:
             while self._delayed and self._delayed[0][0] <= time.monotonic():
                 call = heapq.heappop(self._delayed)[2]
                 self._send_reply(call, *self._run_call(call))
-            timeout_s = max(0.0, self._delayed[0][0] - time.monotonic()) if self._delayed else None
+            due_s = [self._delayed[0][0]] if self._delayed else []
+            due_s += self._close_idle_connections()
+            timeout_s = max(0.0, min(due_s) - time.monotonic()) if due_s else None
             for connection in self._connections.copy():
                 self._send(connection)  # a test may be adding to what is to be sent
         for key, events in self._selector.select(timeout_s):
@@ -262,6 +268,15 @@ class RpcServer:
                 self._accept()
             elif events & selectors.EVENT_READ:
                 self._receive(key.data)
+
+    def _close_idle_connections(self) -> list[float]:
+        """Returns when the others will have been idle for too long."""
+        if self._idle_limit_s is None:
+            return []
+        for connection in self._connections.copy():
+            if connection.last_received_s + self._idle_limit_s <= time.monotonic():
+                self._drop(connection)
+        return [connection.last_received_s + self._idle_limit_s for connection in self._connections]
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # the client may have closed already
@@ -307,6 +322,7 @@ class RpcServer:
                 return
         try:
             data = connection.sock.recv(limit)
+            connection.last_received_s = time.monotonic()
             connection.received += data
             calls = [self._parse(connection, record) for record in connection.take_records()]
         except BlockingIOError:
