@@ -159,7 +159,7 @@ def release(url: str, holder: str, me: Identity, *, address: str | None = None) 
     fails, no harm is done. `address` is the server's, where it is known. Errors as `claim`.
     """
     target = nfs_url.parse(url)
-    with _explained(target, address) as resolved:
+    with patience.limited(_RELEASE_TIMEOUT_S), _explained(target, address) as resolved:
         location = RecordFile(target, resolved)
         file = location.open(read_only=False, connect_timeout_s=_RELEASE_TIMEOUT_S)
         if file is None:
@@ -169,9 +169,15 @@ def release(url: str, holder: str, me: Identity, *, address: str | None = None) 
             if record is None or (record.machine, record.boot, record.holder) != (me.machine, me.boot, holder):
                 return False
             file.pwrite(dataclasses.replace(record, state="free").to_bytes(), 0)
-            if file.lookup(location.path)["ino"] == file.stat()["ino"]:
-                file.unlink(location.path)
+            if not patience.until_done(lambda: _has_name(file, location.path), location.name):
+                return True
+            patience.until_done(lambda: file.unlink(location.path), location.name)
             return True
+
+
+def _has_name(file: NfsFile, path: str) -> bool:
+    """Whether the open file is the one that has the name. OSError, also where nothing has."""
+    return file.lookup(path)["ino"] == file.stat()["ino"]
 
 
 def _try_once(location: RecordFile, candidate: CandidateRecord, claimant: _Claimant, *, steal: bool) -> Record | None:

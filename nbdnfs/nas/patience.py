@@ -23,6 +23,7 @@ _LONGEST_PAUSE_S = 5.0
 T = TypeVar("T")
 
 _stop: contextvars.ContextVar[threading.Event | None] = contextvars.ContextVar("stop", default=None)
+_limit_s: contextvars.ContextVar[float | None] = contextvars.ContextVar("limit_s", default=None)
 
 
 class Interrupted(Exception):
@@ -39,6 +40,16 @@ def interruptible(stop: threading.Event | None) -> Iterator[None]:
         _stop.reset(token)
 
 
+@contextlib.contextmanager
+def limited(limit_s: float) -> Iterator[None]:
+    """`until_done` of this thread goes on for so long at most meanwhile, for each call."""
+    token = _limit_s.set(limit_s)
+    try:
+        yield
+    finally:
+        _limit_s.reset(token)
+
+
 def pause(seconds: float) -> None:
     """Sleep. Interrupted: see `interruptible`."""
     stop = _stop.get()
@@ -51,17 +62,18 @@ def pause(seconds: float) -> None:
 def until_done(operation: Callable[[], T], what: str) -> T:
     """The result of `operation`, which is repeated with growing pauses while the server puts it off (EAGAIN).
 
-    `what` is named in the one line that is logged. OSError: anything else, or EAGAIN after PUT_OFF_LIMIT_S.
+    `what` is named in the one line that is logged. OSError: anything else, or EAGAIN after PUT_OFF_LIMIT_S, or
+    what `limited` says.
     """
-    began_s, pause_s = time.monotonic(), _FIRST_PAUSE_S
+    began_s, pause_s, limit_s = time.monotonic(), _FIRST_PAUSE_S, _limit_s.get() or PUT_OFF_LIMIT_S
     while True:
         try:
             return operation()
         except OSError as error:
-            left_s = began_s + PUT_OFF_LIMIT_S - time.monotonic()
+            left_s = began_s + limit_s - time.monotonic()
             if error.errno != errno.EAGAIN or left_s <= 0:
                 raise
         if pause_s == _FIRST_PAUSE_S:
-            log.warning("%s: the server asks to try again later; trying for %.0f s", what, PUT_OFF_LIMIT_S)
+            log.warning("the server asks to try again later (%s); trying for %.0f s", what, limit_s)
         pause(min(pause_s, left_s))
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -115,7 +115,7 @@ def retry(operation: Callable[[], T]) -> T:
     breaks = 0
     while True:
         try:
-            return patience.until_done(operation, "the NFS server")
+            return patience.until_done(operation, "a name or attributes")
         except OSError as error:
             breaks += error.errno == errno.ECONNRESET
             if error.errno not in (errno.ECONNRESET, errno.ENOTCONN) or breaks > _BREAKS_PER_OPERATION:
