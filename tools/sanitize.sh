@@ -26,4 +26,5 @@ NBDNFS_CFLAGS="$flags -g -O1 -fno-omit-frame-pointer" NBDNFS_LDFLAGS="$flags" \
 PYTHONPATH=build/$kind/lib exec .venv/bin/python tools/run_sanitized.py "$kind" "build/$kind/reports" \
     .venv/bin/pytest -p no:cacheprovider "$@" \
     tests/engine/test_transport.py tests/engine/test_conformance.py tests/engine/test_wire.py \
-    tests/engine/test_faults.py tests/engine/test_owner.py tests/engine/test_waiting_reader.py
+    tests/engine/test_faults.py tests/engine/test_owner.py tests/engine/test_waiting_reader.py \
+    tests/engine/test_liveness.py

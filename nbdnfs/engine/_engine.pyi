@@ -64,6 +64,7 @@ class NfsFile:
         read_only: bool = False,
         connect_timeout_s: int = 15,
         gone_limit_ms: int = 300_000,
+        silence_ms: int = 15_000,
     ) -> None: ...
     @property
     def size_bytes(self) -> int: ...

@@ -299,9 +299,14 @@ def _explained(target: NfsUrl, address: str | None) -> Iterator[str]:
     try:
         yield resolved
     except OSError as error:
-        if error.errno in (errno.ECONNRESET, errno.ENOTCONN, errno.ESTALE):
+        if error.errno in (errno.ECONNRESET, errno.ENOTCONN, errno.ETIMEDOUT, errno.ESTALE) and not _was_opening(error):
             raise UnavailableError(f"{target.host} went away while {target.path} was claimed", "try again") from None
         raise _record_error(error, target) or explain.open_error(error, target, resolved) from None
+
+
+def _was_opening(error: OSError) -> bool:
+    """Whether there was no connection yet: what is wrong with the server can be found out."""
+    return getattr(error, "phase", "name") in ("connect", "mount")
 
 
 def _record_error(error: OSError, target: NfsUrl) -> NbdnfsError | None:

@@ -107,7 +107,7 @@ def unlink_if_exists(file: NfsFile, path: str) -> None:
 
 
 def retry(operation: Callable[[], T]) -> T:
-    """Do an operation, and again when the connection breaks under it: the server may have done it more than once.
+    """Do an operation, and again when the connection breaks under it or no answer comes. The server may do it twice.
 
     Waits for a server that is away for as long as that takes, as writes do; EAGAIN as `patience.until_done`. OSError
     for anything else.
@@ -118,7 +118,7 @@ def retry(operation: Callable[[], T]) -> T:
             return patience.until_done(operation, "a name or attributes")
         except OSError as error:
             breaks += error.errno == errno.ECONNRESET
-            if error.errno not in (errno.ECONNRESET, errno.ENOTCONN) or breaks > _BREAKS_PER_OPERATION:
+            if error.errno not in (errno.ECONNRESET, errno.ENOTCONN, errno.ETIMEDOUT) or breaks > _BREAKS_PER_OPERATION:
                 raise
         patience.pause(_RETRY_PAUSE_S)
 

@@ -6,7 +6,7 @@
         device = Engine(nas.url("/export/swap"), LOOPBACK)
         nas.drop("LOOKUP")                         # the next one is executed and not answered
         nas.jukebox("LINK", times=3)
-        nas.mutate(lambda op, message: ...)        # every answer goes through it
+        nas.mutate(lambda call, message: ...)      # every answer goes through it
         nas.stop_mountd()
         nas.restart()                              # unstable writes are lost, the verifier changes
 
@@ -186,7 +186,7 @@ class FakeNas:
         for export in (*self.oddities.exports, *self.oddities.closed_exports):
             self._tree.make_directories(export)
         self._faults: list[_Fault] = []
-        self._mutate: Callable[[str, bytes], bytes | None] | None = None
+        self._mutate: Callable[[NasCall, bytes], bytes | None] | None = None
         self._calls: collections.deque[NasCall] = collections.deque(maxlen=_CALLS_KEPT)
         self._counts: dict[str, int] = {}
         self._answers_before = 0
@@ -314,8 +314,8 @@ class FakeNas:
         """Execute at once, answer so much later."""
         self._add(_Fault(op, after, times, seconds=seconds))
 
-    def mutate(self, change: Callable[[str, bytes], bytes | None] | None) -> None:
-        """`change(op, message)` is what goes over TCP, record marks included; None: the answer as it is.
+    def mutate(self, change: Callable[[NasCall, bytes], bytes | None] | None) -> None:
+        """`change(call, message)` is what goes over TCP, record marks included; None: the answer as it is.
 
         Called in the servers' threads, one at a time. The message begins with the xid.
         """
@@ -358,7 +358,8 @@ class FakeNas:
             op = _op(call)
             if op is None:
                 return 0.0, None
-            self._note(op, call)
+            self._counts[op] = self._counts.get(op, 0) + 1
+            self._calls.append(_described(op, call))
             fault = next((fault for fault in self._faults if fault.strikes(op)), None)
             if fault is None:
                 fault = self._oddity(op)
@@ -368,20 +369,6 @@ class FakeNas:
                 return 0.0, (SUCCESS, self._procedures.refusal(op, fault.status))
             result = self.execute(call) if fault.executed else None
             return (fault.seconds, result) if fault.answered else (None, None)
-
-    def _note(self, op: str, call: RpcCall) -> None:
-        self._counts[op] = self._counts.get(op, 0) + 1
-        arguments = XdrReader(call.arguments)
-        offset = count = 0
-        name = ""
-        with contextlib.suppress(ValueError):
-            if op in ("READ", "WRITE", "COMMIT"):
-                arguments.opaque()
-                offset, count = arguments.u64(), arguments.u32()
-            elif op in ("LOOKUP", "CREATE", "REMOVE", "RENAME"):
-                arguments.opaque()
-                name = arguments.opaque().decode(errors="replace")
-        self._calls.append(NasCall(op, time.monotonic(), offset, count, name, call.connection.client_port))
 
     def _oddity(self, op: str) -> _Fault | None:
         every = self.oddities.silent_every.get(op)
@@ -416,7 +403,7 @@ class FakeNas:
         """What is sent for an answer."""
         with self._lock:
             if self._mutate is not None:
-                changed = self._mutate(_op(call) or "", message)
+                changed = self._mutate(_described(_op(call) or "", call), message)
                 if changed is not None:
                     return changed
             return fragments(message, self._draw) if self.oddities.in_fragments else record(message)
@@ -438,3 +425,17 @@ def _op(call: RpcCall) -> str | None:
         return "PORTMAP"
     names = _NFS_PROCEDURES if call.program == NFS else _MOUNT_PROCEDURES
     return names[call.procedure] if call.version == 3 and call.procedure < len(names) else None
+
+
+def _described(op: str, call: RpcCall) -> NasCall:
+    arguments = XdrReader(call.arguments)
+    offset = count = 0
+    name = ""
+    with contextlib.suppress(ValueError):
+        if op in ("READ", "WRITE", "COMMIT"):
+            arguments.opaque()
+            offset, count = arguments.u64(), arguments.u32()
+        elif op in ("LOOKUP", "CREATE", "REMOVE", "RENAME"):
+            arguments.opaque()
+            name = arguments.opaque().decode(errors="replace")
+    return NasCall(op, time.monotonic(), offset, count, name, call.connection.client_port)

@@ -32,7 +32,7 @@ NFS3ERR_NOTSUPP = 10004
 _UNCHECKED, _GUARDED, _EXCLUSIVE = range(3)
 _NO_ATTRIBUTES, _NO_WCC = u32(0), u32(0, 0)
 # What follows the status in a failed answer; nothing for the others.
-_AFTER_FAILURE = {
+AFTER_FAILURE = {
     **dict.fromkeys(
         ["LOOKUP", "ACCESS", "READLINK", "READ", "FSSTAT", "FSINFO", "PATHCONF", "READDIR", "READDIRPLUS"],
         _NO_ATTRIBUTES,
@@ -85,7 +85,7 @@ class Procedures:
 
     def refusal(self, op: str, status: int) -> bytes:
         """The results of a call that fails."""
-        return u32(status) + _AFTER_FAILURE.get(op, b"")
+        return u32(status) + AFTER_FAILURE.get(op, b"")
 
     def portmap(
         self, version: int, procedure: int, arguments: XdrReader, ports: Mapping[tuple[int, int], int]

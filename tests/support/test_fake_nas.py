@@ -297,11 +297,11 @@ def test_odd_procedures() -> None:
 def test_mutated_answers(nas: FakeNas) -> None:
     """What the function returns goes over the wire; None leaves the answer alone."""
     client, handle = open_swap(nas)
-    nas.mutate(lambda op, message: record(message[:4] + b"garbage?" * 4) if op == "GETATTR" else None)
+    nas.mutate(lambda call, message: record(message[:4] + b"garbage?" * 4) if call.op == "GETATTR" else None)
     client.send(NFS, 1, opaque(handle))
     assert client.receive()[1] == int.from_bytes(b"garb")
     assert client.call(NFS, 0) is not None
-    nas.mutate(lambda op, message: b"")
+    nas.mutate(lambda call, message: b"")
     client.send(NFS, 1, opaque(handle))
     nas.mutate(None)
 

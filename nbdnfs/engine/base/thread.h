@@ -4,6 +4,8 @@
 
 #include <pthread.h>
 #include <stddef.h>
+#include <stdint.h>
+#include <time.h>
 
 #define THREAD_STACK_BYTES (256 * 1024)
 #define TOUCHED_STACK_BYTES (40 * 1024)
@@ -26,5 +28,9 @@ __attribute__((noinline, unused)) static void touch_stack(void)
  * touch_stack() first. Returns 0 and *thread, or -errno.
  */
 int thread_start(pthread_t *thread, void *(*body)(void *arg), void *arg);
+
+/* A condition whose timed waits go by CLOCK_MONOTONIC, and such a time from now on. */
+void condition_init(pthread_cond_t *condition);
+struct timespec time_after_ms(uint32_t ms);
 
 #endif

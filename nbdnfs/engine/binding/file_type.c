@@ -11,15 +11,15 @@ struct file_object {
 static int parse_options(PyObject *args, PyObject *kwargs, struct nfsio_options *options)
 {
 	static char *names[] = { "url", "address", "create", "exclusive", "mode", "read_only", "connect_timeout_s",
-				 "gone_limit_ms", NULL };
+				 "gone_limit_ms", "silence_ms", NULL };
 	int create = 0, exclusive = 0, read_only = 0;
 
 	*options = (struct nfsio_options){
 		.mode = 0600, .connect_timeout_s = CONNECT_TIMEOUT_S, .gone_limit_ms = GONE_LIMIT_MS
 	};
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$ppIpII", names, &options->url, &options->address, &create,
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$ppIpIII", names, &options->url, &options->address, &create,
 					 &exclusive, &options->mode, &read_only, &options->connect_timeout_s,
-					 &options->gone_limit_ms))
+					 &options->gone_limit_ms, &options->silence_ms))
 		return -1;
 	options->create = create;
 	options->exclusive = exclusive;
@@ -235,11 +235,13 @@ static PyMethodDef file_methods[] = {
 	{ "pwrite", (PyCFunction)file_pwrite, METH_VARARGS,
 	  "pwrite(buffer, offset) -> the number of bytes written, which is all of them; on the NAS, stably" },
 	{ "stat", (PyCFunction)file_stat, METH_NOARGS,
-	  "stat() -> {size, mode, uid, gid, ino, nlink, used (bytes), mtime_us, is_regular}, from the server" },
+	  "stat() -> {size, mode, uid, gid, ino, nlink, used (bytes), mtime_us, is_regular}, from the server. As "
+	  "lookup(): sent again where that helps; ETIMEDOUT or ENOTCONN after 4 x silence_ms" },
 	{ "lookup", (PyCFunction)file_lookup, METH_VARARGS,
 	  "lookup(path, follow=True) -> as stat(), of another name; not follow: of a symbolic link itself" },
 	{ "link", (PyCFunction)file_link, METH_VARARGS,
-	  "link(old_path, new_path): make a hard link; EEXIST when new_path exists" },
+	  "link(old_path, new_path): make a hard link; EEXIST when new_path exists. As rename and unlink: ETIMEDOUT when "
+	  "there is no answer within 2 x silence_ms, ECONNRESET when the connection breaks; the server may have done it" },
 	{ "rename", (PyCFunction)file_rename, METH_VARARGS, "rename(old_path, new_path): replaces new_path" },
 	{ "unlink", (PyCFunction)file_unlink, METH_VARARGS, "unlink(path): remove a name" },
 	{ "close", (PyCFunction)file_close, METH_NOARGS, "close(): disconnect; no request may be running" },
@@ -258,7 +260,8 @@ static PyType_Slot file_slots[] = {
 	{ Py_tp_getset, file_getset },
 	{ Py_tp_doc,
 	  (void *)"NfsFile(url, address, *, create=False, exclusive=False, mode=0o600, read_only=False, "
-		  "connect_timeout_s=15, gone_limit_ms=300000): a file on an NFS server, and the names beside it" },
+		  "connect_timeout_s=15, gone_limit_ms=300000, silence_ms=15000): a file on an NFS server, and the names "
+		  "beside it" },
 	{ 0, NULL },
 };
 

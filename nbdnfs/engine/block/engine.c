@@ -74,20 +74,13 @@ static int make_buffers(struct engine *engine)
  */
 static void close_connections(struct engine *engine)
 {
-	bool has_own_names = engine->names != NULL && engine->names != engine->ios[0];
-
 	for (unsigned i = 0; i < engine->io_count; i++)
 		nfsio_stop(engine->ios[i]);
-	if (has_own_names)
-		nfsio_stop(engine->names);
 	for (unsigned i = 0; i < engine->io_count; i++)
 		nfsio_join(engine->ios[i]);
 	if (engine->owner_watch != NULL)
 		owner_watch_destroy(engine->owner_watch);
 	engine->owner_watch = NULL;
-	if (has_own_names)
-		nfsio_destroy(engine->names);
-	engine->names = NULL;
 	while (engine->io_count > 0)
 		nfsio_destroy(engine->ios[--engine->io_count]);
 }
@@ -97,17 +90,14 @@ static int open_connections(struct engine *engine, struct nfsio_failure *why)
 	struct nfsio_options options = engine->options.nfs;
 	int error = 0;
 
+	options.looks = engine->owner_watch != NULL;
 	while (error == 0 && engine->io_count < engine->options.connections) {
 		error = nfsio_create(&options, &engine->ios[engine->io_count], why);
 		if (error == 0)
 			engine->io_count++;
-		options.quiet = true; /* the first one logs what there is to say about the server */
+		options.quiet = true; /* the first one logs what there is to say about the server ... */
+		options.looks = false; /* ... and serves owner_watch */
 	}
-	options.transport = NFSIO_OVER_LIBNFS;
-	if (error == 0 && engine->owner_watch != NULL && nfsio_has_names(engine->ios[0]))
-		engine->names = engine->ios[0];
-	else if (error == 0 && engine->owner_watch != NULL)
-		error = nfsio_create(&options, &engine->names, why);
 	return error;
 }
 
@@ -173,10 +163,12 @@ static void init_locks(struct engine *engine)
 /* Start the threads: owner_watch's, which must allow writes first, and the flusher's. Returns 0, or -errno and *why. */
 static int start_threads(struct engine *engine, struct nfsio_failure *why)
 {
+	uint32_t limit_ms = engine->options.nfs.connect_timeout_s * 1000;
 	int error = 0;
 
 	if (engine->owner_watch != NULL)
-		error = owner_watch_start(engine->owner_watch, engine->names, owner_state_changed, engine, why);
+		error = owner_watch_start(engine->owner_watch, engine->ios[0], limit_ms, owner_state_changed, engine,
+					  why);
 	if (error != 0)
 		return error;
 	error = thread_start(&engine->flusher, flusher_thread, engine);

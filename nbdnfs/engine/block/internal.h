@@ -70,7 +70,6 @@ struct engine {
 	 */
 	struct nfsio *ios[ENGINE_CONNECTIONS_MAX];
 	unsigned io_count;
-	struct nfsio *names;    /* for owner_watch: ios[0] where that has names, else one of its own */
 	struct region region;
 	uint64_t size_bytes;
 	uint64_t reconnects_before; /* of workers before this one */

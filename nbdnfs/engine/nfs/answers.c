@@ -24,19 +24,26 @@ void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool en
 	}
 }
 
-void note_refused3(struct nfsio *io, struct nfsio_req *req, int status)
+/* A call on another file than the one that is open: a stale handle is its caller's. */
+void note_refused_elsewhere3(struct nfsio *io, struct nfsio_req *req, int status)
 {
-	if (status == NFS3ERR_STALE || status == NFS3ERR_BADHANDLE) {
-		io->broken = true; /* a new context looks the file up again */
-		return;
-	}
 	io->useful = true;
 	if (status == NFS3ERR_JUKEBOX)
 		try_later(io, &io->inflight, req);
+	else if (status == NFS3ERR_STALE || status == NFS3ERR_BADHANDLE)
+		req_finish(&io->inflight, req, -ESTALE);
 	else if (status == NFS3ERR_DQUOT)
 		req_finish(&io->inflight, req, -EDQUOT); /* -ERANGE to libnfs (nfsstat3_to_errno) */
 	else
 		req_finish(&io->inflight, req, nfsstat3_to_errno(status) < 0 ? nfsstat3_to_errno(status) : -EIO);
+}
+
+void note_refused3(struct nfsio *io, struct nfsio_req *req, int status)
+{
+	if (status == NFS3ERR_STALE || status == NFS3ERR_BADHANDLE)
+		io->broken = true; /* a new context looks the file up again */
+	else
+		note_refused_elsewhere3(io, req, status);
 }
 
 /* An answer says how large the file is. */

@@ -93,6 +93,7 @@ void tend_waiting(struct nfsio *io)
 		log_down(io, NFSIO_LINK_DOWN, "no answer");
 	pthread_mutex_lock(&io->lock);
 	fail_hopeless(io);
+	fail_late_names(io);
 	give_back(io);
 	pthread_mutex_unlock(&io->lock);
 }
@@ -226,7 +227,7 @@ static bool go_up(char *path)
 /* Remember what was mounted, for reconnects, and what of the directory is below it. */
 static bool remember_mount(struct nfsio *io, const char *path)
 {
-	const char *rest = io->directory + (strcmp(path, "/") == 0 ? 0 : strlen(path));
+	const char *rest = io->url_directory + (strcmp(path, "/") == 0 ? 0 : strlen(path));
 
 	io->mount_path = strdup(path);
 	io->prefix = strdup(strcmp(rest, "/") == 0 ? "" : rest);
@@ -243,7 +244,7 @@ static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, int64_t 
 	bool chosen = io->mount_path != NULL;
 	bool first = true;
 
-	snprintf(path, sizeof(path), "%s", chosen ? io->mount_path : io->directory);
+	snprintf(path, sizeof(path), "%s", chosen ? io->mount_path : io->url_directory);
 	for (;;) {
 		struct step *step = new_step(io);
 		int error = -EIO;
@@ -298,6 +299,19 @@ static int open_file(struct nfsio *io, struct nfs_context *nfs, const char *path
 	return error;
 }
 
+/* Length 0: libnfs has no handle that NFSv3 allows. */
+static struct nfsio_handle copy_handle(const struct nfs_fh *opaque)
+{
+	const struct nfs_fh_bytes *from = (const struct nfs_fh_bytes *)opaque;
+	struct nfsio_handle handle = { 0 };
+
+	if (from != NULL && from->val != NULL && from->len > 0 && from->len <= (int)sizeof(handle.bytes)) {
+		handle.length_bytes = (uint32_t)from->len;
+		memcpy(handle.bytes, from->val, handle.length_bytes);
+	}
+	return handle;
+}
+
 /* struct nfs_fh_bytes is libnfs's private layout: check that the handle's bytes name the file that libnfs has open. */
 static int check_raw_handle(struct nfsio *io, struct nfs_context *nfs, struct nfsfh *fh, nfs_fh3 *raw,
 			    uint64_t fileid, int64_t deadline_ms)
@@ -320,6 +334,29 @@ static int check_raw_handle(struct nfsio *io, struct nfs_context *nfs, struct nf
 	return error;
 }
 
+/*
+ * The handle of the directory that the URL's file lies in: that of the mount, or what libnfs opens, which follows
+ * symbolic links. Where we may not read it we may write it, or there would be no file beside the one that is open.
+ */
+static struct nfsio_handle find_directory(struct nfsio *io, struct nfs_context *nfs, int64_t deadline_ms)
+{
+	static const int flags[] = { O_RDONLY, O_WRONLY };
+	struct nfsio_handle found = { 0 };
+
+	if (io->prefix[0] == '\0')
+		return copy_handle(nfs_get_rootfh(nfs));
+	for (unsigned i = 0; i < 2 && found.length_bytes == 0; i++) {
+		struct step *step = new_step(io);
+
+		if (nfs_open_async(nfs, io->prefix, flags[i], step_done, step) != 0 ||
+		    pump(io, nfs, step, deadline_ms) != 0)
+			continue;
+		found = copy_handle(nfs_get_fh(step->data));
+		nfs_close_async(nfs, step->data, libnfs_ignore, NULL);
+	}
+	return found;
+}
+
 /* Mount and open with a new context. Returns true and *made, or false and *why. Without the lock. */
 bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why)
 {
@@ -334,7 +371,7 @@ bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failur
 		return false;
 	if (!mount_directory(io, &nfs, deadline_ms, why))
 		goto fail;
-	snprintf(path, sizeof(path), "%s/%s", io->prefix, io->file);
+	snprintf(path, sizeof(path), "%s/%s", io->prefix, io->url_file);
 	error = open_file(io, nfs, path, deadline_ms, &made->fh);
 	if (error == 0) {
 		step = new_step(io);
@@ -347,6 +384,8 @@ bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failur
 		error = S_ISDIR(made->st.mode) ? -EISDIR : -EINVAL;
 	if (error == 0 && io->version == 3)
 		error = check_raw_handle(io, nfs, made->fh, &made->fh3, made->st.fileid, deadline_ms);
+	if (error == 0 && io->version == 3 && io->options.looks)
+		made->directory = find_directory(io, nfs, deadline_ms);
 	if (error != 0) {
 		set_failure(why, is_no_answer(nfs, error) ? NFSIO_CONNECT : NFSIO_OPEN, error, nfs_get_error(nfs));
 		goto fail;

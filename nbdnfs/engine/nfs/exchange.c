@@ -8,16 +8,16 @@
 
 /* How often an idle NFSv4 client reads something: leases are 10 s and longer. */
 #define TOUCH_MS 4000
-/* How often a silent connection is looked at while it is tested. */
-#define SILENCE_TICK_MS 250
 
-/* A request in flight has waited too long. libnfs cannot cancel it, so all of them go over a new connection. */
+/* A call has been outstanding for too long. It cannot be cancelled, so all of them go over a new connection. */
 static void give_up_on_slow(struct nfsio *io)
 {
 	int64_t now = now_ms();
 
+	for (struct name_op *op = io->name_ops; op != NULL && !io->broken; op = op->next)
+		io->broken = now >= op->limit_at_ms;
 	for (struct nfsio_req *req = io->inflight.head; req != NULL && !io->broken; req = req->next)
-		io->broken = is_hopeless(io, req, now);
+		io->broken = is_hopeless(io, req, now) != 0;
 }
 
 static bool is_write(const struct nfsio_req *req)
@@ -28,7 +28,9 @@ static bool is_write(const struct nfsio_req *req)
 /* 0: send it; -EAGAIN: not yet; another -errno: it fails. */
 static int may_send(const struct nfsio *io, const struct nfsio_req *req)
 {
-	if (!is_write(req) || io->options.may_write == NULL)
+	if (req->fail_at_ms != 0 && now_ms() >= req->fail_at_ms)
+		return -ETIMEDOUT;
+	if (!is_write(req) || req->handle != NULL || io->options.may_write == NULL)
 		return 0;
 	return io->options.may_write(io->options.may_write_context);
 }
@@ -41,8 +43,9 @@ void issue_pending(struct nfsio *io)
 	assert_locked(&io->lock);
 	if (!is_up(io) || io->broken)
 		return;
-	if (io->inflight.head == NULL && io->pending.head != NULL)
-		io->silent_since_ms = now_ms();
+	if ((io->pending.head != NULL || io->waiting_names != NULL) && io->inflight.head == NULL &&
+	    io->name_ops == NULL)
+		io->silent_since_ms = now_ms(); /* there was nothing to wait for */
 	while ((req = io->pending.head) != NULL && !io->broken && io->transport->has_room(io)) {
 		int refused = may_send(io, req);
 
@@ -56,8 +59,10 @@ void issue_pending(struct nfsio *io)
 		}
 		req_list_remove(&io->pending, req);
 		req_list_push(&io->inflight, req);
-		req->issued_at_ms = now_ms();
+		req->give_up_at_ms = note_outstanding(io, req->repeat_after_ms,
+						      req->fail_at_ms != 0 ? req->fail_at_ms : INT64_MAX);
 	}
+	issue_names(io);
 	if (io->transport->push != NULL)
 		io->transport->push(io);
 }
@@ -91,14 +96,14 @@ static void touch_lease(struct nfsio *io)
 /* How long a receiver may sleep. Requests that are submitted meanwhile do not wake it. */
 static int sleep_ms(const struct nfsio *io)
 {
-	int64_t ms = io->silence_ms;
+	int64_t ms = silence_sleep_ms(io);
 
-	if (io->probe.state != PROBE_NONE)
-		ms = SILENCE_TICK_MS;
 	if (io->version != 3 && ms > TOUCH_MS / 4)
 		ms = TOUCH_MS / 4;
 	if (io->options.soft_limit_ms > 0 && ms > AWAY_TICK_MS)
 		ms = AWAY_TICK_MS;
+	if (io->waiting_names != NULL && ms > RETRY_LATER_MS)
+		ms = RETRY_LATER_MS;
 	if (io->later.head != NULL) {
 		int64_t left_ms = io->later_at_ms - now_ms();
 
@@ -127,9 +132,11 @@ void receive(struct nfsio *io)
 		timeout_ms = 0; /* give back at once what failed before it was sent */
 	if (me == RECEIVER_IO_THREAD)
 		io->io_thread_polls = true;
+	io->polls_until_ms = now_ms() + timeout_ms;
 	pthread_mutex_unlock(&io->lock);
 	poll(fds, 3, timeout_ms);
 	pthread_mutex_lock(&io->lock);
+	io->polls_until_ms = 0;
 	if (me == RECEIVER_IO_THREAD)
 		io->io_thread_polls = false;
 	if (io->receiver != me)
@@ -141,7 +148,7 @@ void receive(struct nfsio *io)
 		io->transport->serve(io, fds[0].revents);
 	if (io->later.head != NULL && now_ms() >= io->later_at_ms)
 		req_list_prepend(&io->pending, &io->later);
-	if (io->options.soft_limit_ms > 0) {
+	if (io->options.soft_limit_ms > 0 || now_ms() >= io->deadline_ms) {
 		fail_hopeless(io);
 		give_up_on_slow(io);
 	}

@@ -7,16 +7,19 @@
  * wire*.[ch]           NFSv3 without libnfs; knows nothing of the rest
  * probe.[ch]           is the server alive? A connection of its own; knows nothing of the rest
  * queue.c              where requests lie, how they end, and which thread is woken
+ * name_queue.c         the same for operations on names
  * answers.c            what the server's answers mean, whichever transport received them
  * connect.c            a new connection: context, mount, open, raw handle
  * recognise.c          is it still the file that was opened?
  * transport_libnfs.c   struct transport over libnfs: NFSv4, and NFSv3 where that is asked for
  * transport_wire.c     struct transport over a wire
- * silence.c            the time-outs: is a silent connection dead?
+ * silence.c            the time-outs: what is sent again over a new connection, and when
+ * name_calls.c         operations on names over libnfs: calls and answers
  * exchange.c           sending what waits, and receiving
  * requests.c           what callers submit and wait for
  * state.c              what is known of the file and of the way to it
- * names.c              stat, link, rename, unlink, and a look at a small file
+ * names.c              what callers wait for: stat, link, rename, unlink
+ * look.c               a look at a small file beside the one that is open
  * io_thread.c          the I/O thread: receiving, and connecting again
  * open.c               open and close
  *
@@ -40,10 +43,25 @@
 
 /* How often the time limits of requests are checked while there is no connection. */
 #define AWAY_TICK_MS 250
+/* The pause before a call is sent again that the server has put off. */
+#define RETRY_LATER_MS 200
+/* How often nfsio_look.waiting is called. */
+#define WAITING_TICK_MS 250
+
+enum name_call { CALL_STAT, CALL_LSTAT, CALL_FSTAT, CALL_LINK, CALL_RENAME, CALL_UNLINK, CALL_LOOK };
 
 /* One name operation, on its caller's stack. Guarded by io->lock. */
 struct name_op {
 	struct nfsio *io;
+	enum name_call call;
+	const char *path, *new_path;
+	int64_t fail_at_ms;     /* then it fails, unless it is outstanding */
+	int64_t send_at_ms;     /* not before: the server has put it off */
+	/* while it is outstanding */
+	int64_t give_up_at_ms;  /* then it is taken for dropped by a server that answers others: silence.c */
+	int64_t limit_at_ms;    /* then the connection is given up in any case */
+	bool sent;              /* outstanding, or it was */
+	bool put_off;           /* the server has last answered "later" */
 	bool done;
 	struct nfsio_failure *why; /* error 0 until it fails */
 	struct nfsio_stat *st;
@@ -79,7 +97,7 @@ enum receiver { RECEIVER_NONE, RECEIVER_IO_THREAD, RECEIVER_WAITER };
 struct nfsio {
 	/* constant after nfsio_create() */
 	char *url, *address;
-	char *directory, *file; /* the URL's path, decoded; the directory is "/" at least */
+	char *url_directory, *url_file; /* the URL's path, decoded; the directory is "/" at least */
 	char *mount_path;       /* the part of the directory that the server exports */
 	char *prefix;           /* the rest of it, "" or "/sub/dir" */
 	struct nfsio_options options;
@@ -119,7 +137,13 @@ struct nfsio {
 	struct nfsio_failure *first_failure; /* nfsio_create()'s caller's, until first_done */
 
 	const struct transport *transport; /* of the connection; NULL while there is none */
-	struct wire wire;       /* of transport_wire */
+	/* of transport_wire */
+	struct wire wire;
+	uint8_t handle3[WIRE_HANDLE_BYTES_MAX]; /* the file's */
+	uint32_t handle3_bytes;
+	struct nfsio_handle directory; /* the URL's directory; length 0: not known */
+	bool directory_is_stale; /* the next connection is to find it by its name */
+	int64_t directory_at_ms; /* when it was last found by its name */
 	/* of transport_libnfs */
 	struct nfs_context *nfs;
 	struct nfsfh *fh;
@@ -143,7 +167,9 @@ struct nfsio {
 	int64_t later_at_ms;
 
 	int64_t silent_since_ms; /* when something was last received, or first waited for after that */
-	int64_t silence_ms;     /* see look_into_silence() */
+	int64_t silence_ms;     /* see look_into_silence(): options.silence_ms, or a multiple of it */
+	int64_t deadline_ms;    /* nothing outstanding is given up before; it may have been answered meanwhile */
+	int64_t polls_until_ms; /* when the poll() that began last ends at the latest; 0 after it */
 	int64_t last_received_ms; /* when something was last received, or the connection was made */
 	int64_t suspect_since_ms; /* nfsio_suspect(): to be tested if nothing was received since. 0: not suspect */
 	int64_t given_up_at_ms; /* when silence last cost a connection, 0: never */
@@ -153,7 +179,8 @@ struct nfsio {
 	struct nfsio_req touch; /* NFSv4: keeps the lease alive */
 	uint8_t touch_byte;
 	bool touching;
-	struct name_op *name_ops; /* issued on `nfs` */
+	struct name_op *name_ops; /* outstanding on `nfs` */
+	struct name_op *waiting_names; /* to be sent */
 };
 
 /* A connection that is not published yet. */
@@ -161,6 +188,7 @@ struct connection {
 	struct nfs_context *nfs;
 	struct nfsfh *fh;
 	nfs_fh3 fh3;
+	struct nfsio_handle directory; /* length 0: not asked for, or not found */
 	struct nfsio_stat st;
 	int64_t deadline_ms;    /* of the attempt that made it */
 };
@@ -220,7 +248,7 @@ void wake_io_thread(struct nfsio *io);
 void req_enqueue(struct nfsio *io, struct nfsio_req *req, struct nfsio_batch *batch);
 void req_finish(struct req_list *list, struct nfsio_req *req, int error);
 void req_finish_all(struct req_list *list, int error);
-bool is_hopeless(const struct nfsio *io, const struct nfsio_req *req, int64_t now);
+int is_hopeless(const struct nfsio *io, const struct nfsio_req *req, int64_t now);
 void fail_hopeless(struct nfsio *io);
 void try_later(struct nfsio *io, struct req_list *list, struct nfsio_req *req);
 void give_back(struct nfsio *io);
@@ -234,16 +262,35 @@ void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool en
 void note_written3(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool stable, uint64_t verifier);
 void note_committed3(struct nfsio *io, struct nfsio_req *req, uint64_t verifier);
 void note_refused3(struct nfsio *io, struct nfsio_req *req, int status);
+void note_refused_elsewhere3(struct nfsio *io, struct nfsio_req *req, int status);
+
+/* names.c. `op` is on the caller's stack. Without the lock; waits. */
+int name_call(struct nfsio *io, struct name_op *op, enum name_call call, const char *path, const char *new_path,
+	      struct nfsio_failure *why);
 
 /* exchange.c, with the lock held, which receive() drops meanwhile. */
 void issue_pending(struct nfsio *io);
 void receive(struct nfsio *io);
 
+/* requests.c: nfsio_submit() with the lock held. */
+void submit(struct nfsio *io, struct nfsio_req *req);
+
 /* silence.c, with the lock held. */
+int64_t note_outstanding(struct nfsio *io, int64_t repeat_after_ms, int64_t limit_at_ms);
+int silence_sleep_ms(const struct nfsio *io);
 void look_into_silence(struct nfsio *io);
 
-/* names.c, with the lock held. */
+/* name_queue.c, all with the lock held. */
 void name_op_finish(struct name_op *op, int error, const char *text);
+void name_op_sent(struct name_op *op);
+void name_op_put_off(struct name_op *op);
+bool name_op_may_repeat(const struct name_op *op);
+void name_ops_interrupted(struct nfsio *io);
+void fail_late_names(struct nfsio *io);
+void name_ops_finish_all(struct nfsio *io, int error);
+
+/* name_calls.c, with the lock held. */
+void issue_names(struct nfsio *io);
 
 /*
  * connect.c, all for the I/O thread and without the lock. But it is held for libnfs_destroy() of a published

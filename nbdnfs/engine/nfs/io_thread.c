@@ -63,8 +63,7 @@ static void discard(struct nfsio *io)
 	io->broken = false;
 	probe_end(&io->probe);
 	req_list_prepend(&io->pending, &io->inflight);
-	while (io->name_ops != NULL)
-		name_op_finish(io->name_ops, -ECONNRESET, "the connection broke");
+	name_ops_interrupted(io);
 }
 
 /* Fault in what libnfs will allocate for calls in flight: memory may be short later. */
@@ -84,8 +83,10 @@ static bool take_over(struct nfsio *io, const struct connection *made)
 
 	if (fd < 0)
 		return false;
-	wire_open(&io->wire, fd, (const uint8_t *)made->fh3.data.data_val, made->fh3.data.data_len,
-		   url_number(io->url, "uid=", getuid()), url_number(io->url, "gid=", getgid()));
+	wire_open(&io->wire, fd, url_number(io->url, "uid=", getuid()), url_number(io->url, "gid=", getgid()));
+	assert(made->fh3.data.data_len > 0 && made->fh3.data.data_len <= sizeof(io->handle3));
+	io->handle3_bytes = made->fh3.data.data_len;
+	memcpy(io->handle3, made->fh3.data.data_val, io->handle3_bytes);
 	libnfs_destroy(made->nfs, made->fh);
 	io->transport = &transport_wire;
 	return true;
@@ -106,7 +107,13 @@ static void publish(struct nfsio *io, const struct connection *made)
 		io->fh3 = made->fh3;
 		io->transport = &transport_libnfs;
 	}
+	if (made->directory.length_bytes > 0) {
+		io->directory = made->directory;
+		io->directory_is_stale = false;
+		io->directory_at_ms = now_ms();
+	}
 	io->last_received_ms = io->connected_at_ms = now_ms();
+	io->deadline_ms = INT64_MAX;
 	io->useful = false;
 	io->state.condition = NFSIO_UP;
 	io->state.gone_too_long = false;
@@ -324,6 +331,7 @@ void *io_thread(void *arg)
 	discard(io);
 	req_finish_all(&io->pending, -ECANCELED);
 	req_finish_all(&io->later, -ECANCELED);
+	name_ops_finish_all(io, -ECANCELED);
 	give_back(io);
 	pthread_mutex_unlock(&io->lock);
 	return NULL;

@@ -89,6 +89,9 @@ struct nfs_fh_bytes {
 	char *val;
 };
 
+/* The handle of what is mounted. Every version exports it, and declares it in a private header. */
+const struct nfs_fh *nfs_get_rootfh(struct nfs_context *nfs);
+
 /* Does this error of libnfs's file API mean that the connection broke? */
 bool is_transport_error(int error);
 

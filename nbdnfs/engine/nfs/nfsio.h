@@ -15,6 +15,7 @@
 #define NBDNFS_NFSIO_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -26,6 +27,7 @@ enum nfsio_op {
 	NFSIO_WRITE,          /* FILE_SYNC: stable when it is done */
 	NFSIO_WRITE_UNSTABLE, /* NFSv3: needs a COMMIT under the same verifier, unless `stable` says otherwise */
 	NFSIO_COMMIT,         /* NFSv3: the whole file; its only result is the verifier */
+	NFSIO_LOOKUP,         /* nfsio_look()'s own */
 };
 
 /*
@@ -55,6 +57,12 @@ struct nfsio_failure {
 	char message[256];
 };
 
+/* An NFSv3 handle. */
+struct nfsio_handle {
+	uint32_t length_bytes;  /* 0: there is none */
+	uint8_t bytes[WIRE_HANDLE_BYTES_MAX];
+};
+
 /* One request. The caller's, which keeps it in place, with its data, until `done` is called. */
 struct nfsio_req {
 	/* set by the caller */
@@ -72,11 +80,18 @@ struct nfsio_req {
 	bool stable;            /* a write that needs no COMMIT */
 	bool resent;            /* a write that was also sent on a connection that broke, and may arrive twice */
 
+	/* nfsio_look()'s own: a call on another file or directory than the one that is open */
+	const struct nfsio_handle *handle; /* NULL: on that one */
+	struct nfsio_handle *found; /* NFSIO_LOOKUP's result */
+	int64_t fail_at_ms;     /* CLOCK_MONOTONIC: then it fails, with -ETIMEDOUT. 0: never */
+	uint32_t repeat_after_ms; /* not answered for so long, it is sent again. 0: as transfers are */
+
 	/* nfsio's own, guarded by its lock */
 	struct nfsio *io;
 	struct nfsio_batch *batch;
 	struct wire_call call;
-	int64_t queued_at_ms, issued_at_ms;
+	int64_t queued_at_ms;
+	int64_t give_up_at_ms;  /* while in flight: then it is sent again over a new connection */
 	struct nfsio_req *prev, *next;
 };
 
@@ -91,8 +106,9 @@ struct nfsio_options {
 	uint32_t mode;          /* permission bits of a new file */
 	unsigned connect_timeout_s; /* of the first attempt; it doubles each time that it was too short */
 	/*
-	 * When nothing is received for so long while requests wait, the connection is tested: look_into_silence() in
-	 * silence.c. No request fails because the server is slow. 0: 15 s.
+	 * When nothing is received for so long while calls are outstanding, the connection is tested; a transfer that
+	 * alone is not answered for four times as long is sent again over a new connection: silence.c. No transfer
+	 * fails because the server is slow. 0: 15 s.
 	 */
 	unsigned silence_ms;
 	/*
@@ -108,6 +124,7 @@ struct nfsio_options {
 	 */
 	int (*may_write)(void *context);
 	void *may_write_context;
+	bool looks;             /* nfsio_look() will be called */
 };
 
 struct nfsio_stat {
@@ -212,8 +229,13 @@ bool nfsio_has_names(const struct nfsio *io);
 
 /*
  * Name operations, relative to the URL's directory ("/name"). Each returns 0, or -errno and *why; -EOPNOTSUPP where
- * there are none. Unlike transfers they fail when the connection breaks: a RENAME that is sent twice may fail
- * although the first one did its work, and only the caller can find out.
+ * there are none. A call that the server puts off (JUKEBOX) is sent again.
+ *
+ * Unlike transfers they fail in the end, with -ETIMEDOUT. stat and fstat are sent again after 2 x silence_ms without an
+ * answer, and fail after 4 x silence_ms. link, rename and unlink are not sent again: the second one may fail although
+ * the first one did its work, and only the caller can find out. They fail with -ECONNRESET when the connection breaks,
+ * and after 2 x silence_ms without an answer. -ENOTCONN: there was no connection for 4 x silence_ms, and the server has
+ * done nothing.
  */
 int nfsio_stat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why);
 int nfsio_lstat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why);
@@ -224,6 +246,16 @@ int nfsio_unlink(struct nfsio *io, const char *path, struct nfsio_failure *why);
 
 /* A look at a small file, and a change to the very file that was read, even if its name belongs to another by then. */
 struct nfsio_look {
+	uint32_t limit_ms;      /* it fails with -ETIMEDOUT after so long. 0: never, over a wire; see there */
+	/*
+	 * A call of it that the server does not answer for so long, though it answers others, is sent again over a new
+	 * connection. 0: 4 x silence_ms.
+	 */
+	uint32_t repeat_after_ms;
+	/* Called every 250 ms while the look is not done, by the calling thread, without a lock. May be NULL. */
+	void (*waiting)(struct nfsio_look *look);
+	_Atomic(const char *) step; /* the procedure that is waited for, or that failed */
+
 	uint8_t *data;          /* filled from the start of the file */
 	uint32_t room_bytes;
 	uint32_t found_bytes;
@@ -239,8 +271,12 @@ struct nfsio_look {
 };
 
 /*
- * Open the file that has the name now, read, change, close. The change is not stable when this returns. On an error
- * not all of it was done; `changed` says whether the server has taken the change.
+ * Find the file that has the name now, read, change. On an error not all of it was done; `changed` says whether the
+ * server has taken the change.
+ *
+ * Over a wire, the calls are requests like others: they wait for a connection, and are sent again over a new one. Over
+ * libnfs, the look fails with -ENOTCONN without a connection, and with -ECONNRESET or -ETIMEDOUT when that breaks or is
+ * given up.
  */
 int nfsio_look(struct nfsio *io, const char *path, struct nfsio_look *look, struct nfsio_failure *why);
 

@@ -21,8 +21,8 @@ static void free_all(struct nfsio *io)
 	pthread_mutex_destroy(&io->lock);
 	free(io->url);
 	free(io->address);
-	free(io->directory);
-	free(io->file);
+	free(io->url_directory);
+	free(io->url_file);
 	free(io->mount_path);
 	free(io->prefix);
 	free(io);
@@ -48,6 +48,7 @@ int nfsio_create(const struct nfsio_options *options, struct nfsio **out, struct
 	if (io->options.silence_ms == 0)
 		io->options.silence_ms = SILENCE_MS;
 	io->silence_ms = io->options.silence_ms;
+	io->deadline_ms = INT64_MAX;
 	probe_init(&io->probe, (uint32_t)io->version);
 	io->state.condition = NFSIO_LINK_DOWN;
 	atomic_init(&io->truncated_bytes, UINT64_MAX);
@@ -64,7 +65,7 @@ int nfsio_create(const struct nfsio_options *options, struct nfsio **out, struct
 	else if (io->wake_fd < 0)
 		error = -errno;
 	else
-		error = url_take_path(io->url, &io->directory, &io->file);
+		error = url_take_path(io->url, &io->url_directory, &io->url_file);
 	if (error == 0)
 		error = thread_start(&io->thread, io_thread, io);
 	if (error != 0) {

@@ -18,10 +18,13 @@
 #define COUNTER_OFFSET 25u
 #define COUNTER_BYTES 10u
 
-/* The pause after a look that failed; refresh_ms where that is less. */
+/* The pause after a look that failed; it doubles. refresh_ms where that is less. */
 #define RETRY_MS 200u
-/* A record that is not there counts as gone only after so many looks. */
+#define RETRY_LIMIT_MS 1000u
+/* A record that is not there, or is not whole, counts as gone only after so many looks. */
 #define MISSING_LOOKS 3
+/* A call of a look that is not answered for 3/4 of refresh_ms, but at least this, goes over a new connection. */
+#define REPEAT_LEAST_MS 1000u
 
 struct owner_watch {
 	/* constant */
@@ -52,6 +55,7 @@ struct owner_watch {
 	char change[COUNTER_BYTES + 1];
 	unsigned missing;
 	int logged_error;                   /* the error that was last logged, 0 after a success */
+	struct nfsio_look look;
 };
 
 static int64_t boottime_ms(void)
@@ -90,10 +94,15 @@ static bool names_us(const struct owner_watch *watch, const uint8_t *record)
 	       strstr(text, "\nstate held\n") != NULL && strstr(text, watch->options.identity) != NULL;
 }
 
+static struct owner_watch *watch_of(struct nfsio_look *look)
+{
+	return (struct owner_watch *)(void *)((char *)look - offsetof(struct owner_watch, look));
+}
+
 /* nfsio_look.wants_change: is the record this machine's? Then mark it as a sign of life. */
 static bool look_at(struct nfsio_look *look)
 {
-	struct owner_watch *watch = (struct owner_watch *)(void *)(look->data - offsetof(struct owner_watch, found));
+	struct owner_watch *watch = watch_of(look);
 
 	watch->is_ours = false;
 	if (look->found_bytes != OWNER_RECORD_BYTES)
@@ -123,13 +132,41 @@ static void set_state(struct owner_watch *watch, enum owner_state state)
 	atomic_store(&watch->state, state);
 }
 
-/* Log each new error once; nfsio itself logs what comes with a broken connection. */
-static void log_error(struct owner_watch *watch, int error, const char *what)
+/* The permission has run out, for want of a look that ended well: say why. */
+static void log_unsure(struct owner_watch *watch, int error)
 {
-	if (error != -ENOTCONN && error != -ECONNRESET && error != watch->logged_error)
-		log_line("the owner record %s %s (%s): writes wait", watch->options.path + 1, what,
-			 strerror(-error));
+	log_line("the owner record %s has not been refreshed for %u s (%s: %s): writes wait until it is",
+		 watch->options.path + 1, 2 * watch->options.refresh_ms / 1000, watch->look.step,
+		 error != 0 ? strerror(-error) : "no result yet");
 	watch->logged_error = error;
+}
+
+static bool is_about_the_connection(int error)
+{
+	return error == -ENOTCONN || error == -ECONNRESET || error == -ETIMEDOUT || error == -ECANCELED;
+}
+
+/*
+ * The last look has failed with `error`, or is not done (0). The state goes by the clock: no answer is needed for it to
+ * change. A refusal that comes after that is logged as well; what comes with a broken connection nfsio logs.
+ */
+static void go_by_the_clock(struct owner_watch *watch, int error)
+{
+	int state = atomic_load(&watch->state);
+
+	if (state == OWNER_HELD && boottime_ms() >= atomic_load(&watch->permitted_until_ms)) {
+		log_unsure(watch, error);
+		set_state(watch, OWNER_UNSURE);
+	} else if (state == OWNER_UNSURE && error != 0 && error != watch->logged_error &&
+		   !is_about_the_connection(error)) {
+		log_unsure(watch, error);
+	}
+}
+
+/* nfsio_look.waiting */
+static void look_waits(struct nfsio_look *look)
+{
+	go_by_the_clock(watch_of(look), 0);
 }
 
 static void note_stolen(struct owner_watch *watch, uint32_t found_bytes)
@@ -148,10 +185,33 @@ static void note_stolen(struct owner_watch *watch, uint32_t found_bytes)
 	set_state(watch, OWNER_STOLEN);
 }
 
-/* One look. Returns 0 when it had a result, else *why and an error that the next look may not meet. */
-static int look(struct owner_watch *watch, struct nfsio_failure *why)
+/* A look has ended well: writes are permitted, unless it took so long that the time is over. */
+static int note_refreshed(struct owner_watch *watch, int64_t began_ms)
 {
-	struct nfsio_look look = {
+	int64_t until_ms = began_ms + 2 * (int64_t)watch->options.refresh_ms;
+
+	watch->look.step = "all calls together";
+	if (boottime_ms() >= until_ms)
+		return -ETIMEDOUT;
+	if (atomic_load(&watch->state) == OWNER_UNSURE)
+		log_line("the owner record %s is refreshed again: writes go on", watch->options.path + 1);
+	atomic_store(&watch->permitted_until_ms, until_ms);
+	set_state(watch, OWNER_HELD);
+	watch->logged_error = 0;
+	return 0;
+}
+
+/* One look. Returns 0 when it had a result, else *why and an error that the next look may not meet. */
+static int look(struct owner_watch *watch, uint32_t limit_ms, struct nfsio_failure *why)
+{
+	uint32_t repeat_after_ms = watch->options.refresh_ms / 4 * 3;
+	int64_t began_ms = boottime_ms();
+	int error;
+
+	watch->look = (struct nfsio_look){
+		.limit_ms = limit_ms,
+		.repeat_after_ms = repeat_after_ms > REPEAT_LEAST_MS ? repeat_after_ms : REPEAT_LEAST_MS,
+		.waiting = look_waits,
 		.data = watch->found,
 		.room_bytes = OWNER_RECORD_BYTES,
 		.wants_change = look_at,
@@ -159,54 +219,40 @@ static int look(struct owner_watch *watch, struct nfsio_failure *why)
 		.change_bytes = COUNTER_BYTES,
 		.change_offset = COUNTER_OFFSET,
 	};
-	int64_t began_ms = boottime_ms();
-	int error;
-
 	watch->is_ours = false;
-	error = nfsio_look(watch->io, watch->options.path, &look, why);
-	if (error == -ENOENT && ++watch->missing >= MISSING_LOOKS) {
-		note_stolen(watch, 0);
-		return 0;
-	}
-	if (error != -ENOENT)
+	error = nfsio_look(watch->io, watch->options.path, &watch->look, why);
+	if (error == -ENOENT || (error == 0 && watch->look.found_bytes != OWNER_RECORD_BYTES)) {
+		if (++watch->missing >= MISSING_LOOKS) {
+			note_stolen(watch, watch->look.found_bytes);
+			return 0;
+		}
+		error = -ENOENT;
+	} else {
 		watch->missing = 0;
+	}
 	if (error == 0 && !watch->is_ours) {
-		note_stolen(watch, look.found_bytes);
+		note_stolen(watch, watch->look.found_bytes);
 		return 0;
 	}
 	/* without the sign of life other machines may take the file over: no permission either */
-	if (look.changed) {
-		atomic_store(&watch->permitted_until_ms, began_ms + 2 * (int64_t)watch->options.refresh_ms);
-		set_state(watch, OWNER_HELD);
-		watch->logged_error = 0;
-		return 0;
-	}
-	log_error(watch, error, watch->is_ours ? "cannot be refreshed" : "cannot be read");
-	if (boottime_ms() >= atomic_load(&watch->permitted_until_ms))
-		set_state(watch, OWNER_UNSURE);
+	if (error == 0)
+		error = watch->look.changed ? note_refreshed(watch, began_ms) : -EIO;
+	if (error != 0)
+		go_by_the_clock(watch, error);
 	return error;
 }
 
-static void add_ms(struct timespec *time, uint32_t ms)
+/*
+ * Sleep until it is time for the next look, or a write asks for one, which counts only where the last one ended well.
+ * Returns false when the thread must end.
+ */
+static bool sleep_ms(struct owner_watch *watch, uint32_t ms, bool may_be_asked)
 {
-	time->tv_sec += ms / 1000;
-	time->tv_nsec += (long)(ms % 1000) * 1000000;
-	if (time->tv_nsec >= 1000000000) {
-		time->tv_nsec -= 1000000000;
-		time->tv_sec++;
-	}
-}
-
-/* Sleep until it is time for the next look. Returns false when the thread must end. */
-static bool sleep_ms(struct owner_watch *watch, uint32_t ms)
-{
-	struct timespec until;
+	struct timespec until = time_after_ms(ms);
 	bool stop;
 
-	clock_gettime(CLOCK_MONOTONIC, &until);
-	add_ms(&until, ms);
 	pthread_mutex_lock(&watch->lock);
-	while (!watch->stop && !atomic_exchange(&watch->asked, false) &&
+	while (!watch->stop && !(may_be_asked && atomic_exchange(&watch->asked, false)) &&
 	       pthread_cond_timedwait(&watch->wake, &watch->lock, &until) != ETIMEDOUT)
 		;
 	stop = watch->stop;
@@ -218,19 +264,25 @@ static void *owner_watch_thread(void *arg)
 {
 	struct owner_watch *watch = arg;
 	struct nfsio_failure why;
-	uint32_t retry_ms = watch->options.refresh_ms < RETRY_MS ? watch->options.refresh_ms : RETRY_MS;
-	uint32_t pause_ms = watch->options.refresh_ms;
+	uint32_t refresh_ms = watch->options.refresh_ms, retry_ms = RETRY_MS;
+	int error = 0;
 
 	touch_stack();
-	while (atomic_load(&watch->state) != OWNER_STOLEN && sleep_ms(watch, pause_ms))
-		pause_ms = look(watch, &why) == 0 ? watch->options.refresh_ms : retry_ms;
+	while (atomic_load(&watch->state) != OWNER_STOLEN &&
+	       sleep_ms(watch, error == 0 || refresh_ms < retry_ms ? refresh_ms : retry_ms, error == 0)) {
+		if (error == 0)
+			retry_ms = RETRY_MS;
+		else if (retry_ms < RETRY_LIMIT_MS)
+			retry_ms *= 2;
+		atomic_store(&watch->asked, false);
+		error = look(watch, 0, &why);
+	}
 	return NULL;
 }
 
 struct owner_watch *owner_watch_create(const struct owner_options *options)
 {
 	struct owner_watch *watch = calloc(1, sizeof(*watch));
-	pthread_condattr_t monotonic;
 
 	if (watch == NULL)
 		return NULL;
@@ -244,26 +296,24 @@ struct owner_watch *owner_watch_create(const struct owner_options *options)
 		return NULL;
 	}
 	pthread_mutex_init(&watch->lock, NULL);
-	pthread_condattr_init(&monotonic);
-	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-	pthread_cond_init(&watch->wake, &monotonic);
-	pthread_condattr_destroy(&monotonic);
+	condition_init(&watch->wake);
 	return watch;
 }
 
-int owner_watch_start(struct owner_watch *watch, struct nfsio *io, owner_changed_fn changed, void *context,
-		      struct nfsio_failure *why)
+int owner_watch_start(struct owner_watch *watch, struct nfsio *io, uint32_t limit_ms, owner_changed_fn changed,
+		      void *context, struct nfsio_failure *why)
 {
-	struct timespec pause = { 0 };
+	struct timespec pause = { .tv_nsec = RETRY_MS * 1000000L };
 	int error;
 
 	watch->io = io;
 	watch->changed = changed;
 	watch->context = context;
-	add_ms(&pause, RETRY_MS);
-	while ((error = look(watch, why)) == -ENOENT)
+	while ((error = look(watch, limit_ms, why)) == -ENOENT)
 		nanosleep(&pause, NULL); /* a few times: MISSING_LOOKS */
-	if (error == -ENOTCONN || error == -ECONNRESET)
+	if (error != 0 && why->error == 0)
+		*why = (struct nfsio_failure){ .phase = NFSIO_NAME, .error = error };
+	if (is_about_the_connection(error))
 		why->phase = NFSIO_CONNECT;
 	if (error != 0 || atomic_load(&watch->state) == OWNER_STOLEN)
 		return error;

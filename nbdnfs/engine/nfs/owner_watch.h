@@ -21,7 +21,7 @@
 enum owner_state {
 	OWNER_NONE,     /* ownership is not looked at */
 	OWNER_HELD,
-	OWNER_UNSURE,   /* the last look was too long ago: writes wait for the next one */
+	OWNER_UNSURE,   /* the last good look was too long ago: writes wait for the next one */
 	OWNER_STOLEN,   /* another machine owns the file, or there is no record: final */
 };
 
@@ -37,17 +37,18 @@ struct owner_watch;
 struct owner_watch *owner_watch_create(const struct owner_options *options);
 
 /*
- * Look for the first time, and start the thread, which uses `io` for its looks. `changed` is called with each new
- * state, the first of them before this returns. Returns 0, also when the file is stolen, or -errno and *why.
+ * Look for the first time, for limit_ms at most (-ETIMEDOUT), and start the thread, which uses `io` for its looks; the
+ * io was created with `looks`. `changed` is called with each new state, the first of them before this returns. Returns
+ * 0, also when the file is stolen, or -errno and *why.
  */
 typedef void (*owner_changed_fn)(void *context, enum owner_state state);
-int owner_watch_start(struct owner_watch *watch, struct nfsio *io, owner_changed_fn changed, void *context,
-		      struct nfsio_failure *why);
+int owner_watch_start(struct owner_watch *watch, struct nfsio *io, uint32_t limit_ms, owner_changed_fn changed,
+		      void *context, struct nfsio_failure *why);
 
 /* nfsio_options.may_write; the context is the watch. Returns 0, -EAGAIN, or -EIO when the file is stolen. */
 int owner_watch_may_write(void *watch);
 
-/* End the thread and free the watch. A look that waits for the server ends with nfsio_stop(). */
+/* End the thread and free the watch, after nfsio_join(), which ends a look that waits for the server. */
 void owner_watch_destroy(struct owner_watch *watch);
 
 #endif

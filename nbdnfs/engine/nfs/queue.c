@@ -5,9 +5,6 @@
 #include <errno.h>
 #include <unistd.h>
 
-/* The pause before a request is sent again that the server has put off. */
-#define RETRY_LATER_MS 200
-
 void req_list_push(struct req_list *list, struct nfsio_req *req)
 {
 	req->next = NULL;
@@ -95,13 +92,19 @@ void req_finish_all(struct req_list *list, int error)
 		req_finish(list, list->head, error);
 }
 
-/* Has it waited too long? Never for write-backs: their pages were acknowledged. */
-bool is_hopeless(const struct nfsio *io, const struct nfsio_req *req, int64_t now)
+/*
+ * Has it waited too long? Returns 0, or the -errno that it fails with. Never for write-backs: their pages were
+ * acknowledged.
+ */
+int is_hopeless(const struct nfsio *io, const struct nfsio_req *req, int64_t now)
 {
+	if (req->handle != NULL)
+		return req->fail_at_ms != 0 && now >= req->fail_at_ms ? -ETIMEDOUT : 0;
 	if (req->op != NFSIO_READ && req->batch == NULL)
-		return false;
-	return io->state.gone_too_long ||
-	       (io->options.soft_limit_ms > 0 && now - req->queued_at_ms >= io->options.soft_limit_ms);
+		return 0;
+	if (io->state.gone_too_long)
+		return -ESTALE;
+	return io->options.soft_limit_ms > 0 && now - req->queued_at_ms >= io->options.soft_limit_ms ? -EIO : 0;
 }
 
 /* Fail what has waited too long to be issued. */
@@ -112,9 +115,11 @@ void fail_hopeless(struct nfsio *io)
 
 	for (size_t i = 0; i < 2; i++)
 		for (struct nfsio_req *req = lists[i]->head, *next; req != NULL; req = next) {
+			int error = is_hopeless(io, req, now);
+
 			next = req->next;
-			if (is_hopeless(io, req, now))
-				req_finish(lists[i], req, io->state.gone_too_long ? -ESTALE : -EIO);
+			if (error != 0)
+				req_finish(lists[i], req, error);
 		}
 }
 

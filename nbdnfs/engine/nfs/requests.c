@@ -19,15 +19,20 @@ static void wake_if_needed(struct nfsio *io)
 		call_io_thread(io);
 }
 
-void nfsio_submit(struct nfsio *io, struct nfsio_req *req)
+void submit(struct nfsio *io, struct nfsio_req *req)
 {
-	pthread_mutex_lock(&io->lock);
 	req_enqueue(io, req, NULL);
 	io->detached++;
 	if (io->state.gone_too_long)
 		fail_hopeless(io);
 	issue_pending(io);
 	wake_if_needed(io);
+}
+
+void nfsio_submit(struct nfsio *io, struct nfsio_req *req)
+{
+	pthread_mutex_lock(&io->lock);
+	submit(io, req);
 	pthread_mutex_unlock(&io->lock);
 }
 

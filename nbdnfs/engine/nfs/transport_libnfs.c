@@ -132,6 +132,8 @@ static int issue(struct nfsio *io, struct nfsio_req *req)
 	uint32_t length = req->length_bytes - req->moved_bytes;
 	uint8_t *data = req->data + req->moved_bytes;
 
+	if (req->handle != NULL)
+		return -1; /* nfsio_look() over a wire: waits for one */
 	if (io->version != 3)
 		return (req->op == NFSIO_READ ? call_pread : call_pwrite)(io->nfs, io->fh, data, length, offset,
 									  file_call_done, req);

@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <string.h>
 
 static int issue_on_wire(struct nfsio *io, struct nfsio_req *req)
 {
@@ -13,10 +14,13 @@ static int issue_on_wire(struct nfsio *io, struct nfsio_req *req)
 		[NFSIO_WRITE] = WIRE_WRITE,
 		[NFSIO_WRITE_UNSTABLE] = WIRE_WRITE,
 		[NFSIO_COMMIT] = WIRE_COMMIT,
+		[NFSIO_LOOKUP] = WIRE_LOOKUP,
 	};
 
 	req->call = (struct wire_call){
 		.procedure = procedures[req->op],
+		.handle = req->handle != NULL ? req->handle->bytes : io->handle3,
+		.handle_bytes = req->handle != NULL ? req->handle->length_bytes : io->handle3_bytes,
 		.offset_bytes = req->offset_bytes + req->moved_bytes,
 		.length_bytes = req->length_bytes - req->moved_bytes,
 		.data = req->data + req->moved_bytes,
@@ -27,14 +31,33 @@ static int issue_on_wire(struct nfsio *io, struct nfsio_req *req)
 	return 0;
 }
 
+/* An answer to a call of nfsio_look(): it says nothing about the file that is open. */
+static void wire_answered_elsewhere(struct nfsio *io, struct nfsio_req *req, const struct wire_answer *answer)
+{
+	if (answer->status != NFS3_OK) {
+		note_refused_elsewhere3(io, req, (int)answer->status);
+	} else if (answer->call->procedure == WIRE_LOOKUP) {
+		io->useful = true;
+		req->found->length_bytes = answer->handle_bytes;
+		memcpy(req->found->bytes, answer->handle, answer->handle_bytes);
+		req_finish(&io->inflight, req, 0);
+	} else {
+		note_moved(io, req, answer->count_bytes, answer->end_of_file);
+	}
+}
+
 /* An answer was received. */
 static void wire_answered(struct nfsio *io, const struct wire_answer *answer)
 {
 	struct nfsio_req *req = (struct nfsio_req *)((char *)answer->call - offsetof(struct nfsio_req, call));
 
+	if (req->handle != NULL) {
+		wire_answered_elsewhere(io, req, answer);
+		return;
+	}
 	if (answer->has_size_before)
 		note_size(io, answer->size_before_bytes);
-	if (answer->has_size) {
+	if (answer->has_attributes) {
 		note_size(io, answer->size_bytes);
 		note_links(io, answer->links);
 	}

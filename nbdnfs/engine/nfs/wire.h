@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * wire: READ, WRITE, COMMIT and NULL of NFSv3 (RFC 1813, RFC 5531) over a TCP connection that the caller has made.
+ * wire: some procedures of NFSv3 (RFC 1813, RFC 5531) over a TCP connection that the caller has made: READ, WRITE and
+ * COMMIT for transfers; NULL, GETATTR, LOOKUP and FSINFO to find a file and to learn what the server takes.
  *
  * libnfs allocates for each call and each answer, copies their data, and scans a table of 16 KiB each time that it is
  * called. Nothing here allocates: a call is sent from the caller's memory, and the data of a READ is received into it.
@@ -13,14 +14,27 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum wire_procedure { WIRE_NULL = 0, WIRE_READ = 6, WIRE_WRITE = 7, WIRE_COMMIT = 21 };
+enum wire_procedure {
+	WIRE_NULL = 0,
+	WIRE_GETATTR = 1,
+	WIRE_LOOKUP = 3,
+	WIRE_READ = 6,
+	WIRE_WRITE = 7,
+	WIRE_FSINFO = 19,
+	WIRE_COMMIT = 21,
+};
 
-/* One call. The caller's, which keeps it in place, with its data, until it is answered or the wire is closed. */
+/*
+ * One call. The caller's, which keeps it in place, with its handle and its data, until it is answered or the wire is
+ * closed.
+ */
 struct wire_call {
 	enum wire_procedure procedure;
-	uint32_t length_bytes;
+	const uint8_t *handle;  /* of the file, in WIRE_LOOKUP of the directory; WIRE_NULL has none */
+	uint32_t handle_bytes;  /* 1 to WIRE_HANDLE_BYTES_MAX */
+	uint32_t length_bytes;  /* of the data; 0 where a procedure has none */
 	uint64_t offset_bytes;
-	uint8_t *data;          /* WIRE_WRITE only reads from it */
+	uint8_t *data;          /* WIRE_READ: filled. WIRE_WRITE: sent. WIRE_LOOKUP: the name, sent */
 	bool stable;            /* WIRE_WRITE: FILE_SYNC, else UNSTABLE */
 
 	/* the wire's own */
@@ -30,18 +44,34 @@ struct wire_call {
 
 struct wire_answer {
 	struct wire_call *call;
-	uint32_t status;        /* nfsstat3; unless 0, only the sizes below mean something */
+	uint32_t status;        /* nfsstat3; unless 0, only the attributes and size_before_bytes mean something */
 	uint32_t count_bytes;   /* read or written; what was read lies in the call's data */
 	bool end_of_file;
 	bool stable;            /* a write that needs no COMMIT */
 	uint64_t verifier;      /* of a write or a commit */
-	/* the file's, where the server sent them */
-	bool has_size, has_size_before;
-	uint64_t size_bytes, size_before_bytes;
-	uint32_t links;         /* with has_size */
+
+	/* the file's, where the server sent them; of WIRE_LOOKUP, those of the file that was found */
+	bool has_attributes;
+	uint32_t type;          /* ftype3: WIRE_REGULAR, ... */
+	uint32_t links;
+	uint64_t size_bytes, fsid, fileid;
+	bool has_size_before;   /* of a write or a commit */
+	uint64_t size_before_bytes;
+
+	/* of WIRE_LOOKUP; the bytes are the wire's, in place until its next wire_receive() or wire_close() */
+	const uint8_t *handle;
+	uint32_t handle_bytes;
+	/* of WIRE_FSINFO: the most that a READ and a WRITE may move, and how much they had better move */
+	uint32_t read_max_bytes, read_preferred_bytes, write_max_bytes, write_preferred_bytes;
 };
 
-/* Room for the handle (NFS3_FHSIZE), for what comes before the data of a call, and for that of an answer. */
+/* ftype3 */
+#define WIRE_REGULAR 1u
+#define WIRE_DIRECTORY 2u
+
+/* A name that WIRE_LOOKUP takes: NAME_MAX. */
+#define WIRE_NAME_BYTES_MAX 255
+/* Room for a handle (NFS3_FHSIZE), for what comes before the data of a call, and for that of an answer. */
 #define WIRE_HANDLE_BYTES_MAX 64
 #define WIRE_CALL_BYTES_MAX 256
 #define WIRE_IN_BYTES 1024
@@ -50,9 +80,9 @@ struct wire {
 	int fd;                 /* -1: none */
 	uint32_t next_xid;
 
-	/* the beginning of each call, as it is sent: null_bytes of it for NULL, begin_bytes for the others */
+	/* the beginning of each call, as it is sent, up to its arguments */
 	uint8_t begin[WIRE_CALL_BYTES_MAX];
-	uint32_t null_bytes, begin_bytes;
+	uint32_t begin_bytes;
 
 	struct wire_call *first, *last; /* not answered yet, in the order of sending */
 	struct wire_call null;
@@ -69,14 +99,15 @@ struct wire {
 	struct wire_answer answer; /* of the READ whose data is being received */
 	uint32_t data_bytes, data_left_bytes; /* of it */
 	bool reading;           /* `answer` waits for its data */
+	uint8_t found_handle[WIRE_HANDLE_BYTES_MAX]; /* of the last WIRE_LOOKUP */
 	bool drained;           /* the last recvmsg(2) emptied the socket */
 	bool has_received;      /* something was received; the caller clears it */
 };
 
 void wire_init(struct wire *wire);
 
-/* Take over `fd`, a connected socket with nothing in flight. */
-void wire_open(struct wire *wire, int fd, const uint8_t *handle, uint32_t handle_bytes, uint32_t uid, uint32_t gid);
+/* Take over `fd`, a connected socket with nothing in flight. Calls are made with these credentials (AUTH_SYS). */
+void wire_open(struct wire *wire, int fd, uint32_t uid, uint32_t gid);
 
 /* Close the connection. Calls that are not answered yet are forgotten. */
 void wire_close(struct wire *wire);

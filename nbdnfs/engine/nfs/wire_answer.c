@@ -18,18 +18,36 @@ struct head {
 	uint32_t tail_bytes;    /* of the record, after the data */
 };
 
-static void get_attributes(struct xdr_reader *reader, struct wire_answer *answer)
+/* fattr3 */
+static void get_fattr(struct xdr_reader *reader, struct wire_answer *answer)
 {
-	if (xdr_get32(reader) == 0)
-		return;
-	xdr_get(reader, 8); /* type, mode */
+	answer->type = xdr_get32(reader);
+	xdr_get(reader, 4); /* mode */
 	answer->links = xdr_get32(reader);
 	xdr_get(reader, 8); /* uid, gid */
 	answer->size_bytes = xdr_get64(reader);
-	xdr_get(reader, SIZE_OF_FATTR3 - 28);
-	answer->has_size = !reader->ran_out;
+	xdr_get(reader, 16); /* used, rdev */
+	answer->fsid = xdr_get64(reader);
+	answer->fileid = xdr_get64(reader);
+	xdr_get(reader, SIZE_OF_FATTR3 - 60);
+	answer->has_attributes = !reader->ran_out;
 }
 
+/* post_op_attr */
+static void get_attributes(struct xdr_reader *reader, struct wire_answer *answer)
+{
+	if (xdr_get32(reader) != 0)
+		get_fattr(reader, answer);
+}
+
+/* post_op_attr of what nothing here asks about: a directory */
+static void skip_attributes(struct xdr_reader *reader)
+{
+	if (xdr_get32(reader) != 0)
+		xdr_get(reader, SIZE_OF_FATTR3);
+}
+
+/* wcc_data */
 static void get_wcc(struct xdr_reader *reader, struct wire_answer *answer)
 {
 	if (xdr_get32(reader) != 0) {
@@ -50,21 +68,72 @@ static uint64_t get_verifier(struct xdr_reader *reader)
 	return verifier;
 }
 
-static void get_results(struct xdr_reader *reader, struct head *head)
+/* Returns false when there is no handle that a server may send. */
+static bool get_handle(struct xdr_reader *reader, struct head *head)
+{
+	uint32_t bytes = xdr_get32(reader);
+
+	if (!reader->ran_out && (bytes == 0 || bytes > WIRE_HANDLE_BYTES_MAX))
+		return false;
+	head->answer.handle = xdr_get(reader, reader->ran_out ? 0 : xdr_padded(bytes));
+	head->answer.handle_bytes = bytes;
+	return true;
+}
+
+static void get_limits(struct xdr_reader *reader, struct wire_answer *answer)
+{
+	answer->read_max_bytes = xdr_get32(reader);
+	answer->read_preferred_bytes = xdr_get32(reader);
+	xdr_get(reader, 4); /* rtmult */
+	answer->write_max_bytes = xdr_get32(reader);
+	answer->write_preferred_bytes = xdr_get32(reader);
+	xdr_get(reader, 4 + 4 + 8 + 8 + 4); /* wtmult, dtpref, maxfilesize, time_delta, properties */
+}
+
+/* What every answer has after its status, be that good or bad. */
+static void get_attributes_of(struct xdr_reader *reader, struct wire_answer *answer)
+{
+	switch (answer->call->procedure) {
+	case WIRE_NULL:
+	case WIRE_GETATTR:
+		break;
+	case WIRE_LOOKUP:
+		if (answer->status != 0)
+			skip_attributes(reader);
+		break;
+	case WIRE_READ:
+	case WIRE_FSINFO:
+		get_attributes(reader, answer);
+		break;
+	case WIRE_WRITE:
+	case WIRE_COMMIT:
+		get_wcc(reader, answer);
+		break;
+	}
+}
+
+/* Returns 0, or -EPROTO. */
+static int get_results(struct xdr_reader *reader, struct head *head)
 {
 	struct wire_answer *answer = &head->answer;
 
 	if (answer->call->procedure == WIRE_NULL)
-		return;
+		return 0;
 	answer->status = xdr_get32(reader);
-	if (answer->call->procedure == WIRE_READ)
-		get_attributes(reader, answer);
-	else
-		get_wcc(reader, answer);
+	get_attributes_of(reader, answer);
 	if (answer->status != 0)
-		return;
+		return 0;
 	switch (answer->call->procedure) {
 	case WIRE_NULL:
+		break;
+	case WIRE_GETATTR:
+		get_fattr(reader, answer);
+		break;
+	case WIRE_LOOKUP:
+		if (!get_handle(reader, head))
+			return -EPROTO;
+		get_attributes(reader, answer);
+		skip_attributes(reader);
 		break;
 	case WIRE_READ:
 		answer->count_bytes = xdr_get32(reader);
@@ -76,10 +145,14 @@ static void get_results(struct xdr_reader *reader, struct head *head)
 		answer->stable = xdr_get32(reader) == FILE_SYNC;
 		answer->verifier = get_verifier(reader);
 		break;
+	case WIRE_FSINFO:
+		get_limits(reader, answer);
+		break;
 	case WIRE_COMMIT:
 		answer->verifier = get_verifier(reader);
 		break;
 	}
+	return 0;
 }
 
 /* Parse an answer's head. Returns 1 and *head, 0 when not all of it is there yet, or -errno. */
@@ -117,7 +190,8 @@ static int parse(const struct wire *wire, const uint8_t *at, uint32_t bytes, str
 	head->answer.call = wire_find_call(wire, xid);
 	if (head->answer.call == NULL)
 		return -EPROTO; /* an answer without a call */
-	get_results(&reader, head);
+	if (get_results(&reader, head) < 0)
+		return -EPROTO;
 	if (reader.ran_out)
 		return is_partial ? 0 : -EPROTO;
 	head->head_bytes = (uint32_t)(reader.at - at);
@@ -151,6 +225,15 @@ static void drop_in(struct wire *wire, uint32_t bytes)
 	memmove(wire->in, wire->in + bytes, wire->in_bytes);
 }
 
+/* The handle is in `in`, which is about to move. */
+static void keep_handle(struct wire *wire, struct wire_answer *answer)
+{
+	if (answer->handle == NULL)
+		return;
+	memcpy(wire->found_handle, answer->handle, answer->handle_bytes);
+	answer->handle = wire->found_handle;
+}
+
 /* Parse what was received, up to the next answer. Returns 1 and *answer, 0 when that needs more, or -errno. */
 static int digest(struct wire *wire, struct wire_answer *answer)
 {
@@ -177,6 +260,7 @@ static int digest(struct wire *wire, struct wire_answer *answer)
 			return -EPROTO;
 		if (status <= 0)
 			return status;
+		keep_handle(wire, &head.answer);
 		drop_in(wire, head.head_bytes);
 		wire->skip_bytes = head.tail_bytes;
 		if (head.data_bytes > 0) {

@@ -36,11 +36,11 @@ static uint32_t first_xid(void)
 	return (uint32_t)now.tv_nsec ^ (uint32_t)now.tv_sec << 16 ^ (uint32_t)getpid() << 20;
 }
 
-void wire_open(struct wire *wire, int fd, const uint8_t *handle, uint32_t handle_bytes, uint32_t uid, uint32_t gid)
+void wire_open(struct wire *wire, int fd, uint32_t uid, uint32_t gid)
 {
 	uint8_t *at = wire->begin;
 
-	assert(fd >= 0 && handle_bytes > 0 && handle_bytes <= WIRE_HANDLE_BYTES_MAX);
+	assert(fd >= 0);
 	wire_init(wire);
 	wire->fd = fd;
 	wire->next_xid = first_xid();
@@ -63,13 +63,9 @@ void wire_open(struct wire *wire, int fd, const uint8_t *handle, uint32_t handle
 	at = xdr_put32(at, 0); /* no further groups */
 	at = xdr_put32(at, AUTH_NONE);
 	at = xdr_put32(at, 0);
-	wire->null_bytes = (uint32_t)(at - wire->begin);
-	at = xdr_put32(at, handle_bytes);
-	memcpy(at, handle, handle_bytes); /* its padding is zero already */
-	at += xdr_padded(handle_bytes);
 	wire->begin_bytes = (uint32_t)(at - wire->begin);
-	/* the longest call adds offset, count, stability and length */
-	assert(wire->begin_bytes + 20 <= WIRE_CALL_BYTES_MAX);
+	/* the longest arguments: the handle, and offset, count, stability and length of a WRITE */
+	assert(wire->begin_bytes + 4 + WIRE_HANDLE_BYTES_MAX + 24 <= WIRE_CALL_BYTES_MAX);
 }
 
 void wire_close(struct wire *wire)
@@ -145,22 +141,40 @@ int wire_flush(struct wire *wire)
 	return 0;
 }
 
-int wire_send(struct wire *wire, struct wire_call *call)
+static uint8_t *put_handle(uint8_t *at, const struct wire_call *call)
 {
-	uint8_t *at = wire->out;
-	uint32_t begin_bytes = call->procedure == WIRE_NULL ? wire->null_bytes : wire->begin_bytes;
+	uint32_t padded_bytes = xdr_padded(call->handle_bytes);
 
-	if (!wire_has_room(wire))
-		return -EBUSY;
-	call->xid = wire->next_xid++;
-	memcpy(at, wire->begin, begin_bytes);
-	xdr_put32(at + XID_AT, call->xid);
-	xdr_put32(at + PROCEDURE_AT, call->procedure);
-	at += begin_bytes;
-	wire->out_data = at; /* of no bytes */
-	wire->out_data_bytes = wire->out_pad_bytes = 0;
+	assert(call->handle_bytes > 0 && call->handle_bytes <= WIRE_HANDLE_BYTES_MAX);
+	at = xdr_put32(at, call->handle_bytes);
+	memset(at + padded_bytes - 4, 0, 4); /* the padding */
+	memcpy(at, call->handle, call->handle_bytes);
+	return at + padded_bytes;
+}
+
+/* The call's data follows what is in `out`. */
+static void put_data(struct wire *wire, const struct wire_call *call)
+{
+	wire->out_data = call->data;
+	wire->out_data_bytes = call->length_bytes;
+	wire->out_pad_bytes = xdr_padded(call->length_bytes) - call->length_bytes;
+}
+
+/* Returns the end of the arguments, but for the data. */
+static uint8_t *put_arguments(struct wire *wire, uint8_t *at, const struct wire_call *call)
+{
+	if (call->procedure == WIRE_NULL)
+		return at;
+	at = put_handle(at, call);
 	switch (call->procedure) {
 	case WIRE_NULL:
+	case WIRE_GETATTR:
+	case WIRE_FSINFO:
+		break;
+	case WIRE_LOOKUP:
+		assert(call->length_bytes > 0 && call->length_bytes <= WIRE_NAME_BYTES_MAX);
+		at = xdr_put32(at, call->length_bytes);
+		put_data(wire, call);
 		break;
 	case WIRE_READ:
 		at = xdr_put64(at, call->offset_bytes);
@@ -171,15 +185,29 @@ int wire_send(struct wire *wire, struct wire_call *call)
 		at = xdr_put32(at, call->length_bytes);
 		at = xdr_put32(at, call->stable ? FILE_SYNC : UNSTABLE);
 		at = xdr_put32(at, call->length_bytes);
-		wire->out_data = call->data;
-		wire->out_data_bytes = call->length_bytes;
-		wire->out_pad_bytes = xdr_padded(call->length_bytes) - call->length_bytes;
+		put_data(wire, call);
 		break;
 	case WIRE_COMMIT:
 		at = xdr_put64(at, 0); /* the whole file */
 		at = xdr_put32(at, 0);
 		break;
 	}
+	return at;
+}
+
+int wire_send(struct wire *wire, struct wire_call *call)
+{
+	uint8_t *at = wire->out;
+
+	if (!wire_has_room(wire))
+		return -EBUSY;
+	call->xid = wire->next_xid++;
+	memcpy(at, wire->begin, wire->begin_bytes);
+	xdr_put32(at + XID_AT, call->xid);
+	xdr_put32(at + PROCEDURE_AT, call->procedure);
+	wire->out_data = at; /* of no bytes */
+	wire->out_data_bytes = wire->out_pad_bytes = 0;
+	at = put_arguments(wire, at + wire->begin_bytes, call);
 	wire->out_bytes = (uint32_t)(at - wire->out);
 	assert(wire->out_bytes <= WIRE_CALL_BYTES_MAX);
 	wire->out_done_bytes = 0;

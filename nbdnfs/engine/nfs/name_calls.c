@@ -1,0 +1,185 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Operations on names over libnfs: calls and answers. */
+#include "nfs/internal.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+
+/*
+ * The connection is given up for an operation that is not answered for so many times silence_ms. Some are several
+ * calls, and the disks of a server may have to start first.
+ */
+#define NAME_REPEAT_FACTOR 2
+
+/* Did a call have a result? If not, the operation ends with the connection, or is sent again. */
+static bool has_result(struct name_op *op, struct nfs_context *nfs, int error)
+{
+	if (op->io->discarding)
+		return false; /* name_ops_interrupted() sees to it */
+	if (is_transport_error(error) || (error < 0 && verdict4(nfs) == STATE_FORGOTTEN4)) {
+		op->io->broken = true;
+		return false;
+	}
+	note_received(op->io);
+	return true;
+}
+
+static bool is_put_off(struct nfs_context *nfs, int error)
+{
+	return error == -EAGAIN || (error < 0 && verdict4(nfs) == NOT_NOW4);
+}
+
+static void name_op_done(int error, struct nfs_context *nfs, void *data, void *arg)
+{
+	struct name_op *op = arg;
+
+	if (!has_result(op, nfs, error))
+		return;
+	if (is_put_off(nfs, error)) {
+		name_op_put_off(op);
+	} else if (error < 0) {
+		name_op_finish(op, error, nfs_get_error(nfs));
+	} else {
+		if (op->st != NULL)
+			copy_stat(op->st, data);
+		name_op_finish(op, 0, NULL);
+	}
+}
+
+/* nfsio_look(), step by step: open, read, write if wanted, close. Each is the callback of the one before. */
+
+static void look_closed(int error, struct nfs_context *nfs, void *data, void *arg)
+{
+	struct name_op *op = arg;
+
+	if (!op->io->discarding)
+		name_op_finish(op, op->look_error, op->look_error != 0 ? strerror(-op->look_error) : NULL);
+}
+
+static void look_close(struct name_op *op, struct nfs_context *nfs, int error)
+{
+	struct nfsfh *fh = op->fh;
+
+	op->look_error = error;
+	op->fh = NULL;
+	if (nfs_close_async(nfs, fh, look_closed, op) != 0)
+		op->io->broken = true;
+}
+
+static void look_written(int error, struct nfs_context *nfs, void *data, void *arg)
+{
+	struct name_op *op = arg;
+
+	if (!has_result(op, nfs, error))
+		return;
+	op->look->changed = error == (int)op->look->change_bytes;
+	look_close(op, nfs, op->look->changed ? 0 : error < 0 ? error : -EIO);
+}
+
+static void look_read(int error, struct nfs_context *nfs, void *data, void *arg)
+{
+	struct name_op *op = arg;
+	struct nfsio_look *look = op->look;
+
+	if (!has_result(op, nfs, error))
+		return;
+	if (error < 0 || (uint32_t)error > look->room_bytes) {
+		look_close(op, nfs, error < 0 ? error : -EPROTO);
+		return;
+	}
+	look->found_bytes = (uint32_t)error;
+	if (!DATA_LANDS_IN_PLACE)
+		memcpy(look->data, data, look->found_bytes);
+	look->step = "WRITE";
+	if (look->wants_change == NULL || !look->wants_change(look))
+		look_close(op, nfs, 0);
+	else if (call_pwrite(nfs, op->fh, (void *)(uintptr_t)look->change, look->change_bytes, look->change_offset,
+			     look_written, op) != 0)
+		look_close(op, nfs, -ENOMEM);
+}
+
+static void look_opened(int error, struct nfs_context *nfs, void *data, void *arg)
+{
+	struct name_op *op = arg;
+
+	if (!has_result(op, nfs, error))
+		return;
+	if (error < 0) {
+		name_op_finish(op, error, nfs_get_error(nfs));
+		return;
+	}
+	op->fh = data;
+	op->look->step = "READ";
+	if (call_pread(nfs, op->fh, op->look->data, op->look->room_bytes, 0, look_read, op) != 0)
+		look_close(op, nfs, -ENOMEM);
+}
+
+static int call_libnfs(struct nfsio *io, struct name_op *op)
+{
+	switch (op->call) {
+	case CALL_STAT:
+		return nfs_stat64_async(io->nfs, op->path, name_op_done, op);
+	case CALL_LSTAT:
+		return nfs_lstat64_async(io->nfs, op->path, name_op_done, op);
+	case CALL_FSTAT:
+		return nfs_fstat64_async(io->nfs, io->fh, name_op_done, op);
+	case CALL_LINK:
+		return nfs_link_async(io->nfs, op->path, op->new_path, name_op_done, op);
+	case CALL_RENAME:
+		return nfs_rename_async(io->nfs, op->path, op->new_path, name_op_done, op);
+	case CALL_UNLINK:
+		return nfs_unlink_async(io->nfs, op->path, name_op_done, op);
+	case CALL_LOOK:
+		op->look->step = "LOOKUP";
+		return nfs_open_async(io->nfs, op->path, op->look->wants_change != NULL ? O_RDWR : O_RDONLY,
+				      look_opened, op);
+	}
+	return -EINVAL;
+}
+
+/* The least recent first, as far as they may be sent now. */
+static struct name_op *next_to_send(struct nfsio *io)
+{
+	struct name_op *found = NULL;
+	int64_t now = now_ms();
+
+	for (struct name_op *op = io->waiting_names; op != NULL; op = op->next)
+		if (op->send_at_ms <= now)
+			found = op;
+	return found;
+}
+
+static void note_limits(struct nfsio *io, struct name_op *op)
+{
+	int64_t repeat_after_ms = NAME_REPEAT_FACTOR * (int64_t)io->options.silence_ms;
+
+	if (op->look != NULL && op->look->repeat_after_ms != 0)
+		repeat_after_ms = op->look->repeat_after_ms;
+	if (op->look != NULL)
+		op->limit_at_ms = op->look->limit_ms != 0 ? op->fail_at_ms : INT64_MAX;
+	else
+		op->limit_at_ms = name_op_may_repeat(op) ? op->fail_at_ms : now_ms() + repeat_after_ms;
+	op->give_up_at_ms = note_outstanding(io, repeat_after_ms, op->limit_at_ms);
+}
+
+/* Send those that wait, as far as the server has not put them off. There is a connection. */
+void issue_names(struct nfsio *io)
+{
+	struct name_op *op;
+
+	assert_locked(&io->lock);
+	if (io->waiting_names == NULL)
+		return;
+	fail_late_names(io);
+	while (!io->broken && io->nfs != NULL && (op = next_to_send(io)) != NULL) {
+		int status;
+
+		name_op_sent(op);
+		note_limits(io, op);
+		status = call_libnfs(io, op);
+		/* it may be done by now; its caller keeps it in place while the lock is held */
+		if (status != 0 && !op->done)
+			name_op_finish(op, status < 0 ? status : -EIO, nfs_get_error(io->nfs));
+	}
+}

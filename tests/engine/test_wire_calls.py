@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""GETATTR, LOOKUP and FSINFO of the wire, and calls that carry their handle, without an engine around them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+
+import pytest
+from support.fake_nfs import NFS3ERR_JUKEBOX, NFS3ERR_NOENT, NFS3ERR_STALE
+from support.sunrpc import XdrReader, opaque, u32, u64
+from wire_library import COMMIT, FSINFO, GETATTR, LOOKUP, READ, WRITE, Pair, WireAnswer, build
+
+FSID, FILEID, SIZE, LINKS = 0x1122_3344_5566_7788, 0x99AA_BBCC_DDEE_FF00, 1 << 33, 3
+# fattr3: type, mode, nlink, uid, gid, size, used, rdev, fsid, fileid, atime, mtime, ctime
+FATTR3 = u32(1, 0o600, LINKS, 7, 8) + u64(SIZE, 4096) + u32(0, 0) + u64(FSID, FILEID) + u32(*range(6))
+DIRECTORY = u32(2, 0o755, 2, 0, 0) + u64(4096, 4096) + u32(0, 0) + u64(1, 2) + u32(*range(6))
+FOUND = bytes(range(1, 36))
+# rtmax, rtpref, rtmult, wtmax, wtpref, wtmult, dtpref, maxfilesize, time_delta, properties
+LIMITS = u32(65536, 32768, 512, 16384, 8192, 1024, 4096) + u64(1 << 50) + u32(0, 1, 0x1B)
+
+GOOD = {
+    "getattr": (GETATTR, b"", u32(0) + FATTR3),
+    "lookup": (LOOKUP, b"swap", u32(0) + opaque(FOUND) + u32(1) + FATTR3 + u32(1) + DIRECTORY),
+    "lookup, bare": (LOOKUP, b"swap", u32(0) + opaque(FOUND) + u32(0, 0)),
+    "fsinfo": (FSINFO, b"", u32(0, 1) + FATTR3 + LIMITS),
+    "fsinfo, bare": (FSINFO, b"", u32(0, 0) + LIMITS),
+}
+BAD = {
+    "getattr": (GETATTR, b"", u32(NFS3ERR_STALE)),
+    "lookup": (LOOKUP, b"swap", u32(NFS3ERR_NOENT, 1) + DIRECTORY),
+    "lookup, bare": (LOOKUP, b"swap", u32(NFS3ERR_NOENT, 0)),
+    "fsinfo": (FSINFO, b"", u32(NFS3ERR_JUKEBOX, 1) + DIRECTORY),
+}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build(tmp_path_factory.mktemp("wire"))
+
+
+@pytest.fixture
+def pair(library: ctypes.CDLL) -> Iterator[Pair]:
+    """A wire, and the server's end of its connection."""
+    pair = Pair(library)
+    yield pair
+    pair.close()
+
+
+def handle_of(answer: WireAnswer) -> bytes:
+    return bytes(answer.handle[: answer.handle_bytes])
+
+
+def attributes_of(answer: WireAnswer) -> tuple[int, ...]:
+    return answer.type, answer.links, answer.size_bytes, answer.fsid, answer.fileid
+
+
+def received(pair: Pair) -> WireAnswer:
+    answer = pair.receive()
+    assert answer is not None
+    return answer
+
+
+@pytest.mark.parametrize("handle_bytes", [1, 3, 4, 35, 64])
+def test_each_call_has_its_own_handle(pair: Pair, handle_bytes: int) -> None:
+    """Of any length, padded with zeros, and before the procedure's own arguments."""
+    file, directory = os.urandom(handle_bytes), os.urandom(64)
+    for call, expected in (
+        ((GETATTR, file), b""),
+        ((LOOKUP, directory, b"swap!"), opaque(b"swap!")),
+        ((FSINFO, file), b""),
+        ((WRITE, file, b"data.", 7), u64(7) + u32(5, 0) + opaque(b"data.")),
+        ((READ, directory, bytes(9), 1 << 40), u64(1 << 40) + u32(9)),
+        ((COMMIT, file), u64(0) + u32(0)),
+    ):
+        pair.send(*call)
+        assert pair.received() == (call[0], opaque(call[1]) + expected)
+
+
+@pytest.mark.parametrize("name_bytes", [1, 255])
+def test_the_longest_name(pair: Pair, name_bytes: int) -> None:
+    """NAME_MAX is what LOOKUP takes."""
+    pair.send(LOOKUP, b"d", name := os.urandom(name_bytes))
+    assert XdrReader(pair.received()[1][8:]).opaque() == name
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 5, 1 << 20])
+@pytest.mark.parametrize(("procedure", "data", "results"), GOOD.values(), ids=GOOD)
+def test_good_answers(pair: Pair, procedure: int, data: bytes, results: bytes, piece_bytes: int) -> None:
+    """Cut anywhere: each is understood when its last byte is there, and not before."""
+    call = pair.send(procedure, b"handle", data)
+    message = pair.answer(call, results)
+    for at in range(0, len(message), piece_bytes):
+        assert pair.receive() is None
+        pair.server.sendall(message[at : at + piece_bytes])
+    answer = received(pair)
+    assert (answer.call, answer.status) == (ctypes.addressof(call), 0)
+    assert bool(answer.has_attributes) is (FATTR3 in results)
+    if answer.has_attributes:
+        assert attributes_of(answer) == (1, LINKS, SIZE, FSID, FILEID)
+    if procedure == LOOKUP:
+        assert handle_of(answer) == FOUND
+    if procedure == FSINFO:
+        assert (answer.read_max_bytes, answer.read_preferred_bytes) == (65536, 32768)
+        assert (answer.write_max_bytes, answer.write_preferred_bytes) == (16384, 8192)
+    assert pair.receive() is None
+
+
+@pytest.mark.parametrize(("procedure", "data", "results"), BAD.values(), ids=BAD)
+def test_errors(pair: Pair, procedure: int, data: bytes, results: bytes) -> None:
+    """The status is the result; a directory's attributes are not taken for the file's."""
+    call = pair.send(procedure, b"handle", data)
+    pair.server.sendall(pair.answer(call, results))
+    answer = received(pair)
+    assert answer.status == int.from_bytes(results[:4])
+    assert answer.handle_bytes == 0
+    assert procedure != LOOKUP or not answer.has_attributes
+
+
+@pytest.mark.parametrize(("procedure", "data", "results"), [*GOOD.values(), *BAD.values()], ids=[*GOOD, *BAD])
+def test_records_that_end_too_early(library: ctypes.CDLL, procedure: int, data: bytes, results: bytes) -> None:
+    """At any place: the connection has no more use."""
+    for length in range(0, len(results), 4):
+        pair = Pair(library)
+        call = pair.send(procedure, b"handle", data)
+        pair.server.sendall(pair.answer(call, results[:length]))
+        with pytest.raises(OSError, match="Protocol error"):
+            pair.receive()
+        pair.close()
+
+
+@pytest.mark.parametrize("length", [0, 65, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF])
+def test_handles_that_none_may_send(pair: Pair, length: int) -> None:
+    """RFC 1813: 64 bytes at most. One of none names nothing."""
+    call = pair.send(LOOKUP, b"handle", b"swap")
+    pair.server.sendall(pair.answer(call, u32(0, length) + bytes(200)))
+    with pytest.raises(OSError, match="Protocol error"):
+        pair.receive()
+
+
+def test_answers_in_one_segment(pair: Pair) -> None:
+    """Three procedures, in another order than they were called in: each has its own results."""
+    calls = [pair.send(procedure, b"handle", data) for procedure, data, _ in GOOD.values()]
+    answers = [pair.answer(call, results) for call, (_, _, results) in zip(calls, GOOD.values(), strict=True)]
+    pair.server.sendall(b"".join(reversed(answers)))
+    for call in reversed(calls):
+        answer = received(pair)
+        assert answer.call == ctypes.addressof(call)
+        if call.procedure == LOOKUP:
+            assert handle_of(answer) == FOUND
