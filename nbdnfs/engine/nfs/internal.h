@@ -45,6 +45,8 @@
 #define AWAY_TICK_MS 250
 /* The pause before a call is sent again that the server has put off. */
 #define RETRY_LATER_MS 200
+/* What is put off for longer fails, looks excepted: how long to go on is for the caller to say. */
+#define PUT_OFF_LIMIT_MS 1000
 /* How often nfsio_look.waiting is called. */
 #define WAITING_TICK_MS 250
 
@@ -62,6 +64,7 @@ struct name_op {
 	int64_t limit_at_ms;    /* then the connection is given up in any case */
 	bool sent;              /* outstanding, or it was */
 	bool put_off;           /* the server has last answered "later" */
+	int64_t put_off_since_ms; /* 0: it has not yet */
 	bool done;
 	struct nfsio_failure *why; /* error 0 until it fails */
 	struct nfsio_stat *st;

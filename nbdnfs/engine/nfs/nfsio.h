@@ -229,7 +229,7 @@ bool nfsio_has_names(const struct nfsio *io);
 
 /*
  * Name operations, relative to the URL's directory ("/name"). Each returns 0, or -errno and *why; -EOPNOTSUPP where
- * there are none. A call that the server puts off (JUKEBOX) is sent again.
+ * there are none. A call that the server puts off (JUKEBOX) is sent again, and fails with -EAGAIN after a second.
  *
  * Unlike transfers they fail in the end, with -ETIMEDOUT. stat and fstat are sent again after 2 x silence_ms without an
  * answer, and fail after 4 x silence_ms. link, rename and unlink are not sent again: the second one may fail although
