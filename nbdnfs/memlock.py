@@ -31,7 +31,7 @@ THREAD_STACK_BYTES = 256 * 1024
 HEAP_BYTES = defaults.THREADS * 128 * 1024 + 512 * 1024
 # On top of that, where transfers go through libnfs (NFSv4): it allocates each call and each answer, all of which a slow
 # server has under way at once. That is 128 KiB for each of twelve large write-backs and of four connections' answers,
-# and what lies between. The engine touches as much when it takes to libnfs later: nbdnfs/engine, LIBNFS_HEAP_BYTES.
+# and what lies between.
 LIBNFS_HEAP_BYTES = 5 * 1024 * 1024 // 2
 _TOP_PAD_BYTES = 1024 * 1024
 

@@ -251,8 +251,21 @@ def test_only_the_directory_has_another_handle(nas: FakeNas, open_engine: OpenEn
     """It is found by its name then, over a new connection."""
     engine = own(open_engine, nas)
     mounted = len(nas.calls("MNT"))
-    nas.fail("LOOKUP", NFS3ERR_STALE)
+    nas.fail("LOOKUP", NFS3ERR_STALE, times=1)
     wait_until(lambda: len(nas.calls("MNT")) > mounted, "it is looked for")
+    in_background(write_stably, engine).result(DEADLINE_S)
+    wait_for_state(engine, HELD)
+    assert reconnects(engine) == 1
+
+
+def test_a_directory_that_is_not_found_again(nas: FakeNas, open_engine: OpenEngine) -> None:
+    """The file has its handle, and is read as before; writes wait for the directory."""
+    engine = own(open_engine, nas)
+    nas.stop_mountd()
+    nas.fail("LOOKUP", NFS3ERR_STALE)
+    wait_for_state(engine, UNSURE)
+    buffer = bytearray(PAGE)
+    in_background(engine.pread, buffer, 0).result(DEADLINE_S)
     nas.end_faults()
     in_background(write_stably, engine).result(DEADLINE_S)
     wait_for_state(engine, HELD)

@@ -17,8 +17,20 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.engines import PAGE, OpenEngine, opening, read_pages, results, write_pages
-from support.fake_nfs import NFS3_OK, NFS3ERR_IO, NFS3ERR_JUKEBOX, UNSTABLE, Call, FakeNfsServer
-from support.sunrpc import LAST_FRAGMENT, PROG_MISMATCH, SYSTEM_ERR, Credentials, opaque, record, u32, u64
+from support.fake_nfs import NFS3_OK, NFS3ERR_JUKEBOX, NFS3ERR_NXIO, UNSTABLE, Call, FakeNfsServer
+from support.sunrpc import (
+    GARBAGE_ARGS,
+    LAST_FRAGMENT,
+    PROC_UNAVAIL,
+    PROG_MISMATCH,
+    PROG_UNAVAIL,
+    SYSTEM_ERR,
+    Credentials,
+    opaque,
+    record,
+    u32,
+    u64,
+)
 from support.tcp_queues import TcpQueues
 from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
@@ -284,12 +296,12 @@ def test_an_error_instead_of_data(fake: FakeNfsServer, open_engine: OpenEngine, 
     engine = open_engine(fake.url())
     shaped(fake, [before, shape])
     read_at_once(fake, engine, 1)
-    fake.fail("READ", NFS3ERR_IO, times=1)
-    with pytest.raises(OSError, match="Input/output error") as caught:
+    fake.fail("READ", NFS3ERR_NXIO, times=1)
+    with pytest.raises(OSError, match="No such device") as caught:
         read_pages(engine, 0)
-    assert caught.value.errno == errno.EIO
+    assert caught.value.errno == errno.ENXIO
 
-    fake.fail("READ", NFS3ERR_IO, times=1)
+    fake.fail("READ", NFS3ERR_NXIO, times=1)
     fake.hold("READ")
     pages = [in_background(read_pages, engine, number) for number in range(4)]
     fake.wait_for(4, DEADLINE_S)
@@ -355,73 +367,143 @@ def test_writes_that_need_padding(fake: FakeNfsServer, open_engine: OpenEngine, 
     assert len(connections_of(fake.calls("WRITE", "COMMIT"))) == 1
 
 
-# Answers that RPC allows, and that are left to libnfs
+# Answers in several fragments
 
 
-def in_fragments(message: bytes) -> bytes:
-    return b"".join(
-        u32(len(part) | (LAST_FRAGMENT if is_last else 0)) + part
-        for part, is_last in ((message[:50], False), (message[50:1000], False), (message[1000:], True))
-    )
+def in_fragments(message: bytes, sizes: Iterator[int]) -> bytes:
+    """The message, split in these sizes, 0 among them; the last fragment has what is left."""
+    parts = []
+    for size in sizes:
+        parts.append(u32(len(message[:size])) + message[:size])
+        message = message[size:]
+        if not message:
+            return b"".join(parts) + u32(LAST_FRAGMENT)
+    return b"".join(parts) + record(message)
 
 
-UNUSUAL: dict[str, Callable[[bytes], bytes]] = {
-    "in fragments": in_fragments,
+FRAGMENTS: dict[str, list[int]] = {
+    "in the head": [50],
+    "before the data": [128],
+    "in the data": [50, 950],
+    "everywhere": [1, 3, 0, 40, 100, 7, 1000, 1, 1, 1],
+    "of one byte": [1] * 300,
+    "behind everything": [1 << 20],
+}
+
+
+@given(
+    st.lists(a_round, min_size=1, max_size=3),
+    st.lists(st.lists(st.one_of(st.integers(0, 150), st.integers(0, 2 * PAGE)), max_size=12), min_size=1, max_size=6),
+)
+@settings(max_examples=150, deadline=None)
+def test_fragments_split_answers_anywhere(
+    lasting: tuple[FakeNfsServer, Engine], rounds: list[Round], splits: list[list[int]]
+) -> None:
+    """Answers of any shape, cut anywhere on their way, in any fragments: right, and over one connection."""
+    fake, engine = lasting
+    for now in rounds:
+        coming = itertools.chain(now.shapes, itertools.repeat(PLAIN))
+        sizes = itertools.cycle(splits)
+        fake.rewrite("READ", lambda message, coming=coming, sizes=sizes: in_fragments(
+            next(coming).message(message), iter(next(sizes))))  # fmt: skip
+        fake.send_in_pieces(now.piece_sizes)
+        read_at_once(fake, engine, len(now.order), now.order)
+    fake.send_in_pieces(None)
+    fake.rewrite("READ", None)
+    assert len(connections_of(fake.calls("READ"))) == 1
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("piece_bytes", [1, 5, MIB])
+@pytest.mark.parametrize("sizes", FRAGMENTS.values(), ids=FRAGMENTS)
+def test_reads_in_fragments(
+    fake: FakeNfsServer, open_engine: OpenEngine, sizes: list[int], piece_bytes: int, count: int
+) -> None:
+    """Each of many, alone or together, first or later, without another connection."""
+    engine = open_engine(fake.url())
+    fake.rewrite("READ", lambda message: in_fragments(message, iter(sizes)))
+    fake.send_in_pieces(itertools.repeat(piece_bytes))
+    for _ in range(3 if piece_bytes > 1 else 1):
+        read_at_once(fake, engine, count)
+    assert len(connections_of(fake.calls("READ"))) == 1
+
+
+@pytest.mark.parametrize("sizes", FRAGMENTS.values(), ids=FRAGMENTS)
+def test_writes_in_fragments(fake: FakeNfsServer, open_engine: OpenEngine, sizes: list[int]) -> None:
+    """Their answers are understood as well, and NULL, GETATTR and FSINFO when connecting again."""
+    engine = open_engine(fake.url())
+    for op in ("WRITE", "COMMIT", "NULL", "GETATTR", "FSINFO"):
+        fake.rewrite(op, lambda message: in_fragments(message, iter(sizes)))
+    for number in range(2):
+        write_pages(engine, number, page := os.urandom(PAGE))
+        in_background(engine.flush).result(DEADLINE_S)
+        assert fake.on_disk[number * PAGE : (number + 1) * PAGE] == page
+        fake.disconnect()
+    assert len(fake.calls("WRITE")) == 2
+
+
+# Answers that refuse a call
+
+
+NOT_NOW: dict[str, Callable[[bytes], bytes]] = {
+    "a failure of the system": lambda message: record(message[:20] + u32(SYSTEM_ERR)),
+    "no program": lambda message: record(message[:20] + u32(PROG_UNAVAIL)),
+}
+REFUSALS: dict[str, Callable[[bytes], bytes]] = {
     "denied": lambda message: record(message[:4] + u32(REPLY, MSG_DENIED, AUTH_ERROR, AUTH_TOOWEAK)),
     "another RPC": lambda message: record(message[:4] + u32(REPLY, MSG_DENIED, RPC_MISMATCH, 2, 2)),
-    "a failure": lambda message: record(message[:20] + u32(SYSTEM_ERR)),
     "another version": lambda message: record(message[:20] + u32(PROG_MISMATCH, 3, 3)),
+    "bad arguments": lambda message: record(message[:20] + u32(GARBAGE_ARGS)),
+    "no procedure": lambda message: record(message[:20] + u32(PROC_UNAVAIL)),
+    "too long a verifier": lambda message: record(message[:4] + u32(REPLY, 0, 0) + opaque(bytes(404)) + message[20:]),
 }
 
 
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("connections", [1, 3])
-@pytest.mark.parametrize("unusual", UNUSUAL.values(), ids=UNUSUAL)
-def test_unusual_answers_to_reads(
-    fake: FakeNfsServer,
-    open_engine: OpenEngine,
-    capfd: pytest.CaptureFixture[str],
-    unusual: Callable[[bytes], bytes],
-    connections: int,
-    count: int,
+@pytest.mark.parametrize("op", ["READ", "WRITE", "COMMIT"])
+@pytest.mark.parametrize("not_now", NOT_NOW.values(), ids=NOT_NOW)
+def test_what_may_pass_is_asked_again(
+    fake: FakeNfsServer, open_engine: OpenEngine, not_now: Callable[[bytes], bytes], op: str, count: int
 ) -> None:
-    """One costs the connection and a line; no reader sees anything, and from then on libnfs gets the answers."""
-    engine = open_engine(fake.url(), connections=connections)
-    said = SaidOnStderr(capfd)
-    read_at_once(fake, engine, count)
-    assert callers(fake) == {WIRE}
-    fake.rewrite("READ", unusual, times=1)
-    read_at_once(fake, engine, count)
-    said.wait_for("its answers are unusual")
-    assert callers(fake) == {WIRE, LIBNFS}
-    wires = connections_of(fake.calls("READ"))
-    for _ in range(3):
+    """As a server answers while it restarts: the request waits, and the connection stays."""
+    engine = open_engine(fake.url())
+    fake.rewrite(op, not_now, times=count)
+    if op == "READ":
         read_at_once(fake, engine, count)
-    if connections == 1:
-        assert connections_of(fake.calls("READ")).keys() == wires.keys()
-        assert caller(fake.calls("READ")[-1]) == LIBNFS
-    assert sum("unusual" in line for line in said.lines) == 1
+    else:
+        for number in range(count):
+            write_pages(engine, number * 2, page := os.urandom(PAGE))
+            in_background(engine.flush).result(DEADLINE_S)
+            assert fake.on_disk[number * 2 * PAGE : (number * 2 + 1) * PAGE] == page
+    assert len(fake.calls(op)) == 2 * count
+    assert callers(fake) == {WIRE}
+    assert len(connections_of(fake.calls("READ", "WRITE", "COMMIT"))) == 1
 
 
-@pytest.mark.parametrize("op", ["WRITE", "COMMIT"])
-@pytest.mark.parametrize("unusual", UNUSUAL.values(), ids=UNUSUAL)
-def test_unusual_answers_to_writes(
+@pytest.mark.parametrize("op", ["READ", "WRITE", "COMMIT"])
+@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
+def test_refusals_cost_the_connection(
     fake: FakeNfsServer,
     open_engine: OpenEngine,
     capfd: pytest.CaptureFixture[str],
+    refusal: Callable[[bytes], bytes],
     op: str,
-    unusual: Callable[[bytes], bytes],
 ) -> None:
-    """The same: all is on the server in the end, and libnfs has brought it there."""
+    """All that was under way is sent again over a new one, by the wire; one line for many in a row."""
     engine = open_engine(fake.url())
     said = SaidOnStderr(capfd)
-    fake.rewrite(op, unusual, times=1)
-    page = os.urandom(PAGE)
-    write_pages(engine, 1, page)
-    in_background(engine.flush).result(DEADLINE_S)
-    assert fake.on_disk[PAGE : 2 * PAGE] == page
-    said.wait_for("its answers are unusual")
-    assert caller(fake.calls(op)[-1]) == LIBNFS
+    fake.rewrite(op, refusal, times=3)
+    page = fake.content[:PAGE]
+    if op == "READ":
+        assert in_background(read_pages, engine, 0).result(DEADLINE_S) == page
+    else:
+        write_pages(engine, 0, page := os.urandom(PAGE))
+        in_background(engine.flush).result(DEADLINE_S)
+        assert fake.on_disk[:PAGE] == page
+    assert len(connections_of(fake.calls(op))) == 4
+    assert callers(fake) == {WIRE}
+    said.wait_for("connecting again")
+    assert sum("connecting again" in line for line in said.lines) == 1
 
 
 # Answers that make no sense
@@ -475,7 +557,6 @@ def test_answers_that_make_no_sense(
     assert len(connections_of(fake.calls("READ"))) == 2
     said.wait_for("connected again after")
     assert callers(fake) == {WIRE}
-    assert not any("unusual" in line for line in said.lines)
 
 
 @pytest.mark.parametrize("first", SHAPES.values(), ids=SHAPES)
@@ -497,7 +578,8 @@ def test_nothing_is_under_way_and_an_answer_comes(fake: FakeNfsServer, open_engi
     fake.rewrite("COMMIT", BROKEN["twice"], times=1)
     write_pages(engine, 0, os.urandom(PAGE))
     in_background(engine.flush).result(DEADLINE_S)
-    wait_until(lambda: len(fake.calls("MNT")) == 2, "a new connection")
+    (first,) = fake.calls("FSINFO")[-1:]
+    wait_until(lambda: fake.calls("FSINFO")[-1].connection != first.connection, "a new connection")
     assert read_pages(engine, 64) == fake.content[64 * PAGE : 65 * PAGE]
     assert callers(fake) == {WIRE}
 

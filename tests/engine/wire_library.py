@@ -67,7 +67,7 @@ def build(directory: Path) -> ctypes.CDLL:
     """Compile the library into `directory` and declare its functions."""
     path = directory / "libwire.so"
     command = ["gcc", "-std=gnu11", "-D_GNU_SOURCE", "-g", "-O1", "-fPIC", "-shared"]
-    sources = [SOURCES / "nfs/wire_call.c", SOURCES / "nfs/wire_answer.c"]
+    sources = sorted((SOURCES / "nfs").glob("wire_*.c"))
     subprocess.run([*command, f"-I{SOURCES}", "-o", str(path), *map(str, sources)], check=True)
     library = ctypes.CDLL(str(path))
     signatures = {

@@ -43,6 +43,7 @@ NFS3_OK = 0
 NFS3ERR_PERM = 1
 NFS3ERR_NOENT = 2
 NFS3ERR_IO = 5
+NFS3ERR_NXIO = 6
 NFS3ERR_ACCES = 13
 NFS3ERR_FBIG = 27
 NFS3ERR_NOSPC = 28
@@ -56,6 +57,7 @@ NFS3ERR_JUKEBOX = 10008
 # stable_how
 UNSTABLE, DATA_SYNC, FILE_SYNC = 0, 1, 2
 
+MOUNT_PROGRAM = 100005
 _PROCEDURES = {
     100003: {
         0: "NULL",
@@ -69,7 +71,7 @@ _PROCEDURES = {
         20: "PATHCONF",
         21: "COMMIT",
     },
-    100005: {0: "NULL", 1: "MNT", 3: "UMNT", 5: "EXPORT"},
+    MOUNT_PROGRAM: {0: "NULL", 1: "MNT", 3: "UMNT", 5: "EXPORT"},
 }
 _NO_ATTRIBUTES = u32(0)
 _NO_WCC = u32(0, 0)
@@ -139,6 +141,7 @@ class FakeNfsServer(RpcServer):
     export      the directory that may be mounted; by default the file's
     rtmax, wtmax  the most bytes that a READ and a WRITE may move, as FSINFO reports
     narrow      as RpcServer
+    exports     what MOUNT's EXPORT lists
 
     `lying` may be set at any time: an "async" export. Data written or committed meanwhile never reaches the disk.
     """
@@ -152,11 +155,15 @@ class FakeNfsServer(RpcServer):
         rtmax: int = 1 << 20,
         wtmax: int = 1 << 20,
         narrow: bool = False,
+        exports: Sequence[str] = (),
     ) -> None:
         super().__init__(narrow=narrow)
+        self._exports = exports
         self._path = path
         self._mountable = path.rpartition("/")[0] if export is None else export
         self._rtmax, self._wtmax = rtmax, wtmax
+        self._refuse_larger: int | None = None
+        self._has_mountd = True
         self._fileid = 1000
         self._generation = 1  # of the file handles: one that has another is stale
         self._content = bytearray(content)  # as clients see it
@@ -308,6 +315,25 @@ class FakeNfsServer(RpcServer):
             self._generation += 1
             self._content, self._on_disk = bytearray(content), bytearray(content)
 
+    def shrink_transfers(self, limit_bytes: int, refuse: int | None = None) -> None:
+        """From now on FSINFO says that READ and WRITE may move this much.
+
+        A call for more is answered with the nfsstat3 `refuse`; None: it moves less.
+        """
+        with self._lock:
+            self._rtmax = self._wtmax = limit_bytes
+            self._refuse_larger = refuse
+
+    def rename(self, path: str) -> None:
+        """The file has another name now, in the same directory; its handle stays."""
+        with self._lock:
+            self._path = path
+
+    def stop_mounting(self) -> None:
+        """mountd is dead: a connection over which MOUNT is called is reset."""
+        with self._lock:
+            self._has_mountd = False
+
     # The file and the log
 
     @property
@@ -349,6 +375,9 @@ class FakeNfsServer(RpcServer):
 
     def _arrived(self, call: RpcCall) -> None:
         op = self._op(call)
+        if call.program == MOUNT_PROGRAM and not self._has_mountd:
+            self._drop(call.connection)
+            return
         if op is None:
             self._answer_at(call, 0.0)
             return
@@ -432,13 +461,13 @@ class FakeNfsServer(RpcServer):
     _umnt = _null
 
     def _export(self, arguments: XdrReader) -> bytes:
-        return u32(0)
+        return b"".join(u32(1) + opaque(export.encode()) + u32(0) for export in self._exports) + u32(0)
 
     def _mnt(self, arguments: XdrReader) -> bytes:
-        path = arguments.opaque().decode().rstrip("/")
-        if path != self._mountable.rstrip("/"):
+        path = arguments.opaque().decode()
+        if (path.rstrip("/") or path) != (self._mountable.rstrip("/") or "/"):
             raise _Refused(NFS3ERR_ACCES)
-        return u32(NFS3_OK) + opaque(self._handle(path)) + u32(1, 1)  # one flavour, AUTH_SYS
+        return u32(NFS3_OK) + opaque(self._handle(path.rstrip("/"))) + u32(1, 1)  # one flavour, AUTH_SYS
 
     def _getattr(self, arguments: XdrReader) -> bytes:
         return u32(NFS3_OK) + self._attributes(self._path_of(arguments.opaque()))
@@ -457,7 +486,10 @@ class FakeNfsServer(RpcServer):
 
     def _read(self, arguments: XdrReader) -> bytes:
         path = self._path_of(arguments.opaque())
-        offset, count = arguments.u64(), min(arguments.u32(), self._rtmax)
+        offset, count = arguments.u64(), arguments.u32()
+        if count > self._rtmax and self._refuse_larger is not None:
+            raise _Refused(self._refuse_larger)
+        count = min(count, self._rtmax)
         faults = self._of("READ")
         count = count if faults.limit_bytes is None else min(count, faults.limit_bytes)
         data = bytes(self._content[offset : offset + count])
@@ -470,6 +502,8 @@ class FakeNfsServer(RpcServer):
     def _write(self, arguments: XdrReader) -> bytes:
         self._path_of(arguments.opaque())
         offset, _, stable, data = arguments.u64(), arguments.u32(), arguments.u32(), arguments.opaque()
+        if len(data) > self._wtmax and self._refuse_larger is not None:
+            raise _Refused(self._refuse_larger)
         faults = self._of("WRITE")
         data = data[: self._wtmax if faults.limit_bytes is None else min(faults.limit_bytes, self._wtmax)]
         before = u32(1) + u64(len(self._content)) + u32(0, 0, 0, 0)

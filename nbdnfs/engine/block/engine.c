@@ -85,18 +85,23 @@ static void close_connections(struct engine *engine)
 		nfsio_destroy(engine->ios[--engine->io_count]);
 }
 
+/* A READ that is refused fails after so long, where there is no soft limit. */
+#define REFUSED_READ_MS 30000
+
 static int open_connections(struct engine *engine, struct nfsio_failure *why)
 {
 	struct nfsio_options options = engine->options.nfs;
 	int error = 0;
 
 	options.looks = engine->owner_watch != NULL;
+	options.refused_read_ms = options.soft_limit_ms > 0 ? options.soft_limit_ms : REFUSED_READ_MS;
 	while (error == 0 && engine->io_count < engine->options.connections) {
 		error = nfsio_create(&options, &engine->ios[engine->io_count], why);
 		if (error == 0)
 			engine->io_count++;
 		options.quiet = true; /* the first one logs what there is to say about the server ... */
 		options.looks = false; /* ... and serves owner_watch */
+		options.like = engine->ios[0];
 	}
 	return error;
 }

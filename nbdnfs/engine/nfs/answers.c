@@ -2,7 +2,13 @@
 /* What the server's answers to READ, WRITE and COMMIT mean, whichever transport has received them. */
 #include "nfs/internal.h"
 
+#include "base/log.h"
+
 #include <errno.h>
+#include <string.h>
+
+/* A read that is refused is logged, unless another was within this time. */
+#define REFUSAL_LOG_MS 60000
 
 /* `count` more bytes of an issued request have moved. */
 void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool end_of_file)
@@ -24,6 +30,34 @@ void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool en
 	}
 }
 
+/* What servers answer while an export, a disk or a name service is not there for a moment; SERVERFAULT is -EIO, too. */
+static bool may_pass(int error)
+{
+	return error == -EACCES || error == -EPERM || error == -EROFS || error == -EIO;
+}
+
+/* The server has refused a request with `error`. */
+void note_refused(struct nfsio *io, struct nfsio_req *req, int error)
+{
+	int64_t now = now_ms();
+
+	if (req->op != NFSIO_READ || req->handle != NULL || !may_pass(error) || io->options.refused_read_ms == 0) {
+		req_finish(&io->inflight, req, error);
+		return;
+	}
+	if (req->refused_at_ms == 0) {
+		req->refused_at_ms = now;
+		if (io->refusal_told_ms == 0 || now - io->refusal_told_ms > REFUSAL_LOG_MS)
+			log_line("server %s: it refuses to read (%s): asking again for %u s", io->address,
+				 strerror(-error), io->options.refused_read_ms / 1000);
+		io->refusal_told_ms = now;
+	}
+	if (now - req->refused_at_ms < io->options.refused_read_ms)
+		try_later(io, &io->inflight, req);
+	else
+		req_finish(&io->inflight, req, error);
+}
+
 /* A call on another file than the one that is open: a stale handle is its caller's. */
 void note_refused_elsewhere3(struct nfsio *io, struct nfsio_req *req, int status)
 {
@@ -33,9 +67,9 @@ void note_refused_elsewhere3(struct nfsio *io, struct nfsio_req *req, int status
 	else if (status == NFS3ERR_STALE || status == NFS3ERR_BADHANDLE)
 		req_finish(&io->inflight, req, -ESTALE);
 	else if (status == NFS3ERR_DQUOT)
-		req_finish(&io->inflight, req, -EDQUOT); /* -ERANGE to libnfs (nfsstat3_to_errno) */
+		note_refused(io, req, -EDQUOT); /* -ERANGE to libnfs (nfsstat3_to_errno) */
 	else
-		req_finish(&io->inflight, req, nfsstat3_to_errno(status) < 0 ? nfsstat3_to_errno(status) : -EIO);
+		note_refused(io, req, nfsstat3_to_errno(status) < 0 ? nfsstat3_to_errno(status) : -EIO);
 }
 
 void note_refused3(struct nfsio *io, struct nfsio_req *req, int status)

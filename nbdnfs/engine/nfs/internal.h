@@ -5,12 +5,16 @@
  *
  * libnfs_calls.[ch]   what is peculiar to libnfs: its versions' signatures, its errors
  * wire*.[ch]           NFSv3 without libnfs; knows nothing of the rest
+ * reserved_port.[ch]   a local port below 1024 that no daemon wants; knows nothing of the rest
  * probe.[ch]           is the server alive? A connection of its own; knows nothing of the rest
  * queue.c              where requests lie, how they end, and which thread is woken
  * name_queue.c         the same for operations on names
  * answers.c            what the server's answers mean, whichever transport received them
- * connect.c            a new connection: context, mount, open, raw handle
+ * waiting.c            what goes on while there is no connection
+ * connect_wire.c       a new connection to a file whose handle is known
+ * connect_libnfs.c     one to a file that has only a name: context, mount, open
  * recognise.c          is it still the file that was opened?
+ * connect.c            which of the two, and to the right file
  * transport_libnfs.c   struct transport over libnfs: NFSv4, and NFSv3 where that is asked for
  * transport_wire.c     struct transport over a wire
  * silence.c            the time-outs: what is sent again over a new connection, and when
@@ -39,6 +43,7 @@
 
 #include <stdatomic.h>
 #include <stdio.h>
+#include <sys/socket.h>
 #include <time.h>
 
 /* How often the time limits of requests are checked while there is no connection. */
@@ -94,6 +99,14 @@ struct step {
 	uint32_t count;         /* how many bytes of it were read */
 };
 
+/* Where a file is: its server, and its handle there. */
+struct place {
+	struct sockaddr_storage peer;
+	socklen_t peer_bytes;
+	uint8_t handle[128];    /* NFS4_FHSIZE */
+	uint32_t handle_bytes;  /* 0: not known */
+};
+
 /* Which thread polls the connection and receives. */
 enum receiver { RECEIVER_NONE, RECEIVER_IO_THREAD, RECEIVER_WAITER };
 
@@ -108,11 +121,11 @@ struct nfsio {
 	uint32_t max_transfer_bytes;
 	int version;
 	bool opened_once;       /* the I/O thread's own: `opened` is valid */
-	enum nfsio_transport next_transport; /* the I/O thread's own: of connections that are made from now on */
+	enum nfsio_transport transport_kind; /* of all connections: options.transport over NFSv3, libnfs over NFSv4 */
 	int backoff_ms;         /* the I/O thread's own: the pause before the next attempt to connect, 0: none */
 	int64_t patience_ms;    /* the I/O thread's own: how long an attempt to connect may take */
-	char handle[128];       /* the I/O thread's own: the file's, as it was first opened (NFS4_FHSIZE) */
-	int handle_bytes;       /* the I/O thread's own */
+	bool refused_port;      /* the I/O thread's own: the last attempt found no server at the known port */
+	bool refusal_logged;    /* the I/O thread's own: the connection before this one ended as `refused` says, too */
 	int64_t gone_since_ms;  /* the I/O thread's own: when the file was first found gone, 0: it is not */
 	int64_t connected_at_ms; /* the I/O thread's own */
 	int64_t away_since_ms;  /* the I/O thread's own */
@@ -141,12 +154,18 @@ struct nfsio {
 
 	const struct transport *transport; /* of the connection; NULL while there is none */
 	/* of transport_wire */
-	struct wire wire;
-	uint8_t handle3[WIRE_HANDLE_BYTES_MAX]; /* the file's */
-	uint32_t handle3_bytes;
+	struct wire wire;       /* the I/O thread's own while there is no connection */
+	uint32_t read_max_bytes, write_max_bytes; /* what the server takes in one call over this connection */
+
+	/* the file as it was last recognised; changed by the I/O thread alone, while there is no connection */
+	struct place place;
+	uint64_t fsid, fileid;  /* fsid 0 over libnfs */
+
+	/* for nfsio_look() over a wire */
 	struct nfsio_handle directory; /* the URL's directory; length 0: not known */
-	bool directory_is_stale; /* the next connection is to find it by its name */
-	int64_t directory_at_ms; /* when it was last found by its name */
+	bool directory_is_stale; /* the next connection is to find it by its name first */
+	int64_t directory_sought_ms; /* when that was last asked for */
+
 	/* of transport_libnfs */
 	struct nfs_context *nfs;
 	struct nfsfh *fh;
@@ -160,7 +179,7 @@ struct nfsio {
 	void *sample_context;
 	uint8_t *sample_page;
 	bool broken;            /* the connection met an error: the I/O thread throws it away */
-	bool wire_failed;       /* the server sent an answer that `wire` does not understand: use libnfs */
+	int refused;            /* why wire_receive() ended the connection: -EPROTO, -EACCES; 0: something else did */
 	bool useful;            /* a transfer was answered over it */
 	bool discarding;        /* a context is being destroyed: its callbacks mean nothing */
 	struct req_list pending;  /* to be issued, in this order */
@@ -168,6 +187,7 @@ struct nfsio {
 	struct req_list finished; /* for give_back() */
 	struct req_list later;    /* to be pending at later_at_ms: after JUKEBOX, or without memory */
 	int64_t later_at_ms;
+	int64_t refusal_told_ms; /* when a READ was last refused for a reason that may pass, or 0 */
 
 	int64_t silent_since_ms; /* when something was last received, or first waited for after that */
 	int64_t silence_ms;     /* see look_into_silence(): options.silence_ms, or a multiple of it */
@@ -188,11 +208,16 @@ struct nfsio {
 
 /* A connection that is not published yet. */
 struct connection {
+	/* over libnfs; else `nfs` is NULL, and the connection is io->wire */
 	struct nfs_context *nfs;
 	struct nfsfh *fh;
 	nfs_fh3 fh3;
+
+	struct nfsio_stat st;   /* over a wire: size, type, links and file number are sure */
+	uint64_t fsid;
+	struct place place;
+	uint32_t read_max_bytes, write_max_bytes; /* at most 1 MiB */
 	struct nfsio_handle directory; /* length 0: not asked for, or not found */
-	struct nfsio_stat st;
 	int64_t deadline_ms;    /* of the attempt that made it */
 };
 
@@ -264,6 +289,7 @@ void note_links(struct nfsio *io, uint32_t links);
 void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool end_of_file);
 void note_written3(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool stable, uint64_t verifier);
 void note_committed3(struct nfsio *io, struct nfsio_req *req, uint64_t verifier);
+void note_refused(struct nfsio *io, struct nfsio_req *req, int error);
 void note_refused3(struct nfsio *io, struct nfsio_req *req, int status);
 void note_refused_elsewhere3(struct nfsio *io, struct nfsio_req *req, int status);
 
@@ -295,16 +321,26 @@ void name_ops_finish_all(struct nfsio *io, int error);
 /* name_calls.c, with the lock held. */
 void issue_names(struct nfsio *io);
 
+/* waiting.c, for the I/O thread and without the lock. */
+void log_down(struct nfsio *io, enum nfsio_condition condition, const char *reason);
+void tend_waiting(struct nfsio *io);
+int syn_limit_ms(const struct nfsio *io);
+void tune_socket(int fd);
+uint32_t transfer_limit(uint64_t servers);
+
+/* connect_wire.c, for the I/O thread and without the lock. After an error io->wire is closed. */
+int connect_to_handle(struct nfsio *io, const struct place *place, struct connection *made, struct nfsio_failure *why);
+int read_page_by_wire(struct nfsio *io, const struct connection *made, uint64_t offset_bytes, uint8_t *page,
+		      uint32_t page_bytes);
+
 /*
- * connect.c, all for the I/O thread and without the lock. But it is held for libnfs_destroy() of a published
+ * connect_libnfs.c, all for the I/O thread and without the lock. But it is held for libnfs_destroy() of a published
  * context, and for pump() with a step that insists.
  */
 void step_done(int error, struct nfs_context *nfs, void *data, void *arg);
 struct step *new_step(struct nfsio *io);
-void log_down(struct nfsio *io, enum nfsio_condition condition, const char *reason);
-void tend_waiting(struct nfsio *io);
 int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t deadline_ms);
-bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why);
+bool connect_to_name(struct nfsio *io, struct connection *made, struct nfsio_failure *why);
 
 /* url.c */
 
@@ -315,8 +351,11 @@ bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failur
 int url_take_path(const char *url, char **directory, char **file);
 
 /* recognise.c, for the I/O thread. is_same_file() waits, and takes the lock. */
-void remember_handle(struct nfsio *io, const struct connection *made);
 int is_same_file(struct nfsio *io, const struct connection *made);
+
+/* connect.c, for the I/O thread and without the lock. */
+void connection_close(struct nfsio *io, struct connection *made);
+bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why);
 
 /* io_thread.c. What nfsio_create() starts, with the nfsio as `arg`. */
 void *io_thread(void *arg);

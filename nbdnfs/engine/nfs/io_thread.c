@@ -9,7 +9,6 @@
 #include "base/thread.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,19 +16,14 @@
 #include <time.h>
 #include <unistd.h>
 
-#define TRANSFER_LIMIT_BYTES (1024 * 1024)
-#define TRANSFER_UNKNOWN_BYTES (128 * 1024)
 #define BACKOFF_FIRST_MS 50
 /* The first request after the server's return waits for it. With jitter, up to half as much again. */
 #define BACKOFF_LIMIT_MS 1000
 #define CLOSE_LIMIT_MS 1000
+/* The pause before the next of the first attempts, when the server has asked to come back later. */
+#define FIRST_RETRY_MS 200
 /* The time for mounting and opening doubles each time that it was too short, up to this. */
 #define PATIENCE_LIMIT_MS (10 * 60 * 1000)
-/*
- * What libnfs allocates for everything that an engine's connections have in flight: as LIBNFS_HEAP_BYTES of memlock.py,
- * which is for connections that begin with libnfs. All connections touch the same heap.
- */
-#define LIBNFS_HEAP_BYTES (5 * 1024 * 1024 / 2)
 /* How long after a waiter has received the I/O thread receives again. */
 #define QUIET_MS 100
 
@@ -66,51 +60,23 @@ static void discard(struct nfsio *io)
 	name_ops_interrupted(io);
 }
 
-/* Fault in what libnfs will allocate for calls in flight: memory may be short later. */
-static void touch_heap(size_t bytes)
-{
-	volatile char *heap = malloc(bytes);
-
-	for (size_t i = 0; heap != NULL && i < bytes; i += 4096)
-		heap[i] = 0;
-	free((void *)(uintptr_t)heap);
-}
-
-/* Go on with libnfs's socket, without libnfs. Returns false when that is not possible. Lock held. */
-static bool take_over(struct nfsio *io, const struct connection *made)
-{
-	int fd = fcntl(nfs_get_fd(made->nfs), F_DUPFD_CLOEXEC, 0);
-
-	if (fd < 0)
-		return false;
-	wire_open(&io->wire, fd, url_number(io->url, "uid=", getuid()), url_number(io->url, "gid=", getgid()));
-	assert(made->fh3.data.data_len > 0 && made->fh3.data.data_len <= sizeof(io->handle3));
-	io->handle3_bytes = made->fh3.data.data_len;
-	memcpy(io->handle3, made->fh3.data.data_val, io->handle3_bytes);
-	libnfs_destroy(made->nfs, made->fh);
-	io->transport = &transport_wire;
-	return true;
-}
-
 /* Put a connection to use, and send what has waited for one. Lock held. */
 static void publish(struct nfsio *io, const struct connection *made)
 {
 	assert(!is_up(io) && io->inflight.head == NULL);
-	if (io->wire_failed && io->next_transport == NFSIO_OVER_WIRE) {
-		log_line("server %s: its answers are unusual, using libnfs from now on", io->address);
-		io->next_transport = NFSIO_OVER_LIBNFS;
-		touch_heap(LIBNFS_HEAP_BYTES);
-	}
-	if (io->next_transport == NFSIO_OVER_LIBNFS || !take_over(io, made)) {
-		io->nfs = made->nfs;
-		io->fh = made->fh;
-		io->fh3 = made->fh3;
-		io->transport = &transport_libnfs;
-	}
+	io->nfs = made->nfs;
+	io->fh = made->fh;
+	io->fh3 = made->fh3;
+	io->transport = made->nfs != NULL ? &transport_libnfs : &transport_wire;
+	io->place = made->place;
+	io->fsid = made->fsid;
+	io->fileid = made->st.fileid;
+	io->read_max_bytes = made->read_max_bytes;
+	io->write_max_bytes = made->write_max_bytes;
+	io->refused_port = false;
 	if (made->directory.length_bytes > 0) {
 		io->directory = made->directory;
 		io->directory_is_stale = false;
-		io->directory_at_ms = now_ms();
 	}
 	io->last_received_ms = io->connected_at_ms = now_ms();
 	io->deadline_ms = INT64_MAX;
@@ -199,13 +165,23 @@ static void reconnect(struct nfsio *io)
 	int64_t since_ms = now_ms();
 	unsigned seed = (unsigned)since_ms ^ (unsigned)getpid();
 	struct nfsio_failure why = { 0 };
+	int refused = io->refused;
+	bool repeats = refused != 0 && io->refusal_logged;
 
 	io->away_since_ms = since_ms;
 	memset(io->logged, 0, sizeof(io->logged));
-	/* a connection that broke at once, without any use, counts as a failed attempt */
-	if (io->useful || since_ms - io->connected_at_ms > BACKOFF_LIMIT_MS)
+	/* a connection that broke at once, without any use, or over an answer, counts as a failed attempt */
+	if (refused != 0)
+		io->backoff_ms = io->backoff_ms == 0 ? BACKOFF_FIRST_MS : io->backoff_ms;
+	else if (io->useful || since_ms - io->connected_at_ms > BACKOFF_LIMIT_MS)
 		io->backoff_ms = 0;
+	io->refused = 0;
+	io->refusal_logged = refused != 0;
 	pthread_mutex_unlock(&io->lock);
+	if (refused != 0 && !repeats)
+		log_line("server %s: %s: connecting again", io->address,
+			 refused == -EACCES ? "it refused our credentials in an RPC answer"
+					    : "it sent an answer that the protocol does not allow");
 	note_down(io, NFSIO_LINK_DOWN);
 	while (!atomic_load(&io->stop)) {
 		struct connection made;
@@ -218,27 +194,19 @@ static void reconnect(struct nfsio *io)
 		if (io->backoff_ms > BACKOFF_LIMIT_MS)
 			io->backoff_ms = BACKOFF_LIMIT_MS;
 		if (connect_once(io, &made, &why)) {
-			int same = is_same_file(io, &made);
-
-			if (same > 0) {
-				if (!io->options.quiet)
-					log_line("server %s: connected again after %.1f s", io->address,
-						 (double)(now_ms() - since_ms) / 1000);
-				pthread_mutex_lock(&io->lock);
-				note_size(io, made.st.size_bytes);
-				publish(io, &made);
-				notify_watcher(io);
-				return;
-			}
-			if (same < 0)
-				set_failure(&why, NFSIO_CONNECT, same, nfs_get_error(made.nfs));
-			libnfs_destroy(made.nfs, made.fh);
-			condition = same < 0 ? NFSIO_LINK_DOWN : NFSIO_FILE_REPLACED;
-		} else {
-			condition = condition_of(&why);
-			if (why.error == -ETIMEDOUT && io->patience_ms < PATIENCE_LIMIT_MS)
-				io->patience_ms *= 2;
+			if (!io->options.quiet && !repeats)
+				log_line("server %s: connected again after %.1f s", io->address,
+					 (double)(now_ms() - since_ms) / 1000);
+			pthread_mutex_lock(&io->lock);
+			note_size(io, made.st.size_bytes);
+			note_links(io, (uint32_t)made.st.nlink);
+			publish(io, &made);
+			notify_watcher(io);
+			return;
 		}
+		condition = condition_of(&why);
+		if (why.error == -ETIMEDOUT && io->patience_ms < PATIENCE_LIMIT_MS)
+			io->patience_ms *= 2;
 		if (atomic_load(&io->stop))
 			break;
 		log_down(io, condition, why.message[0] != '\0' ? why.message : strerror(-why.error));
@@ -273,12 +241,17 @@ static void wait_for_io_work(struct nfsio *io)
 	pthread_cond_timedwait(&io->io_work, &io->lock, &until);
 }
 
-/* `servers` is what libnfs knows of the server's limit: 0 over NFSv4. */
-static uint32_t smaller_limit(uint32_t limit, uint64_t servers)
+/* The first attempts: one that the server puts off is repeated for a while. Without the lock. */
+static bool connect_first(struct nfsio *io, struct connection *made, struct nfsio_failure *why)
 {
-	if (servers == 0)
-		servers = TRANSFER_UNKNOWN_BYTES;
-	return servers < limit ? (uint32_t)servers : limit;
+	int64_t deadline_ms = now_ms() + io->patience_ms;
+	bool connected = connect_once(io, made, why);
+
+	while (!connected && why->error == -EAGAIN && now_ms() < deadline_ms && !atomic_load(&io->stop)) {
+		back_off(io, FIRST_RETRY_MS);
+		connected = connect_once(io, made, why);
+	}
+	return connected;
 }
 
 void *io_thread(void *arg)
@@ -289,14 +262,13 @@ void *io_thread(void *arg)
 	bool connected;
 
 	touch_stack();
-	connected = connect_once(io, &made, &why);
+	connected = connect_first(io, &made, &why);
 	pthread_mutex_lock(&io->lock);
 	if (connected) {
 		io->opened = made.st;
 		io->opened_once = true;
-		remember_handle(io, &made);
-		io->max_transfer_bytes = smaller_limit(TRANSFER_LIMIT_BYTES, nfs_get_readmax(made.nfs));
-		io->max_transfer_bytes = smaller_limit(io->max_transfer_bytes, nfs_get_writemax(made.nfs));
+		io->max_transfer_bytes =
+			made.read_max_bytes < made.write_max_bytes ? made.read_max_bytes : made.write_max_bytes;
 		publish(io, &made);
 	} else {
 		*io->first_failure = why;

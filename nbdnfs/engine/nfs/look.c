@@ -10,8 +10,8 @@
 #include <errno.h>
 #include <string.h>
 
-/* A directory that turns out to be stale is not looked for again sooner. */
-#define FIND_AGAIN_MS 5000
+/* The directory is not looked for again sooner: that costs the connection, and its name may have no file any more. */
+#define FIND_AGAIN_MS 30000
 
 /* What waits for a request. */
 struct look_wait {
@@ -70,12 +70,15 @@ static int run(struct nfsio *io, struct nfsio_look *look, const char *step, stru
 	return stopped ? -ECANCELED : req->error;
 }
 
-/* The handle of the directory has gone stale: find it by its name, over a new connection. */
+/* The handle of the directory is stale, or not known: find it by its name, over a new connection. */
 static void find_directory_again(struct nfsio *io)
 {
+	int64_t now = now_ms();
+
 	pthread_mutex_lock(&io->lock);
-	if (is_up(io) && !io->broken && now_ms() - io->directory_at_ms >= FIND_AGAIN_MS) {
-		io->directory_at_ms = now_ms();
+	if (is_up(io) && !io->broken &&
+	    (io->directory_sought_ms == 0 || now - io->directory_sought_ms >= FIND_AGAIN_MS)) {
+		io->directory_sought_ms = now;
 		io->directory_is_stale = true;
 		io->broken = true;
 		wake_io_thread(io);
@@ -103,8 +106,10 @@ static int look_over_wire(struct nfsio *io, const char *name, struct nfsio_look 
 	pthread_mutex_lock(&io->lock);
 	directory = io->directory;
 	pthread_mutex_unlock(&io->lock);
-	if (directory.length_bytes == 0)
+	if (directory.length_bytes == 0) {
+		find_directory_again(io);
 		return -EACCES;
+	}
 	error = run(io, look, "LOOKUP", &req);
 	if (error == -ESTALE)
 		find_directory_again(io);

@@ -5,8 +5,9 @@
  * A connection is disposable: after any transport error it is thrown away and a new one is made. Requests belong to
  * their callers, which see nothing of that: what was in flight is sent again.
  *
- * libnfs makes the connection: it mounts, looks up and opens. With NFSIO_OVER_WIRE its context is thrown away then, and
- * READ, WRITE and COMMIT go over its socket without libnfs (wire.h). Nothing outside this room calls libnfs.
+ * libnfs mounts, looks up and opens the file. With NFSIO_OVER_WIRE its context is thrown away then: the connections are
+ * made to the file's handle, and nothing goes through libnfs any more (wire.h), unless the server forgets the handle.
+ * Nothing outside this room calls libnfs.
  *
  * Threads: nfsio_create() starts one I/O thread, which nfsio_join() ends. Every other function may be called from any
  * thread at any time between the two.
@@ -92,8 +93,11 @@ struct nfsio_req {
 	struct wire_call call;
 	int64_t queued_at_ms;
 	int64_t give_up_at_ms;  /* while in flight: then it is sent again over a new connection */
+	int64_t refused_at_ms;  /* a READ: when the server first refused it for a reason that may pass, or 0 */
 	struct nfsio_req *prev, *next;
 };
+
+struct nfsio;
 
 struct nfsio_options {
 	const char *url;        /* an NFS URL: path (percent-encoded), version, ports, uid and gid come from it */
@@ -102,6 +106,11 @@ struct nfsio_options {
 	bool exclusive;         /* with create: fail with EEXIST where there is one */
 	bool read_only;
 	enum nfsio_transport transport;
+	/*
+	 * NULL, or another nfsio for the same URL: over a wire, what that one knows of the file is not asked for again.
+	 * Not used after nfsio_create().
+	 */
+	struct nfsio *like;
 	bool quiet;             /* log nothing that another connection to the same server logs */
 	uint32_t mode;          /* permission bits of a new file */
 	unsigned connect_timeout_s; /* of the first attempt; it doubles each time that it was too short */
@@ -116,6 +125,11 @@ struct nfsio_options {
 	 * ("hard").
 	 */
 	unsigned soft_limit_ms;
+	/*
+	 * A READ that the server refuses for a reason that may pass (permission, an I/O error) is sent again for so
+	 * long; then it fails with that error. 0: at once.
+	 */
+	unsigned refused_read_ms;
 	/* They fail with -ESTALE, at once, when the file has been gone for so long. 0: never. */
 	unsigned gone_limit_ms;
 	/*
@@ -132,8 +146,6 @@ struct nfsio_stat {
 	uint64_t mtime_us;       /* by the server's clock, since the epoch */
 	uint32_t mode, uid, gid; /* mode as in stat(2), with the file type */
 };
-
-struct nfsio;
 
 /*
  * Mount and open. Returns 0 and *io, or -errno and *why: the first failure is final. Later, a broken connection is
@@ -200,7 +212,10 @@ void nfsio_recognise(struct nfsio *io, nfsio_sample_fn sample, void *context, ui
  */
 uint64_t nfsio_truncated_bytes(const struct nfsio *io);
 
-/* The most that one request may move: what the server takes in one READ and one WRITE, at most 1 MiB. */
+/*
+ * The most that one request may move: what the server took in one READ and one WRITE when the file was opened, at most
+ * 1 MiB. Where a later connection takes less, a request is more than one call.
+ */
 uint32_t nfsio_max_transfer_bytes(const struct nfsio *io);
 
 /* Start a request. Allocates nothing of its own. */

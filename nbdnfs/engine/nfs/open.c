@@ -28,6 +28,18 @@ static void free_all(struct nfsio *io)
 	free(io);
 }
 
+/* The file is known already: it need not be looked up again. */
+static void begin_like(struct nfsio *io, struct nfsio *like)
+{
+	pthread_mutex_lock(&like->lock);
+	if (like->place.peer_bytes > 0)
+		io->place = like->place;
+	io->fsid = like->fsid;
+	io->fileid = like->fileid;
+	pthread_mutex_unlock(&like->lock);
+	io->opened = like->opened;
+}
+
 int nfsio_create(const struct nfsio_options *options, struct nfsio **out, struct nfsio_failure *why)
 {
 	struct nfsio *io = calloc(1, sizeof(*io));
@@ -42,7 +54,10 @@ int nfsio_create(const struct nfsio_options *options, struct nfsio **out, struct
 	io->url = strdup(options->url);
 	io->address = strdup(options->address);
 	io->version = (int)url_number(options->url, "version=", 3);
-	io->next_transport = io->version == 3 ? options->transport : NFSIO_OVER_LIBNFS;
+	io->transport_kind = io->version == 3 ? options->transport : NFSIO_OVER_LIBNFS;
+	if (options->like != NULL && io->transport_kind == NFSIO_OVER_WIRE)
+		begin_like(io, options->like);
+	io->options.like = NULL;
 	wire_init(&io->wire);
 	io->patience_ms = (int64_t)options->connect_timeout_s * 1000;
 	if (io->options.silence_ms == 0)

@@ -126,8 +126,9 @@ void fail_hopeless(struct nfsio *io)
 void try_later(struct nfsio *io, struct req_list *list, struct nfsio_req *req)
 {
 	req_list_remove(list, req);
+	if (io->later.head == NULL) /* a later one must not put off those that wait already */
+		io->later_at_ms = now_ms() + RETRY_LATER_MS;
 	req_list_push(&io->later, req);
-	io->later_at_ms = now_ms() + RETRY_LATER_MS;
 }
 
 /* Give finished requests back. Lock held; dropped while their `done` runs, which may submit again. */
@@ -154,5 +155,6 @@ void req_enqueue(struct nfsio *io, struct nfsio_req *req, struct nfsio_batch *ba
 	req->moved_bytes = 0;
 	req->stable = req->resent = false;
 	req->queued_at_ms = now_ms();
+	req->refused_at_ms = 0;
 	req_list_push(&io->pending, req);
 }

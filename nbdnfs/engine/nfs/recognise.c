@@ -7,8 +7,10 @@
 #include <errno.h>
 #include <string.h>
 
-/* How many pages are compared to recognise the file; one that matches is enough. */
+/* How many pages are compared to recognise the file. */
 #define SAMPLES 8
+/* So many that match, and none that does not, are more than a file number can say. */
+#define SURE_SAMPLES 2
 #define SAMPLE_BYTES 4096
 
 /* At most a page of a file. */
@@ -38,22 +40,10 @@ static void step_pread_done(int error, struct nfs_context *nfs, void *data, void
 		memcpy(step->page, data, step->count);
 }
 
-void remember_handle(struct nfsio *io, const struct connection *made)
-{
-	const struct nfs_fh_bytes *bytes = (const struct nfs_fh_bytes *)nfs_get_fh(made->fh);
-
-	if (bytes == NULL || bytes->len <= 0 || bytes->len > (int)sizeof(io->handle))
-		return; /* without one, every later handle is another */
-	io->handle_bytes = bytes->len;
-	memcpy(io->handle, bytes->val, (size_t)bytes->len);
-}
-
 static bool has_same_handle(const struct nfsio *io, const struct connection *made)
 {
-	const struct nfs_fh_bytes *bytes = (const struct nfs_fh_bytes *)nfs_get_fh(made->fh);
-
-	return bytes != NULL && bytes->len > 0 && bytes->len == io->handle_bytes &&
-	       memcmp(bytes->val, io->handle, (size_t)bytes->len) == 0;
+	return made->place.handle_bytes > 0 && made->place.handle_bytes == io->place.handle_bytes &&
+	       memcmp(made->place.handle, io->place.handle, made->place.handle_bytes) == 0;
 }
 
 static int read_sample(struct nfsio *io, const struct connection *made, uint64_t offset, uint8_t *page)
@@ -61,6 +51,8 @@ static int read_sample(struct nfsio *io, const struct connection *made, uint64_t
 	struct step *step = new_step(io);
 	int error = -EIO;
 
+	if (made->nfs == NULL)
+		return read_page_by_wire(io, made, offset, page, SAMPLE_BYTES);
 	step->page = page;
 	if (io->version == 3) {
 		READ3args args = { .file = made->fh3, .offset = offset, .count = SAMPLE_BYTES };
@@ -73,50 +65,80 @@ static int read_sample(struct nfsio *io, const struct connection *made, uint64_t
 	return error != 0 ? error : step->count == SAMPLE_BYTES ? 0 : -ENODATA;
 }
 
-/*
- * Does the file have the bytes that it should have? One page that matches is enough: a server that lost some writes
- * still has the file. Returns 1, 0, or -errno when that could not be found out.
- */
-static int has_known_bytes(struct nfsio *io, const struct connection *made)
+struct samples {
+	unsigned known, right;  /* pages that were compared, and those that are as they should be */
+	uint64_t offsets[SAMPLES]; /* of the pages that were compared */
+};
+
+/* The same page may be named several times, when few are known. */
+static bool was_compared(const struct samples *samples, uint64_t offset)
+{
+	for (unsigned i = 0; i < samples->known; i++)
+		if (samples->offsets[i] == offset)
+			return true;
+	return false;
+}
+
+/* Compare the file with what is known of its bytes. Returns 0, or -errno when that could not be done. */
+static int compare_samples(struct nfsio *io, const struct connection *made, struct samples *found)
 {
 	nfsio_sample_fn sample;
 	void *context;
 	uint8_t *page;
-	unsigned number;
 
+	*found = (struct samples){ 0 };
 	pthread_mutex_lock(&io->lock);
 	sample = io->sample;
 	context = io->sample_context;
 	page = io->sample_page;
 	pthread_mutex_unlock(&io->lock);
-	for (number = 0; number < SAMPLES; number++) {
+	for (unsigned number = 0; number < SAMPLES; number++) {
 		uint64_t offset;
 		uint32_t crc;
 		int error;
 
 		if (sample == NULL || !sample(context, number, &offset, &crc))
 			break;
+		if (was_compared(found, offset))
+			continue;
 		error = read_sample(io, made, offset, page);
 		if (error != 0 && error != -ENODATA)
 			return error;
+		found->offsets[found->known++] = offset;
 		if (error == 0 && crc32c(page, SAMPLE_BYTES) == crc)
-			return 1;
+			found->right++;
 	}
-	return number == 0; /* no page is known: nothing can be overwritten that matters */
+	return 0;
 }
 
 /*
- * Is this still the file that was opened first? Another file under its name must not be written to. The server may give
- * the same file another handle (its disk has another number after a boot), and file systems give a new file the number
- * of one that was deleted. Returns 1, 0, or -errno when that could not be found out.
+ * Is this still the file that was opened first? Another file in its place must not be written to. A server may give the
+ * same file another handle, another file system number (its disk has another number after a boot) or even another file
+ * number (those of FUSE file systems do not outlive a boot); and file systems give a new file the number of one that
+ * was deleted. So the bytes decide where anything differs:
+ *
+ * - the file number is the same: one page that matches is enough, since a server that lost some writes still has the
+ *   file. Where no page is known, nothing can be overwritten that matters.
+ * - it is not: several pages must match, and all that are known.
+ *
+ * Returns 1, 0, or -errno when that could not be found out.
  */
 int is_same_file(struct nfsio *io, const struct connection *made)
 {
-	if (made->st.fileid != io->opened.fileid)
-		return 0;
-	if (has_same_handle(io, made))
+	bool same_number = made->st.fileid == io->fileid;
+	struct samples found;
+	int error;
+
+	if (same_number && made->fsid == io->fsid && has_same_handle(io, made))
 		return 1;
-	return made->st.size_bytes >= io->opened.size_bytes ? has_known_bytes(io, made) : 0;
+	if (made->st.size_bytes < io->opened.size_bytes)
+		return 0;
+	error = compare_samples(io, made, &found);
+	if (error != 0)
+		return error;
+	if (same_number)
+		return found.known == 0 || found.right > 0;
+	return found.right >= SURE_SAMPLES && found.right == found.known;
 }
 
 void nfsio_recognise(struct nfsio *io, nfsio_sample_fn sample, void *context, uint8_t *page)

@@ -103,7 +103,7 @@ static void refused4(struct nfsio *io, struct nfsio_req *req, int error)
 	if (verdict == NOT_NOW4)
 		try_later(io, &io->inflight, req);
 	else
-		req_finish(&io->inflight, req, verdict == OVER_QUOTA4 ? -EDQUOT : error);
+		note_refused(io, req, verdict == OVER_QUOTA4 ? -EDQUOT : error);
 }
 
 static void file_call_done(int error, struct nfs_context *nfs, void *data, void *arg)
@@ -132,8 +132,7 @@ static int issue(struct nfsio *io, struct nfsio_req *req)
 	uint32_t length = req->length_bytes - req->moved_bytes;
 	uint8_t *data = req->data + req->moved_bytes;
 
-	if (req->handle != NULL)
-		return -1; /* nfsio_look() over a wire: waits for one */
+	assert(req->handle == NULL); /* nfsio_look() asks nfsio_has_names() */
 	if (io->version != 3)
 		return (req->op == NFSIO_READ ? call_pread : call_pwrite)(io->nfs, io->fh, data, length, offset,
 									  file_call_done, req);

@@ -17,12 +17,18 @@ static int issue_on_wire(struct nfsio *io, struct nfsio_req *req)
 		[NFSIO_LOOKUP] = WIRE_LOOKUP,
 	};
 
+	uint32_t limit_bytes = req->op == NFSIO_READ ? io->read_max_bytes : io->write_max_bytes;
+	uint32_t left_bytes = req->length_bytes - req->moved_bytes;
+
+	if (req->op == NFSIO_LOOKUP)
+		limit_bytes = WIRE_NAME_BYTES_MAX;
+	/* what does not fit into one call is asked for when that one is answered, as after a short transfer */
 	req->call = (struct wire_call){
 		.procedure = procedures[req->op],
-		.handle = req->handle != NULL ? req->handle->bytes : io->handle3,
-		.handle_bytes = req->handle != NULL ? req->handle->length_bytes : io->handle3_bytes,
+		.handle = req->handle != NULL ? req->handle->bytes : io->place.handle,
+		.handle_bytes = req->handle != NULL ? req->handle->length_bytes : io->place.handle_bytes,
 		.offset_bytes = req->offset_bytes + req->moved_bytes,
-		.length_bytes = req->length_bytes - req->moved_bytes,
+		.length_bytes = left_bytes < limit_bytes ? left_bytes : limit_bytes,
 		.data = req->data + req->moved_bytes,
 		.stable = req->op == NFSIO_WRITE,
 	};
@@ -61,7 +67,9 @@ static void wire_answered(struct nfsio *io, const struct wire_answer *answer)
 		note_size(io, answer->size_bytes);
 		note_links(io, answer->links);
 	}
-	if (answer->status != NFS3_OK)
+	if (answer->count_bytes > answer->call->length_bytes)
+		io->broken = true; /* the connection is out of step: no server moves more than it was asked to */
+	else if (answer->status != NFS3_OK)
 		note_refused3(io, req, (int)answer->status);
 	else if (answer->call->procedure == WIRE_READ)
 		note_moved(io, req, answer->count_bytes, answer->end_of_file);
@@ -85,8 +93,8 @@ static void serve_wire(struct nfsio *io, short revents)
 	io->wire.has_received = false;
 	if (status < 0)
 		io->broken = true;
-	if (status == -EOPNOTSUPP)
-		io->wire_failed = true;
+	if (status == -EPROTO || status == -EACCES)
+		io->refused = status;
 }
 
 static bool has_room(const struct nfsio *io)

@@ -44,7 +44,7 @@ struct wire_call {
 
 struct wire_answer {
 	struct wire_call *call;
-	uint32_t status;        /* nfsstat3; unless 0, only the attributes and size_before_bytes mean something */
+	uint32_t status;        /* nfsstat3, or WIRE_NOT_NOW; unless 0, there are at most the file's attributes */
 	uint32_t count_bytes;   /* read or written; what was read lies in the call's data */
 	bool end_of_file;
 	bool stable;            /* a write that needs no COMMIT */
@@ -64,6 +64,9 @@ struct wire_answer {
 	/* of WIRE_FSINFO: the most that a READ and a WRITE may move, and how much they had better move */
 	uint32_t read_max_bytes, read_preferred_bytes, write_max_bytes, write_preferred_bytes;
 };
+
+/* NFS3ERR_JUKEBOX; also where RPC says that the program is not there, or that the system has failed */
+#define WIRE_NOT_NOW 10008u
 
 /* ftype3 */
 #define WIRE_REGULAR 1u
@@ -100,6 +103,13 @@ struct wire {
 	uint32_t data_bytes, data_left_bytes; /* of it */
 	bool reading;           /* `answer` waits for its data */
 	uint8_t found_handle[WIRE_HANDLE_BYTES_MAX]; /* of the last WIRE_LOOKUP */
+	/* a record of several fragments is being received */
+	bool fragmented, is_last_fragment;
+	bool has_head;          /* `answer` has it, and waits for data_left_bytes and the record's end */
+	uint32_t fragment_left_bytes;
+	uint32_t record_bytes;  /* of the fragments so far, with their marks */
+	uint8_t message[WIRE_IN_BYTES]; /* the beginning of it, without marks */
+	uint32_t message_bytes;
 	bool drained;           /* the last recvmsg(2) emptied the socket */
 	bool has_received;      /* something was received; the caller clears it */
 };
@@ -133,8 +143,9 @@ int wire_send_null(struct wire *wire);
 int wire_flush(struct wire *wire);
 
 /*
- * The next answer. Returns 1 and *answer; 0 when there is none yet; -errno when the wire must be closed, -EOPNOTSUPP
- * when that is because of an answer that RPC allows and this code does not understand.
+ * The next answer. Returns 1 and *answer; 0 when there is none yet; -errno when the wire must be closed: -EPROTO for an
+ * answer that RFC 5531 and RFC 1813 do not allow, or that refuses the call for good; -EACCES for one that refuses our
+ * credentials.
  */
 int wire_receive(struct wire *wire, struct wire_answer *answer);
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Answers: received, checked, and put where they belong. */
+/* Answers: received, and put where they belong. */
 #include "base/assert.h"
 #include "nfs/wire_internal.h"
 
@@ -7,208 +7,32 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
-/* The longest record that is accepted: no READ asks for more data, and the rest of an answer is small. */
-#define RECORD_BYTES_MAX (1024u * 1024 + 4096)
-
-/* The head of an answer, parsed. */
-struct head {
-	struct wire_answer answer;
-	uint32_t head_bytes;    /* up to the data */
-	uint32_t data_bytes;
-	uint32_t tail_bytes;    /* of the record, after the data */
-};
-
-/* fattr3 */
-static void get_fattr(struct xdr_reader *reader, struct wire_answer *answer)
-{
-	answer->type = xdr_get32(reader);
-	xdr_get(reader, 4); /* mode */
-	answer->links = xdr_get32(reader);
-	xdr_get(reader, 8); /* uid, gid */
-	answer->size_bytes = xdr_get64(reader);
-	xdr_get(reader, 16); /* used, rdev */
-	answer->fsid = xdr_get64(reader);
-	answer->fileid = xdr_get64(reader);
-	xdr_get(reader, SIZE_OF_FATTR3 - 60);
-	answer->has_attributes = !reader->ran_out;
-}
-
-/* post_op_attr */
-static void get_attributes(struct xdr_reader *reader, struct wire_answer *answer)
-{
-	if (xdr_get32(reader) != 0)
-		get_fattr(reader, answer);
-}
-
-/* post_op_attr of what nothing here asks about: a directory */
-static void skip_attributes(struct xdr_reader *reader)
-{
-	if (xdr_get32(reader) != 0)
-		xdr_get(reader, SIZE_OF_FATTR3);
-}
-
-/* wcc_data */
-static void get_wcc(struct xdr_reader *reader, struct wire_answer *answer)
-{
-	if (xdr_get32(reader) != 0) {
-		answer->size_before_bytes = xdr_get64(reader);
-		xdr_get(reader, SIZE_OF_WCC_ATTR - 8);
-		answer->has_size_before = !reader->ran_out;
-	}
-	get_attributes(reader, answer);
-}
-
-static uint64_t get_verifier(struct xdr_reader *reader)
-{
-	const uint8_t *at = xdr_get(reader, 8);
-	uint64_t verifier = 0;
-
-	if (at != NULL)
-		memcpy(&verifier, at, sizeof(verifier)); /* opaque: only ever compared */
-	return verifier;
-}
-
-/* Returns false when there is no handle that a server may send. */
-static bool get_handle(struct xdr_reader *reader, struct head *head)
-{
-	uint32_t bytes = xdr_get32(reader);
-
-	if (!reader->ran_out && (bytes == 0 || bytes > WIRE_HANDLE_BYTES_MAX))
-		return false;
-	head->answer.handle = xdr_get(reader, reader->ran_out ? 0 : xdr_padded(bytes));
-	head->answer.handle_bytes = bytes;
-	return true;
-}
-
-static void get_limits(struct xdr_reader *reader, struct wire_answer *answer)
-{
-	answer->read_max_bytes = xdr_get32(reader);
-	answer->read_preferred_bytes = xdr_get32(reader);
-	xdr_get(reader, 4); /* rtmult */
-	answer->write_max_bytes = xdr_get32(reader);
-	answer->write_preferred_bytes = xdr_get32(reader);
-	xdr_get(reader, 4 + 4 + 8 + 8 + 4); /* wtmult, dtpref, maxfilesize, time_delta, properties */
-}
-
-/* What every answer has after its status, be that good or bad. */
-static void get_attributes_of(struct xdr_reader *reader, struct wire_answer *answer)
-{
-	switch (answer->call->procedure) {
-	case WIRE_NULL:
-	case WIRE_GETATTR:
-		break;
-	case WIRE_LOOKUP:
-		if (answer->status != 0)
-			skip_attributes(reader);
-		break;
-	case WIRE_READ:
-	case WIRE_FSINFO:
-		get_attributes(reader, answer);
-		break;
-	case WIRE_WRITE:
-	case WIRE_COMMIT:
-		get_wcc(reader, answer);
-		break;
-	}
-}
-
-/* Returns 0, or -EPROTO. */
-static int get_results(struct xdr_reader *reader, struct head *head)
-{
-	struct wire_answer *answer = &head->answer;
-
-	if (answer->call->procedure == WIRE_NULL)
-		return 0;
-	answer->status = xdr_get32(reader);
-	get_attributes_of(reader, answer);
-	if (answer->status != 0)
-		return 0;
-	switch (answer->call->procedure) {
-	case WIRE_NULL:
-		break;
-	case WIRE_GETATTR:
-		get_fattr(reader, answer);
-		break;
-	case WIRE_LOOKUP:
-		if (!get_handle(reader, head))
-			return -EPROTO;
-		get_attributes(reader, answer);
-		skip_attributes(reader);
-		break;
-	case WIRE_READ:
-		answer->count_bytes = xdr_get32(reader);
-		answer->end_of_file = xdr_get32(reader) != 0;
-		head->data_bytes = xdr_get32(reader);
-		break;
-	case WIRE_WRITE:
-		answer->count_bytes = xdr_get32(reader);
-		answer->stable = xdr_get32(reader) == FILE_SYNC;
-		answer->verifier = get_verifier(reader);
-		break;
-	case WIRE_FSINFO:
-		get_limits(reader, answer);
-		break;
-	case WIRE_COMMIT:
-		answer->verifier = get_verifier(reader);
-		break;
-	}
-	return 0;
-}
-
-/* Parse an answer's head. Returns 1 and *head, 0 when not all of it is there yet, or -errno. */
-static int parse(const struct wire *wire, const uint8_t *at, uint32_t bytes, struct head *head)
+/*
+ * Parse the head of the answer at `at`, where its mark is. Returns 1 and *head, 0 when not all of it is there yet,
+ * -EINPROGRESS when the record has several fragments, or another -errno.
+ */
+static int parse_record(const struct wire *wire, const uint8_t *at, uint32_t bytes, struct wire_head *head)
 {
 	struct xdr_reader reader = { .at = at, .end = at + bytes };
-	uint32_t mark = xdr_get32(&reader), record_bytes = mark & ~LAST_FRAGMENT, xid, verifier_bytes, reply, accepted;
-	bool is_partial = bytes < 4 || record_bytes > bytes - 4; /* not all of this record is there yet */
+	uint32_t mark = xdr_get32(&reader), record_bytes = mark & ~LAST_FRAGMENT;
+	int status;
 
-	*head = (struct head){ 0 };
 	if (bytes < 4)
 		return 0;
-	if (record_bytes > RECORD_BYTES_MAX)
+	if (record_bytes > WIRE_RECORD_BYTES_MAX)
 		return -EPROTO;
 	if (!(mark & LAST_FRAGMENT))
-		return -EOPNOTSUPP;
-	if (!is_partial)
-		reader.end = at + 4 + record_bytes;
-	xid = xdr_get32(&reader);
-	if (xdr_get32(&reader) != REPLY && !reader.ran_out)
-		return -EPROTO;
-	reply = xdr_get32(&reader);
-	xdr_get32(&reader); /* the verifier's flavor */
-	verifier_bytes = xdr_get32(&reader);
-	if (reader.ran_out)
-		return is_partial ? 0 : -EPROTO;
-	if (reply != MSG_ACCEPTED || verifier_bytes > MAX_AUTH_BYTES)
-		return -EOPNOTSUPP;
-	xdr_get(&reader, xdr_padded(verifier_bytes));
-	accepted = xdr_get32(&reader);
-	if (reader.ran_out)
-		return is_partial ? 0 : -EPROTO;
-	if (accepted != SUCCESS)
-		return -EOPNOTSUPP;
-	head->answer.call = wire_find_call(wire, xid);
-	if (head->answer.call == NULL)
-		return -EPROTO; /* an answer without a call */
-	if (get_results(&reader, head) < 0)
-		return -EPROTO;
-	if (reader.ran_out)
-		return is_partial ? 0 : -EPROTO;
-	head->head_bytes = (uint32_t)(reader.at - at);
-	if (head->data_bytes > head->answer.call->length_bytes ||
-	    head->data_bytes > 4 + record_bytes - head->head_bytes)
-		return -EPROTO;
-	if (head->answer.count_bytes > head->data_bytes && head->answer.call->procedure == WIRE_READ)
-		head->answer.count_bytes = head->data_bytes;
-	head->tail_bytes = 4 + record_bytes - head->head_bytes - head->data_bytes;
-	/* a call that is not sent whole yet cannot be answered */
-	if (wire->out_bytes > 0 && head->answer.call == wire->last)
-		return -EPROTO;
-	return 1;
+		return -EINPROGRESS;
+	status = wire_parse(wire, at + 4, bytes - 4, record_bytes, head);
+	if (status > 0) {
+		head->tail_bytes = record_bytes - head->head_bytes - head->data_bytes;
+		head->head_bytes += 4;
+	}
+	return status;
 }
 
 /* The data of a READ is being received; `got_bytes` of it are in place. */
-static void begin_data(struct wire *wire, const struct head *head, uint32_t got_bytes)
+static void begin_data(struct wire *wire, const struct wire_head *head, uint32_t got_bytes)
 {
 	assert(!wire->reading && got_bytes <= head->data_bytes && head->data_bytes <= head->answer.call->length_bytes);
 	wire->answer = head->answer;
@@ -218,20 +42,12 @@ static void begin_data(struct wire *wire, const struct head *head, uint32_t got_
 	wire->read_head_bytes = head->head_bytes <= WIRE_IN_BYTES / 2 ? head->head_bytes : READ_HEAD_BYTES;
 }
 
-static void drop_in(struct wire *wire, uint32_t bytes)
+/* An answer is whole. Returns false when it is the wire's own. */
+static bool deliver(struct wire *wire, const struct wire_answer *whole, struct wire_answer *answer)
 {
-	assert(bytes <= wire->in_bytes);
-	wire->in_bytes -= bytes;
-	memmove(wire->in, wire->in + bytes, wire->in_bytes);
-}
-
-/* The handle is in `in`, which is about to move. */
-static void keep_handle(struct wire *wire, struct wire_answer *answer)
-{
-	if (answer->handle == NULL)
-		return;
-	memcpy(wire->found_handle, answer->handle, answer->handle_bytes);
-	answer->handle = wire->found_handle;
+	wire_forget_call(wire, whole->call);
+	*answer = *whole;
+	return whole->call != &wire->null;
 }
 
 /* Parse what was received, up to the next answer. Returns 1 and *answer, 0 when that needs more, or -errno. */
@@ -239,41 +55,48 @@ static int digest(struct wire *wire, struct wire_answer *answer)
 {
 	for (;;) {
 		uint32_t bytes;
-		struct head head;
+		struct wire_head head;
 		int status;
 
 		if (wire->reading) {
 			if (wire->data_left_bytes > 0)
 				return 0;
 			wire->reading = false;
-			*answer = wire->answer;
-			wire_forget_call(wire, answer->call);
-			return 1;
+			if (deliver(wire, &wire->answer, answer))
+				return 1;
+		}
+		if (wire->fragmented) {
+			status = wire_digest_fragments(wire);
+			if (status <= 0)
+				return status;
+			if (deliver(wire, &wire->answer, answer))
+				return 1;
+			continue;
 		}
 		bytes = wire->skip_bytes < wire->in_bytes ? wire->skip_bytes : wire->in_bytes;
 		wire->skip_bytes -= bytes;
-		drop_in(wire, bytes);
+		wire_drop_in(wire, bytes);
 		if (wire->in_bytes == 0)
 			return 0;
-		status = parse(wire, wire->in, wire->in_bytes, &head);
+		status = parse_record(wire, wire->in, wire->in_bytes, &head);
+		if (status == -EINPROGRESS) {
+			wire_begin_fragments(wire);
+			continue;
+		}
 		if (status == 0 && wire->in_bytes == WIRE_IN_BYTES)
 			return -EPROTO;
 		if (status <= 0)
 			return status;
-		keep_handle(wire, &head.answer);
-		drop_in(wire, head.head_bytes);
+		wire_keep_handle(wire, &head.answer);
+		wire_drop_in(wire, head.head_bytes);
 		wire->skip_bytes = head.tail_bytes;
 		if (head.data_bytes > 0) {
 			bytes = head.data_bytes < wire->in_bytes ? head.data_bytes : wire->in_bytes;
 			memcpy(head.answer.call->data, wire->in, bytes);
-			drop_in(wire, bytes);
+			wire_drop_in(wire, bytes);
 			begin_data(wire, &head, bytes);
-		} else {
-			wire_forget_call(wire, head.answer.call);
-			if (head.answer.call != &wire->null) {
-				*answer = head.answer;
-				return 1;
-			}
+		} else if (deliver(wire, &head.answer, answer)) {
+			return 1;
 		}
 	}
 }
@@ -285,7 +108,7 @@ static int digest(struct wire *wire, struct wire_answer *answer)
 static int sort_only_answer(struct wire *wire, struct wire_call *call, uint32_t bytes)
 {
 	uint32_t guess_bytes = wire->read_head_bytes, beyond_bytes, copied_bytes, got_bytes;
-	struct head head;
+	struct wire_head head;
 	int status;
 
 	wire->in_bytes = bytes < guess_bytes ? bytes : guess_bytes;
@@ -295,7 +118,9 @@ static int sort_only_answer(struct wire *wire, struct wire_call *call, uint32_t 
 	wire->in_bytes += copied_bytes;
 	if (copied_bytes == beyond_bytes)
 		return 0; /* everything is in `in`, for digest() */
-	status = parse(wire, wire->in, wire->in_bytes, &head);
+	status = parse_record(wire, wire->in, wire->in_bytes, &head);
+	if (status == -EINPROGRESS)
+		return wire_sort_fragments(wire, call, bytes);
 	if (status < 0)
 		return status;
 	if (status == 0 || head.answer.call != call || head.data_bytes < guess_bytes)
@@ -308,14 +133,7 @@ static int sort_only_answer(struct wire *wire, struct wire_call *call, uint32_t 
 		wire->skip_bytes -= got_bytes - head.data_bytes;
 		got_bytes = head.data_bytes;
 	}
-	if (head.head_bytes > guess_bytes) {
-		memmove(call->data, call->data + (head.head_bytes - guess_bytes), got_bytes);
-	} else if (head.head_bytes < guess_bytes) {
-		uint32_t early_bytes = guess_bytes - head.head_bytes;
-
-		memmove(call->data + early_bytes, call->data, got_bytes - early_bytes);
-		memcpy(call->data, wire->in + head.head_bytes, early_bytes);
-	}
+	wire_place_data(wire, call, head.head_bytes, got_bytes);
 	wire->in_bytes = 0;
 	begin_data(wire, &head, got_bytes);
 	return 0;
@@ -329,20 +147,23 @@ static int fill(struct wire *wire)
 	};
 	struct msghdr message = { .msg_iov = parts, .msg_iovlen = 1 };
 	/* with one answer due, and nothing of it received yet, it is known where its data belongs */
-	struct wire_call *only = !wire->reading && wire->in_bytes == 0 && wire->skip_bytes == 0 &&
+	struct wire_call *only = !wire->reading && !wire->fragmented && wire->in_bytes == 0 && wire->skip_bytes == 0 &&
 						 wire->first != NULL && wire->first == wire->last &&
 						 wire->first->procedure == WIRE_READ
 					 ? wire->first
 					 : NULL;
 	ssize_t came;
-	uint32_t bytes;
+	uint32_t bytes, in_place_bytes = 0;
 
-	if (wire->reading) {
+	if (wire->reading || wire_fragment_has_data(wire)) {
 		struct wire_call *call = wire->answer.call;
 
 		parts[1] = parts[0];
 		parts[0].iov_base = call->data + (wire->data_bytes - wire->data_left_bytes);
 		parts[0].iov_len = wire->data_left_bytes;
+		if (wire->fragmented && parts[0].iov_len > wire->fragment_left_bytes)
+			parts[0].iov_len = wire->fragment_left_bytes;
+		in_place_bytes = (uint32_t)parts[0].iov_len;
 		message.msg_iovlen = 2;
 	} else if (only != NULL) {
 		parts[0].iov_len = wire->read_head_bytes;
@@ -364,13 +185,12 @@ static int fill(struct wire *wire)
 
 		return status == 0 ? 1 : status;
 	}
-	if (wire->reading) {
-		uint32_t data_bytes = bytes < wire->data_left_bytes ? bytes : wire->data_left_bytes;
-
-		wire->data_left_bytes -= data_bytes;
-		bytes -= data_bytes;
-	}
-	wire->in_bytes += bytes;
+	if (in_place_bytes > bytes)
+		in_place_bytes = bytes;
+	wire->data_left_bytes -= in_place_bytes;
+	if (wire->fragmented)
+		wire->fragment_left_bytes -= in_place_bytes;
+	wire->in_bytes += bytes - in_place_bytes;
 	assert(wire->in_bytes <= WIRE_IN_BYTES);
 	return 1;
 }

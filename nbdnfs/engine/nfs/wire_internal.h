@@ -1,7 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * XDR, and what the parts of the wire share; nothing else includes it. wire_answer.c calls wire_call.c, not vice
- * versa.
+ * XDR, and what the parts of the wire share; nothing else includes it. Each part calls those above it only.
+ *
+ * wire_call.c       open and close, and calls
+ * wire_parse.c      what an answer says
+ * wire_fragments.c  answers in several fragments
+ * wire_answer.c     answers in one, and receiving
  */
 #ifndef NBDNFS_WIRE_INTERNAL_H
 #define NBDNFS_WIRE_INTERNAL_H
@@ -19,6 +23,9 @@
 #define RPC_VERSION 2u
 #define MSG_ACCEPTED 0u
 #define SUCCESS 0u
+#define PROG_UNAVAIL 1u
+#define SYSTEM_ERR 5u
+#define AUTH_ERROR 1u
 #define AUTH_NONE 0u
 #define AUTH_SYS 1u
 #define MAX_AUTH_BYTES 400u
@@ -32,6 +39,19 @@
 
 /* An answer to READ with attributes: mark, reply, verifier, status, attributes, count, eof, length of the data. */
 #define READ_HEAD_BYTES 132u
+
+/* The longest record that is accepted: no READ asks for more data, and the rest of an answer is small. */
+#define WIRE_RECORD_BYTES_MAX (1024u * 1024 + 4096)
+/* As the length of a message whose end is not known yet. */
+#define WIRE_LENGTH_UNKNOWN UINT32_MAX
+
+/* The head of an answer, parsed. */
+struct wire_head {
+	struct wire_answer answer;
+	uint32_t head_bytes;    /* up to the data */
+	uint32_t data_bytes;
+	uint32_t tail_bytes;    /* of the record, after the data; parse_record() sets it */
+};
 
 static inline uint8_t *xdr_put32(uint8_t *at, uint32_t value)
 {
@@ -91,5 +111,39 @@ static inline uint64_t xdr_get64(struct xdr_reader *reader)
 
 struct wire_call *wire_find_call(const struct wire *wire, uint32_t xid);
 void wire_forget_call(struct wire *wire, struct wire_call *call);
+
+/* wire_parse.c */
+
+/*
+ * Parse the head of an answer. `at` has `bytes` of it, without record marks; it has message_bytes in all. Returns 1 and
+ * *head, 0 when not all of the head is there yet, -EACCES when the server refuses our credentials, or -EPROTO.
+ */
+int wire_parse(const struct wire *wire, const uint8_t *at, uint32_t bytes, uint32_t message_bytes,
+	       struct wire_head *head);
+/* The handle in an answer lies in memory that is about to change: keep it. */
+void wire_keep_handle(struct wire *wire, struct wire_answer *answer);
+/* The first `bytes` in `in` are done with. */
+void wire_drop_in(struct wire *wire, uint32_t bytes);
+/*
+ * read_head_bytes of an answer lie in `in`, what follows from the beginning of the call's data on. Its head is in truth
+ * head_bytes long: move the got_bytes of data behind it to where they belong.
+ */
+void wire_place_data(struct wire *wire, struct wire_call *call, uint32_t head_bytes, uint32_t got_bytes);
+
+/* wire_fragments.c */
+
+/* The record whose mark is the first in `in` has several fragments. */
+void wire_begin_fragments(struct wire *wire);
+/* Digest what is in `in`. Returns 1 and wire->answer, 0 when that needs more, or -EPROTO or -EACCES. */
+int wire_digest_fragments(struct wire *wire);
+/* `bytes` of the answer to `call` were received as for wire_place_data(), marks and all. As wire_digest_fragments(). */
+int wire_sort_fragments(struct wire *wire, struct wire_call *call, uint32_t bytes);
+
+/* Is what comes next data of a READ, in a fragment? */
+static inline bool wire_fragment_has_data(const struct wire *wire)
+{
+	return wire->fragmented && wire->has_head && wire->in_bytes == 0 && wire->data_left_bytes > 0 &&
+	       wire->fragment_left_bytes > 0;
+}
 
 #endif
