@@ -34,9 +34,8 @@ _FILE_BYTES_MAX = 16 * 1024
 class Config:
     """The settings of one device, all of them valid.
 
-    `url` has its specifiers replaced and its percent signs doubled, as `nfs_url.parse` takes it. `size_bytes` is 0
-    where a missing backing file must not be created, `priority` None where the kernel chooses, `device` "" for any
-    free one.
+    `url` is the canonical form of the URL, with its specifiers replaced. `size_bytes` is 0 where a missing backing file
+    must not be created, `priority` None where the kernel chooses, `device` "" for any free one.
     """
 
     name: str

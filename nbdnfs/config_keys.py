@@ -109,10 +109,9 @@ def _parsed(key: str, text: str, parse: Callable[[str], float], example: str) ->
 def _url(key: str, value: object, root: Path) -> str:
     _of_type(key, value, str, '"nfs://nas/export/swap/%H.swap"')
     try:
-        expanded = nfs_url.parse(str(value), root).text
+        return nfs_url.parse(str(value), root).text
     except UsageError as error:
         raise UsageError(shown(f"{key}: {error.message}"), error.hint) from None
-    return expanded.replace("%", "%%")
 
 
 def _device(key: str, value: object, root: Path) -> str:
@@ -159,7 +158,7 @@ KEYS = {
         _url,
         "",
         "The backing file: nfs://HOST/EXPORT/PATH/FILE?version=3&nfsport=N&mountport=N&uid=N&gid=N. Most servers need"
-        " no options. %H stands for this machine's host name, %m for its machine id, %% for a percent sign. Each"
+        " no options. %H stands for this machine's host name, %m for its machine id, %20 for a space. Each"
         " machine needs a file of its own. This is the only key that is required.",
     ),
     "size": Key(

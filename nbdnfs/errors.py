@@ -33,13 +33,18 @@ class NbdnfsError(Exception):
     exit_code: int = os.EX_SOFTWARE
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _printable(message)
+        self.hint = _printable(hint)
+        super().__init__(self.message)
 
     def lines(self) -> list[str]:
         """What to print on stderr: one line, or two where there is a hint."""
         return [f"nbdnfs: {text}" for text in (self.message, self.hint) if text]
+
+
+def _printable(text: str) -> str:
+    """On one line, whatever name the text quotes: a file's may have any byte."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 class UsageError(NbdnfsError):

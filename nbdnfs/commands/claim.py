@@ -9,20 +9,27 @@ from __future__ import annotations
 import argparse
 
 from nbdnfs import quantities
-from nbdnfs.commands import progress
+from nbdnfs.commands import claiming, progress
 from nbdnfs.errors import OwnedError
 from nbdnfs.keeper.records import Records
 from nbdnfs.nas import backing_file, owner_record, ownership
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit status. Errors as `backing_file.create` and `ownership.claim`; a refusal is left for `status`, too."""
+    """The exit status. Errors as `backing_file.create` and `ownership.claim`; a refusal is left for `status`, too.
+
+    SIGINT and SIGTERM end it within two seconds while it claims.
+    """
     if args.size is not None and not backing_file.exists(args.url):
         backing_file.create(args.url, quantities.parse_size_bytes(args.size), progress=progress.reporter())
     if args.holder is not None:
         name = args.holder.rpartition(":")[2]
         try:
-            ownership.claim(args.url, args.holder, owner_record.identity(), steal=args.steal)
+            claiming.run_until_signal(
+                lambda stop: ownership.claim(
+                    args.url, args.holder, owner_record.identity(), steal=args.steal, stop=stop
+                )
+            )
         except OwnedError as error:
             Records.write_refusal(name, error.message)
             raise

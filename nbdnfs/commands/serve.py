@@ -18,8 +18,10 @@ from pathlib import Path
 from types import FrameType, MappingProxyType
 
 from nbdnfs import defaults, programs
+from nbdnfs.commands import claiming
 from nbdnfs.errors import BusyError, CannotCreateError, NbdnfsError, UsageError
 from nbdnfs.nas import owner_record, ownership
+from nbdnfs.nas.patience import Interrupted
 from nbdnfs.worker import life, nbdkit
 
 log = logging.getLogger(__name__)
@@ -64,8 +66,9 @@ def serve(
     """Run a worker in the foreground until SIGINT, SIGTERM or its own end. Returns the exit status.
 
     After the first signal the worker ends once its clients have disconnected (nbdkit(1)); after a second one at once,
-    also while it waits for an unreachable server. It reports errors in a setting, the server or the file on stderr
-    itself. `settings` are additional ones for the plugin, which checks them.
+    also while it waits for an unreachable server. While the file is being claimed, the first signal ends it within two
+    seconds. The worker reports errors in a setting, the server or the file on stderr itself. `settings` are additional
+    ones for the plugin, which checks them.
 
     With `owned` this machine claims the file for as long: OwnedError when another machine has it. The reference engine
     does not support that.
@@ -77,6 +80,7 @@ def serve(
     argv = nbdkit.serve_argv({"url": text, "address": address, "engine": engine, **more, **settings}, threads=threads)
     worker: subprocess.Popen[bytes] | None = None
     signals = 0
+    stop = threading.Event()  # a signal has come
     patience = threading.Timer(
         _PATIENCE_S, log.warning, ["waiting for the clients to disconnect; a second signal ends at once"]
     )
@@ -85,7 +89,8 @@ def serve(
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal signals
         signals += 1
-        if signals == 1:
+        stop.set()
+        if signals == 1 and worker is not None:
             patience.start()
         if worker is not None:
             worker.send_signal(signal.SIGTERM if signals == 1 else signal.SIGKILL)
@@ -93,9 +98,8 @@ def serve(
     # before there is anything that a signal could leave behind
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
-    with listening(socket_path) as listener, _owning(url, address) if owned else contextlib.nullcontext():
+    with listening(socket_path) as listener, _owning(url, address, stop) if owned else contextlib.nullcontext():
         if signals:
-            patience.cancel()
             return 0
         worker = programs.start_listening(argv, listener, nbdkit.worker_environment())
         if signals:
@@ -161,10 +165,14 @@ def _remove_stale(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _owning(url: str, address: str) -> Iterator[None]:
-    """This machine and process own the file meanwhile. Raises as ownership.claim."""
+def _owning(url: str, address: str, stop: threading.Event) -> Iterator[None]:
+    """This machine and process own the file meanwhile, unless `stop` is set. Raises as ownership.claim."""
     me, holder = owner_record.identity(), ownership.serve_holder()
-    ownership.claim(url, holder, me)
+    try:
+        claiming.run(lambda: ownership.claim(url, holder, me, stop=stop), stop)
+    except Interrupted:
+        yield
+        return
     try:
         yield
     finally:

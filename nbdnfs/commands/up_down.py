@@ -61,9 +61,11 @@ def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> No
     settings = config.load(name)
     _require_root(f"nbdnfs up {name}")
     if steal and settings.owner:
+        from nbdnfs.commands import claiming
         from nbdnfs.nas import owner_record, ownership  # only here: it loads libnfs
 
-        ownership.claim(settings.url, owner_record.keeper_holder(name), owner_record.identity(), steal=True)
+        holder, me = owner_record.keeper_holder(name), owner_record.identity()
+        claiming.run_until_signal(lambda stop: ownership.claim(settings.url, holder, me, steal=True, stop=stop))
     if systemd_unit.is_loaded(name):
         systemd_unit.start(name)
         return
@@ -159,7 +161,7 @@ def _release_file(records: Records) -> None:
 
     try:
         holder = owner_record.keeper_holder(records.name)
-        ownership.release(text.replace("%", "%%"), holder, owner_record.identity(), address=address)
+        ownership.release(text, holder, owner_record.identity(), address=address)
     except NbdnfsError as error:
         print(f"nbdnfs: {records.name}: the owner record stays: {error.message}", file=sys.stderr)
 

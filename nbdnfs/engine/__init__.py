@@ -12,7 +12,7 @@
 
 `Engine(url, address)` mounts the directory of the URL on `address`, opens the file, and keeps `connections`
 connections with any number of requests in flight. `address` is numeric: the caller resolves names, once. Version,
-ports, uid and gid come from the URL, as libnfs reads it.
+ports, uid and gid come from the URL; bytes of its path may be escaped (%20).
 
 - `size_bytes`: the device's size, the file's size when it was opened; a multiple of 4096.
 - `pread(buffer, offset)`: fills the buffer, with what the last pwrite() that returned put there. Pages are compared

@@ -127,11 +127,11 @@ def _start_again(name: str, options: list[str]) -> NoReturn:
 
 
 def _server(settings: Config, records: Records, *, is_attached: bool) -> tuple[str, str]:
-    """The URL as libnfs takes it, and the server's address; with the device attached, those of the last keeper: the
+    """The URL in its canonical form, and the server's address; with the device attached, those of the last keeper: the
     resolver may need what is swapped out, or use a network service that does not answer."""
     known = (records.read(Records.ADDRESS) or "").split("\n")
     if is_attached and len(known) == 2:
-        return known[0], known[1]
+        return nfs_url.parse_recorded(known[0]).text, known[1]
     url = nfs_url.parse(settings.url)
     text, address = url.text, url.resolve()
     records.write(Records.ADDRESS, f"{text}\n{address}")
@@ -154,8 +154,6 @@ def _release_unless_attached(name: str, text: str, address: str) -> None:
     from nbdnfs.nas import ownership  # loads the engine: there is no swap that this process is needed for any more
 
     try:
-        ownership.release(
-            text.replace("%", "%%"), owner_record.keeper_holder(name), owner_record.identity(), address=address
-        )
+        ownership.release(text, owner_record.keeper_holder(name), owner_record.identity(), address=address)
     except NbdnfsError as error:
         print(f"nbdnfs: {name}: the owner record stays: {error.message}", file=sys.stderr)

@@ -28,7 +28,7 @@ _ADDRESS_BYTES_MAX = 128
 
 
 def plugin_settings(settings: Config, text: str, address: str) -> dict[str, str]:
-    """The plugin's key=value settings. `text` is the URL as libnfs takes it, `address` the server's."""
+    """The plugin's key=value settings. `text` is the canonical URL, `address` the server's."""
     return {
         "url": text,
         "address": address,
@@ -51,7 +51,7 @@ class RealWork:
     def __init__(self, settings: Config, text: str, address: str, *, steal: bool = False) -> None:
         """Find the program and build its arguments now. ConfigError or UnavailableError when something is missing.
 
-        text     the URL as libnfs takes it
+        text     the URL in its canonical form
         address  the server's
         steal    take the file from another machine that has it
         """

@@ -41,7 +41,7 @@ class Records:
     STANDBY = "standby"
     # "nbd0"
     DEVICE = "device"
-    # two lines: the URL as libnfs takes it, and the server's address
+    # two lines: the URL in its canonical form, and the server's address
     ADDRESS = "address"
     # "yes" where the workers look after an owner record
     OWNER = "owner"

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nbdnfs import nfs_url, quantities
-from nbdnfs.engine import NfsFile, libnfs_version
+from nbdnfs.engine import libnfs_version
 from nbdnfs.errors import BusyError, CannotCreateError, ConfigError, NoInputError, UsageError
 from nbdnfs.nas import explain, owner_record, ownership, part_file, remote_file, zeros
 from nbdnfs.nas.zeros import Progress
@@ -86,8 +86,9 @@ def create(url: str, size_bytes: int, *, force: bool = False, progress: Progress
             _create_new(target, address, size_bytes, report)
             return
         with remote_file.closing(existing):
-            _remove_leftover(existing, target)
+            part_file.remove_leftover(existing, target)
             _check_may_overwrite(remote_file.stat(existing), target, size_bytes, force)
+            ownership.refuse_alias(existing, target)
             ownership.refuse_if_owned(url, owner_record.identity())
             zeros.write_zeros(existing, 0, size_bytes, target, report)
             zeros.warn_unless_allocated(existing, target, size_bytes)
@@ -122,13 +123,6 @@ def _create_new(target: NfsUrl, address: str, size_bytes: int, report: Progress)
         zeros.warn_unless_allocated(part, target, size_bytes)
 
 
-def _remove_leftover(existing: NfsFile, target: NfsUrl) -> None:
-    """Finish a call that died after giving the file its name and before removing the part file's."""
-    part_path = f"/{part_file.name_of(target)}"
-    if remote_file.file_id(existing, part_path) == remote_file.stat(existing)["ino"]:
-        remote_file.unlink_if_exists(existing, part_path)
-
-
 def _check_may_overwrite(found: FileStat, target: NfsUrl, size_bytes: int, force: bool) -> None:
     path, size = f"{target.path} on {target.host}", quantities.format_size(found["size"])
     if not found["is_regular"]:
@@ -155,7 +149,7 @@ def _only_creator_here(target: NfsUrl) -> Iterator[None]:
 
     BusyError: another process holds it.
     """
-    digest = hashlib.sha256(f"{target.host}\0{target.path}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{target.host}\0{target.path}".encode(errors="surrogateescape")).hexdigest()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as lock:
         try:
             lock.bind(f"\0nbdnfs-create-{digest}")

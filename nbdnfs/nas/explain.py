@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
+import re
 
 from nbdnfs.errors import (
     BusyError,
@@ -17,12 +17,15 @@ from nbdnfs.errors import (
     PermissionDeniedError,
     UnavailableError,
 )
+from nbdnfs.nas import rpc_probe
+from nbdnfs.nas.rpc_probe import Offer
 from nbdnfs.nfs_url import NfsUrl
 
-_PROBE_TIMEOUT_S = 2.0
-# RFC 1057 (portmapper), RFC 1813 (NFS): the ports that libnfs uses when the URL has none
-_PORTMAPPER_PORT = 111
+# RFC 1833 (portmapper), RFC 1813 (NFS): the ports that libnfs uses when the URL has none
+_PORTMAPPER_PORT = rpc_probe.PORTMAPPER_PORT
 _NFS_PORT = 2049
+# In the order in which a client asks: the key in the URL, the name and the RPC program.
+_SERVICES = {"mountport": ("mount", rpc_probe.MOUNT), "nfsport": ("NFS", rpc_probe.NFS)}
 
 
 def refuse_unsupported(url: NfsUrl, libnfs_version: str) -> None:
@@ -46,14 +49,16 @@ def _phase(error: OSError) -> str:
 def open_error(error: OSError, url: NfsUrl, address: str) -> NbdnfsError:
     """The NbdnfsError for an error that opening `url` on `address` raised (`nbdnfs.engine.NfsError`).
 
-    Where the connection failed, each port is tried once more to find which one and how: libnfs reports only that there
-    was no connection. That takes up to 2 s for each of at most two ports.
+    Where the connection failed, each service is asked once more to find which one and how: libnfs reports only that
+    there was no connection. That takes up to 2 s for each call, and 20 s in all.
 
     NoInputError: the file or its directory does not exist, or is something else. PermissionDeniedError: the server
     does not permit it. ConfigError: the file or the URL cannot be used. BusyError, CannotCreateError: in use, or no
     room. UnavailableError: no answer. IOFailureError: anything else.
     """
     number, phase = error.errno or 0, _phase(error)
+    if number == errno.EAGAIN:
+        return put_off_error(url)
     if phase == "connect":
         return _connection_error(error, url, address)
     if phase == "mount":
@@ -69,6 +74,12 @@ def open_error(error: OSError, url: NfsUrl, address: str) -> NbdnfsError:
     if number == errno.ENOTDIR:
         return NoInputError(f"a part of {path} on {url.host} is not a directory", "check the path")
     if number in (errno.EACCES, errno.EPERM):
+        if not rpc_probe.may_use_reserved_ports():
+            return PermissionDeniedError(
+                f"{url.host} does not let uid {url.options.get('uid', os.geteuid())} read and write {path}, and this"
+                " process may not use a port below 1024, which most servers ask for",
+                "run it as root, or export it with insecure; then check the file's owner and mode",
+            )
         return PermissionDeniedError(
             f"{url.host} does not let uid {url.options.get('uid', os.geteuid())} read and write {path}",
             "check the file's owner and mode, and that the export is not read-only and does not squash root; or give"
@@ -93,6 +104,14 @@ def open_error(error: OSError, url: NfsUrl, address: str) -> NbdnfsError:
     return IOFailureError(f"cannot open {path} on {url.host}: {words(error)}")
 
 
+def put_off_error(url: NfsUrl) -> UnavailableError:
+    """The server asked to try again later (NFS3ERR_JUKEBOX, NFS4ERR_DELAY) for longer than that is done."""
+    return UnavailableError(
+        f"{url.host} keeps putting off calls for {url.path}: it asks to try again later",
+        "see whether the server brings the file back from slow storage, or is starting up; then try again",
+    )
+
+
 def words(error: OSError) -> str:
     """The text of an error: the engine's, or that of its number."""
     return error.strerror or os.strerror(error.errno or errno.EIO)
@@ -105,40 +124,113 @@ def _mount_error(error: OSError, url: NfsUrl) -> NbdnfsError:
             f"see what it exports: showmount -e {url.host}",
         )
     if error.errno in (errno.EACCES, errno.EPERM):
+        if not rpc_probe.may_use_reserved_ports():
+            return PermissionDeniedError(
+                f"{url.host} does not let this machine mount {url.directory}, and this process may not use a port below"
+                " 1024, which most servers ask for",
+                f"run it as root, or export it with insecure; then check the list of clients: showmount -e {url.host}",
+            )
         return PermissionDeniedError(
             f"{url.host} does not let this machine mount {url.directory}",
             f"check the path and the export's list of clients: showmount -e {url.host}",
+        )
+    size = re.search(r"server max ([rw])size of ([0-9]+)", words(error))  # libnfs, nfs_v3.c
+    if size is not None:
+        what = "read" if size[1] == "r" else "written"
+        return ConfigError(
+            f"{url.host} lets at most {size[2]} bytes be {what} in one call ({size[1]}tmax): libnfs needs 8192",
+            "raise the server's largest transfer size to 8192 bytes or more",
         )
     return UnavailableError(f"cannot mount {url.directory} on {url.host}: {words(error)}")
 
 
 def _connection_error(error: OSError, url: NfsUrl, address: str) -> NbdnfsError:
+    """Asks the services that a client asks, in the same order; the first that fails is the reason."""
     if error.errno == errno.EINVAL:
         return ConfigError(f"libnfs rejects the URL '{url.text}': {words(error)}")
-    nfs_port = url.options.get("nfsport", _NFS_PORT if url.version == 4 else _PORTMAPPER_PORT)
-    ports = {nfs_port: "NFS" if nfs_port != _PORTMAPPER_PORT else "portmapper"}
-    if url.version == 3:
-        mount_port = url.options.get("mountport", _PORTMAPPER_PORT)
-        ports.setdefault(mount_port, "mount" if mount_port != _PORTMAPPER_PORT else "portmapper")
-    for port, service in ports.items():
-        failure = _probe(address, port)
+    ports = {key: url.options.get(key, 0) for key in ("mountport", "nfsport")}
+    if url.version == 4:
+        ports = {"nfsport": ports["nfsport"] or _NFS_PORT}
+    elif not all(ports.values()) and (failure := _portmapper_error(url, address)) is not None:
+        return failure
+    for key, (service, program) in _SERVICES.items():
+        if key not in ports:
+            continue
+        port = ports[key] or rpc_probe.registered_port(address, program, 3, _PORTMAPPER_PORT) or 0
+        failure = _service_error(url, address, service, program, port)
         if failure is not None:
-            return UnavailableError(
-                f"no answer from {url.host} ({address}) on port {port} ({service}): {failure}",
-                "check that the NFS server is running, and that no firewall blocks the port",
-            )
+            return failure
     return UnavailableError(
         f"{url.host} ({address}) accepts connections, but does not answer NFS version {url.version}: {words(error)}",
         "check that the server offers this version, and check the ports in the URL",
     )
 
 
-def _probe(address: str, port: int) -> str | None:
-    """Why no TCP connection to `port` can be made; None when one can."""
-    try:
-        socket.create_connection((address, port), timeout=_PROBE_TIMEOUT_S).close()
-    except TimeoutError:
-        return "timed out"
-    except OSError as error:
-        return (error.strerror or str(error)).lower()
-    return None
+def _portmapper_error(url: NfsUrl, address: str) -> NbdnfsError | None:
+    """What is wrong with the portmapper, or with what it knows; None: nothing."""
+    failure = rpc_probe.why_closed(address, _PORTMAPPER_PORT)
+    if failure is None:
+        known = {
+            key: rpc_probe.registered_port(address, program, 3, _PORTMAPPER_PORT)
+            for key, (_, program) in _SERVICES.items()
+        }
+        if None in known.values():
+            failure = "no answer"
+        elif all(known.values()):
+            return None
+    if _has_only_version_4(url, address):
+        return _only_version_4(url, address)
+    if failure is not None:
+        return UnavailableError(
+            f"no answer from {url.host} ({address}) on port {_PORTMAPPER_PORT} (portmapper): {failure}",
+            "start rpcbind there and let the port through; or give both ports in the URL: nfsport=2049&mountport=...",
+        )
+    missing = " and ".join(_SERVICES[key][0] for key, port in known.items() if not port)
+    return UnavailableError(
+        f"{url.host} ({address}) has no {missing} service for NFS version 3, as its portmapper says",
+        "start the NFS server there, with version 3; or give both ports in the URL: nfsport=2049&mountport=...",
+    )
+
+
+def _has_only_version_4(url: NfsUrl, address: str) -> bool:
+    port = url.options.get("nfsport", _NFS_PORT)
+    return rpc_probe.offer(address, port, rpc_probe.NFS, 3) is not Offer.YES and (
+        rpc_probe.offer(address, port, rpc_probe.NFS, 4) is Offer.YES
+    )
+
+
+def _only_version_4(url: NfsUrl, address: str) -> NbdnfsError:
+    return UnavailableError(
+        f"{url.host} ({address}) offers NFS version 4 only, and the URL asks for version 3",
+        "enable version 3 there, or write version=4 in the URL (with libnfs 5.0 or newer)",
+    )
+
+
+def _service_error(url: NfsUrl, address: str, service: str, program: int, port: int) -> NbdnfsError | None:
+    """What is wrong with one service; None: nothing."""
+    failure = rpc_probe.why_closed(address, port)
+    if failure is not None:
+        return UnavailableError(
+            f"no answer from {url.host} ({address}) on port {port} ({service}): {failure}",
+            "check that the NFS server is running, and that no firewall blocks the port",
+        )
+    version = url.version if program == rpc_probe.NFS else 3
+    found = rpc_probe.offer(address, port, program, version)
+    if found is Offer.YES:
+        return None
+    if found is Offer.REFUSED:
+        return PermissionDeniedError(
+            f"{url.host} ({address}) refuses calls on port {port} ({service})",
+            "export it with sec=sys, and with insecure where this is not run as root",
+        )
+    if found is Offer.SILENT:
+        return UnavailableError(
+            f"{url.host} ({address}) accepts connections on port {port} ({service}), but does not answer there",
+            "check the server's log, and check the ports in the URL",
+        )
+    if program == rpc_probe.NFS and version == 3 and _has_only_version_4(url, address):
+        return _only_version_4(url, address)
+    return UnavailableError(
+        f"{url.host} ({address}) does not offer {service} version {version} on port {port}",
+        "check that the server offers this version, and check the ports in the URL",
+    )

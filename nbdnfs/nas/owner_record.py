@@ -47,6 +47,31 @@ _FIELDS = {
 # machine-id(5): the id itself is confidential; a keyed hash of it may be published.
 _APPLICATION = b"nbdnfs backing file owner"
 
+# What firmware says where its maker has not set an id: whole product lines have the same one. In lower case. The first
+# two are AMI's, as SMBIOS before and after 2.6 orders the bytes.
+_SHARED_IDS = (
+    "03000200-0400-0500-0006-000700080009",
+    "00020003-0004-0005-0006-000700080009",
+    "12345678-1234-5678-90ab-cddeefaabbcc",
+    "12345678-1234-1234-1234-123456789abc",
+    "01234567-89ab-cdef-0123-456789abcdef",
+    "01020304-0506-0708-090a-0b0c0d0e0f10",
+    "0123456789",
+    "0123456789abcdef",
+    "123456789",
+    "1234567890",
+)
+_NO_IDS = re.compile(
+    r"not (settable|present|specified|available|applicable)|to be filled.*|default.*|system serial.*"
+    r"|none|unknown|uninitialized|n/a|oem.*|invalid.*|chassis.*|serial.*"
+)
+# A random id of 32 digits has fewer different ones once in 10^15 machines.
+_DIFFERENT_DIGITS_MIN = 4
+# Where a machine id that systemd could not write down for good is, machine-id(5).
+_TRANSIENT_MACHINE_ID = "run/machine-id"
+# File systems that are new at each boot, or may be
+_VOLATILE_FILE_SYSTEMS = ("tmpfs", "ramfs", "rootfs", "overlay", "aufs")
+
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -63,16 +88,22 @@ class Timing:
 
 
 TIMING = Timing()
+# After this time, a claimant that has made an empty record and not written it is taken to have died.
+EMPTY_STALE_AFTER_S = TIMING.refresh_ms * _STALE_REFRESHES / 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """This machine in one boot. `machine` and `hardware` are hashes ("-": none); `boot` is new at each boot."""
+    """This machine in one boot. `machine` and `hardware` are hashes ("-": none); `boot` is new at each boot.
+
+    With `has_new_machine_id` the machine id may be another at each boot, too.
+    """
 
     machine: str
     boot: str
     hardware: str
     host: str
+    has_new_machine_id: bool = False
 
 
 def identity(root: Path = Path("/")) -> Identity:
@@ -81,9 +112,26 @@ def identity(root: Path = Path("/")) -> Identity:
     A diskless system may have a new machine id at each boot, while the firmware's id (SMBIOS, or the device tree of a
     board) stays. Hence both.
     """
-    hardware = _text(root / "sys/class/dmi/id/product_uuid") or _text(root / "proc/device-tree/serial-number")
+    hardware = _hashed(_text(root / "sys/class/dmi/id/product_uuid").lower())
+    if hardware == "-":
+        hardware = _hashed(_text(root / "proc/device-tree/serial-number").lower())
     host = re.sub(r"[^!-~]", "?", socket.gethostname())[:64]
-    return Identity(_hashed(_text(root / "etc/machine-id")), boot_id(root), _hashed(hardware.lower()), host or "?")
+    return Identity(
+        _hashed(_text(root / "etc/machine-id")), boot_id(root), hardware, host or "?", _is_machine_id_volatile(root)
+    )
+
+
+def _is_machine_id_volatile(root: Path) -> bool:
+    """Whether /etc/machine-id may be gone after this boot: systemd says so, or its file system may be (proc(5))."""
+    if (root / _TRANSIENT_MACHINE_ID).exists():
+        return True
+    kinds = {"": ""}
+    for line in _text(root / "proc/self/mountinfo").splitlines():
+        mount, _, source = line.partition(" - ")
+        fields = mount.split(" ")
+        if len(fields) > 4 and "/etc/machine-id/".startswith(fields[4].rstrip("/") + "/"):
+            kinds[fields[4]] = source.partition(" ")[0]  # of two on one directory, the last counts
+    return kinds[max(kinds, key=len)] in _VOLATILE_FILE_SYSTEMS
 
 
 def boot_id(root: Path = Path("/")) -> str:
@@ -112,8 +160,9 @@ def _text(path: Path) -> str:
 
 
 def _hashed(text: str) -> str:
-    """32 digits; "-" for what is not an id: empty, all the same digit, or systemd's "uninitialized"."""
-    if len(set(text.replace("-", ""))) < 2 or text == "uninitialized":
+    """32 digits; "-" for what is not an id: a placeholder, or one that is known to be shared."""
+    digits = text.replace("-", "")
+    if len(set(digits)) < _DIFFERENT_DIGITS_MIN or text in _SHARED_IDS or _NO_IDS.fullmatch(text):
         return "-"
     import hashlib
     import hmac
@@ -123,11 +172,13 @@ def _hashed(text: str) -> str:
 
 def name_of(file_name: str) -> str:
     """The name of a file's record, in the same directory."""
-    if len(file_name.encode()) <= 200:  # NAME_MAX is 255 bytes nearly everywhere
+    data = file_name.encode(errors="surrogateescape")
+    # NAME_MAX is 255 bytes nearly everywhere; and nbdkit's settings are UTF-8
+    if len(data) <= 200 and not any("\ud800" <= character < "\ue000" for character in file_name):
         return f".{file_name}.owner"
     import hashlib
 
-    return f".nbdnfs.{hashlib.sha256(file_name.encode()).hexdigest()[:32]}.owner"
+    return f".nbdnfs.{hashlib.sha256(data).hexdigest()[:32]}.owner"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +255,7 @@ class Verdict(enum.Enum):
     CREATE = "there is none: create one"
     KEEP = "the claimant owns it"
     REPLACE = "it is of the claimant's machine and not in use: replace it"
-    WATCH = "it is of an earlier boot of the claimant's machine, but looks alive: watch it"
+    WATCH = "it is of an earlier boot of the claimant's machine, or still empty, but looks alive: watch it"
     TAKE = "replace it, and wait until its owner has certainly stopped"
     REFUSE_FRESH = "another machine owns it and is alive"
     REFUSE_STALE = "another machine owns it and shows no sign of life"
@@ -234,17 +285,26 @@ def decide(
     if found is None:
         return Verdict.CREATE
     if isinstance(found, bytes):
-        return Verdict.TAKE if steal else Verdict.REFUSE_DAMAGED
+        if found or steal:
+            return Verdict.TAKE if steal else Verdict.REFUSE_DAMAGED
+        # made on a server without hard links (record_file.py): by a claimant that is about to write it, or that died
+        return Verdict.TAKE if watched or age_s >= EMPTY_STALE_AFTER_S else Verdict.WATCH
     if found.state == "free":
         return Verdict.TAKE  # not REPLACE: another claimant may decide the same at the same time
-    if found.boot == me.boot and found.machine == me.machine:
+    is_same_hardware = _is_same(found.hardware, me.hardware)
+    is_other_hardware = not is_same_hardware and "-" not in (found.hardware, me.hardware)
+    if found.boot == me.boot and found.machine == me.machine and not is_other_hardware:
         if found.holder != holder and holder_lives:
             return Verdict.REFUSE_BUSY
         if found.state == "waiting":
             return Verdict.TAKE
         return Verdict.KEEP if found.holder == holder else Verdict.REPLACE
     is_stale = watched or age_s >= found.stale_after_s
-    if _is_same(found.machine, me.machine) or _is_same(found.hardware, me.hardware):
+    is_other_machine_id = found.machine != me.machine and "-" not in (found.machine, me.machine)
+    if me.has_new_machine_id and is_same_hardware:
+        is_other_machine_id = False
+    is_stranger = is_other_machine_id or is_other_hardware  # one id that is the same may be shared
+    if not is_stranger and (_is_same(found.machine, me.machine) or is_same_hardware):
         if is_stale:
             return Verdict.TAKE if found.state == "waiting" else Verdict.REPLACE
         if not steal:

@@ -13,16 +13,25 @@ import dataclasses
 import errno
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nbdnfs import nfs_url, proc_stat
-from nbdnfs.engine import libnfs_version
-from nbdnfs.errors import OwnedError, UnavailableError
+from nbdnfs.engine import NfsFile, libnfs_version
+from nbdnfs.errors import (
+    CannotCreateError,
+    ConfigError,
+    IOFailureError,
+    NbdnfsError,
+    OwnedError,
+    PermissionDeniedError,
+    UnavailableError,
+)
 from nbdnfs.kernel import state as kernel_state
-from nbdnfs.nas import explain, owner_record, record_file, remote_file
-from nbdnfs.nas.owner_record import REFUSALS, TIMING, Identity, Record, Timing, Verdict
+from nbdnfs.nas import explain, owner_record, part_file, patience, record_file, remote_file
+from nbdnfs.nas.owner_record import EMPTY_STALE_AFTER_S, REFUSALS, TIMING, Identity, Record, Timing, Verdict
 from nbdnfs.nas.record_file import CandidateRecord, FoundRecord, RecordFile, duration
 from nbdnfs.nfs_url import NfsUrl
 
@@ -73,6 +82,7 @@ def claim(
     report: Callable[[str], None] = log.warning,
     timing: Timing = TIMING,
     root: Path = Path("/"),
+    stop: threading.Event | None = None,
 ) -> Record:
     """Make the machine `me` the owner of the file, or verify that it is; the record that says so.
 
@@ -80,15 +90,18 @@ def claim(
     takes the file from another machine, which then stops writing. `root` is where this machine's devices and processes
     are looked up.
 
-    OwnedError: another machine owns the file, or something else on this one uses it. UnavailableError: the server
-    went away; try again. Others as `explain.open_error`, and where no record can be created.
+    OwnedError: another machine owns the file, or something else on this one uses it. ConfigError: the file has other
+    names. UnavailableError: the server went away; try again. patience.Interrupted: `stop` was set while this waited;
+    a record that was put in place is marked as free. Others as `explain.open_error`, and where no record can be
+    created.
     """
     target = nfs_url.parse(url)
     explain.refuse_unsupported(target, libnfs_version)
     claimant = _Claimant(me, holder, root, timing, report)
-    with _explained(target, None) as address:
+    with patience.interruptible(stop), _explained(target, None) as address:
         # a file that cannot be used is not claimed, and its error comes before that of a record
-        remote_file.open_file(target.text, address, read_only=False).close()
+        with contextlib.closing(remote_file.open_file(target.text, address, read_only=False)) as file:
+            refuse_alias(file, target)
         location = RecordFile(target, address)
         found = location.read()
         if claimant.judge(found, steal=steal) is Verdict.KEEP:
@@ -101,6 +114,27 @@ def claim(
                 return record
             steal = False  # another machine was faster, and is not the one to steal from
     raise UnavailableError(f"other machines keep claiming {target.path} on {target.host}", "try again")
+
+
+def refuse_alias(file: NfsFile, target: NfsUrl) -> None:
+    """ConfigError: the open file of `target` has, or may get, owner records under other names: hard and symbolic links.
+
+    The record stands for the file only where the file has one name. OSError.
+    """
+    what = f"{target.path} on {target.host}"
+    if remote_file.is_symbolic_link(file, f"/{target.name}"):
+        raise ConfigError(
+            f"{what} is a symbolic link: a machine that uses the file by its own name would not see who owns it",
+            "give the URL of the file itself",
+        )
+    if remote_file.stat(file)["nlink"] > 1:
+        part_file.remove_leftover(file, target)
+    count = remote_file.stat(file)["nlink"]
+    if count > 1:
+        raise ConfigError(
+            f"{what} has {count} names (hard links): a machine that uses another of them would not see who owns it",
+            "remove the other names, on the server: find DIRECTORY -samefile FILE lists them",
+        )
 
 
 def refuse_if_owned(url: str, me: Identity, root: Path = Path("/")) -> None:
@@ -125,7 +159,7 @@ def release(url: str, holder: str, me: Identity, *, address: str | None = None) 
     fails, no harm is done. `address` is the server's, where it is known. Errors as `claim`.
     """
     target = nfs_url.parse(url)
-    with _explained(target, address) as resolved:
+    with patience.limited(_RELEASE_TIMEOUT_S), _explained(target, address) as resolved:
         location = RecordFile(target, resolved)
         file = location.open(read_only=False, connect_timeout_s=_RELEASE_TIMEOUT_S)
         if file is None:
@@ -135,9 +169,15 @@ def release(url: str, holder: str, me: Identity, *, address: str | None = None) 
             if record is None or (record.machine, record.boot, record.holder) != (me.machine, me.boot, holder):
                 return False
             file.pwrite(dataclasses.replace(record, state="free").to_bytes(), 0)
-            if file.lookup(location.path)["ino"] == file.stat()["ino"]:
-                file.unlink(location.path)
+            if not patience.until_done(lambda: _has_name(file, location.path), location.name):
+                return True
+            patience.until_done(lambda: file.unlink(location.path), location.name)
             return True
+
+
+def _has_name(file: NfsFile, path: str) -> bool:
+    """Whether the open file is the one that has the name. OSError, also where nothing has."""
+    return file.lookup(path)["ino"] == file.stat()["ino"]
 
 
 def _try_once(location: RecordFile, candidate: CandidateRecord, claimant: _Claimant, *, steal: bool) -> Record | None:
@@ -156,16 +196,23 @@ def _try_once(location: RecordFile, candidate: CandidateRecord, claimant: _Claim
             return None
         candidate.rename()
     elif not candidate.link():
-        ours = dataclasses.replace(ours, state="waiting")
-        candidate.write(ours)
-        candidate.rename()
+        location.create(ours.to_bytes())
     if ours.state == "waiting":
-        before = found.record
-        wait_s = max(ours.stops_within_ms, before.stops_within_ms if before is not None else 0) / 1000
-        host = before.host if before is not None and before.state != "free" else "another machine"
-        claimant.report(f"waiting {duration(wait_s)}, until {host} has certainly stopped writing")
-        time.sleep(wait_s)
+        _wait_for_silence(location, ours, found.record, claimant)
     return _settle(location, ours)
+
+
+def _wait_for_silence(location: RecordFile, ours: Record, before: Record | None, claimant: _Claimant) -> None:
+    """Until nothing of the owner before is in flight any more. After Interrupted, the next claimant waits again."""
+    wait_s = max(ours.stops_within_ms, before.stops_within_ms if before is not None else 0) / 1000
+    host = before.host if before is not None and before.state != "free" else "another machine"
+    claimant.report(f"waiting {duration(wait_s)}, until {host} has certainly stopped writing")
+    try:
+        patience.pause(wait_s)
+    except patience.Interrupted:
+        with contextlib.suppress(OSError):
+            _put_into_force(location, ours, "free")
+        raise
 
 
 def _watch(candidate: CandidateRecord, claimant: _Claimant, *, steal: bool) -> tuple[FoundRecord, Verdict]:
@@ -173,24 +220,29 @@ def _watch(candidate: CandidateRecord, claimant: _Claimant, *, steal: bool) -> t
     first = found = candidate.read_current()
     began_s = time.monotonic()
     while (verdict := claimant.judge(found, steal=steal)) is Verdict.WATCH:
-        assert found.record is not None
-        assert first.record is not None
         if found is first:
+            kind = "from this machine's last boot" if found.record is not None else "still empty"
             claimant.report(
-                f"the owner record is from this machine's last boot, and {duration(found.age_s or 0)} old:"
+                f"the owner record is {kind}, and {duration(found.age_s or 0)} old:"
                 " checking whether another machine refreshes it"
             )
         elif found.data != first.data:
             return found, Verdict.REFUSE_FRESH
-        if time.monotonic() - began_s >= found.record.stale_after_s:
+        stale_after_s = found.record.stale_after_s if found.record is not None else EMPTY_STALE_AFTER_S
+        if time.monotonic() - began_s >= stale_after_s:
             return found, claimant.judge(found, watched=True)
-        time.sleep(min(_WATCH_PAUSE_S, found.record.stale_after_s / 10))
+        patience.pause(min(_WATCH_PAUSE_S, stale_after_s / 10))
         found = candidate.read_current()
     return found, verdict
 
 
 def _settle(location: RecordFile, ours: Record) -> Record | None:
     """Read which record has the name now, and put ours into force where it waited. None: another has the name."""
+    return _put_into_force(location, ours, "held")
+
+
+def _put_into_force(location: RecordFile, ours: Record, state: str) -> Record | None:
+    """Our record, with this state, where it still has the name."""
     file = location.open(read_only=False)
     if file is None:
         return None
@@ -198,10 +250,10 @@ def _settle(location: RecordFile, ours: Record) -> Record | None:
         found = owner_record.parse(record_file.read_all(file))
         if found is None or found.claim != ours.claim:
             return None
-        held = dataclasses.replace(ours, state="held")
-        if found.state != "held":
-            file.pwrite(held.to_bytes(), 0)
-        return held
+        settled = dataclasses.replace(ours, state=state)
+        if found.state != state:
+            file.pwrite(settled.to_bytes(), 0)
+        return settled
 
 
 def _lives(holder: str, root: Path) -> bool:
@@ -247,6 +299,26 @@ def _explained(target: NfsUrl, address: str | None) -> Iterator[str]:
     try:
         yield resolved
     except OSError as error:
-        if error.errno in (errno.ECONNRESET, errno.ENOTCONN, errno.ESTALE):
+        if error.errno in (errno.ECONNRESET, errno.ENOTCONN, errno.ETIMEDOUT, errno.ESTALE) and not _was_opening(error):
             raise UnavailableError(f"{target.host} went away while {target.path} was claimed", "try again") from None
-        raise explain.open_error(error, target, resolved) from None
+        raise _record_error(error, target) or explain.open_error(error, target, resolved) from None
+
+
+def _was_opening(error: OSError) -> bool:
+    """Whether there was no connection yet: what is wrong with the server can be found out."""
+    return getattr(error, "phase", "name") in ("connect", "mount")
+
+
+def _record_error(error: OSError, target: NfsUrl) -> NbdnfsError | None:
+    """The NbdnfsError for a call on the record or its name that failed. None: it was the opening of a file."""
+    if getattr(error, "phase", "name") != "name":  # transfers have no phase
+        return None
+    what = f"the owner record of {target.path} on {target.host}"
+    hint = "or give up the protection from a second machine: owner = false in the configuration, or serve --no-owner"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return PermissionDeniedError(f"no permission to write {what}", f"let that user write there, {hint}")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CannotCreateError(f"no room for {what}", f"free space there, {hint}")
+    if error.errno == errno.EAGAIN:
+        return explain.put_off_error(target)
+    return IOFailureError(f"{what} cannot be written: {explain.words(error)}", f"see the server's log, {hint}")

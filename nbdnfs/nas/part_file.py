@@ -28,9 +28,10 @@ def name_of(target: NfsUrl) -> str:
         machine = nfs_url.machine_id()
     except UsageError:  # some small systems have none
         machine = ""
-    digest = hashlib.sha256("\0".join([machine, socket.gethostname(), target.name]).encode()).hexdigest()[:12]
+    data = target.name.encode(errors="surrogateescape")
+    digest = hashlib.sha256(b"\0".join([machine.encode(), socket.gethostname().encode(), data])).hexdigest()[:12]
     # NAME_MAX is 255 bytes nearly everywhere
-    name = target.name if len(target.name.encode()) <= 200 else "nbdnfs"
+    name = target.name if len(data) <= 200 else "nbdnfs"
     return f".{name}.{digest}.part"
 
 
@@ -105,6 +106,13 @@ def refuse_squashed(part: NfsFile, part_name: str, target: NfsUrl) -> None:
 def _own_uid(target: NfsUrl) -> int:
     """The uid that the server sees: libnfs sends getuid() unless the URL has another."""
     return target.options.get("uid", os.getuid())
+
+
+def remove_leftover(existing: NfsFile, target: NfsUrl) -> None:
+    """Finish a call that died after giving the file its name and before removing the part file's."""
+    part_path = f"/{name_of(target)}"
+    if remote_file.file_id(existing, part_path) == remote_file.stat(existing)["ino"]:
+        remote_file.unlink_if_exists(existing, part_path)
 
 
 def give_final_name(part: NfsFile, part_name: str, target: NfsUrl) -> None:

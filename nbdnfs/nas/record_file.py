@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The owner record as a file on the server: the one that has the record's name, and a candidate for the name.
 
-A first record gets its name by a hard link, which fails where the name exists; a later one replaces its predecessor by
-a rename, so that what the predecessor's owner still writes goes to a file without a name.
+A first record gets its name by a hard link, which fails where the name exists. On a server without hard links it is
+created under its name, which fails then, too, but leaves it empty for a moment. A later record replaces its predecessor
+by a rename, so that what the predecessor's owner still writes goes to a file without a name.
 """
 
 from __future__ import annotations
@@ -12,16 +13,23 @@ import dataclasses
 import errno
 import os
 import secrets
+from collections.abc import Callable
+from typing import TypeVar
 
 from nbdnfs.engine import NfsFile
 from nbdnfs.errors import CannotCreateError, NbdnfsError, NoInputError, PermissionDeniedError
-from nbdnfs.nas import explain, owner_record, remote_file
+from nbdnfs.nas import explain, owner_record, patience, remote_file
 from nbdnfs.nas.owner_record import RECORD_BYTES, Record
 from nbdnfs.nfs_url import NfsUrl
 
 # A file that lost its name while it was open has been replaced: that is an answer, and nothing to wait for.
 _GONE_LIMIT_MS = 1
 _CONNECT_TIMEOUT_S = 15
+# What LINK answers where there are no hard links differs widely (NOTSUPP, PERM, ACCES, INVAL, IO, XDEV, ...). These say
+# nothing about that; any other trouble shows again when the record is created under its name.
+_NOT_ABOUT_LINKS = (errno.ECONNRESET, errno.ENOTCONN, errno.ETIMEDOUT, errno.ESTALE, errno.EAGAIN)
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +93,21 @@ class RecordFile:
             return FoundRecord()
         with contextlib.closing(file):
             data = read_all(file)
-            return FoundRecord(data, owner_record.parse(data), file.stat()["mtime_us"])
+            mtime_us = patience.until_done(file.stat, self.name)["mtime_us"]
+            return FoundRecord(data, owner_record.parse(data), mtime_us)
+
+    def create(self, data: bytes) -> None:
+        """Make the record with this content, unless something has the name."""
+        try:
+            file = remote_file.create_exclusively(
+                remote_file.sibling_url(self.target, self.name), self.address, 0o644, gone_limit_ms=_GONE_LIMIT_MS
+            )
+        except OSError as error:
+            if error.errno != errno.EEXIST:
+                raise _cannot_create(error, self) from None
+            return
+        with contextlib.closing(file):
+            file.pwrite(data, 0)
 
 
 class CandidateRecord:
@@ -112,15 +134,18 @@ class CandidateRecord:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(OSError):
-            self._file.unlink(f"/{self._name}")
+        with contextlib.suppress(OSError, patience.Interrupted):
+            self._until_done(lambda: self._file.unlink(f"/{self._name}"))
         self._file.close()
+
+    def _until_done(self, operation: Callable[[], T]) -> T:
+        return patience.until_done(operation, self._name)
 
     def read_current(self) -> FoundRecord:
         """What has the record's name now, with `age_s`: a write to the candidate shows the server's time."""
         found = self._location.read()
         self._file.pwrite(b"\n", RECORD_BYTES - 1)
-        age_s = (self._file.stat()["mtime_us"] - found.mtime_us) / 1e6
+        age_s = (self._until_done(self._file.stat)["mtime_us"] - found.mtime_us) / 1e6
         return dataclasses.replace(found, age_s=max(0.0, age_s))
 
     def write(self, record: Record) -> None:
@@ -128,22 +153,21 @@ class CandidateRecord:
         self._file.pwrite(record.to_bytes(), 0)
 
     def link(self) -> bool:
-        """Give it the record's name, unless another file has that. False: the server has no hard links.
+        """Give it the record's name, unless another file has that. False: the server makes no hard links.
 
         Which file has the name afterwards is to be read.
         """
         try:
-            self._file.link(f"/{self._name}", self._location.path)
+            self._until_done(lambda: self._file.link(f"/{self._name}", self._location.path))
         except OSError as error:
-            if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL):
-                return False
-            if error.errno != errno.EEXIST:
+            if error.errno in _NOT_ABOUT_LINKS:
                 raise
+            return error.errno == errno.EEXIST
         return True
 
     def rename(self) -> None:
         """Give it the record's name, and take that from the file that has it."""
-        self._file.rename(f"/{self._name}", self._location.path)
+        self._until_done(lambda: self._file.rename(f"/{self._name}", self._location.path))
 
 
 def read_all(file: NfsFile) -> bytes:

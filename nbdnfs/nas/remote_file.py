@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from nbdnfs.engine import NfsFile
-from nbdnfs.nas import explain
+from nbdnfs.nas import explain, patience
 from nbdnfs.nfs_url import NfsUrl
 
 if TYPE_CHECKING:
@@ -31,8 +30,7 @@ T = TypeVar("T")
 
 def sibling_url(target: NfsUrl, name: str) -> str:
     """The URL of another name in the same directory."""
-    path, mark, options = target.text.partition("?")
-    return path.removesuffix(target.name) + name + mark + options
+    return target.sibling(name).text
 
 
 def open_file(
@@ -43,8 +41,13 @@ def open_file(
     connect_timeout_s: int = _CONNECT_TIMEOUT_S,
     gone_limit_ms: int = _GONE_LIMIT_MS,
 ) -> NfsFile:
-    """The file, open. OSError, with `phase`; see `nbdnfs.engine.NfsError`."""
-    return NfsFile(url, address, read_only=read_only, connect_timeout_s=connect_timeout_s, gone_limit_ms=gone_limit_ms)
+    """The file, open. OSError, with `phase`; see `nbdnfs.engine.NfsError`. EAGAIN as `patience.until_done`."""
+    return patience.until_done(
+        lambda: NfsFile(
+            url, address, read_only=read_only, connect_timeout_s=connect_timeout_s, gone_limit_ms=gone_limit_ms
+        ),
+        url.partition("?")[0],
+    )
 
 
 def open_existing(
@@ -67,8 +70,11 @@ def open_existing(
 
 
 def create_exclusively(url: str, address: str, mode: int, *, gone_limit_ms: int = _GONE_LIMIT_MS) -> NfsFile:
-    """A new file, open. OSError, with `phase`: EEXIST when the name is taken."""
-    return NfsFile(url, address, create=True, exclusive=True, mode=mode, gone_limit_ms=gone_limit_ms)
+    """A new file, open. OSError, with `phase`: EEXIST when the name is taken. EAGAIN as `patience.until_done`."""
+    return patience.until_done(
+        lambda: NfsFile(url, address, create=True, exclusive=True, mode=mode, gone_limit_ms=gone_limit_ms),
+        url.partition("?")[0],
+    )
 
 
 def stat(file: NfsFile) -> FileStat:
@@ -86,6 +92,11 @@ def file_id(file: NfsFile, path: str) -> int | None:
         raise
 
 
+def is_symbolic_link(file: NfsFile, path: str) -> bool:
+    """Whether the name `path` in the directory of `file`, a regular file, is that of a symbolic link to one."""
+    return not retry(lambda: file.lookup(path, False))["is_regular"]
+
+
 def unlink_if_exists(file: NfsFile, path: str) -> None:
     """Remove the name `path` in the directory of `file`."""
     try:
@@ -96,19 +107,20 @@ def unlink_if_exists(file: NfsFile, path: str) -> None:
 
 
 def retry(operation: Callable[[], T]) -> T:
-    """Do an operation, and again when the connection breaks under it: the server may have done it more than once.
+    """Do an operation, and again when the connection breaks under it or no answer comes. The server may do it twice.
 
-    Waits for a server that is away for as long as that takes, as writes do. OSError for anything else.
+    Waits for a server that is away for as long as that takes, as writes do; EAGAIN as `patience.until_done`. OSError
+    for anything else.
     """
     breaks = 0
     while True:
         try:
-            return operation()
+            return patience.until_done(operation, "a name or attributes")
         except OSError as error:
             breaks += error.errno == errno.ECONNRESET
-            if error.errno not in (errno.ECONNRESET, errno.ENOTCONN) or breaks > _BREAKS_PER_OPERATION:
+            if error.errno not in (errno.ECONNRESET, errno.ENOTCONN, errno.ETIMEDOUT) or breaks > _BREAKS_PER_OPERATION:
                 raise
-        time.sleep(_RETRY_PAUSE_S)
+        patience.pause(_RETRY_PAUSE_S)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ imported where it is needed, when nbdkit is run by hand without an address, or t
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -29,13 +30,16 @@ _RETRY_PAUSES_S = (0.2, 0.5, 1)
 # How long an attempt to connect may take: each that was too short makes the next one longer.
 _CONNECT_TIMEOUT_S, _CONNECT_TIMEOUT_MAX_S = 15, 600
 
+# How long a worker without a keeper goes on with what the server puts off (NFS3ERR_JUKEBOX, NFS4ERR_DELAY).
+PUT_OFF_LIMIT_S = 120.0
+
 # How the names of the files begin whose code a worker runs. nbdkit's TLS libraries are not among them: they are
 # most of what it maps, and a Unix socket needs none.
 CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", "_memlock.")
 
 
 def check_url(text: str) -> tuple[str, str]:
-    """The URL as libnfs takes it, and the server's address. Raises NbdnfsError, also where this libnfs cannot do it."""
+    """The URL in its canonical form, and the server's address. Raises NbdnfsError, also where libnfs is too old."""
     from nbdnfs import nfs_url
     from nbdnfs.nas import explain
 
@@ -99,16 +103,20 @@ class Worker:
     def open_engine(self) -> Engine | ReferenceEngine:
         """Connect to the server and open the file. Raises NbdnfsError.
 
-        A keeper's worker has the kernel's requests waiting: it retries for as long as the server does not answer. It
-        exits when its keeper ends meanwhile, because the kernel never gets its socket then.
+        A keeper's worker has the kernel's requests waiting: it retries for as long as the server does not answer, or
+        asks to try again later. It exits when its keeper ends meanwhile, because the kernel never gets its socket then.
+        Without a keeper, only what is to be tried again later is retried, for two minutes.
         """
         control_fd = self._settings.control_fd
-        failures = 0
+        failures, gives_up_at_s = 0, time.monotonic() + PUT_OFF_LIMIT_S
         while True:
             try:
                 engine = self._open_engine(min(_CONNECT_TIMEOUT_S << failures, _CONNECT_TIMEOUT_MAX_S))
             except OSError as error:
-                if control_fd is None or getattr(error, "phase", "") != "connect":
+                is_put_off = error.errno == errno.EAGAIN and (
+                    control_fd is not None or time.monotonic() < gives_up_at_s
+                )
+                if not is_put_off and (control_fd is None or getattr(error, "phase", "") != "connect"):
                     from nbdnfs.nas import explain
 
                     raise explain.open_error(error, self._parsed_url(), self._address) from None
@@ -119,7 +127,8 @@ class Worker:
             if control_fd is not None and _is_closed(control_fd):
                 os._exit(0)
             if failures == 0:
-                print("nbdnfs: the server does not answer; trying again until it does", file=sys.stderr, flush=True)
+                does = "asks to try again later" if is_put_off else "does not answer"
+                print(f"nbdnfs: the server {does}; trying again until it does", file=sys.stderr, flush=True)
             time.sleep(_RETRY_PAUSES_S[min(failures, len(_RETRY_PAUSES_S) - 1)])
             failures += 1
 
@@ -131,7 +140,7 @@ class Worker:
     def _parsed_url(self) -> NfsUrl:
         from nbdnfs import nfs_url
 
-        return nfs_url.parse(self._url.replace("%", "%%"))  # its specifiers have been replaced
+        return nfs_url.parse_recorded(self._url)  # its keeper may be of an earlier version
 
     def _heap_bytes(self) -> int:
         """nbdkit's own, and what libnfs takes for calls and answers where transfers go through it."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import nbdnfs
-from nbdnfs import defaults, programs
+from nbdnfs import defaults, nfs_url, programs
 from nbdnfs.errors import ConfigError, NbdnfsError, UnavailableError
 from nbdnfs.nas import owner_record
 from nbdnfs.worker import protocol
@@ -98,5 +98,5 @@ def check_nbdkit(version_info: Sequence[int] = sys.version_info[:2]) -> None:
 
 
 def owner_settings(text: str) -> dict[str, str]:
-    """The plugin's settings for a file that this machine has claimed; `text` is its URL as libnfs takes it."""
-    return owner_record.plugin_settings(text.partition("?")[0].rpartition("/")[2], owner_record.boot_id())
+    """The plugin's settings for a file that this machine has claimed; `text` is its URL."""
+    return owner_record.plugin_settings(nfs_url.parse(text).name, owner_record.boot_id())

@@ -16,6 +16,7 @@ import threading
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from nbdnfs import nfs_url
 from nbdnfs.errors import ConfigError
 from nbdnfs.sizes import SLOT_BYTES
 
@@ -49,10 +50,11 @@ class Engine:
         self._lib = lib = _import_libnfs()
         self._lock = threading.Lock()
         self._nfs = lib.nfs_init_context()
-        parsed = lib.nfs_parse_url_full(self._nfs, url)
-        self._check(lib.nfs_mount(self._nfs, address, parsed.path))
+        parsed = nfs_url.parse(url)
+        lib.nfs_parse_url_full(self._nfs, f"nfs://server/directory/file?{url.partition('?')[2]}")  # only the options
+        self._check(lib.nfs_mount(self._nfs, address, parsed.directory))
         opened = lib.new_NFSFileHandle()
-        self._check(lib.nfs_open(self._nfs, parsed.file, os.O_RDWR | os.O_SYNC, opened))
+        self._check(lib.nfs_open(self._nfs, f"/{parsed.name}", os.O_RDWR | os.O_SYNC, opened))
         self._file = lib.NFSFileHandle_value(opened)
         stat = lib.nfs_stat_64()
         self._check(lib.nfs_fstat64(self._nfs, self._file, stat))

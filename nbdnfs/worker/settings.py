@@ -47,7 +47,7 @@ KEYS = (
 class WorkerSettings:
     """What the plugin was given. Read-only once initialized.
 
-    url         as libnfs takes it
+    url         in its canonical form (nfs_url)
     address     the server's numeric address; None where the plugin is to resolve the URL itself
     engine      one of ENGINES
     lock        one of LOCKS

@@ -375,14 +375,14 @@ def test_an_operation_that_is_put_off(nas: FakeNas, file: NfsFile, op: str, puts
 
 @pytest.mark.parametrize("op", ["LINK", "RENAME", "REMOVE", "GETATTR", "LOOKUP"])
 def test_an_operation_that_is_put_off_for_ever(nas: FakeNas, file: NfsFile, op: str) -> None:
-    """It fails in the end."""
+    """It fails with EAGAIN, and soon: how long to go on is for the caller to say."""
     call = {"GETATTR": file.stat, "LOOKUP": lambda: file.lookup("/swap")}.get(op, lambda: operation(file, op))
     nas.jukebox(op)
     begin_s = time.monotonic()
     with pytest.raises(OSError, match="puts it off") as caught:
         in_background(call).result(DEADLINE_S)
-    assert caught.value.errno == errno.ETIMEDOUT
-    assert time.monotonic() - begin_s < 4 * SILENCE_MS / 1000 + SLACK_S
+    assert caught.value.errno == errno.EAGAIN
+    assert time.monotonic() - begin_s < 1 + SLACK_S
 
 
 def test_operations_without_a_server(nas: FakeNas, file: NfsFile) -> None:

@@ -209,7 +209,7 @@ def test_errors_name_line_and_remedy(root: Path, text: str, line: int, message: 
         ('\nurl = "http://nas/x"', "swap0.toml:2: url: 'http://nas/x' is not an NFS URL"),
         ('url = "nfs://nas/a/%q"', "swap0.toml:1: url: '%q' in the URL is not a specifier"),
         ('url = "nfs://nas/a/b?uuid=1"', "swap0.toml:1: url: 'uuid' is not an option of an NFS URL"),
-        ('url = "nfs://nas/a/b\\nb"', "swap0.toml:1: url: 'nfs://nas/a/b?b' is not an NFS URL"),
+        ('url = "nfs://nas/a/b\\nb"', r"swap0.toml:1: url: 'nfs://nas/a/b\nb' is not an NFS URL"),
         (b"# \xc3\xa4\n# \xe4\n", "swap0.toml:2: byte 0xe4 is not UTF-8"),
         ("#" * 20000, "swap0.toml is larger than 16 KiB"),
     ],

@@ -104,9 +104,12 @@ def test_damage(spoil: object) -> None:
 
 
 OTHER = {"machine": D, "boot": D, "hardware": D}
-EARLIER = {"machine": A, "boot": D, "hardware": D}
-# an image with a machine id of its own at each boot, on the same hardware
-SAME_BOX = {"machine": D, "boot": D, "hardware": C}
+EARLIER = {"machine": A, "boot": D, "hardware": C}
+# the firmware's id is not known (it needs root), or is one that is known to be shared
+EARLIER_WITHOUT_HARDWARE = {"machine": A, "boot": D, "hardware": "-"}
+# one machine id, because an image was copied, on other hardware; and one firmware's id on two machines
+CLONE = {"machine": A, "boot": D, "hardware": D}
+TWIN = {"machine": D, "boot": D, "hardware": C}
 NOW = {"machine": A, "boot": B, "hardware": C}
 
 
@@ -121,8 +124,13 @@ NOW = {"machine": A, "boot": B, "hardware": C}
         (EARLIER, 26, False, Verdict.REPLACE, Verdict.REPLACE),
         (EARLIER, 3, False, Verdict.WATCH, Verdict.TAKE),
         (EARLIER | {"state": "waiting"}, 26, False, Verdict.TAKE, Verdict.TAKE),
-        (SAME_BOX, 26, False, Verdict.REPLACE, Verdict.REPLACE),
-        (SAME_BOX, 3, False, Verdict.WATCH, Verdict.TAKE),
+        (EARLIER_WITHOUT_HARDWARE, 26, False, Verdict.REPLACE, Verdict.REPLACE),
+        (EARLIER_WITHOUT_HARDWARE, 3, False, Verdict.WATCH, Verdict.TAKE),
+        (EARLIER | {"machine": "-"}, 26, False, Verdict.REPLACE, Verdict.REPLACE),
+        (CLONE, 26, False, Verdict.REFUSE_STALE, Verdict.TAKE),
+        (CLONE, 3, False, Verdict.REFUSE_FRESH, Verdict.TAKE),
+        (TWIN, 26, False, Verdict.REFUSE_STALE, Verdict.TAKE),
+        (TWIN, 3, False, Verdict.REFUSE_FRESH, Verdict.TAKE),
         (NOW, 3, True, Verdict.KEEP, Verdict.KEEP),
         (NOW, 300, False, Verdict.KEEP, Verdict.KEEP),
         (NOW | {"state": "waiting"}, 3, False, Verdict.TAKE, Verdict.TAKE),
@@ -130,6 +138,8 @@ NOW = {"machine": A, "boot": B, "hardware": C}
         (NOW | {"holder": "keeper:swap1"}, 3, False, Verdict.REPLACE, Verdict.REPLACE),
         # containers on one host: one boot, several machines
         (NOW | {"machine": D, "hardware": "-"}, 3, True, Verdict.REFUSE_FRESH, Verdict.TAKE),
+        # a snapshot of a machine that was started twice: one boot and machine id, other hardware
+        (NOW | {"hardware": D}, 3, False, Verdict.REFUSE_FRESH, Verdict.TAKE),
         # two machines without an id are not the same machine
         ({"machine": "-", "boot": D, "hardware": "-"}, 26, False, Verdict.REFUSE_STALE, Verdict.TAKE),
     ],
@@ -150,10 +160,36 @@ def test_a_machine_without_ids() -> None:
     assert decide(mine, later, HOLDER, age_s=100, holder_lives=False) is Verdict.REFUSE_STALE
 
 
+@pytest.mark.parametrize(
+    ("record", "verdict"),
+    [
+        (TWIN, Verdict.REPLACE),
+        (TWIN | {"machine": "-"}, Verdict.REPLACE),
+        (CLONE, Verdict.REFUSE_STALE),
+        (TWIN | {"hardware": "-"}, Verdict.REFUSE_STALE),
+        (NOW, Verdict.KEEP),
+        # containers on one host
+        (NOW | {"machine": D}, Verdict.REPLACE),
+    ],
+)
+def test_a_machine_id_that_is_new_at_each_boot(record: dict[str, str], verdict: Verdict) -> None:
+    """An image in memory: the firmware's id says which machine it is, and another machine id says nothing."""
+    me = dataclasses.replace(ME, has_new_machine_id=True)
+    assert decide(held(**record), me, HOLDER, age_s=26, holder_lives=False) is verdict
+
+
 def test_no_record_and_a_damaged_one() -> None:
     """Without a record, one is created; anything else in its place is refused, unless it is to be stolen."""
     assert decide(None, ME, HOLDER, age_s=0, holder_lives=False) is Verdict.CREATE
-    assert decide(b"", ME, HOLDER, age_s=0, holder_lives=False) is Verdict.REFUSE_DAMAGED
+    assert decide(b"x", ME, HOLDER, age_s=0, holder_lives=False) is Verdict.REFUSE_DAMAGED
+    assert decide(b"x", ME, HOLDER, age_s=0, holder_lives=False, steal=True) is Verdict.TAKE
+
+
+def test_an_empty_record() -> None:
+    """A claimant is about to write it, or has died before it could: the wait is for the one that was only slow."""
+    assert decide(b"", ME, HOLDER, age_s=24, holder_lives=False) is Verdict.WATCH
+    assert decide(b"", ME, HOLDER, age_s=26, holder_lives=False) is Verdict.TAKE
+    assert decide(b"", ME, HOLDER, age_s=0, holder_lives=False, watched=True) is Verdict.TAKE
     assert decide(b"", ME, HOLDER, age_s=0, holder_lives=False, steal=True) is Verdict.TAKE
 
 
@@ -177,7 +213,8 @@ def test_a_living_owner_is_never_replaced(me: Identity, owner: Identity, age_s: 
     after the wait in which its owner stops."""
     record = owner_record.new(owner, HOLDER, None, state)
     verdict = decide(record, me, HOLDER, age_s=age_s, holder_lives=lives)
-    if (owner.boot, owner.machine) != (me.boot, me.machine):
+    is_other_hardware = "-" not in (owner.hardware, me.hardware) and owner.hardware != me.hardware
+    if (owner.boot, owner.machine) != (me.boot, me.machine) or is_other_hardware:
         if age_s < record.stale_after_s:
             assert verdict in (*REFUSALS, Verdict.WATCH)
             assert decide(record, me, HOLDER, age_s=age_s, holder_lives=lives, steal=True) is Verdict.TAKE
@@ -214,6 +251,8 @@ def test_identity(tmp_path: Path) -> None:
     assert me.machine not in (me.boot, me.hardware)
     assert owner_record.parse(owner_record.new(me, HOLDER, None, "held").to_bytes()) is not None
 
+    assert not me.has_new_machine_id
+
     (tmp_path / "etc/machine-id").write_text("uninitialized\n")
     (tmp_path / "sys/class/dmi/id/product_uuid").write_text("FFFFFFFF-FFFF-FFFF-FFFF-FFFFFFFFFFFF\n")
     assert owner_record.identity(tmp_path).machine == owner_record.identity(tmp_path).hardware == "-"
@@ -227,9 +266,68 @@ def test_identity(tmp_path: Path) -> None:
         owner_record.identity(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "03000200-0400-0500-0006-000700080009",
+        "00020003-0004-0005-0006-000700080009",
+        "FFFFFFFF-FFFF-FFFF-FFFF-FFFFFFFFFFFF",
+        "00000000-0000-0000-0000-000000000000",
+        "FEFEFEFE-FEFE-FEFE-FEFE-FEFEFEFEFEFE",
+        "12345678-1234-5678-90AB-CDDEEFAABBCC",
+        "Not Settable",
+        "Not Specified",
+        "To Be Filled By O.E.M.",
+        "Default string",
+        "System Serial Number",
+    ],
+)
+@pytest.mark.parametrize("where", ["sys/class/dmi/id/product_uuid", "proc/device-tree/serial-number"])
+def test_ids_that_are_shared_are_not_ids(tmp_path: Path, text: str, where: str) -> None:
+    """What firmware has where its maker set nothing: the same on a whole product line."""
+    for name, content in {"proc/sys/kernel/random/boot_id": 32 * "a", where: text}.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{content}\n")
+    assert owner_record.identity(tmp_path).hardware == "-"
+
+
+@pytest.mark.parametrize(
+    ("mounts", "is_new"),
+    [
+        ([("/", "ext4")], False),
+        ([("/", "overlay")], True),
+        ([("/", "rootfs"), ("/", "ext4"), ("/etc2", "tmpfs")], False),
+        ([("/", "ext4"), ("/etc", "tmpfs")], True),
+        ([("/", "overlay"), ("/etc/machine-id", "nfs4")], False),
+        ([("/", "nfs"), ("/etc/machine-id", "tmpfs")], True),
+    ],
+)
+def test_where_the_machine_id_is(tmp_path: Path, mounts: list[tuple[str, str]], is_new: bool) -> None:
+    """On a file system in memory it is another at each boot."""
+    files = {
+        "proc/sys/kernel/random/boot_id": 32 * "a",
+        "proc/self/mountinfo": "".join(
+            f"{number} 1 0:5 / {place} rw,relatime shared:1 - {kind} {kind} rw\n"
+            for number, (place, kind) in enumerate(mounts)
+        ),
+    }
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert owner_record.identity(tmp_path).has_new_machine_id == is_new
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/machine-id").write_text(32 * "b")
+    assert owner_record.identity(tmp_path).has_new_machine_id
+
+
 def test_names() -> None:
     """The record is a hidden file beside the backing file; a long name is replaced by a hash."""
     assert owner_record.name_of("box.swap") == ".box.swap.owner"
     long = owner_record.name_of("ä" * 120)
     assert len(long.encode()) < 100
     assert long != owner_record.name_of("ä" * 121)
+    latin1 = owner_record.name_of("\udce4.swap")  # nbdkit's settings are UTF-8
+    assert latin1.isascii()
+    assert latin1 != owner_record.name_of("\udcf6.swap")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import secrets
 import stat
@@ -29,10 +30,12 @@ from support.owner_records import (
 )
 from support.waiting import in_background
 
+from nbdnfs import nfs_url
 from nbdnfs.engine import NfsFile
-from nbdnfs.errors import NbdnfsError, NoInputError, OwnedError, PermissionDeniedError
-from nbdnfs.nas import backing_file, owner_record, ownership, record_file, remote_file
+from nbdnfs.errors import ConfigError, NbdnfsError, NoInputError, OwnedError, PermissionDeniedError
+from nbdnfs.nas import backing_file, owner_record, ownership, part_file, remote_file
 from nbdnfs.nas.owner_record import Identity, Record
+from nbdnfs.nas.patience import Interrupted
 
 MIB = 1 << 20
 DEVICE_BYTES = 4 * MIB
@@ -87,9 +90,20 @@ def test_an_earlier_boot_is_taken_over(swap_file: FileOnServer) -> None:
     again = dataclasses.replace(box1, boot=secrets.token_hex(16))
     assert claim(swap_file, again).generation == 2
     # the next one comes at once; the same hardware, whose image has a new machine id at each boot
-    third = Identity(secrets.token_hex(16), secrets.token_hex(16), box1.hardware, "box1")
+    third = Identity(secrets.token_hex(16), secrets.token_hex(16), box1.hardware, "box1", has_new_machine_id=True)
     assert claim(swap_file, third).generation == 3
     assert record_of(swap_file).boot == third.boot
+
+
+def test_one_shared_id_is_not_enough(swap_file: FileOnServer) -> None:
+    """A copied image on other hardware, and another image on hardware with the same id: strangers, however long the
+    owner has been silent."""
+    box1 = machine("box1")
+    claim(swap_file, box1)
+    grow_old(swap_file)
+    other = machine("box2")
+    for shared in ({"machine": box1.machine}, {"hardware": box1.hardware}):
+        refused(swap_file, dataclasses.replace(other, **shared), "is the swap of box1", "--steal")
 
 
 def test_a_living_clone_is_not_an_earlier_boot(swap_file: FileOnServer) -> None:
@@ -165,11 +179,115 @@ def test_of_many_claimants_one_wins(swap_file: FileOnServer) -> None:
 
 
 def test_a_server_without_hard_links(swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first record is renamed into place, and waits as if it replaced another."""
-    monkeypatch.setattr(record_file.CandidateRecord, "link", lambda candidate: False)
-    before_s = time.monotonic()
+    """The first record is created under its name, and nothing is waited for. One that was never written is watched,
+    and then replaced."""
+    without_links(monkeypatch)
+    slept_s: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept_s.append)
+    box1 = machine("box1")
+    for _ in range(2):
+        record = claim(swap_file, box1)
+        assert record == record_of(swap_file)
+        assert (record.state, record.generation) == ("held", 1)
+        refused(swap_file, machine("box2"), "in use as swap by box1")
+        assert ownership.release(swap_file.url(), HOLDER, box1)
+    assert slept_s == []
+    record_path(swap_file).touch()
+    monkeypatch.setattr(ownership, "EMPTY_STALE_AFTER_S", 0.3)
+    assert claim(swap_file, box1) == record_of(swap_file)
+    assert slept_s[-1] == QUICK.stops_within_ms / 1000
+
+
+def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server answers LINK with an error."""
+
+    def link(file: NfsFile, old_path: str, new_path: str) -> None:
+        raise OSError(errno.EINVAL, "NFS3ERR_NOTSUPP")
+
+    monkeypatch.setattr(remote_file, "NfsFile", type("Linkless", (Wrapped,), {"link": link}))
+
+
+class Wrapped:
+    """An NfsFile, for changes to some of its methods."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._file = NfsFile(*arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def test_of_many_claimants_without_hard_links_one_wins(
+    swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The creation of the record decides."""
+    without_links(monkeypatch)
+    for _ in range(5):
+        futures = [in_background(claim, swap_file, machine(f"box{number}")) for number in range(8)]
+        results = [future.exception(60) or future.result() for future in futures]
+        won = [result for result in results if isinstance(result, Record)]
+        assert won == [record_of(swap_file)]
+        assert beside(swap_file) == [record_path(swap_file)]
+        record_path(swap_file).unlink()
+
+
+def test_a_file_with_two_names(swap_file: FileOnServer) -> None:
+    """Under another name it would have another record: hard and symbolic links are refused, under each name."""
+    other = swap_file.path.with_name("other.swap")
+    url = swap_file.url().replace(swap_file.name, other.name)
+    other.symlink_to(swap_file.name)
+    swap_file.path.chmod(0o600)
+    with pytest.raises(ConfigError, match="is a symbolic link") as caught:
+        ownership.claim(url, HOLDER, machine("box1"))
+    assert "the file itself" in caught.value.hint
+    with pytest.raises(ConfigError, match="is a symbolic link"):
+        backing_file.create(url, DEVICE_BYTES, force=True)
+    other.unlink()
+    os.link(swap_file.path, other)
+    for name in (url, swap_file.url()):
+        with pytest.raises(ConfigError, match=r"has 2 names \(hard links\)") as caught:
+            ownership.claim(name, HOLDER, machine("box1"))
+        assert "-samefile" in caught.value.hint
+    other.unlink()
+    assert beside(swap_file) == []
     assert claim(swap_file, machine("box1")) == record_of(swap_file)
-    assert time.monotonic() - before_s >= QUICK.stops_within_ms / 1000
+
+
+def test_a_leftover_of_create_is_removed(swap_file: FileOnServer) -> None:
+    """It died after the file got its name: the part file's name is not another name of the file."""
+    part = swap_file.path.with_name(part_file.name_of(nfs_url.parse(swap_file.url())))
+    os.link(swap_file.path, part)
+    claim(swap_file, machine("box1"))
+    assert beside(swap_file) == [record_path(swap_file)]
+
+
+def test_a_claim_that_is_interrupted(swap_file: FileOnServer) -> None:
+    """While it watches, nothing is left behind; while it waits, a record that makes the next claimant wait as well."""
+    box1, box2, stop = machine("box1"), machine("box2"), threading.Event()
+    owned = ownership.claim(swap_file.url(), HOLDER, box1)  # with the real times
+    before = record_path(swap_file).read_bytes()
+
+    def interrupt(line: str) -> None:
+        said.append(line)
+        stop.set()
+
+    said: list[str] = []
+    again = dataclasses.replace(box1, boot=secrets.token_hex(16))
+    with pytest.raises(Interrupted):
+        ownership.claim(swap_file.url(), HOLDER, again, report=interrupt, stop=stop)
+    assert "checking whether another machine refreshes it" in said.pop()
+    assert record_path(swap_file).read_bytes() == before
+    stop.clear()
+    with pytest.raises(Interrupted):
+        ownership.claim(swap_file.url(), HOLDER, box2, steal=True, report=interrupt, stop=stop)
+    assert "waiting 50 s" in said.pop()
+    found = record_of(swap_file)
+    assert (found.state, found.host, found.generation) == ("free", "box2", owned.generation + 1)
+    assert beside(swap_file) == [record_path(swap_file)]
+    stop.clear()
+    with pytest.raises(Interrupted):
+        ownership.claim(swap_file.url(), HOLDER, box1, report=interrupt, stop=stop)
+    assert "waiting 50 s" in said.pop()
 
 
 def test_release(swap_file: FileOnServer) -> None:
@@ -191,14 +309,8 @@ def test_release_spares_a_thief(swap_file: FileOnServer, monkeypatch: pytest.Mon
     claim(swap_file, box1)
     theirs = owner_record.new(box2, HOLDER, None, "held")
 
-    class Robbed:
+    class Robbed(Wrapped):
         """An NfsFile whose name goes to another file once it has been written."""
-
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            self._file = NfsFile(*arguments, **options)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._file, name)
 
         def pwrite(self, data: bytes, offset: int) -> int:
             count = self._file.pwrite(data, offset)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nbdnfs.errors import NbdnfsError
-from nbdnfs.nas import backing_file, remote_file, zeros
+from nbdnfs.nas import backing_file, patience, remote_file, zeros
 
 URL = "nfs://192.0.2.1/export/swap0?version=3&uid=0&gid=0"
 CHUNK = 4096
@@ -53,6 +53,8 @@ class FakeServer:
         self.no_room_errno = errno.ENOSPC
         self.write_errno_at: dict[int, int] = {}
         self.has_links = True
+        self.symbolic_links: set[str] = set()
+        self.busy: dict[str, int] = {}
         self.lost_answers: list[str] = []
         self.allocates = 1.0
         self.before_link: Callable[[], object] = lambda: None
@@ -67,6 +69,7 @@ class FakeServer:
         """What NfsFile(...) is."""
         assert address == "192.0.2.1"
         name = url.partition("?")[0].rpartition("/")[2]
+        self.put_off("create" if create else "open")
         with self._lock:
             if name in self.open_errno:
                 raise failure(self.open_errno[name])
@@ -103,6 +106,7 @@ class FakeServer:
 
     def name_operation(self, what: str, operation: Callable[[], None]) -> None:
         """Do it; say that the connection was lost where that is wanted."""
+        self.put_off(what)
         with self._lock:
             try:
                 operation()
@@ -111,6 +115,13 @@ class FakeServer:
             if what in self.lost_answers:
                 self.lost_answers.remove(what)
                 raise failure(errno.ECONNRESET, "name")
+
+    def put_off(self, what: str) -> None:
+        """Ask to try again later, for as many calls as `busy` says."""
+        with self._lock:
+            if self.busy.get(what, 0) > 0:
+                self.busy[what] -= 1
+                raise failure(errno.EAGAIN, "connect" if what in ("open", "create") else "name")
 
     def link(self, old: str, new: str) -> None:
         self.before_link()
@@ -137,6 +148,7 @@ class FakeNfsFile:
         self.size_bytes = len(inode.data)
 
     def stat(self) -> dict[str, Any]:
+        self._server.put_off("stat")
         inode = self._inode
         return {
             "size": len(inode.data),
@@ -152,9 +164,12 @@ class FakeNfsFile:
     def pwrite(self, data: memoryview, offset: int) -> int:
         return self._server.write(self._inode, bytes(data), offset)
 
-    def lookup(self, path: str) -> dict[str, Any]:
+    def lookup(self, path: str, follow: bool = True) -> dict[str, Any]:
+        self._server.put_off("lookup")
+        name = path.removeprefix("/")
         try:
-            return FakeNfsFile(self._server, self._server.files[path.removeprefix("/")]).stat()
+            found = FakeNfsFile(self._server, self._server.files[name]).stat()
+            return found | {"is_regular": found["is_regular"] and (follow or name not in self._server.symbolic_links)}
         except KeyError:
             raise failure(errno.ENOENT, "name") from None
 
@@ -184,6 +199,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
     monkeypatch.setattr(zeros, "CHUNK_BYTES", CHUNK)
     monkeypatch.setattr(zeros, "_ALLOCATION_SETTLES_S", 0.0)
     monkeypatch.setattr(remote_file, "_RETRY_PAUSE_S", 0.001)
+    monkeypatch.setattr(patience, "_FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(os, "getuid", lambda: 0)
     return server
 

@@ -4,7 +4,7 @@
  * call that may block drops the GIL.
  *
  * errors.c        results into exceptions
- * arguments.c     numbers and closed objects
+ * arguments.c     numbers and paths
  * thread_state.c  keeping a PyThreadState for each of nbdkit's threads
  * counters.c      the region's counters as a dict
  * engine_type.c   nbdnfs.engine.Engine
@@ -32,7 +32,12 @@ PyObject *closed(void);
 
 /* arguments.c */
 
+struct path_argument {
+	char text[2048];
+};
+
 int parse_u64(PyObject *object, void *value);
+int parse_path(PyObject *object, void *value);
 
 /* thread_state.c */
 

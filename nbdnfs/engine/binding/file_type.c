@@ -172,48 +172,50 @@ static PyObject *file_lookup(struct file_object *self, PyObject *args)
 {
 	struct nfsio_failure why;
 	struct nfsio_stat st;
-	const char *path;
-	int error;
+	struct path_argument path;
+	int error, follow = 1;
 
-	if (!PyArg_ParseTuple(args, "s", &path))
+	if (!PyArg_ParseTuple(args, "O&|p", parse_path, &path, &follow))
 		return NULL;
-	NAME_OPERATION(self, error, nfsio_stat(self->io, path, &st, &why));
+	NAME_OPERATION(self, error,
+		       follow ? nfsio_stat(self->io, path.text, &st, &why)
+			      : nfsio_lstat(self->io, path.text, &st, &why));
 	return stat_dict(&st);
 }
 
 static PyObject *file_link(struct file_object *self, PyObject *args)
 {
 	struct nfsio_failure why;
-	const char *old_path, *new_path;
+	struct path_argument old_path, new_path;
 	int error;
 
-	if (!PyArg_ParseTuple(args, "ss", &old_path, &new_path))
+	if (!PyArg_ParseTuple(args, "O&O&", parse_path, &old_path, parse_path, &new_path))
 		return NULL;
-	NAME_OPERATION(self, error, nfsio_link(self->io, old_path, new_path, &why));
+	NAME_OPERATION(self, error, nfsio_link(self->io, old_path.text, new_path.text, &why));
 	Py_RETURN_NONE;
 }
 
 static PyObject *file_rename(struct file_object *self, PyObject *args)
 {
 	struct nfsio_failure why;
-	const char *old_path, *new_path;
+	struct path_argument old_path, new_path;
 	int error;
 
-	if (!PyArg_ParseTuple(args, "ss", &old_path, &new_path))
+	if (!PyArg_ParseTuple(args, "O&O&", parse_path, &old_path, parse_path, &new_path))
 		return NULL;
-	NAME_OPERATION(self, error, nfsio_rename(self->io, old_path, new_path, &why));
+	NAME_OPERATION(self, error, nfsio_rename(self->io, old_path.text, new_path.text, &why));
 	Py_RETURN_NONE;
 }
 
 static PyObject *file_unlink(struct file_object *self, PyObject *args)
 {
 	struct nfsio_failure why;
-	const char *path;
+	struct path_argument path;
 	int error;
 
-	if (!PyArg_ParseTuple(args, "s", &path))
+	if (!PyArg_ParseTuple(args, "O&", parse_path, &path))
 		return NULL;
-	NAME_OPERATION(self, error, nfsio_unlink(self->io, path, &why));
+	NAME_OPERATION(self, error, nfsio_unlink(self->io, path.text, &why));
 	Py_RETURN_NONE;
 }
 
@@ -235,7 +237,8 @@ static PyMethodDef file_methods[] = {
 	{ "stat", (PyCFunction)file_stat, METH_NOARGS,
 	  "stat() -> {size, mode, uid, gid, ino, nlink, used (bytes), mtime_us, is_regular}, from the server. As "
 	  "lookup(): sent again where that helps; ETIMEDOUT or ENOTCONN after 4 x silence_ms" },
-	{ "lookup", (PyCFunction)file_lookup, METH_VARARGS, "lookup(path) -> as stat(), of another name" },
+	{ "lookup", (PyCFunction)file_lookup, METH_VARARGS,
+	  "lookup(path, follow=True) -> as stat(), of another name; not follow: of a symbolic link itself" },
 	{ "link", (PyCFunction)file_link, METH_VARARGS,
 	  "link(old_path, new_path): make a hard link; EEXIST when new_path exists. As rename and unlink: ETIMEDOUT "
 	  "when there is no answer within 2 x silence_ms, ECONNRESET when the connection breaks; the server may have "

@@ -99,19 +99,33 @@ int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t d
 }
 
 /*
- * Without this, libnfs asks MOUNT for a list of all exports, which it parses recursively, and mounts those that lie
- * below ours. A server with thousands of exports would be the end of the process; one that does not answer, or that has
- * an export which we may not mount, the end of each attempt to connect. libnfs 4.0 has no function for it.
+ * libnfs gets a URL with the options only (see url.c). uid and gid are set apart: its atoi() takes no number over
+ * 2147483647 where long has 32 bits.
+ *
+ * Without auto-traverse-mounts=0, libnfs asks MOUNT for a list of all exports, which it parses recursively, and mounts
+ * those that lie below ours. A server with thousands of exports would be the end of the process; one that does not
+ * answer, or that has an export which we may not mount, the end of each attempt to connect. libnfs 4.0 has no function
+ * for it.
  */
-static void forbid_traversal(struct nfs_context *nfs)
+static bool set_options(struct nfsio *io, struct nfs_context *nfs)
 {
-	struct nfs_url *url = nfs_parse_url_full(nfs, "nfs://0.0.0.0/-/-?auto-traverse-mounts=0");
+	const char *options = strchr(io->url, '?');
+	char text[512];
+	struct nfs_url *parsed;
 
-	if (url != NULL)
-		nfs_destroy_url(url);
+	if (snprintf(text, sizeof(text), "nfs://0.0.0.0/-/-?auto-traverse-mounts=0%s%s", options != NULL ? "&" : "",
+		     options != NULL ? options + 1 : "") >= (int)sizeof(text))
+		return false;
+	parsed = nfs_parse_url_full(nfs, text);
+	if (parsed == NULL)
+		return false;
+	nfs_destroy_url(parsed);
+	nfs_set_uid(nfs, (int)url_number(io->url, "uid=", getuid()));
+	nfs_set_gid(nfs, (int)url_number(io->url, "gid=", getgid()));
+	return true;
 }
 
-static struct nfs_context *new_context(struct nfsio *io, struct nfs_url **parsed, struct nfsio_failure *why)
+static struct nfs_context *new_context(struct nfsio *io, struct nfsio_failure *why)
 {
 	struct nfs_context *nfs = nfs_init_context();
 	char host[65] = "", name[160];
@@ -120,14 +134,12 @@ static struct nfs_context *new_context(struct nfsio *io, struct nfs_url **parsed
 		set_failure(why, NFSIO_CONNECT, -ENOMEM, NULL);
 		return NULL;
 	}
-	*parsed = nfs_parse_url_full(nfs, io->url);
-	if (*parsed == NULL) {
+	if (!set_options(io, nfs)) {
 		set_failure(why, NFSIO_CONNECT, -EINVAL, nfs_get_error(nfs));
 		nfs_destroy_context(nfs);
 		return NULL;
 	}
 	nfs_set_autoreconnect(nfs, 0);
-	forbid_traversal(nfs);
 	nfs_set_timeout(nfs, -1);
 	/*
 	 * An NFSv4 server knows its clients by name. It takes a second context of the same name for the first one
@@ -156,26 +168,38 @@ static bool is_jukebox(struct nfs_context *nfs)
 	return text != NULL && strstr(text, "(10008)") != NULL;
 }
 
-/* Is "/" left to be tried as a parent? */
-static bool may_be_root(const struct nfsio *io, const char *path)
+/* Cut the last component off `path`; "/" is the last parent, for NFSv3. Returns false when there is none. */
+static bool go_up(const struct nfsio *io, char *path)
 {
-	return io->version == 3 && path[1] != '\0';
+	char *slash = strrchr(path, '/');
+
+	if (slash == NULL || slash[1] == '\0' || (slash == path && io->version != 3))
+		return false;
+	slash[slash == path] = '\0';
+	return true;
+}
+
+/* Remember what was mounted, for reconnects, and what of the directory is below it. */
+static bool remember_mount(struct nfsio *io, const char *path)
+{
+	const char *rest = io->url_directory + (strcmp(path, "/") == 0 ? 0 : strlen(path));
+
+	io->mount_path = strdup(path);
+	io->prefix = strdup(strcmp(rest, "/") == 0 ? "" : rest);
+	return io->prefix != NULL && io->mount_path != NULL;
 }
 
 /*
  * Mount the URL's directory or, where the server exports only a parent of it, the longest parent that it exports.
  * Remember the choice for reconnects. Returns false and *why, of the first refusal; *nfs may be NULL then.
  */
-static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, struct nfs_url **url, int64_t deadline_ms,
-			    struct nfsio_failure *why)
+static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, int64_t deadline_ms, struct nfsio_failure *why)
 {
-	char path[4096];
+	char path[URL_PATH_BYTES_MAX + 1];
 	bool chosen = io->mount_path != NULL;
 	bool first = true;
 
-	snprintf(path, sizeof(path), "%s", chosen ? io->mount_path : (*url)->path);
-	if (io->version == 3 && path[0] == '\0')
-		strcpy(path, "/"); /* the file lies in the root directory, which MOUNT knows by this name */
+	snprintf(path, sizeof(path), "%s", chosen ? io->mount_path : io->url_directory);
 	for (;;) {
 		struct step *step = new_step(io);
 		int error = -EIO;
@@ -190,30 +214,17 @@ static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, struct n
 			set_failure(why, is_no_answer(*nfs, error) ? NFSIO_CONNECT : NFSIO_MOUNT, error,
 				    nfs_get_error(*nfs));
 		first = false;
-
-		char *slash = strrchr(path, '/');
-
-		/* the root directory is the last parent */
-		if (is_no_answer(*nfs, error) || chosen || slash == NULL || (slash == path && !may_be_root(io, path)))
+		if (is_no_answer(*nfs, error) || chosen || !go_up(io, path))
 			return false;
-		slash[slash == path ? 1 : 0] = '\0';
 		/* a context that failed to mount cannot be used again */
-		nfs_destroy_url(*url);
-		*url = NULL;
 		nfs_destroy_context(*nfs);
-		*nfs = new_context(io, url, why);
+		*nfs = new_context(io, why);
 		if (*nfs == NULL)
 			return false;
 	}
-	if (!chosen) {
-		const char *rest = (*url)->path + (strcmp(path, "/") == 0 ? 0 : strlen(path));
-
-		io->mount_path = strdup(path);
-		io->prefix = strdup(strcmp(rest, "/") == 0 ? "" : rest);
-		if (io->prefix == NULL || io->mount_path == NULL) {
-			set_failure(why, NFSIO_MOUNT, -ENOMEM, NULL);
-			return false;
-		}
+	if (!chosen && !remember_mount(io, path)) {
+		set_failure(why, NFSIO_MOUNT, -ENOMEM, NULL);
+		return false;
 	}
 	return true;
 }
@@ -337,17 +348,16 @@ static struct nfsio_handle find_directory(struct nfsio *io, const struct connect
 bool connect_to_name(struct nfsio *io, struct connection *made, struct nfsio_failure *why)
 {
 	int64_t deadline_ms = now_ms() + 1 + io->patience_ms; /* + 1: now_ms() rounds down */
-	struct nfs_url *url = NULL;
-	struct nfs_context *nfs = new_context(io, &url, why);
+	struct nfs_context *nfs = new_context(io, why);
 	char path[4096];
 	int error;
 
 	*made = (struct connection){ .deadline_ms = deadline_ms };
 	if (nfs == NULL)
 		return false;
-	if (!mount_directory(io, &nfs, &url, deadline_ms, why))
+	if (!mount_directory(io, &nfs, deadline_ms, why))
 		goto fail;
-	snprintf(path, sizeof(path), "%s%s%s", io->prefix, url->file[0] == '/' ? "" : "/", url->file);
+	snprintf(path, sizeof(path), "%s/%s", io->prefix, io->url_file);
 	error = open_file(io, nfs, path, deadline_ms, &made->fh);
 	made->nfs = nfs;
 	if (error == 0)
@@ -361,11 +371,8 @@ bool connect_to_name(struct nfsio *io, struct connection *made, struct nfsio_fai
 		made->directory = find_directory(io, made);
 	made->read_max_bytes = transfer_limit(nfs_get_readmax(nfs));
 	made->write_max_bytes = transfer_limit(nfs_get_writemax(nfs));
-	nfs_destroy_url(url);
 	return true;
 fail:
-	if (url != NULL)
-		nfs_destroy_url(url);
 	if (nfs != NULL)
 		libnfs_destroy(nfs, made->fh);
 	made->nfs = NULL;

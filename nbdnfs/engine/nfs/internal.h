@@ -50,10 +50,12 @@
 #define AWAY_TICK_MS 250
 /* The pause before a call is sent again that the server has put off. */
 #define RETRY_LATER_MS 200
+/* What is put off for longer fails, looks excepted: how long to go on is for the caller to say. */
+#define PUT_OFF_LIMIT_MS 1000
 /* How often nfsio_look.waiting is called. */
 #define WAITING_TICK_MS 250
 
-enum name_call { CALL_STAT, CALL_FSTAT, CALL_LINK, CALL_RENAME, CALL_UNLINK, CALL_LOOK };
+enum name_call { CALL_STAT, CALL_LSTAT, CALL_FSTAT, CALL_LINK, CALL_RENAME, CALL_UNLINK, CALL_LOOK };
 
 /* One name operation, on its caller's stack. Guarded by io->lock. */
 struct name_op {
@@ -67,6 +69,7 @@ struct name_op {
 	int64_t limit_at_ms;    /* then the connection is given up in any case */
 	bool sent;              /* outstanding, or it was */
 	bool put_off;           /* the server has last answered "later" */
+	int64_t put_off_since_ms; /* 0: it has not yet */
 	bool done;
 	struct nfsio_failure *why; /* error 0 until it fails */
 	struct nfsio_stat *st;
@@ -110,7 +113,8 @@ enum receiver { RECEIVER_NONE, RECEIVER_IO_THREAD, RECEIVER_WAITER };
 struct nfsio {
 	/* constant after nfsio_create() */
 	char *url, *address;
-	char *mount_path;       /* the part of the URL's directory that the server exports */
+	char *url_directory, *url_file; /* the URL's path, decoded; the directory is "/" at least */
+	char *mount_path;       /* the part of the directory that the server exports */
 	char *prefix;           /* the rest of it, "" or "/sub/dir" */
 	struct nfsio_options options;
 	struct nfsio_stat opened;
@@ -337,6 +341,14 @@ void step_done(int error, struct nfs_context *nfs, void *data, void *arg);
 struct step *new_step(struct nfsio *io);
 int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t deadline_ms);
 bool connect_to_name(struct nfsio *io, struct connection *made, struct nfsio_failure *why);
+
+/* url.c */
+
+/* Of an encoded path. libnfs's own limit is PATH_MAX. */
+#define URL_PATH_BYTES_MAX 4000
+
+/* The URL's directory ("/" at least) and file, decoded, for free(). Returns 0, -ENOMEM, or -EINVAL: it has none. */
+int url_take_path(const char *url, char **directory, char **file);
 
 /* recognise.c, for the I/O thread. is_same_file() waits, and takes the lock. */
 int is_same_file(struct nfsio *io, const struct connection *made);

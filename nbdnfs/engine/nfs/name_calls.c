@@ -120,6 +120,8 @@ static int call_libnfs(struct nfsio *io, struct name_op *op)
 	switch (op->call) {
 	case CALL_STAT:
 		return nfs_stat64_async(io->nfs, op->path, name_op_done, op);
+	case CALL_LSTAT:
+		return nfs_lstat64_async(io->nfs, op->path, name_op_done, op);
 	case CALL_FSTAT:
 		return nfs_fstat64_async(io->nfs, io->fh, name_op_done, op);
 	case CALL_LINK:

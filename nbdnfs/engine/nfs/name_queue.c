@@ -61,13 +61,15 @@ void name_op_put_off(struct name_op *op)
 {
 	op->put_off = true;
 	op->send_at_ms = now_ms() + RETRY_LATER_MS;
+	if (op->put_off_since_ms == 0)
+		op->put_off_since_ms = now_ms();
 	wait_again(op);
 }
 
 /* May it be done twice? A look may, but counts from its beginning: its caller starts another. */
 bool name_op_may_repeat(const struct name_op *op)
 {
-	return op->call == CALL_STAT || op->call == CALL_FSTAT;
+	return op->call == CALL_STAT || op->call == CALL_LSTAT || op->call == CALL_FSTAT;
 }
 
 /* The connection broke, or was given up. */
@@ -97,6 +99,8 @@ void fail_late_names(struct nfsio *io)
 		next = op->next;
 		if (op->call == CALL_FSTAT && io->state.gone_too_long)
 			name_op_finish(op, -ESTALE, NULL);
+		else if (op->put_off && op->look == NULL && now >= op->put_off_since_ms + PUT_OFF_LIMIT_MS)
+			name_op_finish(op, -EAGAIN, "the server puts it off");
 		else if (now >= op->fail_at_ms && op->put_off)
 			name_op_finish(op, -ETIMEDOUT, "the server puts it off");
 		else if (now >= op->fail_at_ms && op->sent)

@@ -76,6 +76,13 @@ int nfsio_stat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct
 	return name_call(io, &op, CALL_STAT, path, NULL, why);
 }
 
+int nfsio_lstat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why)
+{
+	struct name_op op = { .st = st };
+
+	return name_call(io, &op, CALL_LSTAT, path, NULL, why);
+}
+
 int nfsio_fstat(struct nfsio *io, struct nfsio_stat *st, struct nfsio_failure *why)
 {
 	struct name_op op = { .st = st };

@@ -100,7 +100,7 @@ struct nfsio_req {
 struct nfsio;
 
 struct nfsio_options {
-	const char *url;        /* an NFS URL: path, file, version, ports, uid and gid come from it */
+	const char *url;        /* an NFS URL: path (percent-encoded), version, ports, uid and gid come from it */
 	const char *address;    /* the server's numeric address, used in place of the URL's host */
 	bool create;            /* make the file where there is none */
 	bool exclusive;         /* with create: fail with EEXIST where there is one */
@@ -244,7 +244,7 @@ bool nfsio_has_names(const struct nfsio *io);
 
 /*
  * Name operations, relative to the URL's directory ("/name"). Each returns 0, or -errno and *why; -EOPNOTSUPP where
- * there are none. A call that the server puts off (JUKEBOX) is sent again.
+ * there are none. A call that the server puts off (JUKEBOX) is sent again, and fails with -EAGAIN after a second.
  *
  * Unlike transfers they fail in the end, with -ETIMEDOUT. stat and fstat are sent again after 2 x silence_ms without an
  * answer, and fail after 4 x silence_ms. link, rename and unlink are not sent again: the second one may fail although
@@ -253,6 +253,7 @@ bool nfsio_has_names(const struct nfsio *io);
  * done nothing.
  */
 int nfsio_stat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why);
+int nfsio_lstat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why);
 int nfsio_fstat(struct nfsio *io, struct nfsio_stat *st, struct nfsio_failure *why);
 int nfsio_link(struct nfsio *io, const char *old_path, const char *new_path, struct nfsio_failure *why);
 int nfsio_rename(struct nfsio *io, const char *old_path, const char *new_path, struct nfsio_failure *why);
@@ -274,8 +275,8 @@ struct nfsio_look {
 	uint32_t room_bytes;
 	uint32_t found_bytes;
 	/*
-	 * Decides by what was read whether `change` is written. Called in some thread, with nfsio's lock held. NULL: it
-	 * is not.
+	 * Decides by what was read whether `change` is written. Called in some thread, perhaps with nfsio's lock held.
+	 * NULL: it is not.
 	 */
 	bool (*wants_change)(struct nfsio_look *look);
 	const uint8_t *change;

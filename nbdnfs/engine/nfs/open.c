@@ -21,6 +21,8 @@ static void free_all(struct nfsio *io)
 	pthread_mutex_destroy(&io->lock);
 	free(io->url);
 	free(io->address);
+	free(io->url_directory);
+	free(io->url_file);
 	free(io->mount_path);
 	free(io->prefix);
 	free(io);
@@ -34,6 +36,7 @@ static void begin_like(struct nfsio *io, struct nfsio *like)
 		io->place = like->place;
 	io->fsid = like->fsid;
 	io->fileid = like->fileid;
+	io->directory = like->directory;
 	pthread_mutex_unlock(&like->lock);
 	io->opened = like->opened;
 }
@@ -78,9 +81,11 @@ int nfsio_create(const struct nfsio_options *options, struct nfsio **out, struct
 	else if (io->wake_fd < 0)
 		error = -errno;
 	else
+		error = url_take_path(io->url, &io->url_directory, &io->url_file);
+	if (error == 0)
 		error = thread_start(&io->thread, io_thread, io);
 	if (error != 0) {
-		set_failure(why, NFSIO_CONNECT, error, NULL);
+		set_failure(why, NFSIO_CONNECT, error, error == -EINVAL ? "it names no file" : NULL);
 		free_all(io);
 		return error;
 	}

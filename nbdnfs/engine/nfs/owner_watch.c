@@ -279,8 +279,8 @@ static void *owner_watch_thread(void *arg)
 	       sleep_ms(watch, error == 0 || refresh_ms < retry_ms ? refresh_ms : retry_ms, error == 0)) {
 		if (error == 0)
 			retry_ms = RETRY_MS;
-		else if (retry_ms < RETRY_LIMIT_MS)
-			retry_ms *= 2;
+		else
+			retry_ms = 2 * retry_ms < RETRY_LIMIT_MS ? 2 * retry_ms : RETRY_LIMIT_MS;
 		atomic_store(&watch->asked, false);
 		error = look(watch, 0, &why);
 	}

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Claims a backing file in a thread of its own, so that a signal ends the claim at once, whatever it waits for.
+
+A call of the engine may wait for the server for as long as connecting takes, and Python runs signal handlers only after
+it. What the claim has left on the server by then is removed, if the server answers in time.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import TypeVar
+
+from nbdnfs.nas.patience import Interrupted
+
+# How long an interrupted claim may take to remove what it has left.
+_GRACE_S = 1.5
+_POLL_S = 0.1
+
+T = TypeVar("T")
+
+
+def run(work: Callable[[], T], stop: threading.Event) -> T:
+    """What `work` returns or raises. Interrupted: `stop` was set, and the work did not end well in _GRACE_S."""
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def call() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # a daemon: it may wait in the engine when this process ends
+    threading.Thread(target=call, name="claim", daemon=True).start()
+    while not stop.is_set():
+        try:
+            return future.result(_POLL_S)  # short: signal handlers run in between
+        except concurrent.futures.TimeoutError:
+            if future.done():  # the work raised it
+                raise
+    try:
+        return future.result(_GRACE_S)
+    except concurrent.futures.TimeoutError:
+        raise Interrupted from None
+
+
+def run_until_signal(work: Callable[[threading.Event], T]) -> T:
+    """As `run`, for a command: SIGINT and SIGTERM set the event, and end the process as they would have."""
+    stop = threading.Event()
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        stop.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return run(lambda: work(stop), stop)
+    except Interrupted:
+        signal.signal(received[0], signal.SIG_DFL)
+        os.kill(os.getpid(), received[0])
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

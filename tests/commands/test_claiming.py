@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Claims that a signal ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.fake_nas import FakeNas, Oddities
+from support.owner_records import HOLDER, machine
+from support.waiting import DEADLINE_S, wait_until
+
+from nbdnfs.commands import claiming
+from nbdnfs.nas import owner_record, ownership
+from nbdnfs.nas.owner_record import Record
+from nbdnfs.nas.patience import Interrupted
+
+SIZE = 4 << 20
+PATH = "/export/box.swap"
+RECORD = "/export/.box.swap.owner"
+# Two seconds are promised; the rest is for a loaded machine.
+SOON_S = 10.0
+
+
+def test_what_the_work_returns_and_raises() -> None:
+    """As if it had been called; a TimeoutError of its own, too."""
+    stop = threading.Event()
+    assert claiming.run(lambda: 5, stop) == 5
+
+    def fail() -> None:
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        claiming.run(fail, stop)
+
+
+def test_work_that_does_not_end() -> None:
+    """It is left alone after a moment; what ends in that moment counts."""
+    stop, never = threading.Event(), threading.Event()
+    stop.set()
+    began_s = time.monotonic()
+    with pytest.raises(Interrupted):
+        claiming.run(lambda: never.wait(60), stop)
+    assert time.monotonic() - began_s < SOON_S
+    never.set()
+    assert claiming.run(lambda: 5, stop) == 5
+
+
+def test_signals_are_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event is set by SIGTERM meanwhile, and not any more afterwards."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def work(stop: threading.Event) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return stop.wait(DEADLINE_S)
+
+    assert claiming.run_until_signal(work)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def ended_by(process: subprocess.Popen[str], number: int) -> int:
+    """Send the signal; the exit status, which must come soon."""
+    began_s = time.monotonic()
+    process.send_signal(number)
+    status = process.wait(DEADLINE_S)
+    assert time.monotonic() - began_s < SOON_S
+    return status
+
+
+@pytest.fixture(params=["claim", "serve"])
+def start(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start a command that claims a file; its stderr is a pipe."""
+
+    def run(url: str, *options: str) -> subprocess.Popen[str]:
+        own = [f"--holder={HOLDER}", *options] if request.param == "claim" else [f"--socket={tmp_path / 'socket'}"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nbdnfs", request.param, url, *own], stderr=subprocess.PIPE, text=True
+        )
+        request.addfinalizer(process.communicate)
+        request.addfinalizer(process.kill)
+        return process
+
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("op", ["LOOKUP", "MNT", "CREATE", "LINK"])
+def test_a_server_that_is_silent(start: Callable[..., subprocess.Popen[str]], op: str, number: int) -> None:
+    """The signal ends the claim, whichever call is not answered."""
+    with FakeNas() as nas:
+        nas.add(PATH, bytes(SIZE))
+        nas.drop(op, times=None, executed=False)
+        process = start(nas.url(PATH))
+        wait_until(lambda: nas.calls(op), f"a {op} arrives")
+        assert ended_by(process, number) in (0, -number)
+
+
+def test_while_it_waits_for_the_owner_before(start: Callable[..., subprocess.Popen[str]]) -> None:
+    """The record says that the file is free, which makes the next claimant wait as well; nothing else is left."""
+    free = owner_record.new(machine("box2"), HOLDER, None, "free")
+    with FakeNas() as nas:
+        nas.add(PATH, bytes(SIZE))
+        nas.add(RECORD, free.to_bytes())
+        process = start(nas.url(PATH))
+        assert process.stderr is not None
+        while "waiting 50 s" not in (line := process.stderr.readline()):
+            assert line
+        assert ended_by(process, signal.SIGTERM) in (0, -signal.SIGTERM)
+        found = owner_record.parse(nas.content(RECORD))
+        assert isinstance(found, Record)
+        assert (found.state, found.generation) == ("free", 2)
+        assert nas.names("/export") == [".box.swap.owner", "box.swap"]
+
+
+def test_calls_that_are_put_off(start: Callable[..., subprocess.Popen[str]]) -> None:
+    """The candidate for the record is removed again."""
+    with FakeNas() as nas:
+        nas.add(PATH, bytes(SIZE))
+        nas.jukebox("LINK")
+        process = start(nas.url(PATH))
+        wait_until(lambda: len(nas.calls("LINK")) > 1, "LINK is tried again")
+        assert ended_by(process, signal.SIGTERM) in (0, -signal.SIGTERM)
+        assert nas.names("/export") == ["box.swap"]
+
+
+def test_without_hard_links_a_restart_is_quick() -> None:
+    """No wait at the first start, nor at the next."""
+    with FakeNas(Oddities(has_hard_links=False)) as nas:
+        nas.add(PATH, bytes(SIZE))
+        for _ in range(2):
+            began_s = time.monotonic()
+            ownership.claim(nas.url(PATH), HOLDER, me := machine("box1"))
+            assert time.monotonic() - began_s < SOON_S
+            assert nas.names("/export") == [".box.swap.owner", "box.swap"]
+            assert ownership.release(nas.url(PATH), HOLDER, me)
