@@ -18,7 +18,7 @@ SIDE_BY_SIDE = 4
 def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Outcome]]]:
     """The tests that were chosen, some at a time: they mostly wait."""
     chosen = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    names = [item.callspec.params["name"] for item in chosen if item.function is test_an_odd_server]
+    names = [str(item.callspec.params["name"]) for item in chosen if item.function is test_an_odd_server]
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         yield {name: pool.submit(odd_servers.run_apart, name) for name in names}
 
