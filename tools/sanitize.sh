@@ -30,12 +30,10 @@ if [ "${1:-}" = --program ]; then
 fi
 
 # A run of minutes that ThreadSanitizer would make an hour.
-only_address=()
-[ "$kind" != address ] || only_address=(tests/hostile/test_hostile.py)
+[ "$kind" != address ] || set -- "$@" tests/hostile/test_hostile.py
 
 # pytest as a program, not as a module: the checkout must not come before the build
 PYTHONPATH=build/$kind/lib exec .venv/bin/python tools/run_sanitized.py "$kind" "build/$kind/reports" \
     .venv/bin/pytest -p no:cacheprovider "$@" \
     tests/engine/test_transport.py tests/engine/test_conformance.py tests/engine/test_wire.py \
-    tests/engine/test_faults.py tests/engine/test_owner.py tests/engine/test_waiting_reader.py \
-    "${only_address[@]}"
+    tests/engine/test_faults.py tests/engine/test_owner.py tests/engine/test_waiting_reader.py
