@@ -44,14 +44,14 @@ class OddServer:
     """An odd server.
 
     name           what it is, in the words of the table
-    path           of the backing file
+    directory      of the backing file
     refused_with   what the message has where it cannot be used; "": it can
     while_serving  what happens to it once it serves
     """
 
     name: str
     oddities: Oddities
-    path: str = "/export/swap"
+    directory: str = "/export"
     refused_with: str = ""
     while_serving: Callable[[FakeNas], None] = lambda nas: None
 
@@ -93,11 +93,11 @@ SERVERS = {
         Oddities(),
         while_serving=lambda nas: nas.become(dataclasses.replace(nas.oddities, rtmax=4096, wtmax=4096)),
     ),
-    "jukebox": OddServer("JUKEBOX to one in five calls of any procedure", Oddities(jukebox_chance=0.2)),
+    "jukebox": OddServer("JUKEBOX to one in ten calls of any procedure", Oddities(jukebox_chance=0.1)),
     "no-links": OddServer("no hard links", Oddities(has_hard_links=False)),
     "exports": OddServer("10,000 exports", Oddities(exports=("/export", *(f"/exports/{n:04}" for n in range(9999))))),
     "nested": OddServer("an export inside ours that is closed to us", Oddities(closed_exports=("/export/closed",))),
-    "root": OddServer("the export `/`", Oddities(exports=("/",)), path="/swap"),
+    "root": OddServer("the export `/`", Oddities(exports=("/",)), directory="/"),
     "no-mountd": OddServer("no mountd after the start", Oddities(), while_serving=FakeNas.stop_mountd),
     "renumbered": OddServer("other file numbers after the restart, the same handles", Oddities(new_fileids=True)),
     "other-handles": OddServer(
@@ -117,19 +117,22 @@ SERVERS = {
 }
 
 
-def run(server: OddServer, seed: int = 1) -> Outcome:
+def run(name: str, seed: int = 1) -> Outcome:
     """One server. Never raises for what the server causes: that is the outcome's `error`."""
+    server = SERVERS[name]
+    # one `create` at a time for each path of an address, whatever the port
+    path = f"{server.directory.rstrip('/')}/swap-{name}"
     outcome = Outcome(server.name)
     begun_s = time.monotonic()
     with FakeNas(server.oddities, seed=seed) as nas:
-        url = nas.url(server.path)
+        url = nas.url(path)
         me = Identity(secrets.token_hex(16), secrets.token_hex(16), secrets.token_hex(16), "odd")
         try:
             in_background(backing_file.create, url, PAGES * PAGE).result(DEADLINE_S)
             in_background(_claim, url, me).result(DEADLINE_S)
             outcome.create_s = time.monotonic() - begun_s
             begun_s = time.monotonic()
-            engine = in_background(_open, url, server.path, me).result(DEADLINE_S)
+            engine = in_background(_open, url, path, me).result(DEADLINE_S)
             outcome.open_s = time.monotonic() - begun_s
         except TimeoutError:
             outcome.hung.append("create, claim or open")
@@ -138,7 +141,7 @@ def run(server: OddServer, seed: int = 1) -> Outcome:
         except (NbdnfsError, OSError) as error:
             outcome.error = str(error)
             return outcome
-        _serve(engine, nas, server, seed, outcome)
+        _serve(engine, nas, path, server.while_serving, seed, outcome)
         if not outcome.hung:
             in_background(engine.close).result(DEADLINE_S)
     return outcome
@@ -179,10 +182,12 @@ def _open(url: str, path: str, me: Identity) -> Engine:
     )
 
 
-def _serve(engine: Engine, nas: FakeNas, server: OddServer, seed: int, outcome: Outcome) -> None:
+def _serve(
+    engine: Engine, nas: FakeNas, path: str, strike: Callable[[FakeNas], None], seed: int, outcome: Outcome
+) -> None:
     load = EngineLoad(engine, seed=seed)
     in_background(load.fill).result(DEADLINE_S)
-    server.while_serving(nas)
+    strike(nas)
     load.start()
     time.sleep(LOAD_S)  # for what is odd to happen
     mounts = nas.mountd_runs
@@ -199,7 +204,7 @@ def _serve(engine: Engine, nas: FakeNas, server: OddServer, seed: int, outcome: 
     load.stop(DEADLINE_S)
     if not load.hung and load.flush(DEADLINE_S):
         load.verify(DEADLINE_S)
-        outcome.wrong_pages += len(load.wrong_pages(nas.on_disk(server.path)))
+        outcome.wrong_pages += len(load.wrong_pages(nas.on_disk(path)))
     outcome.wrong_pages += len(load.wrong)
     outcome.requests = load.requests
     outcome.hung += load.hung
@@ -226,7 +231,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SERVERS)}; all by default")
     args = parser.parse_args()
     if args.json:
-        print(json.dumps(dataclasses.asdict(run(SERVERS[args.names[0]], args.seed))), flush=True)
+        print(json.dumps(dataclasses.asdict(run(args.names[0], args.seed))), flush=True)
         os._exit(0)  # what hangs must not keep it
     outcomes = []
     for name in args.names or SERVERS:
