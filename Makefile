@@ -9,13 +9,15 @@ PYTEST := $(AS_ROOT) $(PYTHON) -m pytest
 PROGRAM := $(AS_ROOT) env PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/vm-tests:$(CURDIR)/bench $(PYTHON)
 C_FILES = $(wildcard nbdnfs/*.c nbdnfs/engine/*.[ch] nbdnfs/engine/*/*.[ch] bench/*.c vm-tests/inside/*.c)
 
-.PHONY: help demo test unit faults vm-test bench bench-vm lint format clean
+.PHONY: help demo test unit faults hostile odd-servers vm-test bench bench-vm lint format clean
 help:
 	@echo 'make demo         a Debian guest swaps onto a file on an NFS server; a table at the end'
 	@echo 'make demo HERE=1  the same on this machine, without a guest (needs the kernel module nbd)'
 	@echo 'make test         lint, types, all tests, and one guest that swaps; ONE=tests/FILE.py::NAME for one test'
 	@echo 'make unit         the tests that need no server, no root and no nbdkit: less than a minute'
 	@echo 'make faults       ten minutes of verified reads and writes while faults strike; ARGS="--seed 7 --version 4"'
+	@echo 'make hostile      a million answers of a server that mutates them, under a sanitizer; ARGS="--answers 1000"'
+	@echo 'make odd-servers  serve from odd servers, and write the table of docs/servers.md'
 	@echo 'make vm-test      all tests in guests; SUITE=trixie for Debian 13, ARGS="--memory-rounds 3"'
 	@echo 'make bench        our worker beside qemu-nbd, the reference engine and bare libnfs'
 	@echo 'make bench-vm     a guest swaps to zram, kernel nbd, kernel NFS and nbdnfs; ARGS="--size 64 --rounds 1"'
@@ -50,6 +52,14 @@ faults:
 	@tools/bootstrap.sh test
 	$(if $(ARGS),,$(PYTEST) tests -m long)
 	$(PROGRAM) tests/faults/run.py $(ARGS)
+
+hostile:
+	@tools/bootstrap.sh test
+	tools/sanitize.sh address --program tests/hostile/run.py $(ARGS)
+
+odd-servers:
+	@tools/bootstrap.sh test
+	$(PROGRAM) tests/hostile/odd_servers.py --write
 
 vm-test:
 	@tools/bootstrap.sh test

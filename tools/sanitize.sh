@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 #
 # Run the engine's tests against a build with sanitizers: tools/sanitize.sh address|thread [pytest options]
+# or a program of tests/:                                 tools/sanitize.sh address|thread --program FILE [its options]
 # (address includes undefined behaviour). The build is below build/ and changes nothing else. Reports are shown at the
 # end and stay in build/KIND/reports; a test during which one was written fails.
 #
@@ -21,6 +22,15 @@ shift
 
 NBDNFS_CFLAGS="$flags -g -O1 -fno-omit-frame-pointer" NBDNFS_LDFLAGS="$flags" \
     .venv/bin/python -W ignore setup.py -q build --build-base "build/$kind" --build-lib "build/$kind/lib" >/dev/null
+
+if [ "${1:-}" = --program ]; then
+    shift
+    PYTHONPATH=build/$kind/lib:tests exec .venv/bin/python tools/run_sanitized.py "$kind" "build/$kind/reports" \
+        .venv/bin/python "$@"
+fi
+
+# A run of minutes that ThreadSanitizer would make an hour.
+[ "$kind" != address ] || set -- "$@" tests/hostile/test_hostile.py
 
 # pytest as a program, not as a module: the checkout must not come before the build
 PYTHONPATH=build/$kind/lib exec .venv/bin/python tools/run_sanitized.py "$kind" "build/$kind/reports" \

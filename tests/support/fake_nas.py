@@ -242,10 +242,11 @@ class FakeNas:
 
     # Starting and stopping
 
-    def start(self) -> None:
+    def start(self, *, mountd: bool = True) -> None:
         """Start what does not run."""
         self._start(self.port, NFS, self.oddities.idle_limit_s)
-        self.start_mountd()
+        if mountd:
+            self.start_mountd()
         if self._portmap_port is not None:
             self._start(self._portmap_port, PORTMAP)
 
@@ -269,6 +270,10 @@ class FakeNas:
     def stop_mountd(self) -> None:
         """MOUNT's port is closed from now on; files are served as before."""
         self._stop(self.mount_port)
+
+    @property
+    def mountd_runs(self) -> bool:
+        return self.mount_port in self._services
 
     def disconnect(self) -> None:
         """Reset all connections for files."""
