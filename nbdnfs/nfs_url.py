@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """NFS URLs: nfs://HOST/EXPORT/PATH/FILE?version=3&nfsport=N&mountport=N&uid=N&gid=N
 
-HOST is a name, an IPv4 address or an IPv6 address in brackets. Link-local addresses (fe80::1) are refused: no version of
-libnfs up to 7.0 hands their zone on to connect().
+HOST is a name, an IPv4 address or an IPv6 address in brackets. Link-local addresses (fe80::1) are refused: no version
+of libnfs up to 7.0 hands their zone on to connect().
 
 A percent sign begins one of these, and nothing else:
 
