@@ -11,7 +11,8 @@
  * libnfs looks up the name of each reserved port that it is about to bind (socket.c: getservbyport), which reads
  * /etc/services at every connection: a file that may have left the page cache, in the process that frees memory. With
  * "dns" for a source, which has no services, glibc opens no file, and no longer checks whether nsswitch.conf has
- * changed (nss/nss_database.c: reload_disabled).
+ * changed (nss/nss_database.c: reload_disabled). libnfs may then take the port of a service for the moment of an open;
+ * connections that last have a list of their own (nfs/reserved_port.c).
  */
 static PyObject *forget_services(PyObject *module, PyObject *unused)
 {

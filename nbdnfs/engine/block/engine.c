@@ -99,8 +99,7 @@ static int open_connections(struct engine *engine, struct nfsio_failure *why)
 		error = nfsio_create(&options, &engine->ios[engine->io_count], why);
 		if (error == 0)
 			engine->io_count++;
-		options.quiet = true; /* the first one logs what there is to say about the server ... */
-		options.looks = false; /* ... and serves owner_watch */
+		options.quiet = true; /* the first one logs what there is to say about the server */
 		options.like = engine->ios[0];
 	}
 	return error;
@@ -171,9 +170,10 @@ static int start_threads(struct engine *engine, struct nfsio_failure *why)
 	uint32_t limit_ms = engine->options.nfs.connect_timeout_s * 1000;
 	int error = 0;
 
+	/* the last connection: pages are written over the first one, and may fill a slow line for long */
 	if (engine->owner_watch != NULL)
-		error = owner_watch_start(engine->owner_watch, engine->ios[0], limit_ms, owner_state_changed, engine,
-					  why);
+		error = owner_watch_start(engine->owner_watch, engine->ios[engine->io_count - 1], limit_ms,
+					  owner_state_changed, engine, why);
 	if (error != 0)
 		return error;
 	error = thread_start(&engine->flusher, flusher_thread, engine);

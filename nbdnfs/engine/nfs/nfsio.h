@@ -275,8 +275,8 @@ struct nfsio_look {
 	uint32_t room_bytes;
 	uint32_t found_bytes;
 	/*
-	 * Decides by what was read whether `change` is written. Called in some thread, with nfsio's lock held. NULL: it
-	 * is not.
+	 * Decides by what was read whether `change` is written. Called in some thread, perhaps with nfsio's lock held.
+	 * NULL: it is not.
 	 */
 	bool (*wants_change)(struct nfsio_look *look);
 	const uint8_t *change;

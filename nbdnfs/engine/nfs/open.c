@@ -36,6 +36,7 @@ static void begin_like(struct nfsio *io, struct nfsio *like)
 		io->place = like->place;
 	io->fsid = like->fsid;
 	io->fileid = like->fileid;
+	io->directory = like->directory;
 	pthread_mutex_unlock(&like->lock);
 	io->opened = like->opened;
 }

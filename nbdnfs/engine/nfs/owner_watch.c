@@ -55,6 +55,8 @@ struct owner_watch {
 	char change[COUNTER_BYTES + 1];
 	unsigned missing;
 	int logged_error;                   /* the error that was last logged, 0 after a success */
+	int failed_error;                   /* of the last look that is done, 0 after a success */
+	const char *failed_step;            /* and where it failed */
 	struct nfsio_look look;
 };
 
@@ -133,11 +135,13 @@ static void set_state(struct owner_watch *watch, enum owner_state state)
 }
 
 /* The permission has run out, for want of a look that ended well: say why. */
-static void log_unsure(struct owner_watch *watch, int error)
+static void log_unsure(struct owner_watch *watch)
 {
-	log_line("the owner record %s has not been refreshed for %u s (%s: %s): writes wait until it is",
-		 watch->options.path + 1, 2 * watch->options.refresh_ms / 1000, watch->look.step,
-		 error != 0 ? strerror(-error) : "no result yet");
+	int error = watch->failed_error;
+
+	log_line("the owner record %s has not been refreshed for %g s (%s: %s): writes wait until it is",
+		 watch->options.path + 1, 2.0 * watch->options.refresh_ms / 1000,
+		 error != 0 ? watch->failed_step : watch->look.step, error != 0 ? strerror(-error) : "no result yet");
 	watch->logged_error = error;
 }
 
@@ -147,26 +151,26 @@ static bool is_about_the_connection(int error)
 }
 
 /*
- * The last look has failed with `error`, or is not done (0). The state goes by the clock: no answer is needed for it to
- * change. A refusal that comes after that is logged as well; what comes with a broken connection nfsio logs.
+ * The last look has failed, or is not done. The state goes by the clock: no answer is needed for it to change. A
+ * refusal that comes after that is logged as well; what comes with a broken connection nfsio logs.
  */
-static void go_by_the_clock(struct owner_watch *watch, int error)
+static void go_by_the_clock(struct owner_watch *watch)
 {
-	int state = atomic_load(&watch->state);
+	int state = atomic_load(&watch->state), error = watch->failed_error;
 
 	if (state == OWNER_HELD && boottime_ms() >= atomic_load(&watch->permitted_until_ms)) {
-		log_unsure(watch, error);
+		log_unsure(watch);
 		set_state(watch, OWNER_UNSURE);
 	} else if (state == OWNER_UNSURE && error != 0 && error != watch->logged_error &&
 		   !is_about_the_connection(error)) {
-		log_unsure(watch, error);
+		log_unsure(watch);
 	}
 }
 
 /* nfsio_look.waiting */
 static void look_waits(struct nfsio_look *look)
 {
-	go_by_the_clock(watch_of(look), 0);
+	go_by_the_clock(watch_of(look));
 }
 
 static void note_stolen(struct owner_watch *watch, uint32_t found_bytes)
@@ -197,7 +201,7 @@ static int note_refreshed(struct owner_watch *watch, int64_t began_ms)
 		log_line("the owner record %s is refreshed again: writes go on", watch->options.path + 1);
 	atomic_store(&watch->permitted_until_ms, until_ms);
 	set_state(watch, OWNER_HELD);
-	watch->logged_error = 0;
+	watch->logged_error = watch->failed_error = 0;
 	return 0;
 }
 
@@ -237,8 +241,11 @@ static int look(struct owner_watch *watch, uint32_t limit_ms, struct nfsio_failu
 	/* without the sign of life other machines may take the file over: no permission either */
 	if (error == 0)
 		error = watch->look.changed ? note_refreshed(watch, began_ms) : -EIO;
-	if (error != 0)
-		go_by_the_clock(watch, error);
+	if (error != 0) {
+		watch->failed_error = error;
+		watch->failed_step = watch->look.step;
+		go_by_the_clock(watch);
+	}
 	return error;
 }
 
@@ -272,8 +279,8 @@ static void *owner_watch_thread(void *arg)
 	       sleep_ms(watch, error == 0 || refresh_ms < retry_ms ? refresh_ms : retry_ms, error == 0)) {
 		if (error == 0)
 			retry_ms = RETRY_MS;
-		else if (retry_ms < RETRY_LIMIT_MS)
-			retry_ms *= 2;
+		else
+			retry_ms = 2 * retry_ms < RETRY_LIMIT_MS ? 2 * retry_ms : RETRY_LIMIT_MS;
 		atomic_store(&watch->asked, false);
 		error = look(watch, 0, &why);
 	}
