@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """NFS URLs: nfs://HOST/EXPORT/PATH/FILE?version=3&nfsport=N&mountport=N&uid=N&gid=N
 
-HOST is a name, an IPv4 address or an IPv6 address in brackets, a link-local one with its zone: [fe80::1%25eth0].
+HOST is a name, an IPv4 address or an IPv6 address in brackets. Link-local addresses (fe80::1) are refused: no version
+of libnfs up to 7.0 hands their zone on to connect().
 
 A percent sign begins one of these, and nothing else:
 
@@ -50,7 +51,9 @@ _EXAMPLE = "write it like nfs://nas/export/swap/%H.swap?version=3"
 _ESCAPES = "in a path, write a space as %20, ? as %3F, # as %23 and % as %25 or %%"
 _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2}|.?)", re.DOTALL)
 _HOST = r"\[[^\]/?#@\s]+\]|[^/?#:@\[\]\s]+"
-_IPV6 = re.compile(r"\[([0-9A-Fa-f:.]+)(?:(?:%25|%)([A-Za-z0-9_.-]{1,15}))?\]")
+_IPV6 = re.compile(r"\[([0-9A-Fa-f:.]+)(%[^\]]*)?\]")
+_LINK_LOCAL = re.compile(r"fe[89ab][0-9a-f]:", re.IGNORECASE)  # fe80::/10, RFC 4291
+_NO_LINK_LOCAL = "give the server a global or a unique local address (fd00::/8), and use that"
 # What stands for itself in the canonical form: RFC 3986's pchar.
 _PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~!$&'()*+,;=:@")
 
@@ -60,7 +63,7 @@ class NfsUrl:
     """A parsed URL.
 
     text       the canonical form, for the engine and for `parse`: ASCII, specifiers replaced, bytes escaped
-    host       a name or an address, without brackets; the zone of a link-local one after a percent sign
+    host       a name or an address, without brackets
     directory  the export and what is below it, up to the file
     name       the file's
     """
@@ -98,7 +101,10 @@ class NfsUrl:
                 f"the NFS server '{self.host}' is unknown: {getattr(error, 'strerror', None) or error}",
                 "check the name, or write its address in the URL",
             ) from None
-        addresses = list(dict.fromkeys(_numeric(entry[4]) for entry in found))
+        known = dict.fromkeys(str(entry[4][0]) for entry in found)
+        addresses = [address for address in known if not _LINK_LOCAL.match(address)]
+        if not addresses:
+            raise NoHostError(f"the NFS server '{self.host}' has a link-local address only", _NO_LINK_LOCAL)
         if len(addresses) > 1:
             return _first_to_accept(addresses, self._first_port) or addresses[0]
         return addresses[0]
@@ -112,14 +118,6 @@ class NfsUrl:
         if self.version == 4:
             return self.options.get("nfsport", _NFS_PORT)
         return self.options.get("nfsport", self.options.get("mountport", _PORTMAPPER_PORT))
-
-
-def _numeric(address: Sequence[object]) -> str:
-    """The text of a socket's address, with the zone that Python keeps apart (socket, address families)."""
-    text = str(address[0])
-    if len(address) == 4 and address[3] and "%" not in text:
-        text = f"{text}%{socket.if_indextoname(int(str(address[3])))}"
-    return text
 
 
 def _first_to_accept(addresses: Sequence[str], port: int) -> str | None:
@@ -214,7 +212,7 @@ def build(host: str, directory: str, name: str, options: Mapping[str, int]) -> N
     """The URL of these parts; `parse` of its text is the same URL. UsageError: no server can have such a path."""
     parts = [part for part in directory.split("/") if part not in ("", ".")]
     directory = "/" + "/".join(parts)
-    place = f"[{host.replace('%', '%25')}]" if ":" in host else host.replace("%", "%25")
+    place = f"[{host}]" if ":" in host else host.replace("%", "%25")
     query = "&".join(f"{key}={value}" for key, value in options.items())
     text = f"nfs://{place}{'/'.join(['', *map(quote, parts), quote(name)])}{'?' if query else ''}{query}"
     if name in ("", ".", ".."):
@@ -269,12 +267,9 @@ def _parse_host(text: str, root: Path) -> str:
     address = _IPV6.fullmatch(text)
     if address is None:
         raise UsageError(f"'{text}' in the URL is not an IPv6 address", "write it like nfs://[2001:db8::1]/export/file")
-    if address[2] is None and address[1].lower().startswith("fe80:"):
-        raise UsageError(
-            f"{address[1]} is a link-local address, and the URL does not name the interface",
-            f"write it with the interface: nfs://[{address[1]}%25eth0]/...",
-        )
-    return address[1] + (f"%{address[2]}" if address[2] else "")
+    if address[2] is not None or _LINK_LOCAL.match(address[1]):
+        raise UsageError(f"'{text}' in the URL is a link-local address, which cannot be connected to", _NO_LINK_LOCAL)
+    return address[1]
 
 
 def _parse_option(word: str) -> tuple[str, int]:

@@ -6,13 +6,14 @@ Whatever this process imports stays in locked memory. It maps neither the engine
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
 
 import nbdnfs
 from nbdnfs import config, memlock, nfs_url, proc_stat
-from nbdnfs.errors import CannotCreateError, NbdnfsError, PermissionDeniedError
+from nbdnfs.errors import CannotCreateError, NbdnfsError, PermissionDeniedError, UsageError
 from nbdnfs.keeper import failures, sd_notify
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.real_work import RealWork
@@ -131,7 +132,9 @@ def _server(settings: Config, records: Records, *, is_attached: bool) -> tuple[s
     resolver may need what is swapped out, or use a network service that does not answer."""
     known = (records.read(Records.ADDRESS) or "").split("\n")
     if is_attached and len(known) == 2:
-        return nfs_url.parse_recorded(known[0]).text, known[1]
+        with contextlib.suppress(UsageError):  # a damaged record ends no keeper that has something to keep
+            return nfs_url.parse_recorded(known[0]).text, known[1]
+        return settings.url, known[1]
     url = nfs_url.parse(settings.url)
     text, address = url.text, url.resolve()
     records.write(Records.ADDRESS, f"{text}\n{address}")

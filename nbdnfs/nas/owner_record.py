@@ -173,8 +173,8 @@ def _hashed(text: str) -> str:
 def name_of(file_name: str) -> str:
     """The name of a file's record, in the same directory."""
     data = file_name.encode(errors="surrogateescape")
-    # NAME_MAX is 255 bytes nearly everywhere; and nbdkit's settings are UTF-8
-    if len(data) <= 200 and not any("\ud800" <= character < "\ue000" for character in file_name):
+    # NAME_MAX is 255 bytes nearly everywhere; nbdkit's settings are UTF-8, and the worker logs the name
+    if len(data) <= 200 and not any(ord(it) < 32 or "\ud800" <= it < "\ue000" for it in file_name):
         return f".{file_name}.owner"
     import hashlib
 

@@ -15,13 +15,14 @@ from typing import IO, Any
 
 import pytest
 from support.nfs_server import Ganesha
+from support.owner_records import HOLDER, machine
 from support.proxy import TcpProxy
 from support.small_filesystem import small_filesystem
 from support.waiting import DEADLINE_S, in_background, wait_until
 
 from nbdnfs.engine import libnfs_version
 from nbdnfs.errors import CannotCreateError, ConfigError, NbdnfsError, NoInputError, PermissionDeniedError
-from nbdnfs.nas import backing_file
+from nbdnfs.nas import backing_file, ownership
 
 MIB = 1 << 20
 
@@ -46,6 +47,24 @@ def assert_is_backing_file(path: Path, size_bytes: int) -> None:
         found = os.fstat(file.fileno())
     assert (found.st_size, found.st_mode & 0o7777, found.st_nlink) == (size_bytes, 0o600, 1)
     assert found.st_blocks * 512 >= size_bytes
+
+
+def test_a_name_of_any_bytes(ganesha: Ganesha) -> None:
+    """Latin-1, a line end, and what ends a path in other URLs; the owner record has a name of its own."""
+    path = ganesha.export_path / os.fsdecode(b"100% \xe4\n?#.swap")
+    url = ganesha.url("NAME").replace("NAME", "100%25%20%E4%0A%3F%23.swap")
+    backing_file.create(url, MIB)
+    try:
+        assert_is_backing_file(path, MIB)
+        assert backing_file.inspect(url).size_bytes == MIB
+        before = set(os.listdir(ganesha.export_path))
+        ownership.claim(url, HOLDER, me := machine("box1"))
+        (record,) = set(os.listdir(ganesha.export_path)) - before
+        assert re.fullmatch(r"\.nbdnfs\.[0-9a-f]{32}\.owner", record)
+        assert ownership.release(url, HOLDER, me)
+        fails_with(CannotCreateError, r"100% \udce4\n?#.swap", "--force", lambda: backing_file.create(url, MIB))
+    finally:
+        path.unlink()
 
 
 def fails_with(kind: type[NbdnfsError], message: str, hint: str, action: Callable[[], object]) -> None:

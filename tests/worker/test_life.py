@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import time
 
 import pytest
+from support.fake_files import failure
 
 from nbdnfs import region
-from nbdnfs.errors import ConfigError, UsageError
+from nbdnfs.errors import ConfigError, NoInputError, UnavailableError, UsageError
 from nbdnfs.worker import life, protocol, settings
 
 
@@ -57,3 +60,31 @@ def test_a_region_of_another_version() -> None:
 def test_a_worker_without_a_keeper_does_not_wait() -> None:
     """It has no control socket."""
     worker("nfs://nas/export/x", address="192.0.2.7").wait_until_activated()
+
+
+def test_a_server_that_asks_to_try_again_later(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A worker without a keeper does so for two minutes, and reports other errors at once."""
+    now_s, made = [0.0], worker("nfs://nas/export/x", address="192.0.2.7")
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now_s.__setitem__(0, now_s[0] + seconds))
+    answers: list[BaseException | str] = [failure(errno.EAGAIN, "connect"), failure(errno.EAGAIN, "name"), "an engine"]
+
+    def open_engine(timeout_s: int) -> object:
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(made, "_open_engine", open_engine)
+    assert made.open_engine() == "an engine"
+    assert capfd.readouterr().err.count("the server asks to try again later") == 1
+    for number, kind, seconds in (
+        (errno.EAGAIN, UnavailableError, life.PUT_OFF_LIMIT_S),
+        (errno.ENOENT, NoInputError, 0.0),
+    ):
+        answers[:], now_s[0] = [failure(number)], 0.0
+        with pytest.raises(kind):
+            made.open_engine()
+        assert seconds <= now_s[0] <= seconds + 1
