@@ -696,7 +696,7 @@ def test_a_slow_server_is_asked_whether_it_is_there(
     fake: FakeNfsServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str], size: int
 ) -> None:
     """It is, as its answer to a NULL says over the same connection: that one stays, and the READ is answered there."""
-    engine = open_engine(fake.url(), silence_ms=300)
+    engine = open_engine(fake.url(), silence_ms=1000)
     said = SaidOnStderr(capfd)
     fake.hold("READ")
     page = in_background(read_pages, engine, 0)

@@ -240,8 +240,9 @@ static PyMethodDef file_methods[] = {
 	{ "lookup", (PyCFunction)file_lookup, METH_VARARGS,
 	  "lookup(path, follow=True) -> as stat(), of another name; not follow: of a symbolic link itself" },
 	{ "link", (PyCFunction)file_link, METH_VARARGS,
-	  "link(old_path, new_path): make a hard link; EEXIST when new_path exists. As rename and unlink: ETIMEDOUT when "
-	  "there is no answer within 2 x silence_ms, ECONNRESET when the connection breaks; the server may have done it" },
+	  "link(old_path, new_path): make a hard link; EEXIST when new_path exists. As rename and unlink: ETIMEDOUT "
+	  "when there is no answer within 2 x silence_ms, ECONNRESET when the connection breaks; the server may have "
+	  "done it" },
 	{ "rename", (PyCFunction)file_rename, METH_VARARGS, "rename(old_path, new_path): replaces new_path" },
 	{ "unlink", (PyCFunction)file_unlink, METH_VARARGS, "unlink(path): remove a name" },
 	{ "close", (PyCFunction)file_close, METH_NOARGS, "close(): disconnect; no request may be running" },
@@ -260,8 +261,8 @@ static PyType_Slot file_slots[] = {
 	{ Py_tp_getset, file_getset },
 	{ Py_tp_doc,
 	  (void *)"NfsFile(url, address, *, create=False, exclusive=False, mode=0o600, read_only=False, "
-		  "connect_timeout_s=15, gone_limit_ms=300000, silence_ms=15000): a file on an NFS server, and the names "
-		  "beside it" },
+		  "connect_timeout_s=15, gone_limit_ms=300000, silence_ms=15000): a file on an NFS server, and the "
+		  "names beside it" },
 	{ 0, NULL },
 };
 
