@@ -5,6 +5,8 @@ import glob
 import os
 import shlex
 import subprocess
+import sysconfig
+import tempfile
 
 from setuptools import Extension, setup
 
@@ -20,6 +22,30 @@ def pkg_config(*words: str) -> list[str]:
         ) from None
 
 
+_ATOMIC = """
+#include <stdatomic.h>
+#include <stdint.h>
+static _Atomic uint64_t counter;
+int main(void) { return (int)atomic_fetch_add(&counter, 1) + (int)atomic_fetch_or(&counter, 1); }
+"""
+
+
+def atomic_library() -> list[str]:
+    """What to link for the region's 64-bit atomics: nothing where the processor has them, libatomic on ARMv6."""
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    flags = shlex.split(os.environ.get("CFLAGS", "") + " " + os.environ.get("NBDNFS_CFLAGS", ""))
+    flags += shlex.split(os.environ.get("LDFLAGS", "") + " " + os.environ.get("NBDNFS_LDFLAGS", ""))
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = os.path.join(folder, "atomic.c"), os.path.join(folder, "atomic")
+        with open(source, "w") as file:
+            file.write(_ATOMIC)
+        for libraries in ([], ["-latomic"]):
+            command = [*compiler, *flags, "-o", program, source, *libraries]
+            if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+                return libraries
+    return []  # the build itself shows what is wrong with the compiler
+
+
 def extension(name: str, sources: list[str], *, libraries: bool) -> Extension:
     """A limited-API extension: one build serves every CPython from 3.11 on, nbdkit's included."""
     return Extension(
@@ -29,6 +55,7 @@ def extension(name: str, sources: list[str], *, libraries: bool) -> Extension:
         include_dirs=["nbdnfs/engine"] if libraries else [],
         define_macros=[
             ("Py_LIMITED_API", "0x030B0000"),
+            ("_FILE_OFFSET_BITS", "64"),  # off_t of 32-bit machines
             # libnfs reports its version at run time from 6.0 on only: the build records it.
             *([("LIBNFS_BUILT_WITH", f'"{pkg_config("--modversion")[0]}"')] if libraries else []),
         ],
@@ -50,6 +77,7 @@ def extension(name: str, sources: list[str], *, libraries: bool) -> Extension:
         ],
         extra_link_args=[
             *(pkg_config("--libs") if libraries else []),
+            *(atomic_library() if libraries else []),
             "-pthread",
             *shlex.split(os.environ.get("NBDNFS_LDFLAGS", "")),
         ],

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Python's one view of the region: the memfd that outlives a worker, and the layout of its header.
 
+All of it is locked memory: SLOT_BYTES for each slot, and a little over 1 MiB of tables for each GiB of the device.
+
 The engine's region.h defines the layout; tests/foundation/test_region_layout.py compares. Keeper and worker have this
 module in locked memory, and the keeper must not load the engine: hence plain `int.from_bytes`, and next to no imports.
 """

@@ -84,5 +84,6 @@ def _locked(subject: str, process: Process, root: Path) -> Finding:
         f"{subject}, memory",
         resident <= _BUDGET_BYTES,
         f"{size(locked)} of {size(resident)} resident are locked (VmLck {size(process.locked_bytes)})",
-        f"more than the {size(_BUDGET_BYTES)} that it should need: configure a smaller region or fewer threads",
+        f"more than the {size(_BUDGET_BYTES)} that it should need: configure a smaller region, fewer threads,"
+        " or a smaller file (each GiB of it takes a little over 1 MiB)",
     )

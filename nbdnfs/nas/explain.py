@@ -92,6 +92,11 @@ def open_error(error: OSError, url: NfsUrl, address: str) -> NbdnfsError:
             f"{path} on {url.host} cannot be a device: {error.strerror or 'it is not a regular file'}",
             "create a file of whole 4096-byte pages: nbdnfs create URL --size SIZE",
         )
+    if number == errno.EFBIG:
+        return ConfigError(
+            f"{path} on {url.host} is too large for this machine: {words(error)}",
+            "use a smaller file, or a smaller region; each GiB of the file needs a little over 1 MiB of locked memory",
+        )
     if number == errno.EBUSY:
         return BusyError(f"{path} on {url.host} is in use", "try again later")
     if number in (errno.ENOSPC, errno.EDQUOT):

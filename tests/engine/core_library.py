@@ -6,13 +6,15 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[2] / "nbdnfs" / "engine"
+REFERENCE = Path(__file__).with_name("cache_reference.c")
 PAGE = 4096
 HIT, MISS, WAIT = 0, 1, 2
 STORED, FILLED, FULL = 0, 1, 2
+MATERIALISED, MORE, NO_SLOT = 0, 1, 2
 
 
 class Identity(Structure):
@@ -40,20 +42,25 @@ class RegionStruct(Structure):
 class RunStruct(Structure):
     """struct page_run"""
 
-    _fields_ = (("first_page", c_uint64), ("count", c_uint32), ("slots", c_uint32 * 32))
+    _fields_ = (("first_page", c_uint64), ("count", c_uint32), ("is_overtaken", c_bool), ("slots", c_uint32 * 32))
+
+
+class PageSetStruct(Structure):
+    """struct page_set"""
+
+    _fields_ = (("limit", c_uint64), ("level_count", c_uint), ("levels", c_void_p * 6), ("words", c_void_p))
 
 
 def build(directory: Path) -> ctypes.CDLL:
     """Compile the library into `directory` and declare its functions."""
     path = directory / "libcore.so"
     command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fPIC", "-shared", "-pthread"]
-    sources = [*sorted((SOURCES / "region").glob("*.c")), SOURCES / "base/crc32c.c"]
+    sources = [*sorted((SOURCES / "region").glob("*.c")), SOURCES / "base/crc32c.c", REFERENCE]
     subprocess.run([*command, f"-I{SOURCES}", "-o", str(path), *map(str, sources)], check=True)
     library = ctypes.CDLL(str(path))
     signatures = {
         "crc32c": (c_uint32, c_char_p, c_size_t),
         "crc32c_by_table": (c_uint32, c_char_p, c_size_t),
-        "region_size_bytes": (c_size_t, c_uint64, c_uint32),
         "region_map": (c_int, POINTER(RegionStruct), c_int, POINTER(Identity), c_uint32, c_char_p, c_size_t),
         "region_unmap": (None, POINTER(RegionStruct)),
         "cache_create": (c_void_p, POINTER(RegionStruct)),
@@ -64,7 +71,7 @@ def build(directory: Path) -> ctypes.CDLL:
         "cache_sequence": (c_uint64, c_void_p),
         "cache_is_stable": (c_bool, c_void_p, c_uint64),
         "cache_page_is_stable": (c_bool, c_void_p, c_uint64, c_uint64),
-        "cache_materialise": (c_bool, c_void_p, POINTER(c_uint64)),
+        "cache_materialise": (c_int, c_void_p, POINTER(c_uint64), c_uint32),
         "cache_checksum": (c_uint32, c_void_p, c_uint64),
         "cache_take_page_run": (c_bool, c_void_p, c_uint32, POINTER(RunStruct), c_char_p),
         "cache_next_page_run": (c_uint32, c_void_p, c_uint32),
@@ -80,6 +87,18 @@ def build(directory: Path) -> ctypes.CDLL:
         "cache_known_page": (c_bool, c_void_p, c_uint64, POINTER(c_uint64), POINTER(c_uint32)),
         "cache_uncommitted_count": (c_uint32, c_void_p),
         "cache_unstable_count": (c_uint32, c_void_p),
+        "page_set_init": (c_bool, POINTER(PageSetStruct), c_uint64),
+        "page_set_deinit": (None, POINTER(PageSetStruct)),
+        "page_set_put": (None, POINTER(PageSetStruct), c_uint64, c_bool),
+        "page_set_next": (c_bool, POINTER(PageSetStruct), c_uint64, POINTER(c_uint64)),
+        "cache_take_changed": (c_bool, c_void_p),
+        "cache_oldest_dirty": (c_uint64, c_void_p),
+        "reference_is_stable": (c_bool, c_void_p, c_uint64),
+        "reference_is_takable": (c_bool, c_void_p, c_uint64),
+        "reference_known_page": (c_bool, c_void_p, c_uint64, POINTER(c_uint64)),
+        "reference_filled_page": (c_uint64, c_void_p, c_uint64),
+        "reference_has_room": (c_bool, c_void_p),
+        "reference_agrees": (c_bool, c_void_p),
         "cache_fetch_begin": (c_uint32, c_void_p, c_uint64, c_uint32, c_uint64),
         "cache_fetch_done": (None, c_void_p, c_uint64, c_uint32, c_uint64, c_char_p, POINTER(c_uint32)),
     }
@@ -151,9 +170,38 @@ class Cache:
         """Whether all up to `sequence` is on the NAS."""
         return bool(self.library.cache_is_stable(self.pointer, sequence))
 
-    def materialise(self) -> bool:
-        """Whether all filled pages could be given slots."""
-        return bool(self.library.cache_materialise(self.pointer, byref(c_uint64(0))))
+    def materialise(self, most: int = 1 << 31) -> bool:
+        """Whether all filled pages, or `most` of them, could be given slots. Each is the next one that is filled."""
+        page = c_uint64(0)
+        result = self.library.cache_materialise(self.pointer, byref(page), most)
+        left = self.library.reference_filled_page(self.pointer, 0)
+        assert result == MATERIALISED or page.value == left
+        return bool(result != NO_SLOT)
+
+    def take_changed(self) -> bool:
+        """Whether something has happened that a wait may be for."""
+        return bool(self.library.cache_take_changed(self.pointer))
+
+    def page_is_stable(self, page: int, sequence: int) -> bool:
+        """Whether all writes up to `sequence` to this page are on the NAS."""
+        return bool(self.library.cache_page_is_stable(self.pointer, page, sequence))
+
+    def has_room(self) -> bool:
+        """Whether a write to a page without a slot would be taken."""
+        return bool(self.library.reference_has_room(self.pointer))
+
+    def check(self, page_count: int) -> None:
+        """What the cache says quickly is what it would find by looking at every slot and page."""
+        library, cache = self.library, self.pointer
+        assert library.reference_agrees(cache)
+        for sequence in range(self.sequence() + 1):
+            assert library.cache_is_stable(cache, sequence) == library.reference_is_stable(cache, sequence)
+        assert library.reference_is_takable(cache, library.cache_oldest_dirty(cache))
+        for start in range(page_count):
+            page, expected = c_uint64(), c_uint64()
+            found = library.cache_known_page(cache, start, byref(page), byref(c_uint32()))
+            assert found == library.reference_known_page(cache, start, byref(expected))
+            assert not found or page.value == expected.value
 
     def checksum(self, page: int) -> int:
         """0: unknown."""

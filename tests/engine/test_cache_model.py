@@ -6,11 +6,12 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from core_library import HIT, MISS, PAGE, WAIT, Cache, Identity, Region, Run, build
-from hypothesis import HealthCheck, settings
+from core_library import HIT, MISS, PAGE, WAIT, Cache, Identity, PageSetStruct, Region, Run, build
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
@@ -67,6 +68,16 @@ class Fetch:
     pages: list[bytes]
 
 
+@dataclass
+class Waiter:
+    """A thread of the engine that sleeps until `is_over()`. Then `promised` is on the server, stably: of each page
+    these bytes, or some that were acknowledged later, which `later` has."""
+
+    is_over: Callable[[], bool]
+    promised: dict[int, bytes | None] = field(default_factory=dict)
+    later: dict[int, list[bytes | None]] = field(default_factory=dict)
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Every rule is one thing that the engine, the server or a killer may do next."""
 
@@ -80,6 +91,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.acknowledged: dict[int, bytes | None] = dict(self.server.stable)
         self.runs: list[Run] = []
         self.fetches: list[Fetch] = []
+        self.waiters: list[Waiter] = []
         self.commit_under_way = False
         self.number = 0
         self.now = 0
@@ -90,6 +102,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.region = Region(self.library, self.fd, IDENTITY, SLOTS)
         self.cache = Cache(self.region)
         self.holds: list[tuple[range, int]] = []
+        self.waiters = []
 
     def close(self) -> None:
         """Its end: nothing but the region stays."""
@@ -118,6 +131,8 @@ class CacheMachine(RuleBasedStateMachine):
                 self.cache.commit_done(self.server.verifier)
         assert materialised
         assert self.cache.unstable_count() == 0
+        self.those_that_wait_are_woken()
+        assert self.waiters == []
         for page, data in self.acknowledged.items():
             assert data in (None, self.server.stable[page])
         self.close()
@@ -125,29 +140,66 @@ class CacheMachine(RuleBasedStateMachine):
 
     # ---- the kernel
 
+    def acknowledge(self, page: int, data: bytes | None) -> None:
+        """From now on the page reads like this; None: as anything."""
+        self.acknowledged[page] = data
+        for waiter in self.waiters:
+            waiter.later.setdefault(page, []).append(data)
+
+    def wait(self, waiter: Waiter) -> None:
+        """As a request does: it looks first, and sleeps until it is woken and finds that its wait is over."""
+        if waiter.is_over():
+            self.check_promise(waiter)
+        else:
+            self.waiters.append(waiter)
+
+    def check_promise(self, waiter: Waiter) -> None:
+        for page, data in waiter.promised.items():
+            allowed = [data, *waiter.later.get(page, [])]
+            assert None in allowed or self.server.stable[page] in allowed
+
+    def may_fill(self, page: int) -> bool:
+        """As the engine decides: not where a FLUSH or FUA may wait for the page."""
+        return not any(waiter.promised for waiter in self.waiters) or self.cache.page_is_stable(page, 2**64 - 1)
+
     @rule(page=PAGES, seed=st.integers(0, 2**32 - 1))
     def write(self, page: int, seed: int) -> None:
         data = random.Random(seed).randbytes(PAGE)
         if self.cache.write(page, data):
-            self.acknowledged[page] = data
+            self.acknowledge(page, data)
+        else:
+            self.wait(Waiter(self.cache.has_room))
 
     @rule(page=PAGES, word=st.sampled_from((0, 1, 0xFFFFFFFF)))
     def write_one_word(self, page: int, word: int) -> None:
         data = word.to_bytes(4, "little") * (PAGE // 4)
-        assert self.cache.write(page, data), "a filled page needs no slot"
-        self.acknowledged[page] = data
+        assert self.cache.write(page, data, may_fill=self.may_fill(page)), "a filled page needs no slot"
+        self.acknowledge(page, data)
+
+    @rule(page=PAGES, seed=st.integers(0, 2**32 - 1))
+    def write_fua(self, page: int, seed: int) -> None:
+        data = random.Random(seed).randbytes(PAGE)
+        if self.cache.write(page, data, may_fill=False):
+            self.acknowledge(page, data)
+            sequence = self.cache.sequence()
+            self.wait(Waiter(lambda: self.cache.page_is_stable(page, sequence), {page: data}))
 
     @rule(page=PAGES)
     def trim(self, page: int) -> None:
         self.cache.trim(page)
-        self.acknowledged[page] = None
+        self.acknowledge(page, None)
+
+    @rule(most=st.integers(1, DEVICE_PAGES))
+    def materialise(self, most: int) -> None:
+        """A FLUSH that has got so far, and gives the lock to others."""
+        if not self.cache.materialise(most):
+            self.wait(Waiter(self.cache.has_room))
 
     @rule()
     def flush(self) -> None:
-        """Whenever the cache says that all is stable, it is."""
-        if self.cache.materialise() and self.cache.is_stable(self.cache.sequence()):
-            for page, data in self.acknowledged.items():
-                assert data in (None, self.server.stable[page])
+        if self.cache.materialise():
+            sequence = self.cache.sequence()
+            self.wait(Waiter(lambda: self.cache.is_stable(sequence), dict(self.acknowledged)))
 
     # ---- the flusher
 
@@ -228,6 +280,7 @@ class CacheMachine(RuleBasedStateMachine):
         if covered:
             pages = [self.server.read(first + i) for i in range(covered)]
             self.fetches.append(Fetch(self.number, first, pages))
+            self.wait(Waiter(lambda: self.cache.read(first)[0] != WAIT))
 
     @precondition(lambda self: self.fetches)
     @rule(data=st.data())
@@ -248,6 +301,19 @@ class CacheMachine(RuleBasedStateMachine):
         self.open()
 
     # ---- what always holds
+
+    @invariant()
+    def what_is_quick_is_right(self) -> None:
+        self.cache.check(DEVICE_PAGES)
+
+    @invariant()
+    def those_that_wait_are_woken(self) -> None:
+        """When the wait of any is over, the cache says that something has happened. (Else there is no broadcast.)"""
+        changed = self.cache.take_changed()
+        for waiter in [waiter for waiter in self.waiters if waiter.is_over()]:
+            assert changed
+            self.check_promise(waiter)
+            self.waiters.remove(waiter)
 
     @invariant()
     def reads_see_what_was_acknowledged(self) -> None:
@@ -271,6 +337,48 @@ def test_model(library: ctypes.CDLL) -> None:
             max_examples=400, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+
+
+@given(data=st.data(), limit=st.sampled_from((1, 63, 64, 65, 4096, 4097, 300_000)))
+def test_page_set(library: ctypes.CDLL, data: st.DataObject, limit: int) -> None:
+    """Against Python's own: after each change, the next member from anywhere on."""
+    numbers = st.integers(0, limit - 1) | st.sampled_from((0, limit - 1))
+    page_set, members, found = PageSetStruct(), set[int](), ctypes.c_uint64()
+    assert library.page_set_init(ctypes.byref(page_set), limit)
+    for number, is_member, start in data.draw(st.lists(st.tuples(numbers, st.booleans(), numbers), max_size=30)):
+        library.page_set_put(ctypes.byref(page_set), number, is_member)
+        (members.add if is_member else members.discard)(number)
+        expected = min((member for member in members if member >= start), default=None)
+        has_next = library.page_set_next(ctypes.byref(page_set), start, ctypes.byref(found))
+        assert (found.value if has_next else None) == expected
+    assert not library.page_set_next(ctypes.byref(page_set), limit, ctypes.byref(found))
+    library.page_set_deinit(ctypes.byref(page_set))
+
+
+def test_a_page_that_is_overtaken_each_time(library: ctypes.CDLL) -> None:
+    """Its first write is stable once a later write-back is, and no COMMIT comes in time: the run says so."""
+    fd = os.memfd_create("region")
+    region = Region(library, fd, IDENTITY, SLOTS)
+    cache = Cache(region)
+    cache.write(0, os.urandom(PAGE))
+    first, overtaken = cache.sequence(), []
+    for _ in range(3):
+        run = cache.take_run(1)
+        assert run is not None
+        overtaken.append(run.struct.is_overtaken)
+        cache.write(0, os.urandom(PAGE))
+        cache.run_uncommitted(run, 1)
+        assert not cache.is_stable(first)
+    assert overtaken == [False, True, True]
+    run = cache.take_run(1)
+    assert run is not None
+    cache.write(0, os.urandom(PAGE))
+    cache.run_stable(run)
+    assert cache.is_stable(first)
+    assert not cache.is_stable(cache.sequence())
+    cache.destroy()
+    region.unmap()
+    os.close(fd)
 
 
 def test_crc_is_crc32c(library: ctypes.CDLL) -> None:

@@ -39,6 +39,7 @@ URL = nfs_url.parse("nfs://nas/export/box.swap")
         ("open", errno.EPERM, PermissionDeniedError),
         ("open", errno.EROFS, PermissionDeniedError),
         ("open", errno.EINVAL, ConfigError),
+        ("open", errno.EFBIG, ConfigError),
         ("open", errno.EBUSY, BusyError),
         ("open", errno.ENOSPC, CannotCreateError),
         ("open", errno.EDQUOT, CannotCreateError),

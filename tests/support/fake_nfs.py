@@ -125,6 +125,19 @@ class _Faults:
     held_times: int | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class WriteStep:
+    """How one WRITE is carried out. With `restarts`, the server has restarted just before, and its connections live.
+
+    count_bytes  it moves that many bytes at most; None: all
+    stable       it does and claims this, or what was asked for where that is more
+    """
+
+    count_bytes: int | None = None
+    stable: int = UNSTABLE
+    restarts: bool = False
+
+
 class _Refused(Exception):
     """A procedure's status is not NFS3_OK."""
 
@@ -171,6 +184,8 @@ class FakeNfsServer(RpcServer):
         self._unstable: list[tuple[int, int]] = []  # offset and length of what a COMMIT brings to the disk
         self._verifier = 1
         self.lying = False
+        self._write_steps: list[WriteStep] = []
+        self._claimed_size: int | None = None
         self._calls: list[Call] = []
         self._faults: dict[str, _Faults] = {}
         self._held: list[tuple[RpcCall, bytes | None]] = []  # with the answer, where the work is done
@@ -213,6 +228,16 @@ class FakeNfsServer(RpcServer):
         """WRITE claims to have written `stable` (UNSTABLE, ...), whatever it did; None: the truth."""
         with self._lock:
             self._of("WRITE").claimed_stable = stable
+
+    def claim_size(self, size_bytes: int | None) -> None:
+        """Attributes say that the file has `size_bytes`; None: the truth."""
+        with self._lock:
+            self._claimed_size = size_bytes
+
+    def script_writes(self, steps: Iterable[WriteStep]) -> None:
+        """The next WRITEs are carried out like this, one step each, and those after them as ever."""
+        with self._lock:
+            self._write_steps = list(steps)
 
     def mangle(self, op: str, change: Callable[[bytes], bytes] | None) -> None:
         """The results of `op`, from the status on, go through `change`; None: as they are."""
@@ -287,15 +312,29 @@ class FakeNfsServer(RpcServer):
             self._held.clear()
         self._wake()
 
+    def answer_held(self) -> None:
+        """Answer the calls that are held now. Those that come after are held as before."""
+        with self._lock:
+            for call, answer in self._held:
+                if answer is None:
+                    self._answer_at(call, time.monotonic())
+                else:
+                    self._send_reply(call, SUCCESS, answer)
+            self._held.clear()
+        self._wake()
+
     def crash(self) -> None:
         """Power fails and returns: data not on disk is lost, connections are reset, the write verifier changes."""
         with self._lock:
-            self._content = self._on_disk.copy()
-            self._unstable.clear()
-            self._verifier += 1
+            self._restart()
             self._held.clear()
             self._reset_connections()
         self._wait_for_reset()
+
+    def _restart(self) -> None:
+        self._content = self._on_disk.copy()
+        self._unstable.clear()
+        self._verifier += 1
 
     def disconnect(self) -> None:
         """Reset the connections. Held calls stay: when released they are executed, and their answers are dropped."""
@@ -441,7 +480,7 @@ class FakeNfsServer(RpcServer):
     def _attributes(self, path: str) -> bytes:
         """fattr3"""
         is_file = path == self._path
-        size = len(self._content) if is_file else 4096
+        size = 4096 if not is_file else len(self._content) if self._claimed_size is None else self._claimed_size
         return (
             u32(_REGULAR if is_file else _DIRECTORY, 0o600 if is_file else 0o755, 1, 0, 0)
             + u64(size, size)
@@ -505,12 +544,17 @@ class FakeNfsServer(RpcServer):
         if len(data) > self._wtmax and self._refuse_larger is not None:
             raise _Refused(self._refuse_larger)
         faults = self._of("WRITE")
+        step = self._write_steps.pop(0) if self._write_steps else WriteStep()
+        if step.restarts:
+            self._restart()
+        stable = max(stable, step.stable)
+        data = data[: step.count_bytes]
         data = data[: self._wtmax if faults.limit_bytes is None else min(faults.limit_bytes, self._wtmax)]
         before = u32(1) + u64(len(self._content)) + u32(0, 0, 0, 0)
         _put(self._content, offset, data)
         if not self.lying:
             self._unstable.append((offset, len(data)))
-            if stable != UNSTABLE:
+            if stable == FILE_SYNC:  # DATA_SYNC may need a COMMIT for the file's size and blocks
                 self._make_stable(self._unstable.pop())
         claim = len(data) if faults.claimed_count is None else faults.claimed_count
         stable = stable if faults.claimed_stable is None else faults.claimed_stable

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 static int fail(struct nfsio_failure *why, int error, const char *message)
@@ -26,6 +27,33 @@ static uint64_t hash_path(const char *url)
 	for (; *url != '\0' && *url != '?'; url++)
 		hash = (hash ^ (uint8_t)*url) * 0x100000001b3u;
 	return hash;
+}
+
+/*
+ * Its size is what the server says, and so is what the region locks. A region that a worker has left is taken over
+ * whatever its size: it is in memory already, with acknowledged pages. Returns 0, or -EFBIG and *why.
+ */
+static int check_memory(const struct engine *engine, struct nfsio_failure *why)
+{
+	uint64_t bytes = region_size_bytes(engine->size_bytes, engine->options.region_pages);
+	uint64_t memory_bytes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGE_SIZE);
+	uint64_t limit_bytes = memory_bytes / ENGINE_MEMORY_SHARE;
+	char message[sizeof(why->message)];
+	struct stat st;
+
+	if (limit_bytes < ENGINE_MEMORY_MIN_BYTES)
+		limit_bytes = ENGINE_MEMORY_MIN_BYTES;
+	if (bytes <= limit_bytes)
+		return 0;
+	if (engine->options.region_fd >= 0 && fstat(engine->options.region_fd, &st) == 0 && st.st_size > 0)
+		return 0;
+	snprintf(message, sizeof(message),
+		 "its %llu GiB and a region of %llu MiB need %llu MiB of locked memory, and at most %llu MiB may be"
+		 " locked on this machine (an eighth of its memory, or 64 MiB)",
+		 (unsigned long long)(engine->size_bytes >> 30),
+		 (unsigned long long)engine->options.region_pages * PAGE_BYTES >> 20, (unsigned long long)(bytes >> 20),
+		 (unsigned long long)(limit_bytes >> 20));
+	return fail(why, -EFBIG, message);
 }
 
 static int map_region(struct engine *engine, const struct nfsio_stat *st, struct nfsio_failure *why)
@@ -115,11 +143,11 @@ static void owner_state_changed(void *context, enum owner_state state)
 		return;
 	if (engine->options.exit_status_when_stolen != 0)
 		_exit(engine->options.exit_status_when_stolen);
-	pthread_mutex_lock(&engine->lock);
+	engine_lock(engine);
 	atomic_store(&engine->stolen, true);
-	pthread_cond_broadcast(&engine->progress);
+	engine->changed = true;
 	pthread_cond_signal(&engine->work);
-	pthread_mutex_unlock(&engine->lock);
+	engine_unlock(engine);
 }
 
 /* What the connections tell about the file and the server. Returns 0, or -errno and *why. */
@@ -224,6 +252,8 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 	if (error == 0)
 		error = take_file_facts(engine, &st, why);
 	if (error == 0)
+		error = check_memory(engine, why);
+	if (error == 0)
 		error = map_region(engine, &st, why);
 	if (error != 0)
 		goto fail;
@@ -252,17 +282,17 @@ void engine_destroy(struct engine *engine)
 
 	while (engine->own_region && !all_written && !is_final) {
 		all_written = engine_flush(engine) == 0; /* after a soft limit it is tried again */
-		pthread_mutex_lock(&engine->lock);
+		engine_lock(engine);
 		is_final = engine->gone_too_long || atomic_load(&engine->stolen);
-		pthread_mutex_unlock(&engine->lock);
+		engine_unlock(engine);
 	}
-	pthread_mutex_lock(&engine->lock);
+	engine_lock(engine);
 	engine->abandon = !all_written;
 	if (engine->own_region && !all_written)
 		log_line("%u pages are given up that the server did not take", cache_unstable_count(engine->cache));
 	engine->stop = true;
 	pthread_cond_signal(&engine->work);
-	pthread_mutex_unlock(&engine->lock);
+	engine_unlock(engine);
 	pthread_join(engine->flusher, NULL);
 	free_engine(engine);
 }

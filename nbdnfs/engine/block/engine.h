@@ -27,6 +27,12 @@
 /* With fewer slots, write-backs leave no room for read-ahead. */
 #define ENGINE_REGION_PAGES_MIN 256
 #define ENGINE_CONNECTIONS_MAX 16
+/*
+ * A region (region.h: slots, and a table that grows with the device, a little over 1 MiB for each GiB) may have this
+ * share of the machine's memory, but always so many bytes.
+ */
+#define ENGINE_MEMORY_SHARE 8
+#define ENGINE_MEMORY_MIN_BYTES (64u << 20)
 
 struct engine;
 
@@ -45,7 +51,11 @@ struct engine_options {
 	int exit_status_when_stolen;
 };
 
-/* Connect, open the file, map the region and take over what it holds. Returns 0 and *engine, or -errno and *why. */
+/*
+ * Connect, open the file, map the region and take over what it holds. Returns 0 and *engine, or -errno and *why.
+ * -EFBIG: the file is so large that a new region for it would have more than its share of memory; nothing was allocated
+ * for it.
+ */
 int engine_create(const struct engine_options *options, struct engine **engine, struct nfsio_failure *why);
 
 /*
@@ -60,9 +70,16 @@ struct region_header *engine_region(const struct engine *engine);
 int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes);
 /* The pages are in the region when it returns; with `fua`, on the NAS, stably. */
 int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes, bool fua);
-/* Everything that was written before is on the NAS, stably, when it returns. */
+/*
+ * Everything that was written before is on the NAS, stably, when it returns: of each page what was written last before
+ * the FLUSH, or later. A page that is trimmed meanwhile is not waited for: the NAS may have older bytes of it then, as
+ * after any TRIM.
+ */
 int engine_flush(struct engine *engine);
-/* The pages may be forgotten. The file keeps its blocks: filling a hole again fails when the NAS is full. */
+/*
+ * The pages may be forgotten: until they are written again, they read as anything that was ever there. The file keeps
+ * its blocks: filling a hole again fails when the NAS is full.
+ */
 int engine_trim(struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes);
 
 #endif

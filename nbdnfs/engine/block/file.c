@@ -60,9 +60,9 @@ void file_look(struct engine *engine)
 {
 	if (file_state(engine) == REGION_FILE_THERE)
 		return;
-	pthread_mutex_lock(&engine->lock);
+	engine_lock(engine);
 	file_look_locked(engine);
-	pthread_mutex_unlock(&engine->lock);
+	engine_unlock(engine);
 }
 
 /* A page by which nfsio recognises the file (nfsio_recognise()). In nfsio's threads, without a lock. */
@@ -72,10 +72,10 @@ static bool sample_page(void *context, unsigned number, uint64_t *offset_bytes, 
 	uint64_t page = 0;
 	bool found;
 
-	pthread_mutex_lock(&engine->lock);
+	engine_lock(engine);
 	/* spread over the device: where one page is wrong, its neighbours may be, too */
 	found = cache_known_page(engine->cache, number * 0x9e3779b97f4a7c15u % engine->region.page_count, &page, crc);
-	pthread_mutex_unlock(&engine->lock);
+	engine_unlock(engine);
 	*offset_bytes = page * PAGE_BYTES;
 	return found;
 }
@@ -89,7 +89,7 @@ static void condition_changed(void *context)
 	int64_t silent_since_ms = 0;
 	bool link_down = false;
 
-	pthread_mutex_lock(&engine->lock);
+	engine_lock(engine);
 	engine->gone_too_long = false;
 	for (unsigned i = 0; i < engine->io_count; i++) {
 		struct nfsio_state state;
@@ -109,8 +109,8 @@ static void condition_changed(void *context)
 		note_file(engine, REGION_FILE_DELETED);
 	else
 		note_file(engine, worst == NFSIO_FILE_REPLACED ? REGION_FILE_REPLACED : file_state(engine));
-	pthread_cond_broadcast(&engine->progress);
-	pthread_mutex_unlock(&engine->lock);
+	engine->changed = true;
+	engine_unlock(engine);
 	for (unsigned i = 0; silent_since_ms != 0 && i < engine->io_count; i++)
 		nfsio_suspect(engine->ios[i], silent_since_ms);
 }

@@ -88,7 +88,7 @@ static void write_back_done(struct nfsio_req *req)
 	int error = req->error != 0 ? req->error : req->moved_bytes != req->length_bytes ? -EIO : 0;
 
 	count_duration(counters(engine)->nfs_write_us, now_us() - write_back->started_us);
-	pthread_mutex_lock(&engine->lock);
+	engine_lock(engine);
 	if (error != 0)
 		cache_page_run_failed(engine->cache, &write_back->pages);
 	else if (req->stable)
@@ -110,23 +110,22 @@ static void write_back_done(struct nfsio_req *req)
 		engine->spare[engine->spare_count++] = write_back->data;
 	}
 	count(&counters(engine)->nfs_in_flight, (uint64_t)-1);
+	engine->lacks_file_sync |= error == -EPROTO && req->op == NFSIO_WRITE;
 	if (error == 0)
 		note_success(engine);
 	else if (error != -ECANCELED)
 		note_refusal(engine, error, write_back->pages.first_page, write_back->pages.count);
 	note_unstable(engine);
 	file_look_locked(engine);
-	if (error != 0 || req->stable) /* else a request that waits must wait for the COMMIT */
-		pthread_cond_broadcast(&engine->progress);
 	keep_flushing(engine, error != 0 || req->resent);
-	pthread_mutex_unlock(&engine->lock);
+	engine_unlock(engine);
 }
 
 static void commit_done(struct nfsio_req *req)
 {
 	struct engine *engine = req->context;
 
-	pthread_mutex_lock(&engine->lock);
+	engine_lock(engine);
 	assert(engine->committing);
 	if (req->error != 0) {
 		cache_commit_failed(engine->cache);
@@ -145,9 +144,8 @@ static void commit_done(struct nfsio_req *req)
 		engine->commit_refused_until_ms = engine->refused_until_ms;
 	}
 	note_unstable(engine);
-	pthread_cond_broadcast(&engine->progress);
 	keep_flushing(engine, req->error != 0);
-	pthread_mutex_unlock(&engine->lock);
+	engine_unlock(engine);
 }
 
 /* Is there a reason to write back now, rather than to wait for neighbours? Lock held. */
@@ -193,6 +191,16 @@ static struct write_back *free_write_back(struct engine *engine)
 	return fits;
 }
 
+/*
+ * A FLUSH must end although its pages are written again and again: a page that was overtaken is written FILE_SYNC, so
+ * that what is under way counts whether it is overtaken again or not. Lock held.
+ */
+static bool must_be_stable(const struct engine *engine, const struct page_run *pages)
+{
+	return engine->options.stable_writes ||
+	       (pages->is_overtaken && engine->waiting_for_stable > 0 && !engine->lacks_file_sync);
+}
+
 /* Start one write-back. Lock held; dropped while it is submitted. */
 static void start_write_back(struct engine *engine, struct write_back *write_back)
 {
@@ -207,7 +215,7 @@ static void start_write_back(struct engine *engine, struct write_back *write_bac
 	engine->write_backs_busy++;
 	write_back->started_us = now_us();
 	write_back->req = (struct nfsio_req){
-		.op = engine->options.stable_writes ? NFSIO_WRITE : NFSIO_WRITE_UNSTABLE,
+		.op = must_be_stable(engine, &write_back->pages) ? NFSIO_WRITE : NFSIO_WRITE_UNSTABLE,
 		.offset_bytes = write_back->pages.first_page * PAGE_BYTES,
 		.length_bytes = write_back->pages.count * PAGE_BYTES,
 		.data = write_back->data,
@@ -216,9 +224,9 @@ static void start_write_back(struct engine *engine, struct write_back *write_bac
 	count(&counters(engine)->nfs_writes, 1);
 	count(&counters(engine)->nfs_written_bytes, write_back->req.length_bytes);
 	count(&counters(engine)->nfs_in_flight, 1);
-	pthread_mutex_unlock(&engine->lock);
+	engine_unlock(engine);
 	nfsio_submit(engine->ios[0], &write_back->req);
-	pthread_mutex_lock(&engine->lock);
+	engine_lock(engine);
 }
 
 /* Send a COMMIT. Lock held; dropped while it is submitted. */
@@ -229,24 +237,9 @@ static void commit(struct engine *engine)
 	engine->committing = true;
 	engine->commit = (struct nfsio_req){ .op = NFSIO_COMMIT, .done = commit_done, .context = engine };
 	count(&counters(engine)->nfs_commits, 1);
-	pthread_mutex_unlock(&engine->lock);
+	engine_unlock(engine);
 	nfsio_submit(engine->ios[0], &engine->commit);
-	pthread_mutex_lock(&engine->lock);
-}
-
-/* Wait for `work`, at most `ms`. Lock held; dropped while waiting. */
-static void wait_for_work(struct engine *engine, uint64_t ms)
-{
-	struct timespec until;
-
-	clock_gettime(CLOCK_MONOTONIC, &until);
-	until.tv_sec += (time_t)(ms / 1000);
-	until.tv_nsec += (long)(ms % 1000) * 1000000;
-	if (until.tv_nsec >= 1000000000) {
-		until.tv_nsec -= 1000000000;
-		until.tv_sec++;
-	}
-	pthread_cond_timedwait(&engine->work, &engine->lock, &until);
+	engine_lock(engine);
 }
 
 /*
@@ -315,7 +308,7 @@ void *flusher_thread(void *arg)
 	uint64_t young_sequence, young_at_ms; /* the newest write at that time */
 
 	touch_stack();
-	pthread_mutex_lock(&engine->lock);
+	engine_lock(engine);
 	young_sequence = engine->aged_sequence;
 	young_at_ms = now_ms();
 	for (;;) {
@@ -334,14 +327,16 @@ void *flusher_thread(void *arg)
 			young_at_ms = now;
 		} else if (cache_unstable_count(engine->cache) == 0 || atomic_load(&engine->stolen)) {
 			engine->flusher_rests = true;
-			pthread_cond_wait(&engine->work, &engine->lock);
+			engine_wait_for_work(engine, NO_END); /* there is nothing to do: a write calls it */
 			engine->flusher_rests = false;
 		} else {
-			uint64_t left_ms = young_at_ms + AGE_LIMIT_MS - now;
+			uint64_t end_ms = young_at_ms + AGE_LIMIT_MS;
 
-			wait_for_work(engine, are_held && left_ms > HOLD_TICK_MS ? HOLD_TICK_MS : left_ms);
+			if (are_held && end_ms > now + HOLD_TICK_MS)
+				end_ms = now + HOLD_TICK_MS;
+			engine_wait_for_work(engine, end_ms);
 		}
 	}
-	pthread_mutex_unlock(&engine->lock);
+	engine_unlock(engine);
 	return NULL;
 }

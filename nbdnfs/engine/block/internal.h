@@ -3,6 +3,7 @@
  * What the parts of the engine share; nothing else includes it. engine.h has the contract. Each part calls those
  * above it only. What guards what is said in struct engine.
  *
+ * progress.c          the lock, and waking those that wait
  * streams.[ch]        which readers walk the device, and what to read ahead for them
  * file.c              the state of the file and of the connections, for counters and log
  * flusher.c           write-backs and COMMITs, and the thread that starts them
@@ -87,9 +88,11 @@ struct engine {
 	 * While it is held, nfsio's lock is taken by nfsio_state() alone; all other calls of nfsio drop it first,
 	 * except nfsio_truncated_bytes() and nfsio_is_unlinked(), which take no lock.
 	 */
-	pthread_mutex_t lock;
+	pthread_mutex_t lock;   /* taken and dropped by progress.c alone */
 	pthread_cond_t work;    /* the flusher has something to do */
-	pthread_cond_t progress; /* slots became clean or free, a fetch ended, or the file's condition changed */
+	pthread_cond_t progress; /* what a request waits for may have come; progress.c alone uses it */
+	uint32_t waiting;       /* the number of threads that wait for `progress` */
+	bool changed;           /* the state of the file or of ownership has changed: wake those that wait */
 	struct cache *cache;
 	struct streams streams;
 	struct write_back write_backs[WRITE_BACKS]; /* the long ones first */
@@ -103,6 +106,7 @@ struct engine {
 	bool flusher_rests;     /* it waits for `work` without a time limit */
 	bool stop;              /* the flusher ends once the NAS has everything, or `abandon` is set */
 	bool abandon;
+	bool lacks_file_sync;   /* the server answers FILE_SYNC with less: only COMMITs make writes stable */
 	uint32_t waiting_for_stable; /* the number of requests that wait for the NAS */
 	uint32_t waiting_for_slot;
 	bool lent[ENGINE_CONNECTIONS_MAX]; /* ios that a reader has */
@@ -155,6 +159,21 @@ static inline uint32_t pages_at_once(const struct engine *engine, uint32_t wante
 
 	return wanted <= most ? wanted : most > 0 ? most : 1;
 }
+
+/* progress.c */
+
+/* Guards what struct engine says. */
+void engine_lock(struct engine *engine);
+/* Drop the lock, and wake the requests whose wait may be over. */
+void engine_unlock(struct engine *engine);
+/*
+ * Wait for `progress`, or until `end_ms` by now_ms(). NO_END: no time limit, for what ends by itself; the caller says
+ * why it does. Lock held; dropped while waiting.
+ */
+#define NO_END UINT64_MAX
+void engine_wait(struct engine *engine, uint64_t end_ms);
+/* The same for `work`. */
+void engine_wait_for_work(struct engine *engine, uint64_t end_ms);
 
 /* file.c */
 

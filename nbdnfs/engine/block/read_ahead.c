@@ -15,14 +15,13 @@ static void fetch_done(struct nfsio_req *req)
 	count_duration(counters(engine)->nfs_read_us, now_us() - fetch->started_us);
 	for (uint32_t i = 0; ok && i < fetch->count; i++)
 		crcs[i] = crc32c(fetch->data + (size_t)i * PAGE_BYTES, PAGE_BYTES);
-	pthread_mutex_lock(&engine->lock);
+	engine_lock(engine);
 	cache_fetch_done(engine->cache, fetch->first_page, fetch->count, fetch->number, ok ? fetch->data : NULL, crcs);
 	assert(fetch->busy && engine->spare_count < LONG_BUFFERS);
 	fetch->busy = false;
 	engine->spare[engine->spare_count++] = fetch->data;
 	count(&counters(engine)->nfs_in_flight, (uint64_t)-1);
-	pthread_cond_broadcast(&engine->progress);
-	pthread_mutex_unlock(&engine->lock);
+	engine_unlock(engine);
 }
 
 /* NULL when all are in flight. Lock held. */
@@ -70,9 +69,9 @@ static void fetch_pages(struct engine *engine, uint64_t first_page, uint32_t pag
 		count(&counters(engine)->nfs_reads, 1);
 		count(&counters(engine)->nfs_read_bytes, fetch->req.length_bytes);
 		count(&counters(engine)->nfs_in_flight, 1);
-		pthread_mutex_unlock(&engine->lock);
+		engine_unlock(engine);
 		nfsio_submit(engine->ios[0], &fetch->req);
-		pthread_mutex_lock(&engine->lock);
+		engine_lock(engine);
 	}
 }
 
@@ -81,14 +80,14 @@ void readahead_follow(struct engine *engine, uint64_t page, uint32_t pages)
 	struct prefetch prefetch;
 	uint32_t used, wasted;
 
-	pthread_mutex_lock(&engine->lock);
+	engine_lock(engine);
 	used = cache_take_used(engine->cache);
 	wasted = cache_take_wasted(engine->cache);
 	streams_judge(&engine->streams, used, wasted);
 	if (streams_note(&engine->streams, page, pages, engine->region.page_count, &prefetch))
 		for (uint32_t i = 0; i < prefetch.times; i++)
 			fetch_pages(engine, prefetch.first + (uint64_t)(prefetch.step * (int64_t)i), prefetch.count);
-	pthread_mutex_unlock(&engine->lock);
+	engine_unlock(engine);
 	count(&counters(engine)->read_ahead_hits, used);
 	count(&counters(engine)->read_ahead_wasted, wasted);
 }

@@ -6,9 +6,12 @@
 #include "base/log.h"
 
 #include <errno.h>
+#include <sched.h>
 
 /* Pages of a request that are looked up, checksummed and fetched in one go. */
 #define BATCH_PAGES 64
+/* Pages that are forgotten in one go: a TRIM may be of a million. */
+#define TRIM_PAGES 1024
 /* How often a page whose checksum is wrong is read again. */
 #define CHECKSUM_TRIES 3
 
@@ -43,12 +46,12 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 		uint32_t wanted;
 		int error;
 
-		pthread_mutex_lock(&engine->lock);
+		engine_lock(engine);
 		wanted = cache_checksum(engine->cache, page);
 		if (wanted != 0 && wanted != found)
 			while ((newer = cache_read(engine->cache, page, data)) == CACHE_WAIT)
-				pthread_cond_wait(&engine->progress, &engine->lock);
-		pthread_mutex_unlock(&engine->lock);
+				engine_wait(engine, NO_END); /* until the fetch ends, as every READ does */
+		engine_unlock(engine);
 		if (newer == CACHE_HIT || (wanted != 0 && wanted == found))
 			return 0;
 		if (wanted == 0) /* beyond a truncation the file may have zeros again, which are not what was written */
@@ -108,14 +111,14 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 	int error = 0;
 
 	assert(pages <= BATCH_PAGES);
-	pthread_mutex_lock(&engine->lock);
+	engine_lock(engine);
 	for (uint32_t i = 0; i < pages; i++) {
 		uint8_t *target = data + (size_t)i * PAGE_BYTES;
 		struct nfsio_req *last = used > 0 ? &reqs[used - 1] : NULL;
 		enum cache_lookup found;
 
 		while ((found = cache_read(engine->cache, page + i, target)) == CACHE_WAIT)
-			pthread_cond_wait(&engine->progress, &engine->lock);
+			engine_wait(engine, NO_END); /* until the fetch ends, as every READ does */
 		if (found == CACHE_HIT)
 			continue;
 		missed++;
@@ -132,7 +135,7 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 	}
 	if (used > 0)
 		io = lend(engine);
-	pthread_mutex_unlock(&engine->lock);
+	engine_unlock(engine);
 	started_us = now_us();
 	if (used > 0)
 		nfsio_batch_start(engine->ios[io], &batch, reqs, used);
@@ -140,10 +143,10 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 	if (used > 0)
 		nfsio_batch_wait(&batch);
 	if (io > 0) {
-		pthread_mutex_lock(&engine->lock);
+		engine_lock(engine);
 		assert(engine->lent[io]);
 		engine->lent[io] = false;
-		pthread_mutex_unlock(&engine->lock);
+		engine_unlock(engine);
 	}
 	for (size_t i = 0; i < used; i++) {
 		count(&counters(engine)->nfs_reads, 1);
@@ -191,13 +194,12 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
 {
 	uint64_t limit_ms = engine->options.nfs.soft_limit_ms, end_ms = since_ms;
-	struct timespec until;
 
 	if (engine->gone_too_long || atomic_load(&engine->stolen))
 		return false;
 	flusher_call(engine);
 	if (limit_ms == 0) {
-		pthread_cond_wait(&engine->progress, &engine->lock);
+		engine_wait(engine, NO_END); /* a hard mount: for as long as the server takes */
 		return true;
 	}
 	if (engine->progress_at_ms > end_ms)
@@ -207,9 +209,7 @@ static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
 	end_ms += limit_ms;
 	if (now_ms() >= end_ms)
 		return false;
-	until.tv_sec = (time_t)(end_ms / 1000);
-	until.tv_nsec = (long)(end_ms % 1000) * 1000000;
-	pthread_cond_timedwait(&engine->progress, &engine->lock, &until);
+	engine_wait(engine, end_ms);
 	return true;
 }
 
@@ -233,6 +233,16 @@ static int wait_pages_stable(struct engine *engine, uint64_t page, uint64_t page
 	return error;
 }
 
+/*
+ * May the page be kept as a word alone? Not with FUA, and not where a request may wait for an older write to it: that
+ * one would never reach the NAS, nor would this one before the next FLUSH. It has a slot then, which takes this write.
+ * Lock held.
+ */
+static bool may_fill(const struct engine *engine, uint64_t page, bool fua)
+{
+	return !fua && (engine->waiting_for_stable == 0 || cache_page_is_stable(engine->cache, page, UINT64_MAX));
+}
+
 /* Write at most BATCH_PAGES pages. After an error, some of them may be written. */
 static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page, uint32_t pages, bool fua)
 {
@@ -244,13 +254,13 @@ static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page
 	assert(pages <= BATCH_PAGES);
 	for (uint32_t i = 0; i < pages; i++)
 		crcs[i] = crc32c(data + (size_t)i * PAGE_BYTES, PAGE_BYTES);
-	pthread_mutex_lock(&engine->lock);
+	engine_lock(engine);
 	was_idle = cache_unstable_count(engine->cache) == 0;
 	for (uint32_t i = 0; i < pages && error == 0; i++) {
 		enum cache_store stored;
 
-		while ((stored = cache_write(engine->cache, page + i, data + (size_t)i * PAGE_BYTES, crcs[i], !fua)) ==
-			       CACHE_FULL &&
+		while ((stored = cache_write(engine->cache, page + i, data + (size_t)i * PAGE_BYTES, crcs[i],
+					     may_fill(engine, page + i, fua))) == CACHE_FULL &&
 		       error == 0) {
 			count(&counters(engine)->stalls, 1);
 			engine->waiting_for_slot++;
@@ -265,7 +275,7 @@ static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page
 		flusher_call(engine);
 	if (fua && error == 0)
 		error = wait_pages_stable(engine, page, pages, cache_sequence(engine->cache));
-	pthread_mutex_unlock(&engine->lock);
+	engine_unlock(engine);
 	count(&counters(engine)->filled_pages_written, filled);
 	return error != 0 ? error : result_of(engine);
 }
@@ -292,37 +302,60 @@ int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_byt
 	return error;
 }
 
+/*
+ * Give the filled pages slots, and the lock to others from time to time. Returns false when waiting is an error. Lock
+ * held; dropped meanwhile.
+ */
+static bool materialise(struct engine *engine, uint64_t since_ms)
+{
+	uint64_t page = 0;
+
+	for (;;) {
+		enum cache_materialise done = cache_materialise(engine->cache, &page, BATCH_PAGES);
+
+		if (done == CACHE_MATERIALISED)
+			return true;
+		if (done == CACHE_NO_SLOT && !wait_for_nas(engine, since_ms))
+			return false;
+		if (done == CACHE_MORE) {
+			engine_unlock(engine);
+			sched_yield(); /* else this thread is the first to have it again */
+			engine_lock(engine);
+		}
+	}
+}
+
 int engine_flush(struct engine *engine)
 {
-	uint64_t page = 0, sequence, since_ms = now_ms();
-	bool in_time = true;
+	uint64_t sequence, since_ms = now_ms();
+	bool in_time;
 
 	count(&counters(engine)->flushes, 1);
-	pthread_mutex_lock(&engine->lock);
+	engine_lock(engine);
 	engine->waiting_for_stable++;
-	while (in_time && !cache_materialise(engine->cache, &page))
-		in_time = wait_for_nas(engine, since_ms);
+	in_time = materialise(engine, since_ms);
 	sequence = cache_sequence(engine->cache);
 	while (in_time && !cache_is_stable(engine->cache, sequence))
 		in_time = wait_for_nas(engine, since_ms);
 	engine->waiting_for_stable--;
-	pthread_mutex_unlock(&engine->lock);
+	engine_unlock(engine);
 	return in_time ? result_of(engine) : -EIO;
 }
 
 int engine_trim(struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes)
 {
-	uint64_t page = offset_bytes / PAGE_BYTES, pages = length_bytes / PAGE_BYTES;
+	uint64_t page = offset_bytes / PAGE_BYTES, end = page + length_bytes / PAGE_BYTES;
 	int error = check_range(engine, offset_bytes, length_bytes);
 
 	count(&counters(engine)->trims, 1);
-	if (error != 0)
-		return error;
-	pthread_mutex_lock(&engine->lock);
-	for (uint64_t i = 0; i < pages; i++)
-		cache_trim(engine->cache, page + i);
-	note_unstable(engine);
-	pthread_cond_broadcast(&engine->progress);
-	pthread_mutex_unlock(&engine->lock);
-	return 0;
+	while (error == 0 && page < end) {
+		uint64_t now = page + TRIM_PAGES < end ? page + TRIM_PAGES : end;
+
+		engine_lock(engine);
+		while (page < now)
+			cache_trim(engine->cache, page++);
+		note_unstable(engine);
+		engine_unlock(engine);
+	}
+	return error;
 }

@@ -109,17 +109,28 @@ bool counts_as_answer(struct nfsio *io, int rpc_status)
 	return true;
 }
 
+/*
+ * A short WRITE is followed by others for the rest, and the server may restart between two of the pieces. What it had
+ * answered UNSTABLE or DATA_SYNC before is lost then, whatever it says of the pieces after: the write is done only when
+ * all of its pieces that are not FILE_SYNC have one verifier, and no piece has come under another one since the first
+ * of those. It is stable when all are FILE_SYNC, under whatever verifiers; else it has the verifier of those that are
+ * not, and a COMMIT decides. Otherwise all of it is sent again.
+ */
 void note_written3(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool stable, uint64_t verifier)
 {
-	if (req->op == NFSIO_WRITE && !stable) {
+	bool is_first = req->moved_bytes == 0;
+
+	if (count > req->length_bytes - req->moved_bytes) {
+		note_moved(io, req, count, false); /* out of step: nothing in that answer counts */
+	} else if (req->op == NFSIO_WRITE && !stable) {
 		req_finish(&io->inflight, req, -EPROTO); /* RFC 1813, 3.3.7: FILE_SYNC is answered with FILE_SYNC */
-	} else if (req->moved_bytes > 0 && !stable && verifier != req->verifier) {
-		req->moved_bytes = 0; /* the server restarted between the pieces: send all of it again */
+	} else if (!is_first && !req->stable && verifier != req->verifier) {
+		req->moved_bytes = 0; /* the server restarted between the pieces */
 		req_list_remove(&io->inflight, req);
 		req_list_push(&io->pending, req);
 	} else {
+		req->stable = stable && (is_first || req->stable);
 		req->verifier = verifier;
-		req->stable = stable && (req->moved_bytes == 0 || req->stable);
 		note_moved(io, req, count, false);
 	}
 }

@@ -9,27 +9,16 @@
 /* The table has 0 for "unknown": a page whose checksum happens to be 0 is not checked. */
 uint32_t cache_checksum(const struct cache *cache, uint64_t page)
 {
-	return is_filled(cache, page) ? 0 : word_of(cache, page);
+	return checksum_of(cache, page);
 }
 
 bool cache_known_page(const struct cache *cache, uint64_t from, uint64_t *page, uint32_t *crc)
 {
-	uint64_t count = cache->region->page_count;
-
-	for (uint64_t i = 0; i < count; i++) {
-		uint64_t candidate = (from + i) % count;
-		uint32_t index;
-
-		*crc = cache_checksum(cache, candidate);
-		if (*crc == 0)
-			continue;
-		index = slot_find(cache, candidate);
-		if (index != NO_SLOT && cache->slots[index].list != ON_CLEAN)
-			continue;
-		*page = candidate;
-		return true;
-	}
-	return false;
+	if (!page_set_next(&cache->known, from, page) && !page_set_next(&cache->known, 0, page))
+		return false;
+	*crc = checksum_of(cache, *page);
+	assert(*crc != 0);
+	return true;
 }
 
 static bool is_one_word(const uint8_t *data)
@@ -37,11 +26,51 @@ static bool is_one_word(const uint8_t *data)
 	return memcmp(data, data + 4, PAGE_BYTES - 4) == 0;
 }
 
+/* What can be computed from the region is kept beside it. All of its pages are looked at this once. */
+static bool make_sets(struct cache *cache)
+{
+	uint64_t pages = cache->region->page_count, words = (pages + 63) / 64;
+
+	if (!page_set_init(&cache->known, pages) || !page_set_init(&cache->filled_words, words))
+		return false;
+	for (uint64_t word = 0; word < words; word++)
+		if (atomic_load_explicit(&cache->region->filled[word], memory_order_relaxed) != 0)
+			page_set_put(&cache->filled_words, word, true);
+	for (uint64_t page = 0; page < pages; page++)
+		if (checksum_of(cache, page) != 0)
+			page_set_put(&cache->known, page, true);
+	return true;
+}
+
+/* The last worker's slots. Clean ones are dropped: the worker may have been killed while it reused one. */
+static void take_over_slots(struct cache *cache)
+{
+	struct region *region = cache->region;
+
+	for (uint32_t index = 0; index < region->slot_count; index++) {
+		uint64_t value = atomic_load(&region->slots[index]);
+		uint64_t page = slot_page(value);
+
+		if (slot_content(value) != SLOT_DIRTY || page >= region->page_count ||
+		    slot_find(cache, page) != NO_SLOT) {
+			slot_init_free(cache, index);
+			continue;
+		}
+		/* the slot is right: the worker may have been killed before it set these */
+		set_filled(cache, page, false);
+		set_word(cache, page, crc32c(data_of(cache, index), PAGE_BYTES));
+		cache->sequence++;
+		slot_init_page(cache, index, page);
+		slot_became_dirty(cache, index);
+	}
+}
+
 struct cache *cache_create(struct region *region)
 {
 	struct cache *cache = calloc(1, sizeof(*cache));
 	uint32_t buckets = 1;
 
+	assert(region->slot_count <= REGION_SLOTS_MAX && region->page_count > 0);
 	while (buckets < region->slot_count * 2)
 		buckets *= 2;
 	if (cache == NULL)
@@ -50,45 +79,39 @@ struct cache *cache_create(struct region *region)
 	cache->bucket_mask = buckets - 1;
 	cache->slots = calloc(region->slot_count, sizeof(*cache->slots));
 	cache->buckets = malloc(buckets * sizeof(*cache->buckets));
-	if (cache->slots == NULL || cache->buckets == NULL) {
+	if (cache->slots == NULL || cache->buckets == NULL || !make_sets(cache)) {
 		cache_destroy(cache);
 		return NULL;
 	}
 	memset(cache->buckets, 0xff, buckets * sizeof(*cache->buckets));
 	for (int name = 0; name < LIST_COUNT; name++)
 		cache->lists[name].head = cache->lists[name].tail = NO_SLOT;
-	for (uint32_t index = 0; index < region->slot_count; index++) {
-		uint64_t value = atomic_load(&region->slots[index]);
-		uint64_t page = slot_page(value);
-
-		/* clean slots are dropped: the worker may have been killed while it reused one */
-		if (slot_content(value) != SLOT_DIRTY || page >= region->page_count ||
-		    slot_find(cache, page) != NO_SLOT) {
-			slot_publish(cache, index, SLOT_FREE);
-			slot_list_add(cache, ON_FREE, index);
-			continue;
-		}
-		/* the slot is right: the worker may have been killed before it set these */
-		set_filled(cache, page, false);
-		set_word(cache, page, crc32c(data_of(cache, index), PAGE_BYTES));
-		cache->sequence++;
-		slot_hash_add(cache, index, page);
-		slot_became_dirty(cache, index);
-	}
+	cache->oldest_write = cache->newest_write = NO_SLOT;
+	take_over_slots(cache);
 	return cache;
 }
 
 void cache_destroy(struct cache *cache)
 {
+	page_set_deinit(&cache->known);
+	page_set_deinit(&cache->filled_words);
 	free(cache->slots);
 	free(cache->buckets);
 	free(cache);
 }
 
+bool cache_take_changed(struct cache *cache)
+{
+	bool changed = cache->changed;
+
+	cache->changed = false;
+	return changed;
+}
+
 /* False when a page was trimmed while it is being written: the slot only waits for the end of that. */
 static bool has_bytes(const struct slot *slot)
 {
-	return slot->list == ON_CLEAN || slot->since != 0 || slot->rewritten != 0;
+	return slot->list == ON_CLEAN || since_of(slot) != 0 || rewritten_of(slot) != 0;
 }
 
 enum cache_lookup cache_read(struct cache *cache, uint64_t page, uint8_t *data)
@@ -100,11 +123,7 @@ enum cache_lookup cache_read(struct cache *cache, uint64_t page, uint8_t *data)
 		return CACHE_WAIT;
 	if (slot != NULL && has_bytes(slot)) {
 		memcpy(data, data_of(cache, index), PAGE_BYTES);
-		if (slot->read_ahead)
-			cache->used++;
-		slot->read_ahead = false;
-		if (slot->list == ON_CLEAN)
-			slot_list_move(cache, ON_CLEAN, index); /* to the end: last used */
+		slot_used(cache, index);
 		return CACHE_HIT;
 	}
 	if (is_filled(cache, page)) {
@@ -114,25 +133,14 @@ enum cache_lookup cache_read(struct cache *cache, uint64_t page, uint8_t *data)
 	return CACHE_MISS;
 }
 
-/* Take the page off its slot, if it has one; a write-back keeps the slot until it ends. */
+/* The page is not in a slot any more, or is not read from there: a write-back keeps the slot until it ends. */
 static void forget(struct cache *cache, uint64_t page)
 {
 	uint32_t index = slot_find(cache, page);
 
-	if (index == NO_SLOT)
-		return;
-	struct slot *slot = &cache->slots[index];
-
-	slot->fetching = false;
-	slot->in_commit = false;
-	slot->rewritten = 0;
-	slot->since = 0;
-	if (slot->writing) {
-		slot_publish(cache, index, SLOT_FREE);
-		slot_list_move(cache, ON_NONE, index);
-	} else {
-		slot_release(cache, index);
-	}
+	page_set_put(&cache->known, page, false);
+	if (index != NO_SLOT)
+		slot_forget(cache, index);
 }
 
 /* Put bytes into the page's slot, or a new one. Returns false when there is none. */
@@ -144,10 +152,9 @@ static bool store(struct cache *cache, uint64_t page, const uint8_t *data, uint3
 		index = slot_take(cache, page);
 		if (index == NO_SLOT)
 			return false;
-	} else if (cache->slots[index].list == ON_CLEAN) {
-		slot_publish(cache, index, SLOT_FREE); /* if killed while copying: the NAS has the old bytes */
+	} else {
+		slot_overwrite(cache, index);
 	}
-	cache->slots[index].fetching = false;
 	memcpy(data_of(cache, index), data, PAGE_BYTES);
 	slot_became_dirty(cache, index);
 	/* if killed here: the slot is right, see cache_create() */
@@ -183,42 +190,46 @@ uint64_t cache_sequence(const struct cache *cache)
 	return cache->sequence;
 }
 
-static bool slot_is_stable(const struct slot *slot, uint64_t sequence)
-{
-	return (slot->since == 0 || slot->since > sequence) && (slot->rewritten == 0 || slot->rewritten > sequence);
-}
-
 bool cache_is_stable(const struct cache *cache, uint64_t sequence)
 {
-	for (uint32_t index = 0; index < cache->region->slot_count; index++)
-		if (!slot_is_stable(&cache->slots[index], sequence))
-			return false;
-	return true;
+	uint32_t oldest = cache->oldest_write;
+
+	return oldest == NO_SLOT || slot_write(cache, oldest)->sequence > sequence;
 }
 
 bool cache_page_is_stable(const struct cache *cache, uint64_t page, uint64_t sequence)
 {
 	uint32_t index = slot_find(cache, page);
 
-	return index == NO_SLOT || slot_is_stable(&cache->slots[index], sequence);
+	if (index == NO_SLOT)
+		return true;
+	const struct slot *slot = &cache->slots[index];
+
+	return (since_of(slot) == 0 || since_of(slot) > sequence) &&
+	       (rewritten_of(slot) == 0 || rewritten_of(slot) > sequence);
 }
 
-bool cache_materialise(struct cache *cache, uint64_t *page)
+enum cache_materialise cache_materialise(struct cache *cache, uint64_t *page, uint32_t most)
 {
+	uint64_t word;
 	uint8_t data[PAGE_BYTES];
 
-	for (; *page < cache->region->page_count; (*page)++) {
-		if (*page % 64 == 0 &&
-		    atomic_load_explicit(&cache->region->filled[*page / 64], memory_order_relaxed) == 0) {
-			*page += 63;
+	for (uint32_t done = 0; page_set_next(&cache->filled_words, *page / 64, &word);) {
+		uint64_t first = word > *page / 64 ? word * 64 : *page;
+		uint64_t bits = atomic_load_explicit(&cache->region->filled[word], memory_order_relaxed);
+
+		bits >>= first % 64;
+		if (bits == 0) {
+			*page = (word + 1) * 64;
 			continue;
 		}
-		if (!is_filled(cache, *page))
-			continue;
+		*page = first + (uint64_t)__builtin_ctzll(bits);
+		if (done++ == most)
+			return CACHE_MORE;
 		fill(data, word_of(cache, *page));
 		cache->sequence++;
 		if (!store(cache, *page, data, crc32c(data, PAGE_BYTES)))
-			return false;
+			return CACHE_NO_SLOT;
 	}
-	return true;
+	return CACHE_MATERIALISED;
 }

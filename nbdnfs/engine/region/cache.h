@@ -11,8 +11,10 @@
  *   UNCOMMITTED  the NAS has its bytes, but may lose them until a COMMIT
  *   CLEAN        the NAS has its bytes, stably; the slot may be reused
  *
- * A page that is written while its slot is WRITING becomes DIRTY when that write-back ends. A page without a slot may
- * be *filled*: it repeats one 32-bit word, which lies in the region's page table.
+ * A page that is written while its slot is WRITING becomes DIRTY when that write-back ends. Its older write is stable
+ * then if that write-back was; else it is when a later one is.
+ *
+ * A page without a slot may be *filled*: it repeats one 32-bit word, which lies in the region's page table.
  *
  * Each write gets the next sequence number.
  */
@@ -32,6 +34,13 @@ struct cache;
 struct cache *cache_create(struct region *region);
 void cache_destroy(struct cache *cache);
 
+/*
+ * Has anything happened since the last call that a wait may be for? A slot became free or clean (CACHE_FULL,
+ * CACHE_NO_SLOT), a write became stable or was dropped (cache_is_stable(), cache_page_is_stable()), or a page is not
+ * being fetched any more (CACHE_WAIT). When one of these becomes true, this says true.
+ */
+bool cache_take_changed(struct cache *cache);
+
 /* ---- requests ---- */
 
 enum cache_lookup { CACHE_HIT, CACHE_MISS, CACHE_WAIT };
@@ -48,7 +57,9 @@ enum cache_store { CACHE_STORED, CACHE_FILLED, CACHE_FULL };
  */
 enum cache_store cache_write(struct cache *cache, uint64_t page, const uint8_t *data, uint32_t crc, bool may_fill);
 
-/* Forget a page. A write-back of it goes on; its slot is reused only after that. */
+/*
+ * Forget a page: its writes are not unstable any more. A write-back of it goes on; its slot is reused only after that.
+ */
 void cache_trim(struct cache *cache, uint64_t page);
 
 /* The sequence number of the newest write. */
@@ -59,17 +70,19 @@ bool cache_is_stable(const struct cache *cache, uint64_t sequence);
 bool cache_page_is_stable(const struct cache *cache, uint64_t page, uint64_t sequence);
 
 /*
- * Give filled pages slots, from *page on, so that they are written back. Returns true when the whole device is done,
- * false when no slot was left: wait for a write-back to end and call again with *page as it was left.
+ * Give filled pages slots, from *page on and at most `most`, so that they are written back. CACHE_MATERIALISED: the
+ * whole device is done. CACHE_MORE: call again, with *page as it was left. CACHE_NO_SLOT: the same, once a slot is free
+ * or clean.
  */
-bool cache_materialise(struct cache *cache, uint64_t *page);
+enum cache_materialise { CACHE_MATERIALISED, CACHE_MORE, CACHE_NO_SLOT };
+enum cache_materialise cache_materialise(struct cache *cache, uint64_t *page, uint32_t most);
 
 /* The CRC-32C that the page has on the NAS, 0 when that is not known. */
 uint32_t cache_checksum(const struct cache *cache, uint64_t page);
 
 /*
- * A page that the NAS has stably, with its CRC-32C: the first from `from` on, and from the device's start after its
- * end. Returns false when there is none.
+ * A page that the NAS has stably as it was last written, with its CRC-32C: the first from `from` on, and from the
+ * device's start after its end. Returns false when there is none.
  */
 bool cache_known_page(const struct cache *cache, uint64_t from, uint64_t *page, uint32_t *crc);
 
@@ -81,6 +94,11 @@ bool cache_known_page(const struct cache *cache, uint64_t from, uint64_t *page, 
 struct page_run {
 	uint64_t first_page;
 	uint32_t count;
+	/*
+	 * One of the pages was written again before the NAS had an older write stably. That one is stable only when
+	 * this run is: if it is overtaken in turn, as soon as it is written FILE_SYNC, and perhaps never with COMMITs.
+	 */
+	bool is_overtaken;
 	uint32_t slots[RUN_PAGES_MAX];
 };
 

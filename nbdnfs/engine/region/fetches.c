@@ -15,9 +15,7 @@ uint32_t cache_fetch_begin(struct cache *cache, uint64_t first_page, uint32_t co
 		index = slot_take(cache, page);
 		if (index == NO_SLOT)
 			break;
-		assert(!cache->slots[index].writing);
-		cache->slots[index].fetching = true;
-		cache->slots[index].fetch = fetch;
+		slot_begin_fetch(cache, index, fetch);
 	}
 	return taken;
 }
@@ -28,18 +26,15 @@ void cache_fetch_done(struct cache *cache, uint64_t first_page, uint32_t count, 
 	for (uint32_t i = 0; i < count; i++) {
 		uint32_t index = slot_find(cache, first_page + i);
 		uint32_t wanted;
+		bool is_right;
 
 		if (index == NO_SLOT || !cache->slots[index].fetching || cache->slots[index].fetch != fetch)
 			continue; /* written or trimmed meanwhile */
-		cache->slots[index].fetching = false;
 		wanted = word_of(cache, first_page + i);
-		if (data == NULL || (wanted != 0 && wanted != crcs[i])) {
-			slot_release(cache, index);
-			continue;
-		}
-		memcpy(data_of(cache, index), data + (size_t)i * PAGE_BYTES, PAGE_BYTES);
-		cache->slots[index].read_ahead = true;
-		slot_became_clean(cache, index);
+		is_right = data != NULL && (wanted == 0 || wanted == crcs[i]);
+		if (is_right)
+			memcpy(data_of(cache, index), data + (size_t)i * PAGE_BYTES, PAGE_BYTES);
+		slot_end_fetch(cache, index, is_right);
 	}
 }
 

@@ -14,36 +14,10 @@
 
 static const char MAGIC[8] = "nbdnfs\0";
 
-static size_t round_up(size_t bytes)
-{
-	return (bytes + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
-}
-
-/* Where each part begins. */
-struct layout {
-	size_t slots, page_table, filled, data, end;
-};
-
-static struct layout lay_out(uint64_t device_bytes, uint32_t slot_count)
-{
-	uint64_t pages = device_bytes / PAGE_BYTES;
-	struct layout at;
-
-	at.slots = round_up(sizeof(struct region_header));
-	at.page_table = at.slots + round_up(slot_count * sizeof(region_slot));
-	at.filled = at.page_table + round_up(pages * sizeof(uint32_t));
-	at.data = at.filled + round_up((pages + 63) / 64 * sizeof(uint64_t));
-	at.end = at.data + (size_t)slot_count * PAGE_BYTES;
-	return at;
-}
-
-size_t region_size_bytes(uint64_t device_bytes, uint32_t slot_count)
-{
-	return lay_out(device_bytes, slot_count).end;
-}
+_Static_assert(sizeof(off_t) == 8, "build with -D_FILE_OFFSET_BITS=64");
 
 /* Is it a region, of this version, for this backing file? Returns 0, or -errno and `message`. */
-static int check(const struct region_header *header, size_t bytes, const struct region_identity *identity,
+static int check(const struct region_header *header, uint64_t bytes, const struct region_identity *identity,
 		 char *message, size_t message_bytes)
 {
 	if (memcmp(header->magic, MAGIC, sizeof(MAGIC)) != 0) {
@@ -60,7 +34,8 @@ static int check(const struct region_header *header, size_t bytes, const struct 
 		return -EINVAL;
 	}
 	if (header->region_bytes != bytes || region_size_bytes(identity->device_bytes, header->slot_count) != bytes) {
-		snprintf(message, message_bytes, "the region has %zu bytes, and its header says otherwise", bytes);
+		snprintf(message, message_bytes, "the region has %llu bytes, and its header says otherwise",
+			 (unsigned long long)bytes);
 		return -EPROTO;
 	}
 	return 0;
@@ -77,7 +52,7 @@ static int reopen(int fd)
 }
 
 /* Lock the region's file and map all of it, in memory. Returns 0 or -errno and `message`. */
-static int lock_and_map(struct region *region, size_t new_bytes, char *message, size_t message_bytes)
+static int lock_and_map(struct region *region, uint64_t new_bytes, char *message, size_t message_bytes)
 {
 	struct stat st;
 	void *memory;
@@ -90,7 +65,14 @@ static int lock_and_map(struct region *region, size_t new_bytes, char *message, 
 		snprintf(message, message_bytes, "the region is in use by another worker");
 		return error;
 	}
-	region->bytes = st.st_size > 0 ? (size_t)st.st_size : new_bytes;
+	if (st.st_size > 0)
+		new_bytes = (uint64_t)st.st_size;
+	if (new_bytes > REGION_BYTES_MAX) {
+		snprintf(message, message_bytes, "a region of %llu MiB does not fit in the address space",
+			 (unsigned long long)(new_bytes >> 20));
+		return -EFBIG;
+	}
+	region->bytes = (size_t)new_bytes;
 	if (st.st_size == 0 && ftruncate(region->fd, (off_t)region->bytes) < 0)
 		return -errno;
 	memory = mmap(NULL, region->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, region->fd, 0);
@@ -120,24 +102,29 @@ static void make_header(struct region *region, const struct region_identity *ide
 static void set_parts(struct region *region)
 {
 	struct region_header *header = region->header;
-	struct layout at = lay_out(header->identity.device_bytes, header->slot_count);
+	struct region_layout at = region_lay_out(header->identity.device_bytes, header->slot_count);
 
 	assert(at.end == region->bytes);
 	region->slot_count = header->slot_count;
 	region->page_count = header->identity.device_bytes / PAGE_BYTES;
-	region->slots = (void *)((char *)header + at.slots);
-	region->page_table = (void *)((char *)header + at.page_table);
-	region->filled = (void *)((char *)header + at.filled);
-	region->data = (uint8_t *)header + at.data;
+	region->slots = (void *)((char *)header + (size_t)at.slots);
+	region->page_table = (void *)((char *)header + (size_t)at.page_table);
+	region->filled = (void *)((char *)header + (size_t)at.filled);
+	region->data = (uint8_t *)header + (size_t)at.data;
 }
 
 int region_map(struct region *region, int fd, const struct region_identity *identity, uint32_t slot_count,
 	       char *message, size_t message_bytes)
 {
-	size_t new_bytes = region_size_bytes(identity->device_bytes, slot_count);
+	uint64_t new_bytes = region_size_bytes(identity->device_bytes, slot_count);
 	int error;
 
 	message[0] = '\0';
+	if (slot_count > REGION_SLOTS_MAX || identity->device_bytes > REGION_DEVICE_BYTES_MAX) {
+		snprintf(message, message_bytes, "a region has at most %u pages, and a device %llu GiB",
+			 REGION_SLOTS_MAX, REGION_DEVICE_BYTES_MAX >> 30);
+		return -EFBIG;
+	}
 	*region = (struct region){ .fd = fd < 0 ? memfd_create("nbdnfs-region", MFD_CLOEXEC) : reopen(fd) };
 	if (region->fd < 0)
 		return fd < 0 ? -errno : region->fd;

@@ -26,6 +26,12 @@
 #define PAGE_BYTES 4096u
 #define REGION_VERSION 2u
 
+/* Room for sums that do not wrap, and for page numbers in slot_value() and page_set.h. */
+#define REGION_DEVICE_BYTES_MAX (1ull << 48)
+#define REGION_SLOTS_MAX (1u << 28)
+/* What one mapping can have: on a 32-bit machine less than a device of 4 TiB asks for. */
+#define REGION_BYTES_MAX (SIZE_MAX / 2)
+
 /* What a slot holds, as the next worker finds it. FETCHING and WRITING exist in the worker's own memory only. */
 enum slot_content { SLOT_FREE = 0, SLOT_CLEAN = 1, SLOT_DIRTY = 2 };
 
@@ -131,13 +137,40 @@ struct region {
 	uint64_t page_count;
 };
 
+/* Where each part begins. In 64 bits on every machine: what does not fit is refused, and must not wrap before that. */
+struct region_layout {
+	uint64_t slots, page_table, filled, data, end;
+};
+
+static inline uint64_t region_round_up(uint64_t bytes)
+{
+	return (bytes + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
+}
+
+static inline struct region_layout region_lay_out(uint64_t device_bytes, uint32_t slot_count)
+{
+	uint64_t pages = device_bytes / PAGE_BYTES;
+	struct region_layout at;
+
+	at.slots = region_round_up(sizeof(struct region_header));
+	at.page_table = at.slots + region_round_up(slot_count * (uint64_t)sizeof(region_slot));
+	at.filled = at.page_table + region_round_up(pages * sizeof(uint32_t));
+	at.data = at.filled + region_round_up((pages + 63) / 64 * sizeof(uint64_t));
+	at.end = at.data + (uint64_t)slot_count * PAGE_BYTES;
+	return at;
+}
+
 /* The size of a region with `slot_count` slots for a device of `device_bytes`. */
-size_t region_size_bytes(uint64_t device_bytes, uint32_t slot_count);
+static inline uint64_t region_size_bytes(uint64_t device_bytes, uint32_t slot_count)
+{
+	return region_lay_out(device_bytes, slot_count).end;
+}
 
 /*
  * Map the region behind `fd`, which remains the caller's; with fd -1, make a memfd of the region's own. An empty one is
  * laid out for `identity`. Returns 0 and *region, or -errno and a text in `message`: -EBUSY when another process has
- * mapped it, -EPROTO when it is of another version or damaged, -EINVAL when it belongs to another backing file.
+ * mapped it, -EPROTO when it is of another version or damaged, -EINVAL when it belongs to another backing file, -EFBIG
+ * when it does not fit in the address space.
  */
 int region_map(struct region *region, int fd, const struct region_identity *identity, uint32_t slot_count,
 	       char *message, size_t message_bytes);

@@ -2,56 +2,73 @@
 /* Writing back: which pages may travel, which travel together, and what their slots are afterwards. */
 #include "region/cache_internal.h"
 
+static void hold_all(struct cache *cache, uint64_t until)
+{
+	if (until > cache->all_held_until)
+		cache->all_held_until = until;
+}
+
 void cache_hold(struct cache *cache, uint64_t first_page, uint64_t count, uint64_t until)
 {
-	struct hold *hold = &cache->holds[cache->hold_count];
-
-	if (cache->hold_count < HOLDS) {
-		cache->hold_count++;
-	} else {
-		hold = &cache->holds[0];
-		first_page = 0;
-		count = cache->region->page_count;
-		for (unsigned i = 0; i < HOLDS; i++)
-			if (cache->holds[i].until > until)
-				until = cache->holds[i].until;
+	if (first_page == 0 && count >= cache->region->page_count) {
+		hold_all(cache, until);
+		return;
 	}
-	*hold = (struct hold){ first_page, count, until };
+	if (cache->hold_count == HOLDS) {
+		for (unsigned i = 0; i < HOLDS; i++)
+			hold_all(cache, cache->holds[i].until);
+		hold_all(cache, until);
+		return;
+	}
+	cache->holds[cache->hold_count++] = (struct hold){ first_page, count, until };
+	if (count > cache->lists[ON_DIRTY].count) {
+		for (uint32_t index = cache->lists[ON_DIRTY].head, next; index != NO_SLOT; index = next) {
+			next = cache->slots[index].next;
+			if (cache->slots[index].page - first_page < count)
+				slot_hold(cache, index);
+		}
+		return;
+	}
+	for (uint64_t i = 0; i < count; i++) {
+		uint32_t index = slot_find(cache, first_page + i);
+
+		if (index != NO_SLOT)
+			slot_hold(cache, index);
+	}
 }
 
 bool cache_end_holds(struct cache *cache, uint64_t now)
 {
-	for (unsigned i = 0; i < cache->hold_count;)
-		if (cache->holds[i].until <= now)
-			cache->holds[i] = cache->holds[--cache->hold_count];
-		else
-			i++;
-	return cache->hold_count > 0;
-}
+	bool some_ended = false;
 
-static bool is_held(const struct cache *cache, uint64_t page)
-{
-	for (unsigned i = 0; i < cache->hold_count; i++)
-		if (page - cache->holds[i].first_page < cache->holds[i].count)
-			return true;
-	return false;
+	if (cache->all_held_until <= now)
+		cache->all_held_until = 0;
+	for (unsigned i = 0; i < cache->hold_count;)
+		if (cache->holds[i].until <= now) {
+			cache->holds[i] = cache->holds[--cache->hold_count];
+			some_ended = true;
+		} else {
+			i++;
+		}
+	if (some_ended) /* the youngest first, each before the one that is older */
+		for (uint32_t index = cache->lists[ON_HELD].tail, prev; index != NO_SLOT; index = prev) {
+			prev = cache->slots[index].prev;
+			slot_unhold(cache, index);
+		}
+	return cache->hold_count > 0 || cache->all_held_until > 0;
 }
 
 /* The slot of the oldest dirty page that is not held; NO_SLOT when there is none. */
 static uint32_t oldest_takable(const struct cache *cache)
 {
-	uint32_t index = cache->lists[ON_DIRTY].head;
-
-	while (index != NO_SLOT && is_held(cache, cache->slots[index].page))
-		index = cache->slots[index].next;
-	return index;
+	return cache->all_held_until > 0 ? NO_SLOT : cache->lists[ON_DIRTY].head;
 }
 
 static bool is_takable(const struct cache *cache, uint64_t page)
 {
 	uint32_t index = slot_find(cache, page);
 
-	return index != NO_SLOT && cache->slots[index].list == ON_DIRTY && !is_held(cache, page);
+	return index != NO_SLOT && cache->slots[index].list == ON_DIRTY;
 }
 
 /* The run around the oldest dirty page that is not held. Returns its length and *first, 0 when there is none. */
@@ -84,72 +101,37 @@ bool cache_take_page_run(struct cache *cache, uint32_t most, struct page_run *ru
 	run->count = find_run(cache, most, &run->first_page);
 	if (run->count == 0)
 		return false;
+	run->is_overtaken = false;
 	for (uint32_t i = 0; i < run->count; i++) {
 		uint32_t index = slot_find(cache, run->first_page + i);
 
-		assert(index != NO_SLOT && cache->slots[index].list == ON_DIRTY && !cache->slots[index].writing);
-		slot_list_drop(cache, index);
-		cache->slots[index].writing = true;
-		cache->slots[index].rewritten = 0;
+		slot_begin_write(cache, index);
+		run->is_overtaken |= cache->slots[index].overtaken;
 		memcpy(data + (size_t)i * PAGE_BYTES, data_of(cache, index), PAGE_BYTES);
 		run->slots[i] = index;
 	}
-	cache->writing_count += run->count;
 	return true;
 }
 
-/*
- * The write-back of a slot has ended. Returns true when the page was neither written nor trimmed meanwhile: the caller
- * gives the slot its next state.
- */
-static bool came_back(struct cache *cache, uint32_t index)
+static void end_run(struct cache *cache, const struct page_run *run, enum write_end end, uint64_t verifier)
 {
-	struct slot *slot = &cache->slots[index];
-
-	assert(index < cache->region->slot_count && slot->writing && cache->writing_count > 0);
-	slot->writing = false;
-	cache->writing_count--;
-	if (slot->rewritten != 0) {
-		slot->since = slot->rewritten;
-		slot->rewritten = 0;
-		slot_list_move(cache, ON_DIRTY, index);
-		return false;
-	}
-	if (slot->since == 0) {
-		slot_release(cache, index);
-		return false;
-	}
-	return true;
+	for (uint32_t i = 0; i < run->count; i++)
+		slot_end_write(cache, run->slots[i], end, verifier);
 }
 
 void cache_page_run_stable(struct cache *cache, const struct page_run *run)
 {
-	for (uint32_t i = 0; i < run->count; i++)
-		if (came_back(cache, run->slots[i]))
-			slot_became_clean(cache, run->slots[i]);
+	end_run(cache, run, WRITE_STABLE, 0);
 }
 
 void cache_page_run_uncommitted(struct cache *cache, const struct page_run *run, uint64_t verifier)
 {
-	for (uint32_t i = 0; i < run->count; i++) {
-		if (!came_back(cache, run->slots[i]))
-			continue;
-		cache->slots[run->slots[i]].verifier = verifier;
-		slot_list_add(cache, ON_UNCOMMITTED, run->slots[i]);
-	}
+	end_run(cache, run, WRITE_UNCOMMITTED, verifier);
 }
 
 void cache_page_run_failed(struct cache *cache, const struct page_run *run)
 {
-	for (uint32_t i = 0; i < run->count; i++) {
-		struct slot *slot = &cache->slots[run->slots[i]];
-		uint64_t since = slot->since;
-
-		if (came_back(cache, run->slots[i]))
-			slot_list_add(cache, ON_DIRTY, run->slots[i]);
-		else if (since != 0 && slot->list == ON_DIRTY)
-			slot->since = since; /* the NAS does not have the older write either */
-	}
+	end_run(cache, run, WRITE_FAILED, 0);
 }
 
 uint32_t cache_commit_begin(struct cache *cache)
@@ -170,10 +152,9 @@ uint32_t cache_commit_done(struct cache *cache, uint64_t verifier)
 		if (!slot->in_commit)
 			continue;
 		if (slot->verifier == verifier) {
-			slot_became_clean(cache, index);
+			slot_committed(cache, index);
 		} else {
-			slot->in_commit = false;
-			slot_list_move(cache, ON_DIRTY, index);
+			slot_lost(cache, index);
 			rewrite++;
 		}
 	}
@@ -190,12 +171,12 @@ uint64_t cache_oldest_dirty(const struct cache *cache)
 {
 	uint32_t index = oldest_takable(cache);
 
-	return index == NO_SLOT ? 0 : cache->slots[index].since;
+	return index == NO_SLOT ? 0 : since_of(&cache->slots[index]);
 }
 
 uint32_t cache_dirty_count(const struct cache *cache)
 {
-	return cache->lists[ON_DIRTY].count;
+	return cache->lists[ON_DIRTY].count + cache->lists[ON_HELD].count;
 }
 
 uint32_t cache_uncommitted_count(const struct cache *cache)
@@ -205,5 +186,5 @@ uint32_t cache_uncommitted_count(const struct cache *cache)
 
 uint32_t cache_unstable_count(const struct cache *cache)
 {
-	return cache->lists[ON_DIRTY].count + cache->lists[ON_UNCOMMITTED].count + cache->writing_count;
+	return cache_dirty_count(cache) + cache->lists[ON_UNCOMMITTED].count + cache->writing_count;
 }
