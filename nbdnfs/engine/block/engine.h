@@ -7,8 +7,7 @@
  *   -EINVAL  not a multiple of 4096 bytes at a multiple of 4096 inside the device
  *   -EIO     a page does not match its checksum; the file is shorter than the device; the file is stolen; waiting for
  *            the server took longer than nfs.soft_limit_ms; the file was gone for nfs.gone_limit_ms
- *   other    what the server answered to a READ. Where that may pass (permission, an I/O error), only when it has
- *            answered so for 30 s, or for nfs.soft_limit_ms where there is one
+ *   other    what the server answered to a READ for 30 s, or for nfs.soft_limit_ms where there is one
  *
  * Without a limit requests wait for the server for as long as it takes. What was acknowledged stays in the region after
  * an error, too, and is written when that is possible again.

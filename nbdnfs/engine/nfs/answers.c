@@ -10,38 +10,15 @@
 /* A read that is refused is logged, unless another was within this time. */
 #define REFUSAL_LOG_MS 60000
 
-/* `count` more bytes of an issued request have moved. */
-void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool end_of_file)
-{
-	assert(req->moved_bytes <= req->length_bytes);
-	if (count > req->length_bytes - req->moved_bytes) {
-		io->broken = true; /* the connection is out of step: no server answers that */
-		return;
-	}
-	io->useful = true;
-	req->moved_bytes += count;
-	if (req->moved_bytes == req->length_bytes || end_of_file) {
-		req_finish(&io->inflight, req, 0);
-	} else if (count == 0) {
-		req_finish(&io->inflight, req, -EIO); /* neither bytes nor the end: asking again might never end */
-	} else {
-		req_list_remove(&io->inflight, req);
-		req_list_push(&io->pending, req); /* a short transfer: ask for the rest */
-	}
-}
-
-/* What servers answer while an export, a disk or a name service is not there for a moment; SERVERFAULT is -EIO, too. */
-static bool may_pass(int error)
-{
-	return error == -EACCES || error == -EPERM || error == -EROFS || error == -EIO;
-}
-
-/* The server has refused a request with `error`. */
+/*
+ * The server has refused a request with `error`. A READ is asked again for a while, whatever the reason: an export, a
+ * disk or a name service may not be there for a moment, and an error ends the process whose page it was.
+ */
 void note_refused(struct nfsio *io, struct nfsio_req *req, int error)
 {
 	int64_t now = now_ms();
 
-	if (req->op != NFSIO_READ || req->handle != NULL || !may_pass(error) || io->options.refused_read_ms == 0) {
+	if (req->op != NFSIO_READ || req->handle != NULL || io->options.refused_read_ms == 0) {
 		req_finish(&io->inflight, req, error);
 		return;
 	}
@@ -56,6 +33,26 @@ void note_refused(struct nfsio *io, struct nfsio_req *req, int error)
 		try_later(io, &io->inflight, req);
 	else
 		req_finish(&io->inflight, req, error);
+}
+
+/* `count` more bytes of an issued request have moved. */
+void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool end_of_file)
+{
+	assert(req->moved_bytes <= req->length_bytes);
+	if (count > req->length_bytes - req->moved_bytes) {
+		io->broken = true; /* the connection is out of step: no server answers that */
+		return;
+	}
+	io->useful = true;
+	req->moved_bytes += count;
+	if (req->moved_bytes == req->length_bytes || end_of_file) {
+		req_finish(&io->inflight, req, 0);
+	} else if (count == 0) {
+		note_refused(io, req, -EIO); /* neither bytes nor the end: asking at once might never end */
+	} else {
+		req_list_remove(&io->inflight, req);
+		req_list_push(&io->pending, req); /* a short transfer: ask for the rest */
+	}
 }
 
 /* A call on another file than the one that is open: a stale handle is its caller's. */

@@ -187,7 +187,7 @@ struct nfsio {
 	struct req_list finished; /* for give_back() */
 	struct req_list later;    /* to be pending at later_at_ms: after JUKEBOX, or without memory */
 	int64_t later_at_ms;
-	int64_t refusal_told_ms; /* when a READ was last refused for a reason that may pass, or 0 */
+	int64_t refusal_told_ms; /* when a READ was last refused, or 0 */
 
 	int64_t silent_since_ms; /* when something was last received, or first waited for after that */
 	int64_t silence_ms;     /* see look_into_silence(): options.silence_ms, or a multiple of it */

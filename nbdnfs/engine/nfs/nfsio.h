@@ -93,7 +93,7 @@ struct nfsio_req {
 	struct wire_call call;
 	int64_t queued_at_ms;
 	int64_t give_up_at_ms;  /* while in flight: then it is sent again over a new connection */
-	int64_t refused_at_ms;  /* a READ: when the server first refused it for a reason that may pass, or 0 */
+	int64_t refused_at_ms;  /* a READ: when the server first refused it, or 0 */
 	struct nfsio_req *prev, *next;
 };
 
@@ -126,8 +126,8 @@ struct nfsio_options {
 	 */
 	unsigned soft_limit_ms;
 	/*
-	 * A READ that the server refuses for a reason that may pass (permission, an I/O error) is sent again for so
-	 * long; then it fails with that error. 0: at once.
+	 * A READ that the server refuses, whatever the reason, is sent again for so long; then it fails with that
+	 * error. 0: at once.
 	 */
 	unsigned refused_read_ms;
 	/* They fail with -ESTALE, at once, when the file has been gone for so long. 0: never. */
