@@ -25,6 +25,14 @@ from hostile.load import EngineLoad
 from nbdnfs.engine import Engine, NfsFile
 
 CONNECT_TIMEOUT_S = 1
+COUNTERS = (
+    "reconnects",
+    "checksum_rereads",
+    "checksum_failures",
+    "lost_uncommitted_pages",
+    "file_state",
+    "owner_state",
+)
 
 
 def say(line: str) -> None:
@@ -66,9 +74,7 @@ def load(task: dict[str, Any]) -> None:
         "errors": errors_before,
         "errors_at_the_end": dict(run.errors),
         "versions": run.versions,
-        "counters": {
-            name: counters[name] for name in ("reconnects", "checksum_rereads", "lost_uncommitted_pages", "owner_state")
-        },
+        "counters": {name: counters[name] for name in COUNTERS},
     }
     say(json.dumps(result))
 

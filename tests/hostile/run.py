@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from support.fake_nas import FakeNas, Oddities
 
@@ -95,16 +95,15 @@ class Report:
 class _Client:
     """client.py as a process, and its lines."""
 
-    def __init__(self, task: dict[str, Any], environment: dict[str, str] | None = None) -> None:
+    def __init__(self, task: dict[str, Any], log: IO[bytes], environment: dict[str, str]) -> None:
         folder = Path(__file__).resolve().parents[1]
         paths = [str(folder), *(path for path in os.environ.get("PYTHONPATH", "").split(":") if path)]
-        if environment is None:
-            environment = {}
+        self._log = log
         self.process = subprocess.Popen(
             [sys.executable, str(CLIENT), json.dumps(task)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=log,
             text=True,
             env={**os.environ, **environment, "PYTHONPATH": ":".join(dict.fromkeys(paths))},
         )
@@ -130,6 +129,11 @@ class _Client:
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
 
+    def said(self) -> str:
+        """The last lines of its log."""
+        self._log.seek(0)
+        return "\n".join(f"  | {line}" for line in self._log.read().decode(errors="replace").splitlines()[-8:])
+
     def end(self) -> int:
         """Kill it if it runs, and return its status."""
         self.process.kill()
@@ -143,11 +147,12 @@ class _Client:
 
 @contextlib.contextmanager
 def _client(task: dict[str, Any], environment: dict[str, str] | None = None) -> Iterator[_Client]:
-    client = _Client(task, environment)
-    try:
-        yield client
-    finally:
-        client.end()
+    with tempfile.TemporaryFile() as log:
+        client = _Client(task, log, environment or {})
+        try:
+            yield client
+        finally:
+            client.end()
 
 
 def before_the_open(seed: int, tries: int, report: Report) -> None:
@@ -207,14 +212,10 @@ def life(seed: int, answers: int, report: Report) -> None:
                 _judge(client, nas, seed, report)
             except TimeoutError:
                 report.hung_requests += 1
-                report.failures.append(f"seed {seed}: the client has said nothing for too long")
+                report.failures.append(f"seed {seed}: the client has said nothing for too long\n{client.said()}")
         report.lives += 1
         report.answers += nas.answers
         report.mutated += mutations.counts
-
-
-class _Ended(Exception):
-    """The client has ended."""
 
 
 def _live(client: _Client, nas: FakeNas, mutations: Mutations, draw: random.Random, answers: int) -> None:
@@ -240,7 +241,7 @@ def _judge(client: _Client, nas: FakeNas, seed: int, report: Report) -> None:
     line = client.line(4 * DEADLINE_S)
     if line is None:
         report.crashes += 1
-        report.failures.append(f"seed {seed}: the client ended with status {client.process.wait()}")
+        report.failures.append(f"seed {seed}: the client ended with status {client.process.wait()}\n{client.said()}")
         return
     result = json.loads(line)
     disk = nas.on_disk(SWAP)
@@ -257,7 +258,7 @@ def _judge(client: _Client, nas: FakeNas, seed: int, report: Report) -> None:
     report.reconnects += result["counters"]["reconnects"]
     for what in ("wrong", "hung", "errors", "errors_at_the_end"):
         if result[what]:
-            report.failures.append(f"seed {seed}: {what}: {result[what]} {result['counters']}")
+            report.failures.append(f"seed {seed}: {what}: {result[what]} {result['counters']}\n{client.said()}")
     if wrong_on_disk:
         report.failures.append(f"seed {seed}: wrong in the file after the last flush: pages {wrong_on_disk[:10]}")
 
