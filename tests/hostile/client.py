@@ -4,6 +4,7 @@
     python tests/hostile/client.py '{"phase": "open", ...}'
 
 phase "open"  opens the file again and again; a line for each try
+phase "read"  opens it, says "open", reads a page when a line comes on stdin, and says what it has in hexadecimal
 phase "load"  opens it, says "open", fills it, says "ready", runs a verified load until "end" comes on stdin and faults
               have ended, flushes, reads all of it, and prints the result as JSON
 
@@ -49,6 +50,15 @@ def open_again_and_again(task: dict[str, Any]) -> None:
             say(f"{number} {error.errno}")
 
 
+def read(task: dict[str, Any]) -> None:
+    engine = Engine(task["url"], LOOPBACK, **task["options"])
+    say("open")
+    sys.stdin.readline()
+    buffer = bytearray(4096)
+    engine.pread(buffer, task["page"] * 4096)
+    say(buffer.hex())
+
+
 def load(task: dict[str, Any]) -> None:
     engine = Engine(task["url"], LOOPBACK, **task["options"])
     say("open")
@@ -81,6 +91,6 @@ def load(task: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    (open_again_and_again if job["phase"] == "open" else load)(job)
+    {"open": open_again_and_again, "read": read, "load": load}[job["phase"]](job)
     sys.stdout.flush()
     os._exit(0)

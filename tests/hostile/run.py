@@ -92,7 +92,7 @@ class Report:
         ]
 
 
-class _Client:
+class Client:
     """client.py as a process, and its lines."""
 
     def __init__(self, task: dict[str, Any], log: IO[bytes], environment: dict[str, str]) -> None:
@@ -146,9 +146,10 @@ class _Client:
 
 
 @contextlib.contextmanager
-def _client(task: dict[str, Any], environment: dict[str, str] | None = None) -> Iterator[_Client]:
+def client_process(task: dict[str, Any], environment: dict[str, str] | None = None) -> Iterator[Client]:
+    """Killed at the end."""
     with tempfile.TemporaryFile() as log:
-        client = _Client(task, log, environment or {})
+        client = Client(task, log, environment or {})
         try:
             yield client
         finally:
@@ -165,7 +166,7 @@ def before_the_open(seed: int, tries: int, report: Report) -> None:
         quiet = {"ASAN_OPTIONS": f"log_path={folder}/report:detect_leaks=0:handle_sigill=1"}
         done = 0
         while done < tries:
-            with _client({"phase": "open", "url": nas.url(SWAP), "tries": tries - done}, quiet) as client:
+            with client_process({"phase": "open", "url": nas.url(SWAP), "tries": tries - done}, quiet) as client:
                 try:
                     while (line := client.line(LIFE_LIMIT_S / 4)) is not None:
                         done += 1
@@ -206,7 +207,7 @@ def life(seed: int, answers: int, report: Report) -> None:
             },
         }
         mutations = Mutations(draw, CHANCE, silent_chance=SILENT_CHANCE)
-        with _client(task) as client:
+        with client_process(task) as client:
             try:
                 _live(client, nas, mutations, draw, answers)
                 _judge(client, nas, seed, report)
@@ -218,7 +219,7 @@ def life(seed: int, answers: int, report: Report) -> None:
         report.mutated += mutations.counts
 
 
-def _live(client: _Client, nas: FakeNas, mutations: Mutations, draw: random.Random, answers: int) -> None:
+def _live(client: Client, nas: FakeNas, mutations: Mutations, draw: random.Random, answers: int) -> None:
     """From the start of the client to the end of the faults."""
     for word in ("open", "ready"):
         if client.line(LIFE_LIMIT_S) != word:
@@ -237,7 +238,7 @@ def _live(client: _Client, nas: FakeNas, mutations: Mutations, draw: random.Rand
     client.say("end")
 
 
-def _judge(client: _Client, nas: FakeNas, seed: int, report: Report) -> None:
+def _judge(client: Client, nas: FakeNas, seed: int, report: Report) -> None:
     line = client.line(4 * DEADLINE_S)
     if line is None:
         report.crashes += 1
