@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from support.engines import PAGE, read_pages
@@ -19,7 +20,7 @@ from nbdnfs.engine import Engine
 RESULTS = 24  # where the results begin in a reply
 CONTENT = os.urandom(64 * PAGE)
 PATH = "/export/swap"
-OPTIONS = {"region_pages": 256, "read_ahead_pages": 0, "silence_ms": 300, "connect_timeout_s": 1}
+OPTIONS: dict[str, Any] = {"region_pages": 256, "read_ahead_pages": 0, "silence_ms": 300, "connect_timeout_s": 1}
 
 
 @pytest.fixture
