@@ -4,6 +4,7 @@
     python tests/hostile/client.py '{"phase": "open", ...}'
 
 phase "open"  opens the file again and again; a line for each try
+phase "read"  opens it, says "open", reads a page when a line comes on stdin, and says what it has in hexadecimal
 phase "load"  opens it, says "open", fills it, says "ready", runs a verified load until "end" comes on stdin and faults
               have ended, flushes, reads all of it, and prints the result as JSON
 
@@ -25,6 +26,14 @@ from hostile.load import EngineLoad
 from nbdnfs.engine import Engine, NfsFile
 
 CONNECT_TIMEOUT_S = 1
+COUNTERS = (
+    "reconnects",
+    "checksum_rereads",
+    "checksum_failures",
+    "lost_uncommitted_pages",
+    "file_state",
+    "owner_state",
+)
 
 
 def say(line: str) -> None:
@@ -39,6 +48,15 @@ def open_again_and_again(task: dict[str, Any]) -> None:
             say(f"{number} opened")
         except OSError as error:
             say(f"{number} {error.errno}")
+
+
+def read(task: dict[str, Any]) -> None:
+    engine = Engine(task["url"], LOOPBACK, **task["options"])
+    say("open")
+    sys.stdin.readline()
+    buffer = bytearray(4096)
+    engine.pread(buffer, task["page"] * 4096)
+    say(buffer.hex())
 
 
 def load(task: dict[str, Any]) -> None:
@@ -66,15 +84,13 @@ def load(task: dict[str, Any]) -> None:
         "errors": errors_before,
         "errors_at_the_end": dict(run.errors),
         "versions": run.versions,
-        "counters": {
-            name: counters[name] for name in ("reconnects", "checksum_rereads", "lost_uncommitted_pages", "owner_state")
-        },
+        "counters": {name: counters[name] for name in COUNTERS},
     }
     say(json.dumps(result))
 
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    (open_again_and_again if job["phase"] == "open" else load)(job)
+    {"open": open_again_and_again, "read": read, "load": load}[job["phase"]](job)
     sys.stdout.flush()
     os._exit(0)

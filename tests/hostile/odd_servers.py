@@ -79,7 +79,7 @@ class Outcome:
     def row(self) -> str:
         """Of the table."""
         seen = self.crash or self.error or ("right" if self.is_good else "wrong")
-        times = (f"{seconds:.1f} s" for seconds in (self.create_s, self.open_s, self.restart_s))
+        times = (f"{seconds:.1f} s" if seconds else "" for seconds in (self.create_s, self.open_s, self.restart_s))
         return f"| {self.name} | {' | '.join(times)} | {self.wrong_pages} | {len(self.hung)} | {seen} |"
 
 

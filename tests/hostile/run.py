@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from support.fake_nas import FakeNas, Oddities
 
@@ -92,19 +92,18 @@ class Report:
         ]
 
 
-class _Client:
+class Client:
     """client.py as a process, and its lines."""
 
-    def __init__(self, task: dict[str, Any], environment: dict[str, str] | None = None) -> None:
+    def __init__(self, task: dict[str, Any], log: IO[bytes], environment: dict[str, str]) -> None:
         folder = Path(__file__).resolve().parents[1]
         paths = [str(folder), *(path for path in os.environ.get("PYTHONPATH", "").split(":") if path)]
-        if environment is None:
-            environment = {}
+        self._log = log
         self.process = subprocess.Popen(
             [sys.executable, str(CLIENT), json.dumps(task)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=log,
             text=True,
             env={**os.environ, **environment, "PYTHONPATH": ":".join(dict.fromkeys(paths))},
         )
@@ -130,6 +129,11 @@ class _Client:
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
 
+    def said(self) -> str:
+        """The last lines of its log."""
+        self._log.seek(0)
+        return "\n".join(f"  | {line}" for line in self._log.read().decode(errors="replace").splitlines()[-8:])
+
     def end(self) -> int:
         """Kill it if it runs, and return its status."""
         self.process.kill()
@@ -142,12 +146,14 @@ class _Client:
 
 
 @contextlib.contextmanager
-def _client(task: dict[str, Any], environment: dict[str, str] | None = None) -> Iterator[_Client]:
-    client = _Client(task, environment)
-    try:
-        yield client
-    finally:
-        client.end()
+def client_process(task: dict[str, Any], environment: dict[str, str] | None = None) -> Iterator[Client]:
+    """Killed at the end."""
+    with tempfile.TemporaryFile() as log:
+        client = Client(task, log, environment or {})
+        try:
+            yield client
+        finally:
+            client.end()
 
 
 def before_the_open(seed: int, tries: int, report: Report) -> None:
@@ -160,7 +166,7 @@ def before_the_open(seed: int, tries: int, report: Report) -> None:
         quiet = {"ASAN_OPTIONS": f"log_path={folder}/report:detect_leaks=0:handle_sigill=1"}
         done = 0
         while done < tries:
-            with _client({"phase": "open", "url": nas.url(SWAP), "tries": tries - done}, quiet) as client:
+            with client_process({"phase": "open", "url": nas.url(SWAP), "tries": tries - done}, quiet) as client:
                 try:
                     while (line := client.line(LIFE_LIMIT_S / 4)) is not None:
                         done += 1
@@ -201,23 +207,19 @@ def life(seed: int, answers: int, report: Report) -> None:
             },
         }
         mutations = Mutations(draw, CHANCE, silent_chance=SILENT_CHANCE)
-        with _client(task) as client:
+        with client_process(task) as client:
             try:
                 _live(client, nas, mutations, draw, answers)
                 _judge(client, nas, seed, report)
             except TimeoutError:
                 report.hung_requests += 1
-                report.failures.append(f"seed {seed}: the client has said nothing for too long")
+                report.failures.append(f"seed {seed}: the client has said nothing for too long\n{client.said()}")
         report.lives += 1
         report.answers += nas.answers
         report.mutated += mutations.counts
 
 
-class _Ended(Exception):
-    """The client has ended."""
-
-
-def _live(client: _Client, nas: FakeNas, mutations: Mutations, draw: random.Random, answers: int) -> None:
+def _live(client: Client, nas: FakeNas, mutations: Mutations, draw: random.Random, answers: int) -> None:
     """From the start of the client to the end of the faults."""
     for word in ("open", "ready"):
         if client.line(LIFE_LIMIT_S) != word:
@@ -236,11 +238,11 @@ def _live(client: _Client, nas: FakeNas, mutations: Mutations, draw: random.Rand
     client.say("end")
 
 
-def _judge(client: _Client, nas: FakeNas, seed: int, report: Report) -> None:
+def _judge(client: Client, nas: FakeNas, seed: int, report: Report) -> None:
     line = client.line(4 * DEADLINE_S)
     if line is None:
         report.crashes += 1
-        report.failures.append(f"seed {seed}: the client ended with status {client.process.wait()}")
+        report.failures.append(f"seed {seed}: the client ended with status {client.process.wait()}\n{client.said()}")
         return
     result = json.loads(line)
     disk = nas.on_disk(SWAP)
@@ -257,7 +259,7 @@ def _judge(client: _Client, nas: FakeNas, seed: int, report: Report) -> None:
     report.reconnects += result["counters"]["reconnects"]
     for what in ("wrong", "hung", "errors", "errors_at_the_end"):
         if result[what]:
-            report.failures.append(f"seed {seed}: {what}: {result[what]} {result['counters']}")
+            report.failures.append(f"seed {seed}: {what}: {result[what]} {result['counters']}\n{client.said()}")
     if wrong_on_disk:
         report.failures.append(f"seed {seed}: wrong in the file after the last flush: pages {wrong_on_disk[:10]}")
 
