@@ -30,6 +30,14 @@ void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool en
 	}
 }
 
+/* A number that RFC 1813 does not have says nothing about the file. libnfs makes it -ERANGE. */
+static bool is_nfsstat3(int status)
+{
+	int error = nfsstat3_to_errno(status);
+
+	return error < 0 && error != -ERANGE;
+}
+
 /* What servers answer while an export, a disk or a name service is not there for a moment; SERVERFAULT is -EIO, too. */
 static bool may_pass(int error)
 {
@@ -69,7 +77,7 @@ void note_refused_elsewhere3(struct nfsio *io, struct nfsio_req *req, int status
 	else if (status == NFS3ERR_DQUOT)
 		note_refused(io, req, -EDQUOT); /* -ERANGE to libnfs (nfsstat3_to_errno) */
 	else
-		note_refused(io, req, nfsstat3_to_errno(status) < 0 ? nfsstat3_to_errno(status) : -EIO);
+		note_refused(io, req, is_nfsstat3(status) ? nfsstat3_to_errno(status) : -EIO);
 }
 
 void note_refused3(struct nfsio *io, struct nfsio_req *req, int status)
