@@ -40,7 +40,7 @@ static void step_getattr3_done(struct rpc_context *rpc, int status, void *data, 
 	GETATTR3res *res = data;
 
 	step->done = true;
-	step->error = -EIO;
+	step->error = status == RPC_STATUS_SUCCESS && res->status == NFS3ERR_JUKEBOX ? -EAGAIN : -EIO;
 	if (status == RPC_STATUS_SUCCESS && res->status == NFS3_OK) {
 		step->error = 0;
 		step->fileid = res->GETATTR3res_u.resok.obj_attributes.fileid;

@@ -247,6 +247,9 @@ static bool connect_first(struct nfsio *io, struct connection *made, struct nfsi
 	int64_t deadline_ms = now_ms() + io->patience_ms;
 	bool connected = connect_once(io, made, why);
 
+	/* the server may have made the file, and put off what was asked next: only the caller knows whose it is then */
+	if (io->options.create && io->options.exclusive)
+		return connected;
 	while (!connected && why->error == -EAGAIN && now_ms() < deadline_ms && !atomic_load(&io->stop)) {
 		back_off(io, FIRST_RETRY_MS);
 		connected = connect_once(io, made, why);
