@@ -54,7 +54,7 @@ def open_or_create(target: NfsUrl, part_name: str, address: str, size_bytes: int
                     remote_file.unlink_if_exists(part, f"/{part_name}")
                 part = None
         if part is None:
-            part = remote_file.create_exclusively(part_url, address, 0o600)
+            part = remote_file.create_exclusively(part_url, address, 0o600, own_name=True)
     except OSError as error:
         raise _cannot_create(error, target, address) from None
     return part

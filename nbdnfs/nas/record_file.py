@@ -126,6 +126,7 @@ class CandidateRecord:
                 location.address,
                 0o644,
                 gone_limit_ms=_GONE_LIMIT_MS,
+                own_name=True,
             )
         except OSError as error:
             raise _cannot_create(error, location) from None

@@ -69,12 +69,26 @@ def open_existing(
         raise
 
 
-def create_exclusively(url: str, address: str, mode: int, *, gone_limit_ms: int = _GONE_LIMIT_MS) -> NfsFile:
-    """A new file, open. OSError, with `phase`: EEXIST when the name is taken. EAGAIN as `patience.until_done`."""
-    return patience.until_done(
-        lambda: NfsFile(url, address, create=True, exclusive=True, mode=mode, gone_limit_ms=gone_limit_ms),
-        url.partition("?")[0],
-    )
+def create_exclusively(
+    url: str, address: str, mode: int, *, gone_limit_ms: int = _GONE_LIMIT_MS, own_name: bool = False
+) -> NfsFile:
+    """A new file, open. OSError, with `phase`: EEXIST when the name is taken. EAGAIN as `patience.until_done`.
+
+    own_name  nothing else makes a file of this name. A server may make it and put off what opening it asks next: then
+              the next try opens what is there
+    """
+    was_put_off = False
+
+    def make() -> NfsFile:
+        nonlocal was_put_off
+        exclusive = not (own_name and was_put_off)
+        try:
+            return NfsFile(url, address, create=True, exclusive=exclusive, mode=mode, gone_limit_ms=gone_limit_ms)
+        except OSError as error:
+            was_put_off = was_put_off or error.errno == errno.EAGAIN
+            raise
+
+    return patience.until_done(make, url.partition("?")[0])
 
 
 def stat(file: NfsFile) -> FileStat:
