@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     name, text, known = argv
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write(_FIRST_TO_BE_KILLED)
-    parsed = nfs_url.parse(text)
+    parsed = nfs_url.parse_recorded(text)  # the keeper before may have been of an earlier version
     try:
         address = parsed.resolve()
     except NbdnfsError as error:
