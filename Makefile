@@ -38,8 +38,7 @@ ifdef ONE
 else
 	$(MAKE) --no-print-directory run-lint
 	$(PYTEST) tests
-	$(AS_ROOT) tools/sanitize.sh address -q
-	$(AS_ROOT) tools/sanitize.sh thread -q
+	$(AS_ROOT) tools/sanitize.sh both -q
 	$(PYTEST) vm-tests -m "smoke or meta"
 endif
 

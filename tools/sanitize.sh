@@ -3,6 +3,7 @@
 #
 # Run the engine's tests against a build with sanitizers: tools/sanitize.sh address|thread [pytest options]
 # or a program of tests/:                                 tools/sanitize.sh address|thread --program FILE [its options]
+# or both, side by side, because most of these tests wait: tools/sanitize.sh both [pytest options]
 # (address includes undefined behaviour). The build is below build/ and changes nothing else. Reports are shown at the
 # end and stay in build/KIND/reports; a test during which one was written fails.
 #
@@ -12,10 +13,21 @@
 set -eu
 cd "$(dirname "$0")/.."
 
+if [ "${1:-}" = both ]; then
+    shift
+    mkdir -p build
+    tools/sanitize.sh address "$@" >build/address.log 2>&1 &
+    address=$! status=0
+    tools/sanitize.sh thread "$@" || status=$?
+    wait "$address" || status=$?
+    cat build/address.log
+    exit "$status"
+fi
+
 case "${1:-}" in
     address) flags="-fsanitize=address,undefined -fsanitize-undefined-trap-on-error" ;;
     thread) flags="-fsanitize=thread" ;;
-    *) echo "usage: tools/sanitize.sh address|thread [pytest options]" >&2; exit 64 ;;
+    *) echo "usage: tools/sanitize.sh address|thread|both [pytest options]" >&2; exit 64 ;;
 esac
 kind=$1
 shift

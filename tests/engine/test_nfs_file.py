@@ -372,7 +372,7 @@ def test_name_operations_fail_when_the_connection_is_lost(
 ) -> None:
     """Nobody knows whether a RENAME was done, so it is not sent again; with the server back, others work."""
     on_server = new_file(1)
-    file = open_file(on_server.url(nfsport=proxy.port))
+    file = open_file(on_server.url(nfsport=proxy.port), silence_ms=1000)
     proxy.black_hole = True
     lost = in_background(file.rename, f"/{on_server.name}", "/renamed")
     with pytest.raises(TimeoutError):
