@@ -24,6 +24,7 @@ from nbdnfs.kernel import nbd_device, swap_area
 from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.kernel.nbd_netlink import NbdNetlink
 from nbdnfs.kernel.state import Swap
+from nbdnfs.kernel.waiting import wait_until
 
 UP_TIMEOUT_S = 600.0
 # The keeper ends at once when it is asked to; a worker ends when the kernel disconnects.
@@ -135,10 +136,11 @@ def _take_down(records: Records, attached: Attached | None) -> None:
     if attached is not None:
         with NbdNetlink.open() as kernel:
             kernel.disconnect(attached.index)
-        _wait(
-            lambda: nbd_device.find(nbd_device.backend_of(records.name)) is None,
-            f"{attached.path} is disconnected but still in use: a process has it open",
-        )
+        if not wait_until(lambda: nbd_device.find(nbd_device.backend_of(records.name)) is None, _PROCESS_ENDS_S):
+            raise UnavailableError(
+                f"{attached.path} is disconnected but still in use: a process has it open",
+                "end that process, then run this again",
+            )
     worker = records.living(Records.WORKER)
     with contextlib.suppress(UnavailableError):
         _end(worker, 0, "the worker")  # by itself, because the kernel has disconnected
@@ -186,15 +188,6 @@ def _end(record: ProcessRecord | None, number: int, what: str) -> None:
             raise UnavailableError(f"{what} (process {record.pid}) does not end", "see its journal")
     finally:
         os.close(descriptor)
-
-
-def _wait(condition: Callable[[], bool], complaint: str) -> None:
-    """Until `condition` is true. UnavailableError(`complaint`) when it does not become so in time."""
-    deadline = time.monotonic() + _PROCESS_ENDS_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise UnavailableError(complaint, "end that process, then run this again")
-        time.sleep(_POLL_S)
 
 
 def _must_fit(name: str) -> bool:
