@@ -24,8 +24,8 @@ _POLL_S = 0.1
 T = TypeVar("T")
 
 
-def run(work: Callable[[], T], stop: threading.Event) -> T:
-    """What `work` returns or raises. Interrupted: `stop` was set, and the work did not end well in _GRACE_S."""
+def run(work: Callable[[], T], stop: threading.Event, *, grace_s: float = _GRACE_S) -> T:
+    """What `work` returns or raises. Interrupted: `stop` was set, and the work did not end well in `grace_s`."""
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def call() -> None:
@@ -43,12 +43,12 @@ def run(work: Callable[[], T], stop: threading.Event) -> T:
             if future.done():  # the work raised it
                 raise
     try:
-        return future.result(_GRACE_S)
+        return future.result(grace_s)
     except concurrent.futures.TimeoutError:
         raise Interrupted from None
 
 
-def run_until_signal(work: Callable[[threading.Event], T]) -> T:
+def run_until_signal(work: Callable[[threading.Event], T], *, grace_s: float = _GRACE_S) -> T:
     """As `run`, for a command: SIGINT and SIGTERM set the event, and end the process as they would have."""
     stop = threading.Event()
     received: list[int] = []
@@ -59,7 +59,7 @@ def run_until_signal(work: Callable[[threading.Event], T]) -> T:
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return run(lambda: work(stop), stop)
+        return run(lambda: work(stop), stop, grace_s=grace_s)
     except Interrupted:
         signal.signal(received[0], signal.SIG_DFL)
         os.kill(os.getpid(), received[0])
