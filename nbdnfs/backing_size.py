@@ -27,9 +27,7 @@ MAX_BYTES = (2**32 - 1) * KERNEL_PAGE_BYTES
 
 _MIB = 1 << 20
 _STEP_BYTES = 64 * _MIB
-_RELATIVE = re.compile(
-    r"\s*ram\s*(?:([*/])\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*)?(?:,\s*at\s*most\s*([^,]+))?", re.IGNORECASE
-)
+_RELATIVE = r"\s*ram\s*(?:([*/])\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*)?(?:,\s*at\s*most\s*([^,]+))?"
 # engine/block/engine.h: ENGINE_MEMORY_SHARE, ENGINE_MEMORY_MIN_BYTES; and region.h: 4 bytes of it for each page
 _MEMORY_SHARE = 8
 _MEMORY_MIN_BYTES = 64 * _MIB
@@ -38,10 +36,8 @@ _TABLE_BYTES_PER_PAGE = 4
 
 def parse(text: str, root: Path) -> int:
     """The bytes of a size, which is possible. `root` is where /proc/meminfo is. UsageError."""
-    if not re.match(r"\s*ram\b", text, re.IGNORECASE):
-        size_bytes = quantities.parse_size_bytes(text)
-    else:
-        size_bytes = _of_memory(text, root)
+    is_relative = text.lstrip().lower().startswith("ram")
+    size_bytes = _of_memory(text, root) if is_relative else quantities.parse_size_bytes(text)
     check(size_bytes, f"'{text}'")
     return size_bytes
 
@@ -80,14 +76,15 @@ def refuse_unless_lockable(size_bytes: int, root: Path) -> None:
 
 def memory_bytes(root: Path) -> int:
     """The machine's memory. UsageError where the kernel does not say."""
-    found = re.search(r"(?m)^MemTotal:\s+([0-9]+) kB$", machine_ids.read(root / "proc/meminfo"))
-    if found is None:
-        raise UsageError("/proc/meminfo does not have the machine's memory", "mount /proc, or give a size like 2G")
-    return int(found[1]) * 1024
+    for line in machine_ids.read(root / "proc/meminfo").splitlines():
+        words = line.split()
+        if len(words) == 3 and words[0] == "MemTotal:" and words[1].isdecimal():
+            return int(words[1]) * 1024
+    raise UsageError("/proc/meminfo does not have the machine's memory", "mount /proc, or give a size like 2G")
 
 
 def _of_memory(text: str, root: Path) -> int:
-    match = _RELATIVE.fullmatch(text)
+    match = re.fullmatch(_RELATIVE, text, re.IGNORECASE)
     if match is None:
         raise UsageError(f"'{text}' is not a size", 'write it like "ram / 2", "ram * 1.5" or "ram / 2, at most 8G"')
     whole, _, decimals = (match[2] or "1").partition(".")

@@ -2,14 +2,16 @@
 """What the specifiers of a URL stand for on this machine: %H, %m, %M and %u.
 
 Each is the same at every boot, or it is refused: a name that changes makes another file each time, until the NAS is
-full. docs/decisions/0025 compares them. Imported where a URL has one only: the keeper is resident.
+full. docs/decisions/0025 compares them.
+
+The keeper has this module in locked memory where its URL has a specifier: hence no regular expressions, which `re`
+would keep.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import socket
 import time
 from pathlib import Path
@@ -21,14 +23,13 @@ from nbdnfs.errors import UsageError
 # systemd-id128 machine-id --app-specific=<this> prints what %m stands for.
 APPLICATION_ID = "b003458b4cf3ea211505ff44463c8c6a"
 _SHA256_BLOCK_BYTES = 64
-_ID = re.compile(r"[0-9a-f]{32}")
+_HEX = frozenset("0123456789abcdef")
 
 # What a machine is called that has no name, in lower case (hostname(1), systemd's fallback, the kernel's UTS_NODENAME).
 _NO_NAMES = ("", "(none)", "localhost", "localhost.localdomain", "localhost6", "localhost4")
 
 _INSTEAD = "use %M (MAC address of the boot interface) or %u (product UUID) in the URL"
 
-_MAC = re.compile(r"(?:[0-9a-f]{2}[-:]){5}[0-9a-f]{2}")
 _LOCALLY_ADMINISTERED, _MULTICAST = 0x02, 0x01
 # include/uapi/linux/netdevice.h
 _NET_ADDR_RANDOM = "1"
@@ -55,7 +56,7 @@ def machine_id(root: Path) -> str:
 def raw_machine_id(root: Path) -> str:
     """What %m stood for in earlier versions. UsageError as `machine_id`."""
     text = machine_ids.read(root / "etc/machine-id")
-    if not _ID.fullmatch(text):
+    if len(text) != 32 or not _HEX.issuperset(text):
         raise UsageError(
             "%m in the URL: this machine has no id in /etc/machine-id", f"run systemd-machine-id-setup, or {_INSTEAD}"
         )
@@ -96,7 +97,7 @@ def _is_new_at_each_boot(root: Path) -> bool:
 
     One that the image brought along is older than the boot.
     """
-    if re.search(r"(?:^|\s)systemd\.machine_id=\S", machine_ids.read(root / "proc/cmdline")):
+    if any(word.startswith("systemd.machine_id=") for word in machine_ids.read(root / "proc/cmdline").split()):
         return False
     mount_point, kind = machine_ids.machine_id_mount(root)
     if kind not in machine_ids.VOLATILE_FILE_SYSTEMS:
@@ -110,7 +111,7 @@ def _is_new_at_each_boot(root: Path) -> bool:
 def product_uuid(root: Path) -> str:
     """%u: the product UUID of SMBIOS, or the serial number of a board, in lower case. UsageError: it has none."""
     text = machine_ids.hardware_id(root)
-    if re.fullmatch(r"[0-9a-z.-]{4,64}", text):
+    if 4 <= len(text) <= 64 and frozenset("0123456789abcdefghijklmnopqrstuvwxyz.-").issuperset(text):
         return text
     path = root / machine_ids.PRODUCT_UUID
     if path.exists() and not os.access(path, os.R_OK):
@@ -128,7 +129,7 @@ def boot_mac(root: Path = Path("/")) -> str:
     The first answer of a boot holds until the next, where root has asked.
     """
     kept = machine_ids.read(root / _KEPT_MAC)
-    if _MAC.fullmatch(kept):
+    if _is_mac(kept):
         return kept
     address, interface = _boot_interface(root)
     first = int(address[:2], 16)
@@ -143,6 +144,10 @@ def boot_mac(root: Path = Path("/")) -> str:
     return address
 
 
+def _is_mac(text: str) -> bool:
+    return len(text) == 17 and text[2::3] in ("-----", ":::::") and _HEX.issuperset(text[0::3] + text[1::3])
+
+
 def _boot_interface(root: Path) -> tuple[str, str]:
     """The MAC address, with hyphens, and the interface; "" where the command line has the address itself."""
     words = machine_ids.read(root / "proc/cmdline").split()
@@ -150,14 +155,14 @@ def _boot_interface(root: Path) -> tuple[str, str]:
         if word.startswith("BOOTIF="):
             address = word.removeprefix("BOOTIF=").lower().replace(":", "-")
             address = address[3:] if len(address) == 20 else address  # the hardware type comes first: 01-
-            if _MAC.fullmatch(address):
+            if _is_mac(address):
                 return address, ""
     names = [name for word in reversed(words) if word.startswith("ip=") for name in word[3:].split(":")]
     for name in [*names, *_default_interfaces(root), *_only_interface(root)]:
         if not name or "/" in name:
             continue
         address = machine_ids.read(root / "sys/class/net" / name / "address").lower()
-        if _MAC.fullmatch(address):
+        if _is_mac(address):
             return address.replace(":", "-"), name
     raise UsageError(
         "%M in the URL: it is not known which interface this machine boots from",
