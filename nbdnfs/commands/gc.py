@@ -10,12 +10,14 @@ import argparse
 import sys
 
 from nbdnfs import quantities
-from nbdnfs.commands import where
+from nbdnfs.commands import claiming, where
 from nbdnfs.errors import NbdnfsError, UsageError
 from nbdnfs.nas import folder, owner_record
 from nbdnfs.nas.folder import Entry, Folder
 
 _LEAST_S = 86400.0
+# For each step, where the server does not answer
+_LIMIT_S = 60.0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,8 +25,7 @@ def run(args: argparse.Namespace) -> int:
     silent_s = quantities.parse_duration_s(args.older_than)
     if silent_s < _LEAST_S:
         raise UsageError(f"--older-than {args.older_than} is too short: a machine may be off for a day", "at least 1d")
-    place = folder.find(where.url_of(args.where))
-    found = silent(place, silent_s)
+    place, found = claiming.run_until_signal(lambda stop: _find(args.where, silent_s), limit_s=_LIMIT_S)
     if not found:
         print(f"no owner has been silent for {_days(silent_s)}")
         return 0
@@ -44,6 +45,11 @@ def run(args: argparse.Namespace) -> int:
     return 1 if left else 0
 
 
+def _find(name_or_url: str, silent_s: float) -> tuple[Folder, list[Entry]]:
+    place = folder.find(where.url_of(name_or_url))
+    return place, silent(place, silent_s)
+
+
 def silent(place: Folder, silent_s: float) -> list[Entry]:
     """The files whose owner has been silent for so long, and the records of files that are missing."""
     return [
@@ -55,7 +61,8 @@ def silent(place: Folder, silent_s: float) -> list[Entry]:
 
 def _remove(place: Folder, entry: Entry, silent_s: float) -> bool:
     try:
-        if place.remove_silent(entry, owner_record.identity(), silent_s):
+        me = owner_record.identity()
+        if claiming.run_until_signal(lambda stop: place.remove_silent(entry, me, silent_s), limit_s=_LIMIT_S):
             print(f"removed {entry.name}")
             return True
         message = "its owner has come back"

@@ -12,13 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nbdnfs import config, quantities
-from nbdnfs.commands import where
+from nbdnfs.commands import claiming, where
 from nbdnfs.errors import NbdnfsError
 from nbdnfs.kernel import nbd_device, swap_area
 from nbdnfs.kernel import state as kernel_state
 
 # Raised when a field changes its meaning or goes.
 SCHEMA = 1
+# For a folder of a server that does not answer
+_LIMIT_S = 60.0
 _OURS = nbd_device.backend_of("")
 
 
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(*(device.text() for device in found) if found else ["no network block devices"], sep="\n")
         return 0
-    files = _files(args.where)
+    files = claiming.run_until_signal(lambda stop: _files(args.where), limit_s=_LIMIT_S)
     if args.json:
         _print_json(files=files)
     else:

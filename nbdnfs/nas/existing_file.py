@@ -7,20 +7,15 @@ a file holds that is not in use as swap has no value, so that nothing is lost wh
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 from nbdnfs import backing_size, nfs_url, quantities
 from nbdnfs.engine import NfsFile, libnfs_version
-from nbdnfs.errors import CannotCreateError, ConfigError, NoInputError
+from nbdnfs.errors import CannotCreateError, ConfigError
 from nbdnfs.nas import (
     creator_lock,
     explain,
-    owner_record,
     ownership,
     part_file,
     patience,
@@ -89,17 +84,15 @@ def grow(url: str, size_bytes: int, *, progress: Progress, stop: threading.Event
     backing_size.check(size_bytes, f"{size_bytes} bytes")
     target = nfs_url.parse(url)
     explain.refuse_unsupported(target, libnfs_version)
-    address, me, holder = target.resolve(), owner_record.identity(), ownership.serve_holder()
-    with patience.interruptible(stop), creator_lock.held(target, address):
-        ownership.claim(url, holder, me, stop=stop)
-        try:
-            with (
-                remote_file.explained(target, address),
-                remote_file.closing(remote_file.open_file(target.text, address, read_only=False)) as file,
-            ):
-                return _grow(file, target, size_bytes, progress)
-        finally:
-            ownership.release(url, holder, me, address=address)
+    address = target.resolve()
+    with (
+        patience.interruptible(stop),
+        creator_lock.held(target, address),
+        ownership.owned_meanwhile(url, ownership.serve_holder(), stop=stop),
+        remote_file.explained(target, address),
+        remote_file.closing(remote_file.open_file(target.text, address, read_only=False)) as file,
+    ):
+        return _grow(file, target, size_bytes, progress)
 
 
 def _grow(file: NfsFile, target: NfsUrl, size_bytes: int, report: Progress) -> int:
@@ -122,7 +115,7 @@ def _grow(file: NfsFile, target: NfsUrl, size_bytes: int, report: Progress) -> i
     return before_bytes
 
 
-def remove(url: str, *, stop: threading.Event | None = None, root: Path = Path("/")) -> None:
+def remove(url: str, *, stop: threading.Event | None = None) -> None:
     """Remove the file, its owner record and what this machine's creators left. It is owned by this process meanwhile.
 
     OwnedError: another machine's, or in use on this one. CannotCreateError: it holds something else than swap.
@@ -130,17 +123,15 @@ def remove(url: str, *, stop: threading.Event | None = None, root: Path = Path("
     """
     target = nfs_url.parse(url)
     explain.refuse_unsupported(target, libnfs_version)
-    address, me, holder = target.resolve(), owner_record.identity(), ownership.serve_holder()
+    address = target.resolve()
     with patience.interruptible(stop), creator_lock.held(target, address):
         refuse_unless_swap(target, address)
-        ownership.claim(url, holder, me, stop=stop, root=root)
-        try:
-            with directory(target, address) as names:
-                part_path, path = f"/{part_file.name_of(target)}", f"/{target.name}"
-                remote_file.unlink_if_exists(names, path)
-                remote_file.unlink_if_exists(names, part_path)
-        finally:
-            ownership.release(url, holder, me, address=address)
+        with (
+            ownership.owned_meanwhile(url, ownership.serve_holder(), stop=stop),
+            remote_file.directory(target, address) as names,
+        ):
+            remote_file.unlink_if_exists(names, f"/{target.name}")
+            remote_file.unlink_if_exists(names, f"/{part_file.name_of(target)}")
 
 
 def refuse_unless_swap(target: NfsUrl, address: str) -> int:
@@ -155,20 +146,6 @@ def refuse_unless_swap(target: NfsUrl, address: str) -> int:
                 "check the URL; remove it on the server if it is to go",
             )
         return remote_file.stat(file)["size"]
-
-
-@contextlib.contextmanager
-def directory(target: NfsUrl, address: str) -> Iterator[NfsFile]:
-    """The URL's directory, open for name operations. Errors as `explain.open_error`."""
-    with remote_file.explained(target, address):
-        try:
-            opened = NfsFile(target.text, address, names_only=True)
-        except OSError as error:
-            if explain.is_about_the_file(error) and error.errno in (errno.ENOENT, errno.ENOTDIR):
-                raise NoInputError(f"{target.host} has no directory {target.directory}", "check the URL") from None
-            raise
-        with remote_file.closing(opened):
-            yield opened
 
 
 def _head(file: NfsFile) -> bytes:

@@ -52,7 +52,7 @@ class Folder:
 
     def entries(self) -> list[Entry]:
         """What may be for swap, by name: files with an owner record, files of mode 0600, parts. NbdnfsError."""
-        with existing_file.directory(self.target, self.address) as directory:
+        with remote_file.directory(self.target, self.address) as directory:
             now_us = self._server_time_us()
             names = sorted(set(remote_file.retry(directory.names)))
             records = {owner_record.name_of(name): name for name in names if not name.startswith(".")}
@@ -85,10 +85,10 @@ class Folder:
         if not ownership.take_silent(target.text, holder, me, entry.owner, silent_s):
             return False
         try:
-            with existing_file.directory(target, self.address) as directory:
+            with remote_file.directory(target, self.address) as directory:
                 remote_file.unlink_if_exists(directory, f"/{entry.name}")
         finally:
-            ownership.release(target.text, holder, me, address=self.address)
+            ownership.release_or_log(target.text, holder, me)
         return True
 
 
@@ -102,7 +102,7 @@ def find(url: str) -> Folder:
     address = file.resolve()
     inside = nfs_url.build(file.host, file.path, _ANY_NAME, file.options)
     try:
-        with existing_file.directory(inside, address):
+        with remote_file.directory(inside, address):
             return Folder(inside, address)
     except NoInputError:
         return Folder(file, address)

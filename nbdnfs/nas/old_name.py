@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nbdnfs import nfs_url, specifiers
 from nbdnfs.errors import ConfigError, UsageError
-from nbdnfs.nas import backing_file, existing_file, owner_record, ownership, remote_file
+from nbdnfs.nas import backing_file, ownership, remote_file
 from nbdnfs.nfs_url import NfsUrl
 
 log = logging.getLogger(__name__)
@@ -47,15 +47,13 @@ def adopt(url: str, holder: str, *, stop: threading.Event | None = None, root: P
 
 
 def _rename(old: NfsUrl, target: NfsUrl, holder: str, stop: threading.Event | None) -> None:
-    address, me = target.resolve(), owner_record.identity()
-    ownership.claim(old.text, holder, me, stop=stop)
-    try:
-        with existing_file.directory(target, address) as names:
-            file_id = remote_file.file_id(names, f"/{old.name}")
-            try:
-                remote_file.retry(functools.partial(names.rename, f"/{old.name}", f"/{target.name}"))
-            except OSError:  # a repeated one fails where the first was done
-                if remote_file.file_id(names, f"/{target.name}") != file_id:
-                    raise
-    finally:
-        ownership.release(old.text, holder, me, address=address)
+    with (
+        ownership.owned_meanwhile(old.text, holder, stop=stop),
+        remote_file.directory(target, target.resolve()) as names,
+    ):
+        file_id = remote_file.file_id(names, f"/{old.name}")
+        try:
+            remote_file.retry(functools.partial(names.rename, f"/{old.name}", f"/{target.name}"))
+        except OSError:  # a repeated one fails where the first was done
+            if remote_file.file_id(names, f"/{target.name}") != file_id:
+                raise

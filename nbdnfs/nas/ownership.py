@@ -152,6 +152,27 @@ def refuse_if_owned(url: str, me: Identity, root: Path = Path("/")) -> None:
             raise _refusal(verdict, found, target)
 
 
+@contextlib.contextmanager
+def owned_meanwhile(
+    url: str, holder: str, *, stop: threading.Event | None = None, root: Path = Path("/")
+) -> Iterator[None]:
+    """This machine owns the file meanwhile. A failure to release it is logged. Errors as `claim`."""
+    me = owner_record.identity()
+    claim(url, holder, me, stop=stop, root=root)
+    try:
+        yield
+    finally:
+        release_or_log(url, holder, me)
+
+
+def release_or_log(url: str, holder: str, me: Identity) -> None:
+    """`release`, where what comes before it may have failed already."""
+    try:
+        release(url, holder, me)
+    except NbdnfsError as error:
+        log.warning("the owner record stays: %s", error.message)
+
+
 def take_silent(url: str, holder: str, me: Identity, expected: FoundRecord, silent_s: float) -> bool:
     """Take the file from a machine that has been silent for `silent_s`, at once. False: it has not, or uses it here.
 

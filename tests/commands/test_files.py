@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.fake_nas import FakeNas
 from support.nfs_server import Ganesha
 from support.owner_records import HOLDER, machine
 
 from nbdnfs import cli, nfs_url
+from nbdnfs.commands import gc as gc_command
 from nbdnfs.commands import grow as grow_command
+from nbdnfs.commands import list as list_command
 from nbdnfs.commands import where
 from nbdnfs.keeper.records import Records
 from nbdnfs.kernel import nbd_device
@@ -129,6 +132,18 @@ def test_no_folder(place: Folder, run: Run) -> None:
     status, _, err = run("list", place.url("none/"))
     assert status == os.EX_NOINPUT
     assert "has no directory" in err
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["gc", "--dry-run"]], ids=lambda arguments: arguments[0])
+def test_a_server_that_hangs(run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    """It answers other calls, and never this one: an error after a time."""
+    monkeypatch.setattr(list_command, "_LIMIT_S", 0.5)
+    monkeypatch.setattr(gc_command, "_LIMIT_S", 0.5)
+    with FakeNas() as nas:
+        nas.add("/export/a.swap", bytes(4096))
+        nas.drop("READDIRPLUS", times=None)
+        status, _, err = run(*arguments, nas.url("/export/"))
+    assert (status, "has not answered for 0.5 s" in err) == (os.EX_UNAVAILABLE, True)
 
 
 # remove
