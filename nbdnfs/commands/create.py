@@ -12,6 +12,7 @@ from nbdnfs import backing_size
 from nbdnfs.commands import claiming, progress
 from nbdnfs.errors import ConfigError
 from nbdnfs.nas import backing_file, existing_file, old_name, ownership, patience
+from nbdnfs.nas.zeros import Progress
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
     claiming.run_until_signal(
         lambda stop: old_name.adopt(args.url, ownership.serve_holder(), stop=stop), grace_s=_GRACE_S
     )
-    if args.if_missing and existing_file.check(args.url, size_bytes, fix_mode=args.fix_mode):
+    is_relative = backing_size.is_relative(args.size)
+    if args.if_missing and existing_file.check(args.url, size_bytes, about=is_relative, fix_mode=args.fix_mode):
         return 0
     try:
         backing_size.refuse_unless_lockable(size_bytes, Path("/"))
@@ -35,12 +37,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def create(url: str, size_bytes: int, *, force: bool = False) -> None:
-    """`backing_file.create`, with progress on stderr. SIGINT and SIGTERM end it, and remove what was written."""
-    show = progress.reporter()
+def create(url: str, size_bytes: int, *, force: bool = False, show: Progress | None = None) -> None:
+    """`backing_file.create`, with progress on stderr, or what `show` makes of it.
+
+    SIGINT and SIGTERM end it, and remove what was written.
+    """
+    report = show or progress.reporter()
 
     def work(stop: threading.Event) -> None:
         with patience.interruptible(stop):
-            backing_file.create(url, size_bytes, force=force, progress=show)
+            backing_file.create(url, size_bytes, force=force, progress=report)
 
     claiming.run_until_signal(work, grace_s=_GRACE_S)

@@ -44,7 +44,7 @@ def confirm(question: str, *, yes: bool) -> bool:
     if yes:
         return True
     if not sys.stdin.isatty():
-        raise UsageError(f"{question} cannot be asked here: this is not a terminal", "run it again with --yes")
+        raise UsageError(f"this is not a terminal, where to ask: {question}", "run it again with --yes")
     try:
         return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:

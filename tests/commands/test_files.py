@@ -17,7 +17,7 @@ from support.fake_nas import FakeNas
 from support.nfs_server import Ganesha
 from support.owner_records import HOLDER, machine
 
-from nbdnfs import cli, nfs_url
+from nbdnfs import backing_size, cli, nfs_url
 from nbdnfs.commands import gc as gc_command
 from nbdnfs.commands import grow as grow_command
 from nbdnfs.commands import list as list_command
@@ -316,7 +316,7 @@ def test_grow_with_a_restart(place: Folder, run: Run, monkeypatch: pytest.Monkey
 # create --if-missing
 
 
-def test_if_missing(place: Folder, run: Run) -> None:
+def test_if_missing(place: Folder, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """What create would have made passes; anything else is refused, and a mode is set where that is asked for."""
     url = place.url("a.swap")
     path = place.create("a.swap")
@@ -325,8 +325,15 @@ def test_if_missing(place: Folder, run: Run) -> None:
     assert run("create", url, "--size", "1M", "--if-missing")[0] == 0
     status, _, err = run("create", url, "--size", "2M", "--if-missing")
     assert status == os.EX_CANTCREAT
-    assert "exists, and has 1 MiB (1048576 bytes): 2 MiB (2097152 bytes) were asked for" in err
+    assert "exists, and has 1 MiB (1048576 bytes), not 2 MiB (2097152 bytes)" in err
     assert "nbdnfs grow" in err
+    monkeypatch.setattr(backing_size, "memory_bytes", lambda root: 9 * MIB)
+    assert run("create", url, "--size", "ram / 8", "--if-missing")[0] == 0
+    other = place.create("c.swap")
+    os.truncate(other, MIB - MIB // 16)
+    assert run("create", place.url("c.swap"), "--size", "ram / 8", "--if-missing")[0] == 0
+    assert run("create", place.url("c.swap"), "--size", "1M", "--if-missing")[0] == os.EX_CANTCREAT
+    other.unlink()
     path.chmod(0o644)
     status, _, err = run("create", url, "--size", "1M", "--if-missing")
     assert (status, "has mode 0644" in err, "--fix-mode" in err) == (os.EX_CONFIG, True, True)
