@@ -51,12 +51,17 @@ def _find(name_or_url: str, silent_s: float) -> tuple[Folder, list[Entry]]:
 
 
 def silent(place: Folder, silent_s: float) -> list[Entry]:
-    """The files whose owner has been silent for so long, and the records of files that are missing."""
-    return [
-        entry
-        for entry in place.entries()
-        if entry.owner.record is not None and (entry.owner.age_s or 0.0) >= silent_s and entry.age_s >= silent_s
-    ]
+    """The files whose owner has been silent for so long, and the records of files that are missing.
+
+    An owner that has released its file is not silent: it is off.
+    """
+
+    def is_silent(entry: Entry) -> bool:
+        record = entry.owner.record
+        is_owned = record is not None and record.state != "free"
+        return is_owned and (entry.owner.age_s or 0.0) >= silent_s and entry.age_s >= silent_s
+
+    return [entry for entry in place.entries() if is_silent(entry)]
 
 
 def _remove(place: Folder, entry: Entry, silent_s: float) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -202,7 +203,12 @@ def test_gc(place: Folder, run: Run) -> None:
     place.create("lone.swap", "box3", 91 * DAY_S)
     (place.path / "lone.swap").unlink()
     place.age(place.create("nobodys.swap"), 400 * DAY_S)
-    stay = {"new.swap", ".new.swap.owner", "nobodys.swap"}
+    place.age(place.create("free.swap"), 400 * DAY_S)
+    released = dataclasses.replace(owner_record.new(machine("box4"), HOLDER, None, "held"), state="free")
+    (place.path / ".free.swap.owner").write_bytes(released.to_bytes())
+    place.age(place.path / ".free.swap.owner", 400 * DAY_S)
+    left = {"nobodys.swap", "free.swap", ".free.swap.owner"}
+    stay = {"new.swap", ".new.swap.owner", *left}
     before = place.names()
     status, out, _ = run("gc", place.url(), "--dry-run")
     assert (status, place.names()) == (0, before)
@@ -215,7 +221,7 @@ def test_gc(place: Folder, run: Run) -> None:
     status, out, _ = run("gc", place.url(), "--yes")
     assert (status, "no owner has been silent for 90 days" in out) == (0, True)
     assert run("gc", place.url(), "--yes", "--older-than", "88d")[0] == 0
-    assert place.names() == {"nobodys.swap"}
+    assert place.names() == left
 
 
 def test_gc_refuses_a_short_time(place: Folder, run: Run) -> None:
