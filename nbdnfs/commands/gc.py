@@ -31,8 +31,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for entry in found:
         assert entry.owner.record is not None
+        name = where.printable(entry.name)
         print(
-            f"{entry.name:<40} {quantities.format_size(entry.size_bytes):>9}  {entry.owner.record.host},"
+            f"{name:<40} {quantities.format_size(entry.size_bytes):>9}  {entry.owner.record.host},"
             f" silent for {_days(entry.owner.age_s or 0.0)}"
         )
     total = quantities.format_size(sum(entry.size_bytes for entry in found if entry.kind == "file"))
@@ -68,12 +69,12 @@ def _remove(place: Folder, entry: Entry, silent_s: float) -> bool:
     try:
         me = owner_record.identity()
         if claiming.run_until_signal(lambda stop: place.remove_silent(entry, me, silent_s), limit_s=_LIMIT_S):
-            print(f"removed {entry.name}")
+            print(f"removed {where.printable(entry.name)}")
             return True
         message = "its owner has come back"
     except NbdnfsError as error:
         message = error.message
-    print(f"nbdnfs: {entry.name} stays: {message}", file=sys.stderr)
+    print(f"nbdnfs: {where.printable(entry.name)} stays: {message}", file=sys.stderr)
     return False
 
 

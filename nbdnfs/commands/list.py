@@ -138,4 +138,5 @@ def _file_text(row: dict[str, object]) -> str:
     assert isinstance(changed, float)
     what = {"file": "", "part": ", incomplete", "record": ", the file is missing"}[str(row["kind"])]
     used = f"changed {quantities.format_duration(changed)} ago"
-    return f"{row['name']:<40} {quantities.format_size(size):>9}  {used}{what}  {row['owner_text']}"
+    name = where.printable(str(row["name"]))
+    return f"{name:<40} {quantities.format_size(size):>9}  {used}{what}  {row['owner_text']}"

@@ -39,6 +39,11 @@ def refuse_if_attached(url: str, then: str, root: Path = Path("/")) -> None:
             )
 
 
+def printable(name: str) -> str:
+    """A file's name for a terminal, which it may have escapes for."""
+    return "".join(character if character.isprintable() else "?" for character in name)
+
+
 def confirm(question: str, *, yes: bool) -> bool:
     """Ask on the terminal. UsageError where there is none: then `yes` has to say so."""
     if yes:

@@ -115,6 +115,19 @@ def test_list_a_folder(place: Folder, run: Run) -> None:
     assert re.search(r"(?m)^a.swap +1 MiB  changed 72 h 0 min ago  box1 \(since .*, no sign of life for 72 h\)$", out)
 
 
+def test_names_of_any_bytes(place: Folder, run: Run) -> None:
+    """What is not printable does not reach the terminal; JSON has it."""
+    for name in (b"\x1b[2Jred.swap", b"\xe4.swap", "\N{SNOWMAN}.swap".encode()):
+        path = place.path / os.fsdecode(name)
+        path.write_bytes(bytes(4096))
+        path.chmod(0o600)
+    _, out, _ = run("list", place.url())
+    assert {line.split(" ")[0] for line in out.splitlines()} == {"?[2Jred.swap", "?.swap", "\N{SNOWMAN}.swap"}
+    _, out, _ = run("list", place.url(), "--json")
+    found = {row["name"] for row in json.loads(out)["files"]}
+    assert found == {"\x1b[2Jred.swap", "\udce4.swap", "\N{SNOWMAN}.swap"}
+
+
 def test_list_many_files_over_few_connections(place: Folder, run: Run, ganesha: Ganesha) -> None:
     """One connection serves them all: a machine has a few hundred reserved ports."""
     text = owner_record.new(machine("box"), HOLDER, None, "held").to_bytes()
