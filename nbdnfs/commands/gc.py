@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     silent_s = quantities.parse_duration_s(args.older_than)
     if silent_s < _LEAST_S:
         raise UsageError(f"--older-than {args.older_than} is too short: a machine may be off for a day", "at least 1d")
-    place, found = claiming.run_until_signal(lambda stop: _find(args.where, silent_s), limit_s=_LIMIT_S)
+    place, found = claiming.run_until_signal(lambda stop: _find(args.where, silent_s), limit_s=_LIMIT_S, grace_s=0.0)
     if not found:
         print(f"no owner has been silent for {_days(silent_s)}")
         return 0

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(*(device.text() for device in found) if found else ["no network block devices"], sep="\n")
         return 0
-    files = claiming.run_until_signal(lambda stop: _files(args.where), limit_s=_LIMIT_S)
+    files = claiming.run_until_signal(lambda stop: _files(args.where), limit_s=_LIMIT_S, grace_s=0.0)
     if args.json:
         _print_json(files=files)
     else:
