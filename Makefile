@@ -5,6 +5,8 @@ PYTHON := .venv/bin/python
 # A throwaway NFS server, guests' images and kernel devices need root.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,HERE,NBDNFS_CACHE,NBDNFS_VM_ACCEL)
 PYTEST := $(AS_ROOT) $(PYTHON) -m pytest
+# Most tests wait for a server, so there are more processes than processors. A file's tests stay together.
+IN_PARALLEL := -n 4 --dist loadfile
 # Programs that use what tests share; pytest has the same folders from pyproject.toml.
 PROGRAM := $(AS_ROOT) env PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/vm-tests:$(CURDIR)/bench $(PYTHON)
 C_FILES = $(wildcard nbdnfs/*.c nbdnfs/engine/*.[ch] nbdnfs/engine/*/*.[ch] bench/*.c vm-tests/inside/*.c)
@@ -37,7 +39,7 @@ ifdef ONE
 	$(PYTEST) -m "" $(ONE) $(ARGS)
 else
 	$(MAKE) --no-print-directory run-lint
-	$(PYTEST) tests
+	$(PYTEST) $(IN_PARALLEL) tests
 	$(AS_ROOT) tools/sanitize.sh both -q
 	$(PYTEST) vm-tests -m "smoke or meta"
 endif
