@@ -50,4 +50,4 @@ PYTHONPATH=build/$kind/lib exec .venv/bin/python tools/run_sanitized.py "$kind" 
     tests/engine/test_transport.py tests/engine/test_conformance.py tests/engine/test_wire.py \
     tests/engine/test_faults.py tests/engine/test_owner.py tests/engine/test_waiting_reader.py \
     tests/engine/test_liveness.py tests/engine/test_reconnecting.py \
-    tests/engine/test_waking.py tests/engine/test_short_writes.py
+    tests/engine/test_finding_again.py tests/engine/test_waking.py tests/engine/test_short_writes.py

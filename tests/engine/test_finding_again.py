@@ -219,7 +219,19 @@ def test_a_server_on_other_ports(what: str) -> None:
     tests = str(Path(__file__).resolve().parents[1])
     program = MOVES.replace("{host}", LOOPBACK)
     done = subprocess.run(
-        ["unshare", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "sh", sys.executable, "-c", program, what],
+        [
+            "unshare",
+            "--net",
+            "sh",
+            "-c",
+            'ip link set lo up; exec "$@"',
+            "sh",
+            sys.executable,
+            "-P",
+            "-c",
+            program,
+            what,
+        ],
         env={**os.environ, "PYTHONPATH": f"{tests}:{os.environ.get('PYTHONPATH', '')}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

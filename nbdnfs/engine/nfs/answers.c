@@ -9,6 +9,8 @@
 
 /* A read that is refused is logged, unless another was within this time. */
 #define REFUSAL_LOG_MS 60000
+/* A write that the server has so often carried out in pieces under several verifiers asks for FILE_SYNC. */
+#define RESTARTS_MAX 4
 /* The directory is not sought again sooner, since that costs the connection: after it was found, and after it was not. */
 #define SEEK_AGAIN_MS 1000
 #define SEEK_IN_VAIN_MS 30000
@@ -151,6 +153,8 @@ void note_written3(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool
 		req_finish(&io->inflight, req, -EPROTO); /* RFC 1813, 3.3.7: FILE_SYNC is answered with FILE_SYNC */
 	} else if (!is_first && !req->stable && verifier != req->verifier) {
 		req->moved_bytes = 0; /* the server restarted between the pieces */
+		if (++req->restarts >= RESTARTS_MAX)
+			req->op = NFSIO_WRITE; /* or it changes its verifier each time: FILE_SYNC needs none */
 		req_list_remove(&io->inflight, req);
 		req_list_push(&io->pending, req);
 	} else {
