@@ -118,6 +118,8 @@ struct engine {
 	uint64_t refused_sequence; /* the newest write when the server last refused one */
 	uint64_t progress_at_ms; /* when the NAS last took a write or a COMMIT */
 	uint64_t held_until_ms; /* until when pages are held because of twins or a replay */
+	unsigned commits_in_vain; /* COMMITs in a row with another verifier than a write before it */
+	uint64_t distrust_until_ms; /* until when no write depends on a verifier */
 	bool gone_too_long;     /* the file is gone, for so long that waiting for it is an error */
 };
 

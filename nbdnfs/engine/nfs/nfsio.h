@@ -26,7 +26,8 @@
 enum nfsio_op {
 	NFSIO_READ,
 	NFSIO_WRITE,          /* FILE_SYNC: stable when it is done */
-	NFSIO_WRITE_UNSTABLE, /* NFSv3: needs a COMMIT under the same verifier, unless `stable` says otherwise */
+	NFSIO_WRITE_UNSTABLE, /* NFSv3: needs a COMMIT under the same verifier, unless `stable` says otherwise. It becomes
+				 NFSIO_WRITE where the server changes its verifier again and again */
 	NFSIO_COMMIT,         /* NFSv3: the whole file; its only result is the verifier */
 	NFSIO_LOOKUP,         /* nfsio_look()'s own */
 };
@@ -94,6 +95,7 @@ struct nfsio_req {
 	int64_t queued_at_ms;
 	int64_t give_up_at_ms;  /* while in flight: then it is sent again over a new connection */
 	int64_t refused_at_ms;  /* a READ: when the server first refused it, or 0 */
+	unsigned restarts;      /* a write: how often all of it was sent again for another verifier */
 	struct nfsio_req *prev, *next;
 };
 
