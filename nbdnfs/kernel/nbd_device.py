@@ -87,10 +87,16 @@ def attach(
     Returns once the node is there and has the export's size, which may take `timeout_s` seconds. Leaves no device
     behind when it fails.
 
-    BusyError: the device is attached already, or open. UsageError: the kernel cannot take this export.
+    BusyError: the device is attached already, or open, or another one is attached to this backend. The caller sees to
+    it that no other process attaches one at the same time. UsageError: the kernel cannot take this export.
     UnavailableError: the device does not appear. PermissionDeniedError: not root.
     """
     check(export, source)
+    if (already := find(backend, root)) is not None:
+        raise BusyError(
+            f"{already.path} is attached to {backend} already, and a second device would overwrite its pages",
+            f"use that one, or detach it first: nbdnfs detach {already.path}",
+        )
 
     def connect() -> int:
         return netlink.connect(
