@@ -204,7 +204,7 @@ def _start_in_background(name: str, timeout_s: float) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifications:
         notifications.bind("\0" + address)
         keeper = programs.start(
-            [sys.executable, "-m", "nbdnfs", "run", name], {**os.environ, "NOTIFY_SOCKET": f"@{address}"}
+            programs.python("nbdnfs", "run", name), {**programs.python_environment(), "NOTIFY_SOCKET": f"@{address}"}
         )
         notifications.settimeout(_POLL_S)
         deadline = time.monotonic() + timeout_s

@@ -11,8 +11,7 @@ import dataclasses
 import os
 import sys
 
-import nbdnfs
-from nbdnfs import config, memlock, nfs_url, proc_stat
+from nbdnfs import config, memlock, nfs_url, proc_stat, programs
 from nbdnfs.errors import CannotCreateError, NbdnfsError, PermissionDeniedError, UsageError
 from nbdnfs.keeper import failures, only_keeper, sd_notify
 from nbdnfs.keeper.keeper import Keeper
@@ -122,10 +121,8 @@ def _survive_shutdown() -> None:
 
 def _start_again(name: str, options: list[str]) -> NoReturn:
     """With what only a new process can have: CPython's own allocator maps and unmaps memory all the time."""
-    package_folder = os.path.dirname(os.path.dirname(nbdnfs.__file__))
-    paths = [package_folder, os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONMALLOC": "malloc", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    os.execve(sys.executable, [sys.executable, "-m", "nbdnfs", "run", name, *options], environment)
+    command = programs.python("nbdnfs", "run", name, *options)
+    os.execve(command[0], command, {**programs.python_environment(), "PYTHONMALLOC": "malloc"})
 
 
 def _server(settings: Config, records: Records, *, is_attached: bool) -> tuple[str, str]:

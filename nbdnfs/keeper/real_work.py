@@ -8,8 +8,8 @@ elsewhere.
 from __future__ import annotations
 
 import os
-import sys
 
+from nbdnfs import programs
 from nbdnfs import region as shared_region
 from nbdnfs.keeper.helper_process import HelperProcess
 from nbdnfs.keeper.worker_handle import WorkerHandle, recipe
@@ -124,4 +124,4 @@ class RealWork:
         self._answer = -1
 
     def _python(self, module: str, *arguments: str, stdout: int = 2) -> HelperProcess:
-        return HelperProcess([sys.executable, "-m", module, *arguments], self._environment, stdout=stdout)
+        return HelperProcess(programs.python(module, *arguments), self._environment, stdout=stdout)
