@@ -133,12 +133,17 @@ def watch(argv: Sequence[str], progress: Callable[[], None], *, every_s: float) 
         raise
 
 
-def start(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own: Ctrl-C at the terminal is not meant for it."""
+def start(argv: Sequence[str], env: Mapping[str, str], *, output: int | None = None) -> subprocess.Popen[bytes]:
+    """Start a program in a session of its own: Ctrl-C at the terminal is not meant for it.
+
+    `output` is a descriptor for its stdout and stderr; without one it has those of this process.
+    """
     import subprocess
 
     log.debug("start: %s", shlex.join(argv))
-    return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        argv, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+    )
 
 
 def start_listening(argv: Sequence[str], listener: socket.socket, env: Mapping[str, str]) -> subprocess.Popen[bytes]:

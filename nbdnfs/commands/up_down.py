@@ -11,13 +11,13 @@ import contextlib
 import os
 import select
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 
-from nbdnfs import config, name_lock, programs
-from nbdnfs.commands import progress, systemd_unit
+from nbdnfs import config, name_lock
+from nbdnfs.commands import progress, starting, systemd_unit
+from nbdnfs.config import Config
 from nbdnfs.errors import BusyError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError
 from nbdnfs.keeper import only_keeper
 from nbdnfs.keeper.records import ProcessRecord, Records
@@ -29,7 +29,8 @@ from nbdnfs.kernel.state import Swap
 from nbdnfs.kernel.waiting import wait_until
 from nbdnfs.proc_stat import start_time_ticks
 
-UP_TIMEOUT_S = 600.0
+# How long `up` waits without systemd; the start goes on. As JobRunningTimeoutSec= of the unit.
+UP_TIMEOUT_S = 180.0
 # The keeper ends at once when it is asked to; a worker ends when the kernel disconnects.
 _PROCESS_ENDS_S = 10.0
 # How long other services may take, at shutdown, to end and so give memory back; systemd kills them after 90 s.
@@ -62,8 +63,11 @@ def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> No
     `steal` takes the file from another machine first, in this process: the keeper then finds that it owns the file.
     `timeout_s` bounds the wait where systemd does not run.
 
-    PermissionDeniedError: not root. BusyError: the device is up. UnavailableError: it did not come up, with the exit
-    status of the keeper, which has reported why. Others as `config.load`, and with `steal` as `ownership.claim`.
+    A device that is up, and whose swap was turned off by hand, swaps again.
+
+    PermissionDeniedError: not root. BusyError: the device is up, or something other than swap uses it.
+    UnavailableError: it did not come up, with the exit status of the keeper, which has reported why; EX_TEMPFAIL where
+    the start goes on. Others as `config.load`, and with `steal` as `ownership.claim`.
     """
     settings = config.load(name)
     _require_root(f"nbdnfs up {name}")
@@ -73,12 +77,35 @@ def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> No
 
         holder, me = owner_record.keeper_holder(name), owner_record.identity()
         claiming.run_until_signal(lambda stop: ownership.claim(settings.url, holder, me, steal=True, stop=stop))
-    if systemd_unit.is_loaded(name):
-        systemd_unit.start(name)
+    records = Records(name)
+    keeper = only_keeper.keeper_of(records)
+    if keeper is not None and records.read(Records.STATE) == "watch" and _turn_on_again(settings):
         return
-    if (keeper := Records(name).living(Records.KEEPER)) is not None:
-        raise BusyError(f"{name} is already up: its keeper is process {keeper.pid}", f"see: nbdnfs status {name}")
-    _start_in_background(name, timeout_s)
+    has_unit = systemd_unit.is_loaded(name)
+    if keeper is not None and not (has_unit and systemd_unit.is_active(name)):
+        who = f"process {keeper}" if keeper else "another process"
+        raise BusyError(f"{name} is already up: its keeper is {who}", f"see: nbdnfs status {name}")
+    if has_unit:
+        starting.with_systemd(name)
+    else:
+        starting.in_background(name, timeout_s)
+    _turn_on_again(settings)
+
+
+def _turn_on_again(settings: Config) -> bool:
+    """Swap to the attached device where a foreign swapoff(8) has turned that off. Whether there was anything to do.
+
+    BusyError: something other than swap uses the device. Others as starting.turn_on_again.
+    """
+    attached = nbd_device.find(nbd_device.backend_of(settings.name))
+    if attached is None or swap_area.find(attached.path) is not None:
+        return False
+    with _only_command(settings.name, wait_s=_COMMAND_WAITS_S):
+        state = kernel_state.nbd_device(attached.name)
+        if state is not None:
+            device_in_use.refuse_if_in_use(state)
+        starting.turn_on_again(settings, attached.path)
+    return True
 
 
 def down(name: str, report: Progress, *, service: bool = False) -> None:
@@ -268,31 +295,6 @@ def _must_fit(name: str) -> bool:
         return config.load(name).reclaim_check
     except NbdnfsError:
         return True
-
-
-def _start_in_background(name: str, timeout_s: float) -> None:
-    """Start a keeper in a session of its own, and wait until it is ready as systemd would: sd_notify(3)."""
-    address = f"nbdnfs-up-{os.getpid()}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifications:
-        notifications.bind("\0" + address)
-        keeper = programs.start(
-            programs.python("nbdnfs", "run", name), {**programs.python_environment(), "NOTIFY_SOCKET": f"@{address}"}
-        )
-        notifications.settimeout(_POLL_S)
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            try:
-                message = notifications.recv(4096)
-            except TimeoutError:
-                message = b""
-            if b"READY=1" in message.split(b"\n"):
-                return
-            if (status := keeper.poll()) is not None:
-                error = UnavailableError(f"{name} did not come up, see above")
-                error.exit_code = status if status > 0 else error.exit_code
-                raise error
-        keeper.terminate()
-        raise UnavailableError(f"{name} is not up after {timeout_s:g} s", f"see its messages: nbdnfs run {name}")
 
 
 def _require_root(command: str) -> None:

@@ -274,7 +274,8 @@ class Keeper:
             return following if self._helper is None else self._step
         status = self._helper.status()
         if status is None:
-            self._notifier.send(_MORE_TIME)
+            progress = self._work.progress()
+            self._notifier.send(_MORE_TIME, *([f"STATUS={progress}"] if progress else []))
             return self._step
         self._helper = None
         if status == 0:

@@ -40,6 +40,7 @@ class FakeWork:
     def __init__(self) -> None:
         self.behaviours = ["serve"]
         self.provisions: list[int] = []
+        self.progresses: list[str] = []
         self.swap_ons = [0]
         self.on = False
         self.away = False
@@ -62,6 +63,9 @@ class FakeWork:
 
     def provision(self) -> HelperProcess | None:
         return self._exits(self.provisions.pop(0)) if self.provisions else None
+
+    def progress(self) -> str:
+        return self.progresses.pop(0) if self.progresses else ""
 
     def swap_on(self, attached: Attached) -> HelperProcess:
         status = self.swap_ons.pop(0) if len(self.swap_ons) > 1 else self.swap_ons[0]
@@ -161,6 +165,22 @@ def test_provision_fails_for_now(setup: Setup) -> None:
     """A server that is away, or a helper that was killed, is tried again."""
     setup.work.provisions = [os.EX_UNAVAILABLE, os.EX_NOHOST, 0]
     setup.run(watches)
+
+
+def test_the_progress_of_a_helper_is_shown(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the unit's status, while the helper runs: creating a file takes long."""
+    sent: list[str] = []
+    monkeypatch.setattr(Notifier, "send", lambda self, *lines, descriptors=(): sent.extend(lines))
+    setup.work.provisions = [0]
+    setup.work.progresses = ["", "creating the backing file: 40%"]
+    monkeypatch.setattr(setup.work, "_exits", lambda status: HelperProcess(["/bin/sleep", "2"], {}))
+
+    def scenario(keeper: Keeper) -> None:
+        until(lambda: "STATUS=creating the backing file: 40%" in sent)
+        monkeypatch.undo()
+
+    setup.run(scenario)
+    assert "STATUS=provision" in sent
 
 
 def test_first_worker_fails_for_good(setup: Setup) -> None:
