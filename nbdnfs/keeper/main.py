@@ -135,7 +135,7 @@ def _server(settings: Config, records: Records, *, is_attached: bool) -> tuple[s
         return settings.url, known[1]
     url = nfs_url.parse(settings.url)
     text, address = url.text, url.resolve()
-    only_keeper.record_address(records, text, address)
+    only_keeper.record_address(records, text, address, is_attached=is_attached)
     return text, address
 
 
