@@ -10,7 +10,7 @@ import pytest
 from support.nfs_server import Ganesha
 from test_keeper import finish, start_hog, swapped_out, swapping, worker_of
 from vmtest import host
-from vmtest.guest import Guest
+from vmtest.guest import Guest, seen_from_guest
 from vmtest.machine import Result
 
 _UNIT = "nbdnfs@swap0"
@@ -129,3 +129,47 @@ def test_dm_crypt_on_top(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
         guest.run(f"systemctl start {_UNIT}", 240)
         journal = guest.run(f"journalctl -b -u {_UNIT} --no-pager", 60).stdout
         assert "Traceback" not in journal
+
+
+@pytest.mark.timeout(1800)
+def test_up(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
+    """Without systemd: `up` lets a pipe go, shows progress, and turns swap on again after `swapoff -a`. With systemd,
+    where the start takes longer than systemd waits: status 75, and the start goes on until the server is there."""
+    url = ganesha.url("swap0.swap")
+    with boot(project=True, allow={"nbd", "slow"}) as guest:
+        guest.settle()
+        guest.run(
+            f"mkdir -p /etc/nbdnfs && printf '%s\\n' 'url = \"{seen_from_guest(url)}\"' 'size = \"16M\"'"
+            " > /etc/nbdnfs/swap0.toml",
+            240,
+        )
+        up = guest.run("nbdnfs up swap0 2>&1 | cat", 400)
+        print(up.stdout)
+        assert "nbdnfs: swap0: creating the backing file: " in up.stdout
+        assert "nbdnfs: swap0: swap is on: /dev/nbd0" in guest.run("dmesg").stdout
+        assert swaps(guest) == ["/dev/nbd0"]
+        refused(guest.run("nbdnfs up swap0", 240, check=False), "swap0 is already up: its keeper is process")
+        guest.run("swapoff -a", 240)
+        guest.run("nbdnfs up swap0", 240)
+        assert swaps(guest) == ["/dev/nbd0"]
+        guest.run("nbdnfs down swap0", 240)
+        assert swaps(guest) == []
+
+        guest.run(
+            "nbdnfs install-units && mkdir -p /run/systemd/system/nbdnfs@.service.d"
+            " && printf '[Unit]\\nJobRunningTimeoutSec=20\\n' > /run/systemd/system/nbdnfs@.service.d/soon.conf"
+            " && systemctl daemon-reload",
+            240,
+        )
+        ganesha.kill()
+        refused(guest.run("nbdnfs up swap0", 240, check=False), "swap0 is still starting, and goes on: ")
+        ganesha.start()
+        guest.wait_until(lambda: swaps(guest) == ["/dev/nbd0"], 240, "swap, once the server is back")
+        guest.run("swapoff -a", 240)
+        guest.run("nbdnfs up swap0", 240)
+        assert swaps(guest) == ["/dev/nbd0"]
+        guest.run("nbdnfs down swap0", 240)
+
+
+def swaps(guest: Guest) -> list[str]:
+    return guest.run("tail -n +2 /proc/swaps | cut -d' ' -f1").stdout.split()
