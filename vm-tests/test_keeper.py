@@ -49,11 +49,12 @@ def swapping(
         guest.push(Path(__file__).parent / "inside/killer.py", _KILLER)
         guest.run(
             f"nbdnfs install-units && systemctl daemon-reload && mkdir -p /etc/nbdnfs"
-            f" && cat > /etc/nbdnfs/{_NAME}.toml <<'.'\nurl = \"{seen_from_guest(url)}\"\npriority = 100\n."
+            f" && cat > /etc/nbdnfs/{_NAME}.toml <<'.'\nurl = \"{seen_from_guest(url)}\"\npriority = 100\n.",
+            240,
         )
         try:
             guest.run(f"systemctl start nbdnfs@{_NAME}", 240)
-            print(guest.run(f"nbdnfs status {_NAME}").stdout)
+            print(guest.run(f"nbdnfs status {_NAME}", 120).stdout)
             print(memory_of(guest))
             yield guest
             status = guest.run(f"nbdnfs status {_NAME}", 60)

@@ -11,10 +11,9 @@ import dataclasses
 import os
 import sys
 
-import nbdnfs
-from nbdnfs import config, memlock, nfs_url, proc_stat
+from nbdnfs import config, memlock, nfs_url, proc_stat, programs
 from nbdnfs.errors import CannotCreateError, NbdnfsError, PermissionDeniedError, UsageError
-from nbdnfs.keeper import failures, sd_notify
+from nbdnfs.keeper import failures, only_keeper, sd_notify
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.records import Records
@@ -45,11 +44,12 @@ def run(name: str, *, steal: bool = False) -> int:
         raise PermissionDeniedError("only root can make a swap device", f"sudo nbdnfs run {name}")
     if os.environ.get("PYTHONMALLOC") != "malloc":
         _start_again(name, ["--steal"] if steal else [])
+    records = Records(name)
+    only_keeper.become(records)  # before anything that another keeper of the device could notice
     _lock_memory(settings)
     _survive_shutdown()
     if not os.isatty(2):
         os.set_blocking(2, False)  # a journal that waits for swap is not waited for
-    records = Records(name)
     try:
         records.make()
     except OSError as error:
@@ -121,10 +121,8 @@ def _survive_shutdown() -> None:
 
 def _start_again(name: str, options: list[str]) -> NoReturn:
     """With what only a new process can have: CPython's own allocator maps and unmaps memory all the time."""
-    package_folder = os.path.dirname(os.path.dirname(nbdnfs.__file__))
-    paths = [package_folder, os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONMALLOC": "malloc", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    os.execve(sys.executable, [sys.executable, "-m", "nbdnfs", "run", name, *options], environment)
+    command = programs.python("nbdnfs", "run", name, *options)
+    os.execve(command[0], command, {**programs.python_environment(), "PYTHONMALLOC": "malloc"})
 
 
 def _server(settings: Config, records: Records, *, is_attached: bool) -> tuple[str, str]:
@@ -137,7 +135,7 @@ def _server(settings: Config, records: Records, *, is_attached: bool) -> tuple[s
         return settings.url, known[1]
     url = nfs_url.parse(settings.url)
     text, address = url.text, url.resolve()
-    records.write(Records.ADDRESS, f"{text}\n{address}")
+    only_keeper.record_address(records, text, address, is_attached=is_attached)
     return text, address
 
 

@@ -12,9 +12,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdnfs import name_lock
 from nbdnfs.proc_stat import start_time_ticks
 
-_FOLDER = "run/nbdnfs"
+_FOLDER = name_lock.FOLDER
 # What earlier versions wrote for STOLEN: a keeper of this one may come after one of those.
 _STOLEN_BEFORE = "lost"
 
@@ -54,7 +55,8 @@ class Records:
     def __init__(self, name: str, root: Path = Path("/"), *, run: Path | None = None) -> None:
         """`root` stands for "/"; `run` is another place for the records alone."""
         self.name = name
-        self._root = root
+        self.root = root
+        self.run = run
         self.path = (root / _FOLDER if run is None else run) / name
 
     def make(self) -> None:
@@ -76,7 +78,7 @@ class Records:
 
     def write_process(self, key: str, pid: int, version: str) -> None:
         """Record a living process. ProcessLookupError when it has ended."""
-        started = start_time_ticks(pid, self._root)
+        started = start_time_ticks(pid, self.root)
         if started is None:
             raise ProcessLookupError(pid)
         self.write(key, f"{pid} {started} {version}")
@@ -91,7 +93,7 @@ class Records:
     def living(self, key: str) -> ProcessRecord | None:
         """The recorded process if it runs."""
         record = self.process(key)
-        return record if record is not None and record.is_alive(self._root) else None
+        return record if record is not None and record.is_alive(self.root) else None
 
     def remove(self) -> None:
         """All of them, and their folder; as far as possible."""
@@ -100,6 +102,12 @@ class Records:
                 with contextlib.suppress(OSError):
                     (self.path / name).unlink()
             self.path.rmdir()
+
+    def others(self) -> list[Records]:
+        """The records of the other devices of this machine."""
+        folder = self.path.parent
+        names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+        return [Records(name, self.root, run=self.run) for name in sorted(names) if name != self.name]
 
     # All devices. A refusal lies beside the records, which go when a device fails.
 

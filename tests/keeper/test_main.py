@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from support.nfs_server import LOOPBACK, FileOnServer
 from support.owner_records import HOLDER, beside, record_path
@@ -21,3 +23,17 @@ def test_a_failed_keeper_releases_the_file(swap_file: FileOnServer, monkeypatch:
     monkeypatch.setattr(nbd_device, "find", lambda backend: None)
     main._release_unless_attached("swap0", swap_file.url(), LOOPBACK)
     assert beside(swap_file) == []
+
+
+def test_starts_again_with_an_environment_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What systemd has set stays; of the caller's Python settings, nothing does."""
+    calls: list[tuple[str, list[str], dict[str, str]]] = []
+    monkeypatch.setattr(os, "execve", lambda *call: calls.append(call))
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/x")
+    monkeypatch.setenv("PYTHONPATH", ":/somewhere")
+    main._start_again("swap0", ["--steal"])
+    ((program, command, environment),) = calls
+    assert command == [program, "-P", "-m", "nbdnfs", "run", "swap0", "--steal"]
+    assert (environment["PYTHONMALLOC"], environment["NOTIFY_SOCKET"]) == ("malloc", "/run/x")
+    assert "somewhere" not in environment["PYTHONPATH"]
+    assert all(map(os.path.isabs, environment["PYTHONPATH"].split(":")))
