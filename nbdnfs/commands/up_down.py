@@ -82,7 +82,7 @@ def down(name: str, report: Progress, *, service: bool = False) -> None:
     configuration.
 
     UsageError: no device can have this name. PermissionDeniedError: not root. NoInputError: the device is not up.
-    BusyError: what is swapped out does not fit into memory; nothing has been changed. UnavailableError: something does
+    BusyError: what is swapped out does not fit into memory, or into its cgroup. UnavailableError: something does
     not end. Others as `swap_area.disable`.
     """
     config.check_name(name)
