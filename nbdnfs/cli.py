@@ -146,7 +146,9 @@ def _add_devices(commands: Subparsers) -> None:
 
 def _add_reports(commands: Subparsers) -> None:
     """Commands that report, and change nothing; bench creates and removes a file of its own."""
-    status = _add(commands, "status", "show the state of each device; exit status 0 if all are healthy")
+    status = _add(
+        commands, "status", "show the state of each device; ends with 0 ok, 1 warning, 2 critical, 3 unknown"
+    )
     status.add_argument("name", metavar="NAME", nargs="?", help=f"{_NAME_HELP} (default: all devices)")
     status.add_argument("--json", action="store_true", help="print JSON, with all counters")
     status.set_defaults(run=_command("status"))
@@ -162,6 +164,7 @@ def _add_reports(commands: Subparsers) -> None:
     top.add_argument("name", metavar="NAME", nargs="?", help=f"{_NAME_HELP} (default: all devices)")
     top.add_argument("--interval", default="1s", metavar="TIME", help="time between updates (default: 1s)")
     top.add_argument("--count", type=int, metavar="N", help="end after N updates (default: at Ctrl-C)")
+    top.add_argument("--json", action="store_true", help="print JSON, an object on a line for each update")
     top.set_defaults(run=_command("top"))
 
     bench = _add(commands, "bench", "measure a server, with a temporary file on it")

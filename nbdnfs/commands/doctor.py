@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nbdnfs import config
-from nbdnfs.commands import json_output, machine_checks, process_checks
+from nbdnfs.commands import json_output, machine_checks, process_checks, status
 from nbdnfs.commands.findings import Finding
 from nbdnfs.errors import NbdnfsError
 from nbdnfs.keeper.records import ProcessRecord, Records
@@ -39,9 +39,10 @@ def examine(name: str | None = None, root: Path = kernel_state.ROOT) -> list[Fin
         config.check_name(name)
         findings += _device(name, root)
     else:
-        for one in sorted({*config.names(root), *Records.names(root)}):
+        names = status.names(root)
+        for one in names:
             findings += _device(one, root)
-        recorded = {record.pid for one in Records.names(root) for record in _records(one, root).values()}
+        recorded = {record.pid for one in names for record in _records(one, root).values()}
         for pid in process_checks.workers_by_hand(root):
             if pid not in recorded:
                 findings += process_checks.process(f"worker {pid}", pid, root, realtime=True)
