@@ -7,7 +7,6 @@ Changes nothing and takes no lock. docs/monitoring.md documents the JSON and the
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,9 +15,10 @@ from nbdnfs import config, quantities
 from nbdnfs.commands import counters, health, json_output, systemd_unit
 from nbdnfs.commands.counters import Counters, Reading, Waits, number
 from nbdnfs.commands.health import Level, Problem
-from nbdnfs.errors import NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError, UsageError
+from nbdnfs.errors import NbdnfsError, NoInputError, PermissionDeniedError, UsageError
 from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import nbd_device, swap_area
+from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.kernel.state import Swap
 from nbdnfs.sizes import SLOT_BYTES
@@ -168,8 +168,7 @@ def read(
     /proc is not mounted.
     """
     config.check_name(name)
-    if not (root / "proc").is_dir() or not os.listdir(root / "proc"):
-        raise UnavailableError("/proc is not mounted", "mount -t proc proc /proc")
+    kernel_state.require_proc(root)
     records = Records(name, root)
     attached = nbd_device.find(nbd_device.backend_of(name), root)
     if attached is None and name not in names(root):
