@@ -155,6 +155,10 @@ def _add_reports(commands: Subparsers) -> None:
     status.add_argument("--json", action="store_true", help="print JSON, with all counters")
     status.set_defaults(run=_command("status"))
 
+    check = _add(commands, "check", "check configuration files, and nothing else; exit status 0 if they are valid")
+    check.add_argument("name", metavar="NAME", nargs="?", help=f"{_NAME_HELP} (default: all files)")
+    check.set_defaults(run=_command("check"))
+
     doctor = _add(
         commands, "doctor", "check whether this machine is set up to swap over the network; exit status 0 if it is"
     )
