@@ -24,6 +24,8 @@ _MKSWAP_TIMEOUT_S = 300.0
 # while it reads the pages.
 _MARGIN_BYTES = 16 << 20
 _PROGRESS_EVERY_S = 1.0
+# swapoff(8): ENOMEM, in whatever language it says so.
+_SWAPOFF_NO_MEMORY = 2
 
 # Called with the bytes that are still swapped out, and those at the beginning.
 Progress = Callable[[int, int], None]
@@ -154,7 +156,7 @@ def disable(swap: Swap, progress: Progress, root: Path = kernel_state.ROOT) -> N
         return
     text = errors.strip().splitlines()[-1] if errors.strip() else _ended_with(status)
     message = f"{_state_after_failure(path, total_bytes, oom_kills, root)}: {text}"
-    if "Cannot allocate memory" in text or status == -signal.SIGKILL:  # the OOM killer takes swapoff itself first
+    if status in (_SWAPOFF_NO_MEMORY, -signal.SIGKILL):  # the OOM killer takes swapoff itself first
         raise BusyError(message, "free memory, and try again")
     raise UnavailableError(message, "see the kernel's log: dmesg | tail")
 

@@ -84,7 +84,7 @@ def test_find(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "errors", "kind", "end"),
     [
-        (255, "swapoff: /dev/nbd0: swapoff failed: Cannot allocate memory\n", BusyError, "Cannot allocate memory"),
+        (2, "swapoff: /dev/nbd0: swapoff failed: Kein Speicher verfügbar\n", BusyError, "Kein Speicher verfügbar"),
         (-9, "", BusyError, "swapoff was ended by signal 9"),
         (4, "", UnavailableError, "swapoff ended with exit status 4"),
     ],
