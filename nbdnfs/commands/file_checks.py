@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # For all that is asked of one server: its name, its services, the file and the record.
 DEADLINE_S = 15.0
 _CONNECT_TIMEOUT_S = 5
+# No record is taken for fresh, and so none has to be watched.
+_LONG_AGO_S = 1e9
 
 _MODE = 0o600
 # include/linux/swap.h: union swap_header, at the end of the first page of the kernel that made it
@@ -151,25 +153,30 @@ def _swap_header(name: str, found: FileFacts) -> Finding:
 
 
 def _owner(settings: Config, found: FileFacts, *, is_up: bool) -> Finding:
+    """A device that is up owns its file; one that is not may claim it: owner_record.decide."""
+    from nbdnfs.nas import owner_record
+    from nbdnfs.nas.owner_record import Verdict
+
     subject = f"{settings.name}: owner record"
     if not settings.owner:
         return Finding(subject, True, "not looked after (owner = false)")
     record = found.record.record
-    if record is None and found.record.data is not None:
-        return Finding(subject, False, "it is damaged", "see that nothing uses the file, then: nbdnfs up --steal")
-    if record is None or record.state == "free":
-        return judge(
-            subject,
-            not is_up,
-            "none",
-            "it was removed while the device is up: another machine may take the file",
-        )
-    if (record.machine, record.boot) == (found.me.machine, found.me.boot):
+    verdict = owner_record.decide(
+        record if record is not None else found.record.data,
+        found.me,
+        owner_record.keeper_holder(settings.name),
+        age_s=_LONG_AGO_S,
+        holder_lives=False,
+    )
+    if verdict is Verdict.KEEP:
         return Finding(subject, True, "this machine owns the file")
-    if record.machine == found.me.machine and not is_up:
-        return Finding(subject, True, "this machine owned the file before its last boot, and takes it over")
-    return Finding(
-        subject, False, f"{found.record.text()} owns the file", "run nbdnfs down there, or nbdnfs up --steal here"
+    if verdict in owner_record.REFUSALS:
+        return Finding(
+            subject, False, f"{found.record.text()} owns the file", "run nbdnfs down there, or nbdnfs up --steal here"
+        )
+    text = "none" if verdict in (Verdict.CREATE, Verdict.TAKE) else "of an earlier use of this machine's"
+    return judge(
+        subject, not is_up, text, "it was removed or replaced while the device is up: another machine may take the file"
     )
 
 

@@ -67,7 +67,11 @@ def test_all_is_well() -> None:
         (facts(OTHER), "owner record", "box2 (since "),
         (facts(None), "owner record", "none"),
         (facts(state="free"), "owner record", "none"),
-        (facts(record=FoundRecord(b"?", None)), "owner record", "it is damaged"),
+        (
+            facts(record=FoundRecord(b"?", None)),
+            "owner record",
+            "whose owner record is damaged owns",
+        ),
         (None, "file", "gone from the server"),
     ],
 )
