@@ -15,7 +15,12 @@ import sys
 import nbdkit
 
 from nbdnfs.errors import NbdnfsError
-from nbdnfs.worker import life, settings
+
+try:
+    from nbdnfs.worker import life, settings
+except NbdnfsError as error:  # without libnfs
+    print(*error.lines(), sep="\n", file=sys.stderr, flush=True)
+    os._exit(error.exit_code)
 
 # For type checkers only: the worker does not import typing, whose memory it would have to lock.
 TYPE_CHECKING = False

@@ -115,12 +115,13 @@ def down(name: str, report: Progress, *, service: bool = False) -> None:
     configuration.
 
     UsageError: no device can have this name. PermissionDeniedError: not root. NoInputError: the device is not up.
-    BusyError: what is swapped out does not fit into memory, something other than swap uses the device, or another
-    command is at work; nothing has been changed. UnavailableError: something does not end. Others as
+    BusyError: what is swapped out does not fit into memory, or into its cgroup, something other than swap uses the
+    device, or another command is at work. UnavailableError: something does not end, or /proc is not mounted. Others as
     `swap_area.disable`.
     """
     config.check_name(name)
     _require_root(f"nbdnfs down {name}")
+    kernel_state.require_proc()  # without it, a device that is in use as swap looks as if it were not
     if service and systemd_unit.job(name) != "stop":
         print(f"nbdnfs: {name}: restarting, swap stays on", file=sys.stderr)
         return
@@ -255,9 +256,9 @@ def _release_file(records: Records) -> None:
     text, _, address = (records.read(Records.ADDRESS) or "").partition("\n")
     if not address:
         return
-    from nbdnfs.nas import owner_record, ownership  # only here: it loads libnfs
-
     try:
+        from nbdnfs.nas import owner_record, ownership  # only here: it loads libnfs, which may be gone
+
         holder = owner_record.keeper_holder(records.name)
         ownership.release(text, holder, owner_record.identity(), address=address)
     except NbdnfsError as error:

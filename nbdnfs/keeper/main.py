@@ -152,9 +152,9 @@ def _release_unless_attached(name: str, text: str, address: str) -> None:
     """After a failure: give the file up where this machine does not use it. Another machine's stays that machine's."""
     if nbd_device.find(nbd_device.backend_of(name)) is not None:
         return
-    from nbdnfs.nas import ownership  # loads the engine: there is no swap that this process is needed for any more
-
     try:
+        from nbdnfs.nas import ownership  # loads the engine: there is no swap that this process is needed for any more
+
         ownership.release(text, owner_record.keeper_holder(name), owner_record.identity(), address=address)
     except NbdnfsError as error:
         print(f"nbdnfs: {name}: the owner record stays: {error.message}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,8 @@ _MKSWAP_TIMEOUT_S = 300.0
 # while it reads the pages.
 _MARGIN_BYTES = 16 << 20
 _PROGRESS_EVERY_S = 1.0
+# swapoff(8): ENOMEM, in whatever language it says so.
+_SWAPOFF_NO_MEMORY = 2
 
 # Called with the bytes that are still swapped out, and those at the beginning.
 Progress = Callable[[int, int], None]
@@ -97,7 +100,8 @@ def find(path: str, root: Path = kernel_state.ROOT) -> Swap | None:
 
 
 def refuse_unless_it_fits(swap: Swap, root: Path = kernel_state.ROOT) -> None:
-    """BusyError when what is swapped out to `swap` has no room in memory and in the other swap areas."""
+    """BusyError when what is swapped out to `swap` has no room in memory and in the other swap areas, or where a cgroup
+    has no room for its part. Changes nothing."""
     memory = kernel_state.meminfo(root)
     elsewhere = sum(
         other.size_bytes - other.used_bytes for other in kernel_state.swaps(root) if other.path != swap.path
@@ -109,15 +113,37 @@ def refuse_unless_it_fits(swap: Swap, root: Path = kernel_state.ROOT) -> None:
             f" {quantities.format_size(max(room, 0))}: swap stays on",
             "free memory, or add another swap area, and try again",
         )
+    _refuse_small_cgroups(swap, elsewhere, root)
+
+
+def _refuse_small_cgroups(swap: Swap, elsewhere_bytes: int, root: Path) -> None:
+    """BusyError with the name of a cgroup in which swapoff would have a process killed, or brought to a standstill."""
+    from nbdnfs.kernel import cgroups  # here: the resident keeper has this module too
+
+    found = cgroups.too_small(swap.used_bytes, elsewhere_bytes, root)
+    if found is None:
+        return
+    size = quantities.format_size
+    at_most = "up to " if len(kernel_state.swaps(root)) > 1 else ""  # the kernel does not say what lies where
+    outcome = "be killed for lack of memory" if found.limit == "memory.max" else "come to a standstill"
+    raise BusyError(
+        f"the cgroup {found.path} has {at_most}{size(found.coming_bytes)} swapped out to {swap.path},"
+        f" and its {found.limit} of {size(found.limit_bytes)} leaves room for {size(found.room_bytes)}:"
+        f" its processes would {outcome}; swap stays on",
+        f"end its processes, or raise its limit to {size(found.wanted_bytes)} or more, for example:"
+        f" echo {found.wanted_bytes} > /sys/fs/cgroup{found.path}/{found.limit}",
+    )
 
 
 def disable(swap: Swap, progress: Progress, root: Path = kernel_state.ROOT) -> None:
     """swapoff, however long that takes, with `progress` about every second. Interrupted, the swap stays on.
 
-    BusyError: no room in memory. UnavailableError: swapoff fails for another reason, or is not installed.
+    BusyError: no room in memory. UnavailableError: swapoff fails for another reason, or is not installed. The message
+    says what has come back by then, and whether the kernel has killed a process meanwhile.
     """
     path = swap.path.removesuffix(" (deleted)")
     total_bytes = swap.used_bytes
+    oom_kills = kernel_state.vmstat(root).oom_kills
 
     def look() -> None:
         now = find(path, root)  # it is listed until the end, counting down
@@ -125,9 +151,27 @@ def disable(swap: Swap, progress: Progress, root: Path = kernel_state.ROOT) -> N
 
     # an exception ends swapoff with a signal, at which try_to_unuse gives up (mm/swapfile.c)
     status, errors = programs.watch([programs.find_program("swapoff", "mount"), path], look, every_s=_PROGRESS_EVERY_S)
-    if status != 0:
-        text = errors.strip().splitlines()[-1] if errors.strip() else f"exit status {status}"
-        if "Cannot allocate memory" in text:
-            raise BusyError(f"{path} stays in use as swap: {text}", "free memory, and try again")
-        raise UnavailableError(f"{path} stays in use as swap: {text}", "see the kernel's log: dmesg | tail")
-    progress(0, total_bytes)
+    if status == 0:
+        progress(0, total_bytes)
+        return
+    text = errors.strip().splitlines()[-1] if errors.strip() else _ended_with(status)
+    message = f"{_state_after_failure(path, total_bytes, oom_kills, root)}: {text}"
+    if status in (_SWAPOFF_NO_MEMORY, -signal.SIGKILL):  # the OOM killer takes swapoff itself first
+        raise BusyError(message, "free memory, and try again")
+    raise UnavailableError(message, "see the kernel's log: dmesg | tail")
+
+
+def _ended_with(status: int) -> str:
+    return f"swapoff was ended by signal {-status}" if status < 0 else f"swapoff ended with exit status {status}"
+
+
+def _state_after_failure(path: str, total_bytes: int, oom_kills: int, root: Path) -> str:
+    """What swapoff has left, in words. The kernel takes the area back into use (mm/swapfile.c: swapoff)."""
+    size = quantities.format_size
+    now = find(path, root)
+    if now is None:
+        return f"{path} is not in use as swap any more, though swapoff failed"
+    back_bytes = max(0, total_bytes - now.used_bytes)
+    state = f"{path} stays in use as swap; {size(back_bytes)} of {size(total_bytes)} are back in memory"
+    killed = kernel_state.vmstat(root).oom_kills - oom_kills
+    return state + (f", and the kernel killed {killed} process(es) for lack of memory meanwhile" if killed > 0 else "")

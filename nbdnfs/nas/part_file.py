@@ -29,7 +29,7 @@ def name_of(target: NfsUrl) -> str:
     except UsageError:  # some small systems have none
         machine = ""
     data = target.name.encode(errors="surrogateescape")
-    digest = hashlib.sha256(b"\0".join([machine.encode(), socket.gethostname().encode(), data])).hexdigest()[:12]
+    digest = hashlib.sha256(b"\0".join([machine.encode(), os.fsencode(socket.gethostname()), data])).hexdigest()[:12]
     # NAME_MAX is 255 bytes nearly everywhere
     name = target.name if len(data) <= 200 else "nbdnfs"
     return f".{name}.{digest}.part"

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbdnfs import cli, config
-from nbdnfs.commands import install_units
+from nbdnfs import cli, config, programs
+from nbdnfs.commands import doctor, install_units
 from nbdnfs.errors import ConfigError, PermissionDeniedError
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"
@@ -53,6 +53,44 @@ def test_install_is_complete_and_idempotent(tmp_path: Path) -> None:
     assert install_units.install(tmp_path, program=PROGRAM) == []
     assert files(tmp_path) == installed
     subprocess.run(["sha256sum", "--quiet", "-c", f"{LIB}/nbdnfs/installed.sha256"], cwd=tmp_path, check=True)
+
+
+def test_differing(tmp_path: Path) -> None:
+    """What is installed and not of this version, whatever program it starts; None where nothing is installed."""
+    assert install_units.differing(tmp_path) is None
+    install_units.install(tmp_path, program="/opt/nbdnfs/bin/nbdnfs")
+    assert install_units.differing(tmp_path) == []
+    (tmp_path / f"{LIB}/nbdnfs/reserve").unlink()
+    (tmp_path / UNIT).write_text((tmp_path / UNIT).read_text() + "# of another version\n")
+    (tmp_path / "etc/nbdnfs/example.toml.disabled").unlink()
+    assert install_units.differing(tmp_path) == [f"/{UNIT}", f"/{LIB}/nbdnfs/reserve"]
+    found = {one.subject: one for one in doctor.examine(root=write_machine(tmp_path))}["systemd units"]
+    assert (found.good, found.advice) == (False, "nbdnfs install-units")
+
+
+def write_machine(root: Path) -> Path:
+    """The files of /proc without which nothing is examined."""
+    (root / "proc").mkdir()
+    (root / "proc/meminfo").write_text(
+        "MemTotal: 1 kB\nMemFree: 1 kB\nMemAvailable: 1 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n"
+    )
+    return root
+
+
+def test_settings_are_put_into_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys of sysctl.conf, and no others; what the administrator has set for them wins, which systemd-sysctl(8)
+    sees to."""
+    started: list[list[str]] = []
+    program = tmp_path / "systemd-sysctl"
+    program.touch()
+    monkeypatch.setattr(install_units, "_SYSTEMD_SYSCTL", (tmp_path / "missing", program))
+    monkeypatch.setattr(programs, "find_program", lambda name, package: name)
+    monkeypatch.setattr(programs, "run", lambda argv, **options: started.append(argv))
+    install_units._put_into_force()
+    assert started == [
+        ["systemctl", "daemon-reload"],
+        [str(program), "--prefix=/vm/watermark_scale_factor", "--prefix=/vm/compact_unevictable_allowed"],
+    ]
 
 
 def test_final_statuses_are_those_of_the_unit() -> None:

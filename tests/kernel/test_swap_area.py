@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdnfs.errors import BusyError, CannotCreateError
+from nbdnfs import programs
+from nbdnfs.errors import BusyError, CannotCreateError, NbdnfsError, UnavailableError
 from nbdnfs.kernel import swap_area
 from nbdnfs.kernel.state import Swap
 
@@ -78,3 +79,42 @@ def test_find(tmp_path: Path) -> None:
     assert swap_area.find("/dev/nbd1", root) is None
     (root / "proc/swaps").write_text("Filename\n/dev/nbd0\\040(deleted) partition 4 0 1\n")
     assert swap_area.find("/dev/nbd0", root) == Swap("/dev/nbd0 (deleted)", "partition", 4096, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "errors", "kind", "end"),
+    [
+        (2, "swapoff: /dev/nbd0: swapoff failed: Kein Speicher verfügbar\n", BusyError, "Kein Speicher verfügbar"),
+        (-9, "", BusyError, "swapoff was ended by signal 9"),
+        (4, "", UnavailableError, "swapoff ended with exit status 4"),
+    ],
+)
+def test_swapoff_fails_midway(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    errors: str,
+    kind: type[NbdnfsError],
+    end: str,
+) -> None:
+    """The message says what has come back by then, and that the kernel has killed a process."""
+    root = machine(tmp_path, 200)
+    vmstat = root / "proc/vmstat"
+    vmstat.write_text("pswpin 1\noom_kill 3\n")
+    swap = swap_area.find("/dev/nbd0", root)
+    assert swap is not None
+
+    def swapoff(argv: list[str], progress: object, *, every_s: float) -> tuple[int, str]:
+        text = (root / "proc/swaps").read_text()
+        (root / "proc/swaps").write_text(text.replace(f" {100 << 10} ", f" {70 << 10} "))
+        vmstat.write_text("pswpin 1\noom_kill 4\n")
+        return status, errors
+
+    monkeypatch.setattr(programs, "find_program", lambda name, package: name)
+    monkeypatch.setattr(programs, "watch", swapoff)
+    with pytest.raises(kind) as caught:
+        swap_area.disable(swap, lambda left_bytes, total_bytes: None, root)
+    assert caught.value.message.startswith(
+        "/dev/nbd0 stays in use as swap; 30 MiB of 100 MiB are back in memory, and the kernel killed 1 process(es)"
+    )
+    assert caught.value.message.endswith(end)

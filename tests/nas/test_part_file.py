@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 from typing import Any
 
 import pytest
@@ -129,3 +130,12 @@ def test_part_names_differ_by_file_and_machine(server: FakeServer, monkeypatch: 
     monkeypatch.setattr("socket.gethostname", lambda: "another")
     names.add(part_file.name_of(nfs_url.parse(URL)))
     assert len(names) == 3
+
+
+def test_a_host_name_of_any_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sethostname(2) takes any; the name is that machine's own all the same."""
+    target = nfs_url.parse(URL)
+    before = part_file.name_of(target)
+    monkeypatch.setattr(socket, "gethostname", lambda: "b\udcff\udcfe")
+    assert part_file.name_of(target) != before
+    assert part_file.name_of(target).isascii()

@@ -12,6 +12,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+_Static_assert(ENGINE_CONNECTIONS_MAX <= REGION_CONNECTIONS, "each connection has its place in the region");
+
 static int fail(struct nfsio_failure *why, int error, const char *message)
 {
 	*why = (struct nfsio_failure){ .phase = NFSIO_OPEN, .error = error };
@@ -167,6 +169,20 @@ static int take_file_facts(struct engine *engine, struct nfsio_stat *st, struct 
 	return fail(why, -EINVAL, message);
 }
 
+/* Begin to note what is waited for: what the last worker has left there is out of date. */
+static void note_waits(struct engine *engine)
+{
+	struct region_waits *w = waits(engine);
+
+	for (unsigned i = 0; i < REGION_CONNECTIONS; i++)
+		set_counter(&w->waiting_since_ms[i], 0);
+	for (unsigned i = 0; i < REGION_REQUESTS; i++)
+		set_counter(&w->request_since_ms[i], 0);
+	for (unsigned i = 0; i < engine->io_count; i++)
+		nfsio_note_waits(engine->ios[i], &w->last_received_ms, &w->waiting_since_ms[i]);
+	atomic_store(&w->writer, atomic_load(&engine->region.header->generation));
+}
+
 /* Take over what the region holds, and set the counters that say "now". */
 static void take_over_region(struct engine *engine)
 {
@@ -178,6 +194,7 @@ static void take_over_region(struct engine *engine)
 	count(&counters(engine)->replayed_pages, cache_dirty_count(engine->cache));
 	engine->aged_sequence = cache_sequence(engine->cache); /* what is replayed has waited long enough */
 	note_unstable(engine);
+	note_waits(engine);
 }
 
 static void init_locks(struct engine *engine)

@@ -141,6 +141,11 @@ static inline struct region_counters *counters(struct engine *engine)
 	return &engine->region.header->counters;
 }
 
+static inline struct region_waits *waits(struct engine *engine)
+{
+	return &engine->region.header->waits;
+}
+
 /* Count what the NAS does not have stably. Lock held. */
 static inline void note_unstable(struct engine *engine)
 {

@@ -121,6 +121,8 @@ void note_links(struct nfsio *io, uint32_t links)
 void note_received(struct nfsio *io)
 {
 	io->last_received_ms = io->silent_since_ms = now_ms();
+	if (io->noted_received_ms != NULL)
+		atomic_store_explicit(io->noted_received_ms, (uint64_t)io->last_received_ms, memory_order_relaxed);
 }
 
 /* Did this answer come from the server, over the context in use? */

@@ -201,6 +201,8 @@ struct nfsio {
 	int64_t deadline_ms;    /* nothing outstanding is given up before; it may have been answered meanwhile */
 	int64_t polls_until_ms; /* when the poll() that began last ends at the latest; 0 after it */
 	int64_t last_received_ms; /* when something was last received, or the connection was made */
+	bool waits;             /* for an answer, or for a connection to send a request over */
+	_Atomic uint64_t *noted_received_ms, *noted_waiting_ms; /* nfsio_note_waits(): where both are noted, or NULL */
 	int64_t suspect_since_ms; /* nfsio_suspect(): to be tested if nothing was received since. 0: not suspect */
 	int64_t given_up_at_ms; /* when silence last cost a connection, 0: never */
 	struct probe probe;     /* beside the connection, while that is tested */
@@ -308,6 +310,7 @@ int name_call(struct nfsio *io, struct name_op *op, enum name_call call, const c
 
 /* exchange.c, with the lock held, which receive() drops meanwhile. */
 void issue_pending(struct nfsio *io);
+void note_waiting(struct nfsio *io);
 void receive(struct nfsio *io);
 
 /* requests.c: nfsio_submit() with the lock held. */

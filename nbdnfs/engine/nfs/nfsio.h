@@ -196,6 +196,14 @@ void nfsio_suspect(struct nfsio *io, int64_t since_ms);
 typedef void (*nfsio_changed_fn)(void *context);
 void nfsio_watch(struct nfsio *io, nfsio_changed_fn changed, void *context);
 
+/*
+ * Keep two times up to date from now on, by CLOCK_MONOTONIC in ms: when an answer was last received, over this
+ * connection or any other that is given the same place; and since when this one has waited for answers without a
+ * pause, 0 while it waits for none. A request without a connection to go out on waits, too. Both places outlive
+ * nfsio_join().
+ */
+void nfsio_note_waits(struct nfsio *io, _Atomic uint64_t *last_received_ms, _Atomic uint64_t *waiting_since_ms);
+
 /* Has an answer shown that the file has no name any more? The server may keep it while it is open. */
 bool nfsio_is_unlinked(const struct nfsio *io);
 

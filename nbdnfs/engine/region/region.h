@@ -87,6 +87,21 @@ struct region_counters {
 #undef X
 };
 
+/* Requests that are timed at once: the most threads that nbdkit has for one connection. Others are not timed. */
+#define REGION_REQUESTS 16
+#define REGION_CONNECTIONS 16
+
+/*
+ * What is waited for now. Times are CLOCK_MONOTONIC in ms, which all processes share; 0: nothing, or never. Written
+ * without locks, as the counters are. A worker that hangs leaves the times that it began to wait at, and these age.
+ */
+struct region_waits {
+	_Atomic uint64_t writer;        /* the generation whose worker writes this; of another one it is out of date */
+	_Atomic uint64_t last_received_ms; /* an answer of the server, over any connection */
+	_Atomic uint64_t waiting_since_ms[REGION_CONNECTIONS]; /* for answers, without a pause */
+	_Atomic uint64_t request_since_ms[REGION_REQUESTS]; /* NBD requests, in no order */
+};
+
 struct region_header {
 	char magic[8];                  /* "nbdnfs\0\0"; written last when a region is made */
 	uint32_t version;
@@ -95,6 +110,7 @@ struct region_header {
 	uint64_t region_bytes;
 	_Atomic uint64_t generation;    /* the number of workers that have mapped it */
 	struct region_counters counters;
+	struct region_waits waits;      /* zeros in a region that an earlier version has made */
 };
 
 /*
@@ -115,7 +131,11 @@ _Static_assert(offsetof(struct region_counters, read_us) == REGION_COUNTER_COUNT
 _Static_assert(sizeof(struct region_counters) ==
 		       (REGION_COUNTER_COUNT + REGION_HISTOGRAM_COUNT * HISTOGRAM_BUCKETS) * 8,
 	       "layout");
-_Static_assert(sizeof(struct region_header) == 56 + sizeof(struct region_counters), "layout");
+_Static_assert(offsetof(struct region_header, waits) == 56 + sizeof(struct region_counters), "layout");
+_Static_assert(sizeof(struct region_waits) == (2 + REGION_CONNECTIONS + REGION_REQUESTS) * 8, "layout");
+_Static_assert(sizeof(struct region_header) == 56 + sizeof(struct region_counters) + sizeof(struct region_waits),
+	       "layout");
+_Static_assert(sizeof(struct region_header) <= PAGE_BYTES, "layout: the slot table begins at the second page");
 
 /*
  * One 64-bit store publishes a slot: content in the low two bits, the page number above. Guarded by the cache's lock;
