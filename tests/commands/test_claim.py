@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ from support.owner_records import HOLDER, machine, record_of
 from support.waiting import DEADLINE_S
 
 from nbdnfs import cli
+from nbdnfs.keeper import failures
 from nbdnfs.keeper.records import Records
 from nbdnfs.nas import owner_record, ownership
 
@@ -44,7 +44,7 @@ def test_a_refusal_is_recorded(swap_file: FileOnServer, monkeypatch: pytest.Monk
     monkeypatch.setattr(Records, "write_refusal", lambda name, text: refusals.append((name, text)))
     with pytest.raises(SystemExit) as ended:
         cli.main(["claim", swap_file.url(), f"--holder={HOLDER}"])
-    assert ended.value.code == os.EX_NOPERM
+    assert ended.value.code == failures.OWNED_STATUS
     ((name, text),) = refusals
     assert name == "swap0"
     assert "in use as swap by box2" in str(text)

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbdnfs import cli, config
+from nbdnfs import config
 from nbdnfs.commands import install_units
 from nbdnfs.errors import ConfigError, PermissionDeniedError
+from nbdnfs.keeper import failures
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"
 PROGRAM = "/usr/local/bin/nbdnfs"
@@ -60,7 +61,7 @@ def test_final_statuses_are_those_of_the_unit() -> None:
     (line,) = (
         line for line in (SYSTEMD / "nbdnfs@.service").read_text().splitlines() if line.startswith("RestartPrevent")
     )
-    assert {int(word) for word in line.partition("=")[2].split()} == cli.FINAL_STATUSES
+    assert {int(word) for word in line.partition("=")[2].split()} == failures.FINAL_STATUSES
 
 
 def test_the_program_that_installs_is_started(tmp_path: Path) -> None:
