@@ -142,6 +142,35 @@ def test_systemd_version(tmp_path: Path, version: int) -> None:
     assert install_units.systemd_version(tmp_path) == version
 
 
+@pytest.mark.parametrize(
+    ("code", "status", "wait_s"),
+    [
+        ("killed", "KILL", 0),
+        ("killed", "TERM", 0),
+        ("exited", "0", 0),
+        *(("exited", str(status), 0) for status in sorted({*failures.FINAL_STATUSES, os.EX_UNAVAILABLE, os.EX_NOHOST})),
+        ("killed", "SEGV", 1),
+        ("dumped", "ABRT", 1),
+        ("exited", "203", 10),
+        ("exited", "1", 10),
+        ("exited", "127", 10),
+        ("", "", 0),
+    ],
+)
+def test_the_pace_of_programs_that_cannot_run(code: str, status: str, wait_s: int) -> None:
+    """A keeper that was killed, or has waited by itself, is followed at once; a program that is missing or broken,
+    after ten seconds; one that crashes, after one."""
+    done = subprocess.run(
+        ["/bin/sh", SYSTEMD / "pace", "print"],
+        env={"EXIT_CODE": code, "EXIT_STATUS": status},
+        check=True,
+        timeout=10,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert done.stdout == f"{wait_s}\n"
+
+
 # the check by systemd
 
 
