@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -35,6 +36,15 @@ def test_a_missing_file_is_created(ganesha: Ganesha) -> None:
     assert path.stat().st_size == 4 << 20
     path.unlink()
     assert not list(ganesha.export_path.glob(f".{path.name}.*"))
+
+
+@pytest.mark.parametrize("options", [[], [f"--holder={HOLDER}"]])
+def test_a_missing_file_is_looked_for(swap_file: FileOnServer, options: list[str]) -> None:
+    """Without --size it is not made, whether it is to be claimed or not: a status that a keeper waits upon."""
+    for url, status in ((swap_file.url().replace(swap_file.path.name, "missing"), os.EX_NOINPUT), (swap_file.url(), 0)):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["claim", url, *options])
+        assert ended.value.code == status
 
 
 def test_a_refusal_is_recorded(swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch) -> None:
