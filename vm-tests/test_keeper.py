@@ -49,7 +49,8 @@ def swapping(
         guest.push(Path(__file__).parent / "inside/killer.py", _KILLER)
         guest.run(
             f"nbdnfs install-units && systemctl daemon-reload && mkdir -p /etc/nbdnfs"
-            f" && cat > /etc/nbdnfs/{_NAME}.toml <<'.'\nurl = \"{seen_from_guest(url)}\"\npriority = 100\n."
+            f" && cat > /etc/nbdnfs/{_NAME}.toml <<'.'\nurl = \"{seen_from_guest(url)}\"\npriority = 100\n.",
+            240,
         )
         try:
             guest.run(f"systemctl start nbdnfs@{_NAME}", 240)

@@ -17,7 +17,7 @@ import signal
 import time
 
 from nbdnfs import __version__, region
-from nbdnfs.errors import BusyError, NbdnfsError
+from nbdnfs.errors import BusyError, NbdnfsError, OwnedError
 from nbdnfs.keeper import failures
 from nbdnfs.keeper.serving import Serving
 from nbdnfs.keeper.standby import STORED_NAME as _STORED_STANDBY
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nbdnfs.keeper.interfaces import Kernel, Work
     from nbdnfs.keeper.records import Records
     from nbdnfs.keeper.reporter import Reporter
+    from nbdnfs.kernel.nbd_device import Attached
 
 # How often the loop turns without events: the kernel's LINK_DEAD may get lost.
 _TICK_S = 1.0
@@ -89,6 +90,7 @@ class Keeper:
         }
         self._step = ""
         self._step_since_s = 0.0
+        self._is_adopted = False  # whether an earlier keeper has attached the device
         self.is_swap_on = False
         self._helper: HelperProcess | None = None
         self._helper_failures = 0
@@ -113,6 +115,7 @@ class Keeper:
         """Until SIGTERM or SIGINT; the exit status. Raises NbdnfsError for what no further try can mend."""
         before = self._take_signals()
         self._records.put_process(self._records.KEEPER, os.getpid(), __version__)
+        self._is_adopted = self.serving.device is not None
         self._is_new_worker_wanted = self.serving.adopt(self._region)
         try:
             self._enter("provision" if self.serving.device is None else "attach")
@@ -121,7 +124,7 @@ class Keeper:
             self._reporter.say(f"{self._stop}: the keeper exits, the device and its worker stay")
             self._notifier.send("STOPPING=1", f"STATUS={self._stop}: handed over")
         except BaseException as error:
-            if isinstance(error, NbdnfsError):  # there is nothing that a next keeper could go on with
+            if isinstance(error, OwnedError):  # there is nothing that a next keeper could go on with
                 self.standby.discard()
             self._undo()
             raise
@@ -222,15 +225,28 @@ class Keeper:
     def _swap_on(self, now: float) -> str:
         assert self.serving.device is not None
         device = self.serving.device
-        if self._helper is None and self._work.is_swapped_on(device):
+        if self._helper is None and (self._work.is_swapped_on(device) or self._other_use(device)):
             return "watch"
         return self._await_helper(now, lambda: self._work.swap_on(device), following="watch")
+
+    def _other_use(self, device: Attached) -> str:
+        """What else than swap has the device of an earlier keeper, such as dm-crypt; "" for nothing that is known."""
+        if not self._is_adopted:
+            return ""
+        try:
+            self._kernel.refuse_if_used(device)
+        except BusyError as error:
+            return error.message
+        return ""
 
     def _watch(self, now: float) -> str:
         if not self.is_swap_on:
             self.is_swap_on = True
-            assert self.serving.device is not None
-            text = f"swap is on: {self.serving.device.path}"
+            device = self.serving.device
+            assert device is not None
+            text = f"swap is on: {device.path}"
+            if not self._work.is_swapped_on(device):
+                text = f"its own swap is off: {self._other_use(device)}"
             self._reporter.say(text)
             self._notifier.send("READY=1", f"STATUS={text}")
         self._look_for_server(now)
@@ -285,7 +301,8 @@ class Keeper:
         status = self._helper.status()
         self._reporter.pass_on(self._helper.lines())
         if status is None:
-            self._notifier.send(_MORE_TIME)
+            progress = self._work.progress()
+            self._notifier.send(_MORE_TIME, *([f"STATUS={progress}"] if progress else []))
             return self._step
         error_line = self._helper.error_line
         self._helper = None
@@ -332,13 +349,16 @@ class Keeper:
         )
 
     def _undo(self) -> None:
-        """After an error: detach what is not in use as swap; leave what is."""
+        """After an error: take down a device that is not in use. One that is stays, with its worker, its standby and
+        its region, for the next keeper."""
         device = self.serving.device
-        if device is not None and self._work.is_swapped_on(device):
-            return
         if device is not None:
-            with contextlib.suppress(NbdnfsError):
+            try:
                 self._kernel.disconnect(device)
+            except NbdnfsError as error:
+                self._reporter.say(f"{device.path} stays attached: {error.message}")
+                return
+        self.standby.discard()
         if self.serving.worker is not None:
             self.serving.worker.kill()
         self._notifier.remove(_STORED_REGION)

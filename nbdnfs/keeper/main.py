@@ -13,10 +13,9 @@ import os
 import sys
 import time
 
-import nbdnfs
 from nbdnfs import config, memlock, nfs_url, proc_stat, programs
 from nbdnfs.errors import NbdnfsError, NoHostError, OwnedError, PermissionDeniedError, UnavailableError, UsageError
-from nbdnfs.keeper import failures, last_good, sd_notify
+from nbdnfs.keeper import failures, last_good, only_keeper, sd_notify
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.records import Records
@@ -59,6 +58,7 @@ def run(name: str, *, steal: bool = False) -> int:
     reporter = Reporter(records, sd_notify.Notifier())
     try:
         _require_kernel_files()
+        only_keeper.become(records)  # before anything that another keeper of the device could notice
         return _run(records, reporter, steal=steal)
     except NbdnfsError as error:
         is_unit = "INVOCATION_ID" in os.environ
@@ -197,10 +197,8 @@ def _survive_shutdown() -> None:
 
 def _start_again(name: str, options: list[str]) -> NoReturn:
     """With what only a new process can have: CPython's own allocator maps and unmaps memory all the time."""
-    package_folder = os.path.dirname(os.path.dirname(nbdnfs.__file__))
-    paths = [package_folder, os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONMALLOC": "malloc", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    os.execve(sys.executable, [sys.executable, "-m", "nbdnfs", "run", name, *options], environment)
+    command = programs.python("nbdnfs", "run", name, *options)
+    os.execve(command[0], command, {**programs.python_environment(), "PYTHONMALLOC": "malloc"})
 
 
 def _server(settings: Config, records: Records, reporter: Reporter, *, is_attached: bool) -> tuple[str, str]:
@@ -213,7 +211,14 @@ def _server(settings: Config, records: Records, reporter: Reporter, *, is_attach
         return settings.url, known[1]
     url = nfs_url.parse(settings.url)
     address = _resolve(url, reporter)
-    records.put(Records.ADDRESS, f"{url.text}\n{address}")
+    try:
+        only_keeper.record_address(records, url.text, address)
+    except OSError as error:
+        if not is_attached:
+            raise UnavailableError(
+                f"cannot record the server's address in {records.path}: {error.strerror}", "make room in /run"
+            ) from None
+        records.put(Records.ADDRESS, f"{url.text}\n{address}")
     return url.text, address
 
 

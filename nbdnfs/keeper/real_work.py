@@ -8,8 +8,8 @@ elsewhere.
 from __future__ import annotations
 
 import os
-import sys
 
+from nbdnfs import programs
 from nbdnfs import region as shared_region
 from nbdnfs.keeper.helper_process import HelperProcess
 from nbdnfs.keeper.worker_handle import WorkerHandle, recipe
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nbdnfs.kernel.nbd_device import Attached
 
 _ADDRESS_BYTES_MAX = 128
+_PROGRESS_BYTES_MAX = 4096
 
 
 def plugin_settings(settings: Config, text: str, address: str) -> dict[str, str]:
@@ -43,6 +44,13 @@ def plugin_settings(settings: Config, text: str, address: str) -> dict[str, str]
         "gone_limit_ms": str(settings.gone_limit_ms),
         **(nbdkit.owner_settings(text) if settings.owner else {}),
     }
+
+
+def swap_on_command(settings: Config, path: str) -> list[str]:
+    """helpers/swap_on.py: mkswap where the device is empty, and swapon."""
+    priority = "-" if settings.priority is None else str(settings.priority)
+    flags = ["--discard"] if settings.discard else []
+    return programs.python("nbdnfs.keeper.helpers.swap_on", path, priority, settings.name, *flags)
 
 
 class RealWork:
@@ -89,13 +97,18 @@ class RealWork:
         options = [f"--size={settings.size_bytes}"] if may_create else []
         if settings.owner:
             options += [f"--holder={owner_record.keeper_holder(settings.name)}", *(["--steal"] if self._steal else [])]
-        return self._python("nbdnfs", "claim", settings.url, *options)
+        return self._answering("nbdnfs", "claim", settings.url, *options)
+
+    def progress(self) -> str:
+        """The last line that the helper of `provision` has printed since the last call; "" without one."""
+        try:
+            lines = os.read(self._answer, _PROGRESS_BYTES_MAX).decode(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return lines[-1] if lines else ""
 
     def swap_on(self, attached: Attached) -> HelperProcess:
-        """helpers/swap_on.py: mkswap where the device is empty, and swapon."""
-        priority = "-" if self._settings.priority is None else str(self._settings.priority)
-        flags = ["--discard"] if self._settings.discard else []
-        return self._python("nbdnfs.keeper.helpers.swap_on", attached.path, priority, self._settings.name, *flags)
+        return HelperProcess(swap_on_command(self._settings, attached.path), self._environment)
 
     def is_swapped_on(self, attached: Attached) -> bool:
         return swap_area.find(attached.path) is not None
@@ -105,14 +118,7 @@ class RealWork:
 
     def resolve(self) -> HelperProcess:
         """resolve_server: look the server's name up again. It answers on a pipe: a file in /run may be swapped out."""
-        self._close_answer()
-        self._answer, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            return self._python(
-                "nbdnfs.keeper.helpers.resolve_server", self._settings.name, self._text, self._address, stdout=theirs
-            )
-        finally:
-            os.close(theirs)
+        return self._answering("nbdnfs.keeper.helpers.resolve_server", self._settings.name, self._text, self._address)
 
     def resolved(self) -> str:
         """The server's new address, once the helper has ended; "" when it has none, or none that answers."""
@@ -129,5 +135,11 @@ class RealWork:
             os.close(self._answer)
         self._answer = -1
 
-    def _python(self, module: str, *arguments: str, stdout: int = 2) -> HelperProcess:
-        return HelperProcess([sys.executable, "-m", module, *arguments], self._environment, stdout=stdout)
+    def _answering(self, module: str, *arguments: str) -> HelperProcess:
+        """A helper whose stdout is read through `_answer`; the one before has ended."""
+        self._close_answer()
+        self._answer, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            return HelperProcess(programs.python(module, *arguments), self._environment, stdout=theirs)
+        finally:
+            os.close(theirs)

@@ -16,9 +16,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdnfs import name_lock
 from nbdnfs.proc_stat import start_time_ticks
 
-_FOLDER = "run/nbdnfs"
+_FOLDER = name_lock.FOLDER
 # What earlier versions wrote for STOLEN: a keeper of this one may come after one of those.
 _STOLEN_BEFORE = "lost"
 _RECORD_BYTES_MAX = 64 * 1024
@@ -71,7 +72,8 @@ class Records:
     def __init__(self, name: str, root: Path = Path("/"), *, run: Path | None = None) -> None:
         """`root` stands for "/"; `run` is another place for the records alone."""
         self.name = name
-        self._root = root
+        self.root = root
+        self.run = run
         self.path = (root / _FOLDER if run is None else run) / name
         self._pending: dict[str, str] = {}
         self._reported: set[str] = set()
@@ -111,7 +113,7 @@ class Records:
 
     def put_process(self, key: str, pid: int, version: str) -> bool:
         """`put` a living process. False when it has ended."""
-        started = start_time_ticks(pid, self._root)
+        started = start_time_ticks(pid, self.root)
         if started is not None:
             self.put(key, f"{pid} {started} {version}")
         return started is not None
@@ -158,7 +160,7 @@ class Records:
     def living(self, key: str) -> ProcessRecord | None:
         """The recorded process if it runs."""
         record = self.process(key)
-        return record if record is not None and record.is_alive(self._root) else None
+        return record if record is not None and record.is_alive(self.root) else None
 
     def remove(self) -> None:
         """All of them but SAID, and their folder; as far as possible."""
@@ -186,6 +188,12 @@ class Records:
     def _say(self, text: str) -> None:
         with contextlib.suppress(OSError):  # stderr may be a pipe or a journal that waits
             os.write(2, f"nbdnfs: {self.name}: {text}\n".encode(errors="replace"))
+
+    def others(self) -> list[Records]:
+        """The records of the other devices of this machine."""
+        folder = self.path.parent
+        names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+        return [Records(name, self.root, run=self.run) for name in sorted(names) if name != self.name]
 
     # All devices. A refusal lies beside the records, which go when a device fails.
 

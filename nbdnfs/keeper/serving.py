@@ -166,10 +166,14 @@ class Serving:
         self._failures += 1
 
     def _stolen(self) -> OwnedError:
-        """Disconnect the device: its requests fail then, instead of waiting for a worker that cannot come."""
-        if self.device is not None and self._work.is_swapped_on(self.device):  # else the keeper does it
-            with contextlib.suppress(NbdnfsError):
-                self._kernel.disconnect(self.device)
+        """Have the requests of a device in use fail, instead of waiting for a worker that cannot come. The keeper takes
+        down a device that is not in use."""
+        if self.device is not None:
+            try:
+                self._kernel.refuse_if_used(self.device)
+            except NbdnfsError:
+                with contextlib.suppress(NbdnfsError):
+                    self._kernel.fail_requests(self.device)
         self._reporter.state(self._records.STOLEN)
         return failures.stolen(self._records.name)
 

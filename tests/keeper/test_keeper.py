@@ -45,6 +45,7 @@ class FakeWork:
         self.provision_again = False
         self.missing_s: list[float] = []
         self.says: tuple[str, ...] = ()
+        self.progresses: list[str] = []
         self.swap_ons = [0]
         self.on = False
         self.away = False
@@ -70,6 +71,9 @@ class FakeWork:
         if self.provision_again and len(self.provisions) == 1:
             return self._exits(self.provisions[0])
         return self._exits(self.provisions.pop(0)) if self.provisions else None
+
+    def progress(self) -> str:
+        return self.progresses.pop(0) if self.progresses else ""
 
     def swap_on(self, attached: Attached) -> HelperProcess:
         status = self.swap_ons.pop(0) if len(self.swap_ons) > 1 else self.swap_ons[0]
@@ -100,6 +104,7 @@ class Setup:
     def __init__(self, tmp_path: Path) -> None:
         self.kernel = FakeKernel(timeout_s=15)
         self.work = FakeWork()
+        self.kernel.use = lambda: "as swap" if self.work.on else ""
         self.records = Records("t", run=tmp_path)
         self.records.make()
         self.turns = 0
@@ -197,6 +202,22 @@ def test_a_server_whose_disks_are_not_mounted_yet(setup: Setup, capfd: pytest.Ca
     assert [said.count(line) for line in error] == [1, 1]
 
 
+def test_the_progress_of_a_helper_is_shown(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the unit's status, while the helper runs: creating a file takes long."""
+    sent: list[str] = []
+    monkeypatch.setattr(Notifier, "send", lambda self, *lines, descriptors=(): sent.extend(lines))
+    setup.work.provisions = [0]
+    setup.work.progresses = ["", "creating the backing file: 40%"]
+    monkeypatch.setattr(setup.work, "_exits", lambda status: HelperProcess(["/bin/sleep", "2"], {}))
+
+    def scenario(keeper: Keeper) -> None:
+        until(lambda: "STATUS=creating the backing file: 40%" in sent)
+        monkeypatch.undo()
+
+    setup.run(scenario)
+    assert "STATUS=provision" in sent
+
+
 def test_first_worker_fails_for_good(setup: Setup) -> None:
     """What is wrong with the file for the first worker is wrong for all."""
     setup.work.behaviours = [f"exit:{os.EX_CONFIG}"]
@@ -246,6 +267,42 @@ def test_mkswap_is_refused(setup: Setup) -> None:
     assert setup.kernel.find() is None
 
 
+def test_an_error_leaves_a_device_in_use(setup: Setup) -> None:
+    """What uses it need not be swap: dm-crypt on top of it. Worker, region and records are for the next keeper."""
+    setup.work.swap_ons = [os.EX_CANTCREAT]
+    setup.kernel.use = lambda: "by dm-0"
+    with pytest.raises(NbdnfsError) as caught:
+        setup.run(None)
+    assert caught.value.exit_code == os.EX_CANTCREAT
+    assert setup.kernel.disconnects == 0
+    assert setup.kernel.read(0, 4096) == bytes(4096)
+    assert setup.records.living(Records.WORKER) is not None
+
+
+def test_a_device_with_something_on_top(setup: Setup, capfd: pytest.CaptureFixture[str]) -> None:
+    """A keeper that takes it over keeps it, and does not try to swap to it, which could only fail."""
+    stored: dict[str, int] = {}
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        stored["region"] = os.dup(keeper._region)
+
+    setup.run(scenario)
+    setup.work.on, setup.work.swap_ons = False, [os.EX_CANTCREAT]
+    setup.kernel.use = lambda: "by dm-0"
+
+    def later(keeper: Keeper) -> None:
+        watches(keeper)
+        os.kill(setup.work.started[0].pid, signal.SIGKILL)
+        setup.kernel.wait_for_link(2)
+
+    assert setup.run(later, setup.make(stored)) == 0
+    assert not setup.work.on
+    assert setup.kernel.disconnects == 0
+    assert setup.kernel.read(0, 4096) == bytes(4096)
+    assert "its own swap is off: /dev/nbd7 is in use by dm-0" in capfd.readouterr().err
+
+
 def test_workers_that_fail_later_are_no_reason_to_end(setup: Setup) -> None:
     """With the device attached there is no last try, whatever their status is."""
 
@@ -260,12 +317,13 @@ def test_workers_that_fail_later_are_no_reason_to_end(setup: Setup) -> None:
     setup.run(scenario)
 
 
-@pytest.mark.parametrize("swapped_on", [True, False])
-def test_another_machine_has_taken_the_file(setup: Setup, swapped_on: bool) -> None:
+@pytest.mark.parametrize(("swapped_on", "use"), [(True, "as swap"), (False, ""), (False, "by dm-0")])
+def test_another_machine_has_taken_the_file(setup: Setup, swapped_on: bool, use: str) -> None:
     """The next worker finds it so: the device is taken down, so that what waits for it fails, and the keeper ends for
     good, without one more worker."""
     if not swapped_on:
-        setup.work.swap_ons = [os.EX_TEMPFAIL]
+        setup.work.swap_ons = [os.EX_UNAVAILABLE]
+    setup.kernel.use = lambda: use
 
     def scenario(keeper: Keeper) -> None:
         until(lambda: keeper.standby.is_ready)
@@ -281,7 +339,7 @@ def test_another_machine_has_taken_the_file(setup: Setup, swapped_on: bool) -> N
     assert caught.value.exit_code == os.EX_NOPERM
     assert setup.kernel.find() is None
     assert len(setup.work.started) == 3
-    assert setup.records.read(Records.STATE) == (Records.STOLEN if swapped_on else None)
+    assert setup.records.read(Records.STATE) == (Records.STOLEN if use else None)
 
 
 def test_standbys_that_fail_do_not_disturb_the_connection(setup: Setup) -> None:

@@ -22,7 +22,8 @@ from nbdnfs.nas import owner_record, ownership
 
 @pytest.fixture
 def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the records are. This process is root and has its allocator; no device is attached."""
+    """Where the records are. This process is root, has its allocator and is the keeper; no device is attached."""
+    monkeypatch.setattr(main.only_keeper, "become", lambda records: -1)
     monkeypatch.setitem(Records.__init__.__kwdefaults__, "run", tmp_path)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setenv("PYTHONMALLOC", "malloc")
@@ -142,3 +143,17 @@ def test_a_failed_keeper_releases_the_file(swap_file: FileOnServer, monkeypatch:
     monkeypatch.setattr(nbd_device, "find", lambda backend: None)
     main._release_unless_attached("swap0", swap_file.url(), LOOPBACK)
     assert beside(swap_file) == []
+
+
+def test_starts_again_with_an_environment_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What systemd has set stays; of the caller's Python settings, nothing does."""
+    calls: list[tuple[str, list[str], dict[str, str]]] = []
+    monkeypatch.setattr(os, "execve", lambda *call: calls.append(call))
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/x")
+    monkeypatch.setenv("PYTHONPATH", ":/somewhere")
+    main._start_again("swap0", ["--steal"])
+    ((program, command, environment),) = calls
+    assert command == [program, "-P", "-m", "nbdnfs", "run", "swap0", "--steal"]
+    assert (environment["PYTHONMALLOC"], environment["NOTIFY_SOCKET"]) == ("malloc", "/run/x")
+    assert "somewhere" not in environment["PYTHONPATH"]
+    assert all(map(os.path.isabs, environment["PYTHONPATH"].split(":")))

@@ -272,7 +272,7 @@ def test_down_ends_the_standby(setup: Setup) -> None:
     """By its record, with a systemd that keeps the store of a stopped unit."""
     standby = parked_by_a_killed_keeper(setup)
     (setup.records.path / Records.KEEPER).unlink()  # it would be this process
-    up_down._take_down(setup.records, None)
+    up_down._take_down(setup.records, None, frozenset())
     wait_until_ended(standby)
 
 
