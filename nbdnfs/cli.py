@@ -109,7 +109,12 @@ def _add_files(commands: Subparsers) -> None:
 
 def _add_devices(commands: Subparsers) -> None:
     """Commands for a configured device."""
-    up = _add(commands, "up", "start swapping to a configured device; returns when swap is on")
+    up = _add(
+        commands,
+        "up",
+        "start swapping to a configured device; returns when swap is on, or with exit status 75 where the start goes on"
+        " in the background",
+    )
     up.add_argument("name", metavar="NAME", help=_NAME_HELP)
     up.add_argument("--steal", action="store_true", help=_STEAL_HELP)
     up.set_defaults(run=_command("up_down", "run_up"))

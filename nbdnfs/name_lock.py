@@ -36,7 +36,7 @@ def take(name: str, what: str, *, wait_s: float = 0.0, root: Path = Path("/"), r
 
 def take_all(*, wait_s: float, root: Path = Path("/"), run: Path | None = None) -> int:
     """The lock of what concerns all devices, for a moment. As `take`."""
-    return _take(_path("", "all", root, run), wait_s, "other devices are being started")
+    return _take(_folder(root, run) / ".all", wait_s, "other devices are being started")
 
 
 def holder(name: str, what: str, *, root: Path = Path("/"), run: Path | None = None) -> int | None:
@@ -49,7 +49,11 @@ def holder(name: str, what: str, *, root: Path = Path("/"), run: Path | None = N
 
 
 def _path(name: str, what: str, root: Path, run: Path | None) -> Path:
-    return (root / FOLDER if run is None else run) / f".{name}.{what}"
+    return _folder(root, run) / f".{name}.{what}"
+
+
+def _folder(root: Path, run: Path | None) -> Path:
+    return root / FOLDER if run is None else run
 
 
 def _take(path: Path, wait_s: float, refusal: str) -> int:

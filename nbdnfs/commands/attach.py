@@ -109,7 +109,6 @@ def detach(
     path = f"/dev/{state.name}"
     if not state.attached:
         raise NoInputError(f"{path} is not attached", "there is nothing to do; lsblk lists the devices that are")
-    device_in_use.refuse_if_in_use(state, root)  # before what is said about the driver
     with contextlib.ExitStack() as stack:
         kernel = netlink if netlink is not None else stack.enter_context(_open_netlink())
         device_in_use.disconnect(kernel, state.index, root)

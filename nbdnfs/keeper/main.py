@@ -212,13 +212,11 @@ def _server(settings: Config, records: Records, reporter: Reporter, *, is_attach
     url = nfs_url.parse(settings.url)
     address = _resolve(url, reporter)
     try:
-        only_keeper.record_address(records, url.text, address)
+        only_keeper.record_address(records, url.text, address, is_attached=is_attached)
     except OSError as error:
-        if not is_attached:
-            raise UnavailableError(
-                f"cannot record the server's address in {records.path}: {error.strerror}", "make room in /run"
-            ) from None
-        records.put(Records.ADDRESS, f"{url.text}\n{address}")
+        raise UnavailableError(
+            f"cannot record the server's address in {records.path}: {error.strerror}", "make room in /run"
+        ) from None
     return url.text, address
 
 

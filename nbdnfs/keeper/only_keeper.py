@@ -58,11 +58,22 @@ def keeper_of(records: Records) -> int | None:
     return record.pid if record is not None else None
 
 
-def record_address(records: Records, text: str, address: str) -> None:
+def record_address(records: Records, text: str, address: str, *, is_attached: bool = False) -> None:
     """Record the file (its canonical URL, and the server's address), unless another device on this machine has it.
 
-    BusyError names that one: its keeper lives, or its device is attached. OSError where nothing can be recorded.
+    BusyError names that one: its keeper lives, or its device is attached. OSError where nothing can be recorded. With
+    `is_attached` this device is up already, and neither ends its keeper: that is reported.
     """
+    try:
+        _record_address(records, text, address)
+    except (BusyError, OSError) as error:
+        if not is_attached:
+            raise
+        print(f"nbdnfs: {records.name}: going on with the device that is attached: {error}", file=sys.stderr)
+        records.put(Records.ADDRESS, f"{text}\n{address}")
+
+
+def _record_address(records: Records, text: str, address: str) -> None:
     descriptor = name_lock.take_all(wait_s=_OTHERS_WAIT_S, root=records.root, run=records.run)
     try:
         for other in records.others():

@@ -115,6 +115,18 @@ def test_a_file_of_another_device(root: Path, text: str) -> None:
     assert records(root).read(Records.ADDRESS) == f"{text}\n{ADDRESS}"
 
 
+def test_a_device_that_is_attached_is_kept(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A record that cannot be made, or may not, ends no keeper that has something to keep."""
+    other = records(root, "other")
+    lock = only_keeper.become(other)
+    only_keeper.record_address(other, URL, ADDRESS)
+    only_keeper.record_address(records(root), URL, ADDRESS, is_attached=True)
+    shutil.rmtree(root / "run/nbdnfs/swap0")
+    only_keeper.record_address(Records("swap0", run=root / "run/nbdnfs"), f"{URL}&uid=1", "192.0.2.7", is_attached=True)
+    assert capsys.readouterr().err.count("going on without an address in /run") == 2
+    os.close(lock)
+
+
 @pytest.mark.parametrize(
     ("text", "address"),
     [
