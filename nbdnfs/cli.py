@@ -13,7 +13,6 @@ import io
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -23,22 +22,6 @@ from nbdnfs.errors import NbdnfsError, UsageError
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction["_Parser"]
-
-# What a keeper ends with when no other try can mend it: RestartPreventExitStatus= of systemd/nbdnfs@.service.
-FINAL_STATUSES = frozenset(
-    {
-        os.EX_USAGE,
-        os.EX_NOINPUT,
-        os.EX_OSFILE,
-        os.EX_CANTCREAT,
-        os.EX_TEMPFAIL,
-        os.EX_NOPERM,
-        os.EX_CONFIG,
-    }
-)
-# A keeper that was killed is started again at once, by the unit. One that fails by itself sees to it that the next one
-# is not started earlier than so long after it was.
-_KEEPER_PACE_S = 1.0
 
 # Set: what is not foreseen ends with a traceback.
 _DEBUG = "NBDNFS_DEBUG"
@@ -216,15 +199,9 @@ def _add_kernel_devices(commands: Subparsers) -> None:
 
 
 def _keep(args: argparse.Namespace) -> int:
-    started_s = time.monotonic()
-    try:
-        from nbdnfs.keeper import main
+    from nbdnfs.keeper import main
 
-        return main.run(args.name, steal=args.steal)
-    except Exception as error:
-        if "INVOCATION_ID" in os.environ and getattr(error, "exit_code", None) not in FINAL_STATUSES:
-            time.sleep(max(0.0, started_s + _KEEPER_PACE_S - time.monotonic()))
-        raise
+    return main.run(args.name, steal=args.steal)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

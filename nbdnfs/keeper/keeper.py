@@ -19,7 +19,6 @@ import time
 from nbdnfs import __version__, region
 from nbdnfs.errors import BusyError, NbdnfsError, OwnedError
 from nbdnfs.keeper import failures
-from nbdnfs.keeper.reporter import Reporter
 from nbdnfs.keeper.serving import Serving
 from nbdnfs.keeper.standby import STORED_NAME as _STORED_STANDBY
 from nbdnfs.keeper.standby import Standby
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from nbdnfs.keeper.helper_process import HelperProcess
     from nbdnfs.keeper.interfaces import Kernel, Work
     from nbdnfs.keeper.records import Records
-    from nbdnfs.keeper.sd_notify import Notifier
+    from nbdnfs.keeper.reporter import Reporter
     from nbdnfs.kernel.nbd_device import Attached
 
 # How often the loop turns without events: the kernel's LINK_DEAD may get lost.
@@ -43,6 +42,8 @@ _MORE_TIME = "EXTEND_TIMEOUT_USEC=60000000"
 # How long the server has been away when its name is looked up again, and how often from then on.
 RESOLVE_AFTER_S = 60.0
 RESOLVE_EVERY_S = 300.0
+# How often records are written again that could not be written.
+_RECORDS_EVERY_S = 5.0
 # How long the standby may hold up swapon. The first one is read from the disk.
 _STANDBY_TIMEOUT_S = 60.0
 
@@ -58,24 +59,27 @@ class Keeper:
         kernel: Kernel,
         work: Work,
         records: Records,
-        notifier: Notifier,
+        reporter: Reporter,
         *,
         stored: dict[str, int],
+        config_text: str = "",
         warm_up: Callable[[], None] = lambda: None,
     ) -> None:
-        """stored    what an earlier keeper had put into systemd's store: sd_notify.listen_fds()
-        warm_up   called once, when all is loaded, before swap is on: it touches what memory will be needed
+        """stored       what an earlier keeper had put into systemd's store: sd_notify.listen_fds()
+        config_text  for the record CONFIG, once a worker serves
+        warm_up      called once, when all is loaded, before swap is on: it touches what memory will be needed
 
         BusyError: the device is attached, and its region no longer exists.
         """
         self._work = work
         self._records = records
-        self._notifier = notifier
+        self._notifier = notifier = reporter.notifier
         self._kernel = kernel
+        self._config_text = config_text
         self._warm_up_memory = warm_up
-        self._reporter = Reporter(records, notifier)
-        self.standby = Standby(work, records, notifier, self._reporter, stored)
-        self.serving = Serving(kernel, work, records, self._reporter, self.standby)
+        self._reporter = reporter
+        self.standby = Standby(work, records, notifier, reporter, stored)
+        self.serving = Serving(kernel, work, records, reporter, self.standby)
 
         self._steps: dict[str, Callable[[float], str]] = {
             "provision": self._provision,
@@ -91,6 +95,8 @@ class Keeper:
         self._helper: HelperProcess | None = None
         self._helper_failures = 0
         self._helper_due_s = 0.0
+        self._missing_since_s: float | None = None  # the file on the server
+        self._records_due_s = 0.0
         self._resolver: HelperProcess | None = None
         self._resolve_due_s: float | None = None
         self._is_new_standby_wanted = False  # SIGHUP
@@ -108,7 +114,7 @@ class Keeper:
     def run(self) -> int:
         """Until SIGTERM or SIGINT; the exit status. Raises NbdnfsError for what no further try can mend."""
         before = self._take_signals()
-        self._records.write_process(self._records.KEEPER, os.getpid(), __version__)
+        self._records.put_process(self._records.KEEPER, os.getpid(), __version__)
         self._is_adopted = self.serving.device is not None
         self._is_new_worker_wanted = self.serving.adopt(self._region)
         try:
@@ -152,6 +158,9 @@ class Keeper:
                 self._is_new_standby_wanted, self._is_new_worker_wanted = False, True
                 self.standby.discard()
             self.standby.keep(now, may_start=self.serving.is_connected)
+        if self.serving.is_connected and now >= self._records_due_s:
+            self._records_due_s = now + _RECORDS_EVERY_S
+            self._records.retry()
         following = self._steps[self._step](now)
         if following != self._step:
             self._enter(following)
@@ -171,8 +180,8 @@ class Keeper:
             for descriptor in worker.descriptors() if worker is not None else ():
                 poll.register(descriptor, select.POLLIN)
         for helper in (self._helper, self._resolver):
-            if helper is not None and helper.pidfd >= 0:
-                poll.register(helper.pidfd, select.POLLIN)
+            for descriptor in helper.descriptors() if helper is not None else ():
+                poll.register(descriptor, select.POLLIN)
         until = now + _TICK_S
         watchdog_s = self._notifier.watchdog_s
         if watchdog_s is not None:
@@ -191,10 +200,15 @@ class Keeper:
 
     def _provision(self, now: float) -> str:
         """A helper creates the backing file where it is missing and the configuration has a size, and claims it."""
-        return self._await_helper(now, self._work.provision, following="attach")
+        missing_s = now - self._missing_since_s if self._missing_since_s is not None else 0.0
+        return self._await_helper(now, lambda: self._work.provision(missing_s), following="attach", on_server=True)
 
     def _attach(self, now: float) -> str:
-        return "warm_up" if self.serving.is_connected else "attach"
+        if not self.serving.is_connected:
+            return "attach"
+        if self._config_text:
+            self._records.put(self._records.CONFIG, self._config_text)
+        return "warm_up"
 
     def _warm_up(self, now: float) -> str:
         """The region and all of the keeper's memory are in place, and a standby is ready, which needs none."""
@@ -247,7 +261,9 @@ class Keeper:
         connects to that. docs/decisions/0012 says why the worker does not do this itself.
         """
         if self._resolver is not None:
-            if self._resolver.status() is None:
+            is_over = self._resolver.status() is not None
+            self._reporter.pass_on(self._resolver.lines())
+            if not is_over:
                 return
             self._resolver = None
             if address := self._work.resolved():
@@ -265,27 +281,47 @@ class Keeper:
             with contextlib.suppress(OSError):
                 self._resolver = self._work.resolve()
 
-    def _await_helper(self, now: float, start: Callable[[], HelperProcess | None], *, following: str) -> str:
-        """Start a helper and wait for its end; start it again while that may help. It reports its errors itself."""
+    def _await_helper(
+        self, now: float, start: Callable[[], HelperProcess | None], *, following: str, on_server: bool = False
+    ) -> str:
+        """Start a helper and wait for its end; start it again while that may help, and show its error meanwhile.
+
+        `on_server` as in failures.is_final.
+        """
         if self._helper is None:
             if now < self._helper_due_s:
                 return self._step
-            self._helper = start()
+            try:
+                self._helper = start()
+            except OSError as error:
+                self._reporter.complain("helper", f"cannot start a helper: {error.strerror}")
+                self._helper_failed(now)
+                return self._step
             return following if self._helper is None else self._step
         status = self._helper.status()
+        self._reporter.pass_on(self._helper.lines())
         if status is None:
             progress = self._work.progress()
             self._notifier.send(_MORE_TIME, *([f"STATUS={progress}"] if progress else []))
             return self._step
+        error_line = self._helper.error_line
         self._helper = None
         if status == 0:
             self._helper_failures, self._helper_due_s = 0, 0.0
+            self._reporter.wait_for("")
             return following
-        if failures.is_final(status):
+        if failures.is_final(status, on_server=on_server):
             raise failures.failed(self._step, status)
+        if on_server:
+            is_missing = status == failures.MISSING_STATUS
+            self._missing_since_s = (self._missing_since_s or now) if is_missing else None
+            self._reporter.wait_for(failures.waiting_for(status, error_line))
+        self._helper_failed(now)
+        return self._step
+
+    def _helper_failed(self, now: float) -> None:
         self._helper_failures += 1
         self._helper_due_s = now + failures.pause_s(self._helper_failures)
-        return self._step
 
     # What an earlier keeper left
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from nbdnfs import name_lock, nfs_url
-from nbdnfs.errors import BusyError, CannotCreateError, UsageError
+from nbdnfs.errors import BusyError, UnavailableError, UsageError
 from nbdnfs.keeper.records import Records
 from nbdnfs.kernel import nbd_device
 
@@ -25,7 +25,7 @@ _NFS_PORT = 2049
 def become(records: Records) -> int:
     """Become the keeper of the device, for as long as the descriptor that this returns is open; -1 without a lock.
 
-    BusyError: another process is, even one that is stopped or hangs. CannotCreateError: there is no place for the lock,
+    BusyError: another process is, even one that is stopped or hangs. UnavailableError: there is no place for the lock,
     and no device that has to be kept all the same.
     """
     name = records.name
@@ -38,7 +38,7 @@ def become(records: Records) -> int:
     except OSError as error:
         text = f"cannot lock the device in {records.path.parent}: {error.strerror}"
         if nbd_device.find(nbd_device.backend_of(name)) is None:
-            raise CannotCreateError(text, "make room in /run") from None
+            raise UnavailableError(text, "make room in /run") from None
         print(f"nbdnfs: {name}: {text}; going on for the device that is attached", file=sys.stderr)
     # one of a version that takes no lock
     record = records.living(Records.KEEPER)
@@ -69,7 +69,8 @@ def record_address(records: Records, text: str, address: str, *, is_attached: bo
     except (BusyError, OSError) as error:
         if not is_attached:
             raise
-        print(f"nbdnfs: {records.name}: going on without an address in /run: {error}", file=sys.stderr)
+        print(f"nbdnfs: {records.name}: going on with the device that is attached: {error}", file=sys.stderr)
+        records.put(Records.ADDRESS, f"{text}\n{address}")
 
 
 def _record_address(records: Records, text: str, address: str) -> None:

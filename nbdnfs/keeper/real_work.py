@@ -56,17 +56,21 @@ def swap_on_command(settings: Config, path: str) -> list[str]:
 class RealWork:
     """The processes of one device."""
 
-    def __init__(self, settings: Config, text: str, address: str, *, steal: bool = False) -> None:
+    def __init__(
+        self, settings: Config, text: str, address: str, *, steal: bool = False, new_file_after_s: float = 0.0
+    ) -> None:
         """Find the program and build its arguments now. ConfigError or UnavailableError when something is missing.
 
-        text     the URL in its canonical form
-        address  the server's
-        steal    take the file from another machine that has it
+        text              the URL in its canonical form
+        address           the server's
+        steal             take the file from another machine that has it
+        new_file_after_s  how long the file must have been missing before a new one is created
         """
         self._settings = settings
         self._text, self._address = text, address
         self._answer = -1
         self._steal = steal
+        self._new_file_after_s = new_file_after_s
         self._program, self._argv = nbdkit.standby_command(
             plugin_settings(settings, text, address), threads=settings.threads
         )
@@ -83,12 +87,14 @@ class RealWork:
     def take_worker(self, parked: int) -> WorkerHandle | None:
         return WorkerHandle.take(parked, recipe(self._argv))
 
-    def provision(self) -> HelperProcess | None:
-        """`nbdnfs claim`: the file is created where it is missing and the configuration has a size, and claimed."""
+    def provision(self, missing_s: float) -> HelperProcess:
+        """`nbdnfs claim`: the file is created where it is missing and the configuration has a size, and claimed.
+
+        `missing_s` is for how long the server has answered that there is no such file.
+        """
         settings = self._settings
-        if not settings.size_bytes and not settings.owner:
-            return None
-        options = [f"--size={settings.size_bytes}"] if settings.size_bytes else []
+        may_create = settings.size_bytes and missing_s >= self._new_file_after_s
+        options = [f"--size={settings.size_bytes}"] if may_create else []
         if settings.owner:
             options += [f"--holder={owner_record.keeper_holder(settings.name)}", *(["--steal"] if self._steal else [])]
         return self._answering("nbdnfs", "claim", settings.url, *options)

@@ -119,7 +119,7 @@ class Serving:
             return
         if self.device is None:
             self.device = self._kernel.attach(worker.socket, export)
-            self._records.write(self._records.DEVICE, self.device.name)
+            self._records.put(self._records.DEVICE, self.device.name)
         else:
             try:
                 self._kernel.reconnect(self.device, worker.socket)
@@ -152,7 +152,7 @@ class Serving:
             self._reporter.complain(f"ended{how}", f"worker {worker.pid} has ended{how}")
         if status == STOLEN_STATUS:
             raise self._stolen()
-        if self.device is None and failures.is_final(status):
+        if self.device is None and failures.is_final(status, on_server=True):
             raise failures.failed("worker", status)
         if self.connected_since_s is not None:
             if now - self.connected_since_s >= LASTED_S:
@@ -199,7 +199,5 @@ class Serving:
             self.worker.kill()
 
     def _record_worker(self, worker: WorkerHandle) -> None:
-        try:
-            self._records.write_process(self._records.WORKER, worker.pid, __version__)
-        except OSError as error:  # it has ended, or /run is full: a next keeper starts another one then
-            self._reporter.say(f"cannot record worker {worker.pid}: {error.strerror or error}")
+        if not self._records.put_process(self._records.WORKER, worker.pid, __version__):
+            self._reporter.say(f"worker {worker.pid} has ended before it was recorded")

@@ -20,11 +20,13 @@ from support.waiting import wait_until
 
 from nbdnfs import proc_stat
 from nbdnfs.errors import BusyError, NbdnfsError, OwnedError, PermissionDeniedError, UnavailableError
+from nbdnfs.keeper import failures
 from nbdnfs.keeper import keeper as keeper_module
 from nbdnfs.keeper import serving as serving_module
 from nbdnfs.keeper.helper_process import HelperProcess
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.records import Records
+from nbdnfs.keeper.reporter import Reporter
 from nbdnfs.keeper.sd_notify import Notifier
 from nbdnfs.keeper.worker_handle import WorkerHandle, recipe
 from nbdnfs.kernel.nbd_device import Attached
@@ -40,6 +42,9 @@ class FakeWork:
     def __init__(self) -> None:
         self.behaviours = ["serve"]
         self.provisions: list[int] = []
+        self.provision_again = False
+        self.missing_s: list[float] = []
+        self.says: tuple[str, ...] = ()
         self.progresses: list[str] = []
         self.swap_ons = [0]
         self.on = False
@@ -61,7 +66,10 @@ class FakeWork:
     def take_worker(self, parked: int) -> WorkerHandle | None:
         return WorkerHandle.take(parked, recipe(["@fake", FAKE_WORKER, self.behaviours[0]]))
 
-    def provision(self) -> HelperProcess | None:
+    def provision(self, missing_s: float) -> HelperProcess | None:
+        self.missing_s.append(missing_s)
+        if self.provision_again and len(self.provisions) == 1:
+            return self._exits(self.provisions[0])
         return self._exits(self.provisions.pop(0)) if self.provisions else None
 
     def progress(self) -> str:
@@ -86,7 +94,8 @@ class FakeWork:
         return self.addresses.pop(0) if self.addresses else ""
 
     def _exits(self, status: int) -> HelperProcess:
-        return HelperProcess(["/bin/sh", "-c", f"exit {status}"], {})
+        printed = "".join(f"echo '{line}'; " for line in self.says) if status else ""
+        return HelperProcess(["/bin/sh", "-c", f"{printed}exit {status}"], {})
 
 
 class Setup:
@@ -102,7 +111,8 @@ class Setup:
         self.over = threading.Event()
 
     def make(self, stored: dict[str, int] | None = None) -> Keeper:
-        return Keeper(self.kernel, self.work, self.records, Notifier({}), stored=stored or {})
+        reporter = Reporter(self.records, Notifier({}))
+        return Keeper(self.kernel, self.work, self.records, reporter, stored=stored or {})
 
     def run(self, scenario: Callable[[Keeper], None] | None, keeper: Keeper | None = None) -> int:
         """The keeper in this thread, until `scenario` in another has ended; without one until it ends by itself."""
@@ -150,13 +160,13 @@ def test_all_steps(setup: Setup) -> None:
     assert setup.kernel.read(0, 4096) == bytes(4096)
 
 
-@pytest.mark.parametrize("status", [os.EX_CANTCREAT, os.EX_CONFIG, os.EX_NOPERM])
+@pytest.mark.parametrize("status", [os.EX_CANTCREAT, os.EX_CONFIG, failures.OWNED_STATUS])
 def test_provision_fails_for_good(setup: Setup, status: int) -> None:
     """Its exit status is the keeper's; nothing was attached."""
     setup.work.provisions = [status]
     with pytest.raises(NbdnfsError) as caught:
         setup.run(None)
-    assert caught.value.exit_code == status
+    assert caught.value.exit_code == (os.EX_NOPERM if status == failures.OWNED_STATUS else status)
     assert setup.kernel.attaches == 0
     assert not setup.records.path.exists()
 
@@ -165,6 +175,31 @@ def test_provision_fails_for_now(setup: Setup) -> None:
     """A server that is away, or a helper that was killed, is tried again."""
     setup.work.provisions = [os.EX_UNAVAILABLE, os.EX_NOHOST, 0]
     setup.run(watches)
+
+
+def test_a_server_whose_disks_are_not_mounted_yet(setup: Setup, capfd: pytest.CaptureFixture[str]) -> None:
+    """No file, then no permission: shown while it lasts, each reason said once, and swap is on when the file is back.
+    The helper is given the time for which the file was missing."""
+    error = ("nbdnfs: there is no file /export/swap on nas", "nbdnfs: create it")
+    setup.work.provisions = [os.EX_NOINPUT] * 3 + [os.EX_NOPERM]
+    setup.work.says = error
+    seen: list[str | None] = []
+
+    def scenario(keeper: Keeper) -> None:
+        until(lambda: len(setup.work.missing_s) >= 4)
+        until(lambda: "or the server's disks" in (setup.records.read(Records.WAITING) or ""))
+        seen.append(setup.records.read(Records.WAITING))
+        setup.work.provisions = [0]
+        watches(keeper)
+
+    setup.work.provision_again = True
+    assert setup.run(scenario) == 0
+    assert seen[0] == "there is no file /export/swap on nas (or the server's disks are not mounted yet)"
+    assert setup.records.read(Records.WAITING) is None
+    assert setup.work.missing_s[0] == setup.work.missing_s[-1] == 0.0
+    assert 0.0 < setup.work.missing_s[2] < 15.0
+    said = capfd.readouterr().err.splitlines()
+    assert [said.count(line) for line in error] == [1, 1]
 
 
 def test_the_progress_of_a_helper_is_shown(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,10 +220,27 @@ def test_the_progress_of_a_helper_is_shown(setup: Setup, monkeypatch: pytest.Mon
 
 def test_first_worker_fails_for_good(setup: Setup) -> None:
     """What is wrong with the file for the first worker is wrong for all."""
-    setup.work.behaviours = [f"exit:{os.EX_NOINPUT}"]
+    setup.work.behaviours = [f"exit:{os.EX_CONFIG}"]
     with pytest.raises(NbdnfsError) as caught:
         setup.run(None)
-    assert caught.value.exit_code == os.EX_NOINPUT
+    assert caught.value.exit_code == os.EX_CONFIG
+
+
+def test_a_full_run_ends_no_keeper(setup: Setup, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """No record can be written: the keeper goes on, says so once for each, and writes them when it can."""
+    setup.records.path.rmdir()
+    setup.records.path.write_text("a file in place of the folder")
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        assert setup.records.read(Records.STATE) is None
+        setup.records.path.unlink()
+        until(lambda: setup.records.read(Records.STATE) == "watch" and setup.records.living(Records.WORKER) is not None)
+
+    assert setup.run(scenario) == 0
+    said = [line for line in capfd.readouterr().err.splitlines() if "cannot write the record" in line]
+    assert len(said) == len(set(said)) >= 3
+    assert "Traceback" not in "".join(said)
 
 
 def test_first_worker_fails_for_now(setup: Setup) -> None:
@@ -333,6 +385,7 @@ def test_what_is_tried_again_is_said_once(setup: Setup, capfd: pytest.CaptureFix
         assert setup.kernel.refuses == []
 
     setup.run(scenario)
+    assert setup.records.read(Records.SAID) is None
     killed, forbidden, back, *_ = capfd.readouterr().err.splitlines()
     assert killed.endswith("has ended (killed by signal 9)")
     assert forbidden == "nbdnfs: t: /dev/nbd7: cannot: Operation not permitted"

@@ -14,7 +14,7 @@ import pytest
 from support.nbd_tree import add_device, make_machine
 
 from nbdnfs import name_lock
-from nbdnfs.errors import BusyError, CannotCreateError
+from nbdnfs.errors import BusyError, UnavailableError
 from nbdnfs.keeper import only_keeper
 from nbdnfs.keeper.records import Records
 
@@ -70,7 +70,7 @@ def test_removed_records_do_not_free_the_device(root: Path) -> None:
 
 def test_a_keeper_of_a_version_without_a_lock(root: Path, other_process: subprocess.Popen[bytes]) -> None:
     """Its record counts while it lives."""
-    records(root).write_process(Records.KEEPER, other_process.pid, "0.0.1")
+    records(root).put_process(Records.KEEPER, other_process.pid, "0.0.1")
     with pytest.raises(BusyError, match=f"process {other_process.pid}"):
         only_keeper.become(records(root))
     assert only_keeper.keeper_of(records(root)) == other_process.pid
@@ -86,7 +86,7 @@ def test_without_a_place_for_the_lock(
     shutil.rmtree(root / "run", ignore_errors=True)
     (root / "run").write_text("")
     blocked = Records("swap0", root)
-    with pytest.raises(CannotCreateError, match="cannot lock the device"):
+    with pytest.raises(UnavailableError, match="cannot lock the device"):
         only_keeper.become(blocked)
     monkeypatch.setattr(only_keeper.nbd_device, "find", lambda backend: object())
     assert only_keeper.become(blocked) == -1
@@ -181,7 +181,7 @@ config.load = lambda name: load(name, root)
 os.geteuid = lambda: 0
 main._lock_memory = lambda settings: None
 main._survive_shutdown = lambda: None
-main._server = lambda settings, records, is_attached: ("nfs://nas/a", "192.0.2.1")
+main._server = lambda settings, records, reporter, is_attached: ("nfs://nas/a", "192.0.2.1")
 main.nbdkit.check_nbdkit = lambda: None
 main.nbd_device.find = lambda backend: None
 main.nbd_device.NbdKernel = lambda backend, **options: None
