@@ -127,7 +127,7 @@ def test_the_help_shows_specifiers_as_they_are_typed(capsys: pytest.CaptureFixtu
     """%H and %m appear with one percent sign, as a user types them."""
     assert run("--help") == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "/%H.swap?version=3, with %H for the host name and %m for the machine id" in out
+    assert "/%H.swap?version=3, with %H for the host name, %m for a hash of the machine id" in out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -298,7 +298,7 @@ def test_generator_makes_config_and_link(tmp_path: Path) -> None:
     assert made.values == {"url": URL, "size": "256M", "priority": -1}
     assert made.complaints == []
     loaded = config.load("cmdline", tmp_path)
-    assert loaded.url == "nfs://nas/export/swap/0123456789abcdef0123456789abcdef.swap?version=3&uid=0"
+    assert loaded.url == "nfs://nas/export/swap/a88094e54e19421489d85ef6441afd86.swap?version=3&uid=0"
     assert loaded.size_bytes == 256 << 20
 
 
@@ -334,6 +334,9 @@ def test_generator_link_leads_to_the_unit(tmp_path: Path) -> None:
         ("nbdnfs.url=nfs://a/*", {}, "nbdnfs.url is ignored"),
         ("nbdnfs.url=", {}, "nbdnfs.url is ignored"),
         ("nbdnfs.size=2G", {}, "there is no nbdnfs.url"),
+        (f"nbdnfs.url={URL} nbdnfs.size=ram/2", {"url": URL, "size": "ram/2"}, ""),
+        (f"nbdnfs.url={URL} nbdnfs.size=ram*1.5,atmost8G", {"url": URL, "size": "ram*1.5,atmost8G"}, ""),
+        (f"nbdnfs.url={URL} nbdnfs.size=most", {"url": URL}, "nbdnfs.size is ignored"),
         (f"nbdnfs.url={URL} nbdnfs.size=lots", {"url": URL}, "nbdnfs.size is ignored"),
         (f"nbdnfs.url={URL} nbdnfs.size=2G;x", {"url": URL}, "nbdnfs.size is ignored"),
         (f"nbdnfs.url={URL} nbdnfs.size=", {"url": URL}, "nbdnfs.size is ignored"),

@@ -23,7 +23,9 @@ void connection_close(struct nfsio *io, struct connection *made)
 static bool check_file(struct nfsio *io, struct connection *made, struct nfsio_failure *why)
 {
 	/* nothing is known of it before it has been opened, by this nfsio or by the one that it is like */
-	int same = io->place.handle_bytes > 0 || io->opened_once ? is_same_file(io, made) : 1;
+	bool known = io->place.handle_bytes > 0 || io->opened_once;
+	/* a directory is its path */
+	int same = known && !io->options.names_only ? is_same_file(io, made) : 1;
 
 	if (same > 0)
 		return true;

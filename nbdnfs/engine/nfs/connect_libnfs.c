@@ -309,6 +309,18 @@ static int look_at_file(struct nfsio *io, struct connection *made)
 	return error;
 }
 
+/* For nfsio_options.names_only: there is such a directory. Returns 0 or -errno. */
+static int look_at_directory(struct nfsio *io, struct connection *made)
+{
+	struct step *step = new_step(io);
+	int error = -EIO;
+
+	if (nfs_stat64_async(made->nfs, io->prefix[0] != '\0' ? io->prefix : "/", step_stat_done, step) == 0)
+		error = pump(io, made->nfs, step, made->deadline_ms);
+	made->st = step->st;
+	return error != 0 || S_ISDIR(made->st.mode) ? error : -ENOTDIR;
+}
+
 /* Length 0: libnfs has no handle that NFSv3 allows. */
 static struct nfsio_handle copy_handle(const struct nfs_fh *opaque)
 {
@@ -335,16 +347,21 @@ bool connect_to_name(struct nfsio *io, struct connection *made, struct nfsio_fai
 		return false;
 	if (!mount_directory(io, &nfs, deadline_ms, why))
 		goto fail;
-	snprintf(path, sizeof(path), "%s/%s", io->prefix, io->url_file);
-	error = open_file(io, nfs, path, deadline_ms, &made->fh);
 	made->nfs = nfs;
-	if (error == 0)
-		error = look_at_file(io, made);
+	if (io->options.names_only) {
+		error = look_at_directory(io, made);
+	} else {
+		snprintf(path, sizeof(path), "%s/%s", io->prefix, io->url_file);
+		error = open_file(io, nfs, path, deadline_ms, &made->fh);
+		if (error == 0)
+			error = look_at_file(io, made);
+	}
 	if (error != 0) {
 		set_failure(why, is_no_answer(nfs, error) ? NFSIO_CONNECT : NFSIO_OPEN, error, nfs_get_error(nfs));
 		goto fail;
 	}
-	note_place(made);
+	if (made->fh != NULL)
+		note_place(made);
 	made->root = copy_handle(nfs_get_rootfh(made->nfs));
 	made->read_max_bytes = transfer_limit(nfs_get_readmax(nfs));
 	made->write_max_bytes = transfer_limit(nfs_get_writemax(nfs));

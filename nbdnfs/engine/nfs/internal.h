@@ -23,7 +23,7 @@
  * exchange.c           sending what waits, and receiving
  * requests.c           what callers submit and wait for
  * state.c              what is known of the file and of the way to it
- * names.c              what callers wait for: stat, link, rename, unlink
+ * names.c              what callers wait for: stat, link, rename, unlink, and what a directory has
  * look.c               a look at a small file beside the one that is open
  * io_thread.c          the I/O thread: receiving, and connecting again
  * open.c               open and close
@@ -56,7 +56,18 @@
 /* How often nfsio_look.waiting is called. */
 #define WAITING_TICK_MS 250
 
-enum name_call { CALL_STAT, CALL_LSTAT, CALL_FSTAT, CALL_LINK, CALL_RENAME, CALL_UNLINK, CALL_LOOK };
+enum name_call {
+	CALL_STAT,
+	CALL_LSTAT,
+	CALL_FSTAT,
+	CALL_LINK,
+	CALL_RENAME,
+	CALL_UNLINK,
+	CALL_CHMOD,
+	CALL_SPACE,
+	CALL_LIST,
+	CALL_LOOK,
+};
 
 /* One name operation, on its caller's stack. Guarded by io->lock. */
 struct name_op {
@@ -74,6 +85,9 @@ struct name_op {
 	bool done;
 	struct nfsio_failure *why; /* error 0 until it fails */
 	struct nfsio_stat *st;
+	struct nfsio_space *space; /* CALL_SPACE's result */
+	struct nfsio_names *names; /* CALL_LIST's result */
+	uint32_t mode;          /* for CALL_CHMOD */
 	struct nfsio_look *look; /* NULL but for nfsio_look() */
 	struct nfsfh *fh;       /* the file that `look` has opened */
 	int look_error;

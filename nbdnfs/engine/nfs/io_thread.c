@@ -295,7 +295,7 @@ void *io_thread(void *arg)
 	}
 	while (io->receiver == RECEIVER_WAITER)
 		wait_for_io_work(io); /* it has been woken, and still uses the connection */
-	if (io->nfs != NULL && !io->broken && io->version != 3) {
+	if (io->nfs != NULL && io->fh != NULL && !io->broken && io->version != 3) {
 		/* the server keeps state for an open NFSv4 file: close it, but only wait a moment for that */
 		struct step *step = new_step(io);
 
