@@ -19,6 +19,7 @@ from collections.abc import Callable
 from nbdnfs import config, programs
 from nbdnfs.commands import progress, systemd_unit
 from nbdnfs.errors import BusyError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError
+from nbdnfs.keeper import hibernation
 from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import nbd_device, swap_area
 from nbdnfs.kernel.nbd_device import Attached
@@ -147,6 +148,7 @@ def _take_down(records: Records, attached: Attached | None) -> None:
         worker = None
     _end(worker, signal.SIGKILL, "the worker")
     _end(records.living(Records.STANDBY), signal.SIGKILL, "the standby")  # a parked one may outlive its keeper
+    hibernation.permit(records.name)
     _release_file(records)
     records.remove()
 

@@ -14,7 +14,7 @@ import sys
 import nbdnfs
 from nbdnfs import config, memlock, nfs_url, proc_stat
 from nbdnfs.errors import CannotCreateError, NbdnfsError, PermissionDeniedError, UsageError
-from nbdnfs.keeper import failures, sd_notify
+from nbdnfs.keeper import failures, hibernation, sd_notify
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.records import Records
@@ -78,9 +78,12 @@ def run(name: str, *, steal: bool = False) -> int:
         if settings.lock != "off":
             _apply(settings, memlock.settle(CODE, heap_bytes=_HEAP_BYTES))
 
+    hibernation.forbid(name)
     try:
         return Keeper(kernel, work, records, notifier, stored=stored, warm_up=warm_up).run()
     except NbdnfsError:
+        if nbd_device.find(backend) is None:
+            hibernation.permit(name)
         if settings.owner:
             _release_unless_attached(name, text, address)
         raise
