@@ -34,7 +34,7 @@ _SETTLE_S = 300.0
 _COMMAND_S = 300.0
 _PAUSE_S = 5.0
 
-_BROKEN = ("url = 'nfs://", 'size = "1G"', 'url = "nfs://10.0.2.2/a/b"\nno_such_key = 1', "\\377\\376")
+_BROKEN = ("url = nfs://", 'size = "1G"', 'url = "nfs://10.0.2.2/a/b"\nno_such_key = 1', "\\377\\376")
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Run:
         self._set_up()
         failures: list[str] = []
         for number in range(1, count + 1):
-            failure = self._act(number)
+            failure = self._act(number, "start" if number == 1 else "")
             if failure is None:
                 continue
             failures.append(failure)
@@ -129,16 +129,17 @@ class Run:
             failures.append(f"at the end: {error}")
         return failures
 
-    def _act(self, number: int) -> str | None:
-        """The next one that can be done now."""
+    def _act(self, number: int, name: str = "") -> str | None:
+        """The act `name`, or the next one that can be done now."""
         self.said = []
-        name, before = "", f"{self.model}"
+        before = f"{self.model}"
         try:
             self._keep_load()
-            is_done = False
-            while not is_done:
+            if name:
+                ACTS[name](self, self._random)
+            while not self.said:
                 name = self._random.choice(self._names)
-                is_done = ACTS[name](self, random.Random(self._random.randrange(1 << 30)))
+                ACTS[name](self, random.Random(self._random.randrange(1 << 30)))
             self.tell(f"{number} {name}: {'; '.join(self.said)}")
             self._settle()
         except (GuestFailedError, LostGuestError, ValueError) as error:
@@ -155,7 +156,7 @@ class Run:
             real = look(self.guest)
             wrong = self.model.disagreements(real)
             if not wrong:
-                wrong = contradictions(self.guest, real)
+                wrong = contradictions(self.guest, real, is_config_good=self.model.config == "good")
             if not wrong:
                 break
             self.guest.check_kernel_log()
@@ -269,33 +270,31 @@ class Run:
             return str(error)
 
 
-Act = Callable[[Run, random.Random], bool]
+# One that does not apply now does nothing, and says nothing.
+Act = Callable[[Run, random.Random], None]
 
 
-def start(run: Run, _: random.Random) -> bool:
+def start(run: Run, _: random.Random) -> None:
     """systemctl start"""
     was_up = run.model.keeper
     run.sh(f"systemctl start {UNIT}")
     if not was_up:
         run.model.wanted_up()
-    return True
 
 
-def stop(run: Run, _: random.Random) -> bool:
+def stop(run: Run, _: random.Random) -> None:
     """systemctl stop"""
     run.sh(f"systemctl stop {UNIT}")
     run.model.wanted_down()
-    return True
 
 
-def restart(run: Run, _: random.Random) -> bool:
+def restart(run: Run, _: random.Random) -> None:
     """systemctl restart"""
     run.sh(f"systemctl restart {UNIT}")
     run.model.wanted_up()
-    return True
 
 
-def up(run: Run, _: random.Random) -> bool:
+def up(run: Run, _: random.Random) -> None:
     """nbdnfs up, from a folder that has a package nbdnfs of its own"""
     run.sh("mkdir -p /tmp/here/nbdnfs && echo 'raise SystemExit(\"foreign code runs\")' > /tmp/here/nbdnfs/__init__.py")
     result = run.sh(f"cd /tmp/here && nbdnfs up {NAME}")
@@ -305,76 +304,69 @@ def up(run: Run, _: random.Random) -> bool:
         model.swap = True if result.status == 0 else None
     elif not model.keeper:
         model.wanted_up()
-    return True
 
 
-def down(run: Run, _: random.Random) -> bool:
+def down(run: Run, _: random.Random) -> None:
     """nbdnfs down"""
     result = run.sh(f"nbdnfs down {NAME}")
     run.must(not run.model.top or result.status != 0, "down takes a device that another one lies on")
     run.model.wanted_down()
-    return True
 
 
-def run_beside(run: Run, _: random.Random) -> bool:
+def run_beside(run: Run, _: random.Random) -> None:
     """nbdnfs run, beside the keeper that runs"""
     if not run.model.keeper:
-        return False
+        return
     result = run.sh(f"timeout -k 5 60 nbdnfs run {NAME}")
     run.must(result.status not in (0, 124, 137), "a second keeper of the same device runs")
-    return True
 
 
-def run_by_hand(run: Run, _: random.Random) -> bool:
+def run_by_hand(run: Run, _: random.Random) -> None:
     """nbdnfs run where none runs, ended by SIGTERM; then the unit takes over"""
     model = run.model
     if model.keeper or model.attached or model.config != "good":
-        return False
+        return
     run.said.append(f"nbdnfs run {NAME} &")
     keeper = run.guest.start(f"exec nbdnfs run {NAME}", 600)
     run.guest.wait_until(lambda: not keeper.running or look(run.guest).is_swap_on, 240, "swap, by a keeper by hand")
     run.must(keeper.running, f"the keeper by hand has ended: {keeper.stderr}")
     run.sh(f"read -r pid rest < /run/nbdnfs/{NAME}/keeper && kill $pid")
     run.must(keeper.wait().status == 0, f"SIGTERM: {keeper.stderr}")
-    return restart(run, _)
+    restart(run, _)
 
 
-def sighup(run: Run, _: random.Random) -> bool:
+def sighup(run: Run, _: random.Random) -> None:
     """SIGHUP: a fresh worker"""
     if not run.model.keeper:
-        return False
+        return
     run.sh(f"systemctl reload {UNIT}")
-    return True
 
 
-def edit(run: Run, rng: random.Random) -> bool:
+def edit(run: Run, rng: random.Random) -> None:
     """a valid configuration, perhaps the first after a bad one"""
     run.configure(run.good + rng.choice(["", "# a comment\\n", "connections = 2\\n", "threads = 6\\n"]))
     run.said.append("a valid configuration")
     run.model.config = "good"
-    return True
 
 
-def delete(run: Run, _: random.Random) -> bool:
+def delete(run: Run, _: random.Random) -> None:
     """rm the configuration"""
     run.sh(f"rm -f {_CONFIG}")
     run.model.config = "missing"
-    return True
 
 
-def break_it(run: Run, rng: random.Random) -> bool:
+def break_it(run: Run, rng: random.Random) -> None:
     """a configuration that is not valid"""
     text = rng.choice(_BROKEN)
     run.configure(text)
     run.said.append(f"a configuration of {text}")
     run.model.config = "bad"
-    return True
 
 
-def fill_run(run: Run, rng: random.Random) -> bool:
+def fill_run(run: Run, rng: random.Random) -> None:
     """/run is full while a process is killed or the unit is restarted"""
     if not run.model.keeper:
-        return False
+        return
     run.sh("dd if=/dev/zero of=/run/fill bs=64k 2>/dev/null; true")
     what = rng.choice(["worker", "keeper", "all", "restart"])
     if what == "restart":
@@ -386,16 +378,14 @@ def fill_run(run: Run, rng: random.Random) -> bool:
     real = look(run.guest)
     run.said.append(f"swap is {'on' if real.is_swap_on else 'off'} while /run is full")
     run.sh("rm -f /run/fill", note=False)
-    return True
 
 
-def swapoff(run: Run, _: random.Random) -> bool:
+def swapoff(run: Run, _: random.Random) -> None:
     """swapoff by hand"""
     if not run.model.swap:
-        return False
+        return
     run.sh("swapoff /dev/nbd*")
     run.model.swap = False
-    return True
 
 
 def kill_expected(run: Run) -> None:
@@ -404,57 +394,55 @@ def kill_expected(run: Run) -> None:
         run.model.swap = None
 
 
-def kill(run: Run, rng: random.Random) -> bool:
+def kill(run: Run, rng: random.Random) -> None:
     """SIGKILL for worker, keeper, standby, both or all"""
     if not run.model.keeper:
-        return False
+        return
     what = rng.choice(["worker", "keeper", "standby", "both", "all"])
     run.said.append(what)
     run.kill(what)
     kill_expected(run)
-    return True
 
 
-def upgrade(run: Run, rng: random.Random) -> bool:
+def upgrade(run: Run, rng: random.Random) -> None:
     """the package installed again, and a restart of what runs"""
     if not run.model.keeper:
-        return False
+        return
     run.install_again()
     run.said.append("installed again")
-    return restart(run, rng)
+    restart(run, rng)
 
 
-def top_on(run: Run, _: random.Random) -> bool:
+def top_on(run: Run, _: random.Random) -> None:
     """swap moves to a device-mapper device on top of ours"""
     if not run.model.swap or not run.model.keeper:
-        return False
+        return
     device = look(run.guest).devices[0]
     run.sh(
         f"swapoff /dev/{device} && dmsetup create {TOP} --table"
         f' "0 $(cat /sys/block/{device}/size) linear /dev/{device} 0" && swapon /dev/mapper/{TOP}'
     )
     run.model.swap, run.model.top = False, True
-    return True
 
 
-def top_off(run: Run, rng: random.Random) -> bool:
+def top_off(run: Run, rng: random.Random) -> None:
     """and back"""
     if not run.model.top:
-        return False
+        return
     run.sh(f"swapoff /dev/mapper/{TOP} && dmsetup remove --retry {TOP}")
     run.model.top = False
-    return restart(run, rng)
+    restart(run, rng)
 
 
-def pause_nas(run: Run, _: random.Random) -> bool:
+def pause_nas(run: Run, _: random.Random) -> None:
     """the NAS stands still for some seconds"""
+    run.said.append(f"for {_PAUSE_S:g} s")
     run.server.pause()
     time.sleep(_PAUSE_S)  # what it is about
     run.server.resume()
-    return True
 
 
-def detach(run: Run, _: random.Random) -> bool:
+def detach(run: Run, _: random.Random) -> None:
     """nbdnfs detach"""
     model = run.model
     result = run.sh("for d in /sys/block/nbd*; do [ -e $d/pid ] && exec nbdnfs detach /dev/${d##*/}; done; exit 1")
@@ -463,7 +451,6 @@ def detach(run: Run, _: random.Random) -> bool:
         model.attached = model.swap = model.keeper = None  # the unit brings it back where it can
         if model.config == "good":
             model.wanted_up()
-    return True
 
 
 ACTS: dict[str, Act] = {

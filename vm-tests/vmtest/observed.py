@@ -73,8 +73,9 @@ def look(machine: Machine) -> Observed:
     )
 
 
-def contradictions(machine: Machine, real: Observed) -> list[str]:
-    """Where `nbdnfs status` says something else than `real`."""
+def contradictions(machine: Machine, real: Observed, *, is_config_good: bool) -> list[str]:
+    """Where `nbdnfs status` says something else than `real`. A device whose configuration is not good may be green or
+    not: it goes on, and there is something to mend."""
     result = machine.run(f"nbdnfs status --json {NAME}", 120, check=False)
     if "Traceback" in result.stderr:
         return [f"nbdnfs status: {result.stderr}"]
@@ -84,13 +85,14 @@ def contradictions(machine: Machine, real: Observed) -> list[str]:
     # a list, or an object with a version of the schema
     (stated,) = found if isinstance(found, list) else found["devices"]
     device = stated["device"]
+    is_healthy = real.is_swap_on and bool(real.keepers)
     pairs = {
         "device": (None if device is None else device.removeprefix("/dev/"), (*real.devices, None)[0]),
         "swap": (stated["swap_bytes"] is not None, real.is_swap_on),
         "keeper": (stated["keeper_pid"], (*real.keepers, None)[0]),
         "worker": (stated["worker_pid"] in (None, *real.serving), True),
         "exit status": (result.status == 0, bool(stated["green"])),
-        "green": (bool(stated["green"]), real.is_swap_on and bool(real.keepers)),
+        "green": (bool(stated["green"]), is_healthy and (is_config_good or bool(stated["green"]))),
     }
     return [
         f"status says of {key}: {said}, and it is {real_one}"
