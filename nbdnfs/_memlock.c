@@ -7,16 +7,22 @@
 #include <Python.h>
 
 #include <errno.h>
+#include <fcntl.h>
 #include <malloc.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #ifndef PR_SET_IO_FLUSHER
 #define PR_SET_IO_FLUSHER 57 /* Linux 5.6 */
 #define PR_GET_IO_FLUSHER 58
+#endif
+#ifndef SYS_memfd_secret
+#define SYS_memfd_secret 447 /* Linux 5.14, on all architectures that have it */
 #endif
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22 /* Linux 5.14 */
@@ -127,6 +133,12 @@ static PyObject *outlive_parent(PyObject *module, PyObject *unused)
 	return none_or_errno(prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0) == 0 ? 0 : errno);
 }
 
+/* While a descriptor of secret memory is open, and it stays open. Nothing is mapped: it costs an inode. */
+static PyObject *forbid_hibernation(PyObject *module, PyObject *unused)
+{
+	return none_or_errno(syscall(SYS_memfd_secret, O_CLOEXEC) >= 0 ? 0 : errno);
+}
+
 static PyMethodDef methods[] = {
 	{ "lock_on_fault", lock_on_fault, METH_NOARGS,
 	  "mlockall(2): lock all memory, now and later, as soon as it is touched" },
@@ -143,6 +155,8 @@ static PyMethodDef methods[] = {
 	  "prctl(PR_SET_IO_FLUSHER): for this thread and those it starts" },
 	{ "outlive_parent", outlive_parent, METH_NOARGS,
 	  "prctl(PR_SET_PDEATHSIG, 0): no signal when the parent ends" },
+	{ "forbid_hibernation", forbid_hibernation, METH_NOARGS,
+	  "memfd_secret(2): the kernel does not hibernate while this process lives" },
 	{ NULL, NULL, 0, NULL },
 };
 

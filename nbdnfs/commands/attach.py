@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdnfs.errors import NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError, UsageError
+from nbdnfs.keeper import hibernation
 from nbdnfs.kernel import device_in_use, nbd_device, nbd_handshake
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.nbd_device import DEFAULT_TIMEOUT_S, Attached
@@ -90,6 +91,7 @@ def attach(
                 with contextlib.suppress(NbdnfsError):
                     device_in_use.disconnect(kernel, attached.index, root)
                 raise
+        hibernation.forbid(attached.name, root)
         return attached
 
 
@@ -117,6 +119,7 @@ def detach(
             f"{path} is disconnected, but still there after {timeout_s:g} s",
             "a process has it open; the device goes when that closes it",
         )
+    hibernation.permit(state.name, root)
 
 
 def _require_socket(path: Path) -> None:

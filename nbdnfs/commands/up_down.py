@@ -19,7 +19,7 @@ from nbdnfs import config, name_lock
 from nbdnfs.commands import progress, starting, systemd_unit
 from nbdnfs.config import Config
 from nbdnfs.errors import BusyError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError
-from nbdnfs.keeper import only_keeper
+from nbdnfs.keeper import hibernation, only_keeper
 from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import device_in_use, nbd_device, openers, swap_area
 from nbdnfs.kernel import state as kernel_state
@@ -195,6 +195,7 @@ def _take_down(records: Records, keeper: ProcessRecord | None, ours: frozenset[i
             worker = None
         _end(worker, signal.SIGKILL, "the worker")
         _end(records.living(Records.STANDBY), signal.SIGKILL, "the standby")  # a parked one may outlive its keeper
+        hibernation.permit(records.name)
         _release_file(records)
         records.remove()
 

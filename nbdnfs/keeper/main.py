@@ -15,7 +15,7 @@ import time
 
 from nbdnfs import config, memlock, nfs_url, proc_stat, programs
 from nbdnfs.errors import NbdnfsError, NoHostError, OwnedError, PermissionDeniedError, UnavailableError, UsageError
-from nbdnfs.keeper import failures, last_good, only_keeper, sd_notify
+from nbdnfs.keeper import failures, hibernation, last_good, only_keeper, sd_notify
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.records import Records
@@ -115,9 +115,12 @@ def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
             _apply(settings, memlock.settle(CODE, heap_bytes=_HEAP_BYTES))
 
     config_text = last_good.to_text(settings)
+    hibernation.forbid(name)
     try:
         return Keeper(kernel, work, records, reporter, stored=stored, config_text=config_text, warm_up=warm_up).run()
     except NbdnfsError:
+        if nbd_device.find(backend) is None:
+            hibernation.permit(name)
         if settings.owner:
             _release_unless_attached(name, text, address)
         raise
