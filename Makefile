@@ -3,7 +3,7 @@
 
 PYTHON := .venv/bin/python
 # A throwaway NFS server, guests' images and kernel devices need root.
-AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,HERE,NBDNFS_CACHE,NBDNFS_VM_ACCEL)
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,KERNEL,HERE,NBDNFS_CACHE,NBDNFS_VM_ACCEL)
 PYTEST := $(AS_ROOT) $(PYTHON) -m pytest
 # Programs that use what tests share; pytest has the same folders from pyproject.toml.
 PROGRAM := $(AS_ROOT) env PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/vm-tests:$(CURDIR)/bench $(PYTHON)
@@ -18,7 +18,7 @@ help:
 	@echo 'make faults       ten minutes of verified reads and writes while faults strike; ARGS="--seed 7 --version 4"'
 	@echo 'make hostile      a million answers of a server that mutates them, under a sanitizer; ARGS="--answers 1000"'
 	@echo 'make odd-servers  serve from odd servers, and write the table of docs/servers.md'
-	@echo 'make vm-test      all tests in guests; SUITE=trixie for Debian 13, ARGS="--memory-rounds 3"'
+	@echo 'make vm-test      all tests in guests; SUITE=trixie, KERNEL=generic, ARGS="--memory-rounds 3"'
 	@echo 'make bench        our worker beside qemu-nbd, the reference engine and bare libnfs'
 	@echo 'make bench-vm     a guest swaps to zram, kernel nbd, kernel NFS and nbdnfs; ARGS="--size 64 --rounds 1"'
 	@echo 'make lint         ruff, mypy, and the C compiler with warnings as errors'

@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def image() -> images.Image:
     """The image of $SUITE. Built outside of any test's time limit by `pytest_collection_finish`."""
-    return images.image(images.default_suite())
+    return images.default_image()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -52,7 +52,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
     if session.config.option.collectonly or not wanted & {"image", "boot"}:
         return
-    built = images.image(images.default_suite())
+    built = images.default_image()
     initramfs.initrd(built)
     payload(built, project=False)
 

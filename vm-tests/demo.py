@@ -100,9 +100,9 @@ def _run(tell: Teller, here: bool) -> swap.Measured:
 
 
 def _in_guest(tell: Teller, workdir: Path, url: str, sizes: dict[str, int]) -> swap.Measured:
-    suite = image.default_suite()
-    tell(f"preparing a guest image of Debian {suite} (about two minutes the first time, then cached)")
-    built = image.image(suite)
+    suite, kernel = image.default_suite(), image.default_kernel()
+    tell(f"preparing a guest image of Debian {suite}, {kernel} kernel (about two minutes the first time, then cached)")
+    built = image.image(suite, kernel)
     initramfs.initrd(built)
     tell("building nbdnfs for the guest")
     disk = payload(built, project=True)

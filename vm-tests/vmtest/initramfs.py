@@ -30,7 +30,7 @@ def initrd(image: Image) -> Path:
             files.append((f"modules/{number:02}-{module.name.split('.')[0]}.ko", 0o100644, _module_bytes(module)))
         (folder / "initrd").write_bytes(_cpio(files))
 
-    return cache.cached(f"initrd-{image.suite}", key, build) / "initrd"
+    return cache.cached(f"initrd-{image.name}", key, build) / "initrd"
 
 
 def _load_order(modules: Path, names: tuple[str, ...]) -> list[Path]:

@@ -32,7 +32,7 @@ def payload(image: Image, *, project: bool) -> Path:
         Path(__file__).read_bytes(),
         *(part for path in [*tools, *sources] for part in (str(path.relative_to(_TREE)), path.read_bytes())),
     )
-    name = f"payload-{image.suite}" if project else f"tools-{image.suite}"
+    name = f"payload-{image.name}" if project else f"tools-{image.name}"
     return cache.cached(name, key, lambda folder: _build(image, project, folder)) / "payload.raw"
 
 
@@ -54,7 +54,7 @@ def wheel(image: Image, version: str) -> Path:
             (built,) = work.path.glob("*.whl")
             shutil.copy(built, folder)
 
-    (found,) = cache.cached(f"wheel-{image.suite}", key, build).glob("*.whl")
+    (found,) = cache.cached(f"wheel-{image.name}", key, build).glob("*.whl")
     return found
 
 
