@@ -86,10 +86,11 @@ class RealWork:
         return self._python("nbdnfs", "claim", settings.url, *options)
 
     def swap_on(self, attached: Attached) -> HelperProcess:
-        """helpers/swap_on.py: mkswap where the device is empty, and swapon."""
-        priority = "-" if self._settings.priority is None else str(self._settings.priority)
-        flags = ["--discard"] if self._settings.discard else []
-        return self._python("nbdnfs.keeper.helpers.swap_on", attached.path, priority, self._settings.name, *flags)
+        """helpers/swap_on.py: mkswap where the device has no swap area for this kernel, and swapon."""
+        settings = self._settings
+        priority = "-" if settings.priority is None else str(settings.priority)
+        flags = [*(["--discard"] if settings.discard else []), *(["--owned"] if settings.owner else [])]
+        return self._python("nbdnfs.keeper.helpers.swap_on", attached.path, priority, settings.name, *flags)
 
     def is_swapped_on(self, attached: Attached) -> bool:
         return swap_area.find(attached.path) is not None
