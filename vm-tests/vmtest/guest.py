@@ -51,6 +51,11 @@ def seen_from_guest(url: str) -> str:
     return url.replace("//127.0.0.1/", f"//{HOST_ADDRESS}/", 1)
 
 
+def machine_id(name: str) -> str:
+    """The machine id of the guest of that name, in all its boots."""
+    return hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
 class GuestJob:
     """A command that runs in a guest. Made by `Guest.start`; see machine.Job."""
 
@@ -255,8 +260,10 @@ class Guest:
             error.add_note(f"the end of {self.kernel_log_path}:\n{tail}")
 
     def _qemu(self, channel_fd: int) -> list[str | Path]:
-        machine_id = hashlib.sha256(self.name.encode()).hexdigest()[:32]
-        arguments = [*_KERNEL_ARGUMENTS, f"systemd.hostname={self.name}", f"systemd.machine_id={machine_id}"]
+        arguments = [
+            *_KERNEL_ARGUMENTS,
+            *(f"systemd.hostname={self.name}", f"systemd.machine_id={machine_id(self.name)}"),
+        ]
         disks = [f"format=raw,file={disk}" for disk in self._disks]
         if self._root is not None:
             initrd = initramfs.initrd(self.image, "network")
