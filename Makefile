@@ -13,6 +13,7 @@ C_FILES = $(wildcard nbdnfs/*.c nbdnfs/engine/*.[ch] nbdnfs/engine/*/*.[ch] benc
 help:
 	@echo 'make demo         a Debian guest swaps onto a file on an NFS server; a table at the end'
 	@echo 'make demo HERE=1  the same on this machine, without a guest (needs the kernel module nbd)'
+	@echo 'make demo DISKLESS=1  a guest without a disk boots from the server, and swaps to it'
 	@echo 'make test         lint, types, all tests, and one guest that swaps; ONE=tests/FILE.py::NAME for one test'
 	@echo 'make unit         the tests that need no server, no root and no nbdkit: less than a minute'
 	@echo 'make faults       ten minutes of verified reads and writes while faults strike; ARGS="--seed 7 --version 4"'
@@ -27,7 +28,7 @@ help:
 
 demo:
 	@tools/bootstrap.sh demo
-	$(PROGRAM) vm-tests/demo.py $(if $(HERE),--here)
+	$(PROGRAM) vm-tests/demo.py $(if $(HERE),--here) $(if $(DISKLESS),--diskless)
 
 # One after the other, also under make -j: the cheap checks come first.
 # -m "": one test that is named runs even if it is long.

@@ -30,6 +30,9 @@ _AWAY_S = 60.0
 _WATCHER = "/run/away.py"
 _SEQUENTIAL = ",".join(["fill", *["sequential"] * 63])
 
+# Which units stop, and when, in the kernel's log: the journal of such a machine ends with it.
+_TELL = ("systemd.log_level=info", "systemd.log_target=kmsg", "printk.devkmsg=on")
+
 BootDiskless = Callable[..., Guest]
 
 
@@ -39,7 +42,8 @@ def boot_arguments(server: Ganesha, mib: int) -> list[str]:
     name = f"{machine_id('guest')}.swap"
     host.nbdnfs_create(server.url(name), mib, timeout_s=120)
     host.run(["/sbin/mkswap", server.export_path / name], what="mkswap", timeout_s=30)
-    return [f"nbdnfs.url={seen_from_guest(server.url('X')).replace('/X?', '/%m.swap?')}", f"nbdnfs.size={mib}M"]
+    url = seen_from_guest(server.url("X")).replace("/X?", "/%m.swap?")
+    return [f"nbdnfs.url={url}", f"nbdnfs.size={mib}M", *_TELL]
 
 
 def wait_for_swap(guest: Guest, name: str = "cmdline") -> None:

@@ -26,6 +26,7 @@ class NetworkRoot:
     """What a guest boots from. One guest at a time writes to a root of the kind "nfs"; it is there after a reboot."""
 
     server: Ganesha
+    folder: Path
     layers: Sequence[str] = ()
 
     def arguments(self, host_address: str) -> list[str]:
@@ -35,19 +36,19 @@ class NetworkRoot:
             *(f"addr={host_address}", f"mountaddr={host_address}"),
             *(f"port={self.server.nfs_port}", f"mountport={self.server.mount_port}"),
         )
-        found = [f"guest.nfs={host_address}:{self.server.export_path}", f"guest.nfs_options={','.join(options)}"]
+        found = [f"guest.nfs={host_address}:{self.folder}", f"guest.nfs_options={','.join(options)}"]
         return [*found, *([f"guest.layers={':'.join(self.layers)}"] if self.layers else [])]
 
 
 def export(kind: str, image: Image, payload: Path, server: Ganesha) -> NetworkRoot:
-    """Put a root of one of KINDS, with the project's units, into the export of `server`, which nothing else is in.
+    """Put a root of one of KINDS, with the project's units, into the folder "root" of the export of `server`.
 
     image, payload  as a Guest has them
 
     Needs root, and takes some ten seconds.
     """
     host.need_root("exporting a root")
-    folder = server.export_path
+    folder = server.export_path / "root"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=server.workdir) as temporary:
         top = Path(temporary) / "top"
@@ -60,11 +61,11 @@ def export(kind: str, image: Image, payload: Path, server: Ganesha) -> NetworkRo
         if kind == "nfs":
             for source in (image.root, top):
                 host.run(["cp", "-a", f"{source}/.", folder], what="copying a root", timeout_s=600)
-            return NetworkRoot(server)
+            return NetworkRoot(server, folder)
         layers = {"top.squashfs": folder / "top.squashfs", "root.squashfs": folder / "root.squashfs"}
         _squash(top, layers["top.squashfs"])
         _link(_squashed(image), layers["root.squashfs"])
-        return NetworkRoot(server, tuple(layers))
+        return NetworkRoot(server, folder, tuple(layers))
 
 
 def _squashed(image: Image) -> Path:
