@@ -238,8 +238,8 @@ static void start_write_back(struct engine *engine, struct write_back *write_bac
 	write_back->started_us = now_us();
 	write_back->req = (struct nfsio_req){
 		.op = must_be_stable(engine, &write_back->pages) ? NFSIO_WRITE : NFSIO_WRITE_UNSTABLE,
-		.offset_bytes = write_back->pages.first_page * PAGE_BYTES,
-		.length_bytes = write_back->pages.count * PAGE_BYTES,
+		.offset_bytes = write_back->pages.first_page * SLOT_BYTES,
+		.length_bytes = write_back->pages.count * SLOT_BYTES,
 		.data = write_back->data,
 		.done = write_back_done,
 	};

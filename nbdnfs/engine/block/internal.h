@@ -162,7 +162,7 @@ static inline bool is_half_full(const struct engine *engine)
 /* At most what the server moves in one READ or WRITE, but at least a page: nfsio splits it where that is more. */
 static inline uint32_t pages_at_once(const struct engine *engine, uint32_t wanted)
 {
-	uint32_t most = engine->piece_bytes / PAGE_BYTES;
+	uint32_t most = engine->piece_bytes / SLOT_BYTES;
 
 	return wanted <= most ? wanted : most > 0 ? most : 1;
 }
