@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nbdnfs import backing_size, defaults, nfs_url, quantities
 from nbdnfs.errors import UsageError
-from nbdnfs.sizes import SLOT_BYTES
+from nbdnfs.sizes import KERNEL_PAGE_BYTES, SLOT_BYTES
 
 _MIB = 1 << 20
 LOCKS = ("required", "wanted", "off")
