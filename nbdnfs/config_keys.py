@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nbdnfs import backing_size, defaults, nfs_url, quantities
 from nbdnfs.errors import UsageError
-from nbdnfs.sizes import SLOT_BYTES
+from nbdnfs.sizes import KERNEL_PAGE_BYTES, SLOT_BYTES
 
 _MIB = 1 << 20
 LOCKS = ("required", "wanted", "off")
@@ -251,9 +251,10 @@ KEYS = {
     ),
     "max_sectors": Key(
         "max_sectors_kb",
-        _size(SLOT_BYTES, 32 * _MIB, 1024, "128K"),
+        # the kernel refuses less than one of its pages: block/blk-sysfs.c
+        _size(max(SLOT_BYTES, KERNEL_PAGE_BYTES), 32 * _MIB, 1024, "128K"),
         '"128K"',
-        'Largest request that the kernel sends to the device: "4K" to "32M".',
+        'Largest request that the kernel sends to the device: a page of the kernel ("4K" on most machines) to "32M".',
     ),
     "recovery": Key(
         "recovery",

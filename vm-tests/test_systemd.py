@@ -109,6 +109,41 @@ def test_enable_reboot_power_off(boot: Callable[..., Guest], ganesha: Ganesha, m
         guest.shutdown(_POWER_OFF_TIMEOUT_S)
 
 
+@pytest.mark.timeout(1200)
+def test_quick_start_and_a_silent_nas(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
+    """README's own sequence, with a file of 64 MiB, ends with a doctor that finds nothing wrong. A NAS that stops
+    while nothing is swapped is critical within half a minute, unknown without root, and all is well after it."""
+    url = seen_from_guest(ganesha.url("swap0.swap"))
+    with boot(project=True, arguments=[_TELL], allow={"slow", "nbd"}) as guest:
+        guest.settle()
+        _install(guest, "swap0", f'url = "{url}"\nsize = "64M"\n')
+        assert guest.run("nbdnfs status swap0", check=False).stdout.splitlines()[0] == (
+            "swap0: not up; nbdnfs@swap0.service is not started, and does not start at boot:"
+            " systemctl enable --now nbdnfs@swap0.service"
+        )
+        guest.run("systemctl enable --now nbdnfs@swap0", 300, check=False)
+        _wait_for_swap(guest, "swap0")
+        doctor = guest.run("nbdnfs doctor swap0", 120, check=False)
+        print(doctor.stdout)
+        assert doctor.status == 0, [line for line in doctor.stdout.splitlines() if line.startswith("BAD")]
+        ganesha.pause()
+        try:
+            guest.wait_until(lambda: guest.run("nbdnfs status swap0", 60, check=False).status == 2, 60, "critical")
+            found = guest.run("nbdnfs status swap0", 60, check=False)
+            print(found.stdout)
+            assert "unheard for " in found.stdout
+            doctor = guest.run("nbdnfs doctor swap0", 60, check=False)
+            assert "BAD  swap0: server: " in doctor.stdout
+        finally:
+            ganesha.resume()
+        guest.wait_until(lambda: guest.run("nbdnfs status swap0", 60, check=False).status == 0, 90, "all is well")
+        found = guest.run("setpriv --reuid=65534 --regid=65534 --clear-groups nbdnfs status swap0", 60, check=False)
+        assert found.status == 3, found.stdout + found.stderr
+        assert found.stdout.startswith("swap0: unknown: ")
+        assert guest.run("journalctl -b --no-pager -o cat | grep -c '^Traceback'", 60, check=False).stdout == "0\n"
+        guest.shutdown(_POWER_OFF_TIMEOUT_S)
+
+
 @pytest.mark.timeout(1800)
 def test_one_image_two_machines(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
     """Two guests of one image and one configuration, whose URL has %m: each swaps to a file of its own, at once."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """`nbdnfs claim`: what a keeper starts to create a missing backing file and to make this machine its owner.
-With neither to do, it only looks for the file.
+With neither to do, it only looks for the file, so that a keeper waits here until there is one.
 
 In a process of its own, because the keeper loads neither the engine nor libnfs.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from nbdnfs import backing_size, quantities
 from nbdnfs.commands import claiming, create
 from nbdnfs.errors import NoInputError, OwnedError
+from nbdnfs.keeper import failures
 from nbdnfs.keeper.records import Records
 from nbdnfs.nas import backing_file, old_name, owner_record, ownership
 
@@ -21,7 +22,8 @@ log = logging.getLogger(__name__)
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit status. Errors as `backing_file.create` and `ownership.claim`; a refusal is left for `status`, too.
+    """The exit status. Errors as `backing_file.create` and `ownership.claim`; a refusal is left for `status`, too, and
+    has an exit status of its own.
 
     SIGINT and SIGTERM end it within two seconds while it claims, and within five while it creates.
     """
@@ -38,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     except OwnedError as error:
         if args.holder is not None:
             Records.write_refusal(_name_of(holder), error.message)
+            error.exit_code = failures.OWNED_STATUS
         raise
     Records.write_refusal(_name_of(holder), None)
     return 0
@@ -54,7 +57,7 @@ def _provide(url: str, size_bytes: int) -> None:
         found_bytes = backing_file.inspect(url).size_bytes
     except NoInputError:
         backing_size.refuse_unless_lockable(size_bytes, Path("/"))
-        create.create(url, size_bytes)
+        create.create(url, size_bytes, status="creating the backing file")
         return
     if not backing_size.is_near(found_bytes, size_bytes):
         log.warning(

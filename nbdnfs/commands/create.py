@@ -12,7 +12,6 @@ from nbdnfs import backing_size
 from nbdnfs.commands import claiming, progress
 from nbdnfs.errors import ConfigError
 from nbdnfs.nas import backing_file, existing_file, old_name, ownership, patience
-from nbdnfs.nas.zeros import Progress
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +36,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def create(url: str, size_bytes: int, *, force: bool = False, show: Progress | None = None) -> None:
-    """`backing_file.create`, with progress on stderr, or what `show` makes of it.
+def create(url: str, size_bytes: int, *, force: bool = False, status: str = "") -> None:
+    """`backing_file.create`, with progress on stderr. SIGINT and SIGTERM end it, and remove what was written.
 
-    SIGINT and SIGTERM end it, and remove what was written.
+    With `status`, progress is on stdout as well, as `progress.status_lines` prints it.
     """
-    report = show or progress.reporter()
+    show = progress.reporter()
+    if status:
+        show = progress.status_lines(status, show)
 
     def work(stop: threading.Event) -> None:
         with patience.interruptible(stop):
-            backing_file.create(url, size_bytes, force=force, progress=report)
+            backing_file.create(url, size_bytes, force=force, progress=show)
 
     claiming.run_until_signal(work, grace_s=_GRACE_S)

@@ -57,16 +57,26 @@ not whole pages inside the device; EIO where the file is shorter than the device
 checksum, and for the waits above; and what the server answered to a READ (EACCES, ...). A write that the server refuses
 (ENOSPC, EDQUOT, EROFS, ...) is not an error to the caller: the page stays in the region, the counter `write_back_error`
 has the errno, and the engine tries again.
+
+Importing this raises `nbdnfs.errors.UnavailableError` where libnfs is missing.
 """
 
-from nbdnfs.engine._engine import (
-    Engine,
-    NfsError,
-    NfsFile,
-    forget_services,
-    keep_thread_states,
-    libnfs_version,
-)
+from nbdnfs.errors import UnavailableError
+
+try:
+    from nbdnfs.engine._engine import (
+        Engine,
+        NfsError,
+        NfsFile,
+        forget_services,
+        keep_thread_states,
+        libnfs_version,
+    )
+except ImportError as _error:  # libnfs was removed, or this installation is of another Python
+    raise UnavailableError(
+        f"the engine cannot be loaded: {_error}",
+        "install the shared library of libnfs again (Debian: apt install libnfs-dev), or nbdnfs itself",
+    ) from None
 
 __all__ = [
     "Engine",

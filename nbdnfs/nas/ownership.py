@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nbdnfs import nfs_url, proc_stat
+from nbdnfs import name_lock, nfs_url, proc_stat
 from nbdnfs.engine import NfsFile, libnfs_version
 from nbdnfs.errors import (
     CannotCreateError,
@@ -304,9 +304,11 @@ def _put_into_force(location: RecordFile, ours: Record, state: str) -> Record | 
 
 
 def _lives(holder: str, root: Path) -> bool:
-    """Whether a holder runs on this machine: a keeper's device is attached, a process has not ended."""
+    """Whether a holder runs on this machine: a device has a keeper or is attached, a process has not ended."""
     kind, _, rest = holder.partition(":")
     if kind == "keeper":
+        if name_lock.holder(rest, name_lock.KEEPER, root=root) is not None:
+            return True
         # nbd_device.backend_of
         return any(state.attached and state.backend == f"nbdnfs:{rest}" for state in kernel_state.nbd_devices(root))
     pid, _, ticks = rest.partition(":")

@@ -13,6 +13,7 @@ from support.owner_records import HOLDER, machine, record_of
 from support.waiting import DEADLINE_S
 
 from nbdnfs import backing_size, cli
+from nbdnfs.keeper import failures
 from nbdnfs.keeper.records import Records
 from nbdnfs.nas import owner_record, ownership
 
@@ -37,6 +38,15 @@ def test_a_missing_file_is_created(ganesha: Ganesha) -> None:
     assert not list(ganesha.export_path.glob(f".{path.name}.*"))
 
 
+@pytest.mark.parametrize("options", [[], [f"--holder={HOLDER}"]])
+def test_a_missing_file_is_looked_for(swap_file: FileOnServer, options: list[str]) -> None:
+    """Without --size it is not made, whether it is to be claimed or not: a status that a keeper waits upon."""
+    for url, status in ((swap_file.url().replace(swap_file.path.name, "missing"), os.EX_NOINPUT), (swap_file.url(), 0)):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["claim", url, *options])
+        assert ended.value.code == status
+
+
 def test_a_refusal_is_recorded(swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reason is left for `nbdnfs status`, and the exit status stops the unit from trying again."""
     ownership.claim(swap_file.url(), HOLDER, machine("box2"))
@@ -44,7 +54,7 @@ def test_a_refusal_is_recorded(swap_file: FileOnServer, monkeypatch: pytest.Monk
     monkeypatch.setattr(Records, "write_refusal", lambda name, text: refusals.append((name, text)))
     with pytest.raises(SystemExit) as ended:
         cli.main(["claim", swap_file.url(), f"--holder={HOLDER}"])
-    assert ended.value.code == os.EX_NOPERM
+    assert ended.value.code == failures.OWNED_STATUS
     ((name, text),) = refusals
     assert name == "swap0"
     assert "in use as swap by box2" in str(text)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 import threading
 from dataclasses import replace
 from typing import Any
@@ -169,3 +170,12 @@ def test_part_names_differ_by_file_and_machine(server: FakeServer, monkeypatch: 
     assert len(names) == 7
     monkeypatch.setattr(owner_record, "identity", lambda: replace(me, hardware="5" * 32, boot="6" * 32))
     assert part_file.name_of(target) in names  # it is known again after a power failure
+
+
+def test_a_host_name_of_any_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sethostname(2) takes any; the name is that machine's own all the same."""
+    target = nfs_url.parse(URL)
+    before = part_file.name_of(target)
+    monkeypatch.setattr(socket, "gethostname", lambda: "b\udcff\udcfe")
+    assert part_file.name_of(target) != before
+    assert part_file.name_of(target).isascii()

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * A new connection to a file by its name: a libnfs context that is not published yet mounts, opens the file and checks
- * its handle. The I/O thread waits for each call (`step`), and meanwhile fails requests that have waited too long.
+ * The first connection to a file, by its name: a libnfs context that is not published yet mounts, opens the file and
+ * checks its handle. Over libnfs, all connections. The I/O thread waits for each call (`step`), and meanwhile fails requests that have waited too long.
  */
 #include "nfs/internal.h"
 
@@ -282,10 +282,11 @@ static void note_place(struct connection *made)
 {
 	const struct nfs_fh_bytes *bytes = (const struct nfs_fh_bytes *)nfs_get_fh(made->fh);
 	struct place *place = &made->place;
+	struct server_port *peer = &place->peer;
 
-	place->peer_bytes = sizeof(place->peer);
-	if (getpeername(nfs_get_fd(made->nfs), (struct sockaddr *)&place->peer, &place->peer_bytes) < 0)
-		place->peer_bytes = 0;
+	peer->address_bytes = sizeof(peer->address);
+	if (getpeername(nfs_get_fd(made->nfs), (struct sockaddr *)&peer->address, &peer->address_bytes) < 0)
+		peer->address_bytes = 0;
 	if (bytes == NULL || bytes->len <= 0 || bytes->len > (int)sizeof(place->handle))
 		return; /* without one, every later handle is another */
 	place->handle_bytes = (uint32_t)bytes->len;
@@ -333,29 +334,6 @@ static struct nfsio_handle copy_handle(const struct nfs_fh *opaque)
 	return handle;
 }
 
-/*
- * The handle of the directory that the URL's file lies in: that of the mount, or what libnfs opens, which follows
- * symbolic links. Where we may not read it we may write it, or there would be no file beside the one that is open.
- */
-static struct nfsio_handle find_directory(struct nfsio *io, const struct connection *made)
-{
-	static const int flags[] = { O_RDONLY, O_WRONLY };
-	struct nfsio_handle found = { 0 };
-
-	if (io->prefix[0] == '\0')
-		return copy_handle(nfs_get_rootfh(made->nfs));
-	for (unsigned i = 0; i < 2 && found.length_bytes == 0; i++) {
-		struct step *step = new_step(io);
-
-		if (nfs_open_async(made->nfs, io->prefix, flags[i], step_done, step) != 0 ||
-		    pump(io, made->nfs, step, made->deadline_ms) != 0)
-			continue;
-		found = copy_handle(nfs_get_fh(step->data));
-		nfs_close_async(made->nfs, step->data, libnfs_ignore, NULL);
-	}
-	return found;
-}
-
 /* Mount and open with a new context. Returns true and *made, or false and *why. Without the lock. */
 bool connect_to_name(struct nfsio *io, struct connection *made, struct nfsio_failure *why)
 {
@@ -384,8 +362,7 @@ bool connect_to_name(struct nfsio *io, struct connection *made, struct nfsio_fai
 	}
 	if (made->fh != NULL)
 		note_place(made);
-	if (io->version == 3 && io->options.looks)
-		made->directory = find_directory(io, made);
+	made->root = copy_handle(nfs_get_rootfh(made->nfs));
 	made->read_max_bytes = transfer_limit(nfs_get_readmax(nfs));
 	made->write_max_bytes = transfer_limit(nfs_get_writemax(nfs));
 	return true;

@@ -77,6 +77,7 @@ static void publish(struct nfsio *io, const struct connection *made)
 	if (made->directory.length_bytes > 0) {
 		io->directory = made->directory;
 		io->directory_is_stale = false;
+		io->directory_found = true;
 	}
 	io->last_received_ms = io->connected_at_ms = now_ms();
 	io->deadline_ms = INT64_MAX;

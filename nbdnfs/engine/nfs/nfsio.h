@@ -26,7 +26,8 @@
 enum nfsio_op {
 	NFSIO_READ,
 	NFSIO_WRITE,          /* FILE_SYNC: stable when it is done */
-	NFSIO_WRITE_UNSTABLE, /* NFSv3: needs a COMMIT under the same verifier, unless `stable` says otherwise */
+	NFSIO_WRITE_UNSTABLE, /* NFSv3: needs a COMMIT under the same verifier, unless `stable` says otherwise. It becomes
+				 NFSIO_WRITE where the server changes its verifier again and again */
 	NFSIO_COMMIT,         /* NFSv3: the whole file; its only result is the verifier */
 	NFSIO_LOOKUP,         /* nfsio_look()'s own */
 };
@@ -94,6 +95,7 @@ struct nfsio_req {
 	int64_t queued_at_ms;
 	int64_t give_up_at_ms;  /* while in flight: then it is sent again over a new connection */
 	int64_t refused_at_ms;  /* a READ: when the server first refused it, or 0 */
+	unsigned restarts;      /* a write: how often all of it was sent again for another verifier */
 	struct nfsio_req *prev, *next;
 };
 
@@ -198,6 +200,14 @@ void nfsio_suspect(struct nfsio *io, int64_t since_ms);
  */
 typedef void (*nfsio_changed_fn)(void *context);
 void nfsio_watch(struct nfsio *io, nfsio_changed_fn changed, void *context);
+
+/*
+ * Keep two times up to date from now on, by CLOCK_MONOTONIC in ms: when an answer was last received, over this
+ * connection or any other that is given the same place; and since when this one has waited for answers without a
+ * pause, 0 while it waits for none. A request without a connection to go out on waits, too. Both places outlive
+ * nfsio_join().
+ */
+void nfsio_note_waits(struct nfsio *io, _Atomic uint64_t *last_received_ms, _Atomic uint64_t *waiting_since_ms);
 
 /* Has an answer shown that the file has no name any more? The server may keep it while it is open. */
 bool nfsio_is_unlinked(const struct nfsio *io);
