@@ -15,6 +15,7 @@ import sys
 import nbdkit
 
 from nbdnfs.errors import NbdnfsError
+from nbdnfs.sizes import SLOT_BYTES
 
 try:
     from nbdnfs.worker import life, settings
@@ -88,7 +89,7 @@ def get_size(h: int) -> int:
 
 
 def block_size(h: int) -> tuple[int, int, int]:
-    return (4096, 4096, MAX_REQUEST_BYTES)
+    return (SLOT_BYTES, SLOT_BYTES, MAX_REQUEST_BYTES)
 
 
 def is_rotational(h: int) -> bool:

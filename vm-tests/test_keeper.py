@@ -54,7 +54,7 @@ def swapping(
         )
         try:
             guest.run(f"systemctl start nbdnfs@{_NAME}", 240)
-            print(guest.run(f"nbdnfs status {_NAME}").stdout)
+            print(guest.run(f"nbdnfs status {_NAME}", 120).stdout)
             print(memory_of(guest))
             yield guest
             status = guest.run(f"nbdnfs status {_NAME}", 60)

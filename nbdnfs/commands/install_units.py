@@ -35,6 +35,7 @@ _FILES = {
     "nbdnfs.slice": f"{_LIB}/systemd/system/nbdnfs.slice",
     "nbdnfs-generator": f"{_LIB}/systemd/system-generators/nbdnfs-generator",
     "reserve": f"{_LIB}/nbdnfs/reserve",
+    "pace": f"{_LIB}/nbdnfs/pace",
     "modules-load.conf": f"{_LIB}/modules-load.d/nbdnfs.conf",
     "sysctl.conf": f"{_LIB}/sysctl.d/60-nbdnfs.conf",
     "tmpfiles.conf": f"{_LIB}/tmpfiles.d/nbdnfs.conf",
@@ -46,7 +47,7 @@ _SINCE = {
     255: ("nbdnfs@.service-255.conf", f"{_LIB}/systemd/system/nbdnfs@.service.d/50-systemd-255.conf"),
 }
 _EXAMPLE = "etc/nbdnfs/example.toml.disabled"
-_EXECUTABLE = frozenset({"nbdnfs-generator", "reserve"})
+_EXECUTABLE = frozenset({"nbdnfs-generator", "reserve", "pace"})
 
 
 @dataclass(frozen=True)

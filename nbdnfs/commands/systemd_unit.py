@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from nbdnfs import programs
@@ -73,10 +74,15 @@ def is_shutting_down() -> bool:
     return programs.output([_systemctl(), "is-system-running"]).strip() == "stopping"
 
 
-def start(device: str) -> None:
-    """Start the unit, and wait until it has started. UnavailableError when it fails."""
-    if programs.status([_systemctl(), "start", name_of(device)]) != 0:
-        raise UnavailableError(f"{name_of(device)} did not start", f"see why: journalctl -u {name_of(device)}")
+def start(device: str, progress: Callable[[], None], every_s: float) -> tuple[int, str]:
+    """Start the unit, and wait until it has started, or systemd waits no longer; `progress` is called meanwhile.
+    systemctl's exit status, and what it printed on stderr."""
+    return programs.watch([_systemctl(), "start", name_of(device)], progress, every_s=every_s)
+
+
+def status_text(device: str) -> str:
+    """What the unit's process has last sent as STATUS=, sd_notify(3)."""
+    return _property(device, "StatusText")
 
 
 def stop(device: str) -> None:

@@ -48,7 +48,8 @@ the process ends with that status.
 
 `NfsFile` is a file of any size, with byte offsets and operations on names, for making and inspecting backing files. Its
 pwrite() returns when the data is on the NAS, stably. Once the file has been gone for `gone_limit_ms`, its transfers
-raise ESTALE.
+raise ESTALE. With `names_only` no file is opened: there are the names of the URL's directory, whatever file the URL
+names.
 
 Errors. Opening raises `NfsError`, an OSError with `phase`: "connect" (no answer), "mount" (the server does not export
 that, or not to this client), "open" (the file) or "name" (a name operation). Requests raise OSError: EINVAL for what is

@@ -6,6 +6,7 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,13 @@ from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.state import Swap
 from nbdnfs.sizes import KERNEL_PAGE_BYTES
 
-# include/linux/swap.h: union swap_header, at the end of the first of the kernel's pages
+# include/linux/swap.h: union swap_header fills the first page of the kernel that it is for. The signature is its end,
+# the version follows the boot loader's 1024 bytes, in the byte order of the machine that made it.
 _SIGNATURE = b"SWAPSPACE2"
+_VERSION_AT = 1024
+_VERSIONS = (b"\1\0\0\0", b"\0\0\0\1")
+# Of the kernels that Linux has nbd for: powerpc and some others may have up to 64 KiB.
+PAGE_SIZES_BYTES = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10)
 _PIECE_BYTES = 1 << 20
 _MKSWAP_TIMEOUT_S = 300.0
 
@@ -31,15 +37,33 @@ _SWAPOFF_NO_MEMORY = 2
 Progress = Callable[[int, int], None]
 
 
-def enable(path: Path, *, priority: int | None, label: str, discard: bool) -> None:
-    """Swap to a device. First make a swap area of it where it is all zeros, and warm its worker up.
+def enable(
+    path: Path,
+    *,
+    priority: int | None,
+    label: str,
+    discard: bool,
+    is_owned: bool,
+    page_bytes: int = KERNEL_PAGE_BYTES,
+) -> None:
+    """Swap to a device. First make a swap area of it where it has none that this kernel can use, and warm it up.
+
+    is_owned    this machine has the owner record of the file: then a swap area of another page size may be replaced
+    page_bytes  the kernel's page
 
     CannotCreateError: it holds something else. NbdnfsError: the warm-up, mkswap or swapon fails.
     """
-    if not has_signature(path):
-        refuse_data(path)
+    made_for = swap_page_bytes(path, page_bytes)
+    if made_for != page_bytes:
+        if made_for is None:
+            refuse_data(path)
+        else:
+            _replace(path, made_for, page_bytes, is_owned=is_owned)
         programs.run(
-            [programs.find_program("mkswap", "util-linux"), "--label", label[:15], str(path)],
+            [
+                *(programs.find_program("mkswap", "util-linux"), "--pagesize", str(page_bytes)),
+                *("--label", label[:15], str(path)),
+            ],
             what=f"making a swap area on {path}",
             timeout_s=_MKSWAP_TIMEOUT_S,
         )
@@ -58,16 +82,35 @@ def enable(path: Path, *, priority: int | None, label: str, discard: bool) -> No
     )
 
 
-def has_signature(path: Path) -> bool:
-    """Whether the device has the signature of a swap area. IOFailureError when it cannot be read."""
+def swap_page_bytes(path: Path, page_bytes: int = KERNEL_PAGE_BYTES) -> int | None:
+    """The page size that the device's swap area is for; None where it has none. IOFailureError when it cannot be read.
+
+    `page_bytes` is the kernel's: an area for it is found before one for another, which may be a remnant.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        page = os.pread(descriptor, KERNEL_PAGE_BYTES, 0)
+        start = os.pread(descriptor, PAGE_SIZES_BYTES[-1], 0)
     except OSError as error:
         raise IOFailureError(f"{path} cannot be read: {error.strerror}", "see the journal of the worker") from None
     finally:
         os.close(descriptor)
-    return page.endswith(_SIGNATURE)
+    if not start.startswith(_VERSIONS, _VERSION_AT):
+        return None
+    for size_bytes in (page_bytes, *PAGE_SIZES_BYTES):
+        if start[:size_bytes].endswith(_SIGNATURE) and len(start) >= size_bytes:
+            return size_bytes
+    return None
+
+
+def _replace(path: Path, made_for: int, page_bytes: int, *, is_owned: bool) -> None:
+    """Say that a swap area of another page size is replaced, or refuse that: CannotCreateError."""
+    pages = f"pages of {made_for >> 10} KiB, and this kernel has pages of {page_bytes >> 10} KiB"
+    if not is_owned:
+        raise CannotCreateError(
+            f"{path} is a swap area for {pages}",
+            "another machine may use it: name another file, or let nbdnfs see to that with owner = true",
+        )
+    print(f"nbdnfs: {path} was a swap area for {pages}: it is made again", file=sys.stderr, flush=True)
 
 
 def refuse_data(path: Path) -> None:

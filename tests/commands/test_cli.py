@@ -10,15 +10,13 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
 
 from nbdnfs import __version__, cli, errors
 from nbdnfs.commands import serve
-from nbdnfs.errors import ConfigError, NbdnfsError, UnavailableError
-from nbdnfs.keeper import main as keeper_main
+from nbdnfs.errors import NbdnfsError
 
 URL = "nfs://nas/export/swap"
 
@@ -129,7 +127,7 @@ def test_the_help_shows_specifiers_as_they_are_typed(capsys: pytest.CaptureFixtu
     """%H and %m appear with one percent sign, as a user types them."""
     assert run("--help") == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "/%H.swap?version=3, with %H for the host name and %m for the machine id" in out
+    assert "/%H.swap?version=3, with %H for the host name, %m for a hash of the machine id" in out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,31 +304,3 @@ def test_as_a_module() -> None:
         [sys.executable, "-m", "nbdnfs", "--version"], capture_output=True, text=True, timeout=30, check=True
     )
     assert done.stdout == f"nbdnfs {__version__}\n"
-
-
-@pytest.mark.parametrize(
-    ("error", "by_systemd", "waits"),
-    [
-        (UnavailableError("the server is away"), True, True),
-        (ZeroDivisionError(), True, True),
-        (ConfigError("it is wrong"), True, False),
-        (UnavailableError("the server is away"), False, False),
-    ],
-)
-def test_the_pace_of_keepers_that_fail(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, by_systemd: bool, waits: bool
-) -> None:
-    """A keeper that systemd would restart at once waits for the rest of its second; no other keeper waits."""
-    slept_s: list[float] = []
-
-    def run(name: str, *, steal: bool) -> int:
-        raise error
-
-    monkeypatch.setattr(keeper_main, "run", run)
-    monkeypatch.setattr(time, "sleep", slept_s.append)
-    monkeypatch.delenv("INVOCATION_ID", raising=False)
-    if by_systemd:
-        monkeypatch.setenv("INVOCATION_ID", "0" * 32)
-    with pytest.raises((SystemExit, ZeroDivisionError)):
-        cli.main(["run", "swap0"])
-    assert [0.5 < slept <= 1.0 for slept in slept_s] == [True] * waits

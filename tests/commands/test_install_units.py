@@ -14,9 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbdnfs import cli, config, programs
+from nbdnfs import config, programs
 from nbdnfs.commands import doctor, install_units
 from nbdnfs.errors import ConfigError, PermissionDeniedError
+from nbdnfs.keeper import failures
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"
 PROGRAM = "/usr/local/bin/nbdnfs"
@@ -98,7 +99,7 @@ def test_final_statuses_are_those_of_the_unit() -> None:
     (line,) = (
         line for line in (SYSTEMD / "nbdnfs@.service").read_text().splitlines() if line.startswith("RestartPrevent")
     )
-    assert {int(word) for word in line.partition("=")[2].split()} == cli.FINAL_STATUSES
+    assert {int(word) for word in line.partition("=")[2].split()} == failures.FINAL_STATUSES
 
 
 def test_the_program_that_installs_is_started(tmp_path: Path) -> None:
@@ -177,6 +178,35 @@ def test_systemd_version(tmp_path: Path, version: int) -> None:
     assert install_units.systemd_version(tmp_path) == 0
     make_systemd(tmp_path, version)
     assert install_units.systemd_version(tmp_path) == version
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "wait_s"),
+    [
+        ("killed", "KILL", 0),
+        ("killed", "TERM", 0),
+        ("exited", "0", 0),
+        *(("exited", str(status), 0) for status in sorted({*failures.FINAL_STATUSES, os.EX_UNAVAILABLE, os.EX_NOHOST})),
+        ("killed", "SEGV", 1),
+        ("dumped", "ABRT", 1),
+        ("exited", "203", 10),
+        ("exited", "1", 10),
+        ("exited", "127", 10),
+        ("", "", 0),
+    ],
+)
+def test_the_pace_of_programs_that_cannot_run(code: str, status: str, wait_s: int) -> None:
+    """A keeper that was killed, or has waited by itself, is followed at once; a program that is missing or broken,
+    after ten seconds; one that crashes, after one."""
+    done = subprocess.run(
+        ["/bin/sh", SYSTEMD / "pace", "print"],
+        env={"EXIT_CODE": code, "EXIT_STATUS": status},
+        check=True,
+        timeout=10,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert done.stdout == f"{wait_s}\n"
 
 
 # the check by systemd
@@ -268,7 +298,7 @@ def test_generator_makes_config_and_link(tmp_path: Path) -> None:
     assert made.values == {"url": URL, "size": "256M", "priority": -1}
     assert made.complaints == []
     loaded = config.load("cmdline", tmp_path)
-    assert loaded.url == "nfs://nas/export/swap/0123456789abcdef0123456789abcdef.swap?version=3&uid=0"
+    assert loaded.url == "nfs://nas/export/swap/a88094e54e19421489d85ef6441afd86.swap?version=3&uid=0"
     assert loaded.size_bytes == 256 << 20
 
 
@@ -304,6 +334,9 @@ def test_generator_link_leads_to_the_unit(tmp_path: Path) -> None:
         ("nbdnfs.url=nfs://a/*", {}, "nbdnfs.url is ignored"),
         ("nbdnfs.url=", {}, "nbdnfs.url is ignored"),
         ("nbdnfs.size=2G", {}, "there is no nbdnfs.url"),
+        (f"nbdnfs.url={URL} nbdnfs.size=ram/2", {"url": URL, "size": "ram/2"}, ""),
+        (f"nbdnfs.url={URL} nbdnfs.size=ram*1.5,atmost8G", {"url": URL, "size": "ram*1.5,atmost8G"}, ""),
+        (f"nbdnfs.url={URL} nbdnfs.size=most", {"url": URL}, "nbdnfs.size is ignored"),
         (f"nbdnfs.url={URL} nbdnfs.size=lots", {"url": URL}, "nbdnfs.size is ignored"),
         (f"nbdnfs.url={URL} nbdnfs.size=2G;x", {"url": URL}, "nbdnfs.size is ignored"),
         (f"nbdnfs.url={URL} nbdnfs.size=", {"url": URL}, "nbdnfs.size is ignored"),

@@ -26,10 +26,12 @@ static bool is_write(const struct nfsio_req *req)
 }
 
 /* 0: send it; -EAGAIN: not yet; another -errno: it fails. */
-static int may_send(const struct nfsio *io, const struct nfsio_req *req)
+static int may_send(struct nfsio *io, const struct nfsio_req *req)
 {
 	if (req->fail_at_ms != 0 && now_ms() >= req->fail_at_ms)
 		return -ETIMEDOUT;
+	if (req->op == NFSIO_LOOKUP && req->handle->length_bytes == 0)
+		return seek_directory(io) ? -EAGAIN : -EACCES;
 	if (!is_write(req) || req->handle != NULL || io->options.may_write == NULL)
 		return 0;
 	return io->options.may_write(io->options.may_write_context);

@@ -23,7 +23,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PAGE_BYTES 4096u
+/* What one slot holds: a page of the device, which is what "page" means in the engine. The kernel's may be larger. */
+#define SLOT_BYTES 4096u
 #define REGION_VERSION 2u
 
 /* Room for sums that do not wrap, and for page numbers in slot_value() and page_set.h. */
@@ -152,7 +153,7 @@ struct region {
 	region_slot *slots;
 	_Atomic uint32_t *page_table;   /* guarded by the cache's lock */
 	_Atomic uint64_t *filled;       /* guarded by the cache's lock */
-	uint8_t *data;                  /* slot n's page at n * PAGE_BYTES */
+	uint8_t *data;                  /* slot n's page at n * SLOT_BYTES */
 	uint32_t slot_count;
 	uint64_t page_count;
 };
@@ -164,19 +165,19 @@ struct region_layout {
 
 static inline uint64_t region_round_up(uint64_t bytes)
 {
-	return (bytes + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
+	return (bytes + SLOT_BYTES - 1) / SLOT_BYTES * SLOT_BYTES;
 }
 
 static inline struct region_layout region_lay_out(uint64_t device_bytes, uint32_t slot_count)
 {
-	uint64_t pages = device_bytes / PAGE_BYTES;
+	uint64_t pages = device_bytes / SLOT_BYTES;
 	struct region_layout at;
 
 	at.slots = region_round_up(sizeof(struct region_header));
 	at.page_table = at.slots + region_round_up(slot_count * (uint64_t)sizeof(region_slot));
 	at.filled = at.page_table + region_round_up(pages * sizeof(uint32_t));
 	at.data = at.filled + region_round_up((pages + 63) / 64 * sizeof(uint64_t));
-	at.end = at.data + (uint64_t)slot_count * PAGE_BYTES;
+	at.end = at.data + (uint64_t)slot_count * SLOT_BYTES;
 	return at;
 }
 
