@@ -136,7 +136,7 @@ _Static_assert(offsetof(struct region_header, waits) == 56 + sizeof(struct regio
 _Static_assert(sizeof(struct region_waits) == (2 + REGION_CONNECTIONS + REGION_REQUESTS) * 8, "layout");
 _Static_assert(sizeof(struct region_header) == 56 + sizeof(struct region_counters) + sizeof(struct region_waits),
 	       "layout");
-_Static_assert(sizeof(struct region_header) <= SLOT_BYTES, "layout: the slot table begins there");
+_Static_assert(sizeof(struct region_header) <= SLOT_BYTES, "layout: the slot table begins after one slot's bytes");
 
 /*
  * One 64-bit store publishes a slot: content in the low two bits, the page number above. Guarded by the cache's lock;
