@@ -58,7 +58,7 @@ static PyObject *tune_malloc(PyObject *module, PyObject *args)
 /* Allocate `bytes`, touch them, free them: after tune_malloc() they stay in the heap, faulted in. */
 static PyObject *extend_heap(PyObject *module, PyObject *args)
 {
-	unsigned long long bytes;
+	unsigned long long bytes, page_bytes = (unsigned long long)sysconf(_SC_PAGE_SIZE);
 	volatile char *block;
 
 	if (!PyArg_ParseTuple(args, "K", &bytes))
@@ -66,8 +66,10 @@ static PyObject *extend_heap(PyObject *module, PyObject *args)
 	block = malloc(bytes);
 	if (block == NULL)
 		return PyErr_NoMemory();
-	for (unsigned long long at = 0; at < bytes; at += 4096)
+	for (unsigned long long at = 0; at < bytes; at += page_bytes)
 		block[at] = 1;
+	if (bytes > 0)
+		block[bytes - 1] = 1; /* the block begins somewhere in a page, and ends in one more */
 	free((void *)block);
 	Py_RETURN_NONE;
 }

@@ -89,7 +89,7 @@ def attach(
                 warm_up(Path(attached.path))
             except BaseException:
                 with contextlib.suppress(NbdnfsError):
-                    kernel.disconnect(attached.index)
+                    device_in_use.disconnect(kernel, attached.index, root)
                 raise
         hibernation.forbid(attached.name, root)
         return attached
@@ -111,10 +111,9 @@ def detach(
     path = f"/dev/{state.name}"
     if not state.attached:
         raise NoInputError(f"{path} is not attached", "there is nothing to do; lsblk lists the devices that are")
-    device_in_use.refuse_if_in_use(state, root)
     with contextlib.ExitStack() as stack:
         kernel = netlink if netlink is not None else stack.enter_context(_open_netlink())
-        kernel.disconnect(state.index)
+        device_in_use.disconnect(kernel, state.index, root)
     if not wait_until(lambda: not nbd_device.is_attached(state.name, root), timeout_s):
         raise UnavailableError(
             f"{path} is disconnected, but still there after {timeout_s:g} s",

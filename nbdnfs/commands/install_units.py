@@ -27,6 +27,7 @@ _LIST = f"{_LIB}/nbdnfs/installed.sha256"
 # Stands in the units and scripts for the program that they start.
 _PROGRAM = "/usr/local/bin/nbdnfs"
 _RELOAD_TIMEOUT_S = 90.0
+_SYSTEMD_SYSCTL = (Path("/usr/lib/systemd/systemd-sysctl"), Path("/lib/systemd/systemd-sysctl"))
 
 # File of systemd/ ▸ where it is installed.
 _FILES = {
@@ -34,6 +35,7 @@ _FILES = {
     "nbdnfs.slice": f"{_LIB}/systemd/system/nbdnfs.slice",
     "nbdnfs-generator": f"{_LIB}/systemd/system-generators/nbdnfs-generator",
     "reserve": f"{_LIB}/nbdnfs/reserve",
+    "pace": f"{_LIB}/nbdnfs/pace",
     "modules-load.conf": f"{_LIB}/modules-load.d/nbdnfs.conf",
     "sysctl.conf": f"{_LIB}/sysctl.d/60-nbdnfs.conf",
     "tmpfiles.conf": f"{_LIB}/tmpfiles.d/nbdnfs.conf",
@@ -45,7 +47,7 @@ _SINCE = {
     255: ("nbdnfs@.service-255.conf", f"{_LIB}/systemd/system/nbdnfs@.service.d/50-systemd-255.conf"),
 }
 _EXAMPLE = "etc/nbdnfs/example.toml.disabled"
-_EXECUTABLE = frozenset({"nbdnfs-generator", "reserve"})
+_EXECUTABLE = frozenset({"nbdnfs-generator", "reserve", "pace"})
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def install(root: Path = Path("/"), *, program: str | None = None, force: bool =
     """Install all files below `root`, and return the paths of those that were written: none when all were up to date.
 
     `program` is the absolute path of what the units start; by default, of the running nbdnfs. Files that an earlier
-    version installed and this one does not have are removed. On this machine, systemd reloads its units.
+    version installed and this one does not have are removed. On this machine, systemd reloads its units, and the kernel
+    settings are applied.
 
     ConfigError: without `force`, a file was changed since its installation; nothing has been written. Also where
     `program` cannot stand in a unit, and where this installation has no units. PermissionDeniedError,
@@ -94,9 +97,35 @@ def install(root: Path = Path("/"), *, program: str | None = None, force: bool =
         kind = PermissionDeniedError if isinstance(error, PermissionError) else CannotCreateError
         raise kind(f"cannot write {error.filename}: {error.strerror}", "run it as root, or with --root DIR") from None
     if written and root == Path("/") and Path("/run/systemd/system").is_dir():
-        systemctl = programs.find_program("systemctl", "systemd")
-        programs.run([systemctl, "daemon-reload"], what="systemctl daemon-reload", timeout_s=_RELOAD_TIMEOUT_S)
+        _put_into_force()
     return written
+
+
+def _put_into_force() -> None:
+    """Have systemd know the units, and the kernel the settings of sysctl.conf, or what the administrator's own files
+    say instead."""
+    systemctl = programs.find_program("systemctl", "systemd")
+    programs.run([systemctl, "daemon-reload"], what="systemctl daemon-reload", timeout_s=_RELOAD_TIMEOUT_S)
+    keys = re.findall(r"^-?([a-z0-9_.]+) *=", (_source_folder() / "sysctl.conf").read_text(), re.MULTILINE)
+    for program in (path for path in _SYSTEMD_SYSCTL if path.exists()):
+        prefixes = [f"--prefix=/{key.replace('.', '/')}" for key in keys]
+        programs.run([str(program), *prefixes], what="setting vm.* as sysctl.d says", timeout_s=_RELOAD_TIMEOUT_S)
+        return
+
+
+def differing(root: Path = Path("/")) -> list[str] | None:
+    """The installed files, below `root`, that are not those of this version, and those that are missing; None where
+    nothing is installed. The example does not count.
+
+    ConfigError: this installation has no units. PermissionDeniedError: a file cannot be read.
+    """
+    unit = _read(root / _FILES["nbdnfs@.service"])
+    if unit is None:
+        return None
+    started = re.search(rb"^ExecStart=(\S+) run %i", unit, re.MULTILINE)
+    program = started[1].decode(errors="replace") if started else _PROGRAM
+    wanted = [file for file in contents(program, systemd_version(root)) if file.path != _EXAMPLE]
+    return [f"/{file.path}" for file in wanted if _read(root / file.path) != file.data]
 
 
 def contents(program: str, systemd: int) -> list[File]:

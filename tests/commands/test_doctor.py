@@ -86,7 +86,7 @@ def test_a_machine_that_is_set_up(tmp_path: Path) -> None:
     assert [finding for finding in findings if not finding.good or finding.advice] == []
     assert doctor.exit_status(findings) == 0
     assert all(finding.text().startswith("ok   ") for finding in findings)
-    assert len({finding.subject for finding in findings}) == len(findings) == 14
+    assert len({finding.subject for finding in findings}) == len(findings) == 15
 
 
 @pytest.mark.parametrize(

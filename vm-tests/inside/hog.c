@@ -29,7 +29,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define PAGE_BYTES 4096
+#define PAGE_BYTES 4096 // what is checked at a time, whatever the kernel's page is
 #define PAGE_WORDS (PAGE_BYTES / sizeof(uint64_t))
 #define MAX_PROCESSES 64
 #define MAX_PASSES 64    // less than the generations that a byte can count
