@@ -217,7 +217,7 @@ class Run:
     # The machine and its load
 
     def _set_up(self) -> None:
-        self.guest.settle()
+        self.guest.settle(_SETTLE_S * 3)
         self.guest.run("nbdnfs install-units && systemctl daemon-reload && mkdir -p /etc/nbdnfs", 200)
         self.configure(self.good)
         self.guest.run(
