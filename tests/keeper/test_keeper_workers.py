@@ -49,6 +49,7 @@ class Setup:
         self.server = server
         self.kernel = FakeKernel()
         self.work = FakeSwap(settings, url, "127.0.0.1")
+        self.kernel.use = lambda: "as swap" if self.work.on else ""
         if timing is not None:
             name = url.partition("?")[0].rpartition("/")[2]
             more = owner_record.plugin_settings(name, owner_record.boot_id(), timing)
