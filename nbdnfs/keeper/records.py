@@ -162,9 +162,12 @@ class Records:
         record = self.process(key)
         return record if record is not None and record.is_alive(self.root) else None
 
-    def remove(self) -> None:
-        """All of them but SAID, and their folder; as far as possible."""
+    def remove(self, *, keep_said: bool = False) -> None:
+        """All of them, with `keep_said` but SAID, and their folder; as far as possible."""
         self._pending.clear()
+        if not keep_said:
+            with contextlib.suppress(OSError):
+                self._file(self.SAID).unlink()
         with contextlib.suppress(OSError):
             for name in os.listdir(self.path):
                 with contextlib.suppress(OSError):
