@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from support.fake_kernel import FakeKernel
 from support.keeper_run import run_keeper
+from support.small_filesystem import fill, small_tmpfs
 from support.waiting import wait_until
 
 from nbdnfs import proc_stat
@@ -223,6 +224,38 @@ def test_first_worker_fails_for_good(setup: Setup) -> None:
     with pytest.raises(NbdnfsError) as caught:
         setup.run(None)
     assert caught.value.exit_code == os.EX_CONFIG
+
+
+@pytest.mark.server
+def test_a_new_keeper_with_a_full_run(setup: Setup, tmp_path: Path) -> None:
+    """It takes over what the keeper before has left, one of a version that has reserved no records: it records what has
+    a record already at once, and the rest when there is room."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with small_tmpfs(folder, 128 << 10):
+        setup.records = Records("t", run=folder)
+        setup.records.make()
+        setup.run(watches)
+        first = setup.records.living(Records.WORKER)
+        filler = fill(folder)
+
+        def scenario(keeper: Keeper) -> None:
+            watches(keeper)
+            assert first is not None
+            assert keeper.serving.worker is not None
+            assert keeper.serving.worker.pid == first.pid
+            os.kill(first.pid, signal.SIGKILL)
+            until(lambda: setup.records.living(Records.WORKER) not in (None, first))
+            assert setup.records.read(Records.STATE) == "watch"
+            assert setup.records.read(Records.CONFIG) is None
+            filler.unlink()
+            until(lambda: setup.records.read(Records.CONFIG) == "x" * 100)
+
+        keeper = setup.make()
+        keeper._config_text = "x" * 100
+        assert setup.run(scenario, keeper) == 0
+        for process in setup.work.started:
+            os.kill(process.pid, signal.SIGKILL)
 
 
 def test_a_full_run_ends_no_keeper(setup: Setup, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
