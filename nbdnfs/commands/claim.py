@@ -24,8 +24,7 @@ def run(args: argparse.Namespace) -> int:
     SIGINT and SIGTERM end it within two seconds while it claims.
     """
     if args.size is not None and not backing_file.exists(args.url):
-        show = progress.status_lines("creating the backing file", progress.reporter())
-        backing_file.create(args.url, quantities.parse_size_bytes(args.size), progress=show)
+        backing_file.create(args.url, quantities.parse_size_bytes(args.size), progress=progress.reporter())
     if args.size is None and args.holder is None:
         backing_file.inspect(args.url)
     if args.holder is not None:

@@ -48,6 +48,7 @@ class Setup:
         self.records = Records("t", run=root)
         self.records.make()
         self.work = self.new_work()
+        self.kernel.use = lambda: "as swap" if self.work.on else ""
         self.over = threading.Event()
 
     def new_work(self, **settings: int) -> FakeSwap:
@@ -295,8 +296,8 @@ def test_an_error_ends_the_standby(setup: Setup) -> None:
 def test_no_device_no_standby(setup: Setup) -> None:
     """Nothing of a device that no longer exists is used: the standby's region is another one."""
     standby = parked_by_a_killed_keeper(setup)
-    setup.kernel.disconnect(Attached(7, DEVICE_BYTES))
     setup.work.on = False
+    setup.kernel.disconnect(Attached(7, DEVICE_BYTES))
     setup.server.fail("WRITE", NFS3_OK)
 
     def scenario(keeper: Keeper) -> None:
