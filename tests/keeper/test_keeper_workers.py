@@ -63,11 +63,12 @@ class Setup:
 
     def run(self, scenario: Callable[[Keeper], None]) -> int:
         """A keeper in this thread until `scenario`, in another one, has ended."""
+        records = Records(self.records.name, run=self.records.path.parent)
         keeper = Keeper(
             self.kernel,
             self.work,
-            self.records,
-            Reporter(self.records, Notifier({})),
+            records,
+            Reporter(records, Notifier({})),
             stored={name: os.dup(descriptor) for name, descriptor in self.parked.items()},
         )
         self.parked = {"region": os.dup(keeper._region)}  # what systemd's store does
