@@ -198,6 +198,7 @@ def test_a_worker_without_a_record_is_not_confused_with_the_standby(setup: Setup
     record = setup.records.living(Records.WORKER)
     assert record is not None
     (setup.records.path / Records.WORKER).unlink()
+    setup.records = Records(setup.records.name, run=setup.records.path.parent)  # the next keeper's own
 
     def scenario(keeper: Keeper) -> None:
         until(lambda: keeper.is_swap_on)
