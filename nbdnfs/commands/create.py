@@ -25,7 +25,8 @@ def run(args: argparse.Namespace) -> int:
     claiming.run_until_signal(
         lambda stop: old_name.adopt(args.url, ownership.serve_holder(), stop=stop), grace_s=_GRACE_S
     )
-    if args.if_missing and existing_file.check(args.url, size_bytes, fix_mode=args.fix_mode):
+    is_relative = backing_size.is_relative(args.size)
+    if args.if_missing and existing_file.check(args.url, size_bytes, about=is_relative, fix_mode=args.fix_mode):
         return 0
     try:
         backing_size.refuse_unless_lockable(size_bytes, Path("/"))
