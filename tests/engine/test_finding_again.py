@@ -259,22 +259,13 @@ print("right")
 def test_a_server_on_other_ports(what: str) -> None:
     """A URL without ports: portmapper is asked over the wire, where the server is and where mountd is."""
     tests = str(Path(__file__).resolve().parents[1])
-    program = MOVES.replace("{host}", LOOPBACK)
+    # a sanitizer is for the last of these programs alone
+    script = 'ip link set lo up; LD_PRELOAD=$1; export LD_PRELOAD; shift; exec "$@"'
+    preloaded = os.environ.get("LD_PRELOAD", "")
+    program = [sys.executable, "-P", "-c", MOVES.replace("{host}", LOOPBACK), what]
     done = subprocess.run(
-        [
-            "unshare",
-            "--net",
-            "sh",
-            "-c",
-            'ip link set lo up; exec "$@"',
-            "sh",
-            sys.executable,
-            "-P",
-            "-c",
-            program,
-            what,
-        ],
-        env={**os.environ, "PYTHONPATH": f"{tests}:{os.environ.get('PYTHONPATH', '')}"},
+        ["unshare", "--net", "sh", "-c", script, "sh", preloaded, *program],
+        env={**os.environ, "LD_PRELOAD": "", "PYTHONPATH": f"{tests}:{os.environ.get('PYTHONPATH', '')}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
