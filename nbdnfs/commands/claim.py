@@ -57,7 +57,7 @@ def _provide(url: str, size_bytes: int) -> None:
         found_bytes = backing_file.inspect(url).size_bytes
     except NoInputError:
         backing_size.refuse_unless_lockable(size_bytes, Path("/"))
-        create.create(url, size_bytes, status="creating the backing file")
+        create.create(url, size_bytes)
         return
     if not backing_size.is_near(found_bytes, size_bytes):
         log.warning(

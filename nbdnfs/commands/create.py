@@ -36,14 +36,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def create(url: str, size_bytes: int, *, force: bool = False, status: str = "") -> None:
-    """`backing_file.create`, with progress on stderr. SIGINT and SIGTERM end it, and remove what was written.
-
-    With `status`, progress is on stdout as well, as `progress.status_lines` prints it.
-    """
+def create(url: str, size_bytes: int, *, force: bool = False) -> None:
+    """`backing_file.create`, with `progress.reporter`. SIGINT and SIGTERM end it, and remove what was written."""
     show = progress.reporter()
-    if status:
-        show = progress.status_lines(status, show)
 
     def work(stop: threading.Event) -> None:
         with patience.interruptible(stop):

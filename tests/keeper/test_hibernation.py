@@ -45,7 +45,7 @@ def test_down_permits_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(hibernation, "permit", permitted.append)
     records = Records("swap0", tmp_path)
     records.make()
-    up_down._take_down(records, None)
+    up_down._take_down(records, None, frozenset())
     assert permitted == ["swap0"]
     assert not records.path.exists()
 

@@ -142,6 +142,7 @@ class Run:
                 ACTS[name](self, random.Random(self._random.randrange(1 << 30)))
             self.tell(f"{number} {name}: {'; '.join(self.said)}")
             self._settle()
+            self.tell(f"  {self.model}")
         except (GuestFailedError, LostGuestError, ValueError) as error:
             text = f"{number} {name} ({'; '.join(self.said)})\n  before {before}\n  now    {self.model}\n  {error}"
             self.tell(f"FAILED {text}")
@@ -216,7 +217,7 @@ class Run:
     # The machine and its load
 
     def _set_up(self) -> None:
-        self.guest.settle()
+        self.guest.settle(_SETTLE_S * 3)
         self.guest.run("nbdnfs install-units && systemctl daemon-reload && mkdir -p /etc/nbdnfs", 200)
         self.configure(self.good)
         self.guest.run(
