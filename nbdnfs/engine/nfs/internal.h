@@ -56,18 +56,8 @@
 /* How often nfsio_look.waiting is called. */
 #define WAITING_TICK_MS 250
 
-enum name_call {
-	CALL_STAT,
-	CALL_LSTAT,
-	CALL_FSTAT,
-	CALL_LINK,
-	CALL_RENAME,
-	CALL_UNLINK,
-	CALL_CHMOD,
-	CALL_SPACE,
-	CALL_LIST,
-	CALL_LOOK,
-};
+enum name_call { CALL_STAT, CALL_LSTAT, CALL_FSTAT, CALL_LINK, CALL_RENAME, CALL_UNLINK, CALL_CHMOD, CALL_SPACE,
+		 CALL_LIST, CALL_LOOK };
 
 /* One name operation, on its caller's stack. Guarded by io->lock. */
 struct name_op {
@@ -84,9 +74,7 @@ struct name_op {
 	int64_t put_off_since_ms; /* 0: it has not yet */
 	bool done;
 	struct nfsio_failure *why; /* error 0 until it fails */
-	struct nfsio_stat *st;
-	struct nfsio_space *space; /* CALL_SPACE's result */
-	struct nfsio_names *names; /* CALL_LIST's result */
+	void *result;           /* by `call`: a struct nfsio_stat, nfsio_space or nfsio_names, or NULL */
 	uint32_t mode;          /* for CALL_CHMOD */
 	struct nfsio_look *look; /* NULL but for nfsio_look() */
 	struct nfsfh *fh;       /* the file that `look` has opened */

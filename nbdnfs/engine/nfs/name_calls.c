@@ -59,22 +59,42 @@ static int copy_names(struct nfsio_names *names, struct nfs_context *nfs, struct
 	return 0;
 }
 
-static void take_names(struct name_op *op, struct nfs_context *nfs, struct nfsdir *directory)
+/* Returns 0, -EFBIG or -ENOMEM. */
+static int take_names(struct nfsio_names *names, struct nfs_context *nfs, struct nfsdir *directory)
 {
-	int error = copy_names(op->names, nfs, directory);
+	int error = copy_names(names, nfs, directory);
 
 	nfs_closedir(nfs, directory);
 	if (error != 0) {
-		free(op->names->text);
-		*op->names = (struct nfsio_names){ 0 };
+		free(names->text);
+		*names = (struct nfsio_names){ 0 };
 	}
-	name_op_finish(op, error, NULL);
+	return error;
 }
 
 static void take_space(struct nfsio_space *space, const struct nfs_statvfs_64 *found)
 {
 	space->total_bytes = found->f_blocks * found->f_frsize;
 	space->available_bytes = found->f_bavail * found->f_frsize;
+}
+
+/* Returns 0 or -errno. `data` is libnfs's. */
+static int take_result(struct name_op *op, struct nfs_context *nfs, void *data)
+{
+	switch (op->call) {
+	case CALL_STAT:
+	case CALL_LSTAT:
+	case CALL_FSTAT:
+		copy_stat(op->result, data);
+		return 0;
+	case CALL_SPACE:
+		take_space(op->result, data);
+		return 0;
+	case CALL_LIST:
+		return take_names(op->result, nfs, data);
+	default:
+		return 0;
+	}
 }
 
 static void name_op_done(int error, struct nfs_context *nfs, void *data, void *arg)
@@ -87,14 +107,8 @@ static void name_op_done(int error, struct nfs_context *nfs, void *data, void *a
 		name_op_put_off(op);
 	} else if (error < 0) {
 		name_op_finish(op, error, nfs_get_error(nfs));
-	} else if (op->call == CALL_LIST) {
-		take_names(op, nfs, data);
 	} else {
-		if (op->st != NULL)
-			copy_stat(op->st, data);
-		if (op->space != NULL)
-			take_space(op->space, data);
-		name_op_finish(op, 0, NULL);
+		name_op_finish(op, take_result(op, nfs, data), NULL);
 	}
 }
 
