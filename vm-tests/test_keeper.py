@@ -53,7 +53,13 @@ def swapping(
             300,
         )
         try:
-            guest.run(f"systemctl start nbdnfs@{_NAME}", 240)
+            # on a busy host the job may time out (JobRunningTimeoutSec=), and the start goes on
+            unit = f"nbdnfs@{_NAME}"
+            guest.run(
+                f"systemctl start {unit} || until systemctl -q is-active {unit} || systemctl -q is-failed {unit};"
+                f" do sleep 1; done; systemctl -q is-active {unit}",
+                600,
+            )
             print(guest.run(f"nbdnfs status {_NAME}", 120).stdout)
             print(memory_of(guest))
             yield guest
