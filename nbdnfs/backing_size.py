@@ -36,10 +36,19 @@ _TABLE_BYTES_PER_PAGE = 4
 
 def parse(text: str, root: Path) -> int:
     """The bytes of a size, which is possible. `root` is where /proc/meminfo is. UsageError."""
-    is_relative = text.lstrip().lower().startswith("ram")
-    size_bytes = _of_memory(text, root) if is_relative else quantities.parse_size_bytes(text)
+    size_bytes = _of_memory(text, root) if is_relative(text) else quantities.parse_size_bytes(text)
     check(size_bytes, f"'{text}'")
     return size_bytes
+
+
+def is_relative(text: str) -> bool:
+    """Whether it is, or is to be, a size relative to memory."""
+    return text.lstrip().lower().startswith("ram")
+
+
+def is_near(found_bytes: int, wanted_bytes: int) -> bool:
+    """Whether a file has about the size that is wanted: of memory, kernels report a little more or less."""
+    return abs(found_bytes - wanted_bytes) <= wanted_bytes // 8
 
 
 def check(size_bytes: int, shown: str) -> None:

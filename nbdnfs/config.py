@@ -69,6 +69,7 @@ def load(name: str, root: Path = Path("/")) -> Config:
     """Read and check the configuration of the device `name` below `root`.
 
     UsageError: not a valid name. NoInputError: there is no such file. ConfigError: a file is not valid.
+    UnavailableError: the URL has %M, and there is no network yet.
     """
     check_name(name)
     files = _files(name, root)

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 # systemd's socket activation protocol: the first descriptor handed down, sd_listen_fds(3).
 _LISTEN_FD = 3
 
+# Set by a keeper for a helper that may take long: what it does, for the lines about its progress on stdout.
+STATUS_VARIABLE = "NBDNFS_STATUS"
+
 # Signals that nbdnfs handles or ignores, and that a spawned program finds as they are by default.
 _OWN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 

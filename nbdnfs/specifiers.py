@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from nbdnfs import machine_ids
-from nbdnfs.errors import UsageError
+from nbdnfs.errors import UnavailableError, UsageError
 
 # machine-id(5) is confidential: names have a hash of it, as sd_id128_get_machine_app_specific(3) makes one. So
 # systemd-id128 machine-id --app-specific=<this> prints what %m stands for.
@@ -123,10 +123,11 @@ def product_uuid(root: Path) -> str:
 
 
 def boot_mac(root: Path = Path("/")) -> str:
-    """%M: the MAC address of the interface that this machine booted from, as aa-bb-cc-dd-ee-ff. UsageError.
+    """%M: the MAC address of the interface that this machine booted from, as aa-bb-cc-dd-ee-ff.
 
     The kernel command line's BOOTIF= (pxelinux) or ip=; otherwise that of the default route, or the only one there is.
-    The first answer of a boot holds until the next, where root has asked.
+    The first answer of a boot holds until the next, where root has asked. UsageError: the address may be another
+    machine's, too. UnavailableError: there is no default route, which may come.
     """
     kept = machine_ids.read(root / _KEPT_MAC)
     if _is_mac(kept):
@@ -164,8 +165,8 @@ def _boot_interface(root: Path) -> tuple[str, str]:
         address = machine_ids.read(root / "sys/class/net" / name / "address").lower()
         if _is_mac(address):
             return address.replace(":", "-"), name
-    raise UsageError(
-        "%M in the URL: it is not known which interface this machine boots from",
+    raise UnavailableError(
+        "%M in the URL: it is not known yet which interface this machine boots from: there is no default route",
         "boot with BOOTIF= (pxelinux: IPAPPEND 2) or ip=, or use %u (product UUID)",
     )
 

@@ -50,7 +50,7 @@ def swapping(
         guest.run(
             f"nbdnfs install-units && systemctl daemon-reload && mkdir -p /etc/nbdnfs"
             f" && cat > /etc/nbdnfs/{_NAME}.toml <<'.'\nurl = \"{seen_from_guest(url)}\"\npriority = 100\n.",
-            240,
+            300,
         )
         try:
             guest.run(f"systemctl start nbdnfs@{_NAME}", 240)
@@ -230,14 +230,14 @@ def test_down_refuses_what_a_cgroup_cannot_take_back(boot: Callable[..., Guest],
     with swapping(boot, ganesha) as guest:
         hog = start_hog(guest, 28, 10, 900)
         guest.wait_until(lambda: swapped_out_of_cgroup(guest) >= 16 << 20, 240, "16 MiB to be swapped out")
-        down = guest.run(f"nbdnfs down {_NAME}", 120, check=False)
+        down = guest.run(f"nbdnfs down {_NAME}", 240, check=False)
         assert down.status == 75, down.stderr
         assert down.stderr.startswith("nbdnfs: the cgroup /nbdnfs-hog has ")
         assert "its memory.max of 10 MiB leaves room for " in down.stderr
         print(down.stderr)
-        guest.run(f"systemctl stop nbdnfs@{_NAME}", 120, check=False)
+        guest.run(f"systemctl stop nbdnfs@{_NAME}", 240, check=False)
         guest.wait_until(
-            lambda: guest.run(f"nbdnfs status {_NAME}", 60, check=False).status == 0, 120, "the keeper to be back"
+            lambda: guest.run(f"nbdnfs status {_NAME}", 120, check=False).status == 0, 240, "the keeper to be back"
         )
         assert "/dev/nbd" in guest.run("cat /proc/swaps").stdout
         verdict = finish(guest, hog, 600)

@@ -27,7 +27,7 @@ _TELL = "systemd.log_level=info"
 def _install(guest: Guest, name: str, config: str) -> None:
     """Units and one configuration, as a user puts them there; the journal is kept over a reboot."""
     guest.run("mkdir -p /var/log/journal && journalctl --flush")
-    guest.run("nbdnfs install-units", 90)
+    guest.run("nbdnfs install-units", 300)
     if config:
         guest.run(f"cat > /etc/nbdnfs/{name}.toml <<'.'\n{config}.")
 
@@ -123,21 +123,21 @@ def test_quick_start_and_a_silent_nas(boot: Callable[..., Guest], ganesha: Ganes
         )
         guest.run("systemctl enable --now nbdnfs@swap0", 300, check=False)
         _wait_for_swap(guest, "swap0")
-        doctor = guest.run("nbdnfs doctor swap0", 120, check=False)
+        doctor = guest.run("nbdnfs doctor swap0", 240, check=False)
         print(doctor.stdout)
         assert doctor.status == 0, [line for line in doctor.stdout.splitlines() if line.startswith("BAD")]
         ganesha.pause()
         try:
-            guest.wait_until(lambda: guest.run("nbdnfs status swap0", 60, check=False).status == 2, 60, "critical")
-            found = guest.run("nbdnfs status swap0", 60, check=False)
+            guest.wait_until(lambda: guest.run("nbdnfs status swap0", 120, check=False).status == 2, 240, "critical")
+            found = guest.run("nbdnfs status swap0", 120, check=False)
             print(found.stdout)
             assert "unheard for " in found.stdout
-            doctor = guest.run("nbdnfs doctor swap0", 60, check=False)
+            doctor = guest.run("nbdnfs doctor swap0", 240, check=False)
             assert "BAD  swap0: server: " in doctor.stdout
         finally:
             ganesha.resume()
-        guest.wait_until(lambda: guest.run("nbdnfs status swap0", 60, check=False).status == 0, 90, "all is well")
-        found = guest.run("setpriv --reuid=65534 --regid=65534 --clear-groups nbdnfs status swap0", 60, check=False)
+        guest.wait_until(lambda: guest.run("nbdnfs status swap0", 120, check=False).status == 0, 240, "all is well")
+        found = guest.run("setpriv --reuid=65534 --regid=65534 --clear-groups nbdnfs status swap0", 120, check=False)
         assert found.status == 3, found.stdout + found.stderr
         assert found.stdout.startswith("swap0: unknown: ")
         assert guest.run("journalctl -b --no-pager -o cat | grep -c '^Traceback'", 60, check=False).stdout == "0\n"

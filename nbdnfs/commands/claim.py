@@ -57,10 +57,9 @@ def _provide(url: str, size_bytes: int) -> None:
         found_bytes = backing_file.inspect(url).size_bytes
     except NoInputError:
         backing_size.refuse_unless_lockable(size_bytes, Path("/"))
-        create.create(url, size_bytes, status="creating the backing file")
+        create.create(url, size_bytes)
         return
-    # a size relative to the memory may change a little from one kernel to the next
-    if abs(found_bytes - size_bytes) > size_bytes // 8:
+    if not backing_size.is_near(found_bytes, size_bytes):
         log.warning(
             "the file has %s, and the configuration asks for %s: it is used as it is%s",
             quantities.format_size(found_bytes),

@@ -25,7 +25,8 @@ def run(args: argparse.Namespace) -> int:
     claiming.run_until_signal(
         lambda stop: old_name.adopt(args.url, ownership.serve_holder(), stop=stop), grace_s=_GRACE_S
     )
-    if args.if_missing and existing_file.check(args.url, size_bytes, fix_mode=args.fix_mode):
+    is_relative = backing_size.is_relative(args.size)
+    if args.if_missing and existing_file.check(args.url, size_bytes, about=is_relative, fix_mode=args.fix_mode):
         return 0
     try:
         backing_size.refuse_unless_lockable(size_bytes, Path("/"))
@@ -35,14 +36,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def create(url: str, size_bytes: int, *, force: bool = False, status: str = "") -> None:
-    """`backing_file.create`, with progress on stderr. SIGINT and SIGTERM end it, and remove what was written.
-
-    With `status`, progress is on stdout as well, as `progress.status_lines` prints it.
-    """
+def create(url: str, size_bytes: int, *, force: bool = False) -> None:
+    """`backing_file.create`, with `progress.reporter`. SIGINT and SIGTERM end it, and remove what was written."""
     show = progress.reporter()
-    if status:
-        show = progress.status_lines(status, show)
 
     def work(stop: threading.Event) -> None:
         with patience.interruptible(stop):

@@ -28,10 +28,6 @@ _CONNECT_TIMEOUT_S = 5
 _LONG_AGO_S = 1e9
 
 _MODE = 0o600
-# include/linux/swap.h: union swap_header, at the end of the first page of the kernel that made it
-_SIGNATURE = b"SWAPSPACE2"
-_PAGE_SIZES_BYTES = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10)
-
 T = TypeVar("T")
 
 
@@ -100,7 +96,7 @@ def backing_file(
         f"others may read or change what is swapped out; on the server: chmod {_MODE:04o} the file",
     )
     yield _size(settings, found, attached_bytes)
-    yield _swap_header(name, found)
+    yield _swap_header(settings, found)
     yield _owner(settings, found, is_up=attached_bytes is not None)
 
 
@@ -138,17 +134,22 @@ def _size(settings: Config, found: FileFacts, attached_bytes: int | None) -> Fin
     )
 
 
-def _swap_header(name: str, found: FileFacts) -> Finding:
-    """The signature stands at the end of a page of the kernel for which mkswap was run."""
-    subject = f"{name}: swap area"
-    made_for = next((page for page in _PAGE_SIZES_BYTES if found.head[:page].endswith(_SIGNATURE)), None)
+def _swap_header(settings: Config, found: FileFacts) -> Finding:
+    """Of another kernel's pages, it cannot be used; the start makes it again where the file has an owner."""
+    from nbdnfs.nas import swap_header
+
+    subject = f"{settings.name}: swap area"
+    made_for = swap_header.page_bytes(found.head)
     if made_for is None:
         return Finding(subject, True, "none yet; the first start makes it")
+    size = quantities.format_size
+    if made_for != KERNEL_PAGE_BYTES and settings.owner:
+        return Finding(subject, True, f"for pages of {size(made_for)}: the start makes it again")
     return judge(
         subject,
         made_for == KERNEL_PAGE_BYTES,
-        f"for pages of {quantities.format_size(made_for)}",
-        f"this kernel has pages of {quantities.format_size(KERNEL_PAGE_BYTES)}: it cannot use the area",
+        f"for pages of {size(made_for)}",
+        f"this kernel has pages of {size(KERNEL_PAGE_BYTES)}: name another file, or set owner = true",
     )
 
 
@@ -183,7 +184,7 @@ def _owner(settings: Config, found: FileFacts, *, is_up: bool) -> Finding:
 def _look(url: str) -> FileFacts | None:
     """None where the file does not exist. NbdnfsError: the server or the file does not answer as it should."""
     from nbdnfs.engine import libnfs_version
-    from nbdnfs.nas import explain, owner_record, remote_file
+    from nbdnfs.nas import explain, owner_record, remote_file, swap_header
     from nbdnfs.nas.record_file import RecordFile
 
     target = nfs_url.parse(url)
@@ -195,7 +196,7 @@ def _look(url: str) -> FileFacts | None:
             return None
         with remote_file.closing(file):
             stat = remote_file.stat(file)
-            head = bytearray(min(_PAGE_SIZES_BYTES[-1], stat["size"]))
+            head = bytearray(min(swap_header.HEAD_BYTES, stat["size"]))
             count = file.pread(head, 0) if head else 0
         record = RecordFile(target, address).read()
     return FileFacts(address, stat["size"], stat["mode"] & 0o7777, bytes(head[:count]), record, owner_record.identity())

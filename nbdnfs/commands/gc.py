@@ -25,14 +25,15 @@ def run(args: argparse.Namespace) -> int:
     silent_s = quantities.parse_duration_s(args.older_than)
     if silent_s < _LEAST_S:
         raise UsageError(f"--older-than {args.older_than} is too short: a machine may be off for a day", "at least 1d")
-    place, found = claiming.run_until_signal(lambda stop: _find(args.where, silent_s), limit_s=_LIMIT_S)
+    place, found = claiming.run_until_signal(lambda stop: _find(args.where, silent_s), limit_s=_LIMIT_S, grace_s=0.0)
     if not found:
         print(f"no owner has been silent for {_days(silent_s)}")
         return 0
     for entry in found:
         assert entry.owner.record is not None
+        name = where.printable(entry.name)
         print(
-            f"{entry.name:<40} {quantities.format_size(entry.size_bytes):>9}  {entry.owner.record.host},"
+            f"{name:<40} {quantities.format_size(entry.size_bytes):>9}  {entry.owner.record.host},"
             f" silent for {_days(entry.owner.age_s or 0.0)}"
         )
     total = quantities.format_size(sum(entry.size_bytes for entry in found if entry.kind == "file"))
@@ -51,24 +52,29 @@ def _find(name_or_url: str, silent_s: float) -> tuple[Folder, list[Entry]]:
 
 
 def silent(place: Folder, silent_s: float) -> list[Entry]:
-    """The files whose owner has been silent for so long, and the records of files that are missing."""
-    return [
-        entry
-        for entry in place.entries()
-        if entry.owner.record is not None and (entry.owner.age_s or 0.0) >= silent_s and entry.age_s >= silent_s
-    ]
+    """The files whose owner has been silent for so long, and the records of files that are missing.
+
+    An owner that has released its file is not silent: it is off.
+    """
+
+    def is_silent(entry: Entry) -> bool:
+        record = entry.owner.record
+        is_owned = record is not None and record.state != "free"
+        return is_owned and (entry.owner.age_s or 0.0) >= silent_s and entry.age_s >= silent_s
+
+    return [entry for entry in place.entries() if is_silent(entry)]
 
 
 def _remove(place: Folder, entry: Entry, silent_s: float) -> bool:
     try:
         me = owner_record.identity()
         if claiming.run_until_signal(lambda stop: place.remove_silent(entry, me, silent_s), limit_s=_LIMIT_S):
-            print(f"removed {entry.name}")
+            print(f"removed {where.printable(entry.name)}")
             return True
         message = "its owner has come back"
     except NbdnfsError as error:
         message = error.message
-    print(f"nbdnfs: {entry.name} stays: {message}", file=sys.stderr)
+    print(f"nbdnfs: {where.printable(entry.name)} stays: {message}", file=sys.stderr)
     return False
 
 

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(*(device.text() for device in found) if found else ["no network block devices"], sep="\n")
         return 0
-    files = claiming.run_until_signal(lambda stop: _files(args.where), limit_s=_LIMIT_S)
+    files = claiming.run_until_signal(lambda stop: _files(args.where), limit_s=_LIMIT_S, grace_s=0.0)
     if args.json:
         _print_json(files=files)
     else:
@@ -138,4 +138,5 @@ def _file_text(row: dict[str, object]) -> str:
     assert isinstance(changed, float)
     what = {"file": "", "part": ", incomplete", "record": ", the file is missing"}[str(row["kind"])]
     used = f"changed {quantities.format_duration(changed)} ago"
-    return f"{row['name']:<40} {quantities.format_size(size):>9}  {used}{what}  {row['owner_text']}"
+    name = where.printable(str(row["name"]))
+    return f"{name:<40} {quantities.format_size(size):>9}  {used}{what}  {row['owner_text']}"

@@ -3,39 +3,33 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
 
-from nbdnfs import quantities
+from nbdnfs import programs, quantities
 
 _BAR_COLUMNS = 40
 
 
-def status_lines(what: str, show: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    """`show`, which prints a line such as "what: 40%" on stdout as well for each percent: for the keeper's status."""
-    shown = -1
-
-    def show_both(done_bytes: int, total_bytes: int) -> None:
-        nonlocal shown
-        show(done_bytes, total_bytes)
-        percent = done_bytes * 100 // total_bytes if total_bytes else 100
-        if percent != shown:
-            shown = percent
-            print(f"{what}: {percent}%", flush=True)
-
-    return show_both
-
-
 def reporter() -> Callable[[int, int], None]:
-    """A function of the bytes done and the bytes in total, to be called as often as the caller likes."""
+    """A function of the bytes done and the bytes in total, to be called as often as the caller likes.
+
+    In a keeper's helper it prints a line such as "creating the backing file: 40%" for each percent on stdout as well,
+    which becomes the keeper's status.
+    """
     started_s = time.monotonic()
-    shown = -1
+    shown = status_shown = -1
+    what = os.environ.get(programs.STATUS_VARIABLE)
 
     def show(done_bytes: int, total_bytes: int) -> None:
-        nonlocal shown
+        nonlocal shown, status_shown
         on_terminal = sys.stderr.isatty()
         percent = done_bytes * 100 // total_bytes if total_bytes else 100
+        if what is not None and percent != status_shown:
+            status_shown = percent
+            print(f"{what}: {percent}%", flush=True)
         step = percent if on_terminal else percent // 10 * 10
         if step == shown:
             return

@@ -26,10 +26,6 @@ from nbdnfs.sizes import SLOT_BYTES
 # Of the JSON: it grows when a key changes its meaning or goes, not when one is added.
 SCHEMA = 1
 
-# Records of the keeper: what it waits for before the device can come up; and what is wrong with the configuration,
-# where the device goes on with the last good one.
-_WAITING, _CONFIG_ERROR = "waiting", "config_error"
-
 
 @dataclass(frozen=True)
 class Status:
@@ -189,7 +185,7 @@ def read(
         problems += _why_not_up(records, keeper, root, unit_state, is_stolen=bool(problems))
     else:
         problems += _what_is_missing(attached, swap, keeper, worker, reading)
-    if (wrong := records.read(_CONFIG_ERROR)) and attached is not None:
+    if (wrong := records.read(Records.CONFIG_ERROR)) and attached is not None:
         problems.append(Problem(Level.WARNING, f"it runs with its last good configuration: {wrong}"))
     problems += health.of_region(reading) if reading is not None else []
     found = reading.counters if reading is not None else {}
@@ -245,7 +241,7 @@ def _why_not_up(
     is_stolen: bool,
 ) -> list[Problem]:
     """The reason, as far as there is one: what refused the file, what the keeper waits for, what systemd says."""
-    reasons = [Records.refusal(records.name, root), records.read(_WAITING)]
+    reasons = [Records.refusal(records.name, root), records.read(Records.WAITING)]
     if keeper is None and not is_stolen and not any(reasons):
         reasons.append(unit_state(records.name))
     texts = [*([] if is_stolen else ["not up"]), *(reason for reason in reasons if reason)]

@@ -125,27 +125,33 @@ def down(name: str, report: Progress, *, service: bool = False) -> None:
     if service and systemd_unit.job(name) != "stop":
         print(f"nbdnfs: {name}: restarting, swap stays on", file=sys.stderr)
         return
-    with _only_command(name, wait_s=_SERVICE_WAITS_S if service else _COMMAND_WAITS_S):
-        records = Records(name)
-        attached = nbd_device.find(nbd_device.backend_of(name))
-        if attached is None and not records.path.exists():
-            if not service:
-                raise NoInputError(f"the device '{name}' is not up", "there is nothing to do; see nbdnfs status")
-            return
-        is_for_unit = not service and systemd_unit.is_active(name)
-        try:
-            keeper = _keeper(records)
-            ours = openers.descendants(keeper.pid) if keeper is not None else frozenset()
-            if attached is not None:
-                _turn_off(name, attached, report, ours, service=service)
-            if not is_for_unit:
-                _take_down(records, keeper, ours)
-        except NbdnfsError:
-            if service:
-                systemd_unit.start_after_stop(name)
-            raise
+    try:
+        with _only_command(name, wait_s=_SERVICE_WAITS_S if service else _COMMAND_WAITS_S):
+            is_for_unit = _stop(name, report, service=service)
+    except NbdnfsError:
+        if service:
+            systemd_unit.start_after_stop(name)
+        raise
     if is_for_unit:
         systemd_unit.stop(name)  # its ExecStop= is this very function, which does the rest
+
+
+def _stop(name: str, report: Progress, *, service: bool) -> bool:
+    """`down` without its locks and its unit. True where the unit is to be stopped now, and swap is off."""
+    records = Records(name)
+    attached = nbd_device.find(nbd_device.backend_of(name))
+    if attached is None and not records.path.exists():
+        if not service:
+            raise NoInputError(f"the device '{name}' is not up", "there is nothing to do; see nbdnfs status")
+        return False
+    is_for_unit = not service and systemd_unit.is_active(name)
+    keeper = _keeper(records)
+    ours = openers.descendants(keeper.pid) if keeper is not None else frozenset()
+    if attached is not None:
+        _turn_off(name, attached, report, ours, service=service)
+    if not is_for_unit:
+        _take_down(records, keeper, ours)
+    return is_for_unit
 
 
 def _turn_off(name: str, attached: Attached, report: Progress, ours: frozenset[int], *, service: bool) -> None:

@@ -39,12 +39,17 @@ def refuse_if_attached(url: str, then: str, root: Path = Path("/")) -> None:
             )
 
 
+def printable(name: str) -> str:
+    """A file's name for a terminal, which it may have escapes for."""
+    return "".join(character if character.isprintable() else "?" for character in name)
+
+
 def confirm(question: str, *, yes: bool) -> bool:
     """Ask on the terminal. UsageError where there is none: then `yes` has to say so."""
     if yes:
         return True
     if not sys.stdin.isatty():
-        raise UsageError(f"{question} cannot be asked here: this is not a terminal", "run it again with --yes")
+        raise UsageError(f"this is not a terminal, where to ask: {question}", "run it again with --yes")
     try:
         return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:

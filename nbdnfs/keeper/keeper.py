@@ -363,7 +363,7 @@ class Keeper:
             self.serving.worker.kill()
         self._notifier.remove(_STORED_REGION)
         self._notifier.remove(_STORED_STANDBY)
-        self._records.remove()
+        self._records.remove(keep_said=True)
 
     # Signals
 

@@ -97,7 +97,7 @@ class RealWork:
         options = [f"--size={settings.size_bytes}"] if may_create else []
         if settings.owner:
             options += [f"--holder={owner_record.keeper_holder(settings.name)}", *(["--steal"] if self._steal else [])]
-        return self._answering("nbdnfs", "claim", settings.url, *options)
+        return self._answering("nbdnfs", "claim", settings.url, *options, status="creating the backing file")
 
     def progress(self) -> str:
         """The last line that the helper of `provision` has printed since the last call; "" without one."""
@@ -135,11 +135,12 @@ class RealWork:
             os.close(self._answer)
         self._answer = -1
 
-    def _answering(self, module: str, *arguments: str) -> HelperProcess:
-        """A helper whose stdout is read through `_answer`; the one before has ended."""
+    def _answering(self, module: str, *arguments: str, status: str = "") -> HelperProcess:
+        """A helper whose stdout is read through `_answer`; the one before has ended. `status`: what it does."""
         self._close_answer()
         self._answer, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            return HelperProcess(programs.python(module, *arguments), self._environment, stdout=theirs)
+            environment = {**self._environment, **({programs.STATUS_VARIABLE: status} if status else {})}
+            return HelperProcess(programs.python(module, *arguments), environment, stdout=theirs)
         finally:
             os.close(theirs)

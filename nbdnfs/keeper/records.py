@@ -75,6 +75,7 @@ class Records:
         self.root = root
         self.run = run
         self.path = (root / _FOLDER if run is None else run) / name
+        self._latest: dict[str, str] = {}
         self._pending: dict[str, str] = {}
         self._reported: set[str] = set()
 
@@ -108,7 +109,7 @@ class Records:
     def put(self, key: str, text: str) -> None:
         """Write it, for a keeper, which goes on whatever becomes of it: what cannot be written is kept here, reported
         once, and written by `retry`."""
-        self._pending[key] = text
+        self._pending[key] = self._latest[key] = text
         self.retry()
 
     def put_process(self, key: str, pid: int, version: str) -> bool:
@@ -119,7 +120,10 @@ class Records:
         return started is not None
 
     def retry(self) -> None:
-        """Write what `put` could not."""
+        """Write what `put` could not, and what has been removed since."""
+        for key, text in self._latest.items():
+            if not os.path.lexists(self._file(key)):
+                self._pending[key] = text
         for key, text in list(self._pending.items()):
             try:
                 if not self.path.is_dir():
@@ -162,9 +166,13 @@ class Records:
         record = self.process(key)
         return record if record is not None and record.is_alive(self.root) else None
 
-    def remove(self) -> None:
-        """All of them but SAID, and their folder; as far as possible."""
+    def remove(self, *, keep_said: bool = False) -> None:
+        """All of them, with `keep_said` but SAID, and their folder; as far as possible."""
+        self._latest.clear()
         self._pending.clear()
+        if not keep_said:
+            with contextlib.suppress(OSError):
+                self._file(self.SAID).unlink()
         with contextlib.suppress(OSError):
             for name in os.listdir(self.path):
                 with contextlib.suppress(OSError):

@@ -31,8 +31,11 @@ log = logging.getLogger(__name__)
 _MODE = 0o600
 
 
-def check(url: str, size_bytes: int, *, fix_mode: bool = False) -> bool:
-    """Whether the file exists, and is as `create` would have made it. `fix_mode` sets a mode that is not 0600.
+def check(url: str, size_bytes: int, *, about: bool = False, fix_mode: bool = False) -> bool:
+    """Whether the file exists, and is as `create` would have made it.
+
+    about     a size that is near is right, too
+    fix_mode  set a mode that is not 0600
 
     CannotCreateError: it has another size, or holds something else. ConfigError: another mode. NoInputError: it is not
     a file. Others as `explain.open_error`.
@@ -44,18 +47,24 @@ def check(url: str, size_bytes: int, *, fix_mode: bool = False) -> bool:
         if existing is None:
             return False
         with remote_file.closing(existing) as file:
-            _check(file, target, size_bytes, fix_mode=fix_mode)
+            found_bytes = remote_file.stat(file)["size"]
+            if found_bytes != size_bytes and not (about and backing_size.is_near(found_bytes, size_bytes)):
+                raise _other_size(target, found_bytes, size_bytes)
+            _check(file, target, fix_mode=fix_mode)
     return True
 
 
-def _check(file: NfsFile, target: NfsUrl, size_bytes: int, *, fix_mode: bool) -> None:
+def _other_size(target: NfsUrl, found_bytes: int, wanted_bytes: int) -> CannotCreateError:
+    return CannotCreateError(
+        f"{target.path} on {target.host} exists, and has {_exactly(found_bytes)}, not {_exactly(wanted_bytes)}",
+        f"make it larger: nbdnfs grow URL {wanted_bytes}"
+        if found_bytes < wanted_bytes
+        else "ask for the size that it has",
+    )
+
+
+def _check(file: NfsFile, target: NfsUrl, *, fix_mode: bool) -> None:
     path, found = f"{target.path} on {target.host}", remote_file.stat(file)
-    if found["size"] != size_bytes:
-        is_smaller = found["size"] < size_bytes
-        raise CannotCreateError(
-            f"{path} exists, and has {_exactly(found['size'])}: {_exactly(size_bytes)} were asked for",
-            f"make it larger: nbdnfs grow URL {size_bytes}" if is_smaller else "ask for the size that it has",
-        )
     if not swap_header.may_be_swap(_head(file)):
         raise CannotCreateError(
             f"{path} exists, and holds something else: it begins with neither zeros nor a swap area",

@@ -160,9 +160,14 @@ def _connection_error(error: OSError, url: NfsUrl, address: str) -> NbdnfsError:
         failure = _service_error(url, address, service, program, port)
         if failure is not None:
             return failure
+    if error.errno == errno.ETIMEDOUT:
+        return UnavailableError(
+            f"{url.host} ({address}) offers NFS version {url.version}, but does not answer every call: {words(error)}",
+            "try again; then see whether the server is overloaded, or waits for a disk or a name service",
+        )
     return UnavailableError(
-        f"{url.host} ({address}) accepts connections, but does not answer NFS version {url.version}: {words(error)}",
-        "check that the server offers this version, and check the ports in the URL",
+        f"{url.host} ({address}) answers on all ports, but the connection for {url.path} failed: {words(error)}",
+        "try again; then look at the server's log, and check the ports in the URL",
     )
 
 

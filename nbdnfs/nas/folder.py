@@ -23,6 +23,7 @@ from nbdnfs.nfs_url import NfsUrl
 from nbdnfs.sizes import SLOT_BYTES
 
 _PART = re.compile(r"\..+\.[0-9a-f]{12}\.part", re.DOTALL)
+_RECORD = re.compile(r"\..+\.owner", re.DOTALL)
 _ANY_NAME = "-"
 
 
@@ -54,11 +55,12 @@ class Folder:
         """What may be for swap, by name: files with an owner record, files of mode 0600, parts. NbdnfsError."""
         with remote_file.directory(self.target, self.address) as directory:
             now_us = self._server_time_us()
-            names = sorted(set(remote_file.retry(directory.names)))
-            records = {owner_record.name_of(name): name for name in names if not name.startswith(".")}
-            found = [_entry(directory, name, now_us, set(names)) for name in names if not name.startswith(".")]
-            found += [_part(directory, name, now_us) for name in names if _PART.fullmatch(name)]
-            lone = [name for name in names if re.fullmatch(r"\..+\.owner", name) and name not in records]
+            names = set(remote_file.retry(directory.names))
+            files = sorted(name for name in names if not name.startswith("."))
+            records = {owner_record.name_of(name) for name in files}
+            found = [_entry(directory, name, now_us, names) for name in files]
+            found += [_part(directory, name, now_us) for name in sorted(names) if _PART.fullmatch(name)]
+            lone = sorted(name for name in names - records if _RECORD.fullmatch(name))
             found += [_lone_record(directory, name, now_us) for name in lone]
         return [entry for entry in found if entry is not None]
 

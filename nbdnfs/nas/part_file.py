@@ -22,7 +22,6 @@ from nbdnfs.errors import (
     NbdnfsError,
     NoInputError,
     PermissionDeniedError,
-    UsageError,
 )
 from nbdnfs.nas import explain, owner_record, patience, remote_file, zeros
 from nbdnfs.nfs_url import NfsUrl
@@ -43,7 +42,7 @@ def name_of(target: NfsUrl) -> str:
     me = owner_record.identity()
     try:
         interface = specifiers.boot_mac()
-    except UsageError:
+    except NbdnfsError:
         interface = ""
     is_one_of_a_kind = me.hardware != "-" or interface
     words = [me.machine, me.hardware, me.host, interface, "" if is_one_of_a_kind else me.boot]

@@ -24,6 +24,8 @@ _BREAKS_PER_OPERATION = 20
 _RETRY_PAUSE_S = 0.2
 # The engine's own defaults.
 _CONNECT_TIMEOUT_S = 15
+# As the engine's first attempt of any other open: an answer that was lost is not waited for any longer.
+_EXCLUSIVE_TIMEOUT_S = 5
 _GONE_LIMIT_MS = 300_000
 
 T = TypeVar("T")
@@ -75,20 +77,33 @@ def create_exclusively(
 ) -> NfsFile:
     """A new file, open. OSError, with `phase`: EEXIST when the name is taken. EAGAIN as `patience.until_done`.
 
-    own_name  nothing else makes a file of this name. A server may make it and put off what opening it asks next: then
-              the next try opens what is there
+    own_name  nothing else makes a file of this name. A server may make it and put off what opening it asks next, or its
+              answer may be lost: then the next try opens what is there
     """
-    was_put_off = False
+    may_be_there = False
 
-    def make() -> NfsFile:
-        nonlocal was_put_off
-        exclusive = not (own_name and was_put_off)
+    def make(connect_timeout_s: int = _CONNECT_TIMEOUT_S) -> NfsFile:
+        nonlocal may_be_there
         try:
-            return NfsFile(url, address, create=True, exclusive=exclusive, mode=mode, gone_limit_ms=gone_limit_ms)
+            return NfsFile(
+                url,
+                address,
+                create=True,
+                exclusive=not (own_name and may_be_there),
+                mode=mode,
+                connect_timeout_s=connect_timeout_s,
+                gone_limit_ms=gone_limit_ms,
+            )
         except OSError as error:
-            was_put_off = was_put_off or error.errno == errno.EAGAIN
+            may_be_there = may_be_there or error.errno in (errno.EAGAIN, errno.ETIMEDOUT)
             raise
 
+    if own_name:
+        try:
+            return patience.until_done(lambda: make(_EXCLUSIVE_TIMEOUT_S), url.partition("?")[0])
+        except OSError as error:
+            if error.errno != errno.ETIMEDOUT:
+                raise
     return patience.until_done(make, url.partition("?")[0])
 
 

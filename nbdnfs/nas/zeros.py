@@ -108,7 +108,7 @@ def refuse_unless_room(file: NfsFile, target: NfsUrl, size_bytes: int) -> None:
         return
     size = quantities.format_size
     raise CannotCreateError(
-        f"no room in {target.directory} on {target.host}: {size(missing_bytes)} are needed, and "
+        f"no room for {size(missing_bytes)} in {target.directory} on {target.host}: "
         f"{size(space['available'])} of {size(space['total'])} are available",
         "free space there, or ask for a smaller size",
     )

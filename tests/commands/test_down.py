@@ -104,13 +104,15 @@ def test_a_restart_is_no_stop(machine: Machine) -> None:
     os.close(lock)
 
 
-def test_one_command_at_a_time(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second one is refused, with the first one's process."""
+@pytest.mark.parametrize("service", [False, True])
+def test_one_command_at_a_time(machine: Machine, monkeypatch: pytest.MonkeyPatch, service: bool) -> None:
+    """A second one is refused, with the first one's process; the unit gets its keeper back."""
     monkeypatch.setattr(up_down, "_COMMAND_WAITS_S", 0.05)
+    monkeypatch.setattr(up_down, "_SERVICE_WAITS_S", 0.05)
     lock = name_lock.take("swap0", name_lock.COMMAND, run=machine.run)
     with pytest.raises(BusyError, match=f"swap0 is being started or stopped, by process {os.getpid()}"):
-        up_down.down("swap0", report)
-    assert machine.calls == []
+        up_down.down("swap0", report, service=service)
+    assert machine.calls == (["start again"] if service else [])
     os.close(lock)
 
 

@@ -63,7 +63,6 @@ def test_all_is_well() -> None:
         (facts(mode=0o644), "file mode", "0644"),
         (facts(size_bytes=2 * MIB), "file size", "2 MiB, configured: 1 MiB"),
         (facts(size_bytes=MIB // 2), "file size", "512 KiB, and the device has 1 MiB"),
-        (facts(head=header(16384)), "swap area", "for pages of 16 KiB"),
         (facts(OTHER), "owner record", "box2 (since "),
         (facts(None), "owner record", "none"),
         (facts(state="free"), "owner record", "none"),
@@ -88,6 +87,10 @@ def test_settings_decide() -> None:
     assert bad(findings(facts(size_bytes=2 * MIB), settings)) == {}
     assert list(bad(findings(None, settings))) == ["swap0: file"]
     assert bad(findings(facts(OTHER), dataclasses.replace(SETTINGS, owner=False))) == {}
+    assert bad(findings(facts(head=header(16384)))) == {}
+    assert bad(findings(facts(head=header(16384)), dataclasses.replace(SETTINGS, owner=False))) == {
+        "swap0: swap area": "for pages of 16 KiB"
+    }
     before = dataclasses.replace(ME, boot="e" * 32)
     assert bad(findings(facts(before))) == {}
     assert list(bad(findings(facts(before), attached_bytes=MIB))) == ["swap0: owner record"]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from support.fake_nas import FakeNas
 from support.nfs_server import Ganesha
 from support.owner_records import HOLDER, machine
 
-from nbdnfs import cli, nfs_url
+from nbdnfs import backing_size, cli, nfs_url
 from nbdnfs.commands import gc as gc_command
 from nbdnfs.commands import grow as grow_command
 from nbdnfs.commands import list as list_command
@@ -114,6 +115,19 @@ def test_list_a_folder(place: Folder, run: Run) -> None:
     assert re.search(r"(?m)^a.swap +1 MiB  changed 72 h 0 min ago  box1 \(since .*, no sign of life for 72 h\)$", out)
 
 
+def test_names_of_any_bytes(place: Folder, run: Run) -> None:
+    """What is not printable does not reach the terminal; JSON has it."""
+    for name in (b"\x1b[2Jred.swap", b"\xe4.swap", "\N{SNOWMAN}.swap".encode()):
+        path = place.path / os.fsdecode(name)
+        path.write_bytes(bytes(4096))
+        path.chmod(0o600)
+    _, out, _ = run("list", place.url())
+    assert {line.split(" ")[0] for line in out.splitlines()} == {"?[2Jred.swap", "?.swap", "\N{SNOWMAN}.swap"}
+    _, out, _ = run("list", place.url(), "--json")
+    found = {row["name"] for row in json.loads(out)["files"]}
+    assert found == {"\x1b[2Jred.swap", "\udce4.swap", "\N{SNOWMAN}.swap"}
+
+
 def test_list_many_files_over_few_connections(place: Folder, run: Run, ganesha: Ganesha) -> None:
     """One connection serves them all: a machine has a few hundred reserved ports."""
     text = owner_record.new(machine("box"), HOLDER, None, "held").to_bytes()
@@ -202,7 +216,12 @@ def test_gc(place: Folder, run: Run) -> None:
     place.create("lone.swap", "box3", 91 * DAY_S)
     (place.path / "lone.swap").unlink()
     place.age(place.create("nobodys.swap"), 400 * DAY_S)
-    stay = {"new.swap", ".new.swap.owner", "nobodys.swap"}
+    place.age(place.create("free.swap"), 400 * DAY_S)
+    released = dataclasses.replace(owner_record.new(machine("box4"), HOLDER, None, "held"), state="free")
+    (place.path / ".free.swap.owner").write_bytes(released.to_bytes())
+    place.age(place.path / ".free.swap.owner", 400 * DAY_S)
+    left = {"nobodys.swap", "free.swap", ".free.swap.owner"}
+    stay = {"new.swap", ".new.swap.owner", *left}
     before = place.names()
     status, out, _ = run("gc", place.url(), "--dry-run")
     assert (status, place.names()) == (0, before)
@@ -215,7 +234,7 @@ def test_gc(place: Folder, run: Run) -> None:
     status, out, _ = run("gc", place.url(), "--yes")
     assert (status, "no owner has been silent for 90 days" in out) == (0, True)
     assert run("gc", place.url(), "--yes", "--older-than", "88d")[0] == 0
-    assert place.names() == {"nobodys.swap"}
+    assert place.names() == left
 
 
 def test_gc_refuses_a_short_time(place: Folder, run: Run) -> None:
@@ -316,7 +335,7 @@ def test_grow_with_a_restart(place: Folder, run: Run, monkeypatch: pytest.Monkey
 # create --if-missing
 
 
-def test_if_missing(place: Folder, run: Run) -> None:
+def test_if_missing(place: Folder, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """What create would have made passes; anything else is refused, and a mode is set where that is asked for."""
     url = place.url("a.swap")
     path = place.create("a.swap")
@@ -325,8 +344,15 @@ def test_if_missing(place: Folder, run: Run) -> None:
     assert run("create", url, "--size", "1M", "--if-missing")[0] == 0
     status, _, err = run("create", url, "--size", "2M", "--if-missing")
     assert status == os.EX_CANTCREAT
-    assert "exists, and has 1 MiB (1048576 bytes): 2 MiB (2097152 bytes) were asked for" in err
+    assert "exists, and has 1 MiB (1048576 bytes), not 2 MiB (2097152 bytes)" in err
     assert "nbdnfs grow" in err
+    monkeypatch.setattr(backing_size, "memory_bytes", lambda root: 9 * MIB)
+    assert run("create", url, "--size", "ram / 8", "--if-missing")[0] == 0
+    other = place.create("c.swap")
+    os.truncate(other, MIB - MIB // 16)
+    assert run("create", place.url("c.swap"), "--size", "ram / 8", "--if-missing")[0] == 0
+    assert run("create", place.url("c.swap"), "--size", "1M", "--if-missing")[0] == os.EX_CANTCREAT
+    other.unlink()
     path.chmod(0o644)
     status, _, err = run("create", url, "--size", "1M", "--if-missing")
     assert (status, "has mode 0644" in err, "--fix-mode" in err) == (os.EX_CONFIG, True, True)

@@ -191,6 +191,7 @@ def test_systemd_version(tmp_path: Path, version: int) -> None:
         ("dumped", "ABRT", 1),
         ("exited", "203", 10),
         ("exited", "1", 10),
+        ("exited", "70", 10),
         ("exited", "127", 10),
         ("", "", 0),
     ],

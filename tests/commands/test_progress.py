@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from nbdnfs import programs
 from nbdnfs.commands import progress
 
 MIB = 1 << 20
@@ -22,6 +23,16 @@ def test_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     assert out == ""
     assert [line.partition("%")[0] for line in lines] == [f"nbdnfs: {percent}" for percent in range(0, 101, 10)]
     assert "50 MiB of 100 MiB, " in lines[5]
+
+
+def test_for_a_keeper(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A helper's lines for each percent, on stdout."""
+    monkeypatch.setenv(programs.STATUS_VARIABLE, "creating the backing file")
+    report = progress.reporter()
+    for done in (0, 1, 40, 40, 100):
+        report(done, 100)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"creating the backing file: {percent}%" for percent in (0, 1, 40, 100)]
 
 
 def test_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,7 +189,7 @@ def test_why_it_is_not_up(root: Path) -> None:
     """What the keeper waits for; without a keeper, what systemd says of the unit."""
     (root / "sys/block/nbd3/pid").unlink()
     records = Records("swap0", root)
-    records.write("waiting", "the server does not export /export")
+    records.write(Records.WAITING, "the server does not export /export")
     found = status.read("swap0", root, lambda name: "is not asked")
     assert found.texts == ["not up", "the server does not export /export"]
     (root / "run/nbdnfs/swap0/waiting").unlink()
@@ -201,7 +201,7 @@ def test_why_it_is_not_up(root: Path) -> None:
 
 def test_a_configuration_that_is_not_used(root: Path) -> None:
     """The device goes on with the last good one: a warning, with what is wrong."""
-    Records("swap0", root).write("config_error", "/etc/nbdnfs/swap0.toml:1: unknown key 'siez'")
+    Records("swap0", root).write(Records.CONFIG_ERROR, "/etc/nbdnfs/swap0.toml:1: unknown key 'siez'")
     found = status.read("swap0", root)
     assert found.level is Level.WARNING
     assert "'siez'" in found.texts[0]

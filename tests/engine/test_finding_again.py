@@ -187,6 +187,48 @@ def test_an_owner_looks_while_nothing_is_read(
     assert not [line for line in said.lines if "writes wait" in line]
 
 
+def test_a_directory_that_is_always_stale(
+    nas: FakeNas, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The server gives a handle and does not know it: a few connections are spent on that, and then it is an error."""
+    me = machine("box1")
+    nas.add("/export/swap", bytes(PAGES * PAGE))
+    record = owner_record.new(me, "keeper:swap0", None, "held", owner_record.TIMING).to_bytes()
+    nas.add(f"/export/{owner_record.name_of('swap')}", record)
+    engine = open_engine(
+        nas.url("/export/swap"),
+        owner_path=f"/{owner_record.name_of('swap')}",
+        owner_identity=f"\nboot {me.boot}\n",
+        owner_refresh_ms=500,
+    )
+    said = SaidOnStderr(capfd)
+    nas.fail("LOOKUP", 70)
+    said.wait_for("LOOKUP: Stale file handle): writes wait")
+    mounts = len(nas.calls("MNT"))
+    assert mounts <= 5
+    looks = len(nas.calls("LOOKUP"))
+    wait_until(lambda: len(nas.calls("LOOKUP")) > looks + 2, "it goes on looking")
+    assert len(nas.calls("MNT")) == mounts
+    assert in_background(read_pages, engine, 5).result(DEADLINE_S) == bytes(PAGE)
+
+
+@pytest.mark.long
+def test_a_read_that_is_refused_before_and_after_a_pause(nas: FakeNas, open_engine: OpenEngine) -> None:
+    """Between the two there was no connection for longer than refusals are borne: the second is a first one again."""
+    engine, content = served(nas, open_engine, "/export/swap")
+    nas.stop_mountd()
+    nas.fail("READ", 5, times=1)
+    nas.fail("READ", 70, times=1)
+    nas.fail("GETATTR", 70)
+    nas.fail("LOOKUP", 70)
+    reading = in_background(read_pages, engine, 30)
+    time.sleep(31)  # REFUSED_READ_MS
+    nas.end_faults()
+    nas.fail("READ", 5, times=2)
+    nas.start_mountd()
+    assert reading.result(DEADLINE_S) == content[30 * PAGE : 31 * PAGE]
+
+
 MOVES = """
 import os, sys
 from support.engines import PAGE, opening, read_pages
@@ -217,22 +259,13 @@ print("right")
 def test_a_server_on_other_ports(what: str) -> None:
     """A URL without ports: portmapper is asked over the wire, where the server is and where mountd is."""
     tests = str(Path(__file__).resolve().parents[1])
-    program = MOVES.replace("{host}", LOOPBACK)
+    # a sanitizer is for the last of these programs alone
+    script = 'ip link set lo up; LD_PRELOAD=$1; export LD_PRELOAD; shift; exec "$@"'
+    preloaded = os.environ.get("LD_PRELOAD", "")
+    program = [sys.executable, "-P", "-c", MOVES.replace("{host}", LOOPBACK), what]
     done = subprocess.run(
-        [
-            "unshare",
-            "--net",
-            "sh",
-            "-c",
-            'ip link set lo up; exec "$@"',
-            "sh",
-            sys.executable,
-            "-P",
-            "-c",
-            program,
-            what,
-        ],
-        env={**os.environ, "PYTHONPATH": f"{tests}:{os.environ.get('PYTHONPATH', '')}"},
+        ["unshare", "--net", "sh", "-c", script, "sh", preloaded, *program],
+        env={**os.environ, "LD_PRELOAD": "", "PYTHONPATH": f"{tests}:{os.environ.get('PYTHONPATH', '')}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

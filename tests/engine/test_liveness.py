@@ -20,6 +20,7 @@ from support.fake_nfs import (
     NFS3ERR_ACCES,
     NFS3ERR_DQUOT,
     NFS3ERR_IO,
+    NFS3ERR_NOENT,
     NFS3ERR_NOSPC,
     NFS3ERR_PERM,
     NFS3ERR_ROFS,
@@ -162,7 +163,7 @@ def test_a_server_that_is_slow_to_answer_looks(nas: FakeNas, open_engine: OpenEn
 
 REFUSALS = [
     *[(op, status) for op in LOOK for status in (NFS3ERR_PERM, NFS3ERR_IO, NFS3ERR_ACCES, NFS3ERR_SERVERFAULT)],
-    *[(op, NFS3ERR_STALE) for op in ("READ", "WRITE")],
+    *[(op, status) for op in ("READ", "WRITE") for status in (NFS3ERR_STALE, NFS3ERR_NOENT)],
     *[("WRITE", status) for status in (NFS3ERR_NOSPC, NFS3ERR_DQUOT, NFS3ERR_ROFS)],
 ]
 
@@ -176,6 +177,7 @@ def test_a_look_that_is_refused(
     """
     text = {
         NFS3ERR_PERM: os.strerror(errno.EPERM),
+        NFS3ERR_NOENT: os.strerror(errno.EIO),  # RFC 1813 has no such answer, and the file is not gone for it
         NFS3ERR_IO: os.strerror(errno.EIO),
         NFS3ERR_ACCES: os.strerror(errno.EACCES),
         NFS3ERR_SERVERFAULT: "",  # libnfs has an errno of its own for it

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 from support.engines import PAGE, OpenEngine, opening, read_pages, results, write_pages_and_flush
 from support.fake_nfs import NFS3ERR_JUKEBOX, Call, FakeNfsServer
 from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
+
+from nbdnfs.engine import NfsError
 
 MIB = 1 << 20
 MIB_PAGES = MIB // PAGE
@@ -189,6 +193,24 @@ def test_not_now_at_first_contact(fake: FakeNfsServer, open_engine: OpenEngine, 
         if op != "NULL":
             fake.fail(op, NFS3ERR_JUKEBOX, times=3)
         assert in_background(read_pages, engine, 1).result(DEADLINE_S) == page_of(fake, 1)
+
+
+@pytest.mark.parametrize("op", ["MNT", "NULL", "GETATTR", "FSINFO", "LOOKUP"])
+def test_an_answer_that_is_lost_at_first_contact(fake: FakeNfsServer, open_engine: OpenEngine, op: str) -> None:
+    """It costs a third of the time that connecting may take, and then the call is made again."""
+    fake.hold(op, times=1)
+    begun_s = time.monotonic()
+    engine = open_engine(fake.url(), connect_timeout_s=9)
+    assert 2.9 < time.monotonic() - begun_s < 8.0
+    assert read_pages(engine, 0) == page_of(fake, 0)
+
+
+def test_no_answer_at_first_contact(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
+    """The error says which step it was."""
+    fake.hold("LOOKUP")
+    with pytest.raises(NfsError, match="no answer to the open") as caught:
+        open_engine(fake.url(), connect_timeout_s=1)
+    assert caught.value.errno == errno.ETIMEDOUT
 
 
 def test_the_root_directory_is_the_export(new_fake: Callable[..., FakeNfsServer], open_engine: OpenEngine) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import signal
@@ -27,6 +28,7 @@ from nbdnfs.config import Config
 from nbdnfs.errors import OwnedError
 from nbdnfs.keeper import serving as serving_module
 from nbdnfs.keeper.keeper import Keeper
+from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.reporter import Reporter
 from nbdnfs.keeper.sd_notify import Notifier
@@ -49,6 +51,7 @@ class Setup:
         self.server = server
         self.kernel = FakeKernel()
         self.work = FakeSwap(settings, url, "127.0.0.1")
+        self.kernel.use = lambda: "as swap" if self.work.on else ""
         if timing is not None:
             name = url.partition("?")[0].rpartition("/")[2]
             more = owner_record.plugin_settings(name, owner_record.boot_id(), timing)
@@ -60,11 +63,12 @@ class Setup:
 
     def run(self, scenario: Callable[[Keeper], None]) -> int:
         """A keeper in this thread until `scenario`, in another one, has ended."""
+        records = Records(self.records.name, run=self.records.path.parent)
         keeper = Keeper(
             self.kernel,
             self.work,
-            self.records,
-            Reporter(self.records, Notifier({})),
+            records,
+            Reporter(records, Notifier({})),
             stored={name: os.dup(descriptor) for name, descriptor in self.parked.items()},
         )
         self.parked = {"region": os.dup(keeper._region)}  # what systemd's store does
@@ -340,6 +344,39 @@ def test_a_worker_of_another_region_version_is_no_standby(setup: Setup, capfd: p
         setup.kernel.wait_for_link(2)
 
     setup.run(scenario)
+
+
+def test_a_file_that_comes_later(ganesha: Ganesha, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server without its file, or without the directory: waited for and shown, not made while the boot lasts, and
+    used within 15 s of its return."""
+    monkeypatch.setattr(FakeSwap, "provision", RealWork.provision)
+    folder = ganesha.export_path / "disk"
+    folder.mkdir()
+    (folder / "later").write_bytes(bytes(DEVICE_BYTES))
+    away = folder.rename(ganesha.export_path.parent / "away")
+    setup = Setup(ganesha, tmp_path, url=ganesha.url("disk/later"))
+    setup.work._settings = dataclasses.replace(setup.work._settings, size_bytes=DEVICE_BYTES)
+    setup.work._new_file_after_s = 150.0
+    took_s: list[float] = []
+
+    def waiting() -> str:
+        return setup.records.read(Records.WAITING) or ""
+
+    def scenario(keeper: Keeper) -> None:
+        until(lambda: waiting().endswith("(a typo, or the server's disks are not mounted yet)"))
+        folder.mkdir()  # the mount point
+        until(lambda: "disk/later on " in waiting())
+        folder.rmdir()
+        away.rename(folder)
+        returned_s = time.monotonic()
+        ready(keeper)
+        took_s.append(time.monotonic() - returned_s)
+
+    assert setup.run(scenario) == 0
+    print(f"ready {took_s[0]:.1f} s after the file's return")
+    assert took_s[0] < 15.0
+    assert waiting() == ""
+    setup.end()
 
 
 def test_a_stolen_file_ends_the_keeper(ganesha: Ganesha, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from support.nfs_server import LOOPBACK, FileOnServer
 from support.owner_records import HOLDER, beside, record_path
 
+from nbdnfs import programs
 from nbdnfs.errors import ConfigError, NbdnfsError, NoHostError, UnavailableError
 from nbdnfs.keeper import failures, main
 from nbdnfs.keeper.records import Records
@@ -123,6 +124,19 @@ def test_a_name_service_that_comes_up_later(
     assert max(slept_s) <= 15
     assert records.read(Records.WAITING) is None
     assert capfd.readouterr().err == "nbdnfs: swap0: the NFS server 'nas' is unknown; trying again until it is known\n"
+
+
+@pytest.mark.parametrize(
+    ("state", "is_booting"),
+    [("starting\n", True), ("initializing\n", True), ("running\n", False), ("degraded\n", False)],
+)
+def test_whether_it_is_the_boot(monkeypatch: pytest.MonkeyPatch, state: str, is_booting: bool) -> None:
+    """By systemd's state; without systemd it is not."""
+    monkeypatch.setattr(programs, "run", lambda argv, **options: state)
+    monkeypatch.setattr(os.path, "isdir", lambda path: path == "/run/systemd/system")
+    assert main._is_booting() == is_booting
+    monkeypatch.setattr(os.path, "isdir", lambda path: False)
+    assert not main._is_booting()
 
 
 def test_no_room_for_records(tmp_path: Path) -> None:

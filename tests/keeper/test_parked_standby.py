@@ -48,6 +48,7 @@ class Setup:
         self.records = Records("t", run=root)
         self.records.make()
         self.work = self.new_work()
+        self.kernel.use = lambda: "as swap" if self.work.on else ""
         self.over = threading.Event()
 
     def new_work(self, **settings: int) -> FakeSwap:
@@ -197,6 +198,7 @@ def test_a_worker_without_a_record_is_not_confused_with_the_standby(setup: Setup
     record = setup.records.living(Records.WORKER)
     assert record is not None
     (setup.records.path / Records.WORKER).unlink()
+    setup.records = Records(setup.records.name, run=setup.records.path.parent)  # the next keeper's own
 
     def scenario(keeper: Keeper) -> None:
         until(lambda: keeper.is_swap_on)
@@ -295,8 +297,8 @@ def test_an_error_ends_the_standby(setup: Setup) -> None:
 def test_no_device_no_standby(setup: Setup) -> None:
     """Nothing of a device that no longer exists is used: the standby's region is another one."""
     standby = parked_by_a_killed_keeper(setup)
-    setup.kernel.disconnect(Attached(7, DEVICE_BYTES))
     setup.work.on = False
+    setup.kernel.disconnect(Attached(7, DEVICE_BYTES))
     setup.server.fail("WRITE", NFS3_OK)
 
     def scenario(keeper: Keeper) -> None:

@@ -22,7 +22,7 @@ URL = "nfs://nas/export/a.swap"
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """The arguments of the helpers, which are not started."""
     arguments: list[tuple[str, ...]] = []
-    monkeypatch.setattr(RealWork, "_answering", lambda self, *words: arguments.append(words))
+    monkeypatch.setattr(RealWork, "_answering", lambda self, *words, status="": arguments.append(words))
     return arguments
 
 

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.small_filesystem import fill, small_tmpfs
 
 from nbdnfs import proc_stat, region
 from nbdnfs.keeper.records import Records
@@ -65,17 +66,8 @@ def test_a_damaged_record(records: Records, data: bytes, capfd: pytest.CaptureFi
 @pytest.fixture
 def small_run(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs that takes next to nothing."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", tmp_path], check=True)
-    yield tmp_path
-    subprocess.run(["umount", "-l", tmp_path], check=True)
-
-
-def fill(folder: Path) -> None:
-    with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
+    with small_tmpfs(tmp_path, 128 << 10):
+        yield tmp_path
 
 
 @pytest.mark.server
@@ -83,7 +75,7 @@ def test_a_full_run(small_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Reserved records are written all the same; others are kept, reported once, and written when there is room."""
     records, other = Records("swap0", run=small_run), Records("swap1", run=small_run)
     records.reserve()
-    fill(small_run)
+    filler = fill(small_run)
     for text in ("x" * 1000, "y", "z" * 3000):
         records.write(Records.STATE, text)
         assert records.read(Records.STATE) == text
@@ -98,10 +90,22 @@ def test_a_full_run(small_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert [line.rpartition("/")[2] for line in lines] == [
         f"{key}: No space left on device; trying again until it can" for key in ("state", "keeper")
     ]
-    (small_run / "filler").unlink()
+    filler.unlink()
     other.retry()
     assert other.read(Records.STATE) == "watch"
     assert other.living(Records.KEEPER) is not None
+
+
+def test_records_that_an_administrator_removes(records: Records) -> None:
+    """A keeper writes them again; after its own `remove` it does not."""
+    records.put(Records.DEVICE, "nbd0")
+    records.put(Records.WAITING, "")
+    shutil.rmtree(records.path)
+    records.retry()
+    assert records.read(Records.DEVICE) == "nbd0"
+    records.remove()
+    records.retry()
+    assert not records.path.exists()
 
 
 @pytest.mark.server

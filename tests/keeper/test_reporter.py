@@ -31,13 +31,15 @@ def test_once_across_keepers(records: Records, capfd: pytest.CaptureFixture[str]
     for _ in range(3):
         reporter(records).complain("away", "the server is away")
         reporter(records).pass_on(["nbdnfs: there is no file", "nbdnfs: create it"])
-        records.remove()
+        records.remove(keep_said=True)
     assert capfd.readouterr().err.splitlines() == [
         "nbdnfs: swap0: the server is away",
         "nbdnfs: there is no file",
         "nbdnfs: create it",
     ]
     reporter(records).all_is_well()
+    assert reporter(records).complain("away", "the server is away")
+    records.remove()
     assert reporter(records).complain("away", "the server is away")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdnfs.errors import BusyError
@@ -177,6 +177,7 @@ trees = st.lists(groups(st.lists(groups(st.just([])), max_size=2)), min_size=1, 
 
 
 @given(trees, sizes)
+@settings(deadline=None)  # a busy machine is no failure
 def test_it_never_allows_what_exceeds(found: list[Group], elsewhere_mib: int) -> None:
     """Where it says yes, every limit holds with all pages of the device back, and the rest fits elsewhere."""
     on_device_mib = sum(group.sum("on_device_mib") for group in found)

@@ -158,7 +158,10 @@ def test_a_server_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         url = server.url("swap0")
         free_before = os.statvfs(folder).f_bfree
         fails_with(
-            CannotCreateError, "no room in", "ask for a smaller size", lambda: backing_file.create(url, 64 * MIB)
+            CannotCreateError,
+            "no room for 64 MiB in",
+            "ask for a smaller size",
+            lambda: backing_file.create(url, 64 * MIB),
         )
         assert [entry for entry in os.listdir(folder) if entry != "lost+found"] == []
         monkeypatch.setattr(zeros, "refuse_unless_room", lambda *arguments: None)

@@ -156,6 +156,21 @@ def test_a_server_of_version_4_only(monkeypatch: pytest.MonkeyPatch, has_portmap
     assert "version=4" in found.hint
 
 
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(errno.ETIMEDOUT, "offers NFS version 3, but does not answer every call"), (errno.ECONNRESET, "answers on all")],
+)
+def test_a_server_that_answers_now(number: int, text: str) -> None:
+    """Each service answers when it is asked again: neither version nor port is to blame."""
+    with FakeNas() as nas:
+        url = nfs_url.parse(nas.url("/export/box.swap"))
+        found = explain.open_error(failure(number, "connect"), url, LOOPBACK)
+    assert type(found) is UnavailableError
+    assert text in found.message
+    assert "version" not in found.hint
+    assert "try again" in found.hint
+
+
 def test_another_service_on_the_port() -> None:
     """Each of the two ports, by name."""
     with FakeNas() as nas, Service(100005, (1,)) as old, Service(100000, (2,), PROG_UNAVAIL) as other:

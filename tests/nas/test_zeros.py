@@ -108,7 +108,7 @@ def test_a_server_that_has_no_room(server: FakeServer, force: bool) -> None:
     missing = SIZE - CHUNK if force else SIZE
     fails_with(
         CannotCreateError,
-        f"no room in /export on 192.0.2.1: {missing // 1024} KiB are needed, and 128 KiB of 1 TiB are available",
+        f"no room for {missing // 1024} KiB in /export on 192.0.2.1: 128 KiB of 1 TiB are available",
         "free space there",
         force=force,
     )

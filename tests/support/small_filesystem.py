@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Fault tool: a small ext4 on an image file, mounted for as long as a test needs an export that fills up."""
+"""Fault tool: a small ext4 on an image file, or a small tmpfs, for as long as a test needs one that fills up."""
 
 from __future__ import annotations
 
@@ -32,6 +32,25 @@ def small_filesystem(workdir: Path, size_bytes: int) -> Iterator[Path]:
     finally:
         _run(program("umount", "mount"), str(folder))
         image.unlink()
+
+
+@contextlib.contextmanager
+def small_tmpfs(folder: Path, size_bytes: int) -> Iterator[Path]:
+    """`folder`, on which a tmpfs of `size_bytes` is mounted; needs root."""
+    _run(program("mount", "mount"), "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder))
+    try:
+        yield folder
+    finally:
+        _run(program("umount", "mount"), "-l", str(folder))
+
+
+def fill(folder: Path) -> Path:
+    """Fill the file system up with one file, and return that."""
+    filler = folder / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return filler
 
 
 def _run(*argv: str) -> None:

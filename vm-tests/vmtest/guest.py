@@ -26,7 +26,7 @@ HOST_ADDRESS = "10.0.2.2"
 """Where a guest reaches the host's 127.0.0.1 (QEMU's user networking)."""
 
 
-BOOT_TIMEOUT_S = 300.0
+BOOT_TIMEOUT_S = 600.0
 SILENCE_S = 120.0
 _PING_EVERY_S = 5.0
 _TICK_S = 0.1

@@ -11,13 +11,16 @@
 #define REFUSAL_LOG_MS 60000
 /* A write that the server has so often carried out in pieces under several verifiers asks for FILE_SYNC. */
 #define RESTARTS_MAX 4
-/* The directory is not sought again sooner, since that costs the connection: after it was found, and after it was not. */
+/* The directory is not sought again sooner, because that costs the connection: where it was found, and where not. */
 #define SEEK_AGAIN_MS 1000
 #define SEEK_IN_VAIN_MS 30000
+/* So often it is sought although it was found, because the server calls the new handle stale as well. */
+#define SEEKS_IN_ROW 3
 
 /*
  * The server has refused a request with `error`. A READ is asked again for a while, whatever the reason: an export, a
- * disk or a name service may not be there for a moment, and an error ends the process whose page it was.
+ * disk or a name service may not be there for a moment, and an error ends the process whose page it was. That time
+ * begins again with each connection: while there was none, the server has refused nothing.
  */
 void note_refused(struct nfsio *io, struct nfsio_req *req, int error)
 {
@@ -27,7 +30,7 @@ void note_refused(struct nfsio *io, struct nfsio_req *req, int error)
 		req_finish(&io->inflight, req, error);
 		return;
 	}
-	if (req->refused_at_ms == 0) {
+	if (req->refused_at_ms < io->connected_at_ms) {
 		req->refused_at_ms = now;
 		if (io->refusal_told_ms == 0 || now - io->refusal_told_ms > REFUSAL_LOG_MS)
 			log_line("server %s: it refuses to read (%s): asking again for %u s", io->address,
@@ -60,6 +63,11 @@ void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool en
 	}
 }
 
+static bool is_worth_seeking(const struct nfsio *io)
+{
+	return io->directory_found && io->directory_seeks < SEEKS_IN_ROW;
+}
+
 /*
  * The handle of the URL's directory is stale, or not known: have it found by its name, over a new connection. Returns
  * false when that was done not long ago.
@@ -69,8 +77,9 @@ bool seek_directory(struct nfsio *io)
 	int64_t now = now_ms();
 
 	if (io->directory_sought_ms != 0 &&
-	    now - io->directory_sought_ms < (io->directory_found ? SEEK_AGAIN_MS : SEEK_IN_VAIN_MS))
+	    now - io->directory_sought_ms < (is_worth_seeking(io) ? SEEK_AGAIN_MS : SEEK_IN_VAIN_MS))
 		return false;
+	io->directory_seeks = io->directory_seeks < SEEKS_IN_ROW ? io->directory_seeks + 1 : 1;
 	io->directory_sought_ms = now;
 	io->directory_found = false;
 	io->directory_is_stale = true;
@@ -86,7 +95,7 @@ void note_refused_elsewhere3(struct nfsio *io, struct nfsio_req *req, int status
 	io->useful = true;
 	if (stale && req->op == NFSIO_LOOKUP && seek_directory(io))
 		return; /* it goes over the new connection, with the new handle */
-	if (status == NFS3ERR_JUKEBOX || (stale && req->op == NFSIO_LOOKUP && io->directory_found))
+	if (status == NFS3ERR_JUKEBOX || (stale && req->op == NFSIO_LOOKUP && is_worth_seeking(io)))
 		try_later(io, &io->inflight, req);
 	else if (stale)
 		req_finish(&io->inflight, req, -ESTALE);

@@ -2,8 +2,8 @@
 /*
  * A new connection to the file that was opened. The handle is the file: once one is known, a connection over NFSv3 is
  * made to it, whatever has become of its name or of mountd. Only where the server does not know it any more is the name
- * looked up again: in its directory, whose handle is known as well, and where that is stale, too, from mountd on. All of
- * that goes over the wire. libnfs finds the file once.
+ * looked up again: in its directory, whose handle is known as well, and where that is stale, too, from mountd on. That
+ * goes over the wire. libnfs finds the file once.
  */
 #include "nfs/internal.h"
 

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * The first connection to a file, by its name: a libnfs context that is not published yet mounts, opens the file and
- * checks its handle. Over libnfs, all connections. The I/O thread waits for each call (`step`), and meanwhile fails requests that have waited too long.
+ * checks its handle. With `transport=libnfs`, and over NFSv4, all connections. The I/O thread waits for each call
+ * (`step`), and meanwhile fails requests that have waited too long.
  */
 #include "nfs/internal.h"
 
@@ -168,6 +169,17 @@ static bool is_jukebox(struct nfs_context *nfs)
 	return text != NULL && strstr(text, "(10008)") != NULL;
 }
 
+/* What has gone wrong in `step`. libnfs's text says nothing of an answer that did not come. */
+static void fail_step(struct nfsio_failure *why, struct nfs_context *nfs, enum nfsio_phase phase, const char *step,
+		      int error)
+{
+	char text[64];
+
+	snprintf(text, sizeof(text), "no answer to the %s", step);
+	set_failure(why, is_no_answer(nfs, error) ? NFSIO_CONNECT : phase, error,
+		    error == -ETIMEDOUT ? text : nfs_get_error(nfs));
+}
+
 /* Cut the last component off `path`; "/" is the last parent, for NFSv3. Returns false when there is none. */
 static bool go_up(const struct nfsio *io, char *path)
 {
@@ -191,7 +203,8 @@ static bool remember_mount(struct nfsio *io, const char *path)
 
 /*
  * Mount the URL's directory or, where the server exports only a parent of it, the longest parent that it exports.
- * Remember the choice for reconnects. Returns false and *why, of the first refusal; *nfs may be NULL then.
+ * Remember the choice for reconnects. Returns false and *why, that there was no answer or the first refusal; *nfs may be
+ * NULL then.
  */
 static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, int64_t deadline_ms, struct nfsio_failure *why)
 {
@@ -210,9 +223,8 @@ static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, int64_t 
 			break;
 		if (is_jukebox(*nfs))
 			error = -EAGAIN;
-		if (first)
-			set_failure(why, is_no_answer(*nfs, error) ? NFSIO_CONNECT : NFSIO_MOUNT, error,
-				    nfs_get_error(*nfs));
+		if (first || is_no_answer(*nfs, error))
+			fail_step(why, *nfs, NFSIO_MOUNT, "mount", error);
 		first = false;
 		if (is_no_answer(*nfs, error) || chosen || !go_up(io, path))
 			return false;
@@ -357,7 +369,7 @@ bool connect_to_name(struct nfsio *io, struct connection *made, struct nfsio_fai
 			error = look_at_file(io, made);
 	}
 	if (error != 0) {
-		set_failure(why, is_no_answer(nfs, error) ? NFSIO_CONNECT : NFSIO_OPEN, error, nfs_get_error(nfs));
+		fail_step(why, nfs, NFSIO_OPEN, "open", error);
 		goto fail;
 	}
 	if (made->fh != NULL)

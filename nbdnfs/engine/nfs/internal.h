@@ -147,7 +147,6 @@ struct nfsio {
 	bool refused_port;      /* the I/O thread's own: the last attempt found no server at the known port */
 	bool refusal_logged;    /* the I/O thread's own: the connection before this one ended as `refused` says, too */
 	int64_t gone_since_ms;  /* the I/O thread's own: when the file was first found gone, 0: it is not */
-	int64_t connected_at_ms; /* the I/O thread's own */
 	int64_t away_since_ms;  /* the I/O thread's own */
 	bool logged[NFSIO_FILE_REPLACED + 1]; /* the I/O thread's own: which conditions, since away_since_ms */
 	int wake_fd;            /* an eventfd: written to wake the I/O thread out of poll() */
@@ -185,7 +184,8 @@ struct nfsio {
 	struct nfsio_handle directory; /* the URL's directory; length 0: not known */
 	bool directory_is_stale; /* the next connection is to find it by its name first */
 	bool directory_found;   /* and was found the last time */
-	int64_t directory_sought_ms; /* when that was last asked for, or 0 */
+	unsigned directory_seeks; /* how often that was asked for, since a LOOKUP in it went well */
+	int64_t directory_sought_ms; /* when it was last, or 0 */
 
 	/* of transport_libnfs */
 	struct nfs_context *nfs;
@@ -214,6 +214,7 @@ struct nfsio {
 	int64_t silence_ms;     /* see look_into_silence(): options.silence_ms, or a multiple of it */
 	int64_t deadline_ms;    /* nothing outstanding is given up before; it may have been answered meanwhile */
 	int64_t polls_until_ms; /* when the poll() that began last ends at the latest; 0 after it */
+	int64_t connected_at_ms; /* when the last connection was made */
 	int64_t last_received_ms; /* when something was last received, or the connection was made */
 	bool waits;             /* for an answer, or for a connection to send a request over */
 	_Atomic uint64_t *noted_received_ms, *noted_waiting_ms; /* nfsio_note_waits(): where both are noted, or NULL */

@@ -22,6 +22,8 @@
 #define CLOSE_LIMIT_MS 1000
 /* The pause before the next of the first attempts, when the server has asked to come back later. */
 #define FIRST_RETRY_MS 200
+/* How much of the time the first attempt has: an answer that was lost is not waited for any longer. */
+#define FIRST_ATTEMPT_PART 3
 /* The time for mounting and opening doubles each time that it was too short, up to this. */
 #define PATIENCE_LIMIT_MS (10 * 60 * 1000)
 /* How long after a waiter has received the I/O thread receives again. */
@@ -242,19 +244,31 @@ static void wait_for_io_work(struct nfsio *io)
 	pthread_cond_timedwait(&io->io_work, &io->lock, &until);
 }
 
-/* The first attempts: one that the server puts off is repeated for a while. Without the lock. */
+/*
+ * The first attempts: one that the server puts off is repeated for a while. An answer that does not come is waited for
+ * a part of the time only: libnfs does not repeat a call, so all of them are made again, over a new connection.
+ */
 static bool connect_first(struct nfsio *io, struct connection *made, struct nfsio_failure *why)
 {
-	int64_t deadline_ms = now_ms() + io->patience_ms;
-	bool connected = connect_once(io, made, why);
+	int64_t patience_ms = io->patience_ms, deadline_ms = now_ms() + patience_ms, left_ms = patience_ms;
+	bool connected, again;
 
 	/* the server may have made the file, and put off what was asked next: only the caller knows whose it is then */
 	if (io->options.create && io->options.exclusive)
-		return connected;
-	while (!connected && why->error == -EAGAIN && now_ms() < deadline_ms && !atomic_load(&io->stop)) {
-		back_off(io, FIRST_RETRY_MS);
+		return connect_once(io, made, why);
+	io->patience_ms = patience_ms / FIRST_ATTEMPT_PART;
+	do {
 		connected = connect_once(io, made, why);
-	}
+		left_ms = deadline_ms - now_ms();
+		again = !connected && left_ms > 0 && !atomic_load(&io->stop);
+		if (again && why->error == -EAGAIN)
+			back_off(io, FIRST_RETRY_MS);
+		else if (again && why->error == -ETIMEDOUT)
+			io->patience_ms = left_ms;
+		else
+			again = false;
+	} while (again);
+	io->patience_ms = patience_ms;
 	return connected;
 }
 

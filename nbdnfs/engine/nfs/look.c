@@ -67,6 +67,12 @@ static int run(struct nfsio *io, struct nfsio_look *look, const char *step, stru
 	return stopped ? -ECANCELED : req->error;
 }
 
+/* That there is no such file is LOOKUP's to say: from another procedure it is nonsense, and must not count as that. */
+static int not_missing(int error)
+{
+	return error == -ENOENT ? -EIO : error;
+}
+
 static int look_over_wire(struct nfsio *io, const char *name, struct nfsio_look *look)
 {
 	int64_t fail_at_ms = look->limit_ms > 0 ? now_ms() + look->limit_ms : 0;
@@ -94,7 +100,7 @@ static int look_over_wire(struct nfsio *io, const char *name, struct nfsio_look 
 		.handle = &file,
 		.fail_at_ms = fail_at_ms,
 	};
-	error = run(io, look, "READ", &req);
+	error = not_missing(run(io, look, "READ", &req));
 	if (error != 0)
 		return error;
 	look->found_bytes = req.moved_bytes;
@@ -108,7 +114,7 @@ static int look_over_wire(struct nfsio *io, const char *name, struct nfsio_look 
 		.handle = &file,
 		.fail_at_ms = fail_at_ms,
 	};
-	error = run(io, look, "WRITE", &req);
+	error = not_missing(run(io, look, "WRITE", &req));
 	look->changed = error == 0;
 	return error;
 }

@@ -6,7 +6,7 @@
  * their callers, which see nothing of that: what was in flight is sent again.
  *
  * libnfs mounts, looks up and opens the file. With NFSIO_OVER_WIRE its context is thrown away then: the connections are
- * made to the file's handle, and nothing goes through libnfs any more (wire.h), unless the server forgets the handle.
+ * made to the file's handle, and nothing goes through libnfs any more (wire.h), not even where the server forgets it.
  * Nothing outside this room calls libnfs.
  *
  * Threads: nfsio_create() starts one I/O thread, which nfsio_join() ends. Every other function may be called from any
@@ -26,8 +26,11 @@
 enum nfsio_op {
 	NFSIO_READ,
 	NFSIO_WRITE,          /* FILE_SYNC: stable when it is done */
-	NFSIO_WRITE_UNSTABLE, /* NFSv3: needs a COMMIT under the same verifier, unless `stable` says otherwise. It becomes
-				 NFSIO_WRITE where the server changes its verifier again and again */
+	/*
+	 * NFSv3: needs a COMMIT under the same verifier, unless `stable` says otherwise. It becomes NFSIO_WRITE where
+	 * the server changes its verifier again and again.
+	 */
+	NFSIO_WRITE_UNSTABLE,
 	NFSIO_COMMIT,         /* NFSv3: the whole file; its only result is the verifier */
 	NFSIO_LOOKUP,         /* nfsio_look()'s own */
 };
@@ -94,7 +97,7 @@ struct nfsio_req {
 	struct wire_call call;
 	int64_t queued_at_ms;
 	int64_t give_up_at_ms;  /* while in flight: then it is sent again over a new connection */
-	int64_t refused_at_ms;  /* a READ: when the server first refused it, or 0 */
+	int64_t refused_at_ms;  /* a READ: when the server first refused it over this connection; less: it has not */
 	unsigned restarts;      /* a write: how often all of it was sent again for another verifier */
 	struct nfsio_req *prev, *next;
 };

@@ -44,6 +44,7 @@ static void wire_answered_elsewhere(struct nfsio *io, struct nfsio_req *req, con
 		note_refused_elsewhere3(io, req, (int)answer->status);
 	} else if (answer->call->procedure == WIRE_LOOKUP) {
 		io->useful = true;
+		io->directory_seeks = 0;
 		req->found->length_bytes = answer->handle_bytes;
 		memcpy(req->found->bytes, answer->handle, answer->handle_bytes);
 		req_finish(&io->inflight, req, 0);

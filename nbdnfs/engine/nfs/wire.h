@@ -40,7 +40,7 @@ struct wire_call {
 	uint32_t handle_bytes;  /* 1 to WIRE_HANDLE_BYTES_MAX */
 	uint32_t length_bytes;  /* of the data; 0 where a procedure has none */
 	uint64_t offset_bytes;
-	uint8_t *data;          /* WIRE_READ, WIRE_READLINK: filled. WIRE_WRITE: sent. WIRE_LOOKUP, WIRE_MNT: the name */
+	uint8_t *data;          /* READ, READLINK: filled. WRITE: sent. LOOKUP, MNT: the name or path, sent */
 	bool stable;            /* WIRE_WRITE: FILE_SYNC, else UNSTABLE */
 	uint32_t program, version; /* WIRE_GETPORT, WIRE_GETADDR: whose port is asked for */
 
@@ -66,7 +66,7 @@ struct wire_answer {
 	bool has_size_before;   /* of a write or a commit */
 	uint64_t size_before_bytes;
 
-	/* of WIRE_LOOKUP and WIRE_MNT; the bytes are the wire's, in place until its next wire_receive() or wire_close() */
+	/* of WIRE_LOOKUP, WIRE_MNT; the bytes are the wire's, in place until its next wire_receive() or wire_close() */
 	const uint8_t *handle;
 	uint32_t handle_bytes;
 	/* of WIRE_FSINFO: the most that a READ and a WRITE may move, and how much they had better move */
