@@ -24,7 +24,7 @@ from vmtest.outcome import GuestFailedError, LostGuestError
 
 DEVICE_MIB = 48
 LOAD_MIB = 24
-# By memory.high, not memory.max: what is swapped in by a stop may exceed it, and nothing is killed for it.
+# memory.high of the load's cgroup, not memory.max: nothing is killed for it.
 HIGH_MIB = 12
 _CGROUP = "/sys/fs/cgroup/load"
 _CONFIG = f"/etc/nbdnfs/{NAME}.toml"
@@ -63,9 +63,9 @@ class Model:
         elif self.attached and not self.swap and not self.top:
             self.swap = None  # with what was configured before, or not
 
-    def wanted_down(self) -> None:
-        """What a stop comes to: refused where the device is in use by another."""
-        if self.top:
+    def wanted_down(self, *, is_refused: bool) -> None:
+        """What a stop comes to. It is refused where another device lies on ours, and where the load has no room."""
+        if self.top or is_refused:
             self.keeper = None
         else:
             self.attached = self.swap = self.keeper = False
@@ -179,7 +179,8 @@ class Run:
         """Run it to its end, whatever that is. GuestFailedError for a traceback."""
         result = self.guest.run(command, _COMMAND_S, check=False)
         if note:
-            self.said.append(f"{command} ▸ {result.status}")
+            last = (result.stderr.strip().splitlines() or [""])[-1]
+            self.said.append(f"{command} ▸ {result.status} {last}".rstrip())
         if "Traceback (most" in result.stderr + result.stdout:
             raise GuestFailedError(f"{command}: {result.stderr}")
         return result
@@ -188,6 +189,10 @@ class Run:
         """GuestFailedError unless it holds."""
         if not holds:
             raise GuestFailedError(text)
+
+    def make_room(self) -> None:
+        """So that all of the load fits into its cgroup; `_settle` takes the room away where there is swap again."""
+        self.sh(f"echo max > {_CGROUP}/memory.high")
 
     def kill(self, what: str) -> None:
         """By their records: those of processes that have ended are passed over."""
@@ -218,7 +223,7 @@ class Run:
 
     def _set_up(self) -> None:
         self.guest.settle(_SETTLE_S * 3)
-        self.guest.run("nbdnfs install-units && systemctl daemon-reload && mkdir -p /etc/nbdnfs", 200)
+        self.guest.run("nbdnfs install-units && mkdir -p /etc/nbdnfs", 200)
         self.configure(self.good)
         self.guest.run(
             "grep -qw memory /sys/fs/cgroup/cgroup.subtree_control"
@@ -283,10 +288,20 @@ def start(run: Run, _: random.Random) -> None:
         run.model.wanted_up()
 
 
-def stop(run: Run, _: random.Random) -> None:
-    """systemctl stop"""
-    run.sh(f"systemctl stop {UNIT}")
-    run.model.wanted_down()
+def stop(run: Run, rng: random.Random) -> None:
+    """systemctl stop, with room for the load or without"""
+    _take_down(run, f"systemctl stop {UNIT}", rng)
+
+
+def _take_down(run: Run, command: str, rng: random.Random) -> None:
+    has_room = rng.random() < 0.6
+    if has_room:
+        run.make_room()
+    is_up = run.model.attached
+    result = run.sh(command)
+    run.must(not (is_up and has_room) or run.model.top or result.status == 0, f"refused: {result.stderr}")
+    is_nothing = command.startswith("systemctl") and not run.model.keeper  # a unit that does not run
+    run.model.wanted_down(is_refused=bool(is_up) and (result.status != 0 or is_nothing))
 
 
 def restart(run: Run, _: random.Random) -> None:
@@ -307,11 +322,9 @@ def up(run: Run, _: random.Random) -> None:
         model.wanted_up()
 
 
-def down(run: Run, _: random.Random) -> None:
-    """nbdnfs down"""
-    result = run.sh(f"nbdnfs down {NAME}")
-    run.must(not run.model.top or result.status != 0, "down takes a device that another one lies on")
-    run.model.wanted_down()
+def down(run: Run, rng: random.Random) -> None:
+    """nbdnfs down, with room for the load or without"""
+    _take_down(run, f"nbdnfs down {NAME}", rng)
 
 
 def run_beside(run: Run, _: random.Random) -> None:
@@ -385,6 +398,7 @@ def swapoff(run: Run, _: random.Random) -> None:
     """swapoff by hand"""
     if not run.model.swap:
         return
+    run.make_room()
     run.sh("swapoff /dev/nbd*")
     run.model.swap = False
 
@@ -419,6 +433,7 @@ def top_on(run: Run, _: random.Random) -> None:
     if not run.model.swap or not run.model.keeper:
         return
     device = look(run.guest).devices[0]
+    run.make_room()
     run.sh(
         f"swapoff /dev/{device} && dmsetup create {TOP} --table"
         f' "0 $(cat /sys/block/{device}/size) linear /dev/{device} 0" && swapon /dev/mapper/{TOP}'
@@ -430,6 +445,7 @@ def top_off(run: Run, rng: random.Random) -> None:
     """and back"""
     if not run.model.top:
         return
+    run.make_room()
     run.sh(f"swapoff /dev/mapper/{TOP} && dmsetup remove --retry {TOP}")
     run.model.top = False
     restart(run, rng)
