@@ -26,8 +26,8 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_sizes() -> None:
     """The kernel's page follows, the engine's slot does not; what is made of the two is right."""
     done = run(
-        "from nbdnfs import sizes\nfrom nbdnfs.nas import backing_file\n"
-        "print(sizes.KERNEL_PAGE_BYTES, sizes.SLOT_BYTES, backing_file.MIN_SIZE_BYTES)"
+        "from nbdnfs import backing_size, sizes\n"
+        "print(sizes.KERNEL_PAGE_BYTES, sizes.SLOT_BYTES, backing_size.MIN_BYTES)"
     )
     assert (done.stdout, done.stderr) == ("16384 4096 163840\n", "")
 

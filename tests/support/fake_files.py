@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nbdnfs.errors import NbdnfsError
-from nbdnfs.nas import backing_file, part_file, patience, remote_file, zeros
+from nbdnfs.nas import backing_file, creator_lock, part_file, patience, remote_file, zeros
 
 URL = "nfs://192.0.2.1/export/swap0?version=3&uid=0&gid=0"
 CHUNK = 4096
@@ -216,6 +216,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
     monkeypatch.setattr(remote_file, "_RETRY_PAUSE_S", 0.001)
     monkeypatch.setattr(patience, "_FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(os, "getuid", lambda: 0)
+    # each process has a server of its own at this address: their creators must not wait for each other
+    monkeypatch.setattr(creator_lock, "_NFS_PORT", os.getpid())
     return server
 
 

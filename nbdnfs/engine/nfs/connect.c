@@ -5,7 +5,7 @@
  * looked up again: in its directory, whose handle is known as well, and where that is stale, too, from mountd on. That
  * goes over the wire. libnfs finds the file once.
  */
-#include "nfs/internal.h"
+#include "nfs/connecting.h"
 
 #include <errno.h>
 #include <stdio.h>

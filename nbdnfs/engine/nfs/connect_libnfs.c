@@ -4,7 +4,7 @@
  * checks its handle. With `transport=libnfs`, and over NFSv4, all connections. The I/O thread waits for each call
  * (`step`), and meanwhile fails requests that have waited too long.
  */
-#include "nfs/internal.h"
+#include "nfs/connecting.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -203,8 +203,8 @@ static bool remember_mount(struct nfsio *io, const char *path)
 
 /*
  * Mount the URL's directory or, where the server exports only a parent of it, the longest parent that it exports.
- * Remember the choice for reconnects. Returns false and *why, that there was no answer or the first refusal; *nfs may be
- * NULL then.
+ * Remember the choice for reconnects. Returns false and *why, that there was no answer or the first refusal; *nfs may
+ * be NULL then.
  */
 static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, int64_t deadline_ms, struct nfsio_failure *why)
 {

@@ -3,7 +3,7 @@
  * A new connection over NFSv3 to a file whose handle is known: TCP, NULL, GETATTR and FSINFO. Neither mountd nor a name
  * is asked. `io->wire` is the I/O thread's own until publish().
  */
-#include "nfs/internal.h"
+#include "nfs/connecting.h"
 
 #include "nfs/reserved_port.h"
 

@@ -4,7 +4,7 @@
  * mountd, and LOOKUP of one name after the other. libnfs did the same for the first open; its parser is not for a
  * server that has had time to become hostile, or has broken down.
  */
-#include "nfs/internal.h"
+#include "nfs/connecting.h"
 
 #include <errno.h>
 #include <netinet/in.h>

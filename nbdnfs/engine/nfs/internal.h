@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * What the parts of nfsio share; nothing else includes it. nfsio.h has the contract. Each part calls those above it
- * only.
+ * only. What only the makers of connections share is in connecting.h.
  *
  * libnfs_calls.[ch]   what is peculiar to libnfs: its versions' signatures, its errors
  * wire*.[ch]           NFSv3 without libnfs; knows nothing of the rest
@@ -342,58 +342,6 @@ void tend_waiting(struct nfsio *io);
 int syn_limit_ms(const struct nfsio *io);
 void tune_socket(int fd);
 uint32_t transfer_limit(uint64_t servers);
-
-/*
- * connect_wire.c, for the I/O thread and without the lock. They return 0 or -errno; after an error of the first and the
- * last three, io->wire is closed.
- */
-int wire_connect(struct nfsio *io, const struct server_port *peer, int64_t deadline_ms);
-int call_and_wait(struct nfsio *io, struct wire_call *call, struct wire_answer *answer, int64_t deadline_ms);
-/* TCP and NULL. */
-int connect_to_server(struct nfsio *io, const struct server_port *peer, int64_t deadline_ms);
-/* The rest, over that: -ESTALE for a handle that the server does not know, -EISDIR for one of no regular file. */
-int go_on_to_handle(struct nfsio *io, const struct place *place, struct connection *made);
-int connect_to_handle(struct nfsio *io, const struct place *place, struct connection *made, struct nfsio_failure *why);
-int read_page_by_wire(struct nfsio *io, const struct connection *made, uint64_t offset_bytes, uint8_t *page,
-		      uint32_t page_bytes);
-const char *text_of_wire(int error);
-
-/* find_wire.c, for the I/O thread and without the lock. They return 0 or -errno. */
-
-/* Where the NFS server listens, by portmapper. -ENXIO: that does not know. io->wire is closed. */
-int find_server(struct nfsio *io, struct server_port *peer, int64_t deadline_ms);
-/* The handle of what is mounted, by mountd. io->wire is closed. */
-int find_root(struct nfsio *io, const struct server_port *peer, struct nfsio_handle *root, int64_t deadline_ms);
-/*
- * Follow `path` from the directory *at, over io->wire, to *at. Symbolic links are followed; absolute ones, where `root`
- * is not NULL, inside what is mounted. The wire is closed after what is not the server's word.
- */
-int find_path(struct nfsio *io, const struct nfsio_handle *root, struct nfsio_handle *at, const char *path,
-	      int64_t deadline_ms);
-
-/*
- * connect_libnfs.c, all for the I/O thread and without the lock. But it is held for libnfs_destroy() of a published
- * context, and for pump() with a step that insists.
- */
-void step_done(int error, struct nfs_context *nfs, void *data, void *arg);
-struct step *new_step(struct nfsio *io);
-int pump(struct nfsio *io, struct nfs_context *nfs, struct step *step, int64_t deadline_ms);
-bool connect_to_name(struct nfsio *io, struct connection *made, struct nfsio_failure *why);
-
-/* url.c */
-
-/* Of an encoded path. libnfs's own limit is PATH_MAX. */
-#define URL_PATH_BYTES_MAX 4000
-
-/* The URL's directory ("/" at least) and file, decoded, for free(). Returns 0, -ENOMEM, or -EINVAL: it has none. */
-int url_take_path(const char *url, char **directory, char **file);
-
-/* recognise.c, for the I/O thread. is_same_file() waits, and takes the lock. */
-int is_same_file(struct nfsio *io, const struct connection *made);
-
-/* connect.c, for the I/O thread and without the lock. */
-void connection_close(struct nfsio *io, struct connection *made);
-bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why);
 
 /* io_thread.c. What nfsio_create() starts, with the nfsio as `arg`. */
 void *io_thread(void *arg);

@@ -3,7 +3,7 @@
  * The I/O thread: receives while no waiter does, throws a broken connection away, and tries to make a new one for as
  * long as it takes.
  */
-#include "nfs/internal.h"
+#include "nfs/connecting.h"
 
 #include "base/log.h"
 #include "base/thread.h"

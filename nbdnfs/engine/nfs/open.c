@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* Create and destroy. */
-#include "nfs/internal.h"
+#include "nfs/connecting.h"
 
 #include "base/thread.h"
 

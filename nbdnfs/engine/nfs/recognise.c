@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /* After a reconnect: is the file that has the name now the file that was opened? */
-#include "nfs/internal.h"
+#include "nfs/connecting.h"
 
 #include "base/crc32c.h"
 

@@ -3,7 +3,7 @@
  * The path in an NFS URL. libnfs never gets to see it: 4.0 takes %20 for three characters and later versions for a
  * space, and those that decode do so before they look for the "?", so that %3F ends the path.
  */
-#include "nfs/internal.h"
+#include "nfs/connecting.h"
 
 #include <ctype.h>
 #include <errno.h>
