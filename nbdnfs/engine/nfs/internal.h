@@ -74,8 +74,7 @@ struct name_op {
 	int64_t put_off_since_ms; /* 0: it has not yet */
 	bool done;
 	struct nfsio_failure *why; /* error 0 until it fails */
-	void *result;           /* by `call`: a struct nfsio_stat, nfsio_space or nfsio_names, or NULL */
-	uint32_t mode;          /* for CALL_CHMOD */
+	void *argument;         /* by `call`: a struct nfsio_stat, nfsio_space or nfsio_names, or CHMOD's mode */
 	struct nfsio_look *look; /* NULL but for nfsio_look() */
 	struct nfsfh *fh;       /* the file that `look` has opened */
 	int look_error;

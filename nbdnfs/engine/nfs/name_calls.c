@@ -85,13 +85,13 @@ static int take_result(struct name_op *op, struct nfs_context *nfs, void *data)
 	case CALL_STAT:
 	case CALL_LSTAT:
 	case CALL_FSTAT:
-		copy_stat(op->result, data);
+		copy_stat(op->argument, data);
 		return 0;
 	case CALL_SPACE:
-		take_space(op->result, data);
+		take_space(op->argument, data);
 		return 0;
 	case CALL_LIST:
-		return take_names(op->result, nfs, data);
+		return take_names(op->argument, nfs, data);
 	default:
 		return 0;
 	}
@@ -196,7 +196,7 @@ static int call_libnfs(struct nfsio *io, struct name_op *op)
 	case CALL_UNLINK:
 		return nfs_unlink_async(io->nfs, op->path, name_op_done, op);
 	case CALL_CHMOD:
-		return nfs_chmod_async(io->nfs, op->path, (int)op->mode, name_op_done, op);
+		return nfs_chmod_async(io->nfs, op->path, (int)*(uint32_t *)op->argument, name_op_done, op);
 	case CALL_SPACE:
 		return nfs_statvfs64_async(io->nfs, op->path, name_op_done, op);
 	case CALL_LIST:

@@ -71,21 +71,21 @@ int name_call(struct nfsio *io, struct name_op *op, enum name_call call, const c
 
 int nfsio_stat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why)
 {
-	struct name_op op = { .result = st };
+	struct name_op op = { .argument = st };
 
 	return name_call(io, &op, CALL_STAT, path, NULL, why);
 }
 
 int nfsio_lstat(struct nfsio *io, const char *path, struct nfsio_stat *st, struct nfsio_failure *why)
 {
-	struct name_op op = { .result = st };
+	struct name_op op = { .argument = st };
 
 	return name_call(io, &op, CALL_LSTAT, path, NULL, why);
 }
 
 int nfsio_fstat(struct nfsio *io, struct nfsio_stat *st, struct nfsio_failure *why)
 {
-	struct name_op op = { .result = st };
+	struct name_op op = { .argument = st };
 
 	if (io->options.names_only) {
 		set_failure(why, NFSIO_NAME, -EBADF, NULL);
@@ -117,21 +117,21 @@ int nfsio_unlink(struct nfsio *io, const char *path, struct nfsio_failure *why)
 
 int nfsio_chmod(struct nfsio *io, const char *path, uint32_t mode, struct nfsio_failure *why)
 {
-	struct name_op op = { .mode = mode };
+	struct name_op op = { .argument = &mode };
 
 	return name_call(io, &op, CALL_CHMOD, path, NULL, why);
 }
 
 int nfsio_space(struct nfsio *io, struct nfsio_space *space, struct nfsio_failure *why)
 {
-	struct name_op op = { .result = space };
+	struct name_op op = { .argument = space };
 
 	return name_call(io, &op, CALL_SPACE, "/", NULL, why);
 }
 
 int nfsio_list(struct nfsio *io, struct nfsio_names *names, struct nfsio_failure *why)
 {
-	struct name_op op = { .result = names };
+	struct name_op op = { .argument = names };
 
 	*names = (struct nfsio_names){ 0 };
 	return name_call(io, &op, CALL_LIST, "/", NULL, why);
