@@ -200,7 +200,7 @@ def life(seed: int, answers: int, report: Report) -> None:
                 "connections": 2,
                 "read_ahead_pages": 16,
                 "silence_ms": SILENCE_MS,
-                "connect_timeout_s": 2,
+                "connect_timeout_s": 4,  # of a busy machine
                 "owner_path": f"/{owner_record.name_of('swap')}",
                 "owner_identity": f"\nboot {me.boot}\n",
                 "owner_refresh_ms": REFRESH_MS,

@@ -57,11 +57,14 @@ def test_a_status_that_there_is_not(nas: FakeNas, engine: Engine, status: int) -
     assert in_background(read_pages, engine, 5).result(DEADLINE_S) == CONTENT[5 * PAGE : 6 * PAGE]
 
 
+@pytest.mark.parametrize("page", [5, 63])
+@pytest.mark.parametrize("word", [23, 25])
 @pytest.mark.parametrize("count", [0, 1, PAGE - 1, PAGE + 1, 0xFFFF_FFFF])
-def test_a_count_that_is_not_the_datas(nas: FakeNas, engine: Engine, count: int) -> None:
-    """RFC 1813, 3.3.6: `count` is the number of bytes in `data`. Neither is to be believed then."""
-    answer_once(nas, "READ", 23, u32(count), ends=False)
-    assert in_background(read_pages, engine, 5).result(DEADLINE_S) == CONTENT[5 * PAGE : 6 * PAGE]
+def test_a_count_that_is_not_the_datas(nas: FakeNas, engine: Engine, page: int, word: int, count: int) -> None:
+    """RFC 1813, 3.3.6: `count` is the number of bytes in `data`. Neither is to be believed then, nor that it was the
+    end of the file, where the last page is."""
+    answer_once(nas, "READ", word, u32(count), ends=False)
+    assert in_background(read_pages, engine, page).result(DEADLINE_S) == CONTENT[page * PAGE : (page + 1) * PAGE]
 
 
 @pytest.mark.parametrize("op", ["LOOKUP", "FSINFO", "GETATTR", "ACCESS", "MNT"])

@@ -244,9 +244,13 @@ int wire_parse(const struct wire *wire, const uint8_t *at, uint32_t bytes, uint3
 	if (head->data_bytes > head->answer.call->length_bytes || head->data_bytes > message_bytes - head->head_bytes)
 		return -EPROTO;
 	if (head->answer.call->procedure == WIRE_READ && head->answer.count_bytes != head->data_bytes) {
-		/* RFC 1813, 3.3.6: they are the same. No more than either has been read; nothing at all is no answer */
+		/*
+		 * RFC 1813, 3.3.6: they are the same. No more than either has been read, and that it was the end is not
+		 * to be believed; nothing at all is no answer.
+		 */
 		if (head->answer.count_bytes == 0 || head->data_bytes == 0)
 			return -EPROTO;
+		head->answer.end_of_file = false;
 		if (head->answer.count_bytes > head->data_bytes)
 			head->answer.count_bytes = head->data_bytes;
 	}
