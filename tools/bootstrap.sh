@@ -26,7 +26,7 @@ packages="$packages nbdkit nbdkit-plugin-python libnbd-bin"
 # (netbase: without /etc/rpc and /etc/services the server cannot register with rpcbind)
 packages="$packages nfs-ganesha nfs-ganesha-vfs rpcbind netbase e2fsprogs"
 # guests
-packages="$packages qemu-system-x86 qemu-utils ipxe-qemu mmdebstrap gpg iproute2"
+packages="$packages qemu-system-x86 qemu-utils ipxe-qemu mmdebstrap gpg iproute2 squashfs-tools"
 packages="$packages $packages_for_mode"
 
 # Of two that run at once, the second waits.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.nfs_server import Ganesha
-from test_keeper import finish, kill_under_load, start_hog, swapped_out, swapping, worker_of
+from test_keeper import finish, kill_under_load, start_hog, swapping, worker_of
 from test_memory import faults
 from vmtest import diskless, host, swap
 from vmtest.guest import Guest, machine_id, seen_from_guest
@@ -164,10 +164,10 @@ def test_one_server_is_away(boot_nfs: BootDiskless, ganesha: Ganesha, root_serve
     server = root_server if which == "root" else ganesha
     with swapping(boot_nfs, ganesha, device_mib=288) as guest:
         guest.push(Path(__file__).parent / "inside/away.py", _WATCHER)
-        hog = start_hog(guest, 224, None, 3000, _SEQUENTIAL)
-        guest.wait_until(lambda: swapped_out(guest) > 1000, 300, "the first pages to go out")
-        watcher = guest.start(f"exec python3 {_WATCHER} swap0 {_AWAY_S:g}", 900)
+        watcher = guest.start(f"exec python3 {_WATCHER} swap0 {_AWAY_S:g}", 1800)
         guest.wait_until(lambda: "ready" in watcher.stdout, 120, "the watcher")
+        hog = start_hog(guest, 224, None, 3000, _SEQUENTIAL)
+        guest.wait_until(lambda: "now" in watcher.stdout, 600, "the first pages to go out")
         server.kill()
         away_since_s = time.monotonic()
         time.sleep(_AWAY_S)

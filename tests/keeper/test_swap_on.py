@@ -22,11 +22,11 @@ from nbdnfs.kernel.nbd_device import Attached
 def test_arguments(monkeypatch: pytest.MonkeyPatch, priority: int | None, discard: bool, is_owned: bool) -> None:
     """What the keeper gives arrives."""
     commands: list[list[str]] = []
-    monkeypatch.setattr(real_work, "HelperProcess", lambda argv, environment: commands.append(argv))
+    monkeypatch.setattr(real_work, "HelperProcess", lambda argv, environment, **_: commands.append(argv))
     config = Config("swap0", "nfs://127.0.0.1/x/y", priority=priority, discard=discard, owner=is_owned)
     real_work.RealWork(config, config.url, "127.0.0.1").swap_on(Attached(index=0, size_bytes=4096))
-    ((_, _, _, module, *arguments),) = commands
-    assert module == swap_on.__name__
+    (command,) = commands
+    arguments = command[command.index(swap_on.__name__) + 1 :]
     asked: list[tuple[Path, dict[str, Any]]] = []
     monkeypatch.setattr(swap_area, "enable", lambda path, **settings: asked.append((path, settings)))
     assert swap_on.main(arguments) == 0

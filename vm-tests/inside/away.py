@@ -4,9 +4,10 @@
 
     away.py NAME SECONDS
 
-Prints "ready", at which the server goes, and at the end one line of JSON: requests that the device completed before and
-after the kill, and how long after the kill it completed the first one ("resumed_s"; null: none in time). It locks its
-memory, and opens what it reads beforehand: neither server is needed.
+Started before the load, it prints "ready", and "now" once pages go out, at which the server is to go. At the end it
+prints one line of JSON: requests that the device completed before and after the kill, and how long after the kill it
+completed the first one ("resumed_s"; null: none in time). It locks its memory, and opens what it reads beforehand:
+neither server is needed, and no memory.
 """
 
 import ctypes
@@ -17,6 +18,8 @@ import sys
 import time
 
 _GRACE_S = 0.3
+_PAGES_OUT = 1000
+_LOAD_TIMEOUT_S = 600.0
 
 libc = ctypes.CDLL(None, use_errno=True)
 # MCL_CURRENT | MCL_FUTURE
@@ -31,6 +34,12 @@ def completed(stat: int) -> int:
     return int(fields[0]) + int(fields[4])
 
 
+def pages_out(vmstat: int) -> int:
+    """Since boot: mm/vmstat.c."""
+    (line,) = (line for line in os.pread(vmstat, 1 << 16, 0).splitlines() if line.startswith(b"pswpout "))
+    return int(line.split()[1])
+
+
 def main() -> None:
     name, seconds = sys.argv[1], float(sys.argv[2])
     with open(f"/run/nbdnfs/{name}/device") as record:
@@ -40,7 +49,14 @@ def main() -> None:
     stat = os.open(f"/sys/block/{device}/stat", os.O_RDONLY)
     result: dict[str, float | None] = {"requests_before": 0, "requests_after": 0, "resumed_s": None}
     json.dumps(result)
+    vmstat = os.open("/proc/vmstat", os.O_RDONLY)
+    begun_at, gives_up_at_s = pages_out(vmstat), time.monotonic() + _LOAD_TIMEOUT_S
     print("ready", flush=True)
+    while pages_out(vmstat) < begun_at + _PAGES_OUT:
+        if time.monotonic() > gives_up_at_s:
+            sys.exit("away: there is no load")
+        time.sleep(0.1)
+    print("now", flush=True)
     ends_s = time.monotonic() + seconds
     start = completed(stat)
     time.sleep(seconds / 3)
