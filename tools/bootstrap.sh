@@ -12,7 +12,7 @@ say() { echo "bootstrap: $*"; }
 die() { say "$1" >&2; shift; for hint; do say "$hint" >&2; done; exit 1; }
 
 case "${1:-}" in
-    test) packages_for_mode="strace systemd" ;;
+    test) packages_for_mode="strace systemd mandoc" ;;
     demo) packages_for_mode="" ;;
     bench) packages_for_mode="qemu-block-extra" ;;
     *) die "usage: tools/bootstrap.sh test|demo|bench" ;;
