@@ -3,8 +3,10 @@
 
 PYTHON := .venv/bin/python
 # A throwaway NFS server, guests' images and kernel devices need root.
-AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,HERE,NBDNFS_CACHE,NBDNFS_VM_ACCEL)
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,KERNEL,HERE,NBDNFS_CACHE,NBDNFS_VM_ACCEL)
 PYTEST := $(AS_ROOT) $(PYTHON) -m pytest
+# Most tests wait for a server, so there are more processes than processors. A file's tests stay together.
+IN_PARALLEL := -n 4 --dist loadfile
 # Programs that use what tests share; pytest has the same folders from pyproject.toml.
 PROGRAM := $(AS_ROOT) env PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/vm-tests:$(CURDIR)/bench $(PYTHON)
 C_FILES = $(wildcard nbdnfs/*.c nbdnfs/engine/*.[ch] nbdnfs/engine/*/*.[ch] bench/*.c vm-tests/inside/*.c)
@@ -13,12 +15,13 @@ C_FILES = $(wildcard nbdnfs/*.c nbdnfs/engine/*.[ch] nbdnfs/engine/*/*.[ch] benc
 help:
 	@echo 'make demo         a Debian guest swaps onto a file on an NFS server; a table at the end'
 	@echo 'make demo HERE=1  the same on this machine, without a guest (needs the kernel module nbd)'
+	@echo 'make demo DISKLESS=1  a guest without a disk boots from the server, and swaps to it'
 	@echo 'make test         lint, types, all tests, and one guest that swaps; ONE=tests/FILE.py::NAME for one test'
 	@echo 'make unit         the tests that need no server, no root and no nbdkit: less than a minute'
 	@echo 'make faults       ten minutes of verified reads and writes while faults strike; ARGS="--seed 7 --version 4"'
 	@echo 'make hostile      a million answers of a server that mutates them, under a sanitizer; ARGS="--answers 1000"'
 	@echo 'make odd-servers  serve from odd servers, and write the table of docs/servers.md'
-	@echo 'make vm-test      all tests in guests; SUITE=trixie for Debian 13, ARGS="--memory-rounds 3"'
+	@echo 'make vm-test      all tests in guests; SUITE=trixie, KERNEL=generic, ARGS="--memory-rounds 3"'
 	@echo 'make bench        our worker beside qemu-nbd, the reference engine and bare libnfs'
 	@echo 'make bench-vm     a guest swaps to zram, kernel nbd, kernel NFS and nbdnfs; ARGS="--size 64 --rounds 1"'
 	@echo 'make lint         ruff, mypy, and the C compiler with warnings as errors'
@@ -31,7 +34,7 @@ help:
 
 demo:
 	@tools/bootstrap.sh demo
-	$(PROGRAM) vm-tests/demo.py $(if $(HERE),--here)
+	$(PROGRAM) vm-tests/demo.py $(if $(HERE),--here) $(if $(DISKLESS),--diskless)
 
 # One after the other, also under make -j: the cheap checks come first.
 # -m "": one test that is named runs even if it is long.
@@ -41,7 +44,7 @@ ifdef ONE
 	$(PYTEST) -m "" $(ONE) $(ARGS)
 else
 	$(MAKE) --no-print-directory run-lint
-	$(PYTEST) tests
+	$(PYTEST) $(IN_PARALLEL) tests
 	$(AS_ROOT) tools/sanitize.sh both -q
 	$(PYTEST) vm-tests -m "smoke or meta"
 endif

@@ -83,7 +83,7 @@ def serving(peer: str, server: Ganesha, nfs_port: int, directory: Path) -> Itera
         argv.append(f"{image},file.path={server.export_path}/device")
     else:
         engine = "c" if peer == "nbdnfs" else peer
-        argv = [sys.executable, "-m", "nbdnfs", "serve", url, "--socket", str(path), "--engine", engine]
+        argv = [sys.executable, "-P", "-m", "nbdnfs", "serve", url, "--socket", str(path), "--engine", engine]
     process = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + DEADLINE_S

@@ -112,7 +112,7 @@ def _measure(options: argparse.Namespace, load: Load, earlier: Results) -> Resul
         print(f"[{time.monotonic() - started:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     host.need_root("the throwaway NFS server")
-    built = image.image(image.default_suite())
+    built = image.default_image()
     initramfs.initrd(built)
     disk = payload(built, project=True)
     results = earlier

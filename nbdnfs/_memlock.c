@@ -7,16 +7,22 @@
 #include <Python.h>
 
 #include <errno.h>
+#include <fcntl.h>
 #include <malloc.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #ifndef PR_SET_IO_FLUSHER
 #define PR_SET_IO_FLUSHER 57 /* Linux 5.6 */
 #define PR_GET_IO_FLUSHER 58
+#endif
+#ifndef SYS_memfd_secret
+#define SYS_memfd_secret 447 /* Linux 5.14, on all architectures that have it */
 #endif
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22 /* Linux 5.14 */
@@ -52,7 +58,7 @@ static PyObject *tune_malloc(PyObject *module, PyObject *args)
 /* Allocate `bytes`, touch them, free them: after tune_malloc() they stay in the heap, faulted in. */
 static PyObject *extend_heap(PyObject *module, PyObject *args)
 {
-	unsigned long long bytes;
+	unsigned long long bytes, page_bytes = (unsigned long long)sysconf(_SC_PAGE_SIZE);
 	volatile char *block;
 
 	if (!PyArg_ParseTuple(args, "K", &bytes))
@@ -60,8 +66,10 @@ static PyObject *extend_heap(PyObject *module, PyObject *args)
 	block = malloc(bytes);
 	if (block == NULL)
 		return PyErr_NoMemory();
-	for (unsigned long long at = 0; at < bytes; at += 4096)
+	for (unsigned long long at = 0; at < bytes; at += page_bytes)
 		block[at] = 1;
+	if (bytes > 0)
+		block[bytes - 1] = 1; /* the block begins somewhere in a page, and ends in one more */
 	free((void *)block);
 	Py_RETURN_NONE;
 }
@@ -127,6 +135,12 @@ static PyObject *outlive_parent(PyObject *module, PyObject *unused)
 	return none_or_errno(prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0) == 0 ? 0 : errno);
 }
 
+/* While a descriptor of secret memory is open, and it stays open. Nothing is mapped: it costs an inode. */
+static PyObject *forbid_hibernation(PyObject *module, PyObject *unused)
+{
+	return none_or_errno(syscall(SYS_memfd_secret, O_CLOEXEC) >= 0 ? 0 : errno);
+}
+
 static PyMethodDef methods[] = {
 	{ "lock_on_fault", lock_on_fault, METH_NOARGS,
 	  "mlockall(2): lock all memory, now and later, as soon as it is touched" },
@@ -143,6 +157,8 @@ static PyMethodDef methods[] = {
 	  "prctl(PR_SET_IO_FLUSHER): for this thread and those it starts" },
 	{ "outlive_parent", outlive_parent, METH_NOARGS,
 	  "prctl(PR_SET_PDEATHSIG, 0): no signal when the parent ends" },
+	{ "forbid_hibernation", forbid_hibernation, METH_NOARGS,
+	  "memfd_secret(2): the kernel does not hibernate while this process lives" },
 	{ NULL, NULL, 0, NULL },
 };
 

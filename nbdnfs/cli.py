@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -23,24 +23,12 @@ from nbdnfs.errors import NbdnfsError, UsageError
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction["_Parser"]
 
-# What a keeper ends with when no other try can mend it: RestartPreventExitStatus= of systemd/nbdnfs@.service.
-FINAL_STATUSES = frozenset(
-    {
-        os.EX_USAGE,
-        os.EX_NOINPUT,
-        os.EX_OSFILE,
-        os.EX_CANTCREAT,
-        os.EX_TEMPFAIL,
-        os.EX_NOPERM,
-        os.EX_CONFIG,
-    }
-)
-# A keeper that was killed is started again at once, by the unit. One that fails by itself sees to it that the next one
-# is not started earlier than so long after it was.
-_KEEPER_PACE_S = 1.0
+# Set: what is not foreseen ends with a traceback.
+_DEBUG = "NBDNFS_DEBUG"
 
 _URL_HELP = "the backing file, for example nfs://nas/export/swap/%%H.swap"
 _NAME_HELP = "the NAME of /etc/nbdnfs/NAME.toml"
+_WHERE_HELP = "the NAME of /etc/nbdnfs/NAME.toml, or the URL of the file"
 _STEAL_HELP = "take the file from the machine that owns it; what that machine has swapped out is lost"
 
 
@@ -56,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="nbdnfs",
         description="Swap onto a file on an NFS share.",
         # not a format string, unlike the help of an argument
-        epilog="A URL looks like nfs://nas/export/swap/%H.swap?version=3, with %H for the host name "
-        "and %m for the machine id.",
+        epilog="A URL looks like nfs://nas/export/swap/%H.swap?version=3, with %H for the host name, "
+        "%m for a hash of the machine id, %M for the MAC address of the boot interface and %u for the product UUID.",
     )
     parser.add_argument("--version", action="version", version=f"nbdnfs {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log each step, and each program that is started")
@@ -85,13 +73,43 @@ def _add(commands: Subparsers, name: str, summary: str) -> argparse.ArgumentPars
 
 
 def _add_files(commands: Subparsers) -> None:
-    """Commands for a backing file, which need neither root nor a configuration."""
+    """Commands for backing files, which need neither root nor a configuration."""
     create = _add(commands, "create", "create a backing file, with every block written")
     create.add_argument("url", metavar="URL", help=_URL_HELP)
-    create.add_argument("--size", required=True, metavar="SIZE", help="size of the file, for example 512M or 2G")
+    create.add_argument(
+        "--size",
+        required=True,
+        metavar="SIZE",
+        help="size of the file, for example 512M or 2G, or relative to this machine's memory: 'ram / 2, at most 8G'",
+    )
     create.add_argument("--force", action="store_true", help="overwrite an existing file with zeros; never shrink it")
-    create.add_argument("--if-missing", action="store_true", help="do nothing if the file exists")
+    create.add_argument(
+        "--if-missing", action="store_true", help="do nothing if the file exists as this call would create it"
+    )
+    create.add_argument(
+        "--fix-mode", action="store_true", help="with --if-missing: set the mode of an existing file to 0600"
+    )
     create.set_defaults(run=_command("create"))
+
+    grow = _add(commands, "grow", "make a backing file larger, while swap on it is off")
+    grow.add_argument("where", metavar="NAME|URL", help=_WHERE_HELP)
+    grow.add_argument("size", metavar="SIZE", help="the new size, as for create")
+    grow.add_argument("--restart", action="store_true", help="take the device NAME down first, and bring it up again")
+    grow.set_defaults(run=_command("grow"))
+
+    remove = _add(commands, "remove", "remove a backing file of this machine, while nothing uses it")
+    remove.add_argument("where", metavar="NAME|URL", help=_WHERE_HELP)
+    remove.add_argument("--yes", action="store_true", help="do not ask")
+    remove.set_defaults(run=_command("remove"))
+
+    gc = _add(commands, "gc", "remove the backing files of machines that have been silent for a long time")
+    gc.add_argument("where", metavar="NAME|URL", help="a folder, or a file in it")
+    gc.add_argument(
+        "--older-than", default="90d", metavar="TIME", help="how long an owner was silent (default: 90d, at least 1d)"
+    )
+    gc.add_argument("--dry-run", action="store_true", help="show what would be removed")
+    gc.add_argument("--yes", action="store_true", help="do not ask")
+    gc.set_defaults(run=_command("gc"))
 
     serve = _add(commands, "serve", "serve a backing file over NBD, in the foreground, without root")
     serve.add_argument("url", metavar="URL", help=_URL_HELP)
@@ -126,7 +144,12 @@ def _add_files(commands: Subparsers) -> None:
 
 def _add_devices(commands: Subparsers) -> None:
     """Commands for a configured device."""
-    up = _add(commands, "up", "start swapping to a configured device; returns when swap is on")
+    up = _add(
+        commands,
+        "up",
+        "start swapping to a configured device; returns when swap is on, or with exit status 75 where the start goes on"
+        " in the background",
+    )
     up.add_argument("name", metavar="NAME", help=_NAME_HELP)
     up.add_argument("--steal", action="store_true", help=_STEAL_HELP)
     up.set_defaults(run=_command("up_down", "run_up"))
@@ -146,10 +169,21 @@ def _add_devices(commands: Subparsers) -> None:
 
 def _add_reports(commands: Subparsers) -> None:
     """Commands that report, and change nothing; bench creates and removes a file of its own."""
-    status = _add(commands, "status", "show the state of each device; exit status 0 if all are healthy")
+    listing = _add(commands, "list", "list network block devices, or the backing files of a folder on a NAS")
+    listing.add_argument(
+        "where", metavar="NAME|URL", nargs="?", help="a folder, or a file in it (default: this machine's devices)"
+    )
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    listing.set_defaults(run=_command("list"))
+
+    status = _add(commands, "status", "show the state of each device; ends with 0 ok, 1 warning, 2 critical, 3 unknown")
     status.add_argument("name", metavar="NAME", nargs="?", help=f"{_NAME_HELP} (default: all devices)")
     status.add_argument("--json", action="store_true", help="print JSON, with all counters")
     status.set_defaults(run=_command("status"))
+
+    check = _add(commands, "check", "check configuration files, and nothing else; exit status 0 if they are valid")
+    check.add_argument("name", metavar="NAME", nargs="?", help=f"{_NAME_HELP} (default: all files)")
+    check.set_defaults(run=_command("check"))
 
     doctor = _add(
         commands, "doctor", "check whether this machine is set up to swap over the network; exit status 0 if it is"
@@ -162,6 +196,7 @@ def _add_reports(commands: Subparsers) -> None:
     top.add_argument("name", metavar="NAME", nargs="?", help=f"{_NAME_HELP} (default: all devices)")
     top.add_argument("--interval", default="1s", metavar="TIME", help="time between updates (default: 1s)")
     top.add_argument("--count", type=int, metavar="N", help="end after N updates (default: at Ctrl-C)")
+    top.add_argument("--json", action="store_true", help="print JSON, an object on a line for each update")
     top.set_defaults(run=_command("top"))
 
     bench = _add(commands, "bench", "measure a server, with a temporary file on it")
@@ -209,19 +244,14 @@ def _add_kernel_devices(commands: Subparsers) -> None:
 
 
 def _keep(args: argparse.Namespace) -> int:
-    started_s = time.monotonic()
-    try:
-        from nbdnfs.keeper import main
+    from nbdnfs.keeper import main
 
-        return main.run(args.name, steal=args.steal)
-    except Exception as error:
-        if "INVOCATION_ID" in os.environ and getattr(error, "exit_code", None) not in FINAL_STATUSES:
-            time.sleep(max(0.0, started_s + _KEEPER_PACE_S - time.monotonic()))
-        raise
+    return main.run(args.name, steal=args.steal)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The entry point. Ends with a status of sysexits(3), or 130 after Ctrl-C, as a shell would."""
+    _prepare_output()
     try:
         status = _run(argv)
         sys.stdout.flush()  # here, so that a closed pipe is not reported as a bug at exit
@@ -231,9 +261,51 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
         status = os.EX_IOERR
-    sys.exit(status)
+    except Exception as error:
+        is_of_stdout = isinstance(error, OSError) and _flushed(0) != 0
+        if os.environ.get(_DEBUG) and not is_of_stdout:
+            raise
+        if not is_of_stdout:
+            print(*_internal_error(error).lines(), sep="\n", file=sys.stderr)
+        status = os.EX_IOERR if is_of_stdout else os.EX_SOFTWARE
+    sys.exit(_flushed(status))
+
+
+def _prepare_output() -> None:
+    """Have all output be possible: a host name or a file's may have any byte, and a caller may have closed stdout
+    (`>&-`) or stderr, which Python has as None then."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for as long as the process lives
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flushed(status: int) -> int:
+    """`status` once stdout has taken everything; EX_IOERR when it cannot: a closed pipe, a full disk."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        if not isinstance(error, BrokenPipeError):
+            print(f"nbdnfs: stdout: {error.strerror}", file=sys.stderr)
+            print("nbdnfs: the output is not complete: make room where it goes, and try again", file=sys.stderr)
+        return os.EX_IOERR
+    return status
+
+
+def _internal_error(error: Exception) -> NbdnfsError:
+    """What is not foreseen: what, and where, on one line."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    place = f" ({os.path.basename(last.tb_frame.f_code.co_filename)}:{last.tb_lineno})" if last is not None else ""
+    return NbdnfsError(
+        f"internal error: {type(error).__name__}: {error}{place}",
+        f"please report it, with what this prints with {_DEBUG}=1 in its environment",
+    )
 
 
 def _run(argv: Sequence[str] | None) -> int:

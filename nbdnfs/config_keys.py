@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdnfs import defaults, nfs_url, quantities
+from nbdnfs import backing_size, defaults, nfs_url, quantities
 from nbdnfs.errors import UsageError
 from nbdnfs.sizes import KERNEL_PAGE_BYTES, SLOT_BYTES
 
@@ -79,8 +79,10 @@ def _size(
 
 
 def _backing_size(key: str, value: object, root: Path) -> int:
-    # at most as many pages as the kernel's 32-bit page numbers can count
-    return 0 if value == "" else _size(_MIB, (2**32 - 1) * KERNEL_PAGE_BYTES, 1, "2G")(key, value, root)
+    _of_type(key, value, str, '"2G"')
+    if value == "":
+        return 0
+    return int(_parsed(key, str(value), lambda text: backing_size.parse(text, root), "2G"))
 
 
 def _duration_ms(low_s: float, high_s: float, example: str) -> Callable[[str, object, Path], int]:
@@ -158,15 +160,18 @@ KEYS = {
         _url,
         "",
         "The backing file: nfs://HOST/EXPORT/PATH/FILE?version=3&nfsport=N&mountport=N&uid=N&gid=N. Most servers need"
-        " no options. %H stands for this machine's host name, %m for its machine id, %20 for a space. Each"
-        " machine needs a file of its own. This is the only key that is required.",
+        " no options. %H stands for this machine's host name, %m for a hash of its machine id, %M for the MAC address"
+        " of its boot interface, %u for the product UUID of its firmware, %20 for a space. A diskless machine has the"
+        " last two. Each machine needs a file of its own. This is the only key that is required.",
     ),
     "size": Key(
         "size_bytes",
         _backing_size,
         '""',
-        'Size of the backing file when it is missing and has to be created, for example "2G". Creating it writes all'
-        ' of its blocks, which takes as long as copying a file of this size to the server. "": it must exist already.',
+        'Size of the backing file when it is missing and has to be created, for example "2G", or relative to this'
+        ' machine\'s memory: "ram", "ram / 2", "ram * 1.5", "ram / 2, at most 8G". Creating it writes all of its'
+        " blocks, which takes as long as copying a file of this size to the server. A file that exists is used as it"
+        ' is; nbdnfs grow makes it larger. "": it must exist already.',
     ),
     "priority": Key(
         "priority",
@@ -246,9 +251,10 @@ KEYS = {
     ),
     "max_sectors": Key(
         "max_sectors_kb",
-        _size(SLOT_BYTES, 32 * _MIB, 1024, "128K"),
+        # the kernel refuses less than one of its pages: block/blk-sysfs.c
+        _size(max(SLOT_BYTES, KERNEL_PAGE_BYTES), 32 * _MIB, 1024, "128K"),
         '"128K"',
-        'Largest request that the kernel sends to the device: "4K" to "32M".',
+        'Largest request that the kernel sends to the device: a page of the kernel ("4K" on most machines) to "32M".',
     ),
     "recovery": Key(
         "recovery",

@@ -40,7 +40,7 @@ _TOP_PAD_BYTES = 1024 * 1024
 REALTIME_PRIORITY = 1
 _OOM_IMMUNE = -1000
 
-NAMES = ("malloc", "stacks", "core dump", "gc", "code", "heap", "lock", "io flusher", "oom", "realtime")
+NAMES = ("malloc", "stacks", "core dump", "gc", "code", "heap", "lock", "io flusher", "oom", "realtime", "awake")
 
 
 class Measure:
@@ -78,6 +78,7 @@ def lock(code: Iterable[str], *, skip: Iterable[str] = (), one_cpu: bool = False
                 "io flusher": _io_flusher,
                 "oom": _oom,
                 "realtime": lambda: _realtime(one_cpu),
+                "awake": _awake,
             },
             skip,
         )
@@ -254,6 +255,20 @@ def _realtime(one_cpu: bool) -> Measure:
         except OSError:  # costs time only
             found += ", on any CPU"
     return Measure("realtime", True, found)
+
+
+def _awake() -> Measure:
+    """No hibernation while this process lives: the kernel refuses it while there is secret memory (memfd_secret(2)),
+    which must not reach a disk (kernel/power/hibernate.c: hibernation_available). The descriptor is never closed.
+
+    Kernels before 6.5 have secret memory only with secretmem.enable=1. Then systemd's refusal has to do
+    (keeper/hibernation.py), and this is not a reason to be without swap.
+    """
+    try:
+        _memlock.forbid_hibernation()
+    except OSError as error:
+        return Measure("awake", True, f"this kernel cannot forbid hibernation ({error.strerror})")
+    return Measure("awake", True, "the kernel does not hibernate")
 
 
 def report(measures: Iterable[Measure]) -> None:

@@ -9,11 +9,13 @@ A percent sign begins one of these, and nothing else:
     %XX   with two hexadecimal digits: this byte of the path (RFC 3986, 2.1): %20 is a space, %3F a question mark,
           %23 a number sign, %25 a percent sign
     %H    the host name, so that one configuration serves many clients
-    %m    the machine id, machine-id(5)
+    %m    the machine id, machine-id(5), hashed
+    %M    the MAC address of the boot interface, for machines that keep nothing
+    %u    the product UUID of the firmware
     %%    a percent sign
 
-No two of them look alike, because neither H nor m is a hexadecimal digit. A path is bytes; as text it is UTF-8, and
-surrogates stand for the bytes that are not (PEP 383).
+specifiers.py has the rules. No two look alike, because none of H, m, M and u is a hexadecimal digit. A path is bytes;
+as text it is UTF-8, and surrogates stand for the bytes that are not (PEP 383).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from __future__ import annotations
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +48,9 @@ _NEXT_PROBE_S = 0.25
 # RFC 1813: MNTPATHLEN. NAME_MAX is 255 bytes nearly everywhere.
 _DIRECTORY_BYTES_MAX = 1024
 _NAME_BYTES_MAX = 255
+
+# The functions of specifiers.py.
+_SPECIFIERS = {"H": "host_name", "m": "machine_id", "M": "boot_mac", "u": "product_uuid"}
 
 _EXAMPLE = "write it like nfs://nas/export/swap/%H.swap?version=3"
 _ESCAPES = "in a path, write a space as %20, ? as %3F, # as %23 and % as %25 or %%"
@@ -164,35 +169,24 @@ def _begin_to_connect(address: str, port: int) -> socket.socket | None:
     return attempt
 
 
-def machine_id(root: Path = Path("/")) -> str:
-    """The machine id, machine-id(5). Raises UsageError where the system has none yet."""
-    try:
-        text = (root / "etc/machine-id").read_text().strip()
-    except OSError:
-        text = ""
-    if not re.fullmatch(r"[0-9a-f]{32}", text):
-        raise UsageError("%m in the URL: this machine has no id in /etc/machine-id", "run systemd-machine-id-setup")
-    return text
-
-
 def _expand(text: str, root: Path) -> str:
     """Replace the specifiers and decode the escapes. Raises UsageError on any other percent sign."""
-    values: dict[str, Callable[[], str]] = {
-        "H": socket.gethostname,
-        "m": lambda: machine_id(root),
-        "%": lambda: "%",
-    }
 
     def value(match: re.Match[str]) -> bytes:
         word = match[1]
         if len(word) == 2:
             return bytes.fromhex(word)
-        if word not in values:
+        if word == "%":
+            return b"%"
+        if word not in _SPECIFIERS:
             raise UsageError(
                 f"'%{word}' in the URL is not a specifier",
-                "use %H, %m, %20 and the like for a byte, or %% for a percent sign",
+                "use %H, %m, %M, %u, %20 and the like for a byte, or %% for a percent sign",
             )
-        return values[word]().encode(errors="surrogateescape")
+        from nbdnfs import specifiers  # only here: the keeper is resident
+
+        text: str = getattr(specifiers, _SPECIFIERS[word])(root)
+        return text.encode(errors="surrogateescape")
 
     pieces, at = [], 0
     for match in _ESCAPE.finditer(text):
@@ -228,7 +222,7 @@ def build(host: str, directory: str, name: str, options: Mapping[str, int]) -> N
 
 
 def parse(text: str, root: Path = Path("/")) -> NfsUrl:
-    """Check and split a URL; `root` is where /etc/machine-id is looked up. Raises UsageError."""
+    """Check and split a URL; `root` is where specifiers are looked up: /etc, /proc, /sys, /run. UsageError."""
     match = re.fullmatch(rf"nfs://({_HOST})(/[^?#]*)(?:\?([^?#]*))?", text)
     if match is None or not all(map(_is_allowed, text)):
         hint = _EXAMPLE if match is None and not re.match(rf"nfs://({_HOST})/", text) else _ESCAPES

@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # The fields that are read here and there, by their numbers in the manual page.
-PID, NAME, STATE = 1, 2, 3
+PID, NAME, STATE, PARENT = 1, 2, 3, 4
 FLAGS = 9
 MINOR_FAULTS, MAJOR_FAULTS = 10, 12
 USER_TICKS, SYSTEM_TICKS = 14, 15

@@ -13,8 +13,10 @@ import shlex
 import shutil
 import signal
 import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
+import nbdnfs
 from nbdnfs.errors import NbdnfsError, UnavailableError
 
 TYPE_CHECKING = False  # typing's own, without typing
@@ -32,11 +34,37 @@ _OWN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 
 
 def find_program(name: str, package: str) -> str:
-    """The path of `name`, in $PATH or in root's folders. UnavailableError names the Debian package to install."""
-    path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/local/sbin")
+    """The path of `name`, in $PATH or in root's folders. UnavailableError names the Debian package to install.
+
+    Relative folders in $PATH do not count: what they mean depends on where the caller stands.
+    """
+    folders = [folder for folder in os.environ.get("PATH", "").split(os.pathsep) if os.path.isabs(folder)]
+    path = shutil.which(name, path=os.pathsep.join(folders)) or shutil.which(
+        name, path="/usr/sbin:/sbin:/usr/local/sbin"
+    )
     if path is None:
         raise UnavailableError(f"the program '{name}' is not installed", f"install it (Debian: apt install {package})")
     return path
+
+
+def python(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of this package with this interpreter. It needs `python_environment`.
+
+    -P: without the current directory in sys.path, where a folder `nbdnfs` may lie that is not ours.
+    """
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def python_environment() -> dict[str, str]:
+    """The environment in which an interpreter finds this very package, and runs no code that the caller's environment
+    or current directory names: of the variables PYTHON* it has only ours."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    return {
+        **inherited,
+        "PYTHONPATH": os.path.dirname(os.path.dirname(os.path.abspath(nbdnfs.__file__))),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONNOUSERSITE": "1",
+    }
 
 
 def run(argv: Sequence[str], *, what: str, timeout_s: float = 60.0, env: Mapping[str, str] | None = None) -> str:
@@ -105,12 +133,17 @@ def watch(argv: Sequence[str], progress: Callable[[], None], *, every_s: float) 
         raise
 
 
-def start(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own: Ctrl-C at the terminal is not meant for it."""
+def start(argv: Sequence[str], env: Mapping[str, str], *, output: int | None = None) -> subprocess.Popen[bytes]:
+    """Start a program in a session of its own: Ctrl-C at the terminal is not meant for it.
+
+    `output` is a descriptor for its stdout and stderr; without one it has those of this process.
+    """
     import subprocess
 
     log.debug("start: %s", shlex.join(argv))
-    return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        argv, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+    )
 
 
 def start_listening(argv: Sequence[str], listener: socket.socket, env: Mapping[str, str]) -> subprocess.Popen[bytes]:

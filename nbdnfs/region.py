@@ -67,7 +67,11 @@ COUNTERS = (
 HISTOGRAMS = ("read_us", "write_us", "nfs_read_us", "nfs_write_us")
 HISTOGRAM_BUCKETS = 32
 _COUNTER_BYTES = 8
-HEADER_BYTES = COUNTERS_OFFSET + _COUNTER_BYTES * (len(COUNTERS) + HISTOGRAM_BUCKETS * len(HISTOGRAMS))
+# struct region_waits: the generation of its writer, when the server was last heard, and since when each connection has
+# waited for it and each request has been served. Times are CLOCK_MONOTONIC in ms, 0 for none.
+WAITS_OFFSET = COUNTERS_OFFSET + _COUNTER_BYTES * (len(COUNTERS) + HISTOGRAM_BUCKETS * len(HISTOGRAMS))
+CONNECTIONS, REQUESTS = 16, 16
+HEADER_BYTES = WAITS_OFFSET + _COUNTER_BYTES * (2 + CONNECTIONS + REQUESTS)
 _DISCONNECTED_OFFSET = COUNTERS_OFFSET + _COUNTER_BYTES * COUNTERS.index("disconnected")
 
 # The counter `file_state`: enum region_file.
@@ -115,6 +119,29 @@ def read_counters(descriptor: int) -> dict[str, int | list[int]]:
     found["generation"] = number(GENERATION_OFFSET)
     found["region_bytes"] = number(REGION_BYTES_OFFSET)
     return found
+
+
+def read_waits(descriptor: int) -> tuple[int, int, int] | None:
+    """When the server was last heard, since when an answer has been waited for without a pause, and when the oldest
+    request began: CLOCK_MONOTONIC in ms, 0 for never and for nothing. Takes no lock.
+
+    Of a region that is_made. None where its worker is of a version that does not write these. OSError where it cannot
+    be read.
+    """
+    header = os.pread(descriptor, HEADER_BYTES, 0).ljust(HEADER_BYTES, b"\0")
+    numbers = [
+        int.from_bytes(header[offset : offset + _COUNTER_BYTES], sys.byteorder)
+        for offset in range(WAITS_OFFSET, HEADER_BYTES, _COUNTER_BYTES)
+    ]
+    generation = header[GENERATION_OFFSET : GENERATION_OFFSET + _COUNTER_BYTES]
+    writer, last_received_ms, *since_ms = numbers
+    if writer != int.from_bytes(generation, sys.byteorder) or not writer:
+        return None
+
+    def earliest_ms(found: list[int]) -> int:
+        return min((at_ms for at_ms in found if at_ms), default=0)
+
+    return last_received_ms, earliest_ms(since_ms[:CONNECTIONS]), earliest_ms(since_ms[CONNECTIONS:])
 
 
 def is_disconnected(mapping: mmap.mmap) -> bool:

@@ -4,7 +4,7 @@
 import os
 
 # The engine's unit: one slot of the region, and the block size of the NBD export and of the kernel's nbd device.
-# PAGE_BYTES in nbdnfs/engine is the same number.
+# SLOT_BYTES in nbdnfs/engine is the same number.
 SLOT_BYTES = 4096
 
 # The unit of sizes in /sys/block, whatever the device's own block size (include/linux/blk_types.h).

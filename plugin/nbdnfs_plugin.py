@@ -15,7 +15,13 @@ import sys
 import nbdkit
 
 from nbdnfs.errors import NbdnfsError
-from nbdnfs.worker import life, settings
+from nbdnfs.sizes import SLOT_BYTES
+
+try:
+    from nbdnfs.worker import life, settings
+except NbdnfsError as error:  # without libnfs
+    print(*error.lines(), sep="\n", file=sys.stderr, flush=True)
+    os._exit(error.exit_code)
 
 # For type checkers only: the worker does not import typing, whose memory it would have to lock.
 TYPE_CHECKING = False
@@ -83,7 +89,7 @@ def get_size(h: int) -> int:
 
 
 def block_size(h: int) -> tuple[int, int, int]:
-    return (4096, 4096, MAX_REQUEST_BYTES)
+    return (SLOT_BYTES, SLOT_BYTES, MAX_REQUEST_BYTES)
 
 
 def is_rotational(h: int) -> bool:

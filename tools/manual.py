@@ -19,7 +19,8 @@ from pathlib import Path
 import command_line
 from command_line import Argument, Command
 
-from nbdnfs import __version__, cli, config_keys, errors
+from nbdnfs import __version__, config_keys, errors
+from nbdnfs.keeper import failures
 
 PROSE = Path(__file__).resolve().parents[1] / "docs" / "man"
 
@@ -98,7 +99,7 @@ def _exit_statuses() -> Iterator[str]:
 
 
 def _final_statuses() -> Iterator[str]:
-    yield ", ".join(bold(str(status)) for status in sorted(cli.FINAL_STATUSES)) + "."
+    yield ", ".join(bold(str(status)) for status in sorted(failures.FINAL_STATUSES)) + "."
 
 
 _PARTS: dict[str, Callable[[], Iterator[str]]] = {

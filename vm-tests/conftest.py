@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support.nfs_server import Ganesha
+from vmtest import diskless, initramfs
 from vmtest import image as images
-from vmtest import initramfs
 from vmtest.guest import Guest
 from vmtest.payload import payload
 from vmtest.report import (  # noqa: F401
@@ -44,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def image() -> images.Image:
     """The image of $SUITE. Built outside of any test's time limit by `pytest_collection_finish`."""
-    return images.image(images.default_suite())
+    return images.default_image()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -52,7 +53,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
     if session.config.option.collectonly or not wanted & {"image", "boot"}:
         return
-    built = images.image(images.default_suite())
+    built = images.default_image()
     initramfs.initrd(built)
     payload(built, project=False)
 
@@ -75,3 +76,25 @@ def ganesha(tmp_path: Path) -> Iterator[Ganesha]:
     """A throwaway NFS server on the host's loopback; see `vmtest.guest.seen_from_guest` for its URLs."""
     with Ganesha(tmp_path / "nas") as server:
         yield server
+
+
+@pytest.fixture
+def root_server(tmp_path: Path) -> Iterator[Ganesha]:
+    """A second server, for the root of a guest without a disk. A root is large: it is removed at once."""
+    with Ganesha(tmp_path / "root-nas", attr_cache_s=60) as server:
+        yield server
+    shutil.rmtree(server.export_path)
+
+
+@pytest.fixture
+def boot_diskless(image: images.Image, tmp_path: Path, root_server: Ganesha) -> Callable[..., Guest]:
+    """`with boot_diskless("nfs", memory_mib=256) as guest:` - a guest with its root on `root_server`, of one of
+    diskless.KINDS. The project and its units are installed there.
+    """
+
+    def make(kind: str, **options: object) -> Guest:
+        disk = payload(image, project=True)
+        root = diskless.export(kind, image, disk, root_server)
+        return Guest(image, disk, tmp_path, root=root, **options)  # type: ignore[arg-type]
+
+    return make

@@ -2,6 +2,7 @@
 """The demo behind `make demo`: a machine swaps onto a file on an NFS server, and every page is checked.
 
 A throwaway NFS server runs on this host's loopback; the machine is a Debian guest in QEMU or, with --here, this one.
+With --diskless the guest has no disk: the same server has its root, and the kernel command line is all it is given.
 Exit status 0 when pages went out and came in, none was wrong and nothing was killed; 130 after Ctrl-C.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from support.nfs_server import Ganesha, ServerError
+from vmtest import diskless as diskless_roots
 from vmtest import host, image, initramfs, swap
 from vmtest.guest import Guest, seen_from_guest
 from vmtest.local import LocalMachine, check_here
@@ -29,6 +31,9 @@ _FILE_MIB = 256
 _HOG_MIB = 64
 _LIMIT_MIB = _HOG_MIB // 4
 _GUEST_MIB = 512
+# The guest makes it, and reads all of it before it makes a swap area there.
+_DISKLESS_FILE_MIB = 96
+_BOOT_TIMEOUT_S = 600.0
 _STRESS_TIMEOUT_S = 1200.0
 
 
@@ -55,12 +60,13 @@ def main() -> int:
     """Run it; returns the exit status."""
     parser = argparse.ArgumentParser(description="A machine swaps onto a file on an NFS server; a table at the end.")
     parser.add_argument("--here", action="store_true", help="use this machine, which must have nbd, instead of a guest")
+    parser.add_argument("--diskless", action="store_true", help="use a guest that boots from the server, too")
     parser.add_argument("-v", "--verbose", action="store_true", help="show the programs that are started")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.WARNING, format="%(message)s")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        measured = _run(Teller(), arguments.here)
+        measured = _run(Teller(), here=arguments.here, diskless=arguments.diskless)
         print(f"\n{measured.table()}\n", flush=True)
         measured.check()
     except HarnessError as error:
@@ -81,14 +87,16 @@ def main() -> int:
     return 0
 
 
-def _run(tell: Teller, here: bool) -> swap.Measured:
+def _run(tell: Teller, *, here: bool, diskless: bool) -> swap.Measured:
     if here:
         check_here()
     host.need_root("the throwaway NFS server")
     with contextlib.ExitStack() as stack:
         workdir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdnfs-demo-")))
         tell("starting NFS-Ganesha on loopback")
-        server = stack.enter_context(Ganesha(workdir / "nas"))
+        server = stack.enter_context(Ganesha(workdir / "nas", attr_cache_s=60 if diskless else 0))
+        if diskless:
+            return _without_a_disk(tell, workdir, server)
         tell(f"creating a backing file of {_FILE_MIB} MiB: nbdnfs create")
         url = server.url("demo.swap")
         host.nbdnfs_create(url, _FILE_MIB, timeout_s=300)
@@ -100,17 +108,11 @@ def _run(tell: Teller, here: bool) -> swap.Measured:
 
 
 def _in_guest(tell: Teller, workdir: Path, url: str, sizes: dict[str, int]) -> swap.Measured:
-    suite = image.default_suite()
-    tell(f"preparing a guest image of Debian {suite} (about two minutes the first time, then cached)")
-    built = image.image(suite)
-    initramfs.initrd(built)
-    tell("building nbdnfs for the guest")
-    disk = payload(built, project=True)
+    built, disk = _prepare(tell)
     tell(f"booting a guest with {_GUEST_MIB} MiB in QEMU, without hardware acceleration")
     with Guest(built, disk, workdir / "guest", memory_mib=_GUEST_MIB) as guest:
         guest.settle()
-        kernel = guest.run("uname -r").stdout.strip()
-        tell(f"the guest runs Linux {kernel}")
+        tell(f"the guest runs Linux {guest.run('uname -r').stdout.strip()}")
         measured = swap.run(
             guest,
             seen_from_guest(url),
@@ -122,6 +124,45 @@ def _in_guest(tell: Teller, workdir: Path, url: str, sizes: dict[str, int]) -> s
         tell("powering off")
         guest.shutdown()
     return measured
+
+
+def _without_a_disk(tell: Teller, workdir: Path, server: Ganesha) -> swap.Measured:
+    built, disk = _prepare(tell)
+    tell("putting the guest's root on the server")
+    root = diskless_roots.export("nfs", built, disk, server)
+    url = seen_from_guest(server.url("demo.swap"))
+    arguments = (f"nbdnfs.url={url}", f"nbdnfs.size={_DISKLESS_FILE_MIB}M")
+    tell(f"booting a guest without a disk, with {_GUEST_MIB} MiB: root on NFS, {' '.join(arguments)}")
+    with Guest(built, disk, workdir / "guest", root=root, memory_mib=_GUEST_MIB, arguments=arguments) as guest:
+        mounted = guest.run("findmnt -no FSTYPE,SOURCE /").stdout.split()
+        tell(f"the guest runs Linux {guest.run('uname -r').stdout.strip()}; its root is {' '.join(mounted)}")
+        tell(f"nbdnfs@cmdline makes a file of {_DISKLESS_FILE_MIB} MiB on the server, and swaps to it")
+        guest.run("until grep -q ^/dev/nbd /proc/swaps; do sleep 0.5; done", _BOOT_TIMEOUT_S)
+        guest.settle()
+        worker = guest.run("cut -d ' ' -f 1 /run/nbdnfs/cmdline/worker").stdout
+        measured = swap.measure(
+            guest,
+            "/dev/" + guest.run("cat /run/nbdnfs/cmdline/device").stdout.strip(),
+            int(worker),
+            size_mib=_HOG_MIB,
+            limit_mib=_LIMIT_MIB,
+            timeout_s=_STRESS_TIMEOUT_S,
+            tell=tell,
+            on_progress=tell.progress,
+        )
+        tell("powering off")
+        guest.shutdown()
+    return measured
+
+
+def _prepare(tell: Teller) -> tuple[image.Image, Path]:
+    """The guest's image, and nbdnfs for it."""
+    suite, kernel = image.default_suite(), image.default_kernel()
+    tell(f"preparing a guest image of Debian {suite}, {kernel} kernel (about two minutes the first time, then cached)")
+    built = image.image(suite, kernel)
+    initramfs.initrd(built)
+    tell("building nbdnfs for the guest")
+    return built, payload(built, project=True)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -77,9 +77,9 @@ def test_what_cannot_work(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
         guest.run(f"cat > /etc/nbdnfs/swap0.toml <<'.'\n{config}.")
         guest.run("systemctl start nbdnfs@swap0", _START_TIMEOUT_S)
         device = guest.run("cat /run/nbdnfs/swap0/device").stdout.strip()
-        wrong, remedy = fails(guest, "same-file", config, _EX_NOPERM)[:2]
-        assert wrong.endswith(" is in use on this machine, by swap0")
-        assert remedy == "nbdnfs: give each device a file of its own, or end that one first"
+        wrong, remedy = fails(guest, "same-file", config, _EX_TEMPFAIL)[:2]
+        assert wrong.endswith(" is the file of swap0 on this machine")
+        assert remedy == "nbdnfs: give same-file a file of its own, or take the other one down: nbdnfs down swap0"
         other = f'url = "{seen_from_guest(other_url)}"\ndevice = "/dev/{device}"\n'
         wrong, remedy = fails(guest, "in-use", other, _EX_TEMPFAIL)
         assert wrong.startswith(f"nbdnfs: /dev/{device} is already attached, by process ")

@@ -49,11 +49,12 @@ def swapping(
         guest.push(Path(__file__).parent / "inside/killer.py", _KILLER)
         guest.run(
             f"nbdnfs install-units && systemctl daemon-reload && mkdir -p /etc/nbdnfs"
-            f" && cat > /etc/nbdnfs/{_NAME}.toml <<'.'\nurl = \"{seen_from_guest(url)}\"\npriority = 100\n."
+            f" && cat > /etc/nbdnfs/{_NAME}.toml <<'.'\nurl = \"{seen_from_guest(url)}\"\npriority = 100\n.",
+            240,
         )
         try:
             guest.run(f"systemctl start nbdnfs@{_NAME}", 240)
-            print(guest.run(f"nbdnfs status {_NAME}").stdout)
+            print(guest.run(f"nbdnfs status {_NAME}", 120).stdout)
             print(memory_of(guest))
             yield guest
             status = guest.run(f"nbdnfs status {_NAME}", 60)
@@ -219,6 +220,41 @@ def test_restart_and_upgrade(boot: Callable[..., Guest], ganesha: Ganesha, image
         assert "/dev/nbd" not in guest.run("cat /proc/swaps").stdout
         assert guest.run(f"nbdnfs status {_NAME}", check=False).stdout.startswith(f"{_NAME}: not up")
         systemctl(guest, "start", 240)
+
+
+@pytest.mark.timeout(1200)
+def test_down_refuses_what_a_cgroup_cannot_take_back(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
+    """16 MiB and more swapped out from a cgroup of 10 MiB, on a machine with room for all of it: `down` and a stop of
+    the unit refuse with its name and its figures, nothing is killed, and every page is right. A larger limit mends
+    it."""
+    with swapping(boot, ganesha) as guest:
+        hog = start_hog(guest, 28, 10, 900)
+        guest.wait_until(lambda: swapped_out_of_cgroup(guest) >= 16 << 20, 240, "16 MiB to be swapped out")
+        down = guest.run(f"nbdnfs down {_NAME}", 120, check=False)
+        assert down.status == 75, down.stderr
+        assert down.stderr.startswith("nbdnfs: the cgroup /nbdnfs-hog has ")
+        assert "its memory.max of 10 MiB leaves room for " in down.stderr
+        print(down.stderr)
+        guest.run(f"systemctl stop nbdnfs@{_NAME}", 120, check=False)
+        guest.wait_until(
+            lambda: guest.run(f"nbdnfs status {_NAME}", 60, check=False).status == 0, 120, "the keeper to be back"
+        )
+        assert "/dev/nbd" in guest.run("cat /proc/swaps").stdout
+        verdict = finish(guest, hog, 600)
+        print(f"{verdict.checked} pages checked, {verdict.wrong} wrong")
+        hog = start_hog(guest, 28, 10, 900)
+        guest.wait_until(lambda: swapped_out_of_cgroup(guest) >= 16 << 20, 240, "16 MiB to be swapped out")
+        guest.run(f"echo 64M > {_CGROUP}/memory.max; nbdnfs down {_NAME}", 240)
+        assert "/dev/nbd" not in guest.run("cat /proc/swaps").stdout
+        guest.run(f"touch {_ENOUGH}")
+        guest.wait_verdict(hog, 600).check()  # with all in memory it may be done already
+        hog.wait()
+        systemctl(guest, "start", 240)
+
+
+def swapped_out_of_cgroup(guest: Guest) -> int:
+    """Bytes of the stress program's cgroup that are swapped out now."""
+    return int(guest.run(f"cat {_CGROUP}/memory.swap.current").stdout)
 
 
 @pytest.mark.timeout(1800)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdnfs.errors import NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError, UsageError
+from nbdnfs.keeper import hibernation
 from nbdnfs.kernel import device_in_use, nbd_device, nbd_handshake
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.nbd_device import DEFAULT_TIMEOUT_S, Attached
@@ -88,8 +89,9 @@ def attach(
                 warm_up(Path(attached.path))
             except BaseException:
                 with contextlib.suppress(NbdnfsError):
-                    kernel.disconnect(attached.index)
+                    device_in_use.disconnect(kernel, attached.index, root)
                 raise
+        hibernation.forbid(attached.name, root)
         return attached
 
 
@@ -109,15 +111,15 @@ def detach(
     path = f"/dev/{state.name}"
     if not state.attached:
         raise NoInputError(f"{path} is not attached", "there is nothing to do; lsblk lists the devices that are")
-    device_in_use.refuse_if_in_use(state, root)
     with contextlib.ExitStack() as stack:
         kernel = netlink if netlink is not None else stack.enter_context(_open_netlink())
-        kernel.disconnect(state.index)
+        device_in_use.disconnect(kernel, state.index, root)
     if not wait_until(lambda: not nbd_device.is_attached(state.name, root), timeout_s):
         raise UnavailableError(
             f"{path} is disconnected, but still there after {timeout_s:g} s",
             "a process has it open; the device goes when that closes it",
         )
+    hibernation.permit(state.name, root)
 
 
 def _require_socket(path: Path) -> None:

@@ -13,6 +13,7 @@ import os
 import random
 import statistics
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,9 @@ from nbdnfs.nas import backing_file, explain
 from nbdnfs.sizes import SLOT_BYTES
 
 MIN_SIZE_BYTES = 1 << 20
+# The engine's own region. A file has to be several times as large: else it is the region that is measured.
+REGION_PAGES = 16 * (1 << 20) // SLOT_BYTES
+_REGIONS_MIN = 4
 READERS = 8
 CONNECTIONS = 4
 
@@ -103,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
 def measure(url: str, size_bytes: int, seconds: float, report: Callable[[Row], None] = lambda row: None) -> list[Row]:
     """Run each load for about `seconds`, on a new file of `size_bytes` that is removed at the end.
 
+    A smaller file than four times the region is made that large, which is reported on stderr.
+
     `report` gets each row when its load ends. UsageError: the size is too small or not a multiple of 4096.
     IOFailureError: a page is wrong. Others as `backing_file.create`.
     """
@@ -110,6 +116,11 @@ def measure(url: str, size_bytes: int, seconds: float, report: Callable[[Row], N
         raise UsageError(
             f"--size must be a multiple of {SLOT_BYTES} bytes, and at least 1 MiB", "for example --size 64M"
         )
+    least_bytes = _REGIONS_MIN * REGION_PAGES * SLOT_BYTES
+    if size_bytes < least_bytes:
+        size, least = quantities.format_size(size_bytes), quantities.format_size(least_bytes)
+        print(f"nbdnfs: {size} would measure this machine's memory: the file is {least} large", file=sys.stderr)
+        size_bytes = least_bytes
     target = nfs_url.parse(url)
     explain.refuse_unsupported(target, libnfs_version)
     backing_file.create(url, size_bytes)
@@ -124,7 +135,7 @@ def measure(url: str, size_bytes: int, seconds: float, report: Callable[[Row], N
 
 def _open(target: nfs_url.NfsUrl, address: str) -> Engine:
     try:
-        return Engine(target.text, address, connections=CONNECTIONS)
+        return Engine(target.text, address, connections=CONNECTIONS, region_pages=REGION_PAGES)
     except OSError as error:
         raise explain.open_error(error, target, address) from None
 

@@ -8,13 +8,16 @@ it. What the claim has left on the server by then is removed, if the server answ
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import TypeVar
 
+from nbdnfs.errors import UnavailableError
 from nbdnfs.nas.patience import Interrupted
 
 # How long an interrupted claim may take to remove what it has left.
@@ -24,8 +27,11 @@ _POLL_S = 0.1
 T = TypeVar("T")
 
 
-def run(work: Callable[[], T], stop: threading.Event) -> T:
-    """What `work` returns or raises. Interrupted: `stop` was set, and the work did not end well in _GRACE_S."""
+def run(work: Callable[[], T], stop: threading.Event, *, grace_s: float = _GRACE_S, limit_s: float | None = None) -> T:
+    """What `work` returns or raises. Interrupted: `stop` was set, and the work did not end well in `grace_s`.
+
+    UnavailableError: it has not ended after `limit_s`; then `stop` is set.
+    """
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def call() -> None:
@@ -36,19 +42,27 @@ def run(work: Callable[[], T], stop: threading.Event) -> T:
 
     # a daemon: it may wait in the engine when this process ends
     threading.Thread(target=call, name="claim", daemon=True).start()
+    until_s = None if limit_s is None else time.monotonic() + limit_s
     while not stop.is_set():
+        if until_s is not None and time.monotonic() >= until_s:
+            stop.set()
+            with contextlib.suppress(concurrent.futures.TimeoutError, Interrupted):
+                return future.result(grace_s)
+            raise UnavailableError(f"the server has not answered for {limit_s:g} s", "see whether it is up; try again")
         try:
             return future.result(_POLL_S)  # short: signal handlers run in between
         except concurrent.futures.TimeoutError:
             if future.done():  # the work raised it
                 raise
     try:
-        return future.result(_GRACE_S)
+        return future.result(grace_s)
     except concurrent.futures.TimeoutError:
         raise Interrupted from None
 
 
-def run_until_signal(work: Callable[[threading.Event], T]) -> T:
+def run_until_signal(
+    work: Callable[[threading.Event], T], *, grace_s: float = _GRACE_S, limit_s: float | None = None
+) -> T:
     """As `run`, for a command: SIGINT and SIGTERM set the event, and end the process as they would have."""
     stop = threading.Event()
     received: list[int] = []
@@ -59,7 +73,7 @@ def run_until_signal(work: Callable[[threading.Event], T]) -> T:
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return run(lambda: work(stop), stop)
+        return run(lambda: work(stop), stop, grace_s=grace_s, limit_s=limit_s)
     except Interrupted:
         signal.signal(received[0], signal.SIG_DFL)
         os.kill(os.getpid(), received[0])

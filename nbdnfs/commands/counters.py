@@ -7,7 +7,9 @@ Reading takes no lock and does not disturb the worker.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nbdnfs import region
@@ -16,19 +18,59 @@ from nbdnfs import region
 Counters = Mapping[str, int | list[int]]
 
 
-def of_worker(pid: int, root: Path = Path("/")) -> dict[str, int | list[int]]:
-    """The counters in the region of the worker `pid`, by the names that the engine gives them.
+@dataclass(frozen=True)
+class Waits:
+    """How long what is waited for has been waited for, in seconds; 0.0 for nothing.
 
-    Empty where the process holds no region, a worker has not laid it out yet, or the caller may not look into the
-    process (proc_pid_fd(5)).
+    unheard_s         nothing has been received from the server for so long, though answers are outstanding
+    oldest_request_s  the age of the kernel's oldest request
+    last_heard_s      how long ago the server last answered anything, whether or not something is outstanding
+    """
+
+    unheard_s: float
+    oldest_request_s: float
+    last_heard_s: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a region shows. `waits` is None where the worker is of a version that does not note them."""
+
+    counters: Counters = field(default_factory=dict)
+    waits: Waits | None = None
+
+
+def of_worker(
+    pid: int, root: Path = Path("/"), clock_ms: Callable[[], int] = lambda: time.monotonic_ns() // 1_000_000
+) -> Reading | None:
+    """The region of the worker `pid`.
+
+    None where it cannot be read: the caller may not look into the process (proc_pid_fd(5)), the process holds no
+    region, or a worker has not laid it out yet.
     """
     descriptor = region.take_from(pid, root)
     if descriptor is None:
-        return {}
+        return None
     try:
-        return region.read_counters(descriptor) if region.is_made(descriptor) else {}
+        if not region.is_made(descriptor):
+            return None
+        return Reading(region.read_counters(descriptor), _waits(region.read_waits(descriptor), clock_ms()))
+    except OSError:  # truncated meanwhile
+        return None
     finally:
         os.close(descriptor)
+
+
+def _waits(found_ms: tuple[int, int, int] | None, now_ms: int) -> Waits | None:
+    if found_ms is None:
+        return None
+    last_received_ms, waiting_since_ms, request_since_ms = found_ms
+
+    def age_s(since_ms: int) -> float:
+        return max(0, now_ms - since_ms) / 1000 if since_ms else 0.0
+
+    unheard_since_ms = max(last_received_ms, waiting_since_ms) if waiting_since_ms else 0
+    return Waits(age_s(unheard_since_ms), age_s(request_since_ms), age_s(last_received_ms))
 
 
 def number(counters: Counters, key: str) -> int:

@@ -4,15 +4,48 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import threading
+from pathlib import Path
 
-from nbdnfs import quantities
-from nbdnfs.commands import progress
-from nbdnfs.nas import backing_file
+from nbdnfs import backing_size
+from nbdnfs.commands import claiming, progress
+from nbdnfs.errors import ConfigError
+from nbdnfs.nas import backing_file, existing_file, old_name, ownership, patience
+
+log = logging.getLogger(__name__)
+
+# How long an interrupted call may take to remove what it has written.
+_GRACE_S = 5.0
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit status. Errors as `backing_file.create`."""
-    size_bytes = quantities.parse_size_bytes(args.size)
-    if not (args.if_missing and backing_file.exists(args.url)):
-        backing_file.create(args.url, size_bytes, force=args.force, progress=progress.reporter())
+    """The exit status. Errors as `backing_file.create` and, with --if-missing, `existing_file.check`."""
+    size_bytes = backing_size.parse(args.size, Path("/"))
+    claiming.run_until_signal(
+        lambda stop: old_name.adopt(args.url, ownership.serve_holder(), stop=stop), grace_s=_GRACE_S
+    )
+    if args.if_missing and existing_file.check(args.url, size_bytes, fix_mode=args.fix_mode):
+        return 0
+    try:
+        backing_size.refuse_unless_lockable(size_bytes, Path("/"))
+    except ConfigError as error:  # the file may be for another machine
+        log.warning("this machine could not use the file: %s", error.message)
+    create(args.url, size_bytes, force=args.force)
     return 0
+
+
+def create(url: str, size_bytes: int, *, force: bool = False, status: str = "") -> None:
+    """`backing_file.create`, with progress on stderr. SIGINT and SIGTERM end it, and remove what was written.
+
+    With `status`, progress is on stdout as well, as `progress.status_lines` prints it.
+    """
+    show = progress.reporter()
+    if status:
+        show = progress.status_lines(status, show)
+
+    def work(stop: threading.Event) -> None:
+        with patience.interruptible(stop):
+            backing_file.create(url, size_bytes, force=force, progress=show)
+
+    claiming.run_until_signal(work, grace_s=_GRACE_S)

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nbdnfs import config
-from nbdnfs.commands import json_output, machine_checks, process_checks
+from nbdnfs.commands import file_checks, installation_checks, json_output, machine_checks, process_checks, status
 from nbdnfs.commands.findings import Finding
+from nbdnfs.config import Config
 from nbdnfs.errors import NbdnfsError
 from nbdnfs.keeper.records import ProcessRecord, Records
+from nbdnfs.kernel import nbd_device
 from nbdnfs.kernel import state as kernel_state
 
 
@@ -34,14 +36,15 @@ def examine(name: str | None = None, root: Path = kernel_state.ROOT) -> list[Fin
 
     `root` is the directory that stands for "/". UsageError: no device can have this name.
     """
-    findings = [*machine_checks.machine(root)]
+    findings = [*machine_checks.machine(root), *installation_checks.installation(root)]
     if name is not None:
         config.check_name(name)
         findings += _device(name, root)
     else:
-        for one in sorted({*config.names(root), *Records.names(root)}):
+        names = status.names(root)
+        for one in names:
             findings += _device(one, root)
-        recorded = {record.pid for one in Records.names(root) for record in _records(one, root).values()}
+        recorded = {record.pid for one in names for record in _records(one, root).values()}
         for pid in process_checks.workers_by_hand(root):
             if pid not in recorded:
                 findings += process_checks.process(f"worker {pid}", pid, root, realtime=True)
@@ -55,18 +58,33 @@ def exit_status(findings: list[Finding]) -> int:
 
 def _device(name: str, root: Path) -> Iterator[Finding]:
     realtime = True
+    settings = None
     try:
-        realtime = config.load(name, root).realtime
+        settings = config.load(name, root)
+        realtime = settings.realtime
         yield Finding(f"{name}: configuration", True, "valid")
     except NbdnfsError as error:
         yield Finding(f"{name}: configuration", False, error.message, error.hint)
     if (refusal := Records.refusal(name, root)) is not None:
         yield Finding(f"{name}: owner of the file", False, refusal, "run nbdnfs down there, or nbdnfs up --steal here")
+    if settings is not None:
+        yield from _backing_file(settings, root)
     records = _records(name, root)
     if not records:
         yield Finding(f"{name}: processes", True, "not up, nothing to check")
     for role, record in records.items():
         yield from process_checks.process(f"{name}: {role}", record.pid, root, realtime=realtime)
+
+
+def _backing_file(settings: Config, root: Path) -> Iterator[Finding]:
+    """Asks the server, so that it is not done for another root. Servers may refuse who is not root (exports(5))."""
+    if root != kernel_state.ROOT:
+        return
+    if os.geteuid() != 0:
+        yield Finding(f"{settings.name}: server", True, "not asked: only root can")
+        return
+    attached = nbd_device.find(nbd_device.backend_of(settings.name), root)
+    yield from file_checks.backing_file(settings, attached.size_bytes if attached is not None else None)
 
 
 def _records(name: str, root: Path) -> dict[str, ProcessRecord]:

@@ -33,6 +33,7 @@ _PROGRAM = "/usr/local/bin/nbdnfs"
 _SCRIPTS = "/usr/local/lib/nbdnfs"
 _UNIT = "nbdnfs@.service"
 _RELOAD_TIMEOUT_S = 90.0
+_SYSTEMD_SYSCTL = (Path("/usr/lib/systemd/systemd-sysctl"), Path("/lib/systemd/systemd-sysctl"))
 # Drop-ins with settings that only later versions of systemd know: older ones would warn at each start.
 _DROP_INS_SINCE = (254, 255)
 # Where a distribution's package has its units.
@@ -58,6 +59,7 @@ class Layout:
             "nbdnfs.slice": f"{self.systemd}/system/nbdnfs.slice",
             "nbdnfs-generator": f"{self.systemd}/system-generators/nbdnfs-generator",
             "reserve": f"{self.lib}/nbdnfs/reserve",
+            "pace": f"{self.lib}/nbdnfs/pace",
             "modules-load.conf": f"{self.lib}/modules-load.d/nbdnfs.conf",
             "sysctl.conf": f"{self.lib}/sysctl.d/60-nbdnfs.conf",
             "tmpfiles.conf": f"{self.lib}/tmpfiles.d/nbdnfs.conf",
@@ -70,8 +72,10 @@ class Layout:
 
 
 LOCAL = Layout()
+# As a merged /usr shows it, whatever the package calls it.
+PACKAGE = Layout(lib="usr/lib", systemd="usr/lib/systemd", udev="usr/lib/udev")
 _EXAMPLE = "etc/nbdnfs/example.toml.disabled"
-_EXECUTABLE = frozenset({"nbdnfs-generator", "reserve"})
+_EXECUTABLE = frozenset({"nbdnfs-generator", "reserve", "pace"})
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,8 @@ def install(root: Path = Path("/"), *, program: str | None = None, force: bool =
     """Install all files below `root`, and return the paths of those that were written: none when all were up to date.
 
     `program` is the absolute path of what the units start; by default, of the running nbdnfs. Files that an earlier
-    version installed and this one does not have are removed. On this machine, systemd reloads its units.
+    version installed and this one does not have are removed. On this machine, systemd reloads its units, and the kernel
+    settings are applied.
 
     ConfigError: without `force`, a file was changed since its installation; nothing has been written. Also where
     `program` cannot stand in a unit, where a distribution's package has units already, and where this installation has
@@ -121,9 +126,23 @@ def install(root: Path = Path("/"), *, program: str | None = None, force: bool =
         _write(root, File(_LIST, _render_list(files)))
     except OSError as error:
         raise _not_written(error) from None
-    if written:
-        _reload(root)
+    if written and _is_running_system(root):
+        _put_into_force()
     return written
+
+
+def _put_into_force() -> None:
+    """Have systemd know the units, and the kernel the settings of sysctl.conf, or what the administrator's own files
+    say instead."""
+    _reload()
+    keys = re.findall(r"^-?([a-z0-9_.]+) *=", (_source_folder() / "sysctl.conf").read_text(), re.MULTILINE)
+    for program in (path for path in _SYSTEMD_SYSCTL if path.exists()):
+        prefixes = [f"--prefix=/{key.replace('.', '/')}" for key in keys]
+        try:
+            programs.run([str(program), *prefixes], what="setting vm.* as sysctl.d says", timeout_s=_RELOAD_TIMEOUT_S)
+        except NbdnfsError as error:  # in a container: the next boot does it, or the host
+            print(f"nbdnfs: {error.message}; see: nbdnfs doctor", file=sys.stderr)
+        return
 
 
 def uninstall(root: Path = Path("/"), *, force: bool = False) -> list[Path]:
@@ -148,15 +167,43 @@ def uninstall(root: Path = Path("/"), *, force: bool = False) -> list[Path]:
             removed.append(root / _LIST)
     except OSError as error:
         raise _not_written(error) from None
-    if removed:
-        _reload(root)
+    if removed and _is_running_system(root):
+        _reload()
     return removed
+
+
+def is_shadowing_package(root: Path = Path("/")) -> bool:
+    """Whether a package has units, and others are in /usr/local, which systemd takes instead."""
+    return packaged_unit(root) is not None and (root / LOCAL.paths(0)[_UNIT]).exists()
 
 
 def packaged_unit(root: Path = Path("/")) -> Path | None:
     """The unit of a distribution's package; None where there is none."""
     candidates = (root / folder / _UNIT for folder in _PACKAGED)
     return next((path for path in candidates if path.exists()), None)
+
+
+def differing(root: Path = Path("/")) -> list[str] | None:
+    """The installed files, below `root`, that are not those of this version, and those that are missing; None where
+    nothing is installed. The example does not count, nor drop-ins that a package lacks: it has those of its release.
+
+    Files in /usr/local are looked at before those of a package, as systemd does.
+
+    ConfigError: this installation has no units. PermissionDeniedError: a file cannot be read.
+    """
+    unit, layout = _read(root / LOCAL.paths(0)[_UNIT]), LOCAL
+    if unit is None and (packaged := packaged_unit(root)) is not None:
+        unit, layout = _read(packaged), PACKAGE
+    if unit is None:
+        return None
+    started = re.search(rb"^ExecStart=(\S+) run %i", unit, re.MULTILINE)
+    program = started[1].decode(errors="replace") if started else _PROGRAM
+    wanted = {
+        file.path: file.data for file in contents(program, systemd_version(root), layout) if file.path != _EXAMPLE
+    }
+    found = {path: _read(root / path) for path in wanted}
+    lacking = {path for path in wanted if layout == PACKAGE and f"{_UNIT}.d/" in path and found[path] is None}
+    return [f"/{path}" for path, data in wanted.items() if found[path] != data and path not in lacking]
 
 
 def contents(program: str, systemd: int, layout: Layout = LOCAL) -> list[File]:
@@ -279,10 +326,13 @@ def _not_written(error: OSError) -> NbdnfsError:
     return kind(f"cannot write {error.filename}: {error.strerror}", "run it as root, or with --root DIR")
 
 
-def _reload(root: Path) -> None:
-    if root == Path("/") and Path("/run/systemd/system").is_dir():
-        systemctl = programs.find_program("systemctl", "systemd")
-        programs.run([systemctl, "daemon-reload"], what="systemctl daemon-reload", timeout_s=_RELOAD_TIMEOUT_S)
+def _is_running_system(root: Path) -> bool:
+    return root == Path("/") and Path("/run/systemd/system").is_dir()
+
+
+def _reload() -> None:
+    systemctl = programs.find_program("systemctl", "systemd")
+    programs.run([systemctl, "daemon-reload"], what="systemctl daemon-reload", timeout_s=_RELOAD_TIMEOUT_S)
 
 
 def _write(root: Path, file: File) -> bool:

@@ -58,6 +58,8 @@ def machine(root: Path) -> Iterator[Finding]:
     yield from _reserve(root)
     yield from _vm(root)
     yield from _compression_and_pages(root)
+    if any(device.backend is not None for device in kernel_state.nbd_devices(root)):
+        yield _hibernation(root)
 
 
 def _kernel(root: Path) -> Finding:
@@ -230,3 +232,17 @@ def _compression_and_pages(root: Path) -> Iterator[Finding]:
     yield Finding("zswap", True, f"on, with up to {pool} % of memory before pages go to the NAS" if is_on else "off")
     match = re.search(r"\[(\w+)\]", read_text(root / "sys/kernel/mm/transparent_hugepage/enabled") or "")
     yield Finding("transparent huge pages", True, match[1] if match else "not supported")
+
+
+def _hibernation(root: Path) -> Finding:
+    """While a device is up: docs/decisions/0026. /sys/power/state has "disk" where the kernel would hibernate now
+    (kernel/power/main.c: state_show)."""
+    if "disk" not in (read_text(root / "sys/power/state") or "").split():
+        return Finding("hibernation", True, "the kernel refuses it")
+    folder = root / "run/systemd/sleep.conf.d"
+    return judge(
+        "hibernation",
+        any(folder.glob("nbdnfs@*.conf")),
+        "systemd refuses it; the kernel would do it",
+        "it freezes this machine for ever while a device is up: nbdnfs down and up again, or boot with nohibernate",
+    )

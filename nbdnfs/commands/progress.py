@@ -12,6 +12,21 @@ from nbdnfs import quantities
 _BAR_COLUMNS = 40
 
 
+def status_lines(what: str, show: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """`show`, which prints a line such as "what: 40%" on stdout as well for each percent: for the keeper's status."""
+    shown = -1
+
+    def show_both(done_bytes: int, total_bytes: int) -> None:
+        nonlocal shown
+        show(done_bytes, total_bytes)
+        percent = done_bytes * 100 // total_bytes if total_bytes else 100
+        if percent != shown:
+            shown = percent
+            print(f"{what}: {percent}%", flush=True)
+
+    return show_both
+
+
 def reporter() -> Callable[[int, int], None]:
     """A function of the bytes done and the bytes in total, to be called as often as the caller likes."""
     started_s = time.monotonic()

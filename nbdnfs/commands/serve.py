@@ -20,7 +20,7 @@ from types import FrameType, MappingProxyType
 from nbdnfs import defaults, programs
 from nbdnfs.commands import claiming
 from nbdnfs.errors import BusyError, CannotCreateError, NbdnfsError, UsageError
-from nbdnfs.nas import owner_record, ownership
+from nbdnfs.nas import old_name, owner_record, ownership
 from nbdnfs.nas.patience import Interrupted
 from nbdnfs.worker import life, nbdkit
 
@@ -169,6 +169,7 @@ def _owning(url: str, address: str, stop: threading.Event) -> Iterator[None]:
     """This machine and process own the file meanwhile, unless `stop` is set. Raises as ownership.claim."""
     me, holder = owner_record.identity(), ownership.serve_holder()
     try:
+        claiming.run(lambda: old_name.adopt(url, holder, stop=stop), stop)
         claiming.run(lambda: ownership.claim(url, holder, me, stop=stop), stop)
     except Interrupted:
         yield

@@ -1,34 +1,34 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """`nbdnfs status`: the state of each device, from /proc, /sys, the keeper's records in /run and the region's counters.
 
-Changes nothing and takes no lock.
+Changes nothing and takes no lock. docs/monitoring.md documents the JSON and the exit statuses.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from nbdnfs import config, quantities, region
-from nbdnfs.commands import counters, json_output
-from nbdnfs.commands.counters import Counters, number
-from nbdnfs.errors import NoInputError
-from nbdnfs.keeper.records import Records
+from nbdnfs import config, quantities
+from nbdnfs.commands import counters, health, json_output, systemd_unit
+from nbdnfs.commands.counters import Counters, Reading, Waits, number
+from nbdnfs.commands.health import Level, Problem
+from nbdnfs.errors import NbdnfsError, NoInputError, PermissionDeniedError, UsageError
+from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import nbd_device, swap_area
+from nbdnfs.kernel import state as kernel_state
+from nbdnfs.kernel.nbd_device import Attached
+from nbdnfs.kernel.state import Swap
 from nbdnfs.sizes import SLOT_BYTES
 
-_FILE_PROBLEMS = {
-    region.FILE_DELETED: "the backing file was deleted on the server",
-    region.FILE_REPLACED: "the backing file was replaced on the server: nothing is written to the new file",
-    region.FILE_TRUNCATED: "the backing file was truncated on the server: the pages behind its end are lost",
-}
-_STOLEN = "another machine has stolen the backing file: swap has ended here, reboot this machine"
-_WRONG_CHECKSUM = (
-    "pages had a wrong checksum: the server lost writes that it had confirmed (is the export 'async'?),"
-    " or something else writes to the file"
-)
+# Of the JSON: it grows when a key changes its meaning or goes, not when one is added.
+SCHEMA = 1
+
+# Records of the keeper: what it waits for before the device can come up; and what is wrong with the configuration,
+# where the device goes on with the last good one.
+_WAITING, _CONFIG_ERROR = "waiting", "config_error"
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class Status:
     state           the keeper's state, "not running", or "unknown"
     server          the server's numeric address
     unstable_bytes  acknowledged to the kernel, and not on the NAS yet
-    counters        the region's, by the engine's names; empty without a worker
-    problems        a sentence each; empty when the device is healthy
+    waits           how long the server and the oldest request have been waited for
+    counters        the region's, by the engine's names; empty where they cannot be read
+    problems        empty when the device is healthy
     """
 
     name: str
@@ -52,22 +53,43 @@ class Status:
     worker_pid: int | None = None
     server: str | None = None
     unstable_bytes: int | None = None
+    waits: Waits | None = None
     counters: Counters = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def level(self) -> Level:
+        """The worst of its problems."""
+        return health.worst(problem.level for problem in self.problems)
 
     @property
     def is_green(self) -> bool:
         """Whether the device is healthy."""
         return not self.problems
 
+    @property
+    def texts(self) -> list[str]:
+        """The problems, a sentence each."""
+        return [problem.text for problem in self.problems]
+
     def to_json(self) -> dict[str, object]:
-        """The fields, and "green"."""
-        return {**asdict(self), "green": self.is_green}
+        """As docs/monitoring.md has it."""
+        waits = self.waits
+        return {
+            "schema": SCHEMA,
+            **{key: value for key, value in asdict(self).items() if key not in ("waits", "problems")},
+            "unheard_s": waits.unheard_s if waits is not None else None,
+            "oldest_request_s": waits.oldest_request_s if waits is not None else None,
+            "last_heard_s": waits.last_heard_s if waits is not None else None,
+            "problems": self.texts,
+            "level": self.level.name.lower(),
+            "green": self.is_green,
+        }
 
     def text(self) -> str:
         """A few lines for a terminal."""
-        size = quantities.format_size
-        lines = [f"{self.name}: {'ok' if self.is_green else '; '.join(self.problems)}"]
+        size, duration = quantities.format_size, quantities.format_duration
+        lines = [f"{self.name}: {'ok' if self.is_green else '; '.join(self.texts)}"]
         if self.device is not None and self.device_bytes is not None:
             lines.append(
                 f"  device   {self.device}, {size(self.device_bytes)}, on {self.server or 'an unknown server'}"
@@ -76,6 +98,10 @@ class Status:
             lines.append(f"  swap     {size(self.swap_used_bytes)} of {size(self.swap_bytes)} in use")
         lines.append(f"  keeper   {_process(self.keeper_pid)}, {self.state}")
         lines.append(f"  worker   {_process(self.worker_pid)}")
+        if self.waits is not None:
+            oldest_s = self.waits.oldest_request_s
+            oldest = f", the oldest request waits for {duration(oldest_s)}" if oldest_s else ", no request waits"
+            lines.append(f"  server   heard {duration(self.waits.last_heard_s)} ago{oldest}")
         if self.unstable_bytes is not None:
             generation = self.counters.get("generation", "?")
             lines.append(
@@ -89,26 +115,60 @@ def _process(pid: int | None) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the state of one device or of all. The exit status is 0 when all are healthy, else EX_UNAVAILABLE."""
-    found = [read(name) for name in ([args.name] if args.name else names())]
+    """Print the state of one device or of all. The exit status is that of the worst one: health.Level."""
+    found = [read(args.name)] if args.name else read_all()
     if args.json:
         json_output.print_list([one.to_json() for one in found])
     else:
         print("\n".join(one.text() for one in found) or "nbdnfs: no device is configured")
-    return 0 if all(one.is_green for one in found) else os.EX_UNAVAILABLE
+    return int(health.worst(one.level for one in found))
 
 
 def names(root: Path = Path("/")) -> list[str]:
-    """The devices that are configured or up, in order."""
-    return sorted({*config.names(root), *Records.names(root)})
+    """The devices that are configured or up, in order. What cannot be the name of a device is left out.
+
+    PermissionDeniedError: a folder cannot be read.
+    """
+    try:
+        found = {*config.names(root), *filter(_is_name, Records.names(root))}
+    except OSError as error:
+        raise PermissionDeniedError(f"cannot read {error.filename}: {error.strerror}", "run this as root") from None
+    return sorted(found)
 
 
-def read(name: str, root: Path = Path("/")) -> Status:
-    """The state of the device `name` now.
+def _is_name(name: str) -> bool:
+    try:
+        config.check_name(name)
+    except UsageError:
+        return False
+    return True
 
-    UsageError: no device can have this name. NoInputError: the device is neither configured nor up.
+
+def read_all(root: Path = Path("/")) -> list[Status]:
+    """The state of all devices. One whose records cannot be read is "unknown", and takes none of the others along."""
+    found = []
+    for name in names(root):
+        try:
+            found.append(read(name, root))
+        except (NbdnfsError, OSError, ValueError) as error:
+            text = error.message if isinstance(error, NbdnfsError) else f"its state cannot be read: {error}"
+            found.append(Status(name, "unknown", problems=(Problem(Level.UNKNOWN, text),)))
+    return found
+
+
+def read(
+    name: str,
+    root: Path = Path("/"),
+    unit_state: Callable[[str], str | None] | None = None,
+) -> Status:
+    """The state of the device `name` now. `unit_state`: why systemd does not run its unit, in words; by default it is
+    asked where `root` is this machine's own.
+
+    UsageError: no device can have this name. NoInputError: the device is neither configured nor up. UnavailableError:
+    /proc is not mounted.
     """
     config.check_name(name)
+    kernel_state.require_proc(root)
     records = Records(name, root)
     attached = nbd_device.find(nbd_device.backend_of(name), root)
     if attached is None and name not in names(root):
@@ -118,19 +178,21 @@ def read(name: str, root: Path = Path("/")) -> Status:
         )
     keeper, worker = records.living(Records.KEEPER), records.living(Records.WORKER)
     swap = swap_area.find(attached.path, root) if attached is not None else None
-    found = counters.of_worker(worker.pid, root) if worker is not None else {}
+    reading = counters.of_worker(worker.pid, root) if worker is not None else None
     state = records.read(Records.STATE)
-    refusal = Records.refusal(name, root)
     problems = []
-    if number(found, "owner_state") == region.OWNER_STOLEN or state == Records.STOLEN:
-        problems.append(_STOLEN)
-    elif attached is None:
-        problems.append("not up")
+    if state == Records.STOLEN and not _is_stolen(reading):
+        problems.append(Problem(Level.CRITICAL, health.STOLEN))
     if attached is None:
-        problems += [refusal] if refusal is not None else []
+        if unit_state is None:
+            unit_state = systemd_unit.why_not_running if root == Path("/") else lambda name: None
+        problems += _why_not_up(records, keeper, root, unit_state, is_stolen=bool(problems))
     else:
-        missing = {"not in use as swap": swap, "no keeper is running": keeper, "no worker is running": worker}
-        problems += [problem for problem, part in missing.items() if part is None]
+        problems += _what_is_missing(attached, swap, keeper, worker, reading)
+    if (wrong := records.read(_CONFIG_ERROR)) and attached is not None:
+        problems.append(Problem(Level.WARNING, f"it runs with its last good configuration: {wrong}"))
+    problems += health.of_region(reading) if reading is not None else []
+    found = reading.counters if reading is not None else {}
     return Status(
         name=name,
         state=(state or "unknown") if keeper is not None else "not running",
@@ -142,22 +204,49 @@ def read(name: str, root: Path = Path("/")) -> Status:
         worker_pid=worker.pid if worker is not None else None,
         server=(records.read(Records.ADDRESS) or "").partition("\n")[2] or None,
         unstable_bytes=number(found, "unstable_pages") * SLOT_BYTES if found else None,
+        waits=reading.waits if reading is not None else None,
         counters=found,
-        problems=(*problems, *_problems_of(found)),
+        problems=tuple(problems),
     )
 
 
-def _problems_of(found: Counters) -> list[str]:
-    """The problems that a worker reports in its region: those of the server and of the file."""
-    problems = []
-    if number(found, "owner_state") == region.OWNER_UNSURE:
-        problems.append("the owner record cannot be checked: writes wait until it can")
-    if number(found, "disconnected"):
-        problems.append("the server does not answer")
-    if file_state := number(found, "file_state"):
-        problems.append(_FILE_PROBLEMS.get(file_state, f"the backing file is in the unknown state {file_state}"))
-    if write_back_error := number(found, "write_back_error"):
-        problems.append(f"the server rejects writes ({os.strerror(write_back_error)})")
-    if number(found, "checksum_failures"):
-        problems.append(_WRONG_CHECKSUM)
+def _is_stolen(reading: Reading | None) -> bool:
+    """Whether the region says so, which health reports."""
+    return reading is not None and any(problem.text == health.STOLEN for problem in health.of_region(reading))
+
+
+def _what_is_missing(
+    attached: Attached,
+    swap: Swap | None,
+    keeper: ProcessRecord | None,
+    worker: ProcessRecord | None,
+    reading: Reading | None,
+) -> list[Problem]:
+    """Of a device that is up. Without a keeper it works until its worker dies."""
+    missing = {
+        Problem(Level.CRITICAL, "not in use as swap"): swap,
+        Problem(Level.WARNING, "no keeper is running"): keeper,
+        Problem(Level.CRITICAL, "no worker is running"): worker,
+    }
+    problems = [problem for problem, part in missing.items() if part is None]
+    if worker is not None and reading is None:
+        problems.append(
+            Problem(Level.UNKNOWN, f"unknown: the counters of process {worker.pid} cannot be read (run this as root)")
+        )
     return problems
+
+
+def _why_not_up(
+    records: Records,
+    keeper: ProcessRecord | None,
+    root: Path,
+    unit_state: Callable[[str], str | None],
+    *,
+    is_stolen: bool,
+) -> list[Problem]:
+    """The reason, as far as there is one: what refused the file, what the keeper waits for, what systemd says."""
+    reasons = [Records.refusal(records.name, root), records.read(_WAITING)]
+    if keeper is None and not is_stolen and not any(reasons):
+        reasons.append(unit_state(records.name))
+    texts = [*([] if is_stolen else ["not up"]), *(reason for reason in reasons if reason)]
+    return [Problem(Level.CRITICAL, text) for text in texts]

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from nbdnfs import programs
 from nbdnfs.errors import NbdnfsError, UnavailableError
+
+# Of systemd, for reports: they do not wait for a machine that is stuck.
+_ANSWER_TIMEOUT_S = 5.0
 
 
 def name_of(device: str) -> str:
@@ -24,6 +28,33 @@ def is_loaded(device: str) -> bool:
 def is_active(device: str) -> bool:
     """Whether systemd runs the unit, or is about to."""
     return _is_booted() and _property(device, "ActiveState") in ("active", "activating", "reloading")
+
+
+def why_not_running(device: str) -> str | None:
+    """Why systemd does not run the unit of a device that is not up, and what to do; None where nothing is known."""
+    if not _is_booted():
+        return None
+    keys = ("LoadState", "ActiveState", "Result", "UnitFileState")
+    try:
+        texts = programs.run(
+            [_systemctl(), "show", *(f"--property={key}" for key in keys), name_of(device)],
+            what="asking systemd for the state of a unit",
+            timeout_s=_ANSWER_TIMEOUT_S,
+        )
+    except NbdnfsError as error:
+        return error.message
+    found = dict(line.partition("=")[::2] for line in texts.splitlines())
+    unit = name_of(device)
+    if found.get("LoadState") != "loaded":
+        return f"systemd does not have {unit}: nbdnfs install-units"
+    match found.get("ActiveState"):
+        case "failed":
+            return f"{unit} has failed ({found.get('Result')}): journalctl -u {unit}"
+        case "inactive":
+            enabled = "" if found.get("UnitFileState") == "enabled" else ", and does not start at boot"
+            return f"{unit} is not started{enabled}: systemctl enable --now {unit}"
+        case state:
+            return f"{unit} is {state}: journalctl -u {unit}"
 
 
 def job(device: str) -> str:
@@ -43,10 +74,15 @@ def is_shutting_down() -> bool:
     return programs.output([_systemctl(), "is-system-running"]).strip() == "stopping"
 
 
-def start(device: str) -> None:
-    """Start the unit, and wait until it has started. UnavailableError when it fails."""
-    if programs.status([_systemctl(), "start", name_of(device)]) != 0:
-        raise UnavailableError(f"{name_of(device)} did not start", f"see why: journalctl -u {name_of(device)}")
+def start(device: str, progress: Callable[[], None], every_s: float) -> tuple[int, str]:
+    """Start the unit, and wait until it has started, or systemd waits no longer; `progress` is called meanwhile.
+    systemctl's exit status, and what it printed on stderr."""
+    return programs.watch([_systemctl(), "start", name_of(device)], progress, every_s=every_s)
+
+
+def status_text(device: str) -> str:
+    """What the unit's process has last sent as STATUS=, sd_notify(3)."""
+    return _property(device, "StatusText")
 
 
 def stop(device: str) -> None:

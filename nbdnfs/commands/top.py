@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdnfs import config, quantities
+from nbdnfs import config, quantities, region
 from nbdnfs.commands import counters, status
 from nbdnfs.commands.counters import Counters, number
 from nbdnfs.errors import NoInputError, UsageError
@@ -18,6 +19,15 @@ from nbdnfs.keeper.records import Records
 from nbdnfs.sizes import SLOT_BYTES
 
 _MIB = 1 << 20
+# Of the JSON, as status.SCHEMA.
+SCHEMA = 1
+# The counters that it has: those that grow, and those that say "now".
+_NOW = (
+    *("unstable_pages", "nfs_in_flight", "write_back_error", "disconnected", "file_state", "owner_state"),
+    *("generation", "slots"),
+)
+_RATES = tuple(key for key in region.COUNTERS if key not in (*_NOW, "twins_until_ms"))
+
 _CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -77,6 +87,13 @@ class Frame:
         ]
         return "\n".join(rows)
 
+    def to_json(self) -> dict[str, object]:
+        """As docs/monitoring.md has it: what grew, per second; the medians; and what there is now."""
+        rates = {f"{key}_per_s": round(self.rate(key), 3) for key in _RATES}
+        medians = {f"{key.removesuffix('_us')}_median_us": self.median_us(key) for key in region.HISTOGRAMS}
+        now = {key: number(self.after, key) for key in _NOW}
+        return {"name": self.name, "seconds": round(self.seconds, 3), **rates, **medians, **now}
+
     def _flow(self, count: str, size: str, duration: str) -> str:
         return (
             f"{self.rate(count):>8,.0f}/s {self.rate(size) / _MIB:>8.1f} MiB/s"
@@ -91,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--interval and --count must be greater than zero", "for example --interval 2s --count 5")
     if args.name is not None:
         config.check_name(args.name)
-    show([args.name] if args.name else [], interval_s=interval_s, count=args.count)
+    show([args.name] if args.name else [], interval_s=interval_s, count=args.count, as_json=args.json)
     return 0
 
 
@@ -120,16 +137,21 @@ def watch(
         before, then = after, now
 
 
-def show(names: Sequence[str], *, interval_s: float, count: int | None, root: Path = Path("/")) -> None:
+def show(
+    names: Sequence[str], *, interval_s: float, count: int | None, root: Path = Path("/"), as_json: bool = False
+) -> None:
     """Print the activity until Ctrl-C, or `count` times; on a terminal each time in the place of the last one.
 
-    Without `names`, of all devices. Errors as `watch`.
+    Without `names`, of all devices. `as_json`: an object on a line of its own each time. Errors as `watch`.
     """
     wanted = names or status.names(root)
     on_terminal = sys.stdout.isatty()
     for shown, frames in enumerate(watch(wanted, interval_s=interval_s, root=root), 1):
-        text = "\n".join(frame.text() for frame in frames)
-        print(_CLEAR + text if on_terminal and count != 1 else text, flush=True)
+        if as_json:
+            print(json.dumps({"schema": SCHEMA, "devices": [frame.to_json() for frame in frames]}), flush=True)
+        else:
+            text = "\n".join(frame.text() for frame in frames)
+            print(_CLEAR + text if on_terminal and count != 1 else text, flush=True)
         if shown == count:
             return
 
@@ -138,8 +160,8 @@ def _read(names: Sequence[str], root: Path) -> dict[str, Counters]:
     found: dict[str, Counters] = {}
     for name in names:
         worker = Records(name, root).living(Records.WORKER)
-        if worker is not None and (read := counters.of_worker(worker.pid, root)):
-            found[name] = read
+        if worker is not None and (read := counters.of_worker(worker.pid, root)) is not None:
+            found[name] = read.counters
     if not found:
         which = f" of {', '.join(names)}" if names else ""
         raise NoInputError(

@@ -11,27 +11,34 @@ import contextlib
 import os
 import select
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from nbdnfs import config, programs
-from nbdnfs.commands import progress, systemd_unit
+from nbdnfs import config, name_lock
+from nbdnfs.commands import progress, starting, systemd_unit
+from nbdnfs.config import Config
 from nbdnfs.errors import BusyError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError
+from nbdnfs.keeper import hibernation, only_keeper
 from nbdnfs.keeper.records import ProcessRecord, Records
-from nbdnfs.kernel import nbd_device, swap_area
+from nbdnfs.kernel import device_in_use, nbd_device, openers, swap_area
+from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.kernel.nbd_netlink import NbdNetlink
 from nbdnfs.kernel.state import Swap
 from nbdnfs.kernel.waiting import wait_until
+from nbdnfs.proc_stat import start_time_ticks
 
-UP_TIMEOUT_S = 600.0
+# How long `up` waits without systemd; the start goes on. As JobRunningTimeoutSec= of the unit.
+UP_TIMEOUT_S = 180.0
 # The keeper ends at once when it is asked to; a worker ends when the kernel disconnects.
 _PROCESS_ENDS_S = 10.0
 # How long other services may take, at shutdown, to end and so give memory back; systemd kills them after 90 s.
 _SERVICES_END_S = 100.0
 _POLL_S = 0.05
+# How long to wait for another `up` or `down` of the device. At shutdown systemd ends one by hand sooner or later.
+_COMMAND_WAITS_S = 2.0
+_SERVICE_WAITS_S = 600.0
 
 # Called with the bytes that are still swapped out, and with those at the start.
 Progress = Callable[[int, int], None]
@@ -56,8 +63,11 @@ def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> No
     `steal` takes the file from another machine first, in this process: the keeper then finds that it owns the file.
     `timeout_s` bounds the wait where systemd does not run.
 
-    PermissionDeniedError: not root. BusyError: the device is up. UnavailableError: it did not come up, with the exit
-    status of the keeper, which has reported why. Others as `config.load`, and with `steal` as `ownership.claim`.
+    A device that is up, and whose swap was turned off by hand, swaps again.
+
+    PermissionDeniedError: not root. BusyError: the device is up, or something other than swap uses it.
+    UnavailableError: it did not come up, with the exit status of the keeper, which has reported why; EX_TEMPFAIL where
+    the start goes on. Others as `config.load`, and with `steal` as `ownership.claim`.
     """
     settings = config.load(name)
     _require_root(f"nbdnfs up {name}")
@@ -67,12 +77,35 @@ def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> No
 
         holder, me = owner_record.keeper_holder(name), owner_record.identity()
         claiming.run_until_signal(lambda stop: ownership.claim(settings.url, holder, me, steal=True, stop=stop))
-    if systemd_unit.is_loaded(name):
-        systemd_unit.start(name)
+    records = Records(name)
+    keeper = only_keeper.keeper_of(records)
+    if keeper is not None and records.read(Records.STATE) == "watch" and _turn_on_again(settings):
         return
-    if (keeper := Records(name).living(Records.KEEPER)) is not None:
-        raise BusyError(f"{name} is already up: its keeper is process {keeper.pid}", f"see: nbdnfs status {name}")
-    _start_in_background(name, timeout_s)
+    has_unit = systemd_unit.is_loaded(name)
+    if keeper is not None and not (has_unit and systemd_unit.is_active(name)):
+        who = f"process {keeper}" if keeper else "another process"
+        raise BusyError(f"{name} is already up: its keeper is {who}", f"see: nbdnfs status {name}")
+    if has_unit:
+        starting.with_systemd(name)
+    else:
+        starting.in_background(name, timeout_s)
+    _turn_on_again(settings)
+
+
+def _turn_on_again(settings: Config) -> bool:
+    """Swap to the attached device where a foreign swapoff(8) has turned that off. Whether there was anything to do.
+
+    BusyError: something other than swap uses the device. Others as starting.turn_on_again.
+    """
+    attached = nbd_device.find(nbd_device.backend_of(settings.name))
+    if attached is None or swap_area.find(attached.path) is not None:
+        return False
+    with _only_command(settings.name, wait_s=_COMMAND_WAITS_S):
+        state = kernel_state.nbd_device(attached.name)
+        if state is not None:
+            device_in_use.refuse_if_in_use(state)
+        starting.turn_on_again(settings, attached.path)
+    return True
 
 
 def down(name: str, report: Progress, *, service: bool = False) -> None:
@@ -82,35 +115,52 @@ def down(name: str, report: Progress, *, service: bool = False) -> None:
     configuration.
 
     UsageError: no device can have this name. PermissionDeniedError: not root. NoInputError: the device is not up.
-    BusyError: what is swapped out does not fit into memory; nothing has been changed. UnavailableError: something does
-    not end. Others as `swap_area.disable`.
+    BusyError: what is swapped out does not fit into memory, or into its cgroup, something other than swap uses the
+    device, or another command is at work. UnavailableError: something does not end, or /proc is not mounted. Others as
+    `swap_area.disable`.
     """
     config.check_name(name)
     _require_root(f"nbdnfs down {name}")
+    kernel_state.require_proc()  # without it, a device that is in use as swap looks as if it were not
     if service and systemd_unit.job(name) != "stop":
         print(f"nbdnfs: {name}: restarting, swap stays on", file=sys.stderr)
         return
-    records = Records(name)
-    attached = nbd_device.find(nbd_device.backend_of(name))
-    if attached is None and not records.path.exists():
-        if not service:
-            raise NoInputError(f"the device '{name}' is not up", "there is nothing to do; see nbdnfs status")
-        return
-    try:
-        if attached is not None and (swap := swap_area.find(attached.path)) is not None:
-            if service and systemd_unit.is_shutting_down():
-                _wait_for_room(swap)
-            elif _must_fit(name):
-                swap_area.refuse_unless_it_fits(swap)
-            swap_area.disable(swap, report)
-    except NbdnfsError:
-        if service:
-            systemd_unit.start_after_stop(name)
-        raise
-    if not service and systemd_unit.is_active(name):
+    with _only_command(name, wait_s=_SERVICE_WAITS_S if service else _COMMAND_WAITS_S):
+        records = Records(name)
+        attached = nbd_device.find(nbd_device.backend_of(name))
+        if attached is None and not records.path.exists():
+            if not service:
+                raise NoInputError(f"the device '{name}' is not up", "there is nothing to do; see nbdnfs status")
+            return
+        is_for_unit = not service and systemd_unit.is_active(name)
+        try:
+            keeper = _keeper(records)
+            ours = openers.descendants(keeper.pid) if keeper is not None else frozenset()
+            if attached is not None:
+                _turn_off(name, attached, report, ours, service=service)
+            if not is_for_unit:
+                _take_down(records, keeper, ours)
+        except NbdnfsError:
+            if service:
+                systemd_unit.start_after_stop(name)
+            raise
+    if is_for_unit:
         systemd_unit.stop(name)  # its ExecStop= is this very function, which does the rest
+
+
+def _turn_off(name: str, attached: Attached, report: Progress, ours: frozenset[int], *, service: bool) -> None:
+    """swapoff of the device. BusyError, and nothing has been changed: there is no room, or something other than swap
+    and the processes `ours` uses the device."""
+    state = kernel_state.nbd_device(attached.name)
+    if state is not None:
+        device_in_use.refuse_other_uses(state, ours=ours)
+    if (swap := swap_area.find(attached.path)) is None:
         return
-    _take_down(records, attached)
+    if service and systemd_unit.is_shutting_down():
+        _wait_for_room(swap)
+    elif _must_fit(name):
+        swap_area.refuse_unless_it_fits(swap)
+    swap_area.disable(swap, report)
 
 
 def _wait_for_room(swap: Swap) -> None:
@@ -130,25 +180,73 @@ def _wait_for_room(swap: Swap) -> None:
     return None
 
 
-def _take_down(records: Records, attached: Attached | None) -> None:
-    """End keeper, device, worker, standby and records, in this order: so nothing is started again in between."""
-    _end(records.living(Records.KEEPER), signal.SIGTERM, "the keeper")
-    if attached is not None:
-        with NbdNetlink.open() as kernel:
-            kernel.disconnect(attached.index)
-        if not wait_until(lambda: nbd_device.find(nbd_device.backend_of(records.name)) is None, _PROCESS_ENDS_S):
-            raise UnavailableError(
-                f"{attached.path} is disconnected but still in use: a process has it open",
-                "end that process, then run this again",
-            )
-    worker = records.living(Records.WORKER)
-    with contextlib.suppress(UnavailableError):
-        _end(worker, 0, "the worker")  # by itself, because the kernel has disconnected
-        worker = None
-    _end(worker, signal.SIGKILL, "the worker")
-    _end(records.living(Records.STANDBY), signal.SIGKILL, "the standby")  # a parked one may outlive its keeper
-    _release_file(records)
-    records.remove()
+def _take_down(records: Records, keeper: ProcessRecord | None, ours: frozenset[int]) -> None:
+    """End keeper, device, worker, standby and records, in this order: so nothing is started again in between. `ours`:
+    the keeper and its helpers, which may have the device open.
+
+    BusyError: the device is in use, or there is another keeper. UnavailableError: something does not end.
+    """
+    _end(keeper, signal.SIGTERM, "the keeper")
+    with _no_keeper(records):
+        _disconnect(records.name, ours)
+        worker = records.living(Records.WORKER)
+        with contextlib.suppress(UnavailableError):
+            _end(worker, 0, "the worker")  # by itself, because the kernel has disconnected
+            worker = None
+        _end(worker, signal.SIGKILL, "the worker")
+        _end(records.living(Records.STANDBY), signal.SIGKILL, "the standby")  # a parked one may outlive its keeper
+        hibernation.permit(records.name)
+        _release_file(records)
+        records.remove()
+
+
+def _keeper(records: Records) -> ProcessRecord | None:
+    """The keeper, which may not have got as far as its record."""
+    record = records.living(Records.KEEPER)
+    pid = only_keeper.keeper_of(records)
+    if record is None and pid and (started := start_time_ticks(pid)) is not None:
+        return ProcessRecord(pid, started, "")
+    return record
+
+
+@contextlib.contextmanager
+def _no_keeper(records: Records) -> Iterator[None]:
+    """The device has no keeper meanwhile, and gets none. BusyError: one has been started."""
+    descriptor = only_keeper.become(records)
+    try:
+        yield
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _only_command(name: str, *, wait_s: float) -> Iterator[None]:
+    """No other `up` or `down` of the device meanwhile. BusyError after `wait_s` seconds."""
+    try:
+        descriptor = name_lock.take(name, name_lock.COMMAND, wait_s=wait_s)
+    except OSError as error:
+        print(f"nbdnfs: {name}: going on without a lock in /run/nbdnfs: {error.strerror}", file=sys.stderr)
+        descriptor = -1
+    try:
+        yield
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _disconnect(name: str, ours: frozenset[int]) -> None:
+    """Take the device down. Errors as `_take_down`."""
+    attached = nbd_device.find(nbd_device.backend_of(name))
+    if attached is None:
+        return
+    with NbdNetlink.open() as kernel:
+        device_in_use.disconnect(kernel, attached.index, ours=ours)
+    if not wait_until(lambda: nbd_device.find(nbd_device.backend_of(name)) is None, _PROCESS_ENDS_S):
+        raise UnavailableError(
+            f"{attached.path} is disconnected but still in use: a process has it open",
+            "end that process, then run this again",
+        )
 
 
 def _release_file(records: Records) -> None:
@@ -159,9 +257,9 @@ def _release_file(records: Records) -> None:
     text, _, address = (records.read(Records.ADDRESS) or "").partition("\n")
     if not address:
         return
-    from nbdnfs.nas import owner_record, ownership  # only here: it loads libnfs
-
     try:
+        from nbdnfs.nas import owner_record, ownership  # only here: it loads libnfs, which may be gone
+
         holder = owner_record.keeper_holder(records.name)
         ownership.release(text, holder, owner_record.identity(), address=address)
     except NbdnfsError as error:
@@ -185,7 +283,10 @@ def _end(record: ProcessRecord | None, number: int, what: str) -> None:
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
         if not poll.poll(_PROCESS_ENDS_S * 1000):
-            raise UnavailableError(f"{what} (process {record.pid}) does not end", "see its journal")
+            raise UnavailableError(
+                f"{what} (process {record.pid}) does not end",
+                f"see its journal; nothing is lost by kill -9 {record.pid}, after which this can go on",
+            )
     finally:
         os.close(descriptor)
 
@@ -196,31 +297,6 @@ def _must_fit(name: str) -> bool:
         return config.load(name).reclaim_check
     except NbdnfsError:
         return True
-
-
-def _start_in_background(name: str, timeout_s: float) -> None:
-    """Start a keeper in a session of its own, and wait until it is ready as systemd would: sd_notify(3)."""
-    address = f"nbdnfs-up-{os.getpid()}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifications:
-        notifications.bind("\0" + address)
-        keeper = programs.start(
-            [sys.executable, "-m", "nbdnfs", "run", name], {**os.environ, "NOTIFY_SOCKET": f"@{address}"}
-        )
-        notifications.settimeout(_POLL_S)
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            try:
-                message = notifications.recv(4096)
-            except TimeoutError:
-                message = b""
-            if b"READY=1" in message.split(b"\n"):
-                return
-            if (status := keeper.poll()) is not None:
-                error = UnavailableError(f"{name} did not come up, see above")
-                error.exit_code = status if status > 0 else error.exit_code
-                raise error
-        keeper.terminate()
-        raise UnavailableError(f"{name} is not up after {timeout_s:g} s", f"see its messages: nbdnfs run {name}")
 
 
 def _require_root(command: str) -> None:

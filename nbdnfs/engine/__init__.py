@@ -48,7 +48,8 @@ the process ends with that status.
 
 `NfsFile` is a file of any size, with byte offsets and operations on names, for making and inspecting backing files. Its
 pwrite() returns when the data is on the NAS, stably. Once the file has been gone for `gone_limit_ms`, its transfers
-raise ESTALE.
+raise ESTALE. With `names_only` no file is opened: there are the names of the URL's directory, whatever file the URL
+names.
 
 Errors. Opening raises `NfsError`, an OSError with `phase`: "connect" (no answer), "mount" (the server does not export
 that, or not to this client), "open" (the file) or "name" (a name operation). Requests raise OSError: EINVAL for what is
@@ -56,16 +57,26 @@ not whole pages inside the device; EIO where the file is shorter than the device
 checksum, and for the waits above; and what the server answered to a READ (EACCES, ...). A write that the server refuses
 (ENOSPC, EDQUOT, EROFS, ...) is not an error to the caller: the page stays in the region, the counter `write_back_error`
 has the errno, and the engine tries again.
+
+Importing this raises `nbdnfs.errors.UnavailableError` where libnfs is missing.
 """
 
-from nbdnfs.engine._engine import (
-    Engine,
-    NfsError,
-    NfsFile,
-    forget_services,
-    keep_thread_states,
-    libnfs_version,
-)
+from nbdnfs.errors import UnavailableError
+
+try:
+    from nbdnfs.engine._engine import (
+        Engine,
+        NfsError,
+        NfsFile,
+        forget_services,
+        keep_thread_states,
+        libnfs_version,
+    )
+except ImportError as _error:  # libnfs was removed, or this installation is of another Python
+    raise UnavailableError(
+        f"the engine cannot be loaded: {_error}",
+        "install the shared library of libnfs again (Debian: apt install libnfs-dev), or nbdnfs itself",
+    ) from None
 
 __all__ = [
     "Engine",

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""When the keeper tries again, how soon, and the errors of what no further try can mend."""
+"""When the keeper tries again, how soon, and the errors of what no further try can mend.
+
+An error is final where only a person can mend it, and nothing is lost by waiting for one. So nothing is final while the
+device is attached, and nothing that a server answers before its disks are mounted. docs/decisions/0023.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,31 @@ from nbdnfs.errors import NbdnfsError, OwnedError
 # How long to wait before the next try, after so many failures in a row. There is no last try.
 PAUSES_S = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
-# Exit statuses of a worker or helper that another try may mend, sysexits(3). So may any signal.
+# A keeper that was killed is started again at once, by the unit. One that ends by itself sees to it that the next one
+# is not started earlier than so long after it was, and the later time where it fails as the one before it did.
+KEEPER_PACE_S, KEEPER_PACE_AGAIN_S = 1.0, 10.0
+
+# What a keeper ends with when no other try can mend it: RestartPreventExitStatus= of systemd/nbdnfs@.service.
+FINAL_STATUSES = frozenset(
+    {
+        os.EX_USAGE,
+        os.EX_NOINPUT,
+        os.EX_OSFILE,
+        os.EX_CANTCREAT,
+        os.EX_TEMPFAIL,
+        os.EX_NOPERM,
+        os.EX_CONFIG,
+    }
+)
+# How a worker or helper exits while a server's disks are not mounted yet: there is no such file, directory or export,
+# or the directory that is there instead belongs to somebody else.
+MISSING_STATUS, FORBIDDEN_STATUS = os.EX_NOINPUT, os.EX_NOPERM
+# How `nbdnfs claim` exits where another machine, or another device of this one, owns the file: not a status of
+# sysexits(3), so that it is not taken for a server that forbids something. The keeper then ends with EX_NOPERM.
+OWNED_STATUS = 81
+# Exit statuses that another try may mend, sysexits(3). So may any signal.
 _TEMPORARY = frozenset({os.EX_UNAVAILABLE, os.EX_TEMPFAIL, os.EX_NOHOST, os.EX_IOERR})
+_TEMPORARY_ON_SERVER = _TEMPORARY | {MISSING_STATUS, FORBIDDEN_STATUS}
 
 
 def pause_s(failures: int) -> float:
@@ -19,15 +46,28 @@ def pause_s(failures: int) -> float:
     return PAUSES_S[min(failures, len(PAUSES_S) - 1)]
 
 
-def is_final(status: int) -> bool:
-    """Whether a process with that exit status (minus the signal) fails in the same way when it is started again."""
-    return status > 0 and status not in _TEMPORARY
+def is_final(status: int, *, on_server: bool) -> bool:
+    """Whether a process with that exit status (minus the signal) fails in the same way when it is started again.
+
+    on_server  its errors of a missing file and of a permission are about the file on the server
+    """
+    return status > 0 and status not in (_TEMPORARY_ON_SERVER if on_server else _TEMPORARY)
+
+
+def waiting_for(status: int, error: str) -> str:
+    """What the keeper waits for, after a process that has exited with `status` and said `error`; one sentence."""
+    text = error.removeprefix("nbdnfs: ") or f"the server cannot be used (exit status {status})"
+    if status == MISSING_STATUS:
+        return f"{text} (a typo, or the server's disks are not mounted yet)"
+    if status == FORBIDDEN_STATUS:
+        return f"{text} (or the server's disks are not mounted yet)"
+    return text
 
 
 def failed(what: str, status: int) -> NbdnfsError:
     """A process has printed what is wrong on the same stderr: this error adds its exit status, and no details."""
     error = NbdnfsError(f"{what.replace('_', ' ')} failed, see above")
-    error.exit_code = status
+    error.exit_code = os.EX_NOPERM if status == OWNED_STATUS else status
     return error
 
 

@@ -17,9 +17,8 @@ import signal
 import time
 
 from nbdnfs import __version__, region
-from nbdnfs.errors import BusyError, NbdnfsError
+from nbdnfs.errors import BusyError, NbdnfsError, OwnedError
 from nbdnfs.keeper import failures
-from nbdnfs.keeper.reporter import Reporter
 from nbdnfs.keeper.serving import Serving
 from nbdnfs.keeper.standby import STORED_NAME as _STORED_STANDBY
 from nbdnfs.keeper.standby import Standby
@@ -33,7 +32,8 @@ if TYPE_CHECKING:
     from nbdnfs.keeper.helper_process import HelperProcess
     from nbdnfs.keeper.interfaces import Kernel, Work
     from nbdnfs.keeper.records import Records
-    from nbdnfs.keeper.sd_notify import Notifier
+    from nbdnfs.keeper.reporter import Reporter
+    from nbdnfs.kernel.nbd_device import Attached
 
 # How often the loop turns without events: the kernel's LINK_DEAD may get lost.
 _TICK_S = 1.0
@@ -42,6 +42,8 @@ _MORE_TIME = "EXTEND_TIMEOUT_USEC=60000000"
 # How long the server has been away when its name is looked up again, and how often from then on.
 RESOLVE_AFTER_S = 60.0
 RESOLVE_EVERY_S = 300.0
+# How often records are written again that could not be written.
+_RECORDS_EVERY_S = 5.0
 # How long the standby may hold up swapon. The first one is read from the disk.
 _STANDBY_TIMEOUT_S = 60.0
 
@@ -57,24 +59,27 @@ class Keeper:
         kernel: Kernel,
         work: Work,
         records: Records,
-        notifier: Notifier,
+        reporter: Reporter,
         *,
         stored: dict[str, int],
+        config_text: str = "",
         warm_up: Callable[[], None] = lambda: None,
     ) -> None:
-        """stored    what an earlier keeper had put into systemd's store: sd_notify.listen_fds()
-        warm_up   called once, when all is loaded, before swap is on: it touches what memory will be needed
+        """stored       what an earlier keeper had put into systemd's store: sd_notify.listen_fds()
+        config_text  for the record CONFIG, once a worker serves
+        warm_up      called once, when all is loaded, before swap is on: it touches what memory will be needed
 
         BusyError: the device is attached, and its region no longer exists.
         """
         self._work = work
         self._records = records
-        self._notifier = notifier
+        self._notifier = notifier = reporter.notifier
         self._kernel = kernel
+        self._config_text = config_text
         self._warm_up_memory = warm_up
-        self._reporter = Reporter(records, notifier)
-        self.standby = Standby(work, records, notifier, self._reporter, stored)
-        self.serving = Serving(kernel, work, records, self._reporter, self.standby)
+        self._reporter = reporter
+        self.standby = Standby(work, records, notifier, reporter, stored)
+        self.serving = Serving(kernel, work, records, reporter, self.standby)
 
         self._steps: dict[str, Callable[[float], str]] = {
             "provision": self._provision,
@@ -85,10 +90,13 @@ class Keeper:
         }
         self._step = ""
         self._step_since_s = 0.0
+        self._is_adopted = False  # whether an earlier keeper has attached the device
         self.is_swap_on = False
         self._helper: HelperProcess | None = None
         self._helper_failures = 0
         self._helper_due_s = 0.0
+        self._missing_since_s: float | None = None  # the file on the server
+        self._records_due_s = 0.0
         self._resolver: HelperProcess | None = None
         self._resolve_due_s: float | None = None
         self._is_new_standby_wanted = False  # SIGHUP
@@ -106,7 +114,8 @@ class Keeper:
     def run(self) -> int:
         """Until SIGTERM or SIGINT; the exit status. Raises NbdnfsError for what no further try can mend."""
         before = self._take_signals()
-        self._records.write_process(self._records.KEEPER, os.getpid(), __version__)
+        self._records.put_process(self._records.KEEPER, os.getpid(), __version__)
+        self._is_adopted = self.serving.device is not None
         self._is_new_worker_wanted = self.serving.adopt(self._region)
         try:
             self._enter("provision" if self.serving.device is None else "attach")
@@ -115,7 +124,7 @@ class Keeper:
             self._reporter.say(f"{self._stop}: the keeper exits, the device and its worker stay")
             self._notifier.send("STOPPING=1", f"STATUS={self._stop}: handed over")
         except BaseException as error:
-            if isinstance(error, NbdnfsError):  # there is nothing that a next keeper could go on with
+            if isinstance(error, OwnedError):  # there is nothing that a next keeper could go on with
                 self.standby.discard()
             self._undo()
             raise
@@ -149,6 +158,9 @@ class Keeper:
                 self._is_new_standby_wanted, self._is_new_worker_wanted = False, True
                 self.standby.discard()
             self.standby.keep(now, may_start=self.serving.is_connected)
+        if self.serving.is_connected and now >= self._records_due_s:
+            self._records_due_s = now + _RECORDS_EVERY_S
+            self._records.retry()
         following = self._steps[self._step](now)
         if following != self._step:
             self._enter(following)
@@ -168,8 +180,8 @@ class Keeper:
             for descriptor in worker.descriptors() if worker is not None else ():
                 poll.register(descriptor, select.POLLIN)
         for helper in (self._helper, self._resolver):
-            if helper is not None and helper.pidfd >= 0:
-                poll.register(helper.pidfd, select.POLLIN)
+            for descriptor in helper.descriptors() if helper is not None else ():
+                poll.register(descriptor, select.POLLIN)
         until = now + _TICK_S
         watchdog_s = self._notifier.watchdog_s
         if watchdog_s is not None:
@@ -188,10 +200,15 @@ class Keeper:
 
     def _provision(self, now: float) -> str:
         """A helper creates the backing file where it is missing and the configuration has a size, and claims it."""
-        return self._await_helper(now, self._work.provision, following="attach")
+        missing_s = now - self._missing_since_s if self._missing_since_s is not None else 0.0
+        return self._await_helper(now, lambda: self._work.provision(missing_s), following="attach", on_server=True)
 
     def _attach(self, now: float) -> str:
-        return "warm_up" if self.serving.is_connected else "attach"
+        if not self.serving.is_connected:
+            return "attach"
+        if self._config_text:
+            self._records.put(self._records.CONFIG, self._config_text)
+        return "warm_up"
 
     def _warm_up(self, now: float) -> str:
         """The region and all of the keeper's memory are in place, and a standby is ready, which needs none."""
@@ -208,15 +225,28 @@ class Keeper:
     def _swap_on(self, now: float) -> str:
         assert self.serving.device is not None
         device = self.serving.device
-        if self._helper is None and self._work.is_swapped_on(device):
+        if self._helper is None and (self._work.is_swapped_on(device) or self._other_use(device)):
             return "watch"
         return self._await_helper(now, lambda: self._work.swap_on(device), following="watch")
+
+    def _other_use(self, device: Attached) -> str:
+        """What else than swap has the device of an earlier keeper, such as dm-crypt; "" for nothing that is known."""
+        if not self._is_adopted:
+            return ""
+        try:
+            self._kernel.refuse_if_used(device)
+        except BusyError as error:
+            return error.message
+        return ""
 
     def _watch(self, now: float) -> str:
         if not self.is_swap_on:
             self.is_swap_on = True
-            assert self.serving.device is not None
-            text = f"swap is on: {self.serving.device.path}"
+            device = self.serving.device
+            assert device is not None
+            text = f"swap is on: {device.path}"
+            if not self._work.is_swapped_on(device):
+                text = f"its own swap is off: {self._other_use(device)}"
             self._reporter.say(text)
             self._notifier.send("READY=1", f"STATUS={text}")
         self._look_for_server(now)
@@ -231,7 +261,9 @@ class Keeper:
         connects to that. docs/decisions/0012 says why the worker does not do this itself.
         """
         if self._resolver is not None:
-            if self._resolver.status() is None:
+            is_over = self._resolver.status() is not None
+            self._reporter.pass_on(self._resolver.lines())
+            if not is_over:
                 return
             self._resolver = None
             if address := self._work.resolved():
@@ -249,26 +281,47 @@ class Keeper:
             with contextlib.suppress(OSError):
                 self._resolver = self._work.resolve()
 
-    def _await_helper(self, now: float, start: Callable[[], HelperProcess | None], *, following: str) -> str:
-        """Start a helper and wait for its end; start it again while that may help. It reports its errors itself."""
+    def _await_helper(
+        self, now: float, start: Callable[[], HelperProcess | None], *, following: str, on_server: bool = False
+    ) -> str:
+        """Start a helper and wait for its end; start it again while that may help, and show its error meanwhile.
+
+        `on_server` as in failures.is_final.
+        """
         if self._helper is None:
             if now < self._helper_due_s:
                 return self._step
-            self._helper = start()
+            try:
+                self._helper = start()
+            except OSError as error:
+                self._reporter.complain("helper", f"cannot start a helper: {error.strerror}")
+                self._helper_failed(now)
+                return self._step
             return following if self._helper is None else self._step
         status = self._helper.status()
+        self._reporter.pass_on(self._helper.lines())
         if status is None:
-            self._notifier.send(_MORE_TIME)
+            progress = self._work.progress()
+            self._notifier.send(_MORE_TIME, *([f"STATUS={progress}"] if progress else []))
             return self._step
+        error_line = self._helper.error_line
         self._helper = None
         if status == 0:
             self._helper_failures, self._helper_due_s = 0, 0.0
+            self._reporter.wait_for("")
             return following
-        if failures.is_final(status):
+        if failures.is_final(status, on_server=on_server):
             raise failures.failed(self._step, status)
+        if on_server:
+            is_missing = status == failures.MISSING_STATUS
+            self._missing_since_s = (self._missing_since_s or now) if is_missing else None
+            self._reporter.wait_for(failures.waiting_for(status, error_line))
+        self._helper_failed(now)
+        return self._step
+
+    def _helper_failed(self, now: float) -> None:
         self._helper_failures += 1
         self._helper_due_s = now + failures.pause_s(self._helper_failures)
-        return self._step
 
     # What an earlier keeper left
 
@@ -296,13 +349,16 @@ class Keeper:
         )
 
     def _undo(self) -> None:
-        """After an error: detach what is not in use as swap; leave what is."""
+        """After an error: take down a device that is not in use. One that is stays, with its worker, its standby and
+        its region, for the next keeper."""
         device = self.serving.device
-        if device is not None and self._work.is_swapped_on(device):
-            return
         if device is not None:
-            with contextlib.suppress(NbdnfsError):
+            try:
                 self._kernel.disconnect(device)
+            except NbdnfsError as error:
+                self._reporter.say(f"{device.path} stays attached: {error.message}")
+                return
+        self.standby.discard()
         if self.serving.worker is not None:
             self.serving.worker.kill()
         self._notifier.remove(_STORED_REGION)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import sys
+import time
 
-import nbdnfs
-from nbdnfs import config, memlock, nfs_url, proc_stat
-from nbdnfs.errors import CannotCreateError, NbdnfsError, PermissionDeniedError, UsageError
-from nbdnfs.keeper import failures, sd_notify
+from nbdnfs import config, memlock, nfs_url, proc_stat, programs
+from nbdnfs.errors import NbdnfsError, NoHostError, OwnedError, PermissionDeniedError, UnavailableError, UsageError
+from nbdnfs.keeper import failures, hibernation, last_good, only_keeper, sd_notify
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.records import Records
+from nbdnfs.keeper.reporter import Reporter
 from nbdnfs.kernel import nbd_device, nbd_driver
 from nbdnfs.nas import owner_record
 from nbdnfs.worker import nbdkit
@@ -27,9 +29,14 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from nbdnfs.config import Config
+    from nbdnfs.nfs_url import NfsUrl
 
 # How the names of the files begin whose code the keeper runs.
 CODE = ("python3", "libpython3", "libc.so", "ld-linux", "_memlock.", "_socket.", "_struct.", "select.", "mmap.")
+
+# At boot: a server that has lost its power as well may answer before its disks are mounted, and a new file would land
+# below the disk that has the old one. Long enough for file systems to be checked; the boot waits three minutes at most.
+_NEW_FILE_AFTER_S = 150.0
 
 # Free in the heap when the work begins: netlink messages, texts of /proc and /sys, sockets' objects.
 _HEAP_BYTES = 1024 * 1024
@@ -38,52 +45,124 @@ _HEAP_BYTES = 1024 * 1024
 def run(name: str, *, steal: bool = False) -> int:
     """`nbdnfs run NAME`, to its end; the exit status. Raises NbdnfsError for what no further try can mend.
 
-    `steal` takes the file from another machine that has it.
+    `steal` takes the file from another machine that has it. Under systemd, where another try may mend it, this returns
+    the exit status late, so that the unit does not start the next keeper too soon.
     """
-    settings = config.load(name)
+    started_s = time.monotonic()
+    config.check_name(name)
     if os.geteuid() != 0:
         raise PermissionDeniedError("only root can make a swap device", f"sudo nbdnfs run {name}")
     if os.environ.get("PYTHONMALLOC") != "malloc":
         _start_again(name, ["--steal"] if steal else [])
+    records = Records(name)
+    reporter = Reporter(records, sd_notify.Notifier())
+    try:
+        _require_kernel_files()
+        only_keeper.become(records)  # before anything that another keeper of the device could notice
+        return _run(records, reporter, steal=steal)
+    except NbdnfsError as error:
+        is_unit = "INVOCATION_ID" in os.environ
+        if is_unit and not isinstance(error, OwnedError) and _is_attached(name):
+            error.exit_code = os.EX_UNAVAILABLE  # nothing that is attached is given up
+        if error.exit_code in failures.FINAL_STATUSES or not is_unit:
+            reporter.all_is_well()  # the next one is started by a person, who wants to read why it ends
+            raise
+        reporter.wait_for(error.message)
+        is_new = reporter.complain(error.message, error.message)
+        if is_new and error.hint:
+            reporter.say(error.hint)
+        _keep_pace(started_s, failures.KEEPER_PACE_S if is_new else failures.KEEPER_PACE_AGAIN_S)
+        return error.exit_code
+    except Exception:
+        if "INVOCATION_ID" in os.environ:
+            _keep_pace(started_s, failures.KEEPER_PACE_S)
+        raise
+
+
+def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
+    name = records.name
+    backend = nbd_device.backend_of(name)
+    is_attached = _is_attached(name)
+    settings, problem = last_good.load(records, is_attached=is_attached)
     _lock_memory(settings)
     _survive_shutdown()
     if not os.isatty(2):
         os.set_blocking(2, False)  # a journal that waits for swap is not waited for
-    records = Records(name)
-    try:
-        records.make()
-    except OSError as error:
-        raise CannotCreateError(f"cannot make {records.path}: {error.strerror}") from None
-    notifier = sd_notify.Notifier()
+    _reserve_records(records, is_attached=is_attached)
+    if problem:
+        reporter.complain(problem, problem)
+    records.put(Records.CONFIG_ERROR, problem)
     stored = sd_notify.listen_fds()
-    backend = nbd_device.backend_of(name)
-    is_attached = nbd_device.find(backend) is not None
     if is_attached and records.read(Records.STATE) == Records.STOLEN:
         raise failures.stolen(name)
-    text, address = _server(settings, records, is_attached=is_attached)
+    text, address = _server(settings, records, reporter, is_attached=is_attached)
     if not is_attached:  # while swap stands still, only what is needed is started
         nbdkit.check_nbdkit()
     nbd_driver.load()
     owner = _has_owner_record(settings, records, is_attached=is_attached)
-    settings = dataclasses.replace(settings, owner=owner)
+    settings = dataclasses.replace(settings, url=text, owner=owner)
     kernel = nbd_device.NbdKernel(
         backend,
         io_timeout_ms=settings.io_timeout_ms,
         max_sectors_kb=settings.max_sectors_kb,
         device=settings.device or None,
     )
-    work = RealWork(settings, text, address, steal=steal)
+    new_file_after_s = _NEW_FILE_AFTER_S if not is_attached and settings.size_bytes and _is_booting() else 0.0
+    work = RealWork(settings, text, address, steal=steal, new_file_after_s=new_file_after_s)
 
     def warm_up() -> None:
         if settings.lock != "off":
             _apply(settings, memlock.settle(CODE, heap_bytes=_HEAP_BYTES))
 
+    config_text = last_good.to_text(settings)
+    hibernation.forbid(name)
     try:
-        return Keeper(kernel, work, records, notifier, stored=stored, warm_up=warm_up).run()
+        return Keeper(kernel, work, records, reporter, stored=stored, config_text=config_text, warm_up=warm_up).run()
     except NbdnfsError:
+        if nbd_device.find(backend) is None:
+            hibernation.permit(name)
         if settings.owner:
             _release_unless_attached(name, text, address)
         raise
+
+
+def _keep_pace(started_s: float, pace_s: float) -> None:
+    time.sleep(max(0.0, started_s + pace_s - time.monotonic()))
+
+
+def _require_kernel_files() -> None:
+    """UnavailableError without /proc and /sys: what is attached, and what is in use as swap, could not be seen."""
+    for path in ("/proc/self/stat", "/sys/block"):
+        if not os.path.exists(path):
+            folder = "/".join(path.split("/")[:2])
+            kind = "proc" if folder == "/proc" else "sysfs"
+            raise UnavailableError(f"{folder} is not mounted", f"mount -t {kind} {kind} {folder}")
+
+
+def _is_attached(name: str) -> bool:
+    return nbd_device.find(nbd_device.backend_of(name)) is not None
+
+
+def _reserve_records(records: Records, *, is_attached: bool) -> None:
+    """Room for all records, before there is swap. With swap, what cannot be written stays in the keeper's memory."""
+    try:
+        records.reserve()
+    except OSError as error:
+        if not is_attached:
+            raise UnavailableError(
+                f"no room for records in {records.path}: {error.strerror}", "make /run writable, and free space there"
+            ) from None
+
+
+def _is_booting() -> bool:
+    """Whether systemd starts this as a part of the boot. False without systemd."""
+    if not os.path.isdir("/run/systemd/system"):  # sd_booted(3)
+        return False
+    command = ["/bin/sh", "-c", "systemctl is-system-running || :"]
+    try:
+        return programs.run(command, what="asking systemd", timeout_s=10.0).strip() in ("initializing", "starting")
+    except NbdnfsError:
+        return False
 
 
 def _lock_memory(settings: Config) -> None:
@@ -121,13 +200,11 @@ def _survive_shutdown() -> None:
 
 def _start_again(name: str, options: list[str]) -> NoReturn:
     """With what only a new process can have: CPython's own allocator maps and unmaps memory all the time."""
-    package_folder = os.path.dirname(os.path.dirname(nbdnfs.__file__))
-    paths = [package_folder, os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONMALLOC": "malloc", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    os.execve(sys.executable, [sys.executable, "-m", "nbdnfs", "run", name, *options], environment)
+    command = programs.python("nbdnfs", "run", name, *options)
+    os.execve(command[0], command, {**programs.python_environment(), "PYTHONMALLOC": "malloc"})
 
 
-def _server(settings: Config, records: Records, *, is_attached: bool) -> tuple[str, str]:
+def _server(settings: Config, records: Records, reporter: Reporter, *, is_attached: bool) -> tuple[str, str]:
     """The URL in its canonical form, and the server's address; with the device attached, those of the last keeper: the
     resolver may need what is swapped out, or use a network service that does not answer."""
     known = (records.read(Records.ADDRESS) or "").split("\n")
@@ -136,17 +213,37 @@ def _server(settings: Config, records: Records, *, is_attached: bool) -> tuple[s
             return nfs_url.parse_recorded(known[0]).text, known[1]
         return settings.url, known[1]
     url = nfs_url.parse(settings.url)
-    text, address = url.text, url.resolve()
-    records.write(Records.ADDRESS, f"{text}\n{address}")
-    return text, address
+    address = _resolve(url, reporter)
+    try:
+        only_keeper.record_address(records, url.text, address, is_attached=is_attached)
+    except OSError as error:
+        raise UnavailableError(
+            f"cannot record the server's address in {records.path}: {error.strerror}", "make room in /run"
+        ) from None
+    return url.text, address
+
+
+def _resolve(url: NfsUrl, reporter: Reporter) -> str:
+    """The server's address, however long that takes: at boot the name service may come up later than this."""
+    for tries in itertools.count():
+        try:
+            address = url.resolve()
+        except NoHostError as error:
+            reporter.complain(error.message, f"{error.message}; trying again until it is known")
+            reporter.wait_for(error.message)
+            time.sleep(failures.pause_s(tries + 1))
+        else:
+            reporter.wait_for("")
+            return address
+    raise AssertionError
 
 
 def _has_owner_record(settings: Config, records: Records, *, is_attached: bool) -> bool:
     """Whether the workers look after the owner record. A device that is attached goes on as it was started: a file that
     was not claimed has no record, which a worker would take for a theft."""
-    if is_attached:
-        return records.read(Records.OWNER) == "yes"
-    records.write(Records.OWNER, "yes" if settings.owner else "no")
+    if is_attached and (recorded := records.read(Records.OWNER)) is not None:
+        return recorded == "yes"
+    records.put(Records.OWNER, "yes" if settings.owner else "no")
     return settings.owner
 
 
@@ -154,9 +251,9 @@ def _release_unless_attached(name: str, text: str, address: str) -> None:
     """After a failure: give the file up where this machine does not use it. Another machine's stays that machine's."""
     if nbd_device.find(nbd_device.backend_of(name)) is not None:
         return
-    from nbdnfs.nas import ownership  # loads the engine: there is no swap that this process is needed for any more
-
     try:
+        from nbdnfs.nas import ownership  # loads the engine: there is no swap that this process is needed for any more
+
         ownership.release(text, owner_record.keeper_holder(name), owner_record.identity(), address=address)
     except NbdnfsError as error:
         print(f"nbdnfs: {name}: the owner record stays: {error.message}", file=sys.stderr)

@@ -8,8 +8,8 @@ elsewhere.
 from __future__ import annotations
 
 import os
-import sys
 
+from nbdnfs import programs
 from nbdnfs import region as shared_region
 from nbdnfs.keeper.helper_process import HelperProcess
 from nbdnfs.keeper.worker_handle import WorkerHandle, recipe
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nbdnfs.kernel.nbd_device import Attached
 
 _ADDRESS_BYTES_MAX = 128
+_PROGRESS_BYTES_MAX = 4096
 
 
 def plugin_settings(settings: Config, text: str, address: str) -> dict[str, str]:
@@ -45,20 +46,31 @@ def plugin_settings(settings: Config, text: str, address: str) -> dict[str, str]
     }
 
 
+def swap_on_command(settings: Config, path: str) -> list[str]:
+    """helpers/swap_on.py: mkswap where the device has no swap area for this kernel, and swapon."""
+    priority = "-" if settings.priority is None else str(settings.priority)
+    flags = [*(["--discard"] if settings.discard else []), *(["--owned"] if settings.owner else [])]
+    return programs.python("nbdnfs.keeper.helpers.swap_on", path, priority, settings.name, *flags)
+
+
 class RealWork:
     """The processes of one device."""
 
-    def __init__(self, settings: Config, text: str, address: str, *, steal: bool = False) -> None:
+    def __init__(
+        self, settings: Config, text: str, address: str, *, steal: bool = False, new_file_after_s: float = 0.0
+    ) -> None:
         """Find the program and build its arguments now. ConfigError or UnavailableError when something is missing.
 
-        text     the URL in its canonical form
-        address  the server's
-        steal    take the file from another machine that has it
+        text              the URL in its canonical form
+        address           the server's
+        steal             take the file from another machine that has it
+        new_file_after_s  how long the file must have been missing before a new one is created
         """
         self._settings = settings
         self._text, self._address = text, address
         self._answer = -1
         self._steal = steal
+        self._new_file_after_s = new_file_after_s
         self._program, self._argv = nbdkit.standby_command(
             plugin_settings(settings, text, address), threads=settings.threads
         )
@@ -75,21 +87,28 @@ class RealWork:
     def take_worker(self, parked: int) -> WorkerHandle | None:
         return WorkerHandle.take(parked, recipe(self._argv))
 
-    def provision(self) -> HelperProcess | None:
-        """`nbdnfs claim`: the file is created where it is missing and the configuration has a size, and claimed."""
+    def provision(self, missing_s: float) -> HelperProcess:
+        """`nbdnfs claim`: the file is created where it is missing and the configuration has a size, and claimed.
+
+        `missing_s` is for how long the server has answered that there is no such file.
+        """
         settings = self._settings
-        if not settings.size_bytes and not settings.owner:
-            return None
-        options = [f"--size={settings.size_bytes}"] if settings.size_bytes else []
+        may_create = settings.size_bytes and missing_s >= self._new_file_after_s
+        options = [f"--size={settings.size_bytes}"] if may_create else []
         if settings.owner:
             options += [f"--holder={owner_record.keeper_holder(settings.name)}", *(["--steal"] if self._steal else [])]
-        return self._python("nbdnfs", "claim", settings.url, *options)
+        return self._answering("nbdnfs", "claim", settings.url, *options)
+
+    def progress(self) -> str:
+        """The last line that the helper of `provision` has printed since the last call; "" without one."""
+        try:
+            lines = os.read(self._answer, _PROGRESS_BYTES_MAX).decode(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return lines[-1] if lines else ""
 
     def swap_on(self, attached: Attached) -> HelperProcess:
-        """helpers/swap_on.py: mkswap where the device is empty, and swapon."""
-        priority = "-" if self._settings.priority is None else str(self._settings.priority)
-        flags = ["--discard"] if self._settings.discard else []
-        return self._python("nbdnfs.keeper.helpers.swap_on", attached.path, priority, self._settings.name, *flags)
+        return HelperProcess(swap_on_command(self._settings, attached.path), self._environment)
 
     def is_swapped_on(self, attached: Attached) -> bool:
         return swap_area.find(attached.path) is not None
@@ -99,14 +118,7 @@ class RealWork:
 
     def resolve(self) -> HelperProcess:
         """resolve_server: look the server's name up again. It answers on a pipe: a file in /run may be swapped out."""
-        self._close_answer()
-        self._answer, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            return self._python(
-                "nbdnfs.keeper.helpers.resolve_server", self._settings.name, self._text, self._address, stdout=theirs
-            )
-        finally:
-            os.close(theirs)
+        return self._answering("nbdnfs.keeper.helpers.resolve_server", self._settings.name, self._text, self._address)
 
     def resolved(self) -> str:
         """The server's new address, once the helper has ended; "" when it has none, or none that answers."""
@@ -123,5 +135,11 @@ class RealWork:
             os.close(self._answer)
         self._answer = -1
 
-    def _python(self, module: str, *arguments: str, stdout: int = 2) -> HelperProcess:
-        return HelperProcess([sys.executable, "-m", module, *arguments], self._environment, stdout=stdout)
+    def _answering(self, module: str, *arguments: str) -> HelperProcess:
+        """A helper whose stdout is read through `_answer`; the one before has ended."""
+        self._close_answer()
+        self._answer, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            return HelperProcess(programs.python(module, *arguments), self._environment, stdout=theirs)
+        finally:
+            os.close(theirs)

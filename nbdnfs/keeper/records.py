@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a keeper leaves in /run/nbdnfs/NAME, so that the next one, `down` and `status` need no configuration.
 
-Small text files, each written whole and renamed into place. A process is named by its pid and its start time
-(proc_pid_stat(5), field 22), so that another process with the same pid is not mistaken for it.
+Small text files. A process is named by its pid and its start time (proc_pid_stat(5), field 22), so that another process
+with the same pid is not mistaken for it.
+
+A record is rewritten in place: a file that has one byte has a page of the tmpfs, so that a record that `reserve` has
+made once can be written while /run is full. The text and line ends up to the old length go out in one write, and the
+file is truncated after that: whoever reads in between reads the new text, since line ends at its end do not count.
 """
 
 from __future__ import annotations
@@ -12,11 +16,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdnfs import name_lock
 from nbdnfs.proc_stat import start_time_ticks
 
-_FOLDER = "run/nbdnfs"
+_FOLDER = name_lock.FOLDER
 # What earlier versions wrote for STOLEN: a keeper of this one may come after one of those.
 _STOLEN_BEFORE = "lost"
+_RECORD_BYTES_MAX = 64 * 1024
+# Of a process: as many digits as a 64-bit number can have.
+_DIGITS_MAX = 20
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,16 @@ class Records:
     OWNER = "owner"
     # a step of the keeper, or STOLEN
     STATE = "state"
+    # the configuration that the device runs with: keeper/last_good.py
+    CONFIG = "config"
+    # a sentence: what is wrong with the configuration file, where the device runs with CONFIG instead
+    CONFIG_ERROR = "config_error"
+    # a sentence: what the keeper waits for before the device can come up
+    WAITING = "waiting"
+    # what the keeper has reported already: keeper/reporter.py. It stays beside the folder when that goes
+    SAID = "said"
+
+    KEYS = (KEEPER, WORKER, STANDBY, DEVICE, ADDRESS, OWNER, STATE, CONFIG, CONFIG_ERROR, WAITING, SAID)
 
     # The state that a keeper leaves behind when another machine has taken the file.
     STOLEN = "stolen"
@@ -54,52 +72,128 @@ class Records:
     def __init__(self, name: str, root: Path = Path("/"), *, run: Path | None = None) -> None:
         """`root` stands for "/"; `run` is another place for the records alone."""
         self.name = name
-        self._root = root
+        self.root = root
+        self.run = run
         self.path = (root / _FOLDER if run is None else run) / name
+        self._pending: dict[str, str] = {}
+        self._reported: set[str] = set()
 
     def make(self) -> None:
         self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
 
+    def reserve(self) -> None:
+        """Make the files of all records, each with a page of its own. OSError where there is no room."""
+        self.make()
+        for key in self.KEYS:
+            descriptor = os.open(self._file(key), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                if os.fstat(descriptor).st_size == 0:
+                    os.pwrite(descriptor, b"\n", 0)
+            finally:
+                os.close(descriptor)
+
     def write(self, key: str, text: str) -> None:
-        """OSError where it cannot be written: the caller says what that means."""
-        new = self.path / f".{key}.new"
-        new.write_text(text + "\n")
-        new.rename(self.path / key)
+        """OSError where it cannot be written, and the record is as it was: the caller says what that means."""
+        data = (text + "\n").encode(errors="surrogateescape")
+        descriptor = os.open(self._file(key), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            before = os.fstat(descriptor).st_size
+            if len(data) > before:
+                os.posix_fallocate(descriptor, before, len(data) - before)
+            os.pwrite(descriptor, data.ljust(before, b"\n"), 0)
+            os.ftruncate(descriptor, len(data))
+        finally:
+            os.close(descriptor)
+
+    def put(self, key: str, text: str) -> None:
+        """Write it, for a keeper, which goes on whatever becomes of it: what cannot be written is kept here, reported
+        once, and written by `retry`."""
+        self._pending[key] = text
+        self.retry()
+
+    def put_process(self, key: str, pid: int, version: str) -> bool:
+        """`put` a living process. False when it has ended."""
+        started = start_time_ticks(pid, self.root)
+        if started is not None:
+            self.put(key, f"{pid} {started} {version}")
+        return started is not None
+
+    def retry(self) -> None:
+        """Write what `put` could not."""
+        for key, text in list(self._pending.items()):
+            try:
+                if not self.path.is_dir():
+                    self.make()
+                self.write(key, text)
+            except OSError as error:
+                if key not in self._reported:
+                    self._reported.add(key)
+                    self._say(f"cannot write the record {self._file(key)}: {error.strerror}; trying again until it can")
+            else:
+                del self._pending[key]
+                self._reported.discard(key)
 
     def read(self, key: str) -> str | None:
-        """The text without its last newline; None without such a record."""
+        """The text without blanks and line ends around it; None without such a record. One that is not text is
+        reported once, and is as good as none."""
         try:
-            text = (self.path / key).read_text().strip()
+            data = self._read(key)
+            text = data.strip(b"\0 \t\r\n").decode()
         except OSError:
             return None
-        return self.STOLEN if key == self.STATE and text == _STOLEN_BEFORE else text
-
-    def write_process(self, key: str, pid: int, version: str) -> None:
-        """Record a living process. ProcessLookupError when it has ended."""
-        started = start_time_ticks(pid, self._root)
-        if started is None:
-            raise ProcessLookupError(pid)
-        self.write(key, f"{pid} {started} {version}")
+        except UnicodeDecodeError:
+            if key not in self._reported:
+                self._reported.add(key)
+                self._say(f"the record {self._file(key)} is damaged, and is ignored")
+            return None
+        return self.STOLEN if key == self.STATE and text == _STOLEN_BEFORE else text or None
 
     def process(self, key: str) -> ProcessRecord | None:
-        """The recorded process, alive or not; None without a record."""
+        """The recorded process, alive or not; None without a record, and for what is not one."""
         words = (self.read(key) or "").split()
-        if len(words) != 3 or not (words[0].isdigit() and words[1].isdigit()):
+        if len(words) != 3 or not all(word.isascii() and word.isdigit() for word in words[:2]):
+            return None
+        if max(map(len, words[:2])) > _DIGITS_MAX:
             return None
         return ProcessRecord(int(words[0]), int(words[1]), words[2])
 
     def living(self, key: str) -> ProcessRecord | None:
         """The recorded process if it runs."""
         record = self.process(key)
-        return record if record is not None and record.is_alive(self._root) else None
+        return record if record is not None and record.is_alive(self.root) else None
 
     def remove(self) -> None:
-        """All of them, and their folder; as far as possible."""
+        """All of them but SAID, and their folder; as far as possible."""
+        self._pending.clear()
         with contextlib.suppress(OSError):
             for name in os.listdir(self.path):
                 with contextlib.suppress(OSError):
                     (self.path / name).unlink()
             self.path.rmdir()
+
+    def _file(self, key: str) -> Path:
+        return self.path.parent / f"{self.name}.{key}" if key == self.SAID else self.path / key
+
+    def _read(self, key: str) -> bytes:
+        """Twice the same, so that it is not half of one text and half of the next."""
+        data, before = b"", None
+        with open(self._file(key), "rb", buffering=0) as file:
+            for _ in range(3):
+                data = os.pread(file.fileno(), _RECORD_BYTES_MAX, 0)
+                if data == before:
+                    break
+                before = data
+        return data
+
+    def _say(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # stderr may be a pipe or a journal that waits
+            os.write(2, f"nbdnfs: {self.name}: {text}\n".encode(errors="replace"))
+
+    def others(self) -> list[Records]:
+        """The records of the other devices of this machine."""
+        folder = self.path.parent
+        names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+        return [Records(name, self.root, run=self.run) for name in sorted(names) if name != self.name]
 
     # All devices. A refusal lies beside the records, which go when a device fails.
 
@@ -125,6 +219,6 @@ class Records:
     def refusal(name: str, root: Path = Path("/")) -> str | None:
         """What `write_refusal` has written."""
         try:
-            return (root / _FOLDER / f"{name}.refused").read_text().strip()
+            return (root / _FOLDER / f"{name}.refused").read_text(errors="replace").strip()
         except OSError:
             return None

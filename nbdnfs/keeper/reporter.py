@@ -8,37 +8,87 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 
 TYPE_CHECKING = False  # typing's own, without typing
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from nbdnfs.keeper.records import Records
     from nbdnfs.keeper.sd_notify import Notifier
 
+# How soon a complaint that still holds is said again.
+REPEAT_AFTER_S = 600.0
+# How many complaints are remembered: what fails in turns, a worker for one reason and its successor for another.
+_REMEMBERED = 8
+_RECORD_BYTES_MAX = 4000
+
 
 class Reporter:
-    """Used by the keeper's loop alone."""
+    """Used by the keeper's loop alone. What has been said is in the record SAID, so that the next keeper, which a
+    failure may start every few seconds, does not say it again."""
 
     def __init__(self, records: Records, notifier: Notifier) -> None:
         self._records = records
-        self._notifier = notifier
-        self._complaint = ""
+        self.notifier = notifier
+        self._said_at_s = _parsed(records.read(records.SAID) or "")
+        self._is_waiting = False
 
     def say(self, text: str) -> None:
         """One line on stderr, about a change of state."""
-        with contextlib.suppress(OSError):
-            os.write(2, f"nbdnfs: {self._records.name}: {text}\n".encode())
+        self._print(f"nbdnfs: {self._records.name}: {text}")
 
-    def complain(self, kind: str, text: str) -> None:
-        """Say what is wrong, but only once for several complaints of one kind in a row, until `all_is_well`."""
-        if kind != self._complaint:
-            self._complaint = kind
+    def complain(self, kind: str, text: str) -> bool:
+        """Say what is wrong, but one kind of complaint only once in REPEAT_AFTER_S, until `all_is_well`. Whether it was
+        said."""
+        is_due = self._is_due(kind)
+        if is_due:
             self.say(text)
+        return is_due
+
+    def pass_on(self, lines: Iterable[str]) -> None:
+        """Print what a helper has printed, as `complain` does: each try prints the same."""
+        for line in lines:
+            if self._is_due(line):
+                self._print(line)
 
     def all_is_well(self) -> None:
-        self._complaint = ""
+        if self._said_at_s:
+            self._said_at_s.clear()
+            self._records.put(self._records.SAID, "")
 
     def state(self, state: str) -> None:
         """Record a step of the keeper, or Records.STOLEN."""
+        self._records.put(self._records.STATE, state)
+        self.notifier.send(f"STATUS={state}")
+
+    def wait_for(self, text: str) -> None:
+        """Show that the keeper waits, and what for; "": it does not any more."""
+        if text or self._is_waiting:
+            self._is_waiting = bool(text)
+            self._records.put(self._records.WAITING, text)
+        if text:
+            self.notifier.send(f"STATUS=waiting: {text}")
+
+    def _is_due(self, kind: str) -> bool:
+        now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        said_s = self._said_at_s.get(kind)
+        if said_s is not None and 0 <= now_s - said_s < REPEAT_AFTER_S:
+            return False
+        self._said_at_s.pop(kind, None)
+        self._said_at_s[kind] = now_s
+        while len(self._said_at_s) > _REMEMBERED:
+            del self._said_at_s[next(iter(self._said_at_s))]
+        lines = "\n".join(f"{int(at_s)} {one}" for one, at_s in self._said_at_s.items())
+        self._records.put(self._records.SAID, lines if len(lines) < _RECORD_BYTES_MAX else "")
+        return True
+
+    def _print(self, line: str) -> None:
         with contextlib.suppress(OSError):
-            self._records.write(self._records.STATE, state)
-        self._notifier.send(f"STATUS={state}")
+            os.write(2, f"{line}\n".encode(errors="replace"))
+
+
+def _parsed(text: str) -> dict[str, float]:
+    """The record SAID: lines of "SECONDS WHAT"; a line that is not one is ignored."""
+    words = (line.partition(" ") for line in text.splitlines())
+    return {what: float(at_s) for at_s, _, what in words if at_s.isascii() and at_s.isdigit() and len(at_s) < 16}

@@ -119,7 +119,7 @@ class Serving:
             return
         if self.device is None:
             self.device = self._kernel.attach(worker.socket, export)
-            self._records.write(self._records.DEVICE, self.device.name)
+            self._records.put(self._records.DEVICE, self.device.name)
         else:
             try:
                 self._kernel.reconnect(self.device, worker.socket)
@@ -152,7 +152,7 @@ class Serving:
             self._reporter.complain(f"ended{how}", f"worker {worker.pid} has ended{how}")
         if status == STOLEN_STATUS:
             raise self._stolen()
-        if self.device is None and failures.is_final(status):
+        if self.device is None and failures.is_final(status, on_server=True):
             raise failures.failed("worker", status)
         if self.connected_since_s is not None:
             if now - self.connected_since_s >= LASTED_S:
@@ -166,10 +166,14 @@ class Serving:
         self._failures += 1
 
     def _stolen(self) -> OwnedError:
-        """Disconnect the device: its requests fail then, instead of waiting for a worker that cannot come."""
-        if self.device is not None and self._work.is_swapped_on(self.device):  # else the keeper does it
-            with contextlib.suppress(NbdnfsError):
-                self._kernel.disconnect(self.device)
+        """Have the requests of a device in use fail, instead of waiting for a worker that cannot come. The keeper takes
+        down a device that is not in use."""
+        if self.device is not None:
+            try:
+                self._kernel.refuse_if_used(self.device)
+            except NbdnfsError:
+                with contextlib.suppress(NbdnfsError):
+                    self._kernel.fail_requests(self.device)
         self._reporter.state(self._records.STOLEN)
         return failures.stolen(self._records.name)
 
@@ -195,7 +199,5 @@ class Serving:
             self.worker.kill()
 
     def _record_worker(self, worker: WorkerHandle) -> None:
-        try:
-            self._records.write_process(self._records.WORKER, worker.pid, __version__)
-        except OSError as error:  # it has ended, or /run is full: a next keeper starts another one then
-            self._reporter.say(f"cannot record worker {worker.pid}: {error.strerror or error}")
+        if not self._records.put_process(self._records.WORKER, worker.pid, __version__):
+            self._reporter.say(f"worker {worker.pid} has ended before it was recorded")

@@ -130,7 +130,7 @@ class Standby:
             with contextlib.suppress(OSError):  # no memory just now, or it has ended: at the next turn
                 if not worker.is_parkable:
                     # first, for `down`: some versions of systemd keep the store when the unit has stopped
-                    self._records.write_process(self._records.STANDBY, worker.pid, __version__)
+                    self._records.put_process(self._records.STANDBY, worker.pid, __version__)
                 self.is_parked = self._notifier.store(STORED_NAME, worker.make_parkable(), until_hang_up=True)
 
     def _start(self) -> WorkerHandle | None:

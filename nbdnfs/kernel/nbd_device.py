@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import socket
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdnfs.errors import BusyError, NbdnfsError, UnavailableError, UsageError
-from nbdnfs.kernel import nbd_settings
+from nbdnfs.kernel import device_in_use, nbd_settings, openers
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.nbd_handshake import Export
 from nbdnfs.kernel.waiting import wait_until
@@ -87,10 +88,16 @@ def attach(
     Returns once the node is there and has the export's size, which may take `timeout_s` seconds. Leaves no device
     behind when it fails.
 
-    BusyError: the device is attached already, or open. UsageError: the kernel cannot take this export.
+    BusyError: the device is attached already, or open, or another one is attached to this backend. The caller sees to
+    it that no other process attaches one at the same time. UsageError: the kernel cannot take this export.
     UnavailableError: the device does not appear. PermissionDeniedError: not root.
     """
     check(export, source)
+    if (already := find(backend, root)) is not None:
+        raise BusyError(
+            f"{already.path} is attached to {backend} already, and a second device would overwrite its pages",
+            f"use that one, or detach it first: nbdnfs detach {already.path}",
+        )
 
     def connect() -> int:
         return netlink.connect(
@@ -109,15 +116,13 @@ def attach(
     except BusyError as refusal:
         if index is None:
             raise
-        from nbdnfs.kernel import device_in_use  # not for keepers that have their device
-
         attached = Attached(device_in_use.retry_while_opened(connect, refusal, f"nbd{index}", root), export.size_bytes)
     try:
         _wait_until_there(attached, timeout_s, root)
         _set_up_queue(attached, export, io_timeout_ms, max_sectors_kb, root)
     except BaseException:
         with contextlib.suppress(NbdnfsError):
-            netlink.disconnect(attached.index)
+            device_in_use.disconnect(netlink, attached.index, root)
         raise
     return attached
 
@@ -231,9 +236,23 @@ class NbdKernel:
         """
         self._netlink.reconfigure(attached.index, [sock.fileno()], backend=self._backend)
 
+    def refuse_if_used(self, attached: Attached) -> None:
+        """BusyError where the kernel's lists have a use of it: swap, a mount, a device on top. At once."""
+        state = kernel_state.nbd_device(attached.name, self._root)
+        if state is not None:
+            device_in_use.refuse_if_used(state, self._root)
+
     def disconnect(self, attached: Attached) -> None:
-        """Take it down; requests that wait for it fail."""
-        self._netlink.disconnect(attached.index)
+        """Take it down; requests that wait for it fail. BusyError: it is in use, and stays. Takes seconds.
+
+        This process's own children do not count as a use of it.
+        """
+        ours = openers.descendants(os.getpid(), self._root)
+        device_in_use.disconnect(self._netlink, attached.index, self._root, ours=ours)
+
+    def fail_requests(self, attached: Attached) -> None:
+        """As device_in_use.fail_requests."""
+        device_in_use.fail_requests(self._netlink, attached.index)
 
 
 def is_attached(name: str, root: Path = kernel_state.ROOT) -> bool:

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,19 +65,6 @@ def process(pid: int, root: Path = ROOT) -> Process | None:
     )
 
 
-def openers(device_path: str, root: Path = ROOT) -> list[tuple[int, str]]:
-    """The processes (pid, name) that hold `device_path` open, by the names under /proc/PID/fd.
-
-    readlink only, no stat: a descriptor may lead to a file on a share that hangs. Without root it sees the
-    caller's own processes only.
-    """
-    return sorted(
-        (int(folder.name), (read_text(folder / "comm") or "?").strip())
-        for folder in _process_folders(root)
-        if device_path in _open_files(folder / "fd")
-    )
-
-
 def _read_task(path: Path) -> Task | None:
     text = read_text(path)
     if not text:
@@ -95,18 +79,3 @@ def _read_task(path: Path) -> Task | None:
         rt_priority=int(field[proc_stat.REALTIME_PRIORITY]),
         policy=int(field[proc_stat.POLICY]),
     )
-
-
-def _open_files(folder: Path) -> Iterator[str]:
-    """Where the symbolic links in /proc/PID/fd lead; none when the process has ended or belongs to another user."""
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return
-    for name in names:
-        with contextlib.suppress(OSError):  # closed meanwhile
-            yield os.readlink(folder / name)
-
-
-def _process_folders(root: Path) -> Iterator[Path]:
-    return (path for path in (root / "proc").glob("[0-9]*") if path.name.isdigit())

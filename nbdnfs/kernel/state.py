@@ -14,6 +14,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdnfs.errors import UnavailableError
 from nbdnfs.sizes import SECTOR_BYTES
 
 ROOT = Path("/")
@@ -173,15 +174,30 @@ def loops(root: Path = ROOT) -> dict[str, str]:
     return {name: text.strip() for name, text in files.items() if text}
 
 
+def require_proc(root: Path = ROOT) -> None:
+    """UnavailableError unless /proc is mounted: without it, what is in use looks as if it were not."""
+    try:
+        is_mounted = bool(os.listdir(root / "proc"))
+    except OSError:
+        is_mounted = False
+    if not is_mounted:
+        raise UnavailableError("/proc is not mounted", "mount -t proc proc /proc")
+
+
 def meminfo(root: Path = ROOT) -> MemInfo:
-    """Memory and swap of the machine now. KeyError on a kernel without MemAvailable (before 3.14)."""
+    """Memory and swap of the machine now. KeyError on a kernel without MemAvailable (before 3.14).
+
+    UnavailableError: /proc is not mounted.
+    """
+    require_proc(root)
     pairs = (line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
     value = {key: int(rest.split()[0]) * 1024 for key, rest in pairs if rest.endswith(" kB")}
     return MemInfo(value["MemTotal"], value["MemFree"], value["MemAvailable"], value["SwapTotal"], value["SwapFree"])
 
 
 def vmstat(root: Path = ROOT) -> VmStat:
-    """The machine's paging counters now."""
+    """The machine's paging counters now. UnavailableError: /proc is not mounted."""
+    require_proc(root)
     pairs = map(str.split, (root / "proc/vmstat").read_text().splitlines())
     value = {key: int(count) for key, count in pairs}
     return VmStat(*(value.get(key, 0) for key in ("pswpin", "pswpout", "pgmajfault", "oom_kill")))

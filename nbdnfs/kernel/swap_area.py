@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +16,13 @@ from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.state import Swap
 from nbdnfs.sizes import KERNEL_PAGE_BYTES
 
-# include/linux/swap.h: union swap_header, at the end of the first of the kernel's pages
+# include/linux/swap.h: union swap_header fills the first page of the kernel that it is for. The signature is its end,
+# the version follows the boot loader's 1024 bytes, in the byte order of the machine that made it.
 _SIGNATURE = b"SWAPSPACE2"
+_VERSION_AT = 1024
+_VERSIONS = (b"\1\0\0\0", b"\0\0\0\1")
+# Of the kernels that Linux has nbd for: powerpc and some others may have up to 64 KiB.
+PAGE_SIZES_BYTES = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10)
 _PIECE_BYTES = 1 << 20
 _MKSWAP_TIMEOUT_S = 300.0
 
@@ -23,20 +30,40 @@ _MKSWAP_TIMEOUT_S = 300.0
 # while it reads the pages.
 _MARGIN_BYTES = 16 << 20
 _PROGRESS_EVERY_S = 1.0
+# swapoff(8): ENOMEM, in whatever language it says so.
+_SWAPOFF_NO_MEMORY = 2
 
 # Called with the bytes that are still swapped out, and those at the beginning.
 Progress = Callable[[int, int], None]
 
 
-def enable(path: Path, *, priority: int | None, label: str, discard: bool) -> None:
-    """Swap to a device. First make a swap area of it where it is all zeros, and warm its worker up.
+def enable(
+    path: Path,
+    *,
+    priority: int | None,
+    label: str,
+    discard: bool,
+    is_owned: bool,
+    page_bytes: int = KERNEL_PAGE_BYTES,
+) -> None:
+    """Swap to a device. First make a swap area of it where it has none that this kernel can use, and warm it up.
+
+    is_owned    this machine has the owner record of the file: then a swap area of another page size may be replaced
+    page_bytes  the kernel's page
 
     CannotCreateError: it holds something else. NbdnfsError: the warm-up, mkswap or swapon fails.
     """
-    if not has_signature(path):
-        refuse_data(path)
+    made_for = swap_page_bytes(path, page_bytes)
+    if made_for != page_bytes:
+        if made_for is None:
+            refuse_data(path)
+        else:
+            _replace(path, made_for, page_bytes, is_owned=is_owned)
         programs.run(
-            [programs.find_program("mkswap", "util-linux"), "--label", label[:15], str(path)],
+            [
+                *(programs.find_program("mkswap", "util-linux"), "--pagesize", str(page_bytes)),
+                *("--label", label[:15], str(path)),
+            ],
             what=f"making a swap area on {path}",
             timeout_s=_MKSWAP_TIMEOUT_S,
         )
@@ -55,16 +82,35 @@ def enable(path: Path, *, priority: int | None, label: str, discard: bool) -> No
     )
 
 
-def has_signature(path: Path) -> bool:
-    """Whether the device has the signature of a swap area. IOFailureError when it cannot be read."""
+def swap_page_bytes(path: Path, page_bytes: int = KERNEL_PAGE_BYTES) -> int | None:
+    """The page size that the device's swap area is for; None where it has none. IOFailureError when it cannot be read.
+
+    `page_bytes` is the kernel's: an area for it is found before one for another, which may be a remnant.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        page = os.pread(descriptor, KERNEL_PAGE_BYTES, 0)
+        start = os.pread(descriptor, PAGE_SIZES_BYTES[-1], 0)
     except OSError as error:
         raise IOFailureError(f"{path} cannot be read: {error.strerror}", "see the journal of the worker") from None
     finally:
         os.close(descriptor)
-    return page.endswith(_SIGNATURE)
+    if not start.startswith(_VERSIONS, _VERSION_AT):
+        return None
+    for size_bytes in (page_bytes, *PAGE_SIZES_BYTES):
+        if start[:size_bytes].endswith(_SIGNATURE) and len(start) >= size_bytes:
+            return size_bytes
+    return None
+
+
+def _replace(path: Path, made_for: int, page_bytes: int, *, is_owned: bool) -> None:
+    """Say that a swap area of another page size is replaced, or refuse that: CannotCreateError."""
+    pages = f"pages of {made_for >> 10} KiB, and this kernel has pages of {page_bytes >> 10} KiB"
+    if not is_owned:
+        raise CannotCreateError(
+            f"{path} is a swap area for {pages}",
+            "another machine may use it: name another file, or let nbdnfs see to that with owner = true",
+        )
+    print(f"nbdnfs: {path} was a swap area for {pages}: it is made again", file=sys.stderr, flush=True)
 
 
 def refuse_data(path: Path) -> None:
@@ -97,7 +143,8 @@ def find(path: str, root: Path = kernel_state.ROOT) -> Swap | None:
 
 
 def refuse_unless_it_fits(swap: Swap, root: Path = kernel_state.ROOT) -> None:
-    """BusyError when what is swapped out to `swap` has no room in memory and in the other swap areas."""
+    """BusyError when what is swapped out to `swap` has no room in memory and in the other swap areas, or where a cgroup
+    has no room for its part. Changes nothing."""
     memory = kernel_state.meminfo(root)
     elsewhere = sum(
         other.size_bytes - other.used_bytes for other in kernel_state.swaps(root) if other.path != swap.path
@@ -109,15 +156,37 @@ def refuse_unless_it_fits(swap: Swap, root: Path = kernel_state.ROOT) -> None:
             f" {quantities.format_size(max(room, 0))}: swap stays on",
             "free memory, or add another swap area, and try again",
         )
+    _refuse_small_cgroups(swap, elsewhere, root)
+
+
+def _refuse_small_cgroups(swap: Swap, elsewhere_bytes: int, root: Path) -> None:
+    """BusyError with the name of a cgroup in which swapoff would have a process killed, or brought to a standstill."""
+    from nbdnfs.kernel import cgroups  # here: the resident keeper has this module too
+
+    found = cgroups.too_small(swap.used_bytes, elsewhere_bytes, root)
+    if found is None:
+        return
+    size = quantities.format_size
+    at_most = "up to " if len(kernel_state.swaps(root)) > 1 else ""  # the kernel does not say what lies where
+    outcome = "be killed for lack of memory" if found.limit == "memory.max" else "come to a standstill"
+    raise BusyError(
+        f"the cgroup {found.path} has {at_most}{size(found.coming_bytes)} swapped out to {swap.path},"
+        f" and its {found.limit} of {size(found.limit_bytes)} leaves room for {size(found.room_bytes)}:"
+        f" its processes would {outcome}; swap stays on",
+        f"end its processes, or raise its limit to {size(found.wanted_bytes)} or more, for example:"
+        f" echo {found.wanted_bytes} > /sys/fs/cgroup{found.path}/{found.limit}",
+    )
 
 
 def disable(swap: Swap, progress: Progress, root: Path = kernel_state.ROOT) -> None:
     """swapoff, however long that takes, with `progress` about every second. Interrupted, the swap stays on.
 
-    BusyError: no room in memory. UnavailableError: swapoff fails for another reason, or is not installed.
+    BusyError: no room in memory. UnavailableError: swapoff fails for another reason, or is not installed. The message
+    says what has come back by then, and whether the kernel has killed a process meanwhile.
     """
     path = swap.path.removesuffix(" (deleted)")
     total_bytes = swap.used_bytes
+    oom_kills = kernel_state.vmstat(root).oom_kills
 
     def look() -> None:
         now = find(path, root)  # it is listed until the end, counting down
@@ -125,9 +194,27 @@ def disable(swap: Swap, progress: Progress, root: Path = kernel_state.ROOT) -> N
 
     # an exception ends swapoff with a signal, at which try_to_unuse gives up (mm/swapfile.c)
     status, errors = programs.watch([programs.find_program("swapoff", "mount"), path], look, every_s=_PROGRESS_EVERY_S)
-    if status != 0:
-        text = errors.strip().splitlines()[-1] if errors.strip() else f"exit status {status}"
-        if "Cannot allocate memory" in text:
-            raise BusyError(f"{path} stays in use as swap: {text}", "free memory, and try again")
-        raise UnavailableError(f"{path} stays in use as swap: {text}", "see the kernel's log: dmesg | tail")
-    progress(0, total_bytes)
+    if status == 0:
+        progress(0, total_bytes)
+        return
+    text = errors.strip().splitlines()[-1] if errors.strip() else _ended_with(status)
+    message = f"{_state_after_failure(path, total_bytes, oom_kills, root)}: {text}"
+    if status in (_SWAPOFF_NO_MEMORY, -signal.SIGKILL):  # the OOM killer takes swapoff itself first
+        raise BusyError(message, "free memory, and try again")
+    raise UnavailableError(message, "see the kernel's log: dmesg | tail")
+
+
+def _ended_with(status: int) -> str:
+    return f"swapoff was ended by signal {-status}" if status < 0 else f"swapoff ended with exit status {status}"
+
+
+def _state_after_failure(path: str, total_bytes: int, oom_kills: int, root: Path) -> str:
+    """What swapoff has left, in words. The kernel takes the area back into use (mm/swapfile.c: swapoff)."""
+    size = quantities.format_size
+    now = find(path, root)
+    if now is None:
+        return f"{path} is not in use as swap any more, though swapoff failed"
+    back_bytes = max(0, total_bytes - now.used_bytes)
+    state = f"{path} stays in use as swap; {size(back_bytes)} of {size(total_bytes)} are back in memory"
+    killed = kernel_state.vmstat(root).oom_kills - oom_kills
+    return state + (f", and the kernel killed {killed} process(es) for lack of memory meanwhile" if killed > 0 else "")

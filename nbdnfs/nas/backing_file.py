@@ -8,27 +8,21 @@ where the name exists. So a file that has its name is complete, and no existing 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
-import hashlib
-import socket
-from collections.abc import Iterator
+import logging
 from typing import TYPE_CHECKING
 
-from nbdnfs import nfs_url, quantities
+from nbdnfs import backing_size, nfs_url, quantities
 from nbdnfs.engine import libnfs_version
-from nbdnfs.errors import BusyError, CannotCreateError, ConfigError, NoInputError, UsageError
-from nbdnfs.nas import explain, owner_record, ownership, part_file, remote_file, zeros
+from nbdnfs.errors import CannotCreateError, ConfigError, NoInputError
+from nbdnfs.nas import creator_lock, explain, owner_record, ownership, part_file, remote_file, zeros
 from nbdnfs.nas.zeros import Progress
 from nbdnfs.nfs_url import NfsUrl
-from nbdnfs.sizes import KERNEL_PAGE_BYTES, SLOT_BYTES
 
 if TYPE_CHECKING:
     from nbdnfs.engine._engine import FileStat
 
-# mkswap(8): a swap area has ten pages at least
-MIN_SIZE_BYTES = 10 * KERNEL_PAGE_BYTES
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,21 +60,21 @@ def create(url: str, size_bytes: int, *, force: bool = False, progress: Progress
     """Create a backing file of `size_bytes` zero bytes, mode 0600, with every block written.
 
     An existing file is refused without `force`. With it, the whole file is overwritten with zeros, and grows to the
-    size; it is never made smaller, and never overwritten while it has an owner. After an interruption, even by SIGKILL
-    or a power failure, the same call resumes where it was (with `force` on an existing file: at the start). It waits
-    for a server that is away.
+    size; it is never made smaller, and never overwritten while it has an owner. An error or an interruption
+    (KeyboardInterrupt, patience.Interrupted) removes what was written; after SIGKILL or a power failure, the same call
+    completes it (with `force` on an existing file: from the start). It waits for a server that is away.
 
-    UsageError: the size or the URL is impossible. CannotCreateError: the file exists, or the server has no room; what
-    was written is removed then. PermissionDeniedError: no permission, or root is squashed. ConfigError: other users
-    may read an existing file. BusyError: this machine is already creating the file. IOFailureError: the server fails to
-    write. OwnedError: the file is in use as swap. Others as `explain.open_error`.
+    UsageError: the size or the URL is impossible. CannotCreateError: the file exists, or the server has no room.
+    PermissionDeniedError: no permission, or root is squashed. ConfigError: other users may read an existing file.
+    BusyError: this machine is already creating the file. IOFailureError: the server fails to write. OwnedError: the
+    file is in use as swap. Others as `explain.open_error`.
     """
-    _check_size(size_bytes)
+    backing_size.check(size_bytes, f"{size_bytes} bytes")
     target = nfs_url.parse(url)
     explain.refuse_unsupported(target, libnfs_version)
     address = target.resolve()
     report = progress or (lambda _done, _total: None)
-    with _only_creator_here(target), remote_file.explained(target, address):
+    with creator_lock.held(target, address), remote_file.explained(target, address):
         existing = remote_file.open_existing(target.text, address, read_only=not force)
         if existing is None:
             _create_new(target, address, size_bytes, report)
@@ -90,36 +84,27 @@ def create(url: str, size_bytes: int, *, force: bool = False, progress: Progress
             _check_may_overwrite(remote_file.stat(existing), target, size_bytes, force)
             ownership.refuse_alias(existing, target)
             ownership.refuse_if_owned(url, owner_record.identity())
+            zeros.refuse_unless_room(existing, target, size_bytes)
             zeros.write_zeros(existing, 0, size_bytes, target, report)
             zeros.warn_unless_allocated(existing, target, size_bytes)
-
-
-def _check_size(size_bytes: int) -> None:
-    if size_bytes < MIN_SIZE_BYTES:
-        raise UsageError(
-            f"{size_bytes} bytes are too few: a swap area has at least {MIN_SIZE_BYTES}", "ask for example for 2G"
-        )
-    if size_bytes % SLOT_BYTES:
-        raise UsageError(
-            f"{size_bytes} bytes are not a multiple of {SLOT_BYTES}",
-            f"ask for {size_bytes + -size_bytes % SLOT_BYTES} bytes, or for example for 2G",
-        )
 
 
 def _create_new(target: NfsUrl, address: str, size_bytes: int, report: Progress) -> None:
     part_name = part_file.name_of(target)
     with remote_file.closing(part_file.open_or_create(target, part_name, address, size_bytes)) as part:
-        part_file.refuse_squashed(part, part_name, target)
-        written_bytes = remote_file.stat(part)["size"]
-        chunk_bytes = zeros.CHUNK_BYTES
-        start = max(0, written_bytes - zeros.WINDOW_CHUNKS * chunk_bytes) // chunk_bytes * chunk_bytes
         try:
+            part_file.refuse_squashed(part, part_name, target)
+            zeros.refuse_unless_room(part, target, size_bytes)
+            written_bytes = remote_file.stat(part)["size"]
+            chunk_bytes = zeros.CHUNK_BYTES
+            start = max(0, written_bytes - zeros.WINDOW_CHUNKS * chunk_bytes) // chunk_bytes * chunk_bytes
             zeros.write_zeros(part, start, size_bytes, target, report)
-        except CannotCreateError:
-            # a NAS that a hidden file fills up is a problem for all its users
-            remote_file.unlink_if_exists(part, f"/{part_name}")
+            part_file.give_final_name(part, part_name, target, address)
+        except BaseException:
+            # a NAS that hidden files fill up is a problem for all its users
+            if not part_file.remove(part, part_name):
+                log.warning("%s stays on %s: the next create here completes or removes it", part_name, target.host)
             raise
-        part_file.give_final_name(part, part_name, target)
         zeros.warn_unless_allocated(part, target, size_bytes)
 
 
@@ -141,23 +126,3 @@ def _check_may_overwrite(found: FileStat, target: NfsUrl, size_bytes: int, force
             f"{path} is open to other users (mode {found['mode']:04o}): they could read what is swapped out",
             "chmod 600 it, or remove it and create it again",
         )
-
-
-@contextlib.contextmanager
-def _only_creator_here(target: NfsUrl) -> Iterator[None]:
-    """Hold this machine's lock for creating the file: an abstract Unix socket (unix(7)), which no crash leaves behind.
-
-    BusyError: another process holds it.
-    """
-    digest = hashlib.sha256(f"{target.host}\0{target.path}".encode(errors="surrogateescape")).hexdigest()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as lock:
-        try:
-            lock.bind(f"\0nbdnfs-create-{digest}")
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            raise BusyError(
-                f"another process on this machine is creating {target.path} on {target.host}",
-                "wait until it has finished",
-            ) from None
-        yield

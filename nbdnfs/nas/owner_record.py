@@ -19,6 +19,7 @@ import socket
 import time
 from pathlib import Path
 
+from nbdnfs import machine_ids
 from nbdnfs.errors import ConfigError
 
 RECORD_BYTES = 512
@@ -47,30 +48,8 @@ _FIELDS = {
 # machine-id(5): the id itself is confidential; a keyed hash of it may be published.
 _APPLICATION = b"nbdnfs backing file owner"
 
-# What firmware says where its maker has not set an id: whole product lines have the same one. In lower case. The first
-# two are AMI's, as SMBIOS before and after 2.6 orders the bytes.
-_SHARED_IDS = (
-    "03000200-0400-0500-0006-000700080009",
-    "00020003-0004-0005-0006-000700080009",
-    "12345678-1234-5678-90ab-cddeefaabbcc",
-    "12345678-1234-1234-1234-123456789abc",
-    "01234567-89ab-cdef-0123-456789abcdef",
-    "01020304-0506-0708-090a-0b0c0d0e0f10",
-    "0123456789",
-    "0123456789abcdef",
-    "123456789",
-    "1234567890",
-)
-_NO_IDS = re.compile(
-    r"not (settable|present|specified|available|applicable)|to be filled.*|default.*|system serial.*"
-    r"|none|unknown|uninitialized|n/a|oem.*|invalid.*|chassis.*|serial.*"
-)
-# A random id of 32 digits has fewer different ones once in 10^15 machines.
-_DIFFERENT_DIGITS_MIN = 4
 # Where a machine id that systemd could not write down for good is, machine-id(5).
 _TRANSIENT_MACHINE_ID = "run/machine-id"
-# File systems that are new at each boot, or may be
-_VOLATILE_FILE_SYSTEMS = ("tmpfs", "ramfs", "rootfs", "overlay", "aufs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,31 +91,22 @@ def identity(root: Path = Path("/")) -> Identity:
     A diskless system may have a new machine id at each boot, while the firmware's id (SMBIOS, or the device tree of a
     board) stays. Hence both.
     """
-    hardware = _hashed(_text(root / "sys/class/dmi/id/product_uuid").lower())
-    if hardware == "-":
-        hardware = _hashed(_text(root / "proc/device-tree/serial-number").lower())
     host = re.sub(r"[^!-~]", "?", socket.gethostname())[:64]
-    return Identity(
-        _hashed(_text(root / "etc/machine-id")), boot_id(root), hardware, host or "?", _is_machine_id_volatile(root)
-    )
+    machine, hardware = _hashed(machine_ids.read(root / "etc/machine-id")), _hashed(machine_ids.hardware_id(root))
+    return Identity(machine, boot_id(root), hardware, host or "?", _is_machine_id_volatile(root))
 
 
 def _is_machine_id_volatile(root: Path) -> bool:
     """Whether /etc/machine-id may be gone after this boot: systemd says so, or its file system may be (proc(5))."""
     if (root / _TRANSIENT_MACHINE_ID).exists():
         return True
-    kinds = {"": ""}
-    for line in _text(root / "proc/self/mountinfo").splitlines():
-        mount, _, source = line.partition(" - ")
-        fields = mount.split(" ")
-        if len(fields) > 4 and "/etc/machine-id/".startswith(fields[4].rstrip("/") + "/"):
-            kinds[fields[4]] = source.partition(" ")[0]  # of two on one directory, the last counts
-    return kinds[max(kinds, key=len)] in _VOLATILE_FILE_SYSTEMS
+    _, kind = machine_ids.machine_id_mount(root)
+    return kind in machine_ids.VOLATILE_FILE_SYSTEMS
 
 
 def boot_id(root: Path = Path("/")) -> str:
     """32 hexadecimal digits that no other boot of any machine has. ConfigError: /proc does not have them."""
-    boot = _text(root / "proc/sys/kernel/random/boot_id").replace("-", "")
+    boot = machine_ids.read(root / "proc/sys/kernel/random/boot_id").replace("-", "")
     if not re.fullmatch(_HEX, boot):
         raise ConfigError("the kernel reports no boot id", "mount /proc")
     return boot
@@ -152,17 +122,9 @@ def keeper_holder(name: str) -> str:
     return f"keeper:{name}"
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip("\0 \n")
-    except OSError:
-        return ""
-
-
 def _hashed(text: str) -> str:
-    """32 digits; "-" for what is not an id: a placeholder, or one that is known to be shared."""
-    digits = text.replace("-", "")
-    if len(set(digits)) < _DIFFERENT_DIGITS_MIN or text in _SHARED_IDS or _NO_IDS.fullmatch(text):
+    """32 digits; "-" for what is not an id of one machine."""
+    if not machine_ids.is_own(text):
         return "-"
     import hashlib
     import hmac

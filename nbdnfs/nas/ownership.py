@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nbdnfs import nfs_url, proc_stat
+from nbdnfs import name_lock, nfs_url, proc_stat
 from nbdnfs.engine import NfsFile, libnfs_version
 from nbdnfs.errors import (
     CannotCreateError,
@@ -152,6 +152,53 @@ def refuse_if_owned(url: str, me: Identity, root: Path = Path("/")) -> None:
             raise _refusal(verdict, found, target)
 
 
+@contextlib.contextmanager
+def owned_meanwhile(
+    url: str, holder: str, *, stop: threading.Event | None = None, root: Path = Path("/")
+) -> Iterator[None]:
+    """This machine owns the file meanwhile. A failure to release it is logged. Errors as `claim`."""
+    me = owner_record.identity()
+    claim(url, holder, me, stop=stop, root=root)
+    try:
+        yield
+    finally:
+        release_or_log(url, holder, me)
+
+
+def release_or_log(url: str, holder: str, me: Identity) -> None:
+    """`release`, where what comes before it may have failed already."""
+    try:
+        release(url, holder, me)
+    except NbdnfsError as error:
+        log.warning("the owner record stays: %s", error.message)
+
+
+def take_silent(url: str, holder: str, me: Identity, expected: FoundRecord, silent_s: float) -> bool:
+    """Take the file from a machine that has been silent for `silent_s`, at once. False: it has not, or uses it here.
+
+    Nothing of that machine can be in flight any more, and if it comes back, it finds another record before it writes.
+    Errors as `claim`.
+    """
+    assert silent_s >= 2 * TIMING.stops_within_ms / 1000
+    target = nfs_url.parse(url)
+    with _explained(target, None) as address:
+        location = RecordFile(target, address)
+        claimant = _Claimant(me, holder, Path("/"), TIMING, log.warning)
+        with CandidateRecord(location) as candidate:
+            found = candidate.read_current()
+            if not found.is_same_record(expected) or (found.age_s or 0.0) < silent_s:
+                return False
+            if found.record is None or claimant.judge(found) is Verdict.REFUSE_BUSY:
+                return False
+            ours = owner_record.new(me, holder, found.record, "held")
+            candidate.write(ours)
+            now = location.read()
+            if not now.is_same_record(found) or now.mtime_us != found.mtime_us:
+                return False
+            candidate.rename()
+        return _settle(location, ours) is not None
+
+
 def release(url: str, holder: str, me: Identity, *, address: str | None = None) -> bool:
     """Give the file up, so that any machine may claim it. False: `holder` of `me` did not own it. Tries once.
 
@@ -257,9 +304,11 @@ def _put_into_force(location: RecordFile, ours: Record, state: str) -> Record | 
 
 
 def _lives(holder: str, root: Path) -> bool:
-    """Whether a holder runs on this machine: a keeper's device is attached, a process has not ended."""
+    """Whether a holder runs on this machine: a device has a keeper or is attached, a process has not ended."""
     kind, _, rest = holder.partition(":")
     if kind == "keeper":
+        if name_lock.holder(rest, name_lock.KEEPER, root=root) is not None:
+            return True
         # nbd_device.backend_of
         return any(state.attached and state.backend == f"nbdnfs:{rest}" for state in kernel_state.nbd_devices(root))
     pid, _, ticks = rest.partition(":")
@@ -287,7 +336,7 @@ def _refusal(verdict: Verdict, found: FoundRecord, target: NfsUrl) -> OwnedError
         )
     return OwnedError(
         f"{what} is in use as swap by {found.text()}",
-        "run nbdnfs down there first, or give each machine its own file (%H, %m). With --steal, what"
+        "run nbdnfs down there first, or give each machine its own file (%H, %m, %M, %u). With --steal, what"
         f" {record.host} has swapped out is lost",
     )
 

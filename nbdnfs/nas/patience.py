@@ -50,6 +50,13 @@ def limited(limit_s: float) -> Iterator[None]:
         _limit_s.reset(token)
 
 
+def check() -> None:
+    """Interrupted: see `interruptible`."""
+    stop = _stop.get()
+    if stop is not None and stop.is_set():
+        raise Interrupted
+
+
 def pause(seconds: float) -> None:
     """Sleep. Interrupted: see `interruptible`."""
     stop = _stop.get()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from nbdnfs.engine import NfsFile
+from nbdnfs.errors import NoInputError
 from nbdnfs.nas import explain, patience
 from nbdnfs.nfs_url import NfsUrl
 
@@ -145,6 +146,20 @@ def closing(file: NfsFile) -> Iterator[NfsFile]:
     finally:
         with contextlib.suppress(RuntimeError):
             file.close()
+
+
+@contextlib.contextmanager
+def directory(target: NfsUrl, address: str) -> Iterator[NfsFile]:
+    """The URL's directory, open for operations on names, which read no file. Errors as `explain.open_error`."""
+    with explained(target, address):
+        try:
+            opened = patience.until_done(lambda: NfsFile(target.text, address, names_only=True), target.directory)
+        except OSError as error:
+            if explain.is_about_the_file(error) and error.errno in (errno.ENOENT, errno.ENOTDIR):
+                raise NoInputError(f"{target.host} has no directory {target.directory}", "check the URL") from None
+            raise
+        with closing(opened):
+            yield opened
 
 
 @contextlib.contextmanager

@@ -12,12 +12,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future
 
 from nbdnfs import quantities
 from nbdnfs.engine import NfsFile
 from nbdnfs.errors import CannotCreateError, IOFailureError
-from nbdnfs.nas import explain, remote_file
+from nbdnfs.nas import explain, patience, remote_file
 from nbdnfs.nfs_url import NfsUrl
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ CHUNK_BYTES = 1 << 20
 # file has no gap up to its length less the window.
 WINDOW_CHUNKS = 8
 # How long an interrupted call waits for writes that are in flight.
-_INTERRUPTED_GRACE_S = 2.0
+_INTERRUPTED_GRACE_S = 1.0
 # File systems that allocate late (ZFS: once for each transaction group) report the blocks of a file after seconds only.
 _ALLOCATION_SETTLES_S = 8.0
 _POLL_S = 0.2
@@ -40,7 +41,8 @@ def write_zeros(file: NfsFile, start: int, end: int, target: NfsUrl, report: Pro
     """Write zeros to the bytes from `start` up to `end`, in order but for the window.
 
     `report` gets the length up to which the file is on the NAS without gaps, and `end`. CannotCreateError: the server
-    has no room. IOFailureError: the server failed to write for another reason. KeyboardInterrupt is logged and raised.
+    has no room. IOFailureError: the server failed to write for another reason. KeyboardInterrupt and
+    patience.Interrupted are logged and raised.
     """
     zeros = memoryview(bytes(CHUNK_BYTES))
     window: collections.deque[tuple[int, Future[int]]] = collections.deque()
@@ -54,7 +56,7 @@ def write_zeros(file: NfsFile, start: int, end: int, target: NfsUrl, report: Pro
                 following += len(chunk)
                 window.append((following, writers.submit(functools.partial(file.pwrite, chunk, offset))))
             reached, write = window.popleft()
-            write.result()
+            _wait_for(write)
             done = reached
             report(done, end)
     except OSError as error:
@@ -64,11 +66,19 @@ def write_zeros(file: NfsFile, start: int, end: int, target: NfsUrl, report: Pro
             f"{target.host} failed to write {target.path} at {quantities.format_size(done)}: {explain.words(error)}",
             "fix that on the server, then run this again",
         ) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, patience.Interrupted):
         log.warning("interrupted at %s of %s", quantities.format_size(done), quantities.format_size(end))
         raise
     finally:
         writers.end(_INTERRUPTED_GRACE_S)
+
+
+def _wait_for(write: Future[int]) -> None:
+    """Until it is done. OSError: it failed. patience.Interrupted."""
+    patience.check()
+    while not futures.wait([write], _POLL_S).done:
+        patience.check()
+    write.result()
 
 
 def no_room(error: OSError, target: NfsUrl, done_bytes: int) -> CannotCreateError:
@@ -81,6 +91,26 @@ def no_room(error: OSError, target: NfsUrl, done_bytes: int) -> CannotCreateErro
         )
     return CannotCreateError(
         f"no space left in {place}: there was room for {size}", "free space there, or ask for a smaller size"
+    )
+
+
+def refuse_unless_room(file: NfsFile, target: NfsUrl, size_bytes: int) -> None:
+    """CannotCreateError: the server says that the rest of a file of `size_bytes` does not fit (RFC 1813, FSSTAT).
+
+    Not a promise: a quota need not show in it, and other clients write, too.
+    """
+    try:
+        space = remote_file.retry(file.space)
+    except OSError:
+        return  # the writes will show
+    missing_bytes = size_bytes - min(remote_file.stat(file)["used"], size_bytes)
+    if space["total"] == 0 or missing_bytes <= space["available"]:  # a total of 0: it does not know
+        return
+    size = quantities.format_size
+    raise CannotCreateError(
+        f"no room in {target.directory} on {target.host}: {size(missing_bytes)} are needed, and "
+        f"{size(space['available'])} of {size(space['total'])} are available",
+        "free space there, or ask for a smaller size",
     )
 
 

@@ -45,16 +45,16 @@ def _arguments(plugin_settings: Mapping[str, str], threads: int) -> list[str]:
 
 def worker_environment() -> dict[str, str]:
     """The environment in which nbdkit's Python finds this very package, and writes nothing to the disk."""
-    paths = [str(Path(nbdnfs.__file__).parents[1])]
+    inherited = programs.python_environment()
+    paths = [inherited["PYTHONPATH"]]
     reference = importlib.util.find_spec("libnfs")
     if reference is not None and reference.origin is not None:
         paths.append(str(Path(reference.origin).parents[1]))
     return {
-        **os.environ,
+        **inherited,
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONMALLOC": "malloc",
-        "PYTHONNOUSERSITE": "1",
     }
 
 
@@ -76,7 +76,11 @@ def check_nbdkit(version_info: Sequence[int] = sys.version_info[:2]) -> None:
     """
     program = _program()
     try:
-        dump = programs.run([program, "python", "--dump-plugin"], what="asking nbdkit for its Python plugin")
+        dump = programs.run(
+            [program, "python", "--dump-plugin"],
+            what="asking nbdkit for its Python plugin",
+            env=programs.python_environment(),
+        )
     except NbdnfsError:
         raise UnavailableError(
             "nbdkit has no Python plugin", "install it (Debian: apt install nbdkit-plugin-python)"

@@ -17,16 +17,22 @@ from nbdnfs.errors import CannotCreateError, IOFailureError, UsageError
 MIB = 1 << 20
 
 
+@pytest.fixture(autouse=True)
+def _small_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of 4 MiB are large enough then."""
+    monkeypatch.setattr(bench, "REGION_PAGES", 256)
+
+
 def test_rows(ganesha: Ganesha, capsys: pytest.CaptureFixture[str]) -> None:
     """There is a row for each kind of load, and the file is removed."""
     with pytest.raises(SystemExit) as caught:
-        cli.main(["bench", ganesha.url("bench.swap"), "--size", "2M", "--time", "200ms", "--json"])
+        cli.main(["bench", ganesha.url("bench.swap"), "--size", "4M", "--time", "200ms", "--json"])
     assert caught.value.code == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["title"].partition(",")[0] for row in rows] == [
         *("sequential writes", "sequential reads", "random writes", "random reads", "random reads"),
     ]
-    assert all(0 < row["pages"] <= 512 and row["pages_per_second"] > 0 for row in rows)
+    assert all(0 < row["pages"] <= 1024 and row["pages_per_second"] > 0 for row in rows)
     assert not (ganesha.export_path / "bench.swap").exists()
 
 
@@ -52,6 +58,13 @@ def test_an_existing_file_is_refused(new_file: Callable[..., FileOnServer]) -> N
     with pytest.raises(CannotCreateError):
         bench.measure(file.url(), MIB, 0.1)
     assert file.path.read_bytes() == content
+
+
+def test_a_file_that_fits_into_the_region(ganesha: Ganesha, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is made four times as large as the region, and a line says so."""
+    rows = bench.measure(ganesha.url("tiny.swap"), MIB, 10.0)
+    assert capsys.readouterr().err == "nbdnfs: 1 MiB would measure this machine's memory: the file is 4 MiB large\n"
+    assert rows[0].pages == 1024
 
 
 def test_too_small(ganesha: Ganesha) -> None:

@@ -18,6 +18,7 @@ from support.owner_records import HOLDER, machine
 from support.waiting import DEADLINE_S, wait_until
 
 from nbdnfs.commands import claiming
+from nbdnfs.errors import UnavailableError
 from nbdnfs.nas import owner_record, ownership
 from nbdnfs.nas.owner_record import Record
 from nbdnfs.nas.patience import Interrupted
@@ -141,3 +142,15 @@ def test_without_hard_links_a_restart_is_quick() -> None:
             assert time.monotonic() - began_s < SOON_S
             assert nas.names("/export") == [".box.swap.owner", "box.swap"]
             assert ownership.release(nas.url(PATH), HOLDER, me)
+
+
+def test_a_limit() -> None:
+    """Work that does not end in time is asked to stop, and is an error then; what ends in the grace time counts."""
+    stopped = threading.Event()
+    with pytest.raises(UnavailableError, match="has not answered for"):
+        claiming.run(lambda: stopped.wait(DEADLINE_S), stop := threading.Event(), limit_s=0.05, grace_s=0.05)
+    assert stop.is_set()
+    stopped.set()
+    stop = threading.Event()
+    assert claiming.run(lambda: stop.wait(DEADLINE_S) and "done", stop, limit_s=0.05) == "done"
+    assert claiming.run(lambda: "done", threading.Event(), limit_s=DEADLINE_S) == "done"

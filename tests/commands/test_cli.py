@@ -10,15 +10,13 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
 
 from nbdnfs import __version__, cli, errors
 from nbdnfs.commands import serve
-from nbdnfs.errors import ConfigError, NbdnfsError, UnavailableError
-from nbdnfs.keeper import main as keeper_main
+from nbdnfs.errors import NbdnfsError
 
 URL = "nfs://nas/export/swap"
 
@@ -129,7 +127,7 @@ def test_the_help_shows_specifiers_as_they_are_typed(capsys: pytest.CaptureFixtu
     """%H and %m appear with one percent sign, as a user types them."""
     assert run("--help") == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "/%H.swap?version=3, with %H for the host name and %m for the machine id" in out
+    assert "/%H.swap?version=3, with %H for the host name, %m for a hash of the machine id" in out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,11 +195,92 @@ def test_ctrl_c_prints_no_traceback(capsys: pytest.CaptureFixture[str], monkeypa
     assert capsys.readouterr() == ("", "")
 
 
-def test_bugs_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception that is not an NbdnfsError is not caught."""
-    fail_with(monkeypatch, ZeroDivisionError())
+def test_bugs_are_lines_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception that is not an NbdnfsError: what it is and where, and a traceback only for the asking."""
+    monkeypatch.delenv("NBDNFS_DEBUG", raising=False)
+    fail_with(monkeypatch, ZeroDivisionError("of course"))
+    assert run("serve", URL, "--socket", "s") == os.EX_SOFTWARE
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("nbdnfs: internal error: ZeroDivisionError: of course (test_cli.py:")
+    assert second == "nbdnfs: please report it, with what this prints with NBDNFS_DEBUG=1 in its environment"
+    monkeypatch.setenv("NBDNFS_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         cli.main(["serve", URL, "--socket", "s"])
+
+
+def nbdnfs(code: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """A Python of its own that runs `code`, as the entry point would."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=30, env=environment, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "status", "message"),
+    [
+        (None, 0, ""),  # a caller that has closed it: >&-
+        ("/dev/full", os.EX_IOERR, "nbdnfs: stdout: No space left on device"),
+    ],
+)
+def test_stdout_that_takes_nothing(target: str | None, status: int, message: str) -> None:
+    """No traceback, and a status other than 0 where output is missing."""
+    code = "from nbdnfs import cli; cli.main(['--version'])"
+    if target is None:
+        done = nbdnfs(f"import os, sys; os.close(1); sys.stdout = None; {code}")
+    else:
+        with open(target, "w") as file:
+            done = nbdnfs(code, stdout=file)
+    assert done.returncode == status
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) == (2 if message else 0)
+
+
+def test_names_with_any_byte() -> None:
+    """A name that is not UTF-8 is printed escaped."""
+    code = "from nbdnfs import cli; cli._prepare_output(); print('b\\udcffx')"
+    assert nbdnfs(code, stdout=subprocess.PIPE).stdout == "b\\udcffx\n"
+
+
+# None in sys.modules: importing it raises ImportError, as the dynamic linker's error does
+WITHOUT_LIBNFS = "import sys; sys.modules['nbdnfs.engine._engine'] = None; from nbdnfs import cli; cli.main({argv})"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["status"],
+        ["status", "no-such-device"],
+        ["doctor", "no-such-device"],
+        ["detach", "/dev/nbd0"],
+        ["down", "no-such-device"],
+        ["install-units", "--help"],
+    ],
+)
+def test_without_libnfs(argv: list[str]) -> None:
+    """What does not speak to the server works without it."""
+    done = nbdnfs(WITHOUT_LIBNFS.format(argv=argv), stdout=subprocess.PIPE)
+    assert "engine" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["create", URL, "--size", "1M"],
+        ["claim", URL],
+        ["bench", URL],
+        ["serve", URL, "--socket", "/nonexistent/socket"],
+    ],
+)
+def test_libnfs_is_missing(argv: list[str]) -> None:
+    """What does says so, and what to install."""
+    done = nbdnfs(WITHOUT_LIBNFS.format(argv=argv), stdout=subprocess.PIPE)
+    assert done.returncode == os.EX_UNAVAILABLE
+    first, second = done.stderr.splitlines()
+    assert first.startswith("nbdnfs: the engine cannot be loaded: ")
+    assert "libnfs-dev" in second
 
 
 @pytest.mark.parametrize("argv", [["--version"], ["--help"]])
@@ -225,31 +304,3 @@ def test_as_a_module() -> None:
         [sys.executable, "-m", "nbdnfs", "--version"], capture_output=True, text=True, timeout=30, check=True
     )
     assert done.stdout == f"nbdnfs {__version__}\n"
-
-
-@pytest.mark.parametrize(
-    ("error", "by_systemd", "waits"),
-    [
-        (UnavailableError("the server is away"), True, True),
-        (ZeroDivisionError(), True, True),
-        (ConfigError("it is wrong"), True, False),
-        (UnavailableError("the server is away"), False, False),
-    ],
-)
-def test_the_pace_of_keepers_that_fail(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, by_systemd: bool, waits: bool
-) -> None:
-    """A keeper that systemd would restart at once waits for the rest of its second; no other keeper waits."""
-    slept_s: list[float] = []
-
-    def run(name: str, *, steal: bool) -> int:
-        raise error
-
-    monkeypatch.setattr(keeper_main, "run", run)
-    monkeypatch.setattr(time, "sleep", slept_s.append)
-    monkeypatch.delenv("INVOCATION_ID", raising=False)
-    if by_systemd:
-        monkeypatch.setenv("INVOCATION_ID", "0" * 32)
-    with pytest.raises((SystemExit, ZeroDivisionError)):
-        cli.main(["run", "swap0"])
-    assert [0.5 < slept <= 1.0 for slept in slept_s] == [True] * waits

@@ -86,7 +86,7 @@ def test_a_machine_that_is_set_up(tmp_path: Path) -> None:
     assert [finding for finding in findings if not finding.good or finding.advice] == []
     assert doctor.exit_status(findings) == 0
     assert all(finding.text().startswith("ok   ") for finding in findings)
-    assert len({finding.subject for finding in findings}) == len(findings) == 14
+    assert len({finding.subject for finding in findings}) == len(findings) == 15
 
 
 @pytest.mark.parametrize(
@@ -187,6 +187,23 @@ def test_a_device(tmp_path: Path) -> None:
     assert bad(tmp_path, "swap0") == {}
     subjects = {one.subject for one in doctor.examine("swap0", tmp_path)}
     assert {"swap0: worker, memory", "swap0: keeper, memory", "swap0: configuration"} <= subjects
+
+
+@pytest.mark.parametrize(
+    ("states", "drop_in", "good"),
+    [
+        ("freeze mem disk", "nbdnfs@swap0.conf", True),
+        ("freeze mem disk", "other.conf", False),
+        ("freeze mem", "", True),
+    ],
+)
+def test_hibernation(tmp_path: Path, states: str, drop_in: str, good: bool) -> None:
+    """With a device up the kernel or systemd must refuse to hibernate; without one, nothing is said about it."""
+    write(tmp_path, {**MACHINE, "sys/power/state": f"{states}\n", f"run/systemd/sleep.conf.d/{drop_in or 'a'}": "x"})
+    assert "hibernation" not in {finding.subject for finding in doctor.examine(None, tmp_path)}
+    write(tmp_path, {"sys/block/nbd0/size": "0\n", "sys/block/nbd0/backend": "nbdnfs:swap0\n"})
+    found = {finding.subject: finding for finding in doctor.examine(None, tmp_path)}
+    assert found["hibernation"].good is good
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbdnfs import cli, config
-from nbdnfs.commands import install_units
+from nbdnfs import config, programs
+from nbdnfs.commands import doctor, install_units
 from nbdnfs.errors import BusyError, ConfigError, PermissionDeniedError
+from nbdnfs.keeper import failures
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"
 PROGRAM = "/usr/local/bin/nbdnfs"
@@ -55,12 +56,50 @@ def test_install_is_complete_and_idempotent(tmp_path: Path) -> None:
     subprocess.run(["sha256sum", "--quiet", "-c", f"{LIB}/nbdnfs/installed.sha256"], cwd=tmp_path, check=True)
 
 
+def test_differing(tmp_path: Path) -> None:
+    """What is installed and not of this version, whatever program it starts; None where nothing is installed."""
+    assert install_units.differing(tmp_path) is None
+    install_units.install(tmp_path, program="/opt/nbdnfs/bin/nbdnfs")
+    assert install_units.differing(tmp_path) == []
+    (tmp_path / f"{LIB}/nbdnfs/reserve").unlink()
+    (tmp_path / UNIT).write_text((tmp_path / UNIT).read_text() + "# of another version\n")
+    (tmp_path / "etc/nbdnfs/example.toml.disabled").unlink()
+    assert install_units.differing(tmp_path) == [f"/{UNIT}", f"/{LIB}/nbdnfs/reserve"]
+    found = {one.subject: one for one in doctor.examine(root=write_machine(tmp_path))}["systemd units"]
+    assert (found.good, found.advice) == (False, "nbdnfs install-units")
+
+
+def write_machine(root: Path) -> Path:
+    """The files of /proc without which nothing is examined."""
+    (root / "proc").mkdir()
+    (root / "proc/meminfo").write_text(
+        "MemTotal: 1 kB\nMemFree: 1 kB\nMemAvailable: 1 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n"
+    )
+    return root
+
+
+def test_settings_are_put_into_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys of sysctl.conf, and no others; what the administrator has set for them wins, which systemd-sysctl(8)
+    sees to."""
+    started: list[list[str]] = []
+    program = tmp_path / "systemd-sysctl"
+    program.touch()
+    monkeypatch.setattr(install_units, "_SYSTEMD_SYSCTL", (tmp_path / "missing", program))
+    monkeypatch.setattr(programs, "find_program", lambda name, package: name)
+    monkeypatch.setattr(programs, "run", lambda argv, **options: started.append(argv))
+    install_units._put_into_force()
+    assert started == [
+        ["systemctl", "daemon-reload"],
+        [str(program), "--prefix=/vm/watermark_scale_factor", "--prefix=/vm/compact_unevictable_allowed"],
+    ]
+
+
 def test_final_statuses_are_those_of_the_unit() -> None:
     """The exit statuses after which no keeper waits are those after which the unit starts none."""
     (line,) = (
         line for line in (SYSTEMD / "nbdnfs@.service").read_text().splitlines() if line.startswith("RestartPrevent")
     )
-    assert {int(word) for word in line.partition("=")[2].split()} == cli.FINAL_STATUSES
+    assert {int(word) for word in line.partition("=")[2].split()} == failures.FINAL_STATUSES
 
 
 def test_the_program_that_installs_is_started(tmp_path: Path) -> None:
@@ -163,6 +202,29 @@ def test_units_of_a_package_are_not_shadowed(tmp_path: Path, folder: str) -> Non
     assert not (tmp_path / LIB).exists()
 
 
+def test_a_package_is_compared_with_this_version(tmp_path: Path) -> None:
+    """Its files count where none are in /usr/local; a drop-in that its release does not have is not missed."""
+    make_systemd(tmp_path, 257)
+    for file in install_units.contents("/usr/bin/nbdnfs", 252, install_units.PACKAGE):
+        (tmp_path / file.path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file.path).write_bytes(file.data)
+    assert install_units.differing(tmp_path) == []
+    (tmp_path / "usr/lib/nbdnfs/reserve").unlink()
+    (tmp_path / "usr/lib/systemd/system/nbdnfs.slice").write_text("[Slice]\n")
+    assert install_units.differing(tmp_path) == ["/usr/lib/systemd/system/nbdnfs.slice", "/usr/lib/nbdnfs/reserve"]
+
+
+def test_doctor_names_units_that_shadow_a_package(tmp_path: Path) -> None:
+    """Those in /usr/local are another version's sooner or later."""
+    install_units.install(tmp_path, program=PROGRAM)
+    assert not install_units.is_shadowing_package(tmp_path)
+    (tmp_path / "usr/lib/systemd/system").mkdir(parents=True)
+    (tmp_path / "usr/lib/systemd/system/nbdnfs@.service").touch()
+    assert install_units.is_shadowing_package(tmp_path)
+    found = {one.subject: one for one in doctor.examine(root=write_machine(tmp_path))}["systemd units"]
+    assert (found.good, found.advice) == (False, "nbdnfs uninstall-units")
+
+
 # uninstall-units
 
 
@@ -217,6 +279,35 @@ def test_uninstall_is_refused_while_a_device_is_up(tmp_path: Path) -> None:
     install_units.uninstall(tmp_path)
     assert not (tmp_path / UNIT).exists()
     assert link.is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "wait_s"),
+    [
+        ("killed", "KILL", 0),
+        ("killed", "TERM", 0),
+        ("exited", "0", 0),
+        *(("exited", str(status), 0) for status in sorted({*failures.FINAL_STATUSES, os.EX_UNAVAILABLE, os.EX_NOHOST})),
+        ("killed", "SEGV", 1),
+        ("dumped", "ABRT", 1),
+        ("exited", "203", 10),
+        ("exited", "1", 10),
+        ("exited", "127", 10),
+        ("", "", 0),
+    ],
+)
+def test_the_pace_of_programs_that_cannot_run(code: str, status: str, wait_s: int) -> None:
+    """A keeper that was killed, or has waited by itself, is followed at once; a program that is missing or broken,
+    after ten seconds; one that crashes, after one."""
+    done = subprocess.run(
+        ["/bin/sh", SYSTEMD / "pace", "print"],
+        env={"EXIT_CODE": code, "EXIT_STATUS": status},
+        check=True,
+        timeout=10,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert done.stdout == f"{wait_s}\n"
 
 
 # the check by systemd
@@ -309,7 +400,7 @@ def test_generator_makes_config_and_link(tmp_path: Path) -> None:
     assert made.values == {"url": URL, "size": "256M", "priority": -1}
     assert made.complaints == []
     loaded = config.load("cmdline", tmp_path)
-    assert loaded.url == "nfs://nas/export/swap/0123456789abcdef0123456789abcdef.swap?version=3&uid=0"
+    assert loaded.url == "nfs://nas/export/swap/a88094e54e19421489d85ef6441afd86.swap?version=3&uid=0"
     assert loaded.size_bytes == 256 << 20
 
 
@@ -345,6 +436,9 @@ def test_generator_link_leads_to_the_unit(tmp_path: Path) -> None:
         ("nbdnfs.url=nfs://a/*", {}, "nbdnfs.url is ignored"),
         ("nbdnfs.url=", {}, "nbdnfs.url is ignored"),
         ("nbdnfs.size=2G", {}, "there is no nbdnfs.url"),
+        (f"nbdnfs.url={URL} nbdnfs.size=ram/2", {"url": URL, "size": "ram/2"}, ""),
+        (f"nbdnfs.url={URL} nbdnfs.size=ram*1.5,atmost8G", {"url": URL, "size": "ram*1.5,atmost8G"}, ""),
+        (f"nbdnfs.url={URL} nbdnfs.size=most", {"url": URL}, "nbdnfs.size is ignored"),
         (f"nbdnfs.url={URL} nbdnfs.size=lots", {"url": URL}, "nbdnfs.size is ignored"),
         (f"nbdnfs.url={URL} nbdnfs.size=2G;x", {"url": URL}, "nbdnfs.size is ignored"),
         (f"nbdnfs.url={URL} nbdnfs.size=", {"url": URL}, "nbdnfs.size is ignored"),

@@ -5,17 +5,23 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from nbdnfs.commands import counters, status
-from nbdnfs.errors import NoInputError, UsageError
+from nbdnfs.commands import counters, health, status
+from nbdnfs.commands.counters import Counters, Reading, Waits
+from nbdnfs.commands.health import Level
+from nbdnfs.errors import NoInputError, UnavailableError, UsageError
 from nbdnfs.keeper.records import Records
+
+CALM = Waits(unheard_s=0.0, oldest_request_s=0.0, last_heard_s=0.5)
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """swap0 is configured and up: keeper 10, worker 11, /dev/nbd3."""
     files = {
         "etc/nbdnfs/swap0.toml": 'url = "nfs://nas/export/x.swap"\n',
@@ -34,7 +40,14 @@ def root(tmp_path: Path) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    # the files of proc_pid_fd(5) cannot be made: tests/foundation/test_region_layout.py reads real ones
+    monkeypatch.setattr(counters, "of_worker", lambda pid, root: Reading({"generation": 1}, CALM))
     return tmp_path
+
+
+def shows(monkeypatch: pytest.MonkeyPatch, found: Counters, waits: Waits | None = CALM) -> None:
+    """Have the worker's region show this."""
+    monkeypatch.setattr(counters, "of_worker", lambda pid, root: Reading(found, waits))
 
 
 def test_green(root: Path) -> None:
@@ -60,7 +73,7 @@ def test_problems(root: Path, missing: str, problem: str) -> None:
     """Each missing part is named."""
     (root / missing).unlink()
     found = status.read("swap0", root)
-    assert found.problems == (problem,)
+    assert found.texts == [problem]
     assert not found.is_green
     assert problem in found.text()
 
@@ -81,8 +94,8 @@ def test_problems_in_the_region(
     root: Path, monkeypatch: pytest.MonkeyPatch, counter: str, value: int, words: str
 ) -> None:
     """Each bad state of the server and of the file is named."""
-    monkeypatch.setattr(counters, "of_worker", lambda pid, root: {counter: value})
-    (problem,) = status.read("swap0", root).problems
+    shows(monkeypatch, {counter: value})
+    (problem,) = status.read("swap0", root).texts
     assert words in problem
 
 
@@ -90,7 +103,7 @@ def test_a_stolen_file(root: Path) -> None:
     """The keeper took the device down and ended: the theft is reported, and not that the device is down."""
     (root / "sys/block/nbd3/pid").unlink()
     (root / "run/nbdnfs/swap0/state").write_text("lost\n")
-    (problem,) = status.read("swap0", root).problems
+    (problem,) = status.read("swap0", root).texts
     assert problem.startswith("another machine has stolen the backing file")
 
 
@@ -99,8 +112,8 @@ def test_a_stolen_file(root: Path) -> None:
 )
 def test_owner_state(root: Path, monkeypatch: pytest.MonkeyPatch, state: int, problem: str | None) -> None:
     """The states of enum owner_state, as the region's counters hold them."""
-    monkeypatch.setattr(counters, "of_worker", lambda pid, root: {"owner_state": state})
-    problems = status.read("swap0", root).problems
+    shows(monkeypatch, {"owner_state": state})
+    problems = status.read("swap0", root).texts
     assert problem in problems[0] if problem else not problems
 
 
@@ -108,10 +121,10 @@ def test_a_refusal(root: Path) -> None:
     """The reason why a device did not get its file is shown until it gets it."""
     (root / "sys/block/nbd3/pid").unlink()
     Records.write_refusal("swap0", "x is in use as swap by box2", root)
-    assert status.read("swap0", root).problems == ("not up", "x is in use as swap by box2")
+    assert status.read("swap0", root).texts == ["not up", "x is in use as swap by box2"]
     assert status.names(root) == ["swap0"]
     Records.write_refusal("swap0", None, root)
-    assert status.read("swap0", root).problems == ("not up",)
+    assert status.read("swap0", root).texts == ["not up"]
 
 
 def test_names(root: Path) -> None:
@@ -127,3 +140,106 @@ def test_no_such_device(root: Path) -> None:
     assert caught.value.hint == "there are: swap0"
     with pytest.raises(UsageError):
         status.read("../swap0", root)
+
+
+@pytest.mark.parametrize(
+    ("found", "waits", "level", "words"),
+    [
+        ({}, Waits(4.9, 4.9, 4.9), Level.OK, ""),
+        ({}, Waits(5.0, 5.0, 5.0), Level.WARNING, "the server is unheard for 5.0 s, and answers are outstanding"),
+        ({}, Waits(75.0, 74.0, 75.0), Level.CRITICAL, "the server is unheard for 1 min 15 s"),
+        ({}, Waits(0.0, 0.0, 9999.0), Level.OK, ""),  # it was asked nothing
+        ({}, Waits(0.1, 12.0, 0.1), Level.WARNING, "a request of the kernel has waited for 12 s"),
+        ({}, Waits(0.1, 31.0, 0.1), Level.CRITICAL, "a request of the kernel has waited for 31 s"),
+        ({"disconnected": 1}, Waits(42.0, 41.0, 42.0), Level.CRITICAL, "the server does not answer, unheard for 42 s"),
+        ({"disconnected": 1}, None, Level.CRITICAL, "the server does not answer"),
+        ({"owner_state": 2}, CALM, Level.WARNING, "writes wait"),
+        ({"file_state": 9}, CALM, Level.CRITICAL, "unknown state 9"),
+    ],
+)
+def test_levels(
+    root: Path, monkeypatch: pytest.MonkeyPatch, found: Counters, waits: Waits | None, level: Level, words: str
+) -> None:
+    """How long the server is silent while it owes an answer, and how long a request takes: first a warning."""
+    shows(monkeypatch, found, waits)
+    one = status.read("swap0", root)
+    assert one.level is level
+    assert words in one.text().splitlines()[0]
+
+
+def test_counters_that_cannot_be_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without root: unknown, and not "ok"; what is worse than unknown is still reported."""
+    monkeypatch.setattr(counters, "of_worker", lambda pid, root: None)
+    found = status.read("swap0", root)
+    assert (found.level, found.unstable_bytes, found.waits) == (Level.UNKNOWN, None, None)
+    assert found.text().startswith("swap0: unknown: the counters of process 11 cannot be read (run this as root)")
+    (root / "proc/swaps").unlink()
+    assert status.read("swap0", root).level is Level.CRITICAL
+
+
+def test_exit_statuses() -> None:
+    """The worst device decides; unknown may be critical, and is more than a warning."""
+    assert [int(level) for level in (Level.OK, Level.WARNING, Level.CRITICAL, Level.UNKNOWN)] == [0, 1, 2, 3]
+    assert health.worst([]) is Level.OK
+    assert health.worst([Level.WARNING, Level.UNKNOWN, Level.OK]) is Level.UNKNOWN
+    assert health.worst([Level.CRITICAL, Level.UNKNOWN]) is Level.CRITICAL
+
+
+def test_why_it_is_not_up(root: Path) -> None:
+    """What the keeper waits for; without a keeper, what systemd says of the unit."""
+    (root / "sys/block/nbd3/pid").unlink()
+    records = Records("swap0", root)
+    records.write("waiting", "the server does not export /export")
+    found = status.read("swap0", root, lambda name: "is not asked")
+    assert found.texts == ["not up", "the server does not export /export"]
+    (root / "run/nbdnfs/swap0/waiting").unlink()
+    (root / "proc/10/stat").unlink()
+    found = status.read("swap0", root, lambda name: f"nbdnfs@{name}.service is not started")
+    assert found.texts == ["not up", "nbdnfs@swap0.service is not started"]
+    assert found.level is Level.CRITICAL
+
+
+def test_a_configuration_that_is_not_used(root: Path) -> None:
+    """The device goes on with the last good one: a warning, with what is wrong."""
+    Records("swap0", root).write("config_error", "/etc/nbdnfs/swap0.toml:1: unknown key 'siez'")
+    found = status.read("swap0", root)
+    assert found.level is Level.WARNING
+    assert "'siez'" in found.texts[0]
+
+
+def test_one_bad_entry(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other programs, of damaged records: the others are reported all the same."""
+    (root / "run/nbdnfs/not a device").mkdir()
+    os.mkdir(os.fsencode(root / "run/nbdnfs") + b"/\xff")
+    (root / "run/nbdnfs/bad").mkdir()
+    monkeypatch.setattr(status, "read", spoilt(status.read, "bad"))
+    assert status.names(root) == ["bad", "swap0"]
+    bad, good = status.read_all(root)
+    assert (bad.level, good.level) == (Level.UNKNOWN, Level.OK)
+    assert bad.texts == ["its state cannot be read: of all things"]
+
+
+def spoilt(read: Callable[[str, Path], status.Status], name: str) -> Callable[[str, Path], status.Status]:
+    def spoilt_read(one: str, root: Path) -> status.Status:
+        if one == name:
+            raise ValueError("of all things")
+        return read(one, root)
+
+    return spoilt_read
+
+
+def test_without_proc(tmp_path: Path) -> None:
+    """One line, not a device that is not swapped on."""
+    (tmp_path / "proc").mkdir()
+    with pytest.raises(UnavailableError, match="/proc is not mounted"):
+        status.read("swap0", tmp_path)
+
+
+def test_json(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys that docs/monitoring.md has, each of them there."""
+    shows(monkeypatch, {"generation": 2}, Waits(6.5, 7.0, 6.5))
+    found = status.read("swap0", root).to_json()
+    assert (found["schema"], found["level"], found["green"]) == (status.SCHEMA, "warning", False)
+    assert (found["unheard_s"], found["oldest_request_s"], found["last_heard_s"]) == (6.5, 7.0, 6.5)
+    text = (Path(__file__).parents[2] / "docs/monitoring.md").read_text()
+    assert [key for key in found if f"`{key}`" not in text] == []

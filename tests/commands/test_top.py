@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,23 @@ def test_text() -> None:
     assert "THE SERVER DOES NOT ANSWER" in text
     assert "75% from the region" in text
     assert "128 KiB each" in text
+
+
+def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each update, with a schema, and with the keys that docs/monitoring.md has."""
+    frame = top.Frame("swap0", 2.0, BEFORE, AFTER)
+    monkeypatch.setattr(top, "watch", lambda names, **options: itertools.repeat([frame]))
+    top.show(["swap0"], interval_s=1.0, count=2, as_json=True)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    found = json.loads(first)
+    assert found["schema"] == top.SCHEMA
+    (device,) = found["devices"]
+    assert (device["name"], device["reads_per_s"], device["read_median_us"], device["unstable_pages"]) == (
+        *("swap0", 100.0, 8, 512),
+    )
+    text = (Path(__file__).parents[2] / "docs/monitoring.md").read_text()
+    assert [key for key in device if not key.endswith(("_per_s", "_median_us")) and f"`{key}`" not in text] == []
 
 
 def test_watch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from support.owner_records import (
 )
 
 from nbdnfs import config
-from nbdnfs.commands import systemd_unit, up_down
+from nbdnfs.commands import starting, systemd_unit, up_down
 from nbdnfs.keeper.records import Records
 from nbdnfs.nas import owner_record, ownership
 from nbdnfs.nas.owner_record import Record
@@ -61,7 +61,7 @@ def test_up_steals_before_it_starts_anything(swap_file: FileOnServer, monkeypatc
     monkeypatch.setattr(config, "load", lambda name: config.Config(name, swap_file.url()))
     monkeypatch.setattr(systemd_unit, "is_loaded", lambda name: False)
     started: list[Record] = []
-    monkeypatch.setattr(up_down, "_start_in_background", lambda name, timeout_s: started.append(record_of(swap_file)))
+    monkeypatch.setattr(starting, "in_background", lambda name, timeout_s: started.append(record_of(swap_file)))
     up_down.up("swap0", steal=True)
     (found,) = started
     assert (found.boot, found.state, found.generation) == (owner_record.boot_id(), "held", 2)

@@ -44,10 +44,10 @@ static double now_ns(void)
 /* A region whose slots all have the same few pages of data: what they hold does not matter. */
 static void make_region(struct region *region, uint32_t slot_count, uint64_t device_bytes)
 {
-	uint64_t bytes = ((uint64_t)slot_count * PAGE_BYTES + CHUNK_BYTES - 1) / CHUNK_BYTES * CHUNK_BYTES;
+	uint64_t bytes = ((uint64_t)slot_count * SLOT_BYTES + CHUNK_BYTES - 1) / CHUNK_BYTES * CHUNK_BYTES;
 	int fd = memfd_create("chunk", 0);
 
-	*region = (struct region){ .slot_count = slot_count, .page_count = device_bytes / PAGE_BYTES };
+	*region = (struct region){ .slot_count = slot_count, .page_count = device_bytes / SLOT_BYTES };
 	region->slots = calloc(slot_count, sizeof(*region->slots));
 	region->page_table = calloc(region->page_count, sizeof(*region->page_table));
 	region->filled = calloc((region->page_count + 63) / 64, sizeof(*region->filled));
@@ -76,7 +76,7 @@ static void measure(uint32_t slot_count, uint64_t gib)
 	struct region region;
 	struct cache *cache;
 	struct page_run run;
-	static uint8_t data[RUN_PAGES_MAX * PAGE_BYTES];
+	static uint8_t data[RUN_PAGES_MAX * SLOT_BYTES];
 	uint64_t last, page, taken = 0;
 	uint32_t crc;
 
@@ -105,7 +105,7 @@ static void measure(uint32_t slot_count, uint64_t gib)
 		cache_trim(cache, page);
 	TIME("known page, at the far end", CALLS, taken += cache_known_page(cache, 0, &page, &crc));
 	TIME("  scan", SCANS, taken += reference_known_page(cache, 0, &page));
-	memset(data, 0, PAGE_BYTES);
+	memset(data, 0, SLOT_BYTES);
 	TIME("materialise a page, at the far end", CALLS, {
 		cache_write(cache, last, data, 1, true);
 		page = 0;

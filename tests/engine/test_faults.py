@@ -430,7 +430,8 @@ def test_a_file_that_is_gone(fake: FakeNfsServer, open_engine: OpenEngine, said:
     in_background(engine.flush).result(DEADLINE_S)
     assert fake.on_disk[:PAGE] == acknowledged
     assert read_pages(engine, 100) == content[100 * PAGE : 101 * PAGE]
-    assert ["was deleted" in line or "was replaced" in line for line in said.lines] == [True, False, False]
+    # once, and first; on a slow machine a connection may be reported, too
+    assert [number for number, line in enumerate(said.lines) if "was deleted" in line or "was replaced" in line] == [0]
 
 
 def test_an_export_that_is_mounted_late(fake: FakeNfsServer, open_engine: OpenEngine) -> None:

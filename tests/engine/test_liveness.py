@@ -385,9 +385,11 @@ def test_an_operation_that_is_put_off_for_ever(nas: FakeNas, file: NfsFile, op: 
     assert time.monotonic() - begin_s < 1 + SLACK_S
 
 
-def test_operations_without_a_server(nas: FakeNas, file: NfsFile) -> None:
+def test_operations_without_a_server(nas: FakeNas, file: NfsFile, capfd: pytest.CaptureFixture[str]) -> None:
     """Nothing was sent, and the error says that."""
+    said = SaidOnStderr(capfd)
     nas.stop()
+    said.wait_for("no connection")  # until then an operation goes into the old connection
     nas_is_gone_s = time.monotonic()
     for call in (file.stat, lambda: operation(file, "LINK")):
         with pytest.raises(OSError, match="no connection") as caught:

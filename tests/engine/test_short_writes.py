@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A write that the server carries out in pieces, and restarts between them: after a FLUSH all of it is on the disk."""
+"""Verifiers that change between a write's pieces, or before its COMMIT: after a FLUSH all of it is on the disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 from support.engines import PAGE, OpenEngine, read_pages, write_pages, write_pages_and_flush
 from support.fake_nfs import DATA_SYNC, FILE_SYNC, UNSTABLE, FakeNfsServer, WriteStep
-from support.waiting import DEADLINE_S, in_background, wait_until
+from support.sunrpc import record
+from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
 PAGES = 3
 
@@ -77,3 +78,54 @@ def test_a_connection_that_breaks_between_the_pieces(open_engine: OpenEngine, fa
     flushed.result(DEADLINE_S)
     assert fake.on_disk[: len(data)] == data
     assert read_pages(engine, 0, 2) == data
+
+
+def _another_verifier(message: bytes) -> bytes:
+    """It is the last thing in the answer to a WRITE or a COMMIT."""
+    return record(message[:-8] + os.urandom(8))
+
+
+@pytest.mark.parametrize("ops", [("WRITE",), ("COMMIT",), ("WRITE", "COMMIT")])
+@pytest.mark.parametrize("limit_bytes", [None, PAGE])
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
+def test_a_verifier_that_changes_with_each_answer(
+    open_engine: OpenEngine,
+    fake: FakeNfsServer,
+    capfd: pytest.CaptureFixture[str],
+    ops: tuple[str, ...],
+    limit_bytes: int | None,
+    transport: str,
+) -> None:
+    """Two servers behind one address: what no COMMIT confirms is written with FILE_SYNC in the end, which needs none.
+
+    With and without writes that are carried out in pieces. The number of calls is bounded.
+    """
+    engine, said = open_engine(fake.url(), transport=transport), SaidOnStderr(capfd)
+    for op in ops:
+        fake.rewrite(op, _another_verifier)
+    fake.limit("WRITE", limit_bytes)
+    for _ in range(2):
+        data = os.urandom(4 * PAGE)
+        in_background(write_pages_and_flush, engine, 0, data).result(DEADLINE_S)
+        assert fake.on_disk[: len(data)] == data
+    assert len(fake.calls("COMMIT")) <= 5
+    assert len(fake.calls("WRITE")) <= 40
+    assert fake.calls("WRITE")[-1].stable == FILE_SYNC
+    # a write in pieces asks for FILE_SYNC by itself, before there is a COMMIT
+    assert len([line for line in said.lines if "FILE_SYNC" in line]) == (0 if limit_bytes and "WRITE" in ops else 1)
+
+
+def test_no_file_sync_and_a_verifier_that_changes(open_engine: OpenEngine, fake: FakeNfsServer) -> None:
+    """Nothing makes a write stable then: it is refused, with pauses, until the server mends its ways."""
+    engine, data = open_engine(fake.url()), os.urandom(PAGE)
+    fake.rewrite("COMMIT", _another_verifier)
+    fake.claim_stable(UNSTABLE)
+    write_pages(engine, 0, data)
+    flushed = in_background(engine.flush)
+    wait_until(lambda: engine.counters()["write_errors"] >= 2, "it is refused")
+    assert not flushed.done()
+    assert len(fake.calls("WRITE")) < 20
+    fake.rewrite("COMMIT", None)
+    fake.claim_stable(None)
+    flushed.result(DEADLINE_S)
+    assert fake.on_disk[:PAGE] == data

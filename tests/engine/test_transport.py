@@ -23,6 +23,7 @@ from support.fake_nfs import (
     NFS3ERR_PERM,
     NFS3ERR_ROFS,
     NFS3ERR_SERVERFAULT,
+    NFS3ERR_STALE,
     UNSTABLE,
     FakeNfsServer,
 )
@@ -621,6 +622,7 @@ def test_an_export_of_a_parent_directory(
     assert read_pages(engine, 1) == fake.content[PAGE : 2 * PAGE]
     assert len(fake.calls("MNT")) == mounts
     fake.expire_handles()
+    fake.fail("LOOKUP", NFS3ERR_STALE, times=1)  # the directory's handle is no better
     assert read_pages(engine, 2) == fake.content[2 * PAGE : 3 * PAGE]
     assert len(fake.calls("MNT")) == mounts + 1
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""GETATTR, LOOKUP and FSINFO of the wire, and calls that carry their handle, without an engine around them."""
+"""What the wire asks to find a file and to connect to it, and calls that carry their handle, without an engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,21 @@ from collections.abc import Iterator
 import pytest
 from support.fake_nfs import NFS3ERR_JUKEBOX, NFS3ERR_NOENT, NFS3ERR_STALE
 from support.sunrpc import XdrReader, opaque, u32, u64
-from wire_library import COMMIT, FSINFO, GETATTR, LOOKUP, READ, WRITE, Pair, WireAnswer, build
+from wire_library import (
+    COMMIT,
+    FSINFO,
+    GETADDR,
+    GETATTR,
+    GETPORT,
+    LOOKUP,
+    MNT,
+    READ,
+    READLINK,
+    WRITE,
+    Pair,
+    WireAnswer,
+    build,
+)
 
 FSID, FILEID, SIZE, LINKS = 0x1122_3344_5566_7788, 0x99AA_BBCC_DDEE_FF00, 1 << 33, 3
 # fattr3: type, mode, nlink, uid, gid, size, used, rdev, fsid, fileid, atime, mtime, ctime
@@ -26,12 +40,19 @@ GOOD = {
     "lookup, bare": (LOOKUP, b"swap", u32(0) + opaque(FOUND) + u32(0, 0)),
     "fsinfo": (FSINFO, b"", u32(0, 1) + FATTR3 + LIMITS),
     "fsinfo, bare": (FSINFO, b"", u32(0, 0) + LIMITS),
+    "mnt": (MNT, b"/export", u32(0) + opaque(FOUND)),
+    "readlink": (READLINK, bytes(64), u32(0, 1) + FATTR3 + opaque(b"real/way")),
+    "readlink, bare": (READLINK, bytes(64), u32(0, 0) + opaque(b"other/it")),
+    "getport": (GETPORT, b"", u32(2049)),
+    "getaddr": (GETADDR, b"", opaque(b"::1.8.1")),
 }
 BAD = {
     "getattr": (GETATTR, b"", u32(NFS3ERR_STALE)),
     "lookup": (LOOKUP, b"swap", u32(NFS3ERR_NOENT, 1) + DIRECTORY),
     "lookup, bare": (LOOKUP, b"swap", u32(NFS3ERR_NOENT, 0)),
     "fsinfo": (FSINFO, b"", u32(NFS3ERR_JUKEBOX, 1) + DIRECTORY),
+    "mnt": (MNT, b"/export", u32(NFS3ERR_NOENT)),
+    "readlink": (READLINK, bytes(64), u32(NFS3ERR_STALE, 0)),
 }
 
 
@@ -99,8 +120,12 @@ def test_good_answers(pair: Pair, procedure: int, data: bytes, results: bytes, p
     assert bool(answer.has_attributes) is (FATTR3 in results)
     if answer.has_attributes:
         assert attributes_of(answer) == (1, LINKS, SIZE, FSID, FILEID)
-    if procedure == LOOKUP:
+    if procedure in (LOOKUP, MNT):
         assert handle_of(answer) == FOUND
+    if procedure == READLINK:
+        assert pair.data.raw[: answer.count_bytes] in (b"real/way", b"other/it")
+    if procedure in (GETPORT, GETADDR):
+        assert answer.port == 2049
     if procedure == FSINFO:
         assert (answer.read_max_bytes, answer.read_preferred_bytes) == (65536, 32768)
         assert (answer.write_max_bytes, answer.write_preferred_bytes) == (16384, 8192)
@@ -147,5 +172,81 @@ def test_answers_in_one_segment(pair: Pair) -> None:
     for call in reversed(calls):
         answer = received(pair)
         assert answer.call == ctypes.addressof(call)
-        if call.procedure == LOOKUP:
+        if call.procedure in (LOOKUP, MNT):
             assert handle_of(answer) == FOUND
+
+
+@pytest.mark.parametrize(
+    ("procedure", "data", "program", "arguments"),
+    [
+        (MNT, b"/export/a", (100005, 3, 1), opaque(b"/export/a")),
+        (GETPORT, b"", (100000, 2, 3), u32(100005, 3, 6, 0)),
+        (GETADDR, b"", (100000, 3, 3), u32(100005, 3) + opaque(b"tcp6") + u32(0, 0)),
+    ],
+)
+def test_calls_of_other_programs(
+    pair: Pair, procedure: int, data: bytes, program: tuple[int, int, int], arguments: bytes
+) -> None:
+    """MOUNT version 3 (RFC 1813, 5.2.1); portmapper versions 2 and 3 (RFC 1833)."""
+    pair.send(procedure, b"h", data, program=(100005, 3))
+    assert pair.received_whole() == (*program, arguments)
+
+
+@pytest.mark.parametrize("flavours", [b"", u32(1, 1), u32(0xFFFF_FFF0), u32(1 << 31) + bytes(400)])
+def test_flavours_of_a_mount(pair: Pair, flavours: bytes) -> None:
+    """Whatever follows the handle: it is not needed, and so it is not parsed."""
+    call = pair.send(MNT, b"h", b"/export")
+    pair.server.sendall(pair.answer(call, u32(0) + opaque(FOUND) + flavours) + b"")
+    assert handle_of(received(pair)) == FOUND
+
+
+@pytest.mark.parametrize("length", [0, 65, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF])
+def test_handles_that_no_mountd_may_send(pair: Pair, length: int) -> None:
+    call = pair.send(MNT, b"h", b"/export")
+    pair.server.sendall(pair.answer(call, u32(0, length) + bytes(200)))
+    with pytest.raises(OSError, match="Protocol error"):
+        pair.receive()
+
+
+@pytest.mark.parametrize("length", [65, 0x7FFF_FFFF, 0xFFFF_FFFF])
+def test_targets_that_are_too_long(pair: Pair, length: int) -> None:
+    """The room for a symbolic link's target is the call's."""
+    call = pair.send(READLINK, b"h", bytes(64))
+    pair.server.sendall(pair.answer(call, u32(0, 0, length) + bytes(200)))
+    with pytest.raises(OSError, match="Protocol error"):
+        pair.receive()
+    assert pair.data.raw == bytes(64)
+
+
+@pytest.mark.parametrize(
+    ("address", "port"),
+    [(b"", 0), (b"0.0.0.0.0.111", 111), (b"fe80::1%2.255.255", 65535), (b"::.3.9", 777)],
+)
+def test_universal_addresses(pair: Pair, address: bytes, port: int) -> None:
+    """RFC 5665: the port is in the last two parts; "" is that of a program that is not there."""
+    call = pair.send(GETADDR, b"h")
+    pair.server.sendall(pair.answer(call, opaque(address)))
+    assert received(pair).port == port
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        *(opaque(text) for text in (b"1", b"1.2", b"::1", b"1.2.3.", b"h.256.1", b"h.1.999", b"h.0001.1", b"h.-1.2")),
+        u32(0x8000_0000),
+        opaque(bytes(129)),
+    ],
+)
+def test_addresses_without_a_port(pair: Pair, results: bytes) -> None:
+    """What is no universal address ends the connection."""
+    call = pair.send(GETADDR, b"h")
+    pair.server.sendall(pair.answer(call, results))
+    with pytest.raises(OSError, match="Protocol error"):
+        pair.receive()
+
+
+def test_a_port_that_there_is_not(pair: Pair) -> None:
+    call = pair.send(GETPORT, b"h")
+    pair.server.sendall(pair.answer(call, u32(65536)))
+    with pytest.raises(OSError, match="Protocol error"):
+        pair.receive()

@@ -13,7 +13,8 @@ from pathlib import Path
 from support.sunrpc import record, u32
 
 SOURCES = Path(__file__).resolve().parents[2] / "nbdnfs" / "engine"
-NULL, GETATTR, LOOKUP, READ, WRITE, FSINFO, COMMIT = 0, 1, 3, 6, 7, 19, 21
+NULL, GETATTR, LOOKUP, READLINK, READ, WRITE, FSINFO, COMMIT = 0, 1, 3, 5, 6, 7, 19, 21
+MNT, GETPORT, GETADDR = 256, 257, 258
 # larger than struct wire
 _WIRE_BYTES = 64 * 1024
 _HEAD_BYTES = 72  # of a call, with its record mark, up to its arguments
@@ -30,6 +31,8 @@ class WireCall(Structure):
         ("offset_bytes", c_uint64),
         ("data", c_void_p),
         ("stable", c_bool),
+        ("program", c_uint32),
+        ("version", c_uint32),
         ("xid", c_uint32),
         ("prev", c_void_p),
         ("next", c_void_p),
@@ -60,6 +63,7 @@ class WireAnswer(Structure):
         ("read_preferred_bytes", c_uint32),
         ("write_max_bytes", c_uint32),
         ("write_preferred_bytes", c_uint32),
+        ("port", c_uint32),
     )
 
 
@@ -99,8 +103,10 @@ class Pair:
         self._library.wire_close(self._wire)
         self.server.close()
 
-    def send(self, procedure: int, handle: bytes, data: bytes = b"", offset: int = 0) -> WireCall:
-        """Make a call; a READ is of as many bytes as there are in `data`."""
+    def send(
+        self, procedure: int, handle: bytes, data: bytes = b"", offset: int = 0, program: tuple[int, int] = (0, 0)
+    ) -> WireCall:
+        """Make a call; a READ is of as many bytes as there are in `data`. `program`: with its version."""
         handle_buffer, data_buffer = (ctypes.create_string_buffer(what, len(what)) for what in (handle, data))
         call = WireCall(
             procedure=procedure,
@@ -109,17 +115,27 @@ class Pair:
             length_bytes=len(data),
             offset_bytes=offset,
             data=ctypes.addressof(data_buffer) if data else None,
+            program=program[0],
+            version=program[1],
         )
-        self._kept += [handle_buffer, data_buffer, call]
+        self._kept += [handle_buffer, call]
+        self.data = data_buffer  # of the last call
+        self._kept.append(data_buffer)
         assert self._library.wire_send(self._wire, byref(call)) == 0
         return call
 
     def received(self) -> tuple[int, bytes]:
         """The procedure and the arguments of the next call, at the server."""
+        _, _, procedure, arguments = self.received_whole()
+        return procedure, arguments
+
+    def received_whole(self) -> tuple[int, int, int, bytes]:
+        """The same, with the program and its version before."""
         mark = int.from_bytes(self.server.recv(4, socket.MSG_WAITALL)) & 0x7FFF_FFFF
         message = self.server.recv(mark, socket.MSG_WAITALL)
         assert len(message) == mark
-        return int.from_bytes(message[20:24]), message[_HEAD_BYTES - 4 :]
+        program, version, procedure = (int.from_bytes(message[at : at + 4]) for at in (12, 16, 20))
+        return program, version, procedure, message[_HEAD_BYTES - 4 :]
 
     def receive(self) -> WireAnswer | None:
         """The next answer. None: there is none yet. OSError: the wire must be closed."""

@@ -18,6 +18,8 @@ from nbdnfs.errors import ConfigError, NbdnfsError, NoInputError, UsageError
 
 URL = 'url = "nfs://nas/export/a.swap"\n'
 MACHINE_ID = "0123456789abcdef0123456789abcdef"
+# systemd-id128 makes it of that id: sd_id128_get_machine_app_specific(3)
+FILE_ID = "a88094e54e19421489d85ef6441afd86"
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def test_every_key(root: Path) -> None:
     )
     assert config.load("swap0", root) == Config(
         name="swap0",
-        url=f"nfs://nas/export/{MACHINE_ID}.swap?version=3&uid=0",
+        url=f"nfs://nas/export/{FILE_ID}.swap?version=3&uid=0",
         size_bytes=3 << 29,
         priority=100,
         discard=True,
@@ -173,8 +175,15 @@ def test_run_is_looked_up_after_etc(root: Path) -> None:
         ("discard = 'yes'", 1, "discard must be true or false", "for example: discard = true"),
         ("size = 2048", 1, "size must be a string in quotes", 'for example: size = "2G"'),
         ('size = "2X"', 1, "size: '2X' is not a size", "write a number and a unit, for example 512M or 2G"),
-        ('size = "5000"', 1, "size cannot be '5000'", 'it must be from 1 MiB to 16 TiB, for example "2G"'),
-        ('size = "1048577"', 1, "size cannot be '1048577': it is not a multiple of 4096 bytes", "for example: size"),
+        (
+            'size = "5000"',
+            1,
+            "size: '5000' is too small: 5000 bytes, and a swap area has at least",
+            "ask for example for 2G",
+        ),
+        ('size = "1048577"', 1, "size: '1048577' is not a multiple of 4096 bytes", "ask for 1052672 bytes"),
+        ('size = "200T"', 1, "size: '200T' is too large: a swap area has at most 16 TiB", "ask for example for 2G"),
+        ('size = "ram / 0"', 1, "size: 'ram / 0' is not a size", "write a number greater than 0"),
         ('region = "512K"', 1, "region cannot be '512K'", 'it must be from 1 MiB to 1 GiB, for example "16M"'),
         ('read_ahead = "17M"', 1, "read_ahead cannot be '17M'", "it must be from 0 B to 16 MiB"),
         ('io_timeout = "0s"', 1, "io_timeout cannot be '0s'", "it must be from 0.5 to 300 seconds"),

@@ -19,6 +19,8 @@ from nbdnfs.errors import NoHostError, UsageError
 
 REAL = socket.getaddrinfo
 MACHINE_ID = "0123456789abcdef0123456789abcdef"
+# systemd-id128 makes it of that id: sd_id128_get_machine_app_specific(3)
+FILE_ID = "a88094e54e19421489d85ef6441afd86"
 
 
 @pytest.fixture
@@ -189,8 +191,8 @@ def test_specifiers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """%H is the host name, %m the machine id, %% a percent sign; anywhere in the URL."""
     monkeypatch.setattr(socket, "gethostname", lambda: "client7")
     parsed = nfs_url.parse("nfs://nas-%H/export/%H/%m-100%%.swap?version=3", root)
-    assert parsed.text == f"nfs://nas-client7/export/client7/{MACHINE_ID}-100%25.swap?version=3"
-    assert (parsed.host, parsed.path) == ("nas-client7", f"/export/client7/{MACHINE_ID}-100%.swap")
+    assert parsed.text == f"nfs://nas-client7/export/client7/{FILE_ID}-100%25.swap?version=3"
+    assert (parsed.host, parsed.path) == ("nas-client7", f"/export/client7/{FILE_ID}-100%.swap")
 
 
 @pytest.mark.parametrize("text", ["nfs://nas/export/%h.swap", "nfs://nas/export/100%", "nfs://nas/export/%2"])
@@ -198,7 +200,7 @@ def test_other_specifiers_are_refused(root: Path, text: str) -> None:
     """Also half an escape, and a percent sign alone."""
     with pytest.raises(UsageError, match=r"in the URL is not a specifier$") as caught:
         nfs_url.parse(text, root)
-    assert caught.value.hint == "use %H, %m, %20 and the like for a byte, or %% for a percent sign"
+    assert caught.value.hint == "use %H, %m, %M, %u, %20 and the like for a byte, or %% for a percent sign"
 
 
 @pytest.mark.parametrize("content", [None, "", "uninitialized\n", MACHINE_ID[:-1], MACHINE_ID.upper(), "../../x\n"])

@@ -29,6 +29,29 @@ def test_find_program(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "apt install thing" in caught.value.hint
 
 
+def test_programs_in_the_current_directory_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What root calls is not what lies where root happens to stand."""
+    (tmp_path / "mkswap").write_text("#!/bin/sh\n")
+    (tmp_path / "mkswap").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    for path in (".", "", ":", f"..:../{tmp_path.name}"):
+        monkeypatch.setenv("PATH", path)
+        assert programs.find_program("mkswap", "util-linux").startswith("/")
+
+
+def test_python_runs_no_code_of_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder `nbdnfs`, and modules with the names of the standard library's, whatever the caller's environment is."""
+    (tmp_path / "nbdnfs").mkdir()
+    for name in ("nbdnfs/__init__.py", "nbdnfs/__main__.py", "argparse.py", "sitecustomize.py", "usercustomize.py"):
+        (tmp_path / name).write_text("import os; os._exit(99)\n")
+    monkeypatch.chdir(tmp_path)
+    for variable, value in (("PYTHONPATH", ":"), ("PYTHONPATH", "."), ("PYTHONHOME", "."), ("PYTHONSTARTUP", "x.py")):
+        monkeypatch.setenv(variable, value)
+        assert "PYTHONHOME" not in programs.python_environment()
+        done = programs.run(programs.python("nbdnfs", "--version"), what="asking", env=programs.python_environment())
+        assert done == f"nbdnfs {nbdnfs.__version__}\n"
+
+
 def test_run() -> None:
     """Stdout of a success; of a failure the last line, preferably of stderr, and the command."""
     assert programs.run([SHELL, "-c", "echo out; echo err >&2"], what="trying") == "out\n"

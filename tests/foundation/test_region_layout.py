@@ -7,12 +7,15 @@ import json
 import os
 import re
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from support.fake_nfs import FakeNfsServer
 
 from nbdnfs import engine, region
+from nbdnfs.kernel.waiting import wait_until
 
 ENGINE = Path(engine.__file__).parent
 PAGE = 4096
@@ -34,7 +37,9 @@ int main(void)
     printf("\\"header\\": %zu, \\"buckets\\": %d, ", sizeof(struct region_header), HISTOGRAM_BUCKETS);
     printf("\\"offsets\\": {\\"magic\\": %zu, \\"version\\": %zu, ", AT(magic), AT(version));
     printf("\\"slots\\": %zu, \\"region_bytes\\": %zu, ", AT(slot_count), AT(region_bytes));
-    printf("\\"generation\\": %zu}, \\"counters\\": [", AT(generation));
+    printf("\\"generation\\": %zu, \\"waits\\": %zu}, ", AT(generation), AT(waits));
+    printf("\\"waits\\": [%zu, %d, %d], ", AT(waits.waiting_since_ms), REGION_CONNECTIONS, REGION_REQUESTS);
+    printf("\\"counters\\": [");
     REGION_COUNTERS(X)
     separator = "";
     printf("], \\"histograms\\": [");
@@ -67,7 +72,10 @@ def test_layout(tmp_path: Path) -> None:
         "slots": region.SLOT_COUNT_OFFSET,
         "region_bytes": region.REGION_BYTES_OFFSET,
         "generation": region.GENERATION_OFFSET,
+        "waits": region.WAITS_OFFSET,
     }
+    assert found["waits"] == [region.WAITS_OFFSET + 16, region.CONNECTIONS, region.REQUESTS]
+    assert found["header"] <= PAGE, "the slot table begins there"
     at = region.COUNTERS_OFFSET
     assert found["counters"] == [[name, at + 8 * place] for place, name in enumerate(region.COUNTERS)]
     at += 8 * len(region.COUNTERS)
@@ -136,3 +144,49 @@ def test_is_disconnected() -> None:
         os.pwrite(descriptor, b"\1", region.COUNTERS_OFFSET + 8 * region.COUNTERS.index("disconnected"))
         assert region.is_disconnected(mapping)
     os.close(descriptor)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_waits_of_a_live_region(stops: bool) -> None:
+    """While the server owes an answer, or has no connection: since when it does, and since when the request runs.
+    Nothing afterwards, and the times of another generation's worker are not read."""
+    descriptor = region.create()
+    with FakeNfsServer(bytes(64 * PAGE)) as server:
+        device = engine.Engine(server.url(), LOOPBACK, region_fd=descriptor, region_pages=256, read_ahead_pages=0)
+        try:
+            heard_ms, waiting_ms, request_ms = region.read_waits(descriptor) or (0, 0, 0)
+            assert 0 < heard_ms <= now_ms()
+            assert (waiting_ms, request_ms) == (0, 0)
+            server.hold("READ")
+            began_ms = now_ms()
+            reader = threading.Thread(target=device.pread, args=(bytearray(PAGE), 0))
+            reader.start()
+            server.wait_for(1, 10)
+            if stops:
+                server.disconnect()
+                server.wait_for(2, 10)
+            heard_ms, waiting_ms, request_ms = region.read_waits(descriptor) or (0, 0, 0)
+            assert began_ms <= request_ms <= now_ms()
+            assert began_ms <= waiting_ms <= now_ms()
+            server.release()
+            reader.join(10)
+            assert wait_until(lambda: (region.read_waits(descriptor) or (0, 1, 1))[1:] == (0, 0), 10)
+            assert (region.read_waits(descriptor) or (0, 0, 0))[0] > 0
+            os.pwrite(descriptor, b"\x7f", region.GENERATION_OFFSET)
+            assert region.read_waits(descriptor) is None
+        finally:
+            device.close()
+    os.close(descriptor)
+
+
+def test_waits_of_an_earlier_version() -> None:
+    """Its worker has left zeros there: unknown."""
+    descriptor = region.create()
+    os.truncate(descriptor, 2 * PAGE)
+    os.pwrite(descriptor, b"\1", region.GENERATION_OFFSET)
+    assert region.read_waits(descriptor) is None
+    os.close(descriptor)
+
+
+def now_ms() -> int:
+    return time.monotonic_ns() // 1_000_000

@@ -64,8 +64,7 @@ def test_a_count_that_is_not_the_datas(nas: FakeNas, engine: Engine, count: int)
     assert in_background(read_pages, engine, 5).result(DEADLINE_S) == CONTENT[5 * PAGE : 6 * PAGE]
 
 
-# MNT is not among them yet: libnfs reads its answer after ESTALE, and crashes (docs/decisions/0019)
-@pytest.mark.parametrize("op", ["LOOKUP", "FSINFO", "GETATTR", "ACCESS"])
+@pytest.mark.parametrize("op", ["LOOKUP", "FSINFO", "GETATTR", "ACCESS", "MNT"])
 @pytest.mark.parametrize("word", [0, 1, 2, 10])
 def test_stale_handles_and_lengths_without_end(nas: FakeNas, op: str, word: int) -> None:
     """What is asked when the handle is stale is not libnfs's to parse: it allocates whatever a length says.

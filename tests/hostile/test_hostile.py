@@ -16,8 +16,6 @@ from hostile import run
 ANSWERS, TRIES = (30_000, 60) if VARIABLE in os.environ else (10_000, 30)
 
 
-# `make faults` and `make hostile`: libnfs may crash on an answer to MNT after ESTALE (docs/decisions/0019)
-@pytest.mark.long
 @pytest.mark.fake
 @pytest.mark.timeout(400)
 def test_a_hostile_server() -> None:

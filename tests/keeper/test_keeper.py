@@ -20,11 +20,13 @@ from support.waiting import wait_until
 
 from nbdnfs import proc_stat
 from nbdnfs.errors import BusyError, NbdnfsError, OwnedError, PermissionDeniedError, UnavailableError
+from nbdnfs.keeper import failures
 from nbdnfs.keeper import keeper as keeper_module
 from nbdnfs.keeper import serving as serving_module
 from nbdnfs.keeper.helper_process import HelperProcess
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.records import Records
+from nbdnfs.keeper.reporter import Reporter
 from nbdnfs.keeper.sd_notify import Notifier
 from nbdnfs.keeper.worker_handle import WorkerHandle, recipe
 from nbdnfs.kernel.nbd_device import Attached
@@ -40,6 +42,10 @@ class FakeWork:
     def __init__(self) -> None:
         self.behaviours = ["serve"]
         self.provisions: list[int] = []
+        self.provision_again = False
+        self.missing_s: list[float] = []
+        self.says: tuple[str, ...] = ()
+        self.progresses: list[str] = []
         self.swap_ons = [0]
         self.on = False
         self.away = False
@@ -60,8 +66,14 @@ class FakeWork:
     def take_worker(self, parked: int) -> WorkerHandle | None:
         return WorkerHandle.take(parked, recipe(["@fake", FAKE_WORKER, self.behaviours[0]]))
 
-    def provision(self) -> HelperProcess | None:
+    def provision(self, missing_s: float) -> HelperProcess | None:
+        self.missing_s.append(missing_s)
+        if self.provision_again and len(self.provisions) == 1:
+            return self._exits(self.provisions[0])
         return self._exits(self.provisions.pop(0)) if self.provisions else None
+
+    def progress(self) -> str:
+        return self.progresses.pop(0) if self.progresses else ""
 
     def swap_on(self, attached: Attached) -> HelperProcess:
         status = self.swap_ons.pop(0) if len(self.swap_ons) > 1 else self.swap_ons[0]
@@ -82,7 +94,8 @@ class FakeWork:
         return self.addresses.pop(0) if self.addresses else ""
 
     def _exits(self, status: int) -> HelperProcess:
-        return HelperProcess(["/bin/sh", "-c", f"exit {status}"], {})
+        printed = "".join(f"echo '{line}'; " for line in self.says) if status else ""
+        return HelperProcess(["/bin/sh", "-c", f"{printed}exit {status}"], {})
 
 
 class Setup:
@@ -91,13 +104,15 @@ class Setup:
     def __init__(self, tmp_path: Path) -> None:
         self.kernel = FakeKernel(timeout_s=15)
         self.work = FakeWork()
+        self.kernel.use = lambda: "as swap" if self.work.on else ""
         self.records = Records("t", run=tmp_path)
         self.records.make()
         self.turns = 0
         self.over = threading.Event()
 
     def make(self, stored: dict[str, int] | None = None) -> Keeper:
-        return Keeper(self.kernel, self.work, self.records, Notifier({}), stored=stored or {})
+        reporter = Reporter(self.records, Notifier({}))
+        return Keeper(self.kernel, self.work, self.records, reporter, stored=stored or {})
 
     def run(self, scenario: Callable[[Keeper], None] | None, keeper: Keeper | None = None) -> int:
         """The keeper in this thread, until `scenario` in another has ended; without one until it ends by itself."""
@@ -145,13 +160,13 @@ def test_all_steps(setup: Setup) -> None:
     assert setup.kernel.read(0, 4096) == bytes(4096)
 
 
-@pytest.mark.parametrize("status", [os.EX_CANTCREAT, os.EX_CONFIG, os.EX_NOPERM])
+@pytest.mark.parametrize("status", [os.EX_CANTCREAT, os.EX_CONFIG, failures.OWNED_STATUS])
 def test_provision_fails_for_good(setup: Setup, status: int) -> None:
     """Its exit status is the keeper's; nothing was attached."""
     setup.work.provisions = [status]
     with pytest.raises(NbdnfsError) as caught:
         setup.run(None)
-    assert caught.value.exit_code == status
+    assert caught.value.exit_code == (os.EX_NOPERM if status == failures.OWNED_STATUS else status)
     assert setup.kernel.attaches == 0
     assert not setup.records.path.exists()
 
@@ -162,12 +177,70 @@ def test_provision_fails_for_now(setup: Setup) -> None:
     setup.run(watches)
 
 
+def test_a_server_whose_disks_are_not_mounted_yet(setup: Setup, capfd: pytest.CaptureFixture[str]) -> None:
+    """No file, then no permission: shown while it lasts, each reason said once, and swap is on when the file is back.
+    The helper is given the time for which the file was missing."""
+    error = ("nbdnfs: there is no file /export/swap on nas", "nbdnfs: create it")
+    setup.work.provisions = [os.EX_NOINPUT] * 3 + [os.EX_NOPERM]
+    setup.work.says = error
+    seen: list[str | None] = []
+
+    def scenario(keeper: Keeper) -> None:
+        until(lambda: len(setup.work.missing_s) >= 4)
+        until(lambda: "or the server's disks" in (setup.records.read(Records.WAITING) or ""))
+        seen.append(setup.records.read(Records.WAITING))
+        setup.work.provisions = [0]
+        watches(keeper)
+
+    setup.work.provision_again = True
+    assert setup.run(scenario) == 0
+    assert seen[0] == "there is no file /export/swap on nas (or the server's disks are not mounted yet)"
+    assert setup.records.read(Records.WAITING) is None
+    assert setup.work.missing_s[0] == setup.work.missing_s[-1] == 0.0
+    assert 0.0 < setup.work.missing_s[2] < 15.0
+    said = capfd.readouterr().err.splitlines()
+    assert [said.count(line) for line in error] == [1, 1]
+
+
+def test_the_progress_of_a_helper_is_shown(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the unit's status, while the helper runs: creating a file takes long."""
+    sent: list[str] = []
+    monkeypatch.setattr(Notifier, "send", lambda self, *lines, descriptors=(): sent.extend(lines))
+    setup.work.provisions = [0]
+    setup.work.progresses = ["", "creating the backing file: 40%"]
+    monkeypatch.setattr(setup.work, "_exits", lambda status: HelperProcess(["/bin/sleep", "2"], {}))
+
+    def scenario(keeper: Keeper) -> None:
+        until(lambda: "STATUS=creating the backing file: 40%" in sent)
+        monkeypatch.undo()
+
+    setup.run(scenario)
+    assert "STATUS=provision" in sent
+
+
 def test_first_worker_fails_for_good(setup: Setup) -> None:
     """What is wrong with the file for the first worker is wrong for all."""
-    setup.work.behaviours = [f"exit:{os.EX_NOINPUT}"]
+    setup.work.behaviours = [f"exit:{os.EX_CONFIG}"]
     with pytest.raises(NbdnfsError) as caught:
         setup.run(None)
-    assert caught.value.exit_code == os.EX_NOINPUT
+    assert caught.value.exit_code == os.EX_CONFIG
+
+
+def test_a_full_run_ends_no_keeper(setup: Setup, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """No record can be written: the keeper goes on, says so once for each, and writes them when it can."""
+    setup.records.path.rmdir()
+    setup.records.path.write_text("a file in place of the folder")
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        assert setup.records.read(Records.STATE) is None
+        setup.records.path.unlink()
+        until(lambda: setup.records.read(Records.STATE) == "watch" and setup.records.living(Records.WORKER) is not None)
+
+    assert setup.run(scenario) == 0
+    said = [line for line in capfd.readouterr().err.splitlines() if "cannot write the record" in line]
+    assert len(said) == len(set(said)) >= 3
+    assert "Traceback" not in "".join(said)
 
 
 def test_first_worker_fails_for_now(setup: Setup) -> None:
@@ -194,6 +267,42 @@ def test_mkswap_is_refused(setup: Setup) -> None:
     assert setup.kernel.find() is None
 
 
+def test_an_error_leaves_a_device_in_use(setup: Setup) -> None:
+    """What uses it need not be swap: dm-crypt on top of it. Worker, region and records are for the next keeper."""
+    setup.work.swap_ons = [os.EX_CANTCREAT]
+    setup.kernel.use = lambda: "by dm-0"
+    with pytest.raises(NbdnfsError) as caught:
+        setup.run(None)
+    assert caught.value.exit_code == os.EX_CANTCREAT
+    assert setup.kernel.disconnects == 0
+    assert setup.kernel.read(0, 4096) == bytes(4096)
+    assert setup.records.living(Records.WORKER) is not None
+
+
+def test_a_device_with_something_on_top(setup: Setup, capfd: pytest.CaptureFixture[str]) -> None:
+    """A keeper that takes it over keeps it, and does not try to swap to it, which could only fail."""
+    stored: dict[str, int] = {}
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        stored["region"] = os.dup(keeper._region)
+
+    setup.run(scenario)
+    setup.work.on, setup.work.swap_ons = False, [os.EX_CANTCREAT]
+    setup.kernel.use = lambda: "by dm-0"
+
+    def later(keeper: Keeper) -> None:
+        watches(keeper)
+        os.kill(setup.work.started[0].pid, signal.SIGKILL)
+        setup.kernel.wait_for_link(2)
+
+    assert setup.run(later, setup.make(stored)) == 0
+    assert not setup.work.on
+    assert setup.kernel.disconnects == 0
+    assert setup.kernel.read(0, 4096) == bytes(4096)
+    assert "its own swap is off: /dev/nbd7 is in use by dm-0" in capfd.readouterr().err
+
+
 def test_workers_that_fail_later_are_no_reason_to_end(setup: Setup) -> None:
     """With the device attached there is no last try, whatever their status is."""
 
@@ -208,12 +317,13 @@ def test_workers_that_fail_later_are_no_reason_to_end(setup: Setup) -> None:
     setup.run(scenario)
 
 
-@pytest.mark.parametrize("swapped_on", [True, False])
-def test_another_machine_has_taken_the_file(setup: Setup, swapped_on: bool) -> None:
+@pytest.mark.parametrize(("swapped_on", "use"), [(True, "as swap"), (False, ""), (False, "by dm-0")])
+def test_another_machine_has_taken_the_file(setup: Setup, swapped_on: bool, use: str) -> None:
     """The next worker finds it so: the device is taken down, so that what waits for it fails, and the keeper ends for
     good, without one more worker."""
     if not swapped_on:
-        setup.work.swap_ons = [os.EX_TEMPFAIL]
+        setup.work.swap_ons = [os.EX_UNAVAILABLE]
+    setup.kernel.use = lambda: use
 
     def scenario(keeper: Keeper) -> None:
         until(lambda: keeper.standby.is_ready)
@@ -229,7 +339,7 @@ def test_another_machine_has_taken_the_file(setup: Setup, swapped_on: bool) -> N
     assert caught.value.exit_code == os.EX_NOPERM
     assert setup.kernel.find() is None
     assert len(setup.work.started) == 3
-    assert setup.records.read(Records.STATE) == (Records.STOLEN if swapped_on else None)
+    assert setup.records.read(Records.STATE) == (Records.STOLEN if use else None)
 
 
 def test_standbys_that_fail_do_not_disturb_the_connection(setup: Setup) -> None:
@@ -275,6 +385,7 @@ def test_what_is_tried_again_is_said_once(setup: Setup, capfd: pytest.CaptureFix
         assert setup.kernel.refuses == []
 
     setup.run(scenario)
+    assert setup.records.read(Records.SAID) is None
     killed, forbidden, back, *_ = capfd.readouterr().err.splitlines()
     assert killed.endswith("has ended (killed by signal 9)")
     assert forbidden == "nbdnfs: t: /dev/nbd7: cannot: Operation not permitted"

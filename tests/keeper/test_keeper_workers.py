@@ -28,6 +28,7 @@ from nbdnfs.errors import OwnedError
 from nbdnfs.keeper import serving as serving_module
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.records import Records
+from nbdnfs.keeper.reporter import Reporter
 from nbdnfs.keeper.sd_notify import Notifier
 from nbdnfs.kernel.nbd_handshake import Export, TransmissionFlags
 from nbdnfs.nas import owner_record, ownership
@@ -63,7 +64,7 @@ class Setup:
             self.kernel,
             self.work,
             self.records,
-            Notifier({}),
+            Reporter(self.records, Notifier({})),
             stored={name: os.dup(descriptor) for name, descriptor in self.parked.items()},
         )
         self.parked = {"region": os.dup(keeper._region)}  # what systemd's store does

@@ -3,13 +3,135 @@
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
+
 import pytest
 from support.nfs_server import LOOPBACK, FileOnServer
 from support.owner_records import HOLDER, beside, record_path
 
-from nbdnfs.keeper import main
+from nbdnfs.errors import ConfigError, NbdnfsError, NoHostError, UnavailableError
+from nbdnfs.keeper import failures, main
+from nbdnfs.keeper.records import Records
+from nbdnfs.keeper.reporter import Reporter
+from nbdnfs.keeper.sd_notify import Notifier
 from nbdnfs.kernel import nbd_device
 from nbdnfs.nas import owner_record, ownership
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the records are. This process is root, has its allocator and is the keeper; no device is attached."""
+    monkeypatch.setattr(main.only_keeper, "become", lambda records: -1)
+    monkeypatch.setitem(Records.__init__.__kwdefaults__, "run", tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("PYTHONMALLOC", "malloc")
+    monkeypatch.setenv("INVOCATION_ID", "0" * 32)
+    monkeypatch.setattr(nbd_device, "find", lambda backend: None)
+    return tmp_path
+
+
+@pytest.fixture
+def slept_s(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What would have been slept."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    return slept
+
+
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def run(*arguments: object, **options: object) -> int:
+        raise error
+
+    monkeypatch.setattr(main, "_run", run)
+
+
+@pytest.mark.usefixtures("run_folder")
+def test_the_pace_of_keepers_that_fail(
+    slept_s: list[float], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first one waits for the rest of a second, those that fail in the same way for the rest of ten, and say
+    nothing; what is wrong stands in a record for `status`. Another error is said, after a second again."""
+    fail_with(monkeypatch, UnavailableError("the driver is away", "wait"))
+    assert [main.run("swap0") for _ in range(3)] == [os.EX_UNAVAILABLE] * 3
+    assert capfd.readouterr().err.splitlines() == ["nbdnfs: swap0: the driver is away", "nbdnfs: swap0: wait"]
+    assert Records("swap0").read(Records.WAITING) == "the driver is away"
+    fail_with(monkeypatch, NbdnfsError("something else"))
+    main.run("swap0")
+    assert [round(one) for one in slept_s] == [1, 10, 10, 1]
+    fail_with(monkeypatch, ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        main.run("swap0")
+    assert [round(one) for one in slept_s] == [1, 10, 10, 1, 1]
+
+
+@pytest.mark.usefixtures("run_folder")
+def test_who_reports_an_end(slept_s: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A final error, and any error where a person has started the keeper, is raised each time, and at once."""
+    for _ in range(2):
+        fail_with(monkeypatch, ConfigError("it is wrong"))
+        with pytest.raises(ConfigError):
+            main.run("swap0")
+    monkeypatch.delenv("INVOCATION_ID")
+    for _ in range(2):
+        fail_with(monkeypatch, UnavailableError("it is away"))
+        with pytest.raises(UnavailableError):
+            main.run("swap0")
+    assert slept_s == []
+
+
+@pytest.mark.usefixtures("run_folder", "slept_s")
+def test_nothing_is_final_with_the_device_attached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But that another machine has the file: there is nothing to keep any more."""
+    monkeypatch.setattr(nbd_device, "find", lambda backend: nbd_device.Attached(0, 1 << 20))
+    for status in failures.FINAL_STATUSES:
+        error = NbdnfsError("it is wrong")
+        error.exit_code = status
+        fail_with(monkeypatch, error)
+        assert main.run("swap0") == os.EX_UNAVAILABLE
+    fail_with(monkeypatch, failures.stolen("swap0"))
+    with pytest.raises(NbdnfsError) as caught:
+        main.run("swap0")
+    assert caught.value.exit_code == os.EX_NOPERM
+
+
+@pytest.mark.usefixtures("run_folder", "slept_s")
+def test_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is done on a guess: what is attached and what is swap could not be seen."""
+    monkeypatch.setattr(os.path, "exists", lambda path: not str(path).startswith("/proc"))
+    assert main.run("swap0") == os.EX_UNAVAILABLE
+    assert Records("swap0").read(Records.WAITING) == "/proc is not mounted"
+
+
+def test_a_name_service_that_comes_up_later(
+    run_folder: Path, slept_s: list[float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is waited for, said once, and shown meanwhile."""
+
+    class Url:
+        tries = 0
+
+        def resolve(self) -> str:
+            self.tries += 1
+            if self.tries <= 8:
+                raise NoHostError("the NFS server 'nas' is unknown")
+            return "192.0.2.1"
+
+    records = Records("swap0", run=run_folder)
+    assert main._resolve(Url(), Reporter(records, Notifier({}))) == "192.0.2.1"  # type: ignore[arg-type]
+    assert max(slept_s) <= 15
+    assert records.read(Records.WAITING) is None
+    assert capfd.readouterr().err == "nbdnfs: swap0: the NFS server 'nas' is unknown; trying again until it is known\n"
+
+
+def test_no_room_for_records(tmp_path: Path) -> None:
+    """Before there is swap, it is an error that passes; with swap in use it is none."""
+    (tmp_path / "swap0").write_text("a file in place of the folder")
+    records = Records("swap0", run=tmp_path)
+    main._reserve_records(records, is_attached=True)
+    with pytest.raises(UnavailableError, match="no room for records"):
+        main._reserve_records(records, is_attached=False)
 
 
 def test_a_failed_keeper_releases_the_file(swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,3 +143,17 @@ def test_a_failed_keeper_releases_the_file(swap_file: FileOnServer, monkeypatch:
     monkeypatch.setattr(nbd_device, "find", lambda backend: None)
     main._release_unless_attached("swap0", swap_file.url(), LOOPBACK)
     assert beside(swap_file) == []
+
+
+def test_starts_again_with_an_environment_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What systemd has set stays; of the caller's Python settings, nothing does."""
+    calls: list[tuple[str, list[str], dict[str, str]]] = []
+    monkeypatch.setattr(os, "execve", lambda *call: calls.append(call))
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/x")
+    monkeypatch.setenv("PYTHONPATH", ":/somewhere")
+    main._start_again("swap0", ["--steal"])
+    ((program, command, environment),) = calls
+    assert command == [program, "-P", "-m", "nbdnfs", "run", "swap0", "--steal"]
+    assert (environment["PYTHONMALLOC"], environment["NOTIFY_SOCKET"]) == ("malloc", "/run/x")
+    assert "somewhere" not in environment["PYTHONPATH"]
+    assert all(map(os.path.isabs, environment["PYTHONPATH"].split(":")))

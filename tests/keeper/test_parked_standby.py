@@ -27,6 +27,7 @@ from nbdnfs.errors import UnavailableError
 from nbdnfs.keeper import worker_handle
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.records import Records
+from nbdnfs.keeper.reporter import Reporter
 from nbdnfs.keeper.sd_notify import Notifier
 from nbdnfs.keeper.worker_handle import WorkerHandle, recipe
 from nbdnfs.kernel import nbd_handshake
@@ -59,7 +60,8 @@ class Setup:
         """A keeper in this thread, which gets what is stored, until `scenario` in another one has ended. It then closes
         what it has and does no more, which is what SIGKILL leaves behind."""
         found = self.systemd.hand_over() if stored is None else stored
-        keeper = Keeper(self.kernel, self.work, self.records, Notifier(self.systemd.environment), stored=found)
+        notifier = Notifier(self.systemd.environment)
+        keeper = Keeper(self.kernel, self.work, self.records, Reporter(self.records, notifier), stored=found)
         try:
             run_keeper(keeper, scenario, self.over, join_s=60)
         finally:
@@ -270,7 +272,7 @@ def test_down_ends_the_standby(setup: Setup) -> None:
     """By its record, with a systemd that keeps the store of a stopped unit."""
     standby = parked_by_a_killed_keeper(setup)
     (setup.records.path / Records.KEEPER).unlink()  # it would be this process
-    up_down._take_down(setup.records, None)
+    up_down._take_down(setup.records, None, frozenset())
     wait_until_ended(standby)
 
 

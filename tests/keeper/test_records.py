@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,8 +30,91 @@ def test_text(records: Records) -> None:
     records.write("state", "attach")
     assert records.read("state") == "attach"
     assert os.listdir(records.path) == ["state"]
+    assert (records.path / "state").read_text() == "attach\n"
+    records.write("state", "provision")
+    records.write("state", "on")
+    assert (records.path / "state").read_text() == "on\n"
     records.remove()
     assert records.read("state") is None
+
+
+def test_reserved_records_are_no_records(records: Records) -> None:
+    """They are there, with a byte each, and hold nothing; what one holds already stays."""
+    records.write(Records.OWNER, "yes")
+    records.reserve()
+    assert {key: records.read(key) for key in Records.KEYS if records.read(key)} == {Records.OWNER: "yes"}
+    assert all((records.path / key).stat().st_size for key in Records.KEYS if key != Records.SAID)
+    records.write(Records.STATE, "")
+    assert records.read(Records.STATE) is None
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe", b"swap\x80"])
+def test_a_damaged_record(records: Records, data: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    """What is not text is as good as none, and is reported once."""
+    (records.path / Records.ADDRESS).write_bytes(data)
+    (records.path / Records.WORKER).write_bytes(b"1 1 " + data)
+    for _ in range(2):
+        assert records.read(Records.ADDRESS) is None
+        assert records.living(Records.WORKER) is None
+    assert capfd.readouterr().err.splitlines() == [
+        f"nbdnfs: swap0: the record {records.path / key} is damaged, and is ignored"
+        for key in (Records.ADDRESS, Records.WORKER)
+    ]
+
+
+@pytest.fixture
+def small_run(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs that takes next to nothing."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", tmp_path], check=True)
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def fill(folder: Path) -> None:
+    with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.server
+def test_a_full_run(small_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Reserved records are written all the same; others are kept, reported once, and written when there is room."""
+    records, other = Records("swap0", run=small_run), Records("swap1", run=small_run)
+    records.reserve()
+    fill(small_run)
+    for text in ("x" * 1000, "y", "z" * 3000):
+        records.write(Records.STATE, text)
+        assert records.read(Records.STATE) == text
+    with pytest.raises(OSError, match="No space left"):
+        other.reserve()
+    assert capfd.readouterr().err == ""
+    for _ in range(3):
+        other.put(Records.STATE, "watch")
+        other.put_process(Records.KEEPER, os.getpid(), "1")
+    assert other.read(Records.STATE) is None
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.rpartition("/")[2] for line in lines] == [
+        f"{key}: No space left on device; trying again until it can" for key in ("state", "keeper")
+    ]
+    (small_run / "filler").unlink()
+    other.retry()
+    assert other.read(Records.STATE) == "watch"
+    assert other.living(Records.KEEPER) is not None
+
+
+@pytest.mark.server
+def test_a_read_only_run(small_run: Path) -> None:
+    """What is there can be read; what is to be written waits until it can."""
+    records = Records("swap0", run=small_run)
+    records.reserve()
+    subprocess.run(["mount", "-o", "remount,ro", small_run], check=True)
+    records.put(Records.STATE, "watch")
+    assert records.read(Records.STATE) is None
+    subprocess.run(["mount", "-o", "remount,rw", small_run], check=True)
+    records.retry()
+    assert records.read(Records.STATE) == "watch"
 
 
 def test_an_earlier_version_wrote_lost(records: Records) -> None:
@@ -43,7 +128,7 @@ def test_an_earlier_version_wrote_lost(records: Records) -> None:
 def test_process(records: Records) -> None:
     """A living process is found; an ended one is not, nor one with another start time, nor nonsense."""
     with subprocess.Popen(["/bin/sleep", "60"]) as sleep:
-        records.write_process("worker", sleep.pid, "1.2")
+        assert records.put_process("worker", sleep.pid, "1.2")
         found = records.living("worker")
         assert found is not None
         assert (found.pid, found.version) == (sleep.pid, "1.2")
@@ -52,9 +137,8 @@ def test_process(records: Records) -> None:
         sleep.kill()
     assert records.living("worker") is None
     assert records.process("worker") == found
-    with pytest.raises(ProcessLookupError):
-        records.write_process("worker", sleep.pid, "1.2")
-    for text in ("", "x 1 2", "1 2", "-1 5 6"):
+    assert not records.put_process("worker", sleep.pid, "1.2")
+    for text in ("", "x 1 2", "1 2", "-1 5 6", "\u00b2 1 1", f"{'9' * 5000} 1 1"):
         records.write("worker", text)
         assert records.process("worker") is None
 

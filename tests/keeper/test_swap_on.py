@@ -8,20 +8,31 @@ from typing import Any
 
 import pytest
 
+from nbdnfs.config import Config
 from nbdnfs.errors import BusyError
+from nbdnfs.keeper import real_work
 from nbdnfs.keeper.helpers import swap_on
 from nbdnfs.kernel import swap_area
+from nbdnfs.kernel.nbd_device import Attached
 
 
-@pytest.mark.parametrize(
-    ("words", "priority", "discard"), [(["-", "swap0"], None, False), (["7", "swap0", "--discard"], 7, True)]
-)
-def test_arguments(monkeypatch: pytest.MonkeyPatch, words: list[str], priority: int | None, discard: bool) -> None:
-    """As the keeper gives them: RealWork.swap_on."""
+@pytest.mark.parametrize("priority", [None, 7])
+@pytest.mark.parametrize("discard", [False, True])
+@pytest.mark.parametrize("is_owned", [False, True])
+def test_arguments(monkeypatch: pytest.MonkeyPatch, priority: int | None, discard: bool, is_owned: bool) -> None:
+    """What the keeper gives arrives."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(real_work, "HelperProcess", lambda argv, environment, *, stdout: commands.append(argv))
+    config = Config("swap0", "nfs://127.0.0.1/x/y", priority=priority, discard=discard, owner=is_owned)
+    real_work.RealWork(config, config.url, "127.0.0.1").swap_on(Attached(index=0, size_bytes=4096))
+    ((_, _, module, *arguments),) = commands
+    assert module == swap_on.__name__
     asked: list[tuple[Path, dict[str, Any]]] = []
     monkeypatch.setattr(swap_area, "enable", lambda path, **settings: asked.append((path, settings)))
-    assert swap_on.main(["/dev/nbd0", *words]) == 0
-    assert asked == [(Path("/dev/nbd0"), {"priority": priority, "label": "swap0", "discard": discard})]
+    assert swap_on.main(arguments) == 0
+    assert asked == [
+        (Path("/dev/nbd0"), {"priority": priority, "label": "swap0", "discard": discard, "is_owned": is_owned})
+    ]
 
 
 def test_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,11 +7,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from support.nbd_tree import add_partition, make_machine, opened_by
+from support.nbd_tree import FakeNetlink, add_partition, make_machine, opened_by
 
 from nbdnfs.errors import BusyError
 from nbdnfs.kernel import device_in_use, waiting
 from nbdnfs.kernel import state as kernel_state
+from nbdnfs.kernel.nbd_netlink import NbdNetlink
 
 
 @pytest.fixture
@@ -32,6 +33,10 @@ def refuse(root: Path) -> None:
     device = kernel_state.nbd_device("nbd1", root)
     assert device is not None
     device_in_use.refuse_if_in_use(device, root)
+
+
+def netlink(kernel: FakeNetlink) -> NbdNetlink:
+    return kernel  # type: ignore[return-value]
 
 
 def refused(root: Path, message: str) -> BusyError:
@@ -156,3 +161,87 @@ def test_a_server_that_is_gone_does_not_keep_the_device(
         if thread is not threading.current_thread() and thread.daemon:
             thread.join(10)
     assert threading.active_count() <= before
+
+
+def test_disconnect_refuses_what_is_in_use(root: Path) -> None:
+    """Swap on a device on top, which no list of swaps leads to: with the order in which to take it down."""
+    kernel = FakeNetlink(root)
+    (root / "sys/block/nbd1/holders/dm-0").mkdir(parents=True)
+    (root / "sys/block/dm-0").mkdir()
+    (root / "sys/block/dm-0/dev").write_text("253:0\n")
+    use_as_swap(root, "/dev/dm-0")
+    with pytest.raises(BusyError, match="in use by dm-0, which is swapped on") as caught:
+        device_in_use.disconnect(netlink(kernel), 1, root)
+    assert caught.value.hint == "swapoff /dev/dm-0, then take dm-0 down first (see lsblk)"
+    assert kernel.disconnects == []
+
+
+def test_the_device_stays_claimed_until_it_is_disconnected(root: Path) -> None:
+    """So that swapon(2) and mount(2) do not come between look and DISCONNECT; then the claim is given up."""
+    kernel = FakeNetlink(root)
+    claims: list[bool] = []
+
+    def is_open() -> bool:
+        return any(os.path.samefile(f"/proc/self/fd/{number}", node) for number in open_files())
+
+    def open_files() -> list[str]:
+        return [number for number in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{number}")]
+
+    node = root / "dev/nbd1"
+
+    real = kernel.disconnect
+
+    def disconnect(index: int) -> None:
+        claims.append(is_open())
+        real(index)
+
+    kernel.disconnect = disconnect  # type: ignore[method-assign]
+    device_in_use.disconnect(netlink(kernel), 1, root)
+    assert (claims, kernel.disconnects) == ([True], [1])
+    assert not is_open()
+
+
+def test_what_is_not_attached_is_not_asked(root: Path) -> None:
+    """A device that never showed up, or is about to go: DISCONNECT is harmless."""
+    kernel = FakeNetlink(root)
+    device_in_use.disconnect(netlink(kernel), 0, root)
+    assert kernel.disconnects == [0]
+
+
+def test_own_processes_do_not_count(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mkswap of the caller that a dead server holds up, which has the device claimed: DISCONNECT ends it."""
+    monkeypatch.setattr(device_in_use, "_OPENERS_GRACE_S", 0.05)
+    monkeypatch.setattr(device_in_use, "_claim", lambda node: pytest.fail("the claim is that process's"))
+    opened_by(root, 80, "mkswap", "/dev/nbd1")
+    other = opened_by(root, 81, "dd", "/dev/nbd1")
+    kernel = FakeNetlink(root)
+    with pytest.raises(BusyError, match=r"is open in dd \(process 81\)"):
+        device_in_use.disconnect(netlink(kernel), 1, root, ours=frozenset({80}))
+    other.unlink()
+    device_in_use.disconnect(netlink(kernel), 1, root, ours=frozenset({80}))
+    assert kernel.disconnects == [1]
+
+
+def test_own_swap_does_not_count(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a caller that turns it off first. What is on a partition, on top, or open does."""
+    monkeypatch.setattr(device_in_use, "_OPENERS_GRACE_S", 0.05)
+    add_partition(root, 1)
+    device = kernel_state.nbd_device("nbd1", root)
+    assert device is not None
+    use_as_swap(root, "/dev/nbd1")
+    device_in_use.refuse_other_uses(device, root)
+    use_as_swap(root, "/dev/nbd1p1")
+    with pytest.raises(BusyError, match="in use as swap"):
+        device_in_use.refuse_other_uses(device, root)
+    use_as_swap(root, "/dev/nbd1")
+    opened_by(root, 77, "dd", "/dev/nbd1")
+    with pytest.raises(BusyError, match="is open in dd"):
+        device_in_use.refuse_other_uses(device, root)
+
+
+def test_fail_requests_asks_nothing(root: Path) -> None:
+    """Where another machine has the file, requests must not wait for ever."""
+    kernel = FakeNetlink(root)
+    use_as_swap(root, "/dev/nbd1")
+    device_in_use.fail_requests(netlink(kernel), 1)
+    assert kernel.disconnects == [1]

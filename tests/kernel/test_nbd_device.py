@@ -120,6 +120,27 @@ def test_no_device_is_left_behind(kernel: FakeNetlink, sock: socket.socket) -> N
     assert kernel.disconnects == [0]
 
 
+def test_a_device_that_another_program_uses_stays(
+    kernel: FakeNetlink, sock: socket.socket, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been put to use as soon as it was there: then a failed set-up is no reason to take it down."""
+    (root / "sys/block/nbd0/holders/dm-0").mkdir(parents=True)
+    monkeypatch.setattr(nbd_device, "_set_up_queue", lambda *arguments: pytest.fail("it fails"))
+    with pytest.raises(pytest.fail.Exception):
+        attach(kernel, sock, index=0)
+    assert kernel.disconnects == []
+
+
+def test_one_device_for_a_backend(kernel: FakeNetlink, sock: socket.socket, root: Path) -> None:
+    """A second one would write over the pages of the first."""
+    attached = attach(kernel, sock)
+    with pytest.raises(BusyError, match=f"{attached.path} is attached to nbdnfs:swap0 already"):
+        attach(kernel, sock)
+    with pytest.raises(BusyError):
+        attach(kernel, sock, index=0)
+    assert len(kernel.connects) == 1
+
+
 @pytest.mark.parametrize(("refusals", "index", "works"), [(2, 0, True), (1000, 0, False), (1, None, False)])
 def test_a_busy_device(
     kernel: FakeNetlink,
@@ -161,10 +182,7 @@ def test_the_keepers_device_is_an_nbd_device(device: str) -> None:
 
 
 def test_imports() -> None:
-    """`status` has this module as well: neither netlink nor threads come with it."""
-    code = (
-        "import sys, nbdnfs.kernel.nbd_device;"
-        "print([m for m in sys.modules if 'netlink' in m or m in ('queue', 'nbdnfs.kernel.device_in_use')])"
-    )
+    """`status` has this module as well: netlink does not come with it."""
+    code = "import sys, nbdnfs.kernel.nbd_device;print([m for m in sys.modules if 'netlink' in m or m == 'queue'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "[]\n"

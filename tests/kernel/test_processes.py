@@ -16,16 +16,6 @@ def write(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_openers(tmp_path: Path) -> None:
-    """Processes whose descriptors lead to the device; others, and processes that ended, are passed over."""
-    write(tmp_path, {"proc/12/comm": "dd\n", "proc/13/comm": "sh\n", "proc/5/comm": "gone\n", "proc/uptime": "1 1\n"})
-    for pid, target in ((12, "/dev/nbd0"), (13, "/dev/nbd01")):
-        (tmp_path / f"proc/{pid}/fd").mkdir()
-        (tmp_path / f"proc/{pid}/fd/0").symlink_to("/dev/null")
-        (tmp_path / f"proc/{pid}/fd/3").symlink_to(target)
-    assert processes.openers("/dev/nbd0", tmp_path) == [(12, "dd")]
-
-
 def stat_line(pid: int, name: str, *, flags: int, minor: int, major: int, rt_priority: int, policy: int) -> str:
     """A line of /proc/PID/stat with 52 fields, of which those that are read have values of their own."""
     fields = ["0"] * 52
@@ -77,12 +67,6 @@ def test_a_process_without_memory(tmp_path: Path) -> None:
     process = processes.process(7, write(tmp_path, {"proc/7/status": "Name:\tx\n", "proc/7/stat": stat}))
     assert process is not None
     assert (process.locked_bytes, process.resident_bytes, process.oom_score_adj, process.tasks) == (0, 0, 0, ())
-
-
-def test_an_open_file_has_us_as_opener(tmp_path: Path) -> None:
-    """On the running kernel: the pid of this process for a file that it holds open."""
-    with (tmp_path / "x").open("w") as file:
-        assert os.getpid() in [pid for pid, _ in processes.openers(file.name)]
 
 
 def test_this_process() -> None:

@@ -35,10 +35,11 @@ def test_a_new_file_has_every_block_written(server: FakeServer) -> None:
 @pytest.mark.parametrize(
     ("size_bytes", "message", "hint"),
     [
-        (0, "0 bytes are too few", "2G"),
-        (-4096, "-4096 bytes are too few", "2G"),
+        (0, "0 bytes is too small", "2G"),
+        (-4096, "-4096 bytes is too small", "2G"),
         (36864, "a swap area has at least 40960", "2G"),
         (1_000_000, "not a multiple of 4096", "1003520"),
+        (200 << 40, "is too large: a swap area has at most 16 TiB", "2G"),
     ],
 )
 def test_impossible_sizes(server: FakeServer, size_bytes: int, message: str, hint: str) -> None:

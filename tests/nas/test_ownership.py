@@ -30,7 +30,7 @@ from support.owner_records import (
 )
 from support.waiting import in_background
 
-from nbdnfs import nfs_url
+from nbdnfs import name_lock, nfs_url
 from nbdnfs.engine import NfsFile
 from nbdnfs.errors import ConfigError, NbdnfsError, NoInputError, OwnedError, PermissionDeniedError
 from nbdnfs.nas import backing_file, owner_record, ownership, part_file, remote_file
@@ -55,6 +55,15 @@ def refused(file: FileOnServer, me: Identity, *words: str, **options: str | Path
         refreshed=0,  # type: ignore[type-var]
     )
     assert beside(file) == [record_path(file)]
+
+
+def test_a_keeper_lives_from_its_start(tmp_path: Path) -> None:
+    """Not only once its device is attached: two names for one file may start at the same moment."""
+    assert not ownership._lives("keeper:swap0", tmp_path)
+    lock = name_lock.take("swap0", name_lock.KEEPER, root=tmp_path)
+    assert ownership._lives("keeper:swap0", tmp_path)
+    assert not ownership._lives("keeper:swap1", tmp_path)
+    os.close(lock)
 
 
 @each_version

@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import errno
+import socket
+import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from support import fake_files
-from support.fake_files import CHUNK, SIZE, URL, WINDOW_CHUNKS, FakeServer, Inode, InterruptAt, fails_with, part_names
+from support.fake_files import CHUNK, SIZE, URL, WINDOW_CHUNKS, FakeServer, Inode, InterruptAt, fails_with
 
 from nbdnfs import nfs_url
-from nbdnfs.errors import CannotCreateError, NoInputError, PermissionDeniedError
-from nbdnfs.nas import backing_file, part_file
+from nbdnfs.errors import BusyError, CannotCreateError, NoInputError, PermissionDeniedError
+from nbdnfs.nas import backing_file, owner_record, part_file, patience
 
 
 @pytest.fixture
@@ -22,20 +25,47 @@ def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
 
 
 @pytest.mark.parametrize("done_chunks", [0, 1, 20, 63])
-def test_resumes_after_an_interruption(server: FakeServer, done_chunks: int) -> None:
-    """Ctrl-C leaves the part file; the next create writes the rest, and no more than the window twice."""
-    with pytest.raises(KeyboardInterrupt):
-        backing_file.create(URL, SIZE, progress=InterruptAt(done_chunks * CHUNK))
-    (part_name,) = part_names(server)
-    assert list(server.files) == [part_name]
-    part = server.files[part_name]
-    server.writes = 0
+def test_resumes_after_its_creator_was_killed(server: FakeServer, done_chunks: int) -> None:
+    """SIGKILL leaves the part file; the next create writes the rest, and no more than the window twice."""
+    part = server.add(part_file.name_of(nfs_url.parse(URL)), bytes(done_chunks * CHUNK))
     seen: list[int] = []
     backing_file.create(URL, SIZE, progress=lambda done, total: seen.append(done))
     assert server.files == {"swap0": part}
     assert bytes(part.data) == bytes(SIZE)
     assert server.writes <= SIZE // CHUNK - done_chunks + WINDOW_CHUNKS
     assert seen[0] >= (done_chunks - WINDOW_CHUNKS) * CHUNK
+
+
+@pytest.mark.parametrize("done_chunks", [0, 1, 20, 63])
+def test_an_interruption_leaves_nothing(server: FakeServer, done_chunks: int) -> None:
+    """Ctrl-C in the middle: the part file goes, whether it is new or of a creator that was killed."""
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            backing_file.create(URL, SIZE, progress=InterruptAt(done_chunks * CHUNK))
+        assert not server.files
+        server.add(part_file.name_of(nfs_url.parse(URL)), bytes(done_chunks * CHUNK))
+
+
+def test_a_stop_leaves_nothing(server: FakeServer) -> None:
+    """The event of patience.interruptible, as a signal sets it, ends it between two writes."""
+    stop = threading.Event()
+    server.hold_write_at = 20 * CHUNK  # nothing is answered from there on, until the end
+    try:
+        with patience.interruptible(stop), pytest.raises(patience.Interrupted):
+            backing_file.create(URL, SIZE, progress=lambda done, total: stop.set() if done == 20 * CHUNK else None)
+    finally:
+        server.let_go.set()
+    assert not server.files
+
+
+def test_a_part_that_grows_is_another_machines(server: FakeServer) -> None:
+    """A clone with the same ids creates the file now: what it writes would be written over the swap of this one."""
+    part = server.add(part_file.name_of(nfs_url.parse(URL)), bytes(CHUNK))
+    server.before_stat = lambda: part.data.extend(bytes(CHUNK))
+    fails_with(BusyError, "another machine with the same machine id", "needs a new id")
+    server.before_stat = lambda: None
+    assert server.files == {part_file.name_of(nfs_url.parse(URL)): part}
+    assert not part.written
 
 
 @pytest.mark.parametrize(
@@ -69,14 +99,15 @@ def test_created_by_another_machine_meanwhile(server: FakeServer) -> None:
 
 
 def test_a_server_without_hard_links(server: FakeServer) -> None:
-    """The part file is renamed instead, unless the name is taken by then."""
+    """The part file is renamed instead, unless the name is taken by then, however late."""
     server.has_links = False
     backing_file.create(URL, SIZE)
     assert list(server.files) == ["swap0"]
     server.files.clear()
-    server.before_link = lambda: server.files.setdefault("swap0", Inode(1, bytearray(b"theirs")))
+    server.before_create = lambda name: name == "swap0" and server.files.setdefault("swap0", theirs)
+    theirs = Inode(1, bytearray(b"theirs"))
     fails_with(CannotCreateError, "was created by another machine", "--force")
-    assert bytes(server.files["swap0"].data) == b"theirs"
+    assert server.files == {"swap0": theirs}
 
 
 def test_no_room_for_a_name(server: FakeServer) -> None:
@@ -124,8 +155,27 @@ def test_long_names_keep_within_255_bytes(server: FakeServer) -> None:
 
 
 def test_part_names_differ_by_file_and_machine(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two machines that create the same file do not write into each other's part file."""
+    """Two machines that create the same file do not write into each other's part file.
+
+    Clones have the same machine id and host name: the hardware tells them apart, and where it has no id, the boot.
+    """
     names = {part_file.name_of(nfs_url.parse(url)) for url in (URL, URL.replace("swap0", "swap1"))}
     monkeypatch.setattr("socket.gethostname", lambda: "another")
     names.add(part_file.name_of(nfs_url.parse(URL)))
-    assert len(names) == 3
+    target = nfs_url.parse(URL)
+    me = owner_record.Identity("1" * 32, "2" * 32, "-", "box")
+    for identity in (me, replace(me, boot="3" * 32), replace(me, hardware="4" * 32), replace(me, hardware="5" * 32)):
+        monkeypatch.setattr(owner_record, "identity", lambda identity=identity: identity)
+        names.add(part_file.name_of(target))
+    assert len(names) == 7
+    monkeypatch.setattr(owner_record, "identity", lambda: replace(me, hardware="5" * 32, boot="6" * 32))
+    assert part_file.name_of(target) in names  # it is known again after a power failure
+
+
+def test_a_host_name_of_any_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sethostname(2) takes any; the name is that machine's own all the same."""
+    target = nfs_url.parse(URL)
+    before = part_file.name_of(target)
+    monkeypatch.setattr(socket, "gethostname", lambda: "b\udcff\udcfe")
+    assert part_file.name_of(target) != before
+    assert part_file.name_of(target).isascii()

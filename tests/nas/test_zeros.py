@@ -9,9 +9,9 @@ import threading
 
 import pytest
 from support import fake_files
-from support.fake_files import CHUNK, SIZE, URL, WINDOW_CHUNKS, FakeServer, Inode, InterruptAt, fails_with, part_names
+from support.fake_files import CHUNK, SIZE, URL, WINDOW_CHUNKS, FakeServer, Inode, InterruptAt, fails_with
 
-from nbdnfs import nfs_url
+from nbdnfs import backing_size, nfs_url
 from nbdnfs.errors import CannotCreateError, IOFailureError
 from nbdnfs.nas import backing_file, part_file, zeros
 
@@ -22,7 +22,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
     return fake_files.install(monkeypatch)
 
 
-@pytest.mark.parametrize("size_bytes", [backing_file.MIN_SIZE_BYTES, 11 * 4096, 1 << 20], ids=str)
+@pytest.mark.parametrize("size_bytes", [backing_size.MIN_BYTES, 11 * 4096, 1 << 20], ids=str)
 def test_sizes_that_are_not_a_multiple_of_the_chunk(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, size_bytes: int
 ) -> None:
@@ -94,13 +94,33 @@ def test_no_room_for_a_file_that_grows(server: FakeServer) -> None:
 
 
 def test_a_server_that_fails_to_write(server: FakeServer) -> None:
-    """The message says at which offset; the part file stays, and the next create resumes it."""
+    """The message says at which offset, and nothing stays."""
     server.write_errno_at = {20 * CHUNK: errno.EIO}
     fails_with(IOFailureError, "failed to write /export/swap0 at 80 KiB: Input/output error", "again")
-    assert part_names(server)
-    server.write_errno_at = {}
+    assert not server.files
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_server_that_has_no_room(server: FakeServer, force: bool) -> None:
+    """FSSTAT says so: nothing is written, and nothing stays but the file that was there."""
+    server.available_bytes = SIZE // 2
+    before = {"swap0": server.add("swap0", bytes(CHUNK))} if force else {}
+    missing = SIZE - CHUNK if force else SIZE
+    fails_with(
+        CannotCreateError,
+        f"no room in /export on 192.0.2.1: {missing // 1024} KiB are needed, and 128 KiB of 1 TiB are available",
+        "free space there",
+        force=force,
+    )
+    assert server.files == before
+    assert server.writes == 0
+
+
+def test_a_server_that_does_not_know_its_room(server: FakeServer) -> None:
+    """It says 0 of 0: the writes will show."""
+    server.available_bytes = server.total_bytes = 0
     backing_file.create(URL, SIZE)
-    assert bytes(server.files["swap0"].data) == bytes(SIZE)
+    assert list(server.files) == ["swap0"]
 
 
 def test_a_server_that_keeps_no_zeros(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:

@@ -82,7 +82,7 @@ def last_lines(status: int, command: Sequence[str], **how: Any) -> list[str]:
         (
             "nfs://nas/export/%x",
             "'%x' in the URL is not a specifier",
-            "use %H, %m, %20 and the like for a byte, or %% for a percent sign",
+            "use %H, %m, %M, %u, %20 and the like for a byte, or %% for a percent sign",
         ),
         ("nfs://nas/export/file?versoin=3", "'versoin' is not an option of an NFS URL", "did you mean 'version'?"),
         ("nfs://nas/export/file?version=2", "'version=2' in the URL is not valid", "version must be from 3 to 4"),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nbdnfs.errors import NbdnfsError
-from nbdnfs.nas import backing_file, patience, remote_file, zeros
+from nbdnfs.nas import backing_file, part_file, patience, remote_file, zeros
 
 URL = "nfs://192.0.2.1/export/swap0?version=3&uid=0&gid=0"
 CHUNK = 4096
@@ -50,6 +50,7 @@ class FakeServer:
         self.open_errno: dict[str, int] = {}
         self.create_errno = 0
         self.room_bytes = 1 << 40
+        self.total_bytes = self.available_bytes = 1 << 40
         self.no_room_errno = errno.ENOSPC
         self.write_errno_at: dict[int, int] = {}
         self.has_links = True
@@ -58,6 +59,10 @@ class FakeServer:
         self.lost_answers: list[str] = []
         self.allocates = 1.0
         self.before_link: Callable[[], object] = lambda: None
+        self.before_create: Callable[[str], object] = lambda name: None
+        self.before_stat: Callable[[], object] = lambda: None
+        self.hold_write_at = 1 << 62
+        self.let_go = threading.Event()
 
     def add(self, name: str, data: bytes = b"", **fields: Any) -> Inode:
         self.files[name] = Inode(next(self._inos), bytearray(data), **fields)
@@ -70,6 +75,8 @@ class FakeServer:
         assert address == "192.0.2.1"
         name = url.partition("?")[0].rpartition("/")[2]
         self.put_off("create" if create else "open")
+        if create:
+            self.before_create(name)
         with self._lock:
             if name in self.open_errno:
                 raise failure(self.open_errno[name])
@@ -90,6 +97,8 @@ class FakeServer:
             number = self.write_errno_at.get(offset)
             end = offset + len(data)
         try:
+            if offset >= self.hold_write_at:
+                self.let_go.wait(30)
             if number:
                 raise OSError(number, os.strerror(number))
             with self._lock:
@@ -149,6 +158,7 @@ class FakeNfsFile:
 
     def stat(self) -> dict[str, Any]:
         self._server.put_off("stat")
+        self._server.before_stat()
         inode = self._inode
         return {
             "size": len(inode.data),
@@ -157,9 +167,13 @@ class FakeNfsFile:
             "gid": inode.uid,
             "ino": inode.ino,
             "nlink": inode.nlink,
+            "mtime_us": self._server.writes,
             "used": int(len(inode.data) * self._server.allocates),
             "is_regular": inode.is_regular,
         }
+
+    def space(self) -> dict[str, int]:
+        return {"total": self._server.total_bytes, "available": self._server.available_bytes}
 
     def pwrite(self, data: memoryview, offset: int) -> int:
         return self._server.write(self._inode, bytes(data), offset)
@@ -197,6 +211,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
     server = FakeServer()
     monkeypatch.setattr(remote_file, "NfsFile", server.open)
     monkeypatch.setattr(zeros, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(part_file, "_WATCH_S", 0.0)
     monkeypatch.setattr(zeros, "_ALLOCATION_SETTLES_S", 0.0)
     monkeypatch.setattr(remote_file, "_RETRY_PAUSE_S", 0.001)
     monkeypatch.setattr(patience, "_FIRST_PAUSE_S", 0.001)

@@ -13,8 +13,9 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable
 
-from nbdnfs.errors import NbdnfsError
+from nbdnfs.errors import BusyError, NbdnfsError
 from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.kernel.nbd_handshake import Export
 from support.nbd_client import FLUSH, READ, WRITE, NbdClient, Request
@@ -25,7 +26,8 @@ class FakeLinkError(AssertionError):
 
 
 class FakeKernel:
-    """keeper.Kernel. Every wait of the client ends after `timeout_s`; the counters count the keeper's calls.
+    """keeper.Kernel. Every wait of the client ends after `timeout_s`; the counters count the keeper's calls. `use` says
+    what uses the device: "as swap", "by dm-0", or "" for nothing.
 
     The keeper's thread calls the protocol's methods; another thread does the I/O. `_lock` guards the socket and the
     device, and is notified when they change.
@@ -39,6 +41,7 @@ class FakeKernel:
         self.disconnects = 0
         self.last_outage_s = 0.0
         self.refuses: list[NbdnfsError] = []
+        self.use: Callable[[], str] = str
         self._timeout_s = timeout_s
         self._lock = threading.Condition()
         self._socket: socket.socket | None = None
@@ -80,7 +83,15 @@ class FakeKernel:
             return
         self._take(sock)
 
+    def refuse_if_used(self, attached: Attached) -> None:
+        if use := self.use():
+            raise BusyError(f"{attached.path} is in use {use}")
+
     def disconnect(self, attached: Attached) -> None:
+        self.refuse_if_used(attached)
+        self.fail_requests(attached)
+
+    def fail_requests(self, attached: Attached) -> None:
         assert attached == self.attached
         self.disconnects += 1
         self.close()

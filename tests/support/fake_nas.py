@@ -71,6 +71,7 @@ class Oddities:
     in_fragments              answers come in several RPC fragments of random sizes
     jukebox_chance            how many of the calls are answered with JUKEBOX, 0 to 1: all but NULL
     silent_every              of each procedure, one of how many calls is executed and not answered
+    total_bytes, available_bytes   what FSSTAT says; nothing keeps to it
     new_fileids, new_handles, new_fsid   what a restart changes
     """
 
@@ -89,6 +90,8 @@ class Oddities:
     in_fragments: bool = False
     jukebox_chance: float = 0.0
     silent_every: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    total_bytes: int = 1 << 40
+    available_bytes: int = 1 << 40
     new_fileids: bool = False
     new_handles: bool = False
     new_fsid: bool = False

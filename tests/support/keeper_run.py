@@ -58,8 +58,8 @@ class FakeSwap(RealWork):
         self.starts += 1
         return super().start_worker(region_fd)
 
-    def provision(self) -> HelperProcess | None:
-        return None
+    def provision(self, missing_s: float) -> HelperProcess:
+        return HelperProcess(["/bin/true"], {})
 
     def swap_on(self, attached: Attached) -> HelperProcess:
         self.on = True

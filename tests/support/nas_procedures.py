@@ -349,7 +349,9 @@ class Procedures:
     # File systems
 
     def _fsstat(self, arguments: XdrReader, credentials: Credentials | None) -> bytes:
-        return u32(NFS3_OK) + self._post_op(self._node(arguments)) + u64(*[1 << 40] * 6) + u32(0)
+        odd = self.oddities
+        sizes = u64(odd.total_bytes, odd.available_bytes, odd.available_bytes)
+        return u32(NFS3_OK) + self._post_op(self._node(arguments)) + sizes + u64(*[1 << 40] * 3) + u32(0)
 
     def _fsinfo(self, arguments: XdrReader, credentials: Credentials | None) -> bytes:
         node = self._node(arguments)

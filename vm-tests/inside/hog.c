@@ -8,6 +8,7 @@
 //
 // Progress and the verdict are JSON, one object a line, on stdout and to the file given with --report. The
 // last line is {"event": "verdict", ...}; a hog that was killed has none, or one with "complete": false.
+// With --pause MS it rests before each pass but the first, so that pages lie in swap for a while.
 // With --until FILE it does one more pass when FILE has appeared, and no further one.
 // Exit status: 0 all pages right, 1 wrong pages, 2 it could not start, 3 one of its processes was killed.
 #include <errno.h>
@@ -28,7 +29,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define PAGE_BYTES 4096
+#define PAGE_BYTES 4096 // what is checked at a time, whatever the kernel's page is
 #define PAGE_WORDS (PAGE_BYTES / sizeof(uint64_t))
 #define MAX_PROCESSES 64
 #define MAX_PASSES 64    // less than the generations that a byte can count
@@ -45,6 +46,7 @@ static enum order passes[MAX_PASSES] = {FILL, SEQUENTIAL, RANDOM, SEQUENTIAL};
 static int pass_count = 4;
 static uint64_t seed = 1;
 static unsigned rewrite_percent = 25;
+static unsigned pause_ms;
 static long spoiled_page = -1; // process 0 gets it wrong on purpose, to see the check at work
 static int report_fd = -1;
 static const char *until_path;
@@ -264,7 +266,8 @@ static void parse_options(int argc, char **argv)
         {"passes", required_argument, NULL, 'o'},  {"seed", required_argument, NULL, 'e'},
         {"rewrite", required_argument, NULL, 'w'}, {"report", required_argument, NULL, 'r'},
         {"cgroup", required_argument, NULL, 'c'},  {"spoil", required_argument, NULL, 'x'},
-        {"until", required_argument, NULL, 'u'},   {0},
+        {"until", required_argument, NULL, 'u'},   {"pause", required_argument, NULL, 'm'},
+        {0},
     };
     for (int option; (option = getopt_long(argc, argv, "", known, NULL)) != -1;) {
         switch (option) {
@@ -276,6 +279,7 @@ static void parse_options(int argc, char **argv)
         case 'c': join_cgroup(optarg); break;
         case 'x': spoiled_page = atol(optarg); break;
         case 'u': until_path = optarg; break;
+        case 'm': pause_ms = (unsigned)atoi(optarg); break;
         case 'r':
             if ((report_fd = open(optarg, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600)) < 0)
                 die(optarg);
@@ -286,7 +290,7 @@ static void parse_options(int argc, char **argv)
     if (optind < argc || processes < 1 || processes > MAX_PROCESSES || size_mib < 1 || pass_count < 1) {
         fprintf(stderr, "usage: hog [--size MIB] [--processes N] [--passes fill,sequential,random,...] [--seed N]\n"
                         "           [--rewrite PERCENT] [--cgroup FOLDER] [--report FILE] [--spoil PAGE]\n"
-                        "           [--until FILE]\n");
+                        "           [--until FILE] [--pause MS]\n");
         exit(2);
     }
 }
@@ -354,6 +358,8 @@ int main(int argc, char **argv)
     double started_s = now_s();
     bool is_last = false;
     for (int pass = 0; pass < pass_count && !is_last; pass++) {
+        if (pass > 0 && pause_ms > 0)
+            nanosleep(&(struct timespec){pause_ms / 1000, (long)(pause_ms % 1000) * 1000000}, NULL);
         is_last = pass > 0 && until_path && access(until_path, F_OK) == 0;
         double seconds = run_pass(pass, total_pages, started_s);
         snprintf(times + strlen(times), sizeof times - strlen(times), "%s{\"order\": \"%s\", \"seconds\": %.2f}",

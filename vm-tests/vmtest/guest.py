@@ -17,6 +17,7 @@ from types import MappingProxyType, TracebackType
 
 from vmtest import host, initramfs, klog, verdict
 from vmtest.channel import Channel, JobState
+from vmtest.diskless import NetworkRoot
 from vmtest.image import Image
 from vmtest.machine import Job, Result
 from vmtest.outcome import GuestFailedError, LostGuestError
@@ -48,6 +49,11 @@ _CPU = "max,la57=off,svm=off,smap=off,smep=off,pku=off,erms=off,fsrm=off"
 def seen_from_guest(url: str) -> str:
     """The URL of a server on the host's loopback, as seen from a guest."""
     return url.replace("//127.0.0.1/", f"//{HOST_ADDRESS}/", 1)
+
+
+def machine_id(name: str) -> str:
+    """The machine id of the guest of that name, in all its boots."""
+    return hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
 class GuestJob:
@@ -105,6 +111,7 @@ class Guest:
 
     image, payload  what it boots: image.py, payload.py
     workdir         for its overlay disk and its logs
+    root            where it has no disk: what it boots from instead, which holds the payload
     memory_mib      its memory
     arguments       more kernel arguments
     disks           more raw disks, as /dev/vdc and on
@@ -126,6 +133,7 @@ class Guest:
         workdir: Path,
         *,
         name: str = "guest",
+        root: NetworkRoot | None = None,
         memory_mib: int = 512,
         cpus: int = 2,
         network: bool = True,
@@ -143,6 +151,7 @@ class Guest:
         self.boot_seconds = 0.0
         """From the start of QEMU to the agent's READY, in the last boot."""
         self._payload = payload
+        self._root = root
         self._memory_mib = memory_mib
         self._cpus = cpus
         self._network = network
@@ -180,8 +189,8 @@ class Guest:
     def boot(self) -> None:
         """Start QEMU on the overlay disk (made when there is none) and wait for the agent."""
         assert self._process is None, "it runs"
-        if not self._overlay.exists():
-            self.workdir.mkdir(parents=True, exist_ok=True)
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        if self._root is None and not self._overlay.exists():
             host.run(
                 [
                     *(host.find_program("qemu-img", "qemu-utils"), "create", "-q", "-f", "qcow2"),
@@ -251,10 +260,17 @@ class Guest:
             error.add_note(f"the end of {self.kernel_log_path}:\n{tail}")
 
     def _qemu(self, channel_fd: int) -> list[str | Path]:
-        machine_id = hashlib.sha256(self.name.encode()).hexdigest()[:32]
-        arguments = [*_KERNEL_ARGUMENTS, f"systemd.hostname={self.name}", f"systemd.machine_id={machine_id}"]
-        disks = [f"format=qcow2,file={self._overlay}", f"format=raw,readonly=on,file={self._payload}"]
-        disks += [f"format=raw,file={disk}" for disk in self._disks]
+        arguments = [
+            *_KERNEL_ARGUMENTS,
+            *(f"systemd.hostname={self.name}", f"systemd.machine_id={machine_id(self.name)}"),
+        ]
+        disks = [f"format=raw,file={disk}" for disk in self._disks]
+        if self._root is not None:
+            initrd = initramfs.initrd(self.image, "network")
+            arguments += self._root.arguments(HOST_ADDRESS)
+        else:
+            initrd = initramfs.initrd(self.image)
+            disks[:0] = [f"format=qcow2,file={self._overlay}", f"format=raw,readonly=on,file={self._payload}"]
         network = ["-nic", "none"]
         if self._network:
             ports = "".join(f",hostfwd=tcp:127.0.0.1:{ours}-:{its}" for ours, its in self._forwards.items())
@@ -264,7 +280,7 @@ class Guest:
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
             *("-machine", "q35", "-cpu", _CPU, "-smp", str(self._cpus), "-m", f"{self._memory_mib}M"),
             *("-accel", os.environ.get("NBDNFS_VM_ACCEL", "tcg,thread=multi")),
-            *("-kernel", self.image.kernel, "-initrd", initramfs.initrd(self.image)),
+            *("-kernel", self.image.kernel, "-initrd", initrd),
             *("-append", " ".join([*arguments, *self._arguments])),
             *(word for disk in disks for word in ("-drive", f"if=virtio,cache=unsafe,{disk}")),
             *network,

@@ -16,10 +16,13 @@ from vmtest.outcome import HarnessError
 
 SUITES = ("bookworm", "trixie")
 
+KERNELS = {"cloud": "linux-image-cloud-amd64", "generic": "linux-image-amd64"}
+"""Kernels by name, with Debian's package. The cloud one is small; the generic one has dm-crypt, zswap and ublk too."""
+
 _PACKAGES = (
     # the machine
-    *("linux-image-cloud-amd64", "systemd", "systemd-sysv", "dbus", "udev", "kmod", "e2fsprogs"),
-    *("iproute2", "procps", "util-linux", "strace"),
+    *("systemd", "systemd-sysv", "dbus", "udev", "kmod", "e2fsprogs"),
+    *("iproute2", "procps", "util-linux", "strace", "cryptsetup-bin", "dmsetup"),
     # the path from the kernel's nbd to the NAS, and the kernel's own NFS to compare with
     *("nbdkit", "nbdkit-plugin-python", "python3", "python3-pyroute2", "libnbd-bin"),
     *("nfs-common", "nfs-kernel-server"),
@@ -61,10 +64,16 @@ _DISK_SIZE = "4G"
 
 @dataclass(frozen=True)
 class Image:
-    """A built image. `folder` holds `root/`, `root.raw` and `vmlinuz`; all are read-only."""
+    """A built image. `folder` holds `root/`, `root.raw` and `vmlinuz`; all are read-only. `kernel_name` as KERNELS."""
 
     suite: str
+    kernel_name: str
     folder: Path
+
+    @property
+    def name(self) -> str:
+        """Tells it from the other images, in names of the cache's entries and for people."""
+        return f"{self.suite}-{self.kernel_name}"
 
     @property
     def root(self) -> Path:
@@ -95,19 +104,34 @@ class Image:
 
 def default_suite() -> str:
     """$SUITE, or Debian 12. HarnessError for a suite that nothing is known about."""
-    suite = os.environ.get("SUITE") or SUITES[0]
-    if suite not in SUITES:
-        raise HarnessError(f"SUITE={suite} is not supported", f"choose one of: {', '.join(SUITES)}")
-    return suite
+    return _chosen("SUITE", SUITES)
 
 
-def image(suite: str) -> Image:
-    """The image of `suite`, built when it is not in the cache yet (root, some two minutes)."""
-    key = cache.digest(suite, Path(__file__).read_bytes())
-    return Image(suite, cache.cached(f"image-{suite}", key, lambda folder: _build(suite, folder)))
+def default_kernel() -> str:
+    """$KERNEL, or the cloud one. HarnessError for another name than those of KERNELS."""
+    return _chosen("KERNEL", tuple(KERNELS))
 
 
-def _build(suite: str, folder: Path) -> None:
+def _chosen(variable: str, names: tuple[str, ...]) -> str:
+    found = os.environ.get(variable) or names[0]
+    if found not in names:
+        raise HarnessError(f"{variable}={found} is not supported", f"choose one of: {', '.join(names)}")
+    return found
+
+
+def image(suite: str, kernel: str = "cloud") -> Image:
+    """The image of `suite` with one of KERNELS, built when it is not in the cache yet (root, some two minutes)."""
+    key = cache.digest(suite, kernel, Path(__file__).read_bytes())
+    name = f"image-{suite}-{kernel}"
+    return Image(suite, kernel, cache.cached(name, key, lambda folder: _build(suite, kernel, folder)))
+
+
+def default_image() -> Image:
+    """The image that the environment asks for: $SUITE and $KERNEL."""
+    return image(default_suite(), default_kernel())
+
+
+def _build(suite: str, kernel_name: str, folder: Path) -> None:
     host.need_root("building a guest image")
     mmdebstrap = host.find_program("mmdebstrap", "mmdebstrap")
     mke2fs = host.find_program("mke2fs", "e2fsprogs")
@@ -118,7 +142,7 @@ def _build(suite: str, folder: Path) -> None:
         [
             *(host.find_program("unshare", "util-linux"), "--mount", mmdebstrap),
             "--variant=minbase",
-            f"--include={','.join(_PACKAGES)}",
+            f"--include={','.join((KERNELS[kernel_name], *_PACKAGES))}",
             "--dpkgopt=path-exclude=/usr/share/doc/*",
             "--dpkgopt=path-exclude=/usr/share/locale/*",
             suite,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A tiny initramfs: inside/init.c and the few modules that a guest needs to find its disks.
+"""A tiny initramfs: inside/init.c and the few modules that a guest needs to find its root.
 
 Debian's own carries most of the kernel's modules, which an emulated CPU unpacks for a long time.
 """
@@ -9,28 +9,30 @@ from __future__ import annotations
 import lzma
 import shutil
 from pathlib import Path
+from typing import Literal
 
 from vmtest import cache
 from vmtest.chroot import INSIDE, workspace
 from vmtest.image import Image
 
-# Not only the disk's: what is loaded here is there before udev is.
-_WANTED = ("virtio_pci", "virtio_blk", "virtio_console", "virtio_net", "ext4")
+# Not only the root's: what is loaded here is there before udev is.
+_ALWAYS = ("virtio_pci", "virtio_console", "virtio_net")
+_ROOT = {"disk": ("virtio_blk", "ext4"), "network": ("nfs", "nfsv3", "loop", "squashfs", "overlay")}
 
 
-def initrd(image: Image) -> Path:
-    """The initramfs for `image`, built when it is not in the cache yet."""
-    key = cache.digest(image.key, Path(__file__).read_bytes(), (INSIDE / "init.c").read_bytes())
+def initrd(image: Image, root: Literal["disk", "network"] = "disk") -> Path:
+    """The initramfs for `image` and a root there, built when it is not in the cache yet."""
+    key = cache.digest(image.key, root, Path(__file__).read_bytes(), (INSIDE / "init.c").read_bytes())
 
     def build(folder: Path) -> None:
         with workspace(image) as work:
             shutil.move(work.compile("init.c"), folder / "init")
         files = [("init", 0o100755, (folder / "init").read_bytes()), ("modules", 0o040755, b"")]
-        for number, module in enumerate(_load_order(image.modules, _WANTED)):
+        for number, module in enumerate(_load_order(image.modules, _ALWAYS + _ROOT[root])):
             files.append((f"modules/{number:02}-{module.name.split('.')[0]}.ko", 0o100644, _module_bytes(module)))
         (folder / "initrd").write_bytes(_cpio(files))
 
-    return cache.cached(f"initrd-{image.suite}", key, build) / "initrd"
+    return cache.cached(f"initrd-{image.name}-{root}", key, build) / "initrd"
 
 
 def _load_order(modules: Path, names: tuple[str, ...]) -> list[Path]:

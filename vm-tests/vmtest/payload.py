@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a guest is given besides a stock Debian: the harness's programs and, installed in /usr/local, the project.
 
-It is a small disk whose files the initramfs copies over the root at the first boot of an overlay.
+It is a small disk whose files the initramfs copies over the root at the first boot of an overlay, and the same as a
+folder, `tree` beside it, for guests without a disk (diskless.py).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def payload(image: Image, *, project: bool) -> Path:
         Path(__file__).read_bytes(),
         *(part for path in [*tools, *sources] for part in (str(path.relative_to(_TREE)), path.read_bytes())),
     )
-    name = f"payload-{image.suite}" if project else f"tools-{image.suite}"
+    name = f"payload-{image.name}" if project else f"tools-{image.name}"
     return cache.cached(name, key, lambda folder: _build(image, project, folder)) / "payload.raw"
 
 
@@ -54,7 +55,7 @@ def wheel(image: Image, version: str) -> Path:
             (built,) = work.path.glob("*.whl")
             shutil.copy(built, folder)
 
-    (found,) = cache.cached(f"wheel-{image.suite}", key, build).glob("*.whl")
+    (found,) = cache.cached(f"wheel-{image.name}", key, build).glob("*.whl")
     return found
 
 
@@ -80,6 +81,11 @@ def _build(image: Image, project: bool, folder: Path) -> None:
             what="making the payload disk",
             timeout_s=120,
         )
+        shutil.copytree(tree, folder / "tree", symlinks=True)
+
+
+# For a root on NFS: networkd takes the card over from the initramfs, and leaves it at its end.
+_KEEP_NETWORK = "[Network]\nKeepConfiguration=yes\n"
 
 
 def _install_tools(work: Workspace, tree: Path) -> None:
@@ -90,6 +96,9 @@ def _install_tools(work: Workspace, tree: Path) -> None:
     unit = tree / "etc/systemd/system/guest-agent.service"
     shutil.copy(INSIDE / unit.name, unit)
     (unit.parent / "sysinit.target.wants" / unit.name).symlink_to(f"/etc/systemd/system/{unit.name}")
+    network = tree / "etc/systemd/network/10-guest.network.d"
+    network.mkdir(parents=True)
+    (network / "keep.conf").write_text(_KEEP_NETWORK)
 
 
 def _copy_sources(work: Workspace) -> None:

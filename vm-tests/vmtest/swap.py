@@ -149,15 +149,38 @@ def run(
     with serving(machine, url) as worker:
         tell("attaching the kernel's device and swapping on: nbdnfs attach, mkswap, swapon")
         with swapping(machine, worker) as device:
-            tell(f"swapping to {device}: {size_mib} MiB of pages in a cgroup of {limit_mib} MiB")
-            before = counters(machine)
-            with limited(machine, limit_mib) as cgroup:
-                verdict = stress(
-                    machine, size_mib=size_mib, cgroup=cgroup, timeout_s=timeout_s, on_progress=on_progress
-                )
-            after = counters(machine)
-            locked_kib, resident_kib = memory_of(machine, worker.nbdkit_pid)
+            measured = measure(
+                machine,
+                device,
+                worker.nbdkit_pid,
+                size_mib=size_mib,
+                limit_mib=limit_mib,
+                timeout_s=timeout_s,
+                tell=tell,
+                on_progress=on_progress,
+            )
             tell("swapping off and detaching: swapoff, nbdnfs detach")
+    return measured
+
+
+def measure(
+    machine: Machine,
+    device: str,
+    worker_pid: int,
+    *,
+    size_mib: int,
+    limit_mib: int,
+    timeout_s: float,
+    tell: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Measured:
+    """The stress program in a cgroup on a machine that swaps. Errors as `run`."""
+    tell(f"swapping to {device}: {size_mib} MiB of pages in a cgroup of {limit_mib} MiB")
+    before = counters(machine)
+    with limited(machine, limit_mib) as cgroup:
+        verdict = stress(machine, size_mib=size_mib, cgroup=cgroup, timeout_s=timeout_s, on_progress=on_progress)
+    after = counters(machine)
+    locked_kib, resident_kib = memory_of(machine, worker_pid)
     return Measured(
         pages_out=after["pswpout"] - before["pswpout"],
         pages_in=after["pswpin"] - before["pswpin"],

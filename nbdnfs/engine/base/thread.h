@@ -6,6 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <time.h>
+#include <unistd.h>
 
 #define THREAD_STACK_BYTES (256 * 1024)
 #define TOUCHED_STACK_BYTES (40 * 1024)
@@ -19,7 +20,7 @@ __attribute__((noinline, unused)) static void touch_stack(void)
 {
 	volatile char pages[TOUCHED_STACK_BYTES];
 
-	for (size_t at = 0; at < sizeof(pages); at += 4096)
+	for (size_t at = 0, page_bytes = (size_t)sysconf(_SC_PAGE_SIZE); at < sizeof(pages); at += page_bytes)
 		pages[at] = 0;
 }
 

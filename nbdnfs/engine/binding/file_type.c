@@ -2,6 +2,13 @@
 /* nbdnfs.engine.NfsFile */
 #include "binding/binding.h"
 
+#include <stdlib.h>
+#include <string.h>
+
+/* read_beside(): what it reads is small, and lies on the stack. */
+#define READ_BESIDE_BYTES_MAX 4096
+#define READ_BESIDE_LIMIT_MS 60000
+
 struct file_object {
 	PyObject_HEAD
 	struct nfsio *io;       /* NULL once closed; guarded by the GIL */
@@ -11,19 +18,20 @@ struct file_object {
 static int parse_options(PyObject *args, PyObject *kwargs, struct nfsio_options *options)
 {
 	static char *names[] = { "url", "address", "create", "exclusive", "mode", "read_only", "connect_timeout_s",
-				 "gone_limit_ms", "silence_ms", NULL };
-	int create = 0, exclusive = 0, read_only = 0;
+				 "gone_limit_ms", "silence_ms", "names_only", NULL };
+	int create = 0, exclusive = 0, read_only = 0, names_only = 0;
 
 	*options = (struct nfsio_options){
 		.mode = 0600, .connect_timeout_s = CONNECT_TIMEOUT_S, .gone_limit_ms = GONE_LIMIT_MS
 	};
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$ppIpIII", names, &options->url, &options->address, &create,
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$ppIpIIIp", names, &options->url, &options->address, &create,
 					 &exclusive, &options->mode, &read_only, &options->connect_timeout_s,
-					 &options->gone_limit_ms, &options->silence_ms))
+					 &options->gone_limit_ms, &options->silence_ms, &names_only))
 		return -1;
 	options->create = create;
 	options->exclusive = exclusive;
 	options->read_only = read_only;
+	options->names_only = names_only;
 	return 0;
 }
 
@@ -219,6 +227,77 @@ static PyObject *file_unlink(struct file_object *self, PyObject *args)
 	Py_RETURN_NONE;
 }
 
+static PyObject *file_chmod(struct file_object *self, PyObject *args)
+{
+	struct nfsio_failure why;
+	struct path_argument path;
+	unsigned mode;
+	int error;
+
+	if (!PyArg_ParseTuple(args, "O&I", parse_path, &path, &mode))
+		return NULL;
+	NAME_OPERATION(self, error, nfsio_chmod(self->io, path.text, mode & 07777, &why));
+	Py_RETURN_NONE;
+}
+
+static PyObject *file_space(struct file_object *self, PyObject *unused)
+{
+	struct nfsio_failure why;
+	struct nfsio_space space = { 0 };
+	int error;
+
+	NAME_OPERATION(self, error, nfsio_space(self->io, &space, &why));
+	return Py_BuildValue("{sKsK}", "total", (unsigned long long)space.total_bytes, "available",
+			     (unsigned long long)space.available_bytes);
+}
+
+/* A list of str; bytes that are not UTF-8 as in parse_path(). */
+static PyObject *list_of(const struct nfsio_names *names)
+{
+	PyObject *list = PyList_New(0);
+
+	for (size_t at = 0; list != NULL && at < names->length_bytes; at += strlen(names->text + at) + 1) {
+		const char *text = names->text + at;
+		PyObject *name = PyUnicode_DecodeUTF8(text, (Py_ssize_t)strlen(text), "surrogateescape");
+
+		if (name == NULL || PyList_Append(list, name) < 0) {
+			Py_DECREF(list);
+			list = NULL;
+		}
+		Py_XDECREF(name);
+	}
+	return list;
+}
+
+static PyObject *file_names(struct file_object *self, PyObject *unused)
+{
+	struct nfsio_names names = { 0 };
+	struct nfsio_failure why;
+	PyObject *list;
+	int error;
+
+	NAME_OPERATION(self, error, nfsio_list(self->io, &names, &why));
+	list = list_of(&names);
+	free(names.text);
+	return list;
+}
+
+static PyObject *file_read_beside(struct file_object *self, PyObject *args)
+{
+	struct nfsio_failure why;
+	struct path_argument path;
+	uint8_t data[READ_BESIDE_BYTES_MAX];
+	struct nfsio_look look = { .data = data, .limit_ms = READ_BESIDE_LIMIT_MS };
+	unsigned most;
+	int error;
+
+	if (!PyArg_ParseTuple(args, "O&I", parse_path, &path, &most))
+		return NULL;
+	look.room_bytes = most < sizeof(data) ? most : sizeof(data);
+	NAME_OPERATION(self, error, nfsio_look(self->io, path.text, &look, &why));
+	return PyBytes_FromStringAndSize((const char *)data, look.found_bytes);
+}
+
 static PyObject *file_get_size(struct file_object *self, void *unused)
 {
 	struct nfsio_stat st;
@@ -245,6 +324,15 @@ static PyMethodDef file_methods[] = {
 	  "done it" },
 	{ "rename", (PyCFunction)file_rename, METH_VARARGS, "rename(old_path, new_path): replaces new_path" },
 	{ "unlink", (PyCFunction)file_unlink, METH_VARARGS, "unlink(path): remove a name" },
+	{ "chmod", (PyCFunction)file_chmod, METH_VARARGS,
+	  "chmod(path, mode): set permission bits; sent again as stat()" },
+	{ "space", (PyCFunction)file_space, METH_NOARGS,
+	  "space() -> {total, available} (bytes) of the file system of the URL's directory (FSSTAT); as stat()" },
+	{ "names", (PyCFunction)file_names, METH_NOARGS,
+	  "names() -> a list of what the URL's directory has, without . and ..; as stat(). EFBIG: more than 64 MiB" },
+	{ "read_beside", (PyCFunction)file_read_beside, METH_VARARGS,
+	  "read_beside(path, most) -> the first bytes of another file, 4096 at most; ENOTCONN, ECONNRESET or ETIMEDOUT "
+	  "where there is no answer" },
 	{ "close", (PyCFunction)file_close, METH_NOARGS, "close(): disconnect; no request may be running" },
 	{ NULL, NULL, 0, NULL },
 };
@@ -261,8 +349,8 @@ static PyType_Slot file_slots[] = {
 	{ Py_tp_getset, file_getset },
 	{ Py_tp_doc,
 	  (void *)"NfsFile(url, address, *, create=False, exclusive=False, mode=0o600, read_only=False, "
-		  "connect_timeout_s=15, gone_limit_ms=300000, silence_ms=15000): a file on an NFS server, and the "
-		  "names beside it" },
+		  "connect_timeout_s=15, gone_limit_ms=300000, silence_ms=15000, names_only=False): a file on an NFS "
+		  "server, and the names beside it; names_only: only these, whatever file the URL names" },
 	{ 0, NULL },
 };
 

@@ -12,6 +12,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+_Static_assert(ENGINE_CONNECTIONS_MAX <= REGION_CONNECTIONS, "each connection has its place in the region");
+
 static int fail(struct nfsio_failure *why, int error, const char *message)
 {
 	*why = (struct nfsio_failure){ .phase = NFSIO_OPEN, .error = error };
@@ -51,7 +53,7 @@ static int check_memory(const struct engine *engine, struct nfsio_failure *why)
 		 "its %llu GiB and a region of %llu MiB need %llu MiB of locked memory, and at most %llu MiB may be"
 		 " locked on this machine (an eighth of its memory, or 64 MiB)",
 		 (unsigned long long)(engine->size_bytes >> 30),
-		 (unsigned long long)engine->options.region_pages * PAGE_BYTES >> 20, (unsigned long long)(bytes >> 20),
+		 (unsigned long long)engine->options.region_pages * SLOT_BYTES >> 20, (unsigned long long)(bytes >> 20),
 		 (unsigned long long)(limit_bytes >> 20));
 	return fail(why, -EFBIG, message);
 }
@@ -72,10 +74,10 @@ static int map_region(struct engine *engine, const struct nfsio_stat *st, struct
 
 static int make_buffers(struct engine *engine)
 {
-	size_t long_bytes = (size_t)RUN_PAGES_MAX * PAGE_BYTES, short_bytes = (size_t)SHORT_RUN_PAGES * PAGE_BYTES;
+	size_t long_bytes = (size_t)RUN_PAGES_MAX * SLOT_BYTES, short_bytes = (size_t)SHORT_RUN_PAGES * SLOT_BYTES;
 	unsigned long_buffers = nfsio_has_names(engine->ios[0]) ? LIBNFS_LONG_BUFFERS : LONG_BUFFERS;
-	size_t bytes = long_buffers * long_bytes + SHORT_WRITE_BACKS * short_bytes + engine->io_count * PAGE_BYTES;
-	uint8_t *at = aligned_alloc(PAGE_BYTES, bytes);
+	size_t bytes = long_buffers * long_bytes + SHORT_WRITE_BACKS * short_bytes + engine->io_count * SLOT_BYTES;
+	uint8_t *at = aligned_alloc(SLOT_BYTES, bytes);
 
 	if (at == NULL)
 		return -ENOMEM;
@@ -91,7 +93,7 @@ static int make_buffers(struct engine *engine)
 	for (struct fetch *fetch = engine->fetches; fetch < engine->fetches + FETCHES; fetch++)
 		*fetch = (struct fetch){ .engine = engine };
 	engine->samples = at;
-	assert(at + engine->io_count * PAGE_BYTES == engine->buffers + bytes);
+	assert(at + engine->io_count * SLOT_BYTES == engine->buffers + bytes);
 	return 0;
 }
 
@@ -160,11 +162,25 @@ static int take_file_facts(struct engine *engine, struct nfsio_stat *st, struct 
 	engine->piece_bytes = nfsio_max_transfer_bytes(engine->ios[0]);
 	if (!nfsio_has_commit(engine->ios[0]))
 		engine->options.stable_writes = true;
-	if (st->size_bytes > 0 && st->size_bytes % PAGE_BYTES == 0)
+	if (st->size_bytes > 0 && st->size_bytes % SLOT_BYTES == 0)
 		return 0;
 	snprintf(message, sizeof(message), "its size, %llu bytes, is not a positive multiple of %u",
-		 (unsigned long long)st->size_bytes, PAGE_BYTES);
+		 (unsigned long long)st->size_bytes, SLOT_BYTES);
 	return fail(why, -EINVAL, message);
+}
+
+/* Begin to note what is waited for: what the last worker has left there is out of date. */
+static void note_waits(struct engine *engine)
+{
+	struct region_waits *w = waits(engine);
+
+	for (unsigned i = 0; i < REGION_CONNECTIONS; i++)
+		set_counter(&w->waiting_since_ms[i], 0);
+	for (unsigned i = 0; i < REGION_REQUESTS; i++)
+		set_counter(&w->request_since_ms[i], 0);
+	for (unsigned i = 0; i < engine->io_count; i++)
+		nfsio_note_waits(engine->ios[i], &w->last_received_ms, &w->waiting_since_ms[i]);
+	atomic_store(&w->writer, atomic_load(&engine->region.header->generation));
 }
 
 /* Take over what the region holds, and set the counters that say "now". */
@@ -178,6 +194,7 @@ static void take_over_region(struct engine *engine)
 	count(&counters(engine)->replayed_pages, cache_dirty_count(engine->cache));
 	engine->aged_sequence = cache_sequence(engine->cache); /* what is replayed has waited long enough */
 	note_unstable(engine);
+	note_waits(engine);
 }
 
 static void init_locks(struct engine *engine)
@@ -268,7 +285,7 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 	if (error != 0)
 		goto fail;
 	for (unsigned i = 0; i < engine->io_count; i++)
-		file_watch(engine, engine->ios[i], engine->samples + (size_t)i * PAGE_BYTES);
+		file_watch(engine, engine->ios[i], engine->samples + (size_t)i * SLOT_BYTES);
 	*out = engine;
 	return 0;
 fail:

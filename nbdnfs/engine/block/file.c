@@ -76,7 +76,7 @@ static bool sample_page(void *context, unsigned number, uint64_t *offset_bytes, 
 	/* spread over the device: where one page is wrong, its neighbours may be, too */
 	found = cache_known_page(engine->cache, number * 0x9e3779b97f4a7c15u % engine->region.page_count, &page, crc);
 	engine_unlock(engine);
-	*offset_bytes = page * PAGE_BYTES;
+	*offset_bytes = page * SLOT_BYTES;
 	return found;
 }
 

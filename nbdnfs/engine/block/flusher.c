@@ -30,6 +30,13 @@
 #define TWIN_MS 5000
 /* The same for requests that the last worker may have had in flight. */
 #define REPLAY_MS 1000
+/*
+ * A server that changes its verifier with each answer (two servers behind one address; one that restarts all the time)
+ * never confirms an UNSTABLE write: after so many COMMITs in vain, one after the other, all writes are FILE_SYNC for a
+ * time, which needs no verifier.
+ */
+#define COMMITS_IN_VAIN 4
+#define DISTRUST_MS 60000
 /* How often the flusher checks whether holds are over. */
 #define HOLD_TICK_MS 250
 
@@ -121,6 +128,24 @@ static void write_back_done(struct nfsio_req *req)
 	engine_unlock(engine);
 }
 
+/* A COMMIT has ended, and the server may have lost some of the pages that were written before it. Lock held. */
+static void note_committed(struct engine *engine, uint32_t lost_pages)
+{
+	assert_locked(&engine->lock);
+	if (lost_pages == 0) {
+		engine->commits_in_vain = 0;
+		return;
+	}
+	count(&counters(engine)->lost_uncommitted_pages, lost_pages);
+	log_line("the server restarted: writing %u pages again that it had not committed", lost_pages);
+	if (++engine->commits_in_vain < COMMITS_IN_VAIN)
+		return;
+	engine->commits_in_vain = 0;
+	engine->distrust_until_ms = now_ms() + DISTRUST_MS;
+	log_line("the server's write verifier was another one %d times in a row: writing with FILE_SYNC for %d s",
+		 COMMITS_IN_VAIN, DISTRUST_MS / 1000);
+}
+
 static void commit_done(struct nfsio_req *req)
 {
 	struct engine *engine = req->context;
@@ -130,11 +155,7 @@ static void commit_done(struct nfsio_req *req)
 	if (req->error != 0) {
 		cache_commit_failed(engine->cache);
 	} else {
-		uint32_t rewrite = cache_commit_done(engine->cache, req->verifier);
-
-		count(&counters(engine)->lost_uncommitted_pages, rewrite);
-		if (rewrite > 0)
-			log_line("the server restarted: writing %u pages again that it had not committed", rewrite);
+		note_committed(engine, cache_commit_done(engine->cache, req->verifier));
 	}
 	engine->committing = false;
 	if (req->error == 0) {
@@ -197,7 +218,8 @@ static struct write_back *free_write_back(struct engine *engine)
  */
 static bool must_be_stable(const struct engine *engine, const struct page_run *pages)
 {
-	return engine->options.stable_writes ||
+	/* where FILE_SYNC is not to be had, the refusal has a pause, and rewriting at once would have none */
+	return engine->options.stable_writes || now_ms() < engine->distrust_until_ms ||
 	       (pages->is_overtaken && engine->waiting_for_stable > 0 && !engine->lacks_file_sync);
 }
 
@@ -216,8 +238,8 @@ static void start_write_back(struct engine *engine, struct write_back *write_bac
 	write_back->started_us = now_us();
 	write_back->req = (struct nfsio_req){
 		.op = must_be_stable(engine, &write_back->pages) ? NFSIO_WRITE : NFSIO_WRITE_UNSTABLE,
-		.offset_bytes = write_back->pages.first_page * PAGE_BYTES,
-		.length_bytes = write_back->pages.count * PAGE_BYTES,
+		.offset_bytes = write_back->pages.first_page * SLOT_BYTES,
+		.length_bytes = write_back->pages.count * SLOT_BYTES,
 		.data = write_back->data,
 		.done = write_back_done,
 	};

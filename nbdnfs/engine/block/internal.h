@@ -118,6 +118,8 @@ struct engine {
 	uint64_t refused_sequence; /* the newest write when the server last refused one */
 	uint64_t progress_at_ms; /* when the NAS last took a write or a COMMIT */
 	uint64_t held_until_ms; /* until when pages are held because of twins or a replay */
+	unsigned commits_in_vain; /* COMMITs in a row with another verifier than a write before it */
+	uint64_t distrust_until_ms; /* until when no write depends on a verifier */
 	bool gone_too_long;     /* the file is gone, for so long that waiting for it is an error */
 };
 
@@ -139,6 +141,11 @@ static inline struct region_counters *counters(struct engine *engine)
 	return &engine->region.header->counters;
 }
 
+static inline struct region_waits *waits(struct engine *engine)
+{
+	return &engine->region.header->waits;
+}
+
 /* Count what the NAS does not have stably. Lock held. */
 static inline void note_unstable(struct engine *engine)
 {
@@ -155,7 +162,7 @@ static inline bool is_half_full(const struct engine *engine)
 /* At most what the server moves in one READ or WRITE, but at least a page: nfsio splits it where that is more. */
 static inline uint32_t pages_at_once(const struct engine *engine, uint32_t wanted)
 {
-	uint32_t most = engine->piece_bytes / PAGE_BYTES;
+	uint32_t most = engine->piece_bytes / SLOT_BYTES;
 
 	return wanted <= most ? wanted : most > 0 ? most : 1;
 }

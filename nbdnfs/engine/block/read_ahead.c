@@ -14,7 +14,7 @@ static void fetch_done(struct nfsio_req *req)
 
 	count_duration(counters(engine)->nfs_read_us, now_us() - fetch->started_us);
 	for (uint32_t i = 0; ok && i < fetch->count; i++)
-		crcs[i] = crc32c(fetch->data + (size_t)i * PAGE_BYTES, PAGE_BYTES);
+		crcs[i] = crc32c(fetch->data + (size_t)i * SLOT_BYTES, SLOT_BYTES);
 	engine_lock(engine);
 	cache_fetch_done(engine->cache, fetch->first_page, fetch->count, fetch->number, ok ? fetch->data : NULL, crcs);
 	assert(fetch->busy && engine->spare_count < LONG_BUFFERS);
@@ -58,8 +58,8 @@ static void fetch_pages(struct engine *engine, uint64_t first_page, uint32_t pag
 		fetch->started_us = now_us();
 		fetch->req = (struct nfsio_req){
 			.op = NFSIO_READ,
-			.offset_bytes = first_page * PAGE_BYTES,
-			.length_bytes = fetch->count * PAGE_BYTES,
+			.offset_bytes = first_page * SLOT_BYTES,
+			.length_bytes = fetch->count * SLOT_BYTES,
 			.data = fetch->data,
 			.done = fetch_done,
 		};

@@ -17,10 +17,35 @@
 
 static int check_range(const struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes)
 {
-	if (offset_bytes % PAGE_BYTES != 0 || length_bytes % PAGE_BYTES != 0 || length_bytes == 0 ||
+	if (offset_bytes % SLOT_BYTES != 0 || length_bytes % SLOT_BYTES != 0 || length_bytes == 0 ||
 	    offset_bytes > engine->size_bytes || length_bytes > engine->size_bytes - offset_bytes)
 		return -EINVAL;
 	return 0;
+}
+
+/*
+ * A request begins. Returns its place in the region, where other processes see how long it takes; NULL where all are
+ * taken. Takes no lock.
+ */
+static _Atomic uint64_t *request_began(struct engine *engine)
+{
+	uint64_t since_ms = now_ms();
+
+	for (unsigned i = 0; i < REGION_REQUESTS; i++) {
+		_Atomic uint64_t *place = &waits(engine)->request_since_ms[i];
+		uint64_t none = 0;
+
+		if (atomic_compare_exchange_strong_explicit(place, &none, since_ms, memory_order_relaxed,
+							    memory_order_relaxed))
+			return place;
+	}
+	return NULL;
+}
+
+static void request_ended(_Atomic uint64_t *place)
+{
+	if (place != NULL)
+		set_counter(place, 0);
 }
 
 /* What a request returns that has met no error. */
@@ -36,11 +61,11 @@ static int result_of(struct engine *engine)
 static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 {
 	struct region_counters *c = counters(engine);
-	uint32_t found = crc32c(data, PAGE_BYTES);
+	uint32_t found = crc32c(data, SLOT_BYTES);
 
 	for (int tries = 0;; tries++) {
 		struct nfsio_req req = {
-			.op = NFSIO_READ, .offset_bytes = page * PAGE_BYTES, .length_bytes = PAGE_BYTES, .data = data
+			.op = NFSIO_READ, .offset_bytes = page * SLOT_BYTES, .length_bytes = SLOT_BYTES, .data = data
 		};
 		enum cache_lookup newer = CACHE_MISS;
 		uint32_t wanted;
@@ -55,16 +80,16 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 		if (newer == CACHE_HIT || (wanted != 0 && wanted == found))
 			return 0;
 		if (wanted == 0) /* beyond a truncation the file may have zeros again, which are not what was written */
-			return (page + 1) * PAGE_BYTES <= file_truncated_bytes(engine) ? 0 : -EIO;
+			return (page + 1) * SLOT_BYTES <= file_truncated_bytes(engine) ? 0 : -EIO;
 		if (tries == CHECKSUM_TRIES)
 			break;
 		count(&c->checksum_rereads, 1);
 		error = nfsio_transfer(engine->ios[0], &req);
 		if (error != 0)
 			return error;
-		if (req.moved_bytes != PAGE_BYTES)
+		if (req.moved_bytes != SLOT_BYTES)
 			return -EIO;
-		found = crc32c(data, PAGE_BYTES);
+		found = crc32c(data, SLOT_BYTES);
 	}
 	count(&c->checksum_failures, 1);
 	log_line("page %llu of the backing file is not what was written to it: the server lost or changed it",
@@ -80,8 +105,8 @@ static int verify_request(struct engine *engine, const struct nfsio_req *req)
 	file_look(engine);
 	if (error == 0 && req->moved_bytes != req->length_bytes)
 		error = -EIO; /* the file ends before the device: it was truncated */
-	for (uint32_t at = 0; error == 0 && at < req->length_bytes; at += PAGE_BYTES)
-		error = verify_page(engine, (req->offset_bytes + at) / PAGE_BYTES, req->data + at);
+	for (uint32_t at = 0; error == 0 && at < req->length_bytes; at += SLOT_BYTES)
+		error = verify_page(engine, (req->offset_bytes + at) / SLOT_BYTES, req->data + at);
 	return error;
 }
 
@@ -113,7 +138,7 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 	assert(pages <= BATCH_PAGES);
 	engine_lock(engine);
 	for (uint32_t i = 0; i < pages; i++) {
-		uint8_t *target = data + (size_t)i * PAGE_BYTES;
+		uint8_t *target = data + (size_t)i * SLOT_BYTES;
 		struct nfsio_req *last = used > 0 ? &reqs[used - 1] : NULL;
 		enum cache_lookup found;
 
@@ -123,13 +148,13 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 			continue;
 		missed++;
 		if (last != NULL && last->data + last->length_bytes == target &&
-		    last->length_bytes + PAGE_BYTES <= engine->piece_bytes)
-			last->length_bytes += PAGE_BYTES;
+		    last->length_bytes + SLOT_BYTES <= engine->piece_bytes)
+			last->length_bytes += SLOT_BYTES;
 		else
 			reqs[used++] = (struct nfsio_req){
 				.op = NFSIO_READ,
-				.offset_bytes = (page + i) * PAGE_BYTES,
-				.length_bytes = PAGE_BYTES,
+				.offset_bytes = (page + i) * SLOT_BYTES,
+				.length_bytes = SLOT_BYTES,
 				.data = target,
 			};
 	}
@@ -163,8 +188,9 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 
 int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes)
 {
+	_Atomic uint64_t *place = request_began(engine);
 	uint64_t started_us = now_us();
-	uint64_t page = offset_bytes / PAGE_BYTES, pages = length_bytes / PAGE_BYTES;
+	uint64_t page = offset_bytes / SLOT_BYTES, pages = length_bytes / SLOT_BYTES;
 	int error = check_range(engine, offset_bytes, length_bytes);
 
 	if (error == 0)
@@ -177,13 +203,14 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 			error = -EIO; /* the file is gone: NBD has no ESTALE */
 		if (error == 0)
 			error = result_of(engine); /* the page may be another machine's */
-		data += (size_t)now * PAGE_BYTES;
+		data += (size_t)now * SLOT_BYTES;
 		page += now;
 		pages -= now;
 	}
 	count(&counters(engine)->reads, 1);
 	count(&counters(engine)->read_bytes, length_bytes);
 	count_duration(counters(engine)->read_us, now_us() - started_us);
+	request_ended(place);
 	return error;
 }
 
@@ -253,13 +280,13 @@ static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page
 
 	assert(pages <= BATCH_PAGES);
 	for (uint32_t i = 0; i < pages; i++)
-		crcs[i] = crc32c(data + (size_t)i * PAGE_BYTES, PAGE_BYTES);
+		crcs[i] = crc32c(data + (size_t)i * SLOT_BYTES, SLOT_BYTES);
 	engine_lock(engine);
 	was_idle = cache_unstable_count(engine->cache) == 0;
 	for (uint32_t i = 0; i < pages && error == 0; i++) {
 		enum cache_store stored;
 
-		while ((stored = cache_write(engine->cache, page + i, data + (size_t)i * PAGE_BYTES, crcs[i],
+		while ((stored = cache_write(engine->cache, page + i, data + (size_t)i * SLOT_BYTES, crcs[i],
 					     may_fill(engine, page + i, fua))) == CACHE_FULL &&
 		       error == 0) {
 			count(&counters(engine)->stalls, 1);
@@ -282,8 +309,9 @@ static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page
 
 int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes, bool fua)
 {
+	_Atomic uint64_t *place = request_began(engine);
 	uint64_t started_us = now_us();
-	uint64_t page = offset_bytes / PAGE_BYTES, pages = length_bytes / PAGE_BYTES;
+	uint64_t page = offset_bytes / SLOT_BYTES, pages = length_bytes / SLOT_BYTES;
 	int error = check_range(engine, offset_bytes, length_bytes);
 
 	if (error == 0)
@@ -292,13 +320,14 @@ int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_byt
 		uint32_t now = pages < BATCH_PAGES ? (uint32_t)pages : BATCH_PAGES;
 
 		error = write_batch(engine, data, page, now, fua);
-		data += (size_t)now * PAGE_BYTES;
+		data += (size_t)now * SLOT_BYTES;
 		page += now;
 		pages -= now;
 	}
 	count(&counters(engine)->writes, 1);
 	count(&counters(engine)->written_bytes, length_bytes);
 	count_duration(counters(engine)->write_us, now_us() - started_us);
+	request_ended(place);
 	return error;
 }
 
@@ -327,6 +356,7 @@ static bool materialise(struct engine *engine, uint64_t since_ms)
 
 int engine_flush(struct engine *engine)
 {
+	_Atomic uint64_t *place = request_began(engine);
 	uint64_t sequence, since_ms = now_ms();
 	bool in_time;
 
@@ -339,12 +369,13 @@ int engine_flush(struct engine *engine)
 		in_time = wait_for_nas(engine, since_ms);
 	engine->waiting_for_stable--;
 	engine_unlock(engine);
+	request_ended(place);
 	return in_time ? result_of(engine) : -EIO;
 }
 
 int engine_trim(struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes)
 {
-	uint64_t page = offset_bytes / PAGE_BYTES, end = page + length_bytes / PAGE_BYTES;
+	uint64_t page = offset_bytes / SLOT_BYTES, end = page + length_bytes / SLOT_BYTES;
 	int error = check_range(engine, offset_bytes, length_bytes);
 
 	count(&counters(engine)->trims, 1);

@@ -9,6 +9,11 @@
 
 /* A read that is refused is logged, unless another was within this time. */
 #define REFUSAL_LOG_MS 60000
+/* A write that the server has so often carried out in pieces under several verifiers asks for FILE_SYNC. */
+#define RESTARTS_MAX 4
+/* The directory is not sought again sooner, since that costs the connection: after it was found, and after it was not. */
+#define SEEK_AGAIN_MS 1000
+#define SEEK_IN_VAIN_MS 30000
 
 /*
  * The server has refused a request with `error`. A READ is asked again for a while, whatever the reason: an export, a
@@ -55,13 +60,35 @@ void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool en
 	}
 }
 
-/* A call on another file than the one that is open: a stale handle is its caller's. */
+/*
+ * The handle of the URL's directory is stale, or not known: have it found by its name, over a new connection. Returns
+ * false when that was done not long ago.
+ */
+bool seek_directory(struct nfsio *io)
+{
+	int64_t now = now_ms();
+
+	if (io->directory_sought_ms != 0 &&
+	    now - io->directory_sought_ms < (io->directory_found ? SEEK_AGAIN_MS : SEEK_IN_VAIN_MS))
+		return false;
+	io->directory_sought_ms = now;
+	io->directory_found = false;
+	io->directory_is_stale = true;
+	io->broken = true;
+	return true;
+}
+
+/* A call on another file than the one that is open: a stale handle is its caller's, but for that of the directory. */
 void note_refused_elsewhere3(struct nfsio *io, struct nfsio_req *req, int status)
 {
+	bool stale = status == NFS3ERR_STALE || status == NFS3ERR_BADHANDLE;
+
 	io->useful = true;
-	if (status == NFS3ERR_JUKEBOX)
+	if (stale && req->op == NFSIO_LOOKUP && seek_directory(io))
+		return; /* it goes over the new connection, with the new handle */
+	if (status == NFS3ERR_JUKEBOX || (stale && req->op == NFSIO_LOOKUP && io->directory_found))
 		try_later(io, &io->inflight, req);
-	else if (status == NFS3ERR_STALE || status == NFS3ERR_BADHANDLE)
+	else if (stale)
 		req_finish(&io->inflight, req, -ESTALE);
 	else if (status == NFS3ERR_DQUOT)
 		note_refused(io, req, -EDQUOT); /* -ERANGE to libnfs (nfsstat3_to_errno) */
@@ -94,6 +121,8 @@ void note_links(struct nfsio *io, uint32_t links)
 void note_received(struct nfsio *io)
 {
 	io->last_received_ms = io->silent_since_ms = now_ms();
+	if (io->noted_received_ms != NULL)
+		atomic_store_explicit(io->noted_received_ms, (uint64_t)io->last_received_ms, memory_order_relaxed);
 }
 
 /* Did this answer come from the server, over the context in use? */
@@ -126,6 +155,8 @@ void note_written3(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool
 		req_finish(&io->inflight, req, -EPROTO); /* RFC 1813, 3.3.7: FILE_SYNC is answered with FILE_SYNC */
 	} else if (!is_first && !req->stable && verifier != req->verifier) {
 		req->moved_bytes = 0; /* the server restarted between the pieces */
+		if (++req->restarts >= RESTARTS_MAX)
+			req->op = NFSIO_WRITE; /* or it changes its verifier each time: FILE_SYNC needs none */
 		req_list_remove(&io->inflight, req);
 		req_list_push(&io->pending, req);
 	} else {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * A new connection to a file by its name: a libnfs context that is not published yet mounts, opens the file and checks
- * its handle. The I/O thread waits for each call (`step`), and meanwhile fails requests that have waited too long.
+ * The first connection to a file, by its name: a libnfs context that is not published yet mounts, opens the file and
+ * checks its handle. Over libnfs, all connections. The I/O thread waits for each call (`step`), and meanwhile fails requests that have waited too long.
  */
 #include "nfs/internal.h"
 
@@ -282,10 +282,11 @@ static void note_place(struct connection *made)
 {
 	const struct nfs_fh_bytes *bytes = (const struct nfs_fh_bytes *)nfs_get_fh(made->fh);
 	struct place *place = &made->place;
+	struct server_port *peer = &place->peer;
 
-	place->peer_bytes = sizeof(place->peer);
-	if (getpeername(nfs_get_fd(made->nfs), (struct sockaddr *)&place->peer, &place->peer_bytes) < 0)
-		place->peer_bytes = 0;
+	peer->address_bytes = sizeof(peer->address);
+	if (getpeername(nfs_get_fd(made->nfs), (struct sockaddr *)&peer->address, &peer->address_bytes) < 0)
+		peer->address_bytes = 0;
 	if (bytes == NULL || bytes->len <= 0 || bytes->len > (int)sizeof(place->handle))
 		return; /* without one, every later handle is another */
 	place->handle_bytes = (uint32_t)bytes->len;
@@ -308,6 +309,18 @@ static int look_at_file(struct nfsio *io, struct connection *made)
 	return error;
 }
 
+/* For nfsio_options.names_only: there is such a directory. Returns 0 or -errno. */
+static int look_at_directory(struct nfsio *io, struct connection *made)
+{
+	struct step *step = new_step(io);
+	int error = -EIO;
+
+	if (nfs_stat64_async(made->nfs, io->prefix[0] != '\0' ? io->prefix : "/", step_stat_done, step) == 0)
+		error = pump(io, made->nfs, step, made->deadline_ms);
+	made->st = step->st;
+	return error != 0 || S_ISDIR(made->st.mode) ? error : -ENOTDIR;
+}
+
 /* Length 0: libnfs has no handle that NFSv3 allows. */
 static struct nfsio_handle copy_handle(const struct nfs_fh *opaque)
 {
@@ -319,29 +332,6 @@ static struct nfsio_handle copy_handle(const struct nfs_fh *opaque)
 		memcpy(handle.bytes, from->val, handle.length_bytes);
 	}
 	return handle;
-}
-
-/*
- * The handle of the directory that the URL's file lies in: that of the mount, or what libnfs opens, which follows
- * symbolic links. Where we may not read it we may write it, or there would be no file beside the one that is open.
- */
-static struct nfsio_handle find_directory(struct nfsio *io, const struct connection *made)
-{
-	static const int flags[] = { O_RDONLY, O_WRONLY };
-	struct nfsio_handle found = { 0 };
-
-	if (io->prefix[0] == '\0')
-		return copy_handle(nfs_get_rootfh(made->nfs));
-	for (unsigned i = 0; i < 2 && found.length_bytes == 0; i++) {
-		struct step *step = new_step(io);
-
-		if (nfs_open_async(made->nfs, io->prefix, flags[i], step_done, step) != 0 ||
-		    pump(io, made->nfs, step, made->deadline_ms) != 0)
-			continue;
-		found = copy_handle(nfs_get_fh(step->data));
-		nfs_close_async(made->nfs, step->data, libnfs_ignore, NULL);
-	}
-	return found;
 }
 
 /* Mount and open with a new context. Returns true and *made, or false and *why. Without the lock. */
@@ -357,18 +347,22 @@ bool connect_to_name(struct nfsio *io, struct connection *made, struct nfsio_fai
 		return false;
 	if (!mount_directory(io, &nfs, deadline_ms, why))
 		goto fail;
-	snprintf(path, sizeof(path), "%s/%s", io->prefix, io->url_file);
-	error = open_file(io, nfs, path, deadline_ms, &made->fh);
 	made->nfs = nfs;
-	if (error == 0)
-		error = look_at_file(io, made);
+	if (io->options.names_only) {
+		error = look_at_directory(io, made);
+	} else {
+		snprintf(path, sizeof(path), "%s/%s", io->prefix, io->url_file);
+		error = open_file(io, nfs, path, deadline_ms, &made->fh);
+		if (error == 0)
+			error = look_at_file(io, made);
+	}
 	if (error != 0) {
 		set_failure(why, is_no_answer(nfs, error) ? NFSIO_CONNECT : NFSIO_OPEN, error, nfs_get_error(nfs));
 		goto fail;
 	}
-	note_place(made);
-	if (io->version == 3 && io->options.looks)
-		made->directory = find_directory(io, made);
+	if (made->fh != NULL)
+		note_place(made);
+	made->root = copy_handle(nfs_get_rootfh(made->nfs));
 	made->read_max_bytes = transfer_limit(nfs_get_readmax(nfs));
 	made->write_max_bytes = transfer_limit(nfs_get_writemax(nfs));
 	return true;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * A new connection over NFSv3 to a file whose handle is known: TCP, NULL, GETATTR and FSINFO. Neither mountd nor a name
- * is asked, and nothing of what the server answers reaches libnfs. `io->wire` is the I/O thread's own until publish().
+ * is asked. `io->wire` is the I/O thread's own until publish().
  */
 #include "nfs/internal.h"
 
@@ -50,11 +50,11 @@ static int await_connection(struct nfsio *io, int fd, int64_t deadline_ms)
 }
 
 /* Returns a connected socket, or -errno. */
-static int connect_tcp(struct nfsio *io, const struct place *place, int64_t deadline_ms)
+static int connect_tcp(struct nfsio *io, const struct server_port *peer, int64_t deadline_ms)
 {
 	/* close(2) resets the connection: no port stays behind in TIME_WAIT */
 	struct linger now = { .l_onoff = 1, .l_linger = 0 };
-	int family = place->peer.ss_family, error = 0;
+	int family = peer->address.ss_family, error = 0;
 	int fd = socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
 
 	if (fd < 0)
@@ -62,15 +62,28 @@ static int connect_tcp(struct nfsio *io, const struct place *place, int64_t dead
 	setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now));
 	tune_socket(fd);
 	reserved_port_bind(fd, family);
-	if (connect(fd, (const struct sockaddr *)&place->peer, place->peer_bytes) < 0)
+	if (connect(fd, (const struct sockaddr *)&peer->address, peer->address_bytes) < 0)
 		error = errno == EINPROGRESS ? await_connection(io, fd, deadline_ms) : -errno;
 	if (error < 0)
 		close(fd);
 	return error < 0 ? error : fd;
 }
 
-/* Make a call on the connection that is not published yet, and wait for its answer. Returns 0 or -errno. */
-static int call_and_wait(struct nfsio *io, struct wire_call *call, struct wire_answer *answer, int64_t deadline_ms)
+int wire_connect(struct nfsio *io, const struct server_port *peer, int64_t deadline_ms)
+{
+	int fd = connect_tcp(io, peer, deadline_ms);
+
+	if (fd < 0)
+		return fd;
+	wire_open(&io->wire, fd, url_number(io->url, "uid=", getuid()), url_number(io->url, "gid=", getgid()));
+	return 0;
+}
+
+/*
+ * Make a call on the connection that is not published yet, and wait for its answer. Returns 0 or -errno. Where that is
+ * not the server's word, the wire is closed.
+ */
+int call_and_wait(struct nfsio *io, struct wire_call *call, struct wire_answer *answer, int64_t deadline_ms)
 {
 	int status = wire_send(&io->wire, call);
 
@@ -80,8 +93,10 @@ static int call_and_wait(struct nfsio *io, struct wire_call *call, struct wire_a
 
 		status = ready < 0 ? ready : ready & POLLOUT ? wire_flush(&io->wire) : 0;
 	}
-	if (status < 0)
+	if (status < 0) {
+		wire_close(&io->wire);
 		return status;
+	}
 	assert(answer->call == call); /* the only one under way */
 	switch (answer->status) {
 	case NFS3_OK:
@@ -97,22 +112,19 @@ static int call_and_wait(struct nfsio *io, struct wire_call *call, struct wire_a
 	}
 }
 
+/* GETATTR and FSINFO over io->wire. Returns 0; -EISDIR: it is no regular file; or another -errno. */
 static int ask_about_file(struct nfsio *io, const struct place *place, struct connection *made)
 {
 	struct wire_call call = { .handle = place->handle, .handle_bytes = place->handle_bytes };
 	struct wire_answer answer;
 	int error;
 
-	call.procedure = WIRE_NULL;
-	error = call_and_wait(io, &call, &answer, made->deadline_ms);
-	if (error != 0)
-		return error;
 	call.procedure = WIRE_GETATTR;
 	error = call_and_wait(io, &call, &answer, made->deadline_ms);
 	if (error != 0)
 		return error;
 	if (answer.type != WIRE_REGULAR)
-		return -ESTALE; /* it is another file's by now */
+		return -EISDIR;
 	made->st.mode = (made->st.mode & ~(uint32_t)S_IFMT) | S_IFREG;
 	made->st.size_bytes = answer.size_bytes;
 	made->st.fileid = answer.fileid;
@@ -127,7 +139,7 @@ static int ask_about_file(struct nfsio *io, const struct place *place, struct co
 	return error;
 }
 
-static const char *text_of(int error)
+const char *text_of_wire(int error)
 {
 	switch (error) {
 	case -ENOTCONN:
@@ -138,28 +150,46 @@ static const char *text_of(int error)
 		return "its answer is not what the protocol allows";
 	case -EACCES:
 		return "it refuses our credentials";
+	case -ENXIO:
+		return "its portmapper does not know the service";
 	default:
 		return strerror(-error);
 	}
 }
 
-int connect_to_handle(struct nfsio *io, const struct place *place, struct connection *made, struct nfsio_failure *why)
+int connect_to_server(struct nfsio *io, const struct server_port *peer, int64_t deadline_ms)
 {
-	int fd = connect_tcp(io, place, made->deadline_ms);
-	int error = fd < 0 ? fd : 0;
+	struct wire_call call = { .procedure = WIRE_NULL };
+	struct wire_answer answer;
+	int error = wire_connect(io, peer, deadline_ms);
+
+	return error != 0 ? error : call_and_wait(io, &call, &answer, deadline_ms);
+}
+
+int go_on_to_handle(struct nfsio *io, const struct place *place, struct connection *made)
+{
+	int error;
 
 	assert(place->handle_bytes > 0 && place->handle_bytes <= WIRE_HANDLE_BYTES_MAX);
-	if (fd >= 0) {
-		wire_open(&io->wire, fd, url_number(io->url, "uid=", getuid()), url_number(io->url, "gid=", getgid()));
-		error = ask_about_file(io, place, made);
-	}
-	if (error != 0) {
+	error = ask_about_file(io, place, made);
+	if (error == 0)
+		made->place = *place;
+	else
 		wire_close(&io->wire);
-		set_failure(why, NFSIO_CONNECT, error, text_of(error));
-		return error;
-	}
-	made->place = *place;
-	return 0;
+	return error;
+}
+
+int connect_to_handle(struct nfsio *io, const struct place *place, struct connection *made, struct nfsio_failure *why)
+{
+	int error = connect_to_server(io, &place->peer, made->deadline_ms);
+
+	if (error == 0)
+		error = go_on_to_handle(io, place, made);
+	else
+		wire_close(&io->wire);
+	if (error != 0)
+		set_failure(why, NFSIO_CONNECT, error, text_of_wire(error));
+	return error;
 }
 
 /* Read a page of the file over the connection that is not published yet. Returns 0, -ENODATA or -errno. */

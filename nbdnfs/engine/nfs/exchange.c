@@ -26,13 +26,27 @@ static bool is_write(const struct nfsio_req *req)
 }
 
 /* 0: send it; -EAGAIN: not yet; another -errno: it fails. */
-static int may_send(const struct nfsio *io, const struct nfsio_req *req)
+static int may_send(struct nfsio *io, const struct nfsio_req *req)
 {
 	if (req->fail_at_ms != 0 && now_ms() >= req->fail_at_ms)
 		return -ETIMEDOUT;
+	if (req->op == NFSIO_LOOKUP && req->handle->length_bytes == 0)
+		return seek_directory(io) ? -EAGAIN : -EACCES;
 	if (!is_write(req) || req->handle != NULL || io->options.may_write == NULL)
 		return 0;
 	return io->options.may_write(io->options.may_write_context);
+}
+
+/* Note whether anything waits for the server, and since when, for other processes. Lock held. */
+void note_waiting(struct nfsio *io)
+{
+	bool waits = io->inflight.head != NULL || io->pending.head != NULL || io->later.head != NULL ||
+		     io->name_ops != NULL || io->waiting_names != NULL;
+
+	if (io->noted_waiting_ms == NULL || waits == io->waits)
+		return;
+	io->waits = waits;
+	atomic_store_explicit(io->noted_waiting_ms, waits ? (uint64_t)now_ms() : 0, memory_order_relaxed);
 }
 
 /* Send what waits, as far as the socket takes it. */
@@ -41,6 +55,7 @@ void issue_pending(struct nfsio *io)
 	struct nfsio_req *req;
 
 	assert_locked(&io->lock);
+	note_waiting(io);
 	if (!is_up(io) || io->broken)
 		return;
 	if ((io->pending.head != NULL || io->waiting_names != NULL) && io->inflight.head == NULL &&

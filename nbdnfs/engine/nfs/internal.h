@@ -12,9 +12,10 @@
  * answers.c            what the server's answers mean, whichever transport received them
  * waiting.c            what goes on while there is no connection
  * connect_wire.c       a new connection to a file whose handle is known
- * connect_libnfs.c     one to a file that has only a name: context, mount, open
+ * find_wire.c          a file's handle by its name, where the server has forgotten the one that was known
+ * connect_libnfs.c     the first connection, to a file that has only a name: context, mount, open
  * recognise.c          is it still the file that was opened?
- * connect.c            which of the two, and to the right file
+ * connect.c            which of these, and to the right file
  * transport_libnfs.c   struct transport over libnfs: NFSv4, and NFSv3 where that is asked for
  * transport_wire.c     struct transport over a wire
  * silence.c            the time-outs: what is sent again over a new connection, and when
@@ -22,7 +23,7 @@
  * exchange.c           sending what waits, and receiving
  * requests.c           what callers submit and wait for
  * state.c              what is known of the file and of the way to it
- * names.c              what callers wait for: stat, link, rename, unlink
+ * names.c              what callers wait for: stat, link, rename, unlink, and what a directory has
  * look.c               a look at a small file beside the one that is open
  * io_thread.c          the I/O thread: receiving, and connecting again
  * open.c               open and close
@@ -55,7 +56,18 @@
 /* How often nfsio_look.waiting is called. */
 #define WAITING_TICK_MS 250
 
-enum name_call { CALL_STAT, CALL_LSTAT, CALL_FSTAT, CALL_LINK, CALL_RENAME, CALL_UNLINK, CALL_LOOK };
+enum name_call {
+	CALL_STAT,
+	CALL_LSTAT,
+	CALL_FSTAT,
+	CALL_LINK,
+	CALL_RENAME,
+	CALL_UNLINK,
+	CALL_CHMOD,
+	CALL_SPACE,
+	CALL_LIST,
+	CALL_LOOK,
+};
 
 /* One name operation, on its caller's stack. Guarded by io->lock. */
 struct name_op {
@@ -73,6 +85,9 @@ struct name_op {
 	bool done;
 	struct nfsio_failure *why; /* error 0 until it fails */
 	struct nfsio_stat *st;
+	struct nfsio_space *space; /* CALL_SPACE's result */
+	struct nfsio_names *names; /* CALL_LIST's result */
+	uint32_t mode;          /* for CALL_CHMOD */
 	struct nfsio_look *look; /* NULL but for nfsio_look() */
 	struct nfsfh *fh;       /* the file that `look` has opened */
 	int look_error;
@@ -99,10 +114,15 @@ struct step {
 	uint32_t count;         /* how many bytes of it were read */
 };
 
+/* Where one of a server's programs listens. */
+struct server_port {
+	struct sockaddr_storage address;
+	socklen_t address_bytes; /* 0: not known */
+};
+
 /* Where a file is: its server, and its handle there. */
 struct place {
-	struct sockaddr_storage peer;
-	socklen_t peer_bytes;
+	struct server_port peer;
 	uint8_t handle[128];    /* NFS4_FHSIZE */
 	uint32_t handle_bytes;  /* 0: not known */
 };
@@ -161,10 +181,11 @@ struct nfsio {
 	struct place place;
 	uint64_t fsid, fileid;  /* fsid 0 over libnfs */
 
-	/* for nfsio_look() over a wire */
+	/* over a wire: for nfsio_look(), and to find the file again; changed like `place` */
 	struct nfsio_handle directory; /* the URL's directory; length 0: not known */
 	bool directory_is_stale; /* the next connection is to find it by its name first */
-	int64_t directory_sought_ms; /* when that was last asked for */
+	bool directory_found;   /* and was found the last time */
+	int64_t directory_sought_ms; /* when that was last asked for, or 0 */
 
 	/* of transport_libnfs */
 	struct nfs_context *nfs;
@@ -194,6 +215,8 @@ struct nfsio {
 	int64_t deadline_ms;    /* nothing outstanding is given up before; it may have been answered meanwhile */
 	int64_t polls_until_ms; /* when the poll() that began last ends at the latest; 0 after it */
 	int64_t last_received_ms; /* when something was last received, or the connection was made */
+	bool waits;             /* for an answer, or for a connection to send a request over */
+	_Atomic uint64_t *noted_received_ms, *noted_waiting_ms; /* nfsio_note_waits(): where both are noted, or NULL */
 	int64_t suspect_since_ms; /* nfsio_suspect(): to be tested if nothing was received since. 0: not suspect */
 	int64_t given_up_at_ms; /* when silence last cost a connection, 0: never */
 	struct probe probe;     /* beside the connection, while that is tested */
@@ -217,7 +240,8 @@ struct connection {
 	uint64_t fsid;
 	struct place place;
 	uint32_t read_max_bytes, write_max_bytes; /* at most 1 MiB */
-	struct nfsio_handle directory; /* length 0: not asked for, or not found */
+	struct nfsio_handle root; /* of what was mounted */
+	struct nfsio_handle directory; /* the URL's; length 0: not asked for, or not found */
 	int64_t deadline_ms;    /* of the attempt that made it */
 };
 
@@ -291,6 +315,7 @@ void note_written3(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool
 void note_committed3(struct nfsio *io, struct nfsio_req *req, uint64_t verifier);
 void note_refused(struct nfsio *io, struct nfsio_req *req, int error);
 void note_refused3(struct nfsio *io, struct nfsio_req *req, int status);
+bool seek_directory(struct nfsio *io);
 void note_refused_elsewhere3(struct nfsio *io, struct nfsio_req *req, int status);
 
 /* names.c. `op` is on the caller's stack. Without the lock; waits. */
@@ -299,6 +324,7 @@ int name_call(struct nfsio *io, struct name_op *op, enum name_call call, const c
 
 /* exchange.c, with the lock held, which receive() drops meanwhile. */
 void issue_pending(struct nfsio *io);
+void note_waiting(struct nfsio *io);
 void receive(struct nfsio *io);
 
 /* requests.c: nfsio_submit() with the lock held. */
@@ -328,10 +354,33 @@ int syn_limit_ms(const struct nfsio *io);
 void tune_socket(int fd);
 uint32_t transfer_limit(uint64_t servers);
 
-/* connect_wire.c, for the I/O thread and without the lock. After an error io->wire is closed. */
+/*
+ * connect_wire.c, for the I/O thread and without the lock. They return 0 or -errno; after an error of the first and the
+ * last three, io->wire is closed.
+ */
+int wire_connect(struct nfsio *io, const struct server_port *peer, int64_t deadline_ms);
+int call_and_wait(struct nfsio *io, struct wire_call *call, struct wire_answer *answer, int64_t deadline_ms);
+/* TCP and NULL. */
+int connect_to_server(struct nfsio *io, const struct server_port *peer, int64_t deadline_ms);
+/* The rest, over that: -ESTALE for a handle that the server does not know, -EISDIR for one of no regular file. */
+int go_on_to_handle(struct nfsio *io, const struct place *place, struct connection *made);
 int connect_to_handle(struct nfsio *io, const struct place *place, struct connection *made, struct nfsio_failure *why);
 int read_page_by_wire(struct nfsio *io, const struct connection *made, uint64_t offset_bytes, uint8_t *page,
 		      uint32_t page_bytes);
+const char *text_of_wire(int error);
+
+/* find_wire.c, for the I/O thread and without the lock. They return 0 or -errno. */
+
+/* Where the NFS server listens, by portmapper. -ENXIO: that does not know. io->wire is closed. */
+int find_server(struct nfsio *io, struct server_port *peer, int64_t deadline_ms);
+/* The handle of what is mounted, by mountd. io->wire is closed. */
+int find_root(struct nfsio *io, const struct server_port *peer, struct nfsio_handle *root, int64_t deadline_ms);
+/*
+ * Follow `path` from the directory *at, over io->wire, to *at. Symbolic links are followed; absolute ones, where `root`
+ * is not NULL, inside what is mounted. The wire is closed after what is not the server's word.
+ */
+int find_path(struct nfsio *io, const struct nfsio_handle *root, struct nfsio_handle *at, const char *path,
+	      int64_t deadline_ms);
 
 /*
  * connect_libnfs.c, all for the I/O thread and without the lock. But it is held for libnfs_destroy() of a published

@@ -77,6 +77,7 @@ static void publish(struct nfsio *io, const struct connection *made)
 	if (made->directory.length_bytes > 0) {
 		io->directory = made->directory;
 		io->directory_is_stale = false;
+		io->directory_found = true;
 	}
 	io->last_received_ms = io->connected_at_ms = now_ms();
 	io->deadline_ms = INT64_MAX;
@@ -294,7 +295,7 @@ void *io_thread(void *arg)
 	}
 	while (io->receiver == RECEIVER_WAITER)
 		wait_for_io_work(io); /* it has been woken, and still uses the connection */
-	if (io->nfs != NULL && !io->broken && io->version != 3) {
+	if (io->nfs != NULL && io->fh != NULL && !io->broken && io->version != 3) {
 		/* the server keeps state for an open NFSv4 file: close it, but only wait a moment for that */
 		struct step *step = new_step(io);
 

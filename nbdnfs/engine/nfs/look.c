@@ -10,9 +10,6 @@
 #include <errno.h>
 #include <string.h>
 
-/* The directory is not looked for again sooner: that costs the connection, and its name may have no file any more. */
-#define FIND_AGAIN_MS 30000
-
 /* What waits for a request. */
 struct look_wait {
 	pthread_mutex_t lock;   /* guards `done`; taken with no other */
@@ -70,31 +67,15 @@ static int run(struct nfsio *io, struct nfsio_look *look, const char *step, stru
 	return stopped ? -ECANCELED : req->error;
 }
 
-/* The handle of the directory is stale, or not known: find it by its name, over a new connection. */
-static void find_directory_again(struct nfsio *io)
-{
-	int64_t now = now_ms();
-
-	pthread_mutex_lock(&io->lock);
-	if (is_up(io) && !io->broken &&
-	    (io->directory_sought_ms == 0 || now - io->directory_sought_ms >= FIND_AGAIN_MS)) {
-		io->directory_sought_ms = now;
-		io->directory_is_stale = true;
-		io->broken = true;
-		wake_io_thread(io);
-	}
-	pthread_mutex_unlock(&io->lock);
-}
-
 static int look_over_wire(struct nfsio *io, const char *name, struct nfsio_look *look)
 {
 	int64_t fail_at_ms = look->limit_ms > 0 ? now_ms() + look->limit_ms : 0;
-	struct nfsio_handle directory, file;
+	struct nfsio_handle file;
 	struct nfsio_req req = {
 		.op = NFSIO_LOOKUP,
 		.data = (uint8_t *)(uintptr_t)name,
 		.length_bytes = (uint32_t)strlen(name),
-		.handle = &directory,
+		.handle = &io->directory,
 		.found = &file,
 		.fail_at_ms = fail_at_ms,
 	};
@@ -103,16 +84,7 @@ static int look_over_wire(struct nfsio *io, const char *name, struct nfsio_look 
 	look->step = "LOOKUP";
 	if (req.length_bytes == 0 || req.length_bytes > WIRE_NAME_BYTES_MAX)
 		return -ENAMETOOLONG;
-	pthread_mutex_lock(&io->lock);
-	directory = io->directory;
-	pthread_mutex_unlock(&io->lock);
-	if (directory.length_bytes == 0) {
-		find_directory_again(io);
-		return -EACCES;
-	}
 	error = run(io, look, "LOOKUP", &req);
-	if (error == -ESTALE)
-		find_directory_again(io);
 	if (error != 0)
 		return error;
 	req = (struct nfsio_req){

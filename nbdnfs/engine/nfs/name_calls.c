@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdlib.h>
 #include <string.h>
 
 /*
@@ -11,6 +12,8 @@
  * calls, and the disks of a server may have to start first.
  */
 #define NAME_REPEAT_FACTOR 2
+/* A directory with more names is not one that files for swap lie in. */
+#define NAMES_BYTES_MAX (64u << 20)
 
 /* Did a call have a result? If not, the operation ends with the connection, or is sent again. */
 static bool has_result(struct name_op *op, struct nfs_context *nfs, int error)
@@ -30,6 +33,50 @@ static bool is_put_off(struct nfs_context *nfs, int error)
 	return error == -EAGAIN || (error < 0 && verdict4(nfs) == NOT_NOW4);
 }
 
+/* Returns 0, -EFBIG or -ENOMEM. */
+static int copy_names(struct nfsio_names *names, struct nfs_context *nfs, struct nfsdir *directory)
+{
+	const struct nfsdirent *entry;
+	size_t room_bytes = 0;
+
+	while ((entry = nfs_readdir(nfs, directory)) != NULL) {
+		size_t bytes = strlen(entry->name) + 1;
+
+		if (strcmp(entry->name, ".") == 0 || strcmp(entry->name, "..") == 0)
+			continue;
+		if (names->length_bytes + bytes > NAMES_BYTES_MAX)
+			return -EFBIG;
+		if (names->length_bytes + bytes > room_bytes) {
+			char *text = realloc(names->text, room_bytes = 2 * (names->length_bytes + bytes));
+
+			if (text == NULL)
+				return -ENOMEM;
+			names->text = text;
+		}
+		memcpy(names->text + names->length_bytes, entry->name, bytes);
+		names->length_bytes += bytes;
+	}
+	return 0;
+}
+
+static void take_names(struct name_op *op, struct nfs_context *nfs, struct nfsdir *directory)
+{
+	int error = copy_names(op->names, nfs, directory);
+
+	nfs_closedir(nfs, directory);
+	if (error != 0) {
+		free(op->names->text);
+		*op->names = (struct nfsio_names){ 0 };
+	}
+	name_op_finish(op, error, NULL);
+}
+
+static void take_space(struct nfsio_space *space, const struct nfs_statvfs_64 *found)
+{
+	space->total_bytes = found->f_blocks * found->f_frsize;
+	space->available_bytes = found->f_bavail * found->f_frsize;
+}
+
 static void name_op_done(int error, struct nfs_context *nfs, void *data, void *arg)
 {
 	struct name_op *op = arg;
@@ -40,9 +87,13 @@ static void name_op_done(int error, struct nfs_context *nfs, void *data, void *a
 		name_op_put_off(op);
 	} else if (error < 0) {
 		name_op_finish(op, error, nfs_get_error(nfs));
+	} else if (op->call == CALL_LIST) {
+		take_names(op, nfs, data);
 	} else {
 		if (op->st != NULL)
 			copy_stat(op->st, data);
+		if (op->space != NULL)
+			take_space(op->space, data);
 		name_op_finish(op, 0, NULL);
 	}
 }
@@ -130,6 +181,13 @@ static int call_libnfs(struct nfsio *io, struct name_op *op)
 		return nfs_rename_async(io->nfs, op->path, op->new_path, name_op_done, op);
 	case CALL_UNLINK:
 		return nfs_unlink_async(io->nfs, op->path, name_op_done, op);
+	case CALL_CHMOD:
+		return nfs_chmod_async(io->nfs, op->path, (int)op->mode, name_op_done, op);
+	case CALL_SPACE:
+		return nfs_statvfs64_async(io->nfs, op->path, name_op_done, op);
+	case CALL_LIST:
+		nfs_set_dircache(io->nfs, 0);
+		return nfs_opendir_async(io->nfs, op->path, name_op_done, op);
 	case CALL_LOOK:
 		op->look->step = "LOOKUP";
 		return nfs_open_async(io->nfs, op->path, op->look->wants_change != NULL ? O_RDWR : O_RDONLY,

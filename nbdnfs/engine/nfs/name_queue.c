@@ -2,8 +2,9 @@
 /*
  * Operations on names: where they wait, and how they end.
  *
- * One that may be done twice (stat, fstat) is sent again over a new connection until its time is over. One that may not
- * (link, rename, unlink) fails as soon as it is uncertain whether the server has done it: only its caller can find out.
+ * One that may be done twice (stat, chmod, a listing) is sent again over a new connection until its time is over. One
+ * that may not (link, rename, unlink) fails as soon as it is uncertain whether the server has done it: only its caller
+ * can find out.
  */
 #include "nfs/internal.h"
 
@@ -69,7 +70,21 @@ void name_op_put_off(struct name_op *op)
 /* May it be done twice? A look may, but counts from its beginning: its caller starts another. */
 bool name_op_may_repeat(const struct name_op *op)
 {
-	return op->call == CALL_STAT || op->call == CALL_LSTAT || op->call == CALL_FSTAT;
+	switch (op->call) {
+	case CALL_STAT:
+	case CALL_LSTAT:
+	case CALL_FSTAT:
+	case CALL_CHMOD:
+	case CALL_SPACE:
+	case CALL_LIST:
+		return true;
+	case CALL_LINK:
+	case CALL_RENAME:
+	case CALL_UNLINK:
+	case CALL_LOOK:
+		return false;
+	}
+	return false;
 }
 
 /* The connection broke, or was given up. */

@@ -87,6 +87,10 @@ int nfsio_fstat(struct nfsio *io, struct nfsio_stat *st, struct nfsio_failure *w
 {
 	struct name_op op = { .st = st };
 
+	if (io->options.names_only) {
+		set_failure(why, NFSIO_NAME, -EBADF, NULL);
+		return -EBADF;
+	}
 	return name_call(io, &op, CALL_FSTAT, NULL, NULL, why);
 }
 
@@ -109,4 +113,26 @@ int nfsio_unlink(struct nfsio *io, const char *path, struct nfsio_failure *why)
 	struct name_op op = { 0 };
 
 	return name_call(io, &op, CALL_UNLINK, path, NULL, why);
+}
+
+int nfsio_chmod(struct nfsio *io, const char *path, uint32_t mode, struct nfsio_failure *why)
+{
+	struct name_op op = { .mode = mode };
+
+	return name_call(io, &op, CALL_CHMOD, path, NULL, why);
+}
+
+int nfsio_space(struct nfsio *io, struct nfsio_space *space, struct nfsio_failure *why)
+{
+	struct name_op op = { .space = space };
+
+	return name_call(io, &op, CALL_SPACE, "/", NULL, why);
+}
+
+int nfsio_list(struct nfsio *io, struct nfsio_names *names, struct nfsio_failure *why)
+{
+	struct name_op op = { .names = names };
+
+	*names = (struct nfsio_names){ 0 };
+	return name_call(io, &op, CALL_LIST, "/", NULL, why);
 }

@@ -26,7 +26,8 @@
 enum nfsio_op {
 	NFSIO_READ,
 	NFSIO_WRITE,          /* FILE_SYNC: stable when it is done */
-	NFSIO_WRITE_UNSTABLE, /* NFSv3: needs a COMMIT under the same verifier, unless `stable` says otherwise */
+	NFSIO_WRITE_UNSTABLE, /* NFSv3: needs a COMMIT under the same verifier, unless `stable` says otherwise. It becomes
+				 NFSIO_WRITE where the server changes its verifier again and again */
 	NFSIO_COMMIT,         /* NFSv3: the whole file; its only result is the verifier */
 	NFSIO_LOOKUP,         /* nfsio_look()'s own */
 };
@@ -94,6 +95,7 @@ struct nfsio_req {
 	int64_t queued_at_ms;
 	int64_t give_up_at_ms;  /* while in flight: then it is sent again over a new connection */
 	int64_t refused_at_ms;  /* a READ: when the server first refused it, or 0 */
+	unsigned restarts;      /* a write: how often all of it was sent again for another verifier */
 	struct nfsio_req *prev, *next;
 };
 
@@ -105,6 +107,11 @@ struct nfsio_options {
 	bool create;            /* make the file where there is none */
 	bool exclusive;         /* with create: fail with EEXIST where there is one */
 	bool read_only;
+	/*
+	 * Open nothing: there are name operations only, in the URL's directory, whatever file the URL names. Over
+	 * libnfs.
+	 */
+	bool names_only;
 	enum nfsio_transport transport;
 	/*
 	 * NULL, or another nfsio for the same URL: over a wire, what that one knows of the file is not asked for again.
@@ -194,6 +201,14 @@ void nfsio_suspect(struct nfsio *io, int64_t since_ms);
 typedef void (*nfsio_changed_fn)(void *context);
 void nfsio_watch(struct nfsio *io, nfsio_changed_fn changed, void *context);
 
+/*
+ * Keep two times up to date from now on, by CLOCK_MONOTONIC in ms: when an answer was last received, over this
+ * connection or any other that is given the same place; and since when this one has waited for answers without a
+ * pause, 0 while it waits for none. A request without a connection to go out on waits, too. Both places outlive
+ * nfsio_join().
+ */
+void nfsio_note_waits(struct nfsio *io, _Atomic uint64_t *last_received_ms, _Atomic uint64_t *waiting_since_ms);
+
 /* Has an answer shown that the file has no name any more? The server may keep it while it is open. */
 bool nfsio_is_unlinked(const struct nfsio *io);
 
@@ -233,7 +248,10 @@ struct nfsio_batch {
 void nfsio_batch_start(struct nfsio *io, struct nfsio_batch *batch, struct nfsio_req *reqs, size_t count);
 void nfsio_batch_wait(struct nfsio_batch *batch);
 
-/* Run one request and wait for it. Returns its error; -EBADF for a write to what was opened `read_only`. */
+/*
+ * Run one request and wait for it. Returns its error; -EBADF for a write to what was opened `read_only`,
+ * and for everything with `names_only`.
+ */
 int nfsio_transfer(struct nfsio *io, struct nfsio_req *req);
 
 /* Are there NFSIO_WRITE_UNSTABLE and NFSIO_COMMIT? Over NFSv3 only: libnfs hides the verifier of NFSv4. */
@@ -258,6 +276,26 @@ int nfsio_fstat(struct nfsio *io, struct nfsio_stat *st, struct nfsio_failure *w
 int nfsio_link(struct nfsio *io, const char *old_path, const char *new_path, struct nfsio_failure *why);
 int nfsio_rename(struct nfsio *io, const char *old_path, const char *new_path, struct nfsio_failure *why);
 int nfsio_unlink(struct nfsio *io, const char *path, struct nfsio_failure *why);
+
+/* As stat: may be sent again. */
+int nfsio_chmod(struct nfsio *io, const char *path, uint32_t mode, struct nfsio_failure *why);
+
+/* The file system of the URL's directory (RFC 1813, FSSTAT): its size, and what this user may still take of it. */
+struct nfsio_space {
+	uint64_t total_bytes, available_bytes;
+};
+
+/* As stat. */
+int nfsio_space(struct nfsio *io, struct nfsio_space *space, struct nfsio_failure *why);
+
+/* Names, each with its NUL, one behind the other. */
+struct nfsio_names {
+	char *text;             /* NULL where there are none; the caller's, for free() */
+	size_t length_bytes;
+};
+
+/* What the URL's directory has, but for "." and "..". As stat. -EFBIG: the names have more than 64 MiB. */
+int nfsio_list(struct nfsio *io, struct nfsio_names *names, struct nfsio_failure *why);
 
 /* A look at a small file, and a change to the very file that was read, even if its name belongs to another by then. */
 struct nfsio_look {

@@ -92,7 +92,7 @@ int nfsio_transfer(struct nfsio *io, struct nfsio_req *req)
 	struct nfsio_batch batch;
 
 	/* NFSv3 has no open files: the server does not know that this one was opened to read */
-	if (io->options.read_only && req->op != NFSIO_READ)
+	if ((io->options.read_only && req->op != NFSIO_READ) || io->options.names_only)
 		return -EBADF;
 	nfsio_batch_start(io, &batch, req, 1);
 	nfsio_batch_wait(&batch);

@@ -38,6 +38,17 @@ void nfsio_watch(struct nfsio *io, nfsio_changed_fn changed, void *context)
 	changed(context);
 }
 
+void nfsio_note_waits(struct nfsio *io, _Atomic uint64_t *last_received_ms, _Atomic uint64_t *waiting_since_ms)
+{
+	pthread_mutex_lock(&io->lock);
+	io->noted_received_ms = last_received_ms;
+	io->noted_waiting_ms = waiting_since_ms;
+	atomic_store_explicit(last_received_ms, (uint64_t)io->last_received_ms, memory_order_relaxed);
+	io->waits = false;
+	note_waiting(io);
+	pthread_mutex_unlock(&io->lock);
+}
+
 uint64_t nfsio_truncated_bytes(const struct nfsio *io)
 {
 	return atomic_load(&io->truncated_bytes);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * wire: some procedures of NFSv3 (RFC 1813, RFC 5531) over a TCP connection that the caller has made: READ, WRITE and
- * COMMIT for transfers; NULL, GETATTR, LOOKUP and FSINFO to find a file and to learn what the server takes.
+ * COMMIT for transfers; NULL, GETATTR, LOOKUP, READLINK and FSINFO to find a file and to learn what the server takes.
+ * Over connections to other daemons: MNT of mountd (RFC 1813, 5.2), GETPORT and GETADDR of portmapper (RFC 1833).
  *
  * libnfs allocates for each call and each answer, copies their data, and scans a table of 16 KiB each time that it is
  * called. Nothing here allocates: a call is sent from the caller's memory, and the data of a READ is received into it.
@@ -18,10 +19,15 @@ enum wire_procedure {
 	WIRE_NULL = 0,
 	WIRE_GETATTR = 1,
 	WIRE_LOOKUP = 3,
+	WIRE_READLINK = 5,
 	WIRE_READ = 6,
 	WIRE_WRITE = 7,
 	WIRE_FSINFO = 19,
 	WIRE_COMMIT = 21,
+	/* of other programs: the numbers are ours */
+	WIRE_MNT = 256,
+	WIRE_GETPORT,           /* portmapper's, version 2: over IPv4 */
+	WIRE_GETADDR,           /* version 3: over IPv6 */
 };
 
 /*
@@ -30,12 +36,13 @@ enum wire_procedure {
  */
 struct wire_call {
 	enum wire_procedure procedure;
-	const uint8_t *handle;  /* of the file, in WIRE_LOOKUP of the directory; WIRE_NULL has none */
+	const uint8_t *handle;  /* of the file, in WIRE_LOOKUP of the directory; for NFSv3, but WIRE_NULL has none */
 	uint32_t handle_bytes;  /* 1 to WIRE_HANDLE_BYTES_MAX */
 	uint32_t length_bytes;  /* of the data; 0 where a procedure has none */
 	uint64_t offset_bytes;
-	uint8_t *data;          /* WIRE_READ: filled. WIRE_WRITE: sent. WIRE_LOOKUP: the name, sent */
+	uint8_t *data;          /* WIRE_READ, WIRE_READLINK: filled. WIRE_WRITE: sent. WIRE_LOOKUP, WIRE_MNT: the name */
 	bool stable;            /* WIRE_WRITE: FILE_SYNC, else UNSTABLE */
+	uint32_t program, version; /* WIRE_GETPORT, WIRE_GETADDR: whose port is asked for */
 
 	/* the wire's own */
 	uint32_t xid;
@@ -44,7 +51,8 @@ struct wire_call {
 
 struct wire_answer {
 	struct wire_call *call;
-	uint32_t status;        /* nfsstat3, or WIRE_NOT_NOW; unless 0, there are at most the file's attributes */
+	uint32_t status;        /* nfsstat3 (mountstat3 has the same numbers), or WIRE_NOT_NOW; unless 0, there are at
+				   most the file's attributes */
 	uint32_t count_bytes;   /* read or written; what was read lies in the call's data */
 	bool end_of_file;
 	bool stable;            /* a write that needs no COMMIT */
@@ -58,11 +66,12 @@ struct wire_answer {
 	bool has_size_before;   /* of a write or a commit */
 	uint64_t size_before_bytes;
 
-	/* of WIRE_LOOKUP; the bytes are the wire's, in place until its next wire_receive() or wire_close() */
+	/* of WIRE_LOOKUP and WIRE_MNT; the bytes are the wire's, in place until its next wire_receive() or wire_close() */
 	const uint8_t *handle;
 	uint32_t handle_bytes;
 	/* of WIRE_FSINFO: the most that a READ and a WRITE may move, and how much they had better move */
 	uint32_t read_max_bytes, read_preferred_bytes, write_max_bytes, write_preferred_bytes;
+	uint32_t port;          /* of WIRE_GETPORT and WIRE_GETADDR; 0: the program is not there */
 };
 
 /* NFS3ERR_JUKEBOX; also where RPC says that the program is not there, or that the system has failed */
@@ -71,9 +80,12 @@ struct wire_answer {
 /* ftype3 */
 #define WIRE_REGULAR 1u
 #define WIRE_DIRECTORY 2u
+#define WIRE_LINK 5u
 
 /* A name that WIRE_LOOKUP takes: NAME_MAX. */
 #define WIRE_NAME_BYTES_MAX 255
+/* A path that WIRE_MNT takes (MNTPATHLEN), and room for the target of a symbolic link. */
+#define WIRE_PATH_BYTES_MAX 1024
 /* Room for a handle (NFS3_FHSIZE), for what comes before the data of a call, and for that of an answer. */
 #define WIRE_HANDLE_BYTES_MAX 64
 #define WIRE_CALL_BYTES_MAX 256
@@ -102,7 +114,7 @@ struct wire {
 	struct wire_answer answer; /* of the READ whose data is being received */
 	uint32_t data_bytes, data_left_bytes; /* of it */
 	bool reading;           /* `answer` waits for its data */
-	uint8_t found_handle[WIRE_HANDLE_BYTES_MAX]; /* of the last WIRE_LOOKUP */
+	uint8_t found_handle[WIRE_HANDLE_BYTES_MAX]; /* of the last WIRE_LOOKUP or WIRE_MNT */
 	/* a record of several fragments is being received */
 	bool fragmented, is_last_fragment;
 	bool has_head;          /* `answer` has it, and waits for data_left_bytes and the record's end */

@@ -14,7 +14,7 @@
 #define MACHINE_NAME_BYTES 6u
 
 #define XID_AT 4
-#define PROCEDURE_AT 24
+#define PROGRAM_AT 16
 
 void wire_init(struct wire *wire)
 {
@@ -49,9 +49,9 @@ void wire_open(struct wire *wire, int fd, uint32_t uid, uint32_t gid)
 	at = xdr_put32(at, 0); /* xid */
 	at = xdr_put32(at, CALL);
 	at = xdr_put32(at, RPC_VERSION);
-	at = xdr_put32(at, NFS_PROGRAM);
-	at = xdr_put32(at, NFS_VERSION);
-	at = xdr_put32(at, 0); /* procedure */
+	at = xdr_put32(at, 0); /* program, */
+	at = xdr_put32(at, 0); /* version, */
+	at = xdr_put32(at, 0); /* and procedure */
 	at = xdr_put32(at, AUTH_SYS);
 	at = xdr_put32(at, 5 * 4 + xdr_padded(MACHINE_NAME_BYTES));
 	at = xdr_put32(at, 0); /* stamp: arbitrary */
@@ -160,15 +160,58 @@ static void put_data(struct wire *wire, const struct wire_call *call)
 	wire->out_pad_bytes = xdr_padded(call->length_bytes) - call->length_bytes;
 }
 
-/* Returns the end of the arguments, but for the data. */
-static uint8_t *put_arguments(struct wire *wire, uint8_t *at, const struct wire_call *call)
+static uint8_t *put_procedure(uint8_t *at, enum wire_procedure procedure)
+{
+	uint32_t program = NFS_PROGRAM, version = NFS_VERSION, number = procedure;
+
+	if (procedure == WIRE_MNT) {
+		program = MOUNT_PROGRAM;
+		version = MOUNT_VERSION;
+		number = 1;
+	} else if (procedure == WIRE_GETPORT || procedure == WIRE_GETADDR) {
+		program = PORTMAP_PROGRAM;
+		version = procedure == WIRE_GETPORT ? 2 : 3;
+		number = 3;
+	}
+	at = xdr_put32(at, program);
+	at = xdr_put32(at, version);
+	return xdr_put32(at, number);
+}
+
+/* Arguments of procedures that have no handle. */
+static uint8_t *put_other_arguments(struct wire *wire, uint8_t *at, const struct wire_call *call)
 {
 	if (call->procedure == WIRE_NULL)
 		return at;
+	if (call->procedure == WIRE_MNT) {
+		assert(call->length_bytes > 0 && call->length_bytes <= WIRE_PATH_BYTES_MAX);
+		put_data(wire, call);
+		return xdr_put32(at, call->length_bytes);
+	}
+	at = xdr_put32(at, call->program);
+	at = xdr_put32(at, call->version);
+	if (call->procedure == WIRE_GETPORT)
+		return xdr_put32(xdr_put32(at, TCP), 0); /* any port */
+	at = xdr_put32(at, 4);
+	memcpy(at, "tcp6", 4);
+	return xdr_put32(xdr_put32(at + 4, 0), 0); /* any address and owner */
+}
+
+/* Returns the end of the arguments, but for the data. */
+static uint8_t *put_arguments(struct wire *wire, uint8_t *at, const struct wire_call *call)
+{
+	if (call->procedure == WIRE_NULL || call->procedure >= WIRE_MNT)
+		return put_other_arguments(wire, at, call);
 	at = put_handle(at, call);
 	switch (call->procedure) {
 	case WIRE_NULL:
+	case WIRE_MNT:
+	case WIRE_GETPORT:
+	case WIRE_GETADDR:
+		assert(false);
+		break;
 	case WIRE_GETATTR:
+	case WIRE_READLINK:
 	case WIRE_FSINFO:
 		break;
 	case WIRE_LOOKUP:
@@ -204,7 +247,7 @@ int wire_send(struct wire *wire, struct wire_call *call)
 	call->xid = wire->next_xid++;
 	memcpy(at, wire->begin, wire->begin_bytes);
 	xdr_put32(at + XID_AT, call->xid);
-	xdr_put32(at + PROCEDURE_AT, call->procedure);
+	put_procedure(at + PROGRAM_AT, call->procedure);
 	wire->out_data = at; /* of no bytes */
 	wire->out_data_bytes = wire->out_pad_bytes = 0;
 	at = put_arguments(wire, at + wire->begin_bytes, call);

@@ -32,6 +32,12 @@
 /* RFC 1813 */
 #define NFS_PROGRAM 100003u
 #define NFS_VERSION 3u
+#define MOUNT_PROGRAM 100005u
+#define MOUNT_VERSION 3u
+/* RFC 1833 */
+#define PORTMAP_PROGRAM 100000u
+#define TCP 6u
+#define ADDRESS_BYTES_MAX 128u /* of a universal address; the longest over IPv6 has 53 */
 #define UNSTABLE 0u
 #define FILE_SYNC 2u
 #define SIZE_OF_FATTR3 84u

@@ -77,18 +77,52 @@ static void get_limits(struct xdr_reader *reader, struct wire_answer *answer)
 	xdr_get(reader, 4 + 4 + 8 + 8 + 4); /* wtmult, dtpref, maxfilesize, time_delta, properties */
 }
 
+/*
+ * The port in a universal address, "HOST.HIGH.LOW" (RFC 5665, 5.2.3.3). Returns false when it has none; "" is that of a
+ * program that is not there, and has port 0.
+ */
+static bool get_port_of_address(struct xdr_reader *reader, struct wire_answer *answer)
+{
+	uint32_t bytes = xdr_get32(reader), number = 0, factor = 1, parts[2] = { 0 }, part = 0;
+	const uint8_t *at;
+
+	if (!reader->ran_out && bytes > ADDRESS_BYTES_MAX)
+		return false;
+	at = xdr_get(reader, reader->ran_out ? 0 : xdr_padded(bytes));
+	if (reader->ran_out || bytes == 0)
+		return true;
+	for (uint32_t i = bytes; i > 0 && part < 2; i--) {
+		if (at[i - 1] == '.' && factor > 1) {
+			parts[part++] = number;
+			number = 0;
+			factor = 1;
+		} else if (at[i - 1] >= '0' && at[i - 1] <= '9' && factor <= 100) {
+			number += factor * (uint32_t)(at[i - 1] - '0');
+			factor *= 10;
+		} else {
+			return false;
+		}
+	}
+	answer->port = parts[1] << 8 | parts[0];
+	return part == 2 && parts[0] < 256 && parts[1] < 256;
+}
+
 /* What every answer has after its status, be that good or bad. */
 static void get_attributes_of(struct xdr_reader *reader, struct wire_answer *answer)
 {
 	switch (answer->call->procedure) {
 	case WIRE_NULL:
 	case WIRE_GETATTR:
+	case WIRE_MNT:
+	case WIRE_GETPORT:
+	case WIRE_GETADDR:
 		break;
 	case WIRE_LOOKUP:
 		if (answer->status != 0)
 			skip_attributes(reader);
 		break;
 	case WIRE_READ:
+	case WIRE_READLINK:
 	case WIRE_FSINFO:
 		get_attributes(reader, answer);
 		break;
@@ -106,12 +140,28 @@ static int get_results(struct xdr_reader *reader, struct wire_head *head)
 
 	if (answer->call->procedure == WIRE_NULL)
 		return 0;
+	if (answer->call->procedure == WIRE_GETPORT) {
+		answer->port = xdr_get32(reader);
+		return answer->port <= UINT16_MAX ? 0 : -EPROTO;
+	}
+	if (answer->call->procedure == WIRE_GETADDR)
+		return get_port_of_address(reader, answer) ? 0 : -EPROTO;
 	answer->status = xdr_get32(reader);
 	get_attributes_of(reader, answer);
 	if (answer->status != 0)
 		return 0;
 	switch (answer->call->procedure) {
 	case WIRE_NULL:
+	case WIRE_GETPORT:
+	case WIRE_GETADDR:
+		break;
+	case WIRE_MNT:
+		/* what follows, the flavours of authentication, is not needed: AUTH_SYS is the only one here */
+		if (!get_handle(reader, head))
+			return -EPROTO;
+		break;
+	case WIRE_READLINK:
+		head->data_bytes = answer->count_bytes = xdr_get32(reader);
 		break;
 	case WIRE_GETATTR:
 		get_fattr(reader, answer);

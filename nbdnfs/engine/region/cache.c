@@ -23,7 +23,7 @@ bool cache_known_page(const struct cache *cache, uint64_t from, uint64_t *page, 
 
 static bool is_one_word(const uint8_t *data)
 {
-	return memcmp(data, data + 4, PAGE_BYTES - 4) == 0;
+	return memcmp(data, data + 4, SLOT_BYTES - 4) == 0;
 }
 
 /* What can be computed from the region is kept beside it. All of its pages are looked at this once. */
@@ -58,7 +58,7 @@ static void take_over_slots(struct cache *cache)
 		}
 		/* the slot is right: the worker may have been killed before it set these */
 		set_filled(cache, page, false);
-		set_word(cache, page, crc32c(data_of(cache, index), PAGE_BYTES));
+		set_word(cache, page, crc32c(data_of(cache, index), SLOT_BYTES));
 		cache->sequence++;
 		slot_init_page(cache, index, page);
 		slot_became_dirty(cache, index);
@@ -122,7 +122,7 @@ enum cache_lookup cache_read(struct cache *cache, uint64_t page, uint8_t *data)
 	if (slot != NULL && slot->fetching)
 		return CACHE_WAIT;
 	if (slot != NULL && has_bytes(slot)) {
-		memcpy(data, data_of(cache, index), PAGE_BYTES);
+		memcpy(data, data_of(cache, index), SLOT_BYTES);
 		slot_used(cache, index);
 		return CACHE_HIT;
 	}
@@ -155,7 +155,7 @@ static bool store(struct cache *cache, uint64_t page, const uint8_t *data, uint3
 	} else {
 		slot_overwrite(cache, index);
 	}
-	memcpy(data_of(cache, index), data, PAGE_BYTES);
+	memcpy(data_of(cache, index), data, SLOT_BYTES);
 	slot_became_dirty(cache, index);
 	/* if killed here: the slot is right, see cache_create() */
 	set_filled(cache, page, false);
@@ -212,7 +212,7 @@ bool cache_page_is_stable(const struct cache *cache, uint64_t page, uint64_t seq
 enum cache_materialise cache_materialise(struct cache *cache, uint64_t *page, uint32_t most)
 {
 	uint64_t word;
-	uint8_t data[PAGE_BYTES];
+	uint8_t data[SLOT_BYTES];
 
 	for (uint32_t done = 0; page_set_next(&cache->filled_words, *page / 64, &word);) {
 		uint64_t first = word > *page / 64 ? word * 64 : *page;
@@ -228,7 +228,7 @@ enum cache_materialise cache_materialise(struct cache *cache, uint64_t *page, ui
 			return CACHE_MORE;
 		fill(data, word_of(cache, *page));
 		cache->sequence++;
-		if (!store(cache, *page, data, crc32c(data, PAGE_BYTES)))
+		if (!store(cache, *page, data, crc32c(data, SLOT_BYTES)))
 			return CACHE_NO_SLOT;
 	}
 	return CACHE_MATERIALISED;

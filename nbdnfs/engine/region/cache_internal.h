@@ -96,7 +96,7 @@ struct cache {
 static inline uint8_t *data_of(const struct cache *cache, uint32_t index)
 {
 	assert(index < cache->region->slot_count);
-	return cache->region->data + (size_t)index * PAGE_BYTES;
+	return cache->region->data + (size_t)index * SLOT_BYTES;
 }
 
 static inline bool is_filled(const struct cache *cache, uint64_t page)
@@ -144,7 +144,7 @@ static inline uint32_t checksum_of(const struct cache *cache, uint64_t page)
 
 static inline void fill(uint8_t *data, uint32_t word)
 {
-	for (size_t at = 0; at < PAGE_BYTES; at += 4)
+	for (size_t at = 0; at < SLOT_BYTES; at += 4)
 		memcpy(data + at, &word, 4);
 }
 

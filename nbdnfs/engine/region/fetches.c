@@ -33,7 +33,7 @@ void cache_fetch_done(struct cache *cache, uint64_t first_page, uint32_t count, 
 		wanted = word_of(cache, first_page + i);
 		is_right = data != NULL && (wanted == 0 || wanted == crcs[i]);
 		if (is_right)
-			memcpy(data_of(cache, index), data + (size_t)i * PAGE_BYTES, PAGE_BYTES);
+			memcpy(data_of(cache, index), data + (size_t)i * SLOT_BYTES, SLOT_BYTES);
 		slot_end_fetch(cache, index, is_right);
 	}
 }

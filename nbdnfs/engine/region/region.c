@@ -79,7 +79,7 @@ static int lock_and_map(struct region *region, uint64_t new_bytes, char *message
 	if (memory == MAP_FAILED)
 		return -errno;
 	/* MAP_POPULATE does nothing in a process that locks on fault (mm/gup.c: populate_vma_page_range) */
-	for (size_t at = 0; at < region->bytes; at += PAGE_BYTES)
+	for (size_t at = 0; at < region->bytes; at += SLOT_BYTES)
 		atomic_fetch_or((_Atomic uint8_t *)memory + at, 0);
 	madvise(memory, region->bytes, MADV_DONTDUMP); /* other processes' pages do not belong in a core file */
 	region->header = memory;
@@ -106,7 +106,7 @@ static void set_parts(struct region *region)
 
 	assert(at.end == region->bytes);
 	region->slot_count = header->slot_count;
-	region->page_count = header->identity.device_bytes / PAGE_BYTES;
+	region->page_count = header->identity.device_bytes / SLOT_BYTES;
 	region->slots = (void *)((char *)header + (size_t)at.slots);
 	region->page_table = (void *)((char *)header + (size_t)at.page_table);
 	region->filled = (void *)((char *)header + (size_t)at.filled);

@@ -23,7 +23,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PAGE_BYTES 4096u
+/* What one slot holds: a page of the device, which is what "page" means in the engine. The kernel's may be larger. */
+#define SLOT_BYTES 4096u
 #define REGION_VERSION 2u
 
 /* Room for sums that do not wrap, and for page numbers in slot_value() and page_set.h. */
@@ -87,6 +88,21 @@ struct region_counters {
 #undef X
 };
 
+/* Requests that are timed at once: the most threads that nbdkit has for one connection. Others are not timed. */
+#define REGION_REQUESTS 16
+#define REGION_CONNECTIONS 16
+
+/*
+ * What is waited for now. Times are CLOCK_MONOTONIC in ms, which all processes share; 0: nothing, or never. Written
+ * without locks, as the counters are. A worker that hangs leaves the times that it began to wait at, and these age.
+ */
+struct region_waits {
+	_Atomic uint64_t writer;        /* the generation whose worker writes this; of another one it is out of date */
+	_Atomic uint64_t last_received_ms; /* an answer of the server, over any connection */
+	_Atomic uint64_t waiting_since_ms[REGION_CONNECTIONS]; /* for answers, without a pause */
+	_Atomic uint64_t request_since_ms[REGION_REQUESTS]; /* NBD requests, in no order */
+};
+
 struct region_header {
 	char magic[8];                  /* "nbdnfs\0\0"; written last when a region is made */
 	uint32_t version;
@@ -95,6 +111,7 @@ struct region_header {
 	uint64_t region_bytes;
 	_Atomic uint64_t generation;    /* the number of workers that have mapped it */
 	struct region_counters counters;
+	struct region_waits waits;      /* zeros in a region that an earlier version has made */
 };
 
 /*
@@ -115,7 +132,11 @@ _Static_assert(offsetof(struct region_counters, read_us) == REGION_COUNTER_COUNT
 _Static_assert(sizeof(struct region_counters) ==
 		       (REGION_COUNTER_COUNT + REGION_HISTOGRAM_COUNT * HISTOGRAM_BUCKETS) * 8,
 	       "layout");
-_Static_assert(sizeof(struct region_header) == 56 + sizeof(struct region_counters), "layout");
+_Static_assert(offsetof(struct region_header, waits) == 56 + sizeof(struct region_counters), "layout");
+_Static_assert(sizeof(struct region_waits) == (2 + REGION_CONNECTIONS + REGION_REQUESTS) * 8, "layout");
+_Static_assert(sizeof(struct region_header) == 56 + sizeof(struct region_counters) + sizeof(struct region_waits),
+	       "layout");
+_Static_assert(sizeof(struct region_header) <= SLOT_BYTES, "layout: the slot table begins after one slot's bytes");
 
 /*
  * One 64-bit store publishes a slot: content in the low two bits, the page number above. Guarded by the cache's lock;
@@ -132,7 +153,7 @@ struct region {
 	region_slot *slots;
 	_Atomic uint32_t *page_table;   /* guarded by the cache's lock */
 	_Atomic uint64_t *filled;       /* guarded by the cache's lock */
-	uint8_t *data;                  /* slot n's page at n * PAGE_BYTES */
+	uint8_t *data;                  /* slot n's page at n * SLOT_BYTES */
 	uint32_t slot_count;
 	uint64_t page_count;
 };
@@ -144,19 +165,19 @@ struct region_layout {
 
 static inline uint64_t region_round_up(uint64_t bytes)
 {
-	return (bytes + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
+	return (bytes + SLOT_BYTES - 1) / SLOT_BYTES * SLOT_BYTES;
 }
 
 static inline struct region_layout region_lay_out(uint64_t device_bytes, uint32_t slot_count)
 {
-	uint64_t pages = device_bytes / PAGE_BYTES;
+	uint64_t pages = device_bytes / SLOT_BYTES;
 	struct region_layout at;
 
 	at.slots = region_round_up(sizeof(struct region_header));
 	at.page_table = at.slots + region_round_up(slot_count * (uint64_t)sizeof(region_slot));
 	at.filled = at.page_table + region_round_up(pages * sizeof(uint32_t));
 	at.data = at.filled + region_round_up((pages + 63) / 64 * sizeof(uint64_t));
-	at.end = at.data + (uint64_t)slot_count * PAGE_BYTES;
+	at.end = at.data + (uint64_t)slot_count * SLOT_BYTES;
 	return at;
 }
 

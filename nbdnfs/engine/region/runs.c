@@ -107,7 +107,7 @@ bool cache_take_page_run(struct cache *cache, uint32_t most, struct page_run *ru
 
 		slot_begin_write(cache, index);
 		run->is_overtaken |= cache->slots[index].overtaken;
-		memcpy(data + (size_t)i * PAGE_BYTES, data_of(cache, index), PAGE_BYTES);
+		memcpy(data + (size_t)i * SLOT_BYTES, data_of(cache, index), SLOT_BYTES);
 		run->slots[i] = index;
 	}
 	return true;

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         return error.exit_code
     if address == known or not parsed.answers(address):
         return 1
-    Records(name).write(Records.ADDRESS, f"{text}\n{address}")
+    Records(name).put(Records.ADDRESS, f"{text}\n{address}")
     print(address, flush=True)
     return 0
 

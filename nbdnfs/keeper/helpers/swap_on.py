@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Makes a swap area of the device where it is empty, warms its worker up, and turns swap on, for the keeper.
+"""Makes a swap area of the device where it has none, warms its worker up, and turns swap on, for the keeper.
 
-    python -m nbdnfs.keeper.helpers.swap_on DEVICE PRIORITY LABEL [--discard]
+    python -m nbdnfs.keeper.helpers.swap_on DEVICE PRIORITY LABEL [--discard] [--owned]
 
-PRIORITY is "-" for the kernel's choice. A process of its own: reading a device whose worker has died waits for the
-next worker, which the keeper starts.
+PRIORITY is "-" for the kernel's choice; --owned says that this machine has the file's owner record. A process of its
+own: reading a device whose worker has died waits for the next worker, which the keeper starts.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
             priority=int(priority) if priority != "-" else None,
             label=label,
             discard="--discard" in flags,
+            is_owned="--owned" in flags,
         )
     except NbdnfsError as error:
         print(*error.lines(), sep="\n", file=sys.stderr)

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The checks of `nbdnfs doctor` that ask the server: is it there, and is the backing file what it should be?
+
+All of it happens in a thread with a deadline, because a server that hangs ends no call. Writes nothing on the server.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from nbdnfs import nfs_url, quantities
+from nbdnfs.commands.findings import Finding, judge
+from nbdnfs.config import Config
+from nbdnfs.errors import NbdnfsError, UnavailableError
+from nbdnfs.sizes import KERNEL_PAGE_BYTES
+
+if TYPE_CHECKING:
+    from nbdnfs.nas.owner_record import Identity
+    from nbdnfs.nas.record_file import FoundRecord
+
+# For all that is asked of one server: its name, its services, the file and the record.
+DEADLINE_S = 15.0
+_CONNECT_TIMEOUT_S = 5
+# No record is taken for fresh, and so none has to be watched.
+_LONG_AGO_S = 1e9
+
+_MODE = 0o600
+# include/linux/swap.h: union swap_header, at the end of the first page of the kernel that made it
+_SIGNATURE = b"SWAPSPACE2"
+_PAGE_SIZES_BYTES = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What the server says of a backing file.
+
+    head     its first 64 KiB
+    record   what has the name of its owner record
+    me       this machine, as the record names it
+    """
+
+    address: str
+    size_bytes: int
+    mode: int
+    head: bytes
+    record: FoundRecord
+    me: Identity
+
+
+def within(seconds: float, work: Callable[[], T], what: str) -> T:
+    """What `work` returns or raises. UnavailableError: it does not end in time. Its thread goes on, and ends with the
+    process: no signal ends a call of the engine."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="doctor", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise UnavailableError(f"{what}: no answer within {seconds:g} s", "check the server, and the network to it")
+    return results[0]
+
+
+def backing_file(
+    settings: Config,
+    attached_bytes: int | None,
+    *,
+    look: Callable[[str], FileFacts | None] | None = None,
+    deadline_s: float = DEADLINE_S,
+) -> Iterator[Finding]:
+    """The findings about the file of a device. `attached_bytes` is the size of its block device, None when it is not
+    up."""
+    name = settings.name
+    try:
+        found = within(deadline_s, lambda: (look or _look)(settings.url), nfs_url.parse(settings.url).host)
+    except NbdnfsError as error:
+        yield Finding(f"{name}: server", False, error.message, error.hint)
+        return
+    if found is None:
+        yield from _missing(settings, attached_bytes)
+        return
+    yield Finding(f"{name}: server", True, f"answers ({found.address})")
+    yield judge(
+        f"{name}: file mode",
+        found.mode == _MODE,
+        f"{found.mode:04o}",
+        f"others may read or change what is swapped out; on the server: chmod {_MODE:04o} the file",
+    )
+    yield _size(settings, found, attached_bytes)
+    yield _swap_header(name, found)
+    yield _owner(settings, found, is_up=attached_bytes is not None)
+
+
+def _missing(settings: Config, attached_bytes: int | None) -> Iterator[Finding]:
+    name = settings.name
+    yield Finding(f"{name}: server", True, "answers")
+    if attached_bytes is not None:
+        yield Finding(f"{name}: file", False, "gone from the server, and the device uses it", "stop using it now")
+    elif settings.size_bytes:
+        yield Finding(f"{name}: file", True, "does not exist yet; the first start makes it")
+    else:
+        yield Finding(
+            f"{name}: file",
+            False,
+            "does not exist",
+            f"nbdnfs create '{settings.url}' --size 2G, or configure a size",
+        )
+
+
+def _size(settings: Config, found: FileFacts, attached_bytes: int | None) -> Finding:
+    size = quantities.format_size
+    subject = f"{settings.name}: file size"
+    if attached_bytes is not None and found.size_bytes < attached_bytes:
+        return Finding(
+            subject,
+            False,
+            f"{size(found.size_bytes)}, and the device has {size(attached_bytes)}",
+            "the file was truncated: what lay behind its end is lost; stop using it",
+        )
+    return judge(
+        subject,
+        settings.size_bytes in (0, found.size_bytes),
+        f"{size(found.size_bytes)}" + (f", configured: {size(settings.size_bytes)}" if settings.size_bytes else ""),
+        "an existing file keeps its size: change size =, or take the device down and make another file",
+    )
+
+
+def _swap_header(name: str, found: FileFacts) -> Finding:
+    """The signature stands at the end of a page of the kernel for which mkswap was run."""
+    subject = f"{name}: swap area"
+    made_for = next((page for page in _PAGE_SIZES_BYTES if found.head[:page].endswith(_SIGNATURE)), None)
+    if made_for is None:
+        return Finding(subject, True, "none yet; the first start makes it")
+    return judge(
+        subject,
+        made_for == KERNEL_PAGE_BYTES,
+        f"for pages of {quantities.format_size(made_for)}",
+        f"this kernel has pages of {quantities.format_size(KERNEL_PAGE_BYTES)}: it cannot use the area",
+    )
+
+
+def _owner(settings: Config, found: FileFacts, *, is_up: bool) -> Finding:
+    """A device that is up owns its file; one that is not may claim it: owner_record.decide."""
+    from nbdnfs.nas import owner_record
+    from nbdnfs.nas.owner_record import Verdict
+
+    subject = f"{settings.name}: owner record"
+    if not settings.owner:
+        return Finding(subject, True, "not looked after (owner = false)")
+    record = found.record.record
+    verdict = owner_record.decide(
+        record if record is not None else found.record.data,
+        found.me,
+        owner_record.keeper_holder(settings.name),
+        age_s=_LONG_AGO_S,
+        holder_lives=False,
+    )
+    if verdict is Verdict.KEEP:
+        return Finding(subject, True, "this machine owns the file")
+    if verdict in owner_record.REFUSALS:
+        return Finding(
+            subject, False, f"{found.record.text()} owns the file", "run nbdnfs down there, or nbdnfs up --steal here"
+        )
+    text = "none" if verdict in (Verdict.CREATE, Verdict.TAKE) else "of an earlier use of this machine's"
+    return judge(
+        subject, not is_up, text, "it was removed or replaced while the device is up: another machine may take the file"
+    )
+
+
+def _look(url: str) -> FileFacts | None:
+    """None where the file does not exist. NbdnfsError: the server or the file does not answer as it should."""
+    from nbdnfs.engine import libnfs_version
+    from nbdnfs.nas import explain, owner_record, remote_file
+    from nbdnfs.nas.record_file import RecordFile
+
+    target = nfs_url.parse(url)
+    explain.refuse_unsupported(target, libnfs_version)
+    address = target.resolve()
+    with remote_file.explained(target, address):
+        file = remote_file.open_existing(target.text, address, read_only=True, connect_timeout_s=_CONNECT_TIMEOUT_S)
+        if file is None:
+            return None
+        with remote_file.closing(file):
+            stat = remote_file.stat(file)
+            head = bytearray(min(_PAGE_SIZES_BYTES[-1], stat["size"]))
+            count = file.pread(head, 0) if head else 0
+        record = RecordFile(target, address).read()
+    return FileFacts(address, stat["size"], stat["mode"] & 0o7777, bytes(head[:count]), record, owner_record.identity())

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the commands for files on a NAS share: NAME or URL, what this machine uses, and a question."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from nbdnfs import config, nfs_url
+from nbdnfs.errors import BusyError, NbdnfsError, UsageError
+from nbdnfs.keeper.records import Records
+from nbdnfs.kernel import nbd_device
+
+
+def is_url(text: str) -> bool:
+    return text.startswith("nfs://")
+
+
+def url_of(name_or_url: str) -> str:
+    """The URL as it was given, or that of the configuration NAME. Errors as `config.load`."""
+    return name_or_url if is_url(name_or_url) else config.load(name_or_url).url
+
+
+def refuse_if_attached(url: str, then: str, root: Path = Path("/")) -> None:
+    """BusyError: a device of this machine is on the file. `then` is the command to run afterwards."""
+    target = nfs_url.parse(url)
+    for name in Records.names(root):
+        if nbd_device.find(nbd_device.backend_of(name)) is None:
+            continue
+        recorded = (Records(name, root).read(Records.ADDRESS) or "").partition("\n")[0]
+        try:
+            used = nfs_url.parse_recorded(recorded)
+        except NbdnfsError:
+            continue
+        if (used.host, used.path) == (target.host, target.path):
+            raise BusyError(
+                f"{target.path} on {target.host} is in use on this machine, by {name}",
+                f"nbdnfs down {name}; {then}; nbdnfs up {name}",
+            )
+
+
+def confirm(question: str, *, yes: bool) -> bool:
+    """Ask on the terminal. UsageError where there is none: then `yes` has to say so."""
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UsageError(f"{question} cannot be asked here: this is not a terminal", "run it again with --yes")
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False

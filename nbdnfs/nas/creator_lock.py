@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The lock of this machine for creating, growing or removing one file: flock(2) on a file that other users cannot open.
+
+It lies in /run/nbdnfs for root, and in the user's own runtime directory for others. The kernel drops it when its holder
+dies. Machines are kept apart by the owner record and by hard links.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from nbdnfs.errors import BusyError, CannotCreateError
+from nbdnfs.nfs_url import NfsUrl
+
+_NFS_PORT = 2049
+_ATTEMPTS = 100
+
+
+@contextlib.contextmanager
+def held(target: NfsUrl, address: str) -> Iterator[None]:
+    """Hold the lock of the file. BusyError: another process has it. CannotCreateError: there is no place for it."""
+    path = _path(target, address)
+    descriptor = _locked(path, target)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()  # before it is released: the next holder makes a new one
+        os.close(descriptor)
+
+
+def _path(target: NfsUrl, address: str) -> Path:
+    """One path for one file, whatever the URL calls the server."""
+    port = target.options.get("nfsport", _NFS_PORT)
+    key = "\0".join((address, str(port), target.path)).encode(errors="surrogateescape")
+    return _folder() / f".create-{hashlib.sha256(key).hexdigest()[:32]}.lock"
+
+
+def _folder() -> Path:
+    """A folder that only this user may write, made where it is missing."""
+    user = os.geteuid()
+    if user == 0:
+        folder = Path("/run/nbdnfs")
+    else:
+        runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+        folder = Path(runtime) / "nbdnfs" if runtime.startswith("/") else Path(f"/tmp/nbdnfs-{user}")
+    try:
+        folder.mkdir(mode=0o755 if user == 0 else 0o700, parents=user == 0, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise CannotCreateError(
+            f"cannot make {folder} for a lock: {error.strerror}", "free space there, or set XDG_RUNTIME_DIR"
+        ) from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022:
+        raise CannotCreateError(
+            f"{folder} is not a folder that only uid {user} may write: no place for a lock",
+            "remove it, or set XDG_RUNTIME_DIR",
+        )
+    return folder
+
+
+def _locked(path: Path, target: NfsUrl) -> int:
+    """A descriptor of the file that has the name now, locked."""
+    for _ in range(_ATTEMPTS):
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise CannotCreateError(f"cannot make {path} for a lock: {error.strerror}", "free space there") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            break
+        with contextlib.suppress(OSError):
+            if os.fstat(descriptor).st_ino == path.lstat().st_ino:
+                return descriptor
+        os.close(descriptor)  # its last holder has just removed it
+    raise BusyError(
+        f"another process on this machine is creating {target.path} on {target.host}", "wait until it has finished"
+    )

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A file that exists: whether it is what `create` would have made, and how it is made larger or removed.
+
+Larger without a gap: what is added is written, from the window that an interrupted call may have left incomplete. What
+a file holds that is not in use as swap has no value, so that nothing is lost where both overlap.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from nbdnfs import backing_size, nfs_url, quantities
+from nbdnfs.engine import NfsFile, libnfs_version
+from nbdnfs.errors import CannotCreateError, ConfigError
+from nbdnfs.nas import (
+    creator_lock,
+    explain,
+    ownership,
+    part_file,
+    patience,
+    remote_file,
+    swap_header,
+    zeros,
+)
+from nbdnfs.nas.zeros import Progress
+from nbdnfs.nfs_url import NfsUrl
+
+log = logging.getLogger(__name__)
+
+_MODE = 0o600
+
+
+def check(url: str, size_bytes: int, *, fix_mode: bool = False) -> bool:
+    """Whether the file exists, and is as `create` would have made it. `fix_mode` sets a mode that is not 0600.
+
+    CannotCreateError: it has another size, or holds something else. ConfigError: another mode. NoInputError: it is not
+    a file. Others as `explain.open_error`.
+    """
+    target = nfs_url.parse(url)
+    address = target.resolve()
+    with remote_file.explained(target, address):
+        existing = remote_file.open_existing(target.text, address, read_only=True)
+        if existing is None:
+            return False
+        with remote_file.closing(existing) as file:
+            _check(file, target, size_bytes, fix_mode=fix_mode)
+    return True
+
+
+def _check(file: NfsFile, target: NfsUrl, size_bytes: int, *, fix_mode: bool) -> None:
+    path, found = f"{target.path} on {target.host}", remote_file.stat(file)
+    if found["size"] != size_bytes:
+        is_smaller = found["size"] < size_bytes
+        raise CannotCreateError(
+            f"{path} exists, and has {_exactly(found['size'])}: {_exactly(size_bytes)} were asked for",
+            f"make it larger: nbdnfs grow URL {size_bytes}" if is_smaller else "ask for the size that it has",
+        )
+    if not swap_header.may_be_swap(_head(file)):
+        raise CannotCreateError(
+            f"{path} exists, and holds something else: it begins with neither zeros nor a swap area",
+            "use another name; or overwrite it with zeros: --force",
+        )
+    if found["mode"] == _MODE:
+        return
+    if not fix_mode:
+        raise ConfigError(
+            f"{path} has mode {found['mode']:04o}: other users could read what is swapped out"
+            if found["mode"] & 0o077
+            else f"{path} has mode {found['mode']:04o}, and 0600 is needed",
+            "run this again with --fix-mode, or chmod 600 it on the server",
+        )
+    remote_file.retry(lambda: file.chmod(f"/{target.name}", _MODE))
+    log.warning("%s had mode %04o, and has 0600 now", path, found["mode"])
+
+
+def grow(url: str, size_bytes: int, *, progress: Progress, stop: threading.Event | None = None) -> int:
+    """Make the file larger; the bytes that it had before. It is owned by this process meanwhile.
+
+    A swap area on it gets the new size in its header. UsageError: the size is impossible. CannotCreateError: it is
+    less than the file has, or the server has no room. OwnedError, BusyError: the file is in use. patience.Interrupted:
+    `stop` was set; the file may be longer by then, and the same call goes on. Others as `ownership.claim`.
+    """
+    backing_size.check(size_bytes, f"{size_bytes} bytes")
+    target = nfs_url.parse(url)
+    explain.refuse_unsupported(target, libnfs_version)
+    address = target.resolve()
+    with (
+        patience.interruptible(stop),
+        creator_lock.held(target, address),
+        ownership.owned_meanwhile(url, ownership.serve_holder(), stop=stop),
+        remote_file.explained(target, address),
+        remote_file.closing(remote_file.open_file(target.text, address, read_only=False)) as file,
+    ):
+        return _grow(file, target, size_bytes, progress)
+
+
+def _grow(file: NfsFile, target: NfsUrl, size_bytes: int, report: Progress) -> int:
+    before_bytes, head = remote_file.stat(file)["size"], _head(file)
+    path = f"{target.path} on {target.host}"
+    if size_bytes < before_bytes:
+        raise CannotCreateError(
+            f"{path} has {_exactly(before_bytes)}: it is never made smaller", "ask for more than that"
+        )
+    if not swap_header.may_be_swap(head):
+        raise CannotCreateError(
+            f"{path} holds something else: it begins with neither zeros nor a swap area", "check the URL"
+        )
+    zeros.refuse_unless_room(file, target, size_bytes)
+    start = max(swap_header.HEAD_BYTES, before_bytes - zeros.WINDOW_CHUNKS * zeros.CHUNK_BYTES)
+    zeros.write_zeros(file, min(start, before_bytes), size_bytes, target, report)
+    if (changed := swap_header.grown(head, size_bytes)) is not None:
+        file.pwrite(changed, swap_header.INFO_OFFSET)
+    zeros.warn_unless_allocated(file, target, size_bytes)
+    return before_bytes
+
+
+def remove(url: str, *, stop: threading.Event | None = None) -> None:
+    """Remove the file, its owner record and what this machine's creators left. It is owned by this process meanwhile.
+
+    OwnedError: another machine's, or in use on this one. CannotCreateError: it holds something else than swap.
+    Others as `ownership.claim`.
+    """
+    target = nfs_url.parse(url)
+    explain.refuse_unsupported(target, libnfs_version)
+    address = target.resolve()
+    with patience.interruptible(stop), creator_lock.held(target, address):
+        refuse_unless_swap(target, address)
+        with (
+            ownership.owned_meanwhile(url, ownership.serve_holder(), stop=stop),
+            remote_file.directory(target, address) as names,
+        ):
+            remote_file.unlink_if_exists(names, f"/{target.name}")
+            remote_file.unlink_if_exists(names, f"/{part_file.name_of(target)}")
+
+
+def refuse_unless_swap(target: NfsUrl, address: str) -> int:
+    """The size of the file. NoInputError: there is none. CannotCreateError: it holds something else than swap."""
+    with (
+        remote_file.explained(target, address),
+        remote_file.closing(remote_file.open_file(target.text, address, read_only=True)) as file,
+    ):
+        if not swap_header.may_be_swap(_head(file)):
+            raise CannotCreateError(
+                f"{target.path} on {target.host} begins with neither zeros nor a swap area: it is not removed",
+                "check the URL; remove it on the server if it is to go",
+            )
+        return remote_file.stat(file)["size"]
+
+
+def _head(file: NfsFile) -> bytes:
+    head = bytearray(swap_header.HEAD_BYTES)
+    return bytes(head[: file.pread(head, 0)])
+
+
+def _exactly(size_bytes: int) -> str:
+    return f"{quantities.format_size(size_bytes)} ({size_bytes} bytes)"

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What `nbdnfs doctor` says of the server and of the backing file, and that it waits for neither."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from pathlib import Path
+
+import pytest
+from support.nfs_server import FileOnServer, Ganesha
+from support.owner_records import HOLDER, machine
+
+from nbdnfs.commands import file_checks
+from nbdnfs.commands.file_checks import FileFacts
+from nbdnfs.commands.findings import Finding
+from nbdnfs.config import Config
+from nbdnfs.errors import UnavailableError
+from nbdnfs.nas import owner_record, ownership
+from nbdnfs.nas.owner_record import Identity
+from nbdnfs.nas.record_file import FoundRecord
+
+MIB = 1 << 20
+ME = Identity(machine="a" * 32, boot="b" * 32, hardware="-", host="box1")
+OTHER = Identity(machine="c" * 32, boot="d" * 32, hardware="-", host="box2")
+SETTINGS = Config("swap0", "nfs://nas/export/x.swap", size_bytes=MIB)
+
+
+def header(page_bytes: int) -> bytes:
+    return bytes(page_bytes - 10) + b"SWAPSPACE2" + bytes(65536 - page_bytes)
+
+
+def facts(owner: Identity | None = ME, state: str = "held", **changes: object) -> FileFacts:
+    record = FoundRecord()
+    if owner is not None:
+        found = owner_record.new(owner, HOLDER, None, state)
+        record = FoundRecord(found.to_bytes(), found)
+    known = FileFacts("192.0.2.7", MIB, 0o600, header(4096), record, ME)
+    return dataclasses.replace(known, **changes)  # type: ignore[arg-type]
+
+
+def findings(found: FileFacts | None, settings: Config = SETTINGS, attached_bytes: int | None = None) -> list[Finding]:
+    return list(file_checks.backing_file(settings, attached_bytes, look=lambda url: found))
+
+
+def bad(found: list[Finding]) -> dict[str, str]:
+    assert all(one.advice for one in found if not one.good)
+    return {one.subject: one.found for one in found if not one.good}
+
+
+def test_all_is_well() -> None:
+    """Up, and not up: nothing is bad."""
+    assert bad(findings(facts(), attached_bytes=MIB)) == {}
+    assert bad(findings(facts(None))) == {}
+    assert len(findings(facts())) == 5
+    assert bad(findings(None)) == {}  # it has a size: the first start makes it
+    assert bad(findings(facts(head=bytes(65536)))) == {}
+
+
+@pytest.mark.parametrize(
+    ("found", "subject", "words"),
+    [
+        (facts(mode=0o644), "file mode", "0644"),
+        (facts(size_bytes=2 * MIB), "file size", "2 MiB, configured: 1 MiB"),
+        (facts(size_bytes=MIB // 2), "file size", "512 KiB, and the device has 1 MiB"),
+        (facts(head=header(16384)), "swap area", "for pages of 16 KiB"),
+        (facts(OTHER), "owner record", "box2 (since "),
+        (facts(None), "owner record", "none"),
+        (facts(state="free"), "owner record", "none"),
+        (
+            facts(record=FoundRecord(b"?", None)),
+            "owner record",
+            "whose owner record is damaged owns",
+        ),
+        (None, "file", "gone from the server"),
+    ],
+)
+def test_what_is_wrong_with_a_device_that_is_up(found: FileFacts | None, subject: str, words: str) -> None:
+    """One thing that is wrong makes one bad finding, with what to do."""
+    ((name, text),) = bad(findings(found, attached_bytes=MIB)).items()
+    assert name == f"swap0: {subject}"
+    assert words in text
+
+
+def test_settings_decide() -> None:
+    """Without a size in the configuration any is right, and a missing file is not; without owner, no record counts."""
+    settings = dataclasses.replace(SETTINGS, size_bytes=0)
+    assert bad(findings(facts(size_bytes=2 * MIB), settings)) == {}
+    assert list(bad(findings(None, settings))) == ["swap0: file"]
+    assert bad(findings(facts(OTHER), dataclasses.replace(SETTINGS, owner=False))) == {}
+    before = dataclasses.replace(ME, boot="e" * 32)
+    assert bad(findings(facts(before))) == {}
+    assert list(bad(findings(facts(before), attached_bytes=MIB))) == ["swap0: owner record"]
+
+
+def test_a_server_that_hangs() -> None:
+    """It gets its deadline, and no more."""
+    forever = threading.Event()
+
+    def hang(url: str) -> FileFacts | None:
+        forever.wait()
+        return None
+
+    (found,) = file_checks.backing_file(SETTINGS, None, look=hang, deadline_s=0.1)
+    forever.set()
+    assert (found.subject, found.good) == ("swap0: server", False)
+    assert found.found == "nas: no answer within 0.1 s"
+
+
+def test_an_error_of_the_server() -> None:
+    """It is the finding, with its own remedy."""
+
+    def fail(url: str) -> FileFacts | None:
+        raise UnavailableError("nas refuses the connection", "start the NFS server there")
+
+    (found,) = file_checks.backing_file(SETTINGS, None, look=fail)
+    assert (found.found, found.advice) == ("nas refuses the connection", "start the NFS server there")
+
+
+def test_a_real_file(swap_file: FileOnServer) -> None:
+    """Size, mode, header and owner as a server has them; a file that is not there; nothing is changed."""
+    swap_file.path.chmod(0o600)
+    with swap_file.path.open("r+b") as file:
+        file.write(header(4096))
+    settings = Config("swap0", swap_file.url(), size_bytes=swap_file.path.stat().st_size)
+    assert bad(list(file_checks.backing_file(settings, None))) == {}
+    ownership.claim(swap_file.url(), HOLDER, machine("box2"))
+    before = sorted(swap_file.path.parent.iterdir())
+    assert list(bad(list(file_checks.backing_file(settings, None)))) == ["swap0: owner record"]
+    assert sorted(swap_file.path.parent.iterdir()) == before
+    swap_file.path.unlink()
+    found = list(file_checks.backing_file(settings, None))
+    assert found[-1].found == "does not exist yet; the first start makes it"
+
+
+def test_a_server_that_is_stopped(own_ganesha: Ganesha, tmp_path: Path) -> None:
+    """It accepts connections, and answers nothing: the finding comes at the deadline."""
+    settings = Config("swap0", own_ganesha.url("x"), size_bytes=MIB)
+    own_ganesha.pause()
+    try:
+        (found,) = file_checks.backing_file(settings, None, deadline_s=0.5)
+    finally:
+        own_ganesha.resume()
+    assert not found.good

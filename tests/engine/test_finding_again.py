@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A server that has forgotten the file's handle: the file is found by its name again, and not by libnfs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.engines import PAGE, OpenEngine, opening, read_pages, write_pages_and_flush
+from support.fake_nas import FakeNas
+from support.file_tree import SYMLINK
+from support.nfs_server import LOOPBACK
+from support.owner_records import machine
+from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
+
+from nbdnfs.engine import Engine
+from nbdnfs.nas import owner_record
+from nbdnfs.region import FILE_DELETED
+
+PAGES = 64
+OPTIONS = {"region_pages": 256, "silence_ms": 300, "connect_timeout_s": 1}
+# What the wire never calls.
+OF_LIBNFS = ("MOUNT_NULL", "ACCESS", "EXPORT", "PATHCONF", "UMNT")
+
+
+@pytest.fixture
+def nas() -> Iterator[FakeNas]:
+    with FakeNas() as nas:
+        yield nas
+
+
+@pytest.fixture
+def open_engine(nas: FakeNas) -> Iterator[OpenEngine]:
+    """As in support/engines.py; closed before the server ends."""
+    with opening(**OPTIONS) as open_it:
+        yield open_it
+
+
+def served(nas: FakeNas, open_engine: OpenEngine, path: str, name: str = "") -> tuple[Engine, bytes]:
+    """An engine on a new file, which may have another name in the URL, and what is in it; some pages are known."""
+    content = os.urandom(PAGES * PAGE)
+    nas.add(path, content)
+    engine = open_engine(nas.url(name or path))
+    for page in range(0, PAGES, 8):
+        write_pages_and_flush(engine, page, content[page * PAGE : (page + 1) * PAGE])
+    return engine, content
+
+
+def put_back(nas: FakeNas, directory: str, name: str) -> None:
+    """Restore the file as from a backup: the same bytes and the same name, another handle and another number."""
+    path = f"{directory}/{name}"
+    with nas.files() as tree:
+        parent, node = tree.find(directory), tree.find(path)
+        assert parent is not None
+        assert node is not None
+        tree.remove(parent, name)
+        tree.add(path, bytes(node.content))
+
+
+def read_again(engine: Engine, content: bytes, page: int) -> None:
+    assert in_background(read_pages, engine, page).result(DEADLINE_S) == content[page * PAGE : (page + 1) * PAGE]
+
+
+@pytest.mark.parametrize("folder", ["/export", "/export/a/b"])
+def test_the_directory_is_known(nas: FakeNas, open_engine: OpenEngine, folder: str) -> None:
+    """Its handle is good: mountd is not needed."""
+    engine, content = served(nas, open_engine, f"{folder}/swap")
+    put_back(nas, folder, "swap")
+    nas.stop_mountd()
+    before = len(nas.calls("MNT"))
+    read_again(engine, content, 30)
+    assert len(nas.calls("MNT")) == before
+    read_again(engine, content, 31)
+
+
+@pytest.mark.parametrize("connections", [1, 4])
+@pytest.mark.parametrize("folder", ["/export", "/export/a/b"])
+def test_all_handles_are_stale(nas: FakeNas, open_engine: OpenEngine, folder: str, connections: int) -> None:
+    """MNT and LOOKUPs over the wire, from connections that libnfs never made as well; and the next time again."""
+    content = os.urandom(PAGES * PAGE)
+    nas.add(f"{folder}/swap", content)
+    engine = open_engine(nas.url(f"{folder}/swap"), connections=connections)
+    for page in range(2):
+        before = len(nas.calls(*OF_LIBNFS))
+        mounts = len(nas.calls("MNT"))
+        nas.expire_handles()
+        if connections > 1:
+            nas.disconnect()
+        read_again(engine, content, 30 + page)
+        assert len(nas.calls("MNT")) > mounts
+        assert len(nas.calls(*OF_LIBNFS)) == before
+
+
+@pytest.mark.parametrize("target", ["real", "/export/real", "/export//./real/"])
+def test_a_symbolic_link_on_the_way(nas: FakeNas, open_engine: OpenEngine, target: str) -> None:
+    """It is followed, as libnfs did at the first open; libnfs 4.0 fails where it is an absolute one."""
+    with nas.files() as tree:
+        tree.make_directories("/export/real")
+        link = tree.make(tree.make_directories("/export"), "way", SYMLINK, 0o777)
+        link.target = "real"
+    engine, content = served(nas, open_engine, "/export/real/swap", "/export/way/swap")
+    with nas.files():
+        link.target = target
+    nas.expire_handles()
+    read_again(engine, content, 30)
+
+
+@pytest.mark.parametrize("target", ["way", "/elsewhere", "/exported/real", "x" * 1025, "nowhere"])
+def test_a_symbolic_link_that_leads_nowhere(
+    nas: FakeNas, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str], target: str
+) -> None:
+    """To itself, out of what is mounted, or for too long: no connection, and no file is written; until it is right."""
+    with nas.files() as tree:
+        tree.make_directories("/export/real")
+        link = tree.make(tree.make_directories("/export"), "way", SYMLINK, 0o777)
+        link.target = "real"
+    engine, content = served(nas, open_engine, "/export/real/swap", "/export/way/swap")
+    said = SaidOnStderr(capfd)
+    with nas.files():
+        link.target = target
+    nas.expire_handles()
+    reading = in_background(read_pages, engine, 30)
+    said.wait_for("waiting for")
+    assert not reading.done()
+    with nas.files():
+        link.target = "real"
+    assert reading.result(DEADLINE_S) == content[30 * PAGE : 31 * PAGE]
+
+
+def test_the_file_was_deleted_and_mountd_is_dead(nas: FakeNas, open_engine: OpenEngine) -> None:
+    """The state is what the directory says."""
+    engine, content = served(nas, open_engine, "/export/swap")
+    nas.stop_mountd()
+    with nas.files() as tree:
+        tree.rename(tree.make_directories("/export"), "swap", tree.make_directories("/export"), "away")
+        node = tree.find("/export/away")
+        assert node is not None
+        tree.remove(tree.make_directories("/export"), "away")
+    reading = in_background(read_pages, engine, 30)
+    wait_until(lambda: engine.counters()["file_state"] == FILE_DELETED, "it is noticed")
+    nas.add("/export/swap", content)
+    assert reading.result(DEADLINE_S) == content[30 * PAGE : 31 * PAGE]
+
+
+@pytest.mark.parametrize("status", [1, 2, 13, 20, 22, 10006])
+def test_mountd_refuses_for_a_while(nas: FakeNas, open_engine: OpenEngine, status: int) -> None:
+    """Whatever the reason: its exports are not read again yet, or their disk is not there."""
+    engine, content = served(nas, open_engine, "/export/swap")
+    nas.fail("MNT", status, times=3)
+    nas.expire_handles()
+    read_again(engine, content, 30)
+
+
+@pytest.mark.parametrize("folder", ["/export", "/export/a"])
+def test_an_owner_looks_while_nothing_is_read(
+    nas: FakeNas, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str], folder: str
+) -> None:
+    """Its LOOKUP finds the stale handles: at once, the directory is found again, and no write waits for the next look.
+
+    Again and again: handles that expire twice within a few seconds are two faults, not one.
+    """
+    me = machine("box1")
+    record = f"{folder}/{owner_record.name_of('swap')}"
+    nas.add(f"{folder}/swap", bytes(PAGES * PAGE))
+    nas.add(record, owner_record.new(me, "keeper:swap0", None, "held", owner_record.TIMING).to_bytes())
+    engine = open_engine(
+        nas.url(f"{folder}/swap"),
+        owner_path=f"/{owner_record.name_of('swap')}",
+        owner_identity=f"\nboot {me.boot}\n",
+        owner_refresh_ms=1500,
+    )
+    said = SaidOnStderr(capfd)
+    for turn in range(3):
+        looks = len(nas.calls("LOOKUP"))
+        refreshed = nas.content(record)
+        nas.expire_handles()
+        wait_until(lambda looks=looks: len(nas.calls("LOOKUP")) > looks, "the owner looks")
+        wait_until(lambda refreshed=refreshed: nas.content(record) != refreshed, "the look ends well", 1.0)
+        begun_s = time.monotonic()
+        in_background(write_pages_and_flush, engine, turn, os.urandom(PAGE)).result(DEADLINE_S)
+        assert time.monotonic() - begun_s < 2.0
+    assert not [line for line in said.lines if "writes wait" in line]
+
+
+MOVES = """
+import os, sys
+from support.engines import PAGE, opening, read_pages
+from support.fake_nas import FakeNas
+from support.nfs_server import free_ports
+from support.waiting import DEADLINE_S, in_background
+
+content = os.urandom(64 * PAGE)
+with FakeNas(portmap_port=111) as nas:
+    nas.add("/export/a/swap", content)
+    with opening(region_pages=256, silence_ms=300, connect_timeout_s=1) as open_engine:
+        engine = open_engine("nfs://{host}/export/a/swap?version=3&uid=0&gid=0")
+        nas.stop()
+        nas.port, nas.mount_port = free_ports(2)
+        nas.start()
+        if "stale" in sys.argv:
+            nas.expire_handles()
+        before = len(nas.calls("MOUNT_NULL", "ACCESS", "PATHCONF"))
+        assert in_background(read_pages, engine, 5).result(DEADLINE_S) == content[5 * PAGE : 6 * PAGE]
+        assert len(nas.calls("MOUNT_NULL", "ACCESS", "PATHCONF")) == before
+        assert len(nas.calls("PORTMAP")) > 0
+print("right")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="portmapper's port and a network of its own need root")
+@pytest.mark.parametrize("what", ["moved", "stale"])
+def test_a_server_on_other_ports(what: str) -> None:
+    """A URL without ports: portmapper is asked over the wire, where the server is and where mountd is."""
+    tests = str(Path(__file__).resolve().parents[1])
+    program = MOVES.replace("{host}", LOOPBACK)
+    done = subprocess.run(
+        [
+            "unshare",
+            "--net",
+            "sh",
+            "-c",
+            'ip link set lo up; exec "$@"',
+            "sh",
+            sys.executable,
+            "-P",
+            "-c",
+            program,
+            what,
+        ],
+        env={**os.environ, "PYTHONPATH": f"{tests}:{os.environ.get('PYTHONPATH', '')}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=2 * DEADLINE_S,
+        check=False,
+    )
+    assert done.stdout.endswith("right\n"), done.stdout

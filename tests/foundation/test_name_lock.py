@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Locks in /run/nbdnfs, between real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdnfs import name_lock
+from nbdnfs.errors import BusyError
+
+# Takes the lock, starts a child as the keeper does (with posix_spawn) and one as commands do, and says so.
+HOLDER = """
+import os, sys
+from pathlib import Path
+from nbdnfs import name_lock, programs
+name_lock.take("swap0", name_lock.KEEPER, run=Path(sys.argv[1]))
+nothing = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
+first = programs.spawn("/bin/sleep", ["sleep", "60"], {}, nothing)
+second = programs.start(["/bin/sleep", "60"], {}).pid
+print(first, second, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has the keeper's lock of swap0, with two children."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        children = [int(word) for word in process.stdout.readline().split()]
+        yield process
+        process.kill()
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+    assert len(children) == 2
+
+
+def take(run: Path, what: str = name_lock.KEEPER, name: str = "swap0") -> None:
+    os.close(name_lock.take(name, what, run=run))
+
+
+def test_a_second_process_is_refused(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    """With the process that has the lock; another device, and another lock of the same one, are free."""
+    with pytest.raises(BusyError, match=rf"by process {holder.pid}\b"):
+        take(tmp_path)
+    assert name_lock.holder("swap0", name_lock.KEEPER, run=tmp_path) == holder.pid
+    assert name_lock.holder("swap1", name_lock.KEEPER, run=tmp_path) is None
+    take(tmp_path, name="swap1")
+    take(tmp_path, name_lock.COMMAND)
+    assert name_lock.holder("swap1", name_lock.KEEPER, run=tmp_path) is None
+
+
+def test_a_stopped_process_keeps_the_lock(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    """SIGSTOP: it may go on at any time."""
+    os.kill(holder.pid, signal.SIGSTOP)
+    with pytest.raises(BusyError, match=rf"by process {holder.pid}\b"):
+        take(tmp_path)
+
+
+def test_the_lock_of_a_dead_process_is_free_at_once(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    """Although its children live."""
+    holder.kill()
+    holder.wait()
+    take(tmp_path)
+
+
+def test_a_removed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock of a file that was removed between open and flock is worth nothing: it is taken again."""
+    real: Callable[[Path], int] = name_lock._open
+    opened: list[int] = []
+
+    def removed_at_first(path: Path) -> int:
+        opened.append(real(path))
+        if len(opened) == 1:
+            path.unlink()
+        return opened[-1]
+
+    monkeypatch.setattr(name_lock, "_open", removed_at_first)
+    descriptor = name_lock.take("swap0", name_lock.KEEPER, run=tmp_path)
+    assert os.path.samestat(os.fstat(descriptor), os.stat(tmp_path / ".swap0.keeper"))
+    assert len(opened) == 2
+    os.close(descriptor)
+
+
+def test_waits_for_the_lock(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    """For as long as the caller says."""
+    assert holder.stdin is not None
+    holder.stdin.close()  # it ends soon
+    os.close(name_lock.take("swap0", name_lock.KEEPER, wait_s=20, run=tmp_path))
+
+
+def test_the_file_is_for_its_owner_alone(tmp_path: Path) -> None:
+    """Another user who could open it could lock it."""
+    take(tmp_path / "new")
+    assert (tmp_path / "new/.swap0.keeper").stat().st_mode & 0o777 == 0o600
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new/.swap0.keeper"]

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the keeper's helpers are asked to do, and that the keeper prints what they print."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from support.waiting import wait_until
+
+from nbdnfs.config import Config
+from nbdnfs.keeper.helper_process import HelperProcess
+from nbdnfs.keeper.real_work import RealWork
+
+# finds nbdkit
+pytestmark = pytest.mark.server
+
+URL = "nfs://nas/export/a.swap"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The arguments of the helpers, which are not started."""
+    arguments: list[tuple[str, ...]] = []
+    monkeypatch.setattr(RealWork, "_answering", lambda self, *words: arguments.append(words))
+    return arguments
+
+
+def test_a_new_file_only_after_a_while(asked: list[tuple[str, ...]]) -> None:
+    """At boot it must have been missing for long; otherwise it is created at once."""
+    settings = Config("swap0", URL, size_bytes=1 << 20, owner=False)
+    work = RealWork(settings, URL, "192.0.2.1", new_file_after_s=150.0)
+    for missing_s in (0.0, 149.0, 150.0):
+        work.provision(missing_s)
+    RealWork(settings, URL, "192.0.2.1").provision(0.0)
+    assert [words[3:] for words in asked] == [(), (), ("--size=1048576",), ("--size=1048576",)]
+
+
+def test_the_file_is_looked_for_in_any_case(asked: list[tuple[str, ...]]) -> None:
+    """Also where it is neither to be created nor to be claimed."""
+    RealWork(Config("swap0", URL, owner=False), URL, "192.0.2.1").provision(0.0)
+    RealWork(Config("swap0", URL), URL, "192.0.2.1").provision(0.0)
+    assert asked == [("nbdnfs", "claim", URL), ("nbdnfs", "claim", URL, "--holder=keeper:swap0")]
+
+
+def run(program: str) -> tuple[list[str], HelperProcess]:
+    helper = HelperProcess([sys.executable, "-c", program], {})
+    lines: list[str] = []
+
+    def has_ended() -> bool:
+        is_over = helper.status() is not None
+        lines.extend(helper.lines())
+        return is_over
+
+    wait_until(has_ended, what="the helper ends", timeout_s=30)
+    return lines, helper
+
+
+def test_what_a_helper_prints() -> None:
+    """Both streams, in whole lines, whatever bytes they have; of an error, the line that says what is wrong."""
+    lines, helper = run(
+        "import os; os.write(2, b'nbdnfs: 10%\\nnbdnfs: there is no f\\xff'); os.write(1, b'ile\\nnbdnfs: create it')"
+    )
+    assert lines == ["nbdnfs: 10%", "nbdnfs: there is no f\ufffdile", "nbdnfs: create it"]
+    assert helper.error_line == lines[1]
+    assert helper.descriptors() == []
+
+
+def test_a_helper_that_leaves_a_process_behind() -> None:
+    """What holds the pipe is not waited for."""
+    lines, helper = run("import os; os.fork() or os.execv('/bin/sleep', ['sleep', '5']); print('done')")
+    assert lines == ["done"]
+    assert helper.descriptors() == []
