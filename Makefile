@@ -11,7 +11,7 @@ IN_PARALLEL := -n 4 --dist loadfile
 PROGRAM := $(AS_ROOT) env PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/vm-tests:$(CURDIR)/bench $(PYTHON)
 C_FILES = $(wildcard nbdnfs/*.c nbdnfs/engine/*.[ch] nbdnfs/engine/*/*.[ch] bench/*.c vm-tests/inside/*.c)
 
-.PHONY: help demo test unit faults hostile odd-servers vm-test bench bench-vm lint format clean
+.PHONY: help demo test unit faults hostile odd-servers vm-test bench bench-vm lint format clean deb check-deb dist check-dist
 help:
 	@echo 'make demo         a Debian guest swaps onto a file on an NFS server; a table at the end'
 	@echo 'make demo HERE=1  the same on this machine, without a guest (needs the kernel module nbd)'
@@ -25,6 +25,10 @@ help:
 	@echo 'make bench        our worker beside qemu-nbd, the reference engine and bare libnfs'
 	@echo 'make bench-vm     a guest swaps to zram, kernel nbd, kernel NFS and nbdnfs; ARGS="--size 64 --rounds 1"'
 	@echo 'make lint         ruff, mypy, and the C compiler with warnings as errors'
+	@echo 'make deb          the Debian package for this Debian, in build/deb'
+	@echo 'make check-deb    build it in a fresh Debian, install, use and purge it in others; SUITE=trixie for Debian 13'
+	@echo 'make dist         wheel and source distribution, in build/dist'
+	@echo 'make check-dist   the same twice, and what a user does with them'
 	@echo 'make format       ruff format, and clang-format where it is installed'
 	@echo 'make clean        remove what was built; .venv stays'
 
@@ -78,6 +82,24 @@ bench-vm:
 lint:
 	@tools/bootstrap.sh test
 	$(MAKE) --no-print-directory run-lint
+
+deb:
+	@tools/bootstrap.sh deb
+	tools/build_deb.sh build/deb/here
+
+# The last one boots the guest of vm-tests/test_package.py: an upgrade under load, and the removal.
+check-deb:
+	@tools/bootstrap.sh test
+	$(AS_ROOT) tools/check_deb.sh $(or $(SUITE),bookworm)
+	$(PYTEST) -m "" vm-tests/test_package.py $(ARGS)
+
+dist:
+	@tools/bootstrap.sh test
+	tools/build_dist.sh build/dist
+
+check-dist:
+	@tools/bootstrap.sh test
+	tools/check_dist.sh
 
 # Warnings are errors here and not in setup.py: a newer compiler's new warning must not break an installation.
 .PHONY: run-lint

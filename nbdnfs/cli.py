@@ -220,6 +220,13 @@ def _add_installation(commands: Subparsers) -> None:
     )
     units.set_defaults(run=_command("install_units"))
 
+    remove = _add(commands, "uninstall-units", "remove what install-units installed; refused while a device is up")
+    remove.add_argument(
+        "--root", type=Path, default=Path("/"), metavar="DIR", help="root directory of an image (default: /)"
+    )
+    remove.add_argument("--force", action="store_true", help="remove files that were changed since their installation")
+    remove.set_defaults(run=_command("install_units", "run_uninstall"))
+
 
 def _add_kernel_devices(commands: Subparsers) -> None:
     """Commands for a block device without a keeper."""

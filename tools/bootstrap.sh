@@ -3,6 +3,7 @@
 #
 # Prepare a Debian 12 or 13 machine for `make test`, `make demo` or `make bench` (bootstrap.sh test|demo|bench):
 # install missing Debian packages, make .venv from the system's Python, install nbdnfs into it, build its C extension.
+# For `make deb` (bootstrap.sh deb) only packages are installed: those that debian/control names, and lintian.
 # It can run any number of times; when there is nothing to do, it takes a second and prints one line.
 
 set -eu
@@ -12,10 +13,11 @@ say() { echo "bootstrap: $*"; }
 die() { say "$1" >&2; shift; for hint; do say "$hint" >&2; done; exit 1; }
 
 case "${1:-}" in
-    test) packages_for_mode="strace systemd" ;;
+    test) packages_for_mode="strace systemd mandoc" ;;
     demo) packages_for_mode="" ;;
     bench) packages_for_mode="qemu-block-extra" ;;
-    *) die "usage: tools/bootstrap.sh test|demo|bench" ;;
+    deb) packages_for_mode="" ;;
+    *) die "usage: tools/bootstrap.sh test|demo|bench|deb" ;;
 esac
 
 # build
@@ -142,6 +144,23 @@ compare_pythons() {
         "install nbdkit-plugin-python and python3 from the same Debian release"
 }
 
+# What debian/control names, by apt's own reading of it.
+install_for_deb() {
+    if is_installed lintian && command -v dpkg-checkbuilddeps >/dev/null && dpkg-checkbuilddeps 2>/dev/null; then
+        say "everything is up to date ($(dpkg-query -W -f 'debhelper ${Version}' debhelper))"
+        return 0
+    fi
+    packages="build-essential lintian"
+    install_packages
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300 \
+        build-dep --no-install-recommends "$PWD"
+    say "ready to build the package"
+}
+
+if [ "$1" = deb ]; then
+    install_for_deb
+    exit 0
+fi
 install_packages
 link_mtab
 make_venv

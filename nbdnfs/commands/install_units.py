@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`nbdnfs install-units`: installs the files of systemd/, on this machine or in the root directory of an image.
+"""`nbdnfs install-units` and `uninstall-units`: the files of systemd/, on this machine or in the root of an image.
 
 All but the example go to /usr/local/lib, where systemd looks for units that the administrator installed but did not
 write: /etc stays free for `systemctl edit` and other overrides. A list of the installed files, with checksums, shows
-whether a file was changed since; then nothing at all is written.
+whether a file was changed since; then nothing at all is written or removed.
+
+A distribution's package has the same files elsewhere: tools/package_files.py installs them with a `Layout` of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import sys
@@ -20,32 +23,57 @@ from pathlib import Path
 
 import nbdnfs
 from nbdnfs import config, config_keys, programs
-from nbdnfs.errors import CannotCreateError, ConfigError, NbdnfsError, PermissionDeniedError
+from nbdnfs.errors import BusyError, CannotCreateError, ConfigError, NbdnfsError, PermissionDeniedError
+from nbdnfs.kernel import state as kernel_state
 
 _LIB = "usr/local/lib"
 _LIST = f"{_LIB}/nbdnfs/installed.sha256"
-# Stands in the units and scripts for the program that they start.
+# Stand in the files of systemd/ for the program that they start, and for the folder of its scripts.
 _PROGRAM = "/usr/local/bin/nbdnfs"
+_SCRIPTS = "/usr/local/lib/nbdnfs"
+_UNIT = "nbdnfs@.service"
 _RELOAD_TIMEOUT_S = 90.0
 _SYSTEMD_SYSCTL = (Path("/usr/lib/systemd/systemd-sysctl"), Path("/lib/systemd/systemd-sysctl"))
-
-# File of systemd/ ▸ where it is installed.
-_FILES = {
-    "nbdnfs@.service": f"{_LIB}/systemd/system/nbdnfs@.service",
-    "nbdnfs.slice": f"{_LIB}/systemd/system/nbdnfs.slice",
-    "nbdnfs-generator": f"{_LIB}/systemd/system-generators/nbdnfs-generator",
-    "reserve": f"{_LIB}/nbdnfs/reserve",
-    "pace": f"{_LIB}/nbdnfs/pace",
-    "modules-load.conf": f"{_LIB}/modules-load.d/nbdnfs.conf",
-    "sysctl.conf": f"{_LIB}/sysctl.d/60-nbdnfs.conf",
-    "tmpfiles.conf": f"{_LIB}/tmpfiles.d/nbdnfs.conf",
-    "udev.rules": f"{_LIB}/udev/rules.d/59-nbdnfs.rules",
-}
 # Drop-ins with settings that only later versions of systemd know: older ones would warn at each start.
-_SINCE = {
-    254: ("nbdnfs@.service-254.conf", f"{_LIB}/systemd/system/nbdnfs@.service.d/50-systemd-254.conf"),
-    255: ("nbdnfs@.service-255.conf", f"{_LIB}/systemd/system/nbdnfs@.service.d/50-systemd-255.conf"),
-}
+_DROP_INS_SINCE = (254, 255)
+# Where a distribution's package has its units.
+_PACKAGED = ("usr/lib/systemd/system", "lib/systemd/system")
+_ENABLED = "etc/systemd/system"
+# Folders that stay, even empty.
+_KEPT = frozenset({_LIB, "etc", _ENABLED})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The folders that the files go to, below the root: systemd's units and generators, udev's rules, and the rest."""
+
+    lib: str = _LIB
+    systemd: str = f"{_LIB}/systemd"
+    udev: str = f"{_LIB}/udev"
+
+    def paths(self, systemd_version: int) -> dict[str, str]:
+        """File of systemd/ ▸ where it is installed, for a version of systemd."""
+        unit = f"{self.systemd}/system/{_UNIT}"
+        found = {
+            _UNIT: unit,
+            "nbdnfs.slice": f"{self.systemd}/system/nbdnfs.slice",
+            "nbdnfs-generator": f"{self.systemd}/system-generators/nbdnfs-generator",
+            "reserve": f"{self.lib}/nbdnfs/reserve",
+            "pace": f"{self.lib}/nbdnfs/pace",
+            "modules-load.conf": f"{self.lib}/modules-load.d/nbdnfs.conf",
+            "sysctl.conf": f"{self.lib}/sysctl.d/60-nbdnfs.conf",
+            "tmpfiles.conf": f"{self.lib}/tmpfiles.d/nbdnfs.conf",
+            "udev.rules": f"{self.udev}/rules.d/59-nbdnfs.rules",
+        }
+        for since in _DROP_INS_SINCE:
+            if systemd_version >= since:
+                found[f"{_UNIT}-{since}.conf"] = f"{unit}.d/50-systemd-{since}.conf"
+        return found
+
+
+LOCAL = Layout()
+# As a merged /usr shows it, whatever the package calls it.
+PACKAGE = Layout(lib="usr/lib", systemd="usr/lib/systemd", udev="usr/lib/udev")
 _EXAMPLE = "etc/nbdnfs/example.toml.disabled"
 _EXECUTABLE = frozenset({"nbdnfs-generator", "reserve", "pace"})
 
@@ -65,6 +93,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_uninstall(args: argparse.Namespace) -> int:
+    """Remove, and print what was removed. Errors as `uninstall`."""
+    removed = uninstall(args.root, force=args.force)
+    print("\n".join(str(path) for path in removed) or "nothing is installed")
+    return 0
+
+
 def install(root: Path = Path("/"), *, program: str | None = None, force: bool = False) -> list[Path]:
     """Install all files below `root`, and return the paths of those that were written: none when all were up to date.
 
@@ -73,30 +108,25 @@ def install(root: Path = Path("/"), *, program: str | None = None, force: bool =
     settings are applied.
 
     ConfigError: without `force`, a file was changed since its installation; nothing has been written. Also where
-    `program` cannot stand in a unit, and where this installation has no units. PermissionDeniedError,
-    CannotCreateError: a file cannot be read or written.
+    `program` cannot stand in a unit, where a distribution's package has units already, and where this installation has
+    none. PermissionDeniedError, CannotCreateError: a file cannot be read or written.
     """
+    if (packaged := packaged_unit(root)) is not None:
+        raise ConfigError(
+            f"the units of the package nbdnfs are installed: {packaged}",
+            "there is nothing to do; for the units of another nbdnfs, first remove the package",
+        )
     files = contents(_running_program() if program is None else program, systemd_version(root))
     before = _read_list(root)
-    changed = [
-        path for path in sorted({*before, *(file.path for file in files)}) if _is_changed(root, path, files, before)
-    ]
-    if changed and not force:
-        raise ConfigError(
-            f"{', '.join(str(root / path) for path in changed)}: changed since nbdnfs installed it",
-            "keep your changes in /etc (systemctl edit), then: nbdnfs install-units --force",
-        )
+    _refuse_changed(root, {*before, *(file.path for file in files)}, files, before, force, "install-units")
     try:
         written = [root / file.path for file in files if _write(root, file)]
         for path in before.keys() - {file.path for file in files}:
-            (root / path).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # not empty
-                (root / path).parent.rmdir()
+            _remove(root, path)
         _write(root, File(_LIST, _render_list(files)))
     except OSError as error:
-        kind = PermissionDeniedError if isinstance(error, PermissionError) else CannotCreateError
-        raise kind(f"cannot write {error.filename}: {error.strerror}", "run it as root, or with --root DIR") from None
-    if written and root == Path("/") and Path("/run/systemd/system").is_dir():
+        raise _not_written(error) from None
+    if written and _is_running_system(root):
         _put_into_force()
     return written
 
@@ -104,8 +134,7 @@ def install(root: Path = Path("/"), *, program: str | None = None, force: bool =
 def _put_into_force() -> None:
     """Have systemd know the units, and the kernel the settings of sysctl.conf, or what the administrator's own files
     say instead."""
-    systemctl = programs.find_program("systemctl", "systemd")
-    programs.run([systemctl, "daemon-reload"], what="systemctl daemon-reload", timeout_s=_RELOAD_TIMEOUT_S)
+    _reload()
     keys = re.findall(r"^-?([a-z0-9_.]+) *=", (_source_folder() / "sysctl.conf").read_text(), re.MULTILINE)
     for program in (path for path in _SYSTEMD_SYSCTL if path.exists()):
         prefixes = [f"--prefix=/{key.replace('.', '/')}" for key in keys]
@@ -116,33 +145,83 @@ def _put_into_force() -> None:
         return
 
 
+def uninstall(root: Path = Path("/"), *, force: bool = False) -> list[Path]:
+    """Remove what `install` installed below `root`, and return the paths. On this machine, systemd reloads its units.
+
+    Folders go if they are empty then, and so do the links of enabled devices, unless a package has units that they may
+    mean. Files that are missing already are passed over.
+
+    BusyError: a device is up, and no package has units for it. ConfigError: without `force`, a file was changed since
+    its installation; nothing has been removed. PermissionDeniedError, CannotCreateError as `install`.
+    """
+    before = _read_list(root)
+    packaged = packaged_unit(root)
+    if before and packaged is None:
+        _refuse_devices(root)
+    _refuse_changed(root, before, [], before, force, "uninstall-units")
+    links = _enabled_links(root) if before and packaged is None else []
+    try:
+        removed = [root / path for path in sorted(before) if _remove(root, path)]
+        removed += [link for link in links if _remove(root, str(link.relative_to(root)))]
+        if _remove(root, _LIST):
+            removed.append(root / _LIST)
+    except OSError as error:
+        raise _not_written(error) from None
+    if removed and _is_running_system(root):
+        _reload()
+    return removed
+
+
+def is_shadowing_package(root: Path = Path("/")) -> bool:
+    """Whether a package has units, and others are in /usr/local, which systemd takes instead."""
+    return packaged_unit(root) is not None and (root / LOCAL.paths(0)[_UNIT]).exists()
+
+
+def packaged_unit(root: Path = Path("/")) -> Path | None:
+    """The unit of a distribution's package; None where there is none."""
+    candidates = (root / folder / _UNIT for folder in _PACKAGED)
+    return next((path for path in candidates if path.exists()), None)
+
+
 def differing(root: Path = Path("/")) -> list[str] | None:
     """The installed files, below `root`, that are not those of this version, and those that are missing; None where
-    nothing is installed. The example does not count.
+    nothing is installed. The example does not count, nor drop-ins that a package lacks: it has those of its release.
+
+    Files in /usr/local are looked at before those of a package, as systemd does.
 
     ConfigError: this installation has no units. PermissionDeniedError: a file cannot be read.
     """
-    unit = _read(root / _FILES["nbdnfs@.service"])
+    unit, layout = _read(root / LOCAL.paths(0)[_UNIT]), LOCAL
+    if unit is None and (packaged := packaged_unit(root)) is not None:
+        unit, layout = _read(packaged), PACKAGE
     if unit is None:
         return None
     started = re.search(rb"^ExecStart=(\S+) run %i", unit, re.MULTILINE)
     program = started[1].decode(errors="replace") if started else _PROGRAM
-    wanted = [file for file in contents(program, systemd_version(root)) if file.path != _EXAMPLE]
-    return [f"/{file.path}" for file in wanted if _read(root / file.path) != file.data]
+    wanted = {
+        file.path: file.data for file in contents(program, systemd_version(root), layout) if file.path != _EXAMPLE
+    }
+    found = {path: _read(root / path) for path in wanted}
+    lacking = {path for path in wanted if layout == PACKAGE and f"{_UNIT}.d/" in path and found[path] is None}
+    return [f"/{path}" for path, data in wanted.items() if found[path] != data and path not in lacking]
 
 
-def contents(program: str, systemd: int) -> list[File]:
-    """The files for a program and a version of systemd. ConfigError: a unit cannot name the program."""
+def contents(program: str, systemd: int, layout: Layout = LOCAL) -> list[File]:
+    """The files for a program and a version of systemd, the example last. ConfigError: a unit cannot name the program.
+
+    Of a package (another `layout`) there is no example: /etc is for what it may not replace.
+    """
     if not re.fullmatch(r"/[A-Za-z0-9/._+@-]+", program):
         raise ConfigError(
             f"'{program}' cannot be named in a unit", "install nbdnfs in a directory without spaces in its path"
         )
-    chosen = {**_FILES, **dict(entry for since, entry in _SINCE.items() if systemd >= since)}
     found = []
-    for name, path in chosen.items():
-        data = (_source_folder() / name).read_bytes().replace(_PROGRAM.encode(), program.encode())
+    for name, path in layout.paths(systemd).items():
+        data = (_source_folder() / name).read_bytes()
+        data = data.replace(_PROGRAM.encode(), program.encode())
+        data = data.replace(_SCRIPTS.encode(), f"/{layout.lib}/nbdnfs".encode())
         found.append(File(path, data, 0o755 if name in _EXECUTABLE else 0o644))
-    return [*found, File(_EXAMPLE, config_keys.render_example().encode())]
+    return [*found, File(_EXAMPLE, config_keys.render_example().encode())] if layout == LOCAL else found
 
 
 def systemd_version(root: Path = Path("/")) -> int:
@@ -195,6 +274,17 @@ def _render_list(files: Iterable[File]) -> bytes:
     return "".join(f"{_digest(file.data)}  {file.path}\n" for file in files).encode()
 
 
+def _refuse_changed(
+    root: Path, paths: Iterable[str], files: Iterable[File], before: dict[str, str], force: bool, command: str
+) -> None:
+    changed = [] if force else [path for path in sorted(paths) if _is_changed(root, path, files, before)]
+    if changed:
+        raise ConfigError(
+            f"{', '.join(str(root / path) for path in changed)}: changed since nbdnfs installed it",
+            f"keep your changes in /etc (systemctl edit), then: nbdnfs {command} --force",
+        )
+
+
 def _is_changed(root: Path, path: str, files: Iterable[File], before: dict[str, str]) -> bool:
     """Whether the file exists, and is neither what was installed last nor what is to be installed."""
     data = _read(root / path)
@@ -203,6 +293,46 @@ def _is_changed(root: Path, path: str, files: Iterable[File], before: dict[str, 
         and _digest(data) != before.get(path)
         and not any(file.path == path and file.data == data for file in files)
     )
+
+
+def _refuse_devices(root: Path) -> None:
+    """A device that is up needs its unit: without it, systemd cannot turn swap off before the network goes down."""
+    up = [device for device in kernel_state.nbd_devices(root) if (device.backend or "").startswith("nbdnfs:")]
+    if up:
+        name = (up[0].backend or "").removeprefix("nbdnfs:")
+        raise BusyError(f"the device {name} is up", f"first: nbdnfs down {name}")
+
+
+def _enabled_links(root: Path) -> list[Path]:
+    """The links that `systemctl enable nbdnfs@NAME` made."""
+    found = (root / _ENABLED).glob("*.wants/nbdnfs@*.service")
+    return sorted(path for path in found if path.is_symlink())
+
+
+def _remove(root: Path, path: str) -> bool:
+    """Remove a file, and the folders that are empty then. False: there was no such file."""
+    try:
+        (root / path).unlink()
+    except FileNotFoundError:
+        return False
+    with contextlib.suppress(OSError):  # not empty
+        for folder in itertools.takewhile(lambda parent: str(parent) not in _KEPT, Path(path).parents):
+            (root / folder).rmdir()
+    return True
+
+
+def _not_written(error: OSError) -> NbdnfsError:
+    kind = PermissionDeniedError if isinstance(error, PermissionError) else CannotCreateError
+    return kind(f"cannot write {error.filename}: {error.strerror}", "run it as root, or with --root DIR")
+
+
+def _is_running_system(root: Path) -> bool:
+    return root == Path("/") and Path("/run/systemd/system").is_dir()
+
+
+def _reload() -> None:
+    systemctl = programs.find_program("systemctl", "systemd")
+    programs.run([systemctl, "daemon-reload"], what="systemctl daemon-reload", timeout_s=_RELOAD_TIMEOUT_S)
 
 
 def _write(root: Path, file: File) -> bool:

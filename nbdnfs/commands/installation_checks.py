@@ -57,9 +57,11 @@ def _units(root: Path) -> Finding:
         return Finding("systemd units", False, error.message, error.hint)
     if differing is None:
         return Finding("systemd units", True, "not installed (nbdnfs install-units)")
+    if install_units.is_shadowing_package(root):
+        return Finding("systemd units", False, "in /usr/local/lib, before the package's", "nbdnfs uninstall-units")
     return judge(
         "systemd units",
         not differing,
         f"not those of this version: {', '.join(differing)}" if differing else "those of this version",
-        "nbdnfs install-units",
+        "nbdnfs install-units" if install_units.packaged_unit(root) is None else "apt install --reinstall nbdnfs",
     )

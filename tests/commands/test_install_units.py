@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from nbdnfs import config, programs
 from nbdnfs.commands import doctor, install_units
-from nbdnfs.errors import ConfigError, PermissionDeniedError
+from nbdnfs.errors import BusyError, ConfigError, PermissionDeniedError
 from nbdnfs.keeper import failures
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"
@@ -180,6 +180,107 @@ def test_systemd_version(tmp_path: Path, version: int) -> None:
     assert install_units.systemd_version(tmp_path) == version
 
 
+def test_a_package_has_its_own_folders() -> None:
+    """The same files for a package: its program, its scripts, systemd's own folders, nothing in /etc or /usr/local."""
+    layout = install_units.Layout(lib="usr/lib", systemd="lib/systemd", udev="lib/udev")
+    found = {file.path: file.data.decode() for file in install_units.contents("/usr/bin/nbdnfs", 257, layout)}
+    unit = found["lib/systemd/system/nbdnfs@.service"]
+    assert "ExecStart=/usr/bin/nbdnfs run %i\n" in unit
+    assert "ExecStartPre=-/bin/sh /usr/lib/nbdnfs/reserve\n" in unit
+    assert {"usr/lib/nbdnfs/reserve", "lib/udev/rules.d/59-nbdnfs.rules"} <= set(found)
+    assert len(found) == len(layout.paths(257))
+    assert [path for path, text in found.items() if path.startswith("etc/") or "/usr/local" in text] == []
+
+
+@pytest.mark.parametrize("folder", ["usr/lib/systemd/system", "lib/systemd/system"])
+def test_units_of_a_package_are_not_shadowed(tmp_path: Path, folder: str) -> None:
+    """/usr/local would take precedence over what the package installs and updates."""
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "nbdnfs@.service").touch()
+    with pytest.raises(ConfigError, match="the units of the package nbdnfs are installed"):
+        install_units.install(tmp_path, program=PROGRAM)
+    assert not (tmp_path / LIB).exists()
+
+
+def test_a_package_is_compared_with_this_version(tmp_path: Path) -> None:
+    """Its files count where none are in /usr/local; a drop-in that its release does not have is not missed."""
+    make_systemd(tmp_path, 257)
+    for file in install_units.contents("/usr/bin/nbdnfs", 252, install_units.PACKAGE):
+        (tmp_path / file.path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file.path).write_bytes(file.data)
+    assert install_units.differing(tmp_path) == []
+    (tmp_path / "usr/lib/nbdnfs/reserve").unlink()
+    (tmp_path / "usr/lib/systemd/system/nbdnfs.slice").write_text("[Slice]\n")
+    assert install_units.differing(tmp_path) == ["/usr/lib/systemd/system/nbdnfs.slice", "/usr/lib/nbdnfs/reserve"]
+
+
+def test_doctor_names_units_that_shadow_a_package(tmp_path: Path) -> None:
+    """Those in /usr/local are another version's sooner or later."""
+    install_units.install(tmp_path, program=PROGRAM)
+    assert not install_units.is_shadowing_package(tmp_path)
+    (tmp_path / "usr/lib/systemd/system").mkdir(parents=True)
+    (tmp_path / "usr/lib/systemd/system/nbdnfs@.service").touch()
+    assert install_units.is_shadowing_package(tmp_path)
+    found = {one.subject: one for one in doctor.examine(root=write_machine(tmp_path))}["systemd units"]
+    assert (found.good, found.advice) == (False, "nbdnfs uninstall-units")
+
+
+# uninstall-units
+
+
+def test_uninstall_leaves_nothing(tmp_path: Path) -> None:
+    """All files, links of enabled devices and empty folders go; a configuration stays. A second run does nothing."""
+    (tmp_path / "etc/nbdnfs").mkdir(parents=True)
+    (tmp_path / "etc/nbdnfs/swap0.toml").write_text('url = "nfs://nas/export/swap"\n')
+    (tmp_path / "etc/systemd/system/multi-user.target.wants").mkdir(parents=True)
+    (tmp_path / LIB).mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    make_systemd(tmp_path, 257)
+    install_units.install(tmp_path, program=PROGRAM)
+    shutil.rmtree(tmp_path / "usr/lib")
+    link = tmp_path / "etc/systemd/system/multi-user.target.wants/nbdnfs@swap0.service"
+    link.symlink_to(f"/{UNIT}")
+    removed = install_units.uninstall(tmp_path)
+    assert {tmp_path / UNIT, tmp_path / f"{LIB}/nbdnfs/installed.sha256", link} <= set(removed)
+    left = set(before) - {link.parent}
+    assert set(tmp_path.rglob("*")) == left
+    assert install_units.uninstall(tmp_path) == []
+
+
+def test_uninstall_keeps_what_was_changed(tmp_path: Path) -> None:
+    """A changed file stops the removal before anything is removed; --force removes it, too."""
+    install_units.install(tmp_path, program=PROGRAM)
+    (tmp_path / UNIT).write_text("[Service]\n")
+    before = files(tmp_path)
+    with pytest.raises(ConfigError, match="changed since") as caught:
+        install_units.uninstall(tmp_path)
+    assert caught.value.hint.endswith("nbdnfs uninstall-units --force")
+    assert files(tmp_path) == before
+    install_units.uninstall(tmp_path, force=True)
+    assert files(tmp_path) == {}
+
+
+def test_uninstall_is_refused_while_a_device_is_up(tmp_path: Path) -> None:
+    """Unless a package has units that take over."""
+    install_units.install(tmp_path, program=PROGRAM)
+    block = tmp_path / "sys/block/nbd0"
+    block.mkdir(parents=True)
+    (block / "backend").write_text("nbdnfs:swap0\n")
+    (block / "size").write_text("8\n")
+    with pytest.raises(BusyError, match="the device swap0 is up"):
+        install_units.uninstall(tmp_path)
+    assert (tmp_path / UNIT).exists()
+    packaged = tmp_path / "usr/lib/systemd/system/nbdnfs@.service"
+    packaged.parent.mkdir(parents=True)
+    packaged.touch()
+    link = tmp_path / "etc/systemd/system/multi-user.target.wants/nbdnfs@swap0.service"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(f"/{UNIT}")
+    install_units.uninstall(tmp_path)
+    assert not (tmp_path / UNIT).exists()
+    assert link.is_symlink()
+
+
 @pytest.mark.parametrize(
     ("code", "status", "wait_s"),
     [
@@ -228,7 +329,8 @@ def test_units_verify(tmp_path: Path) -> None:
     folder = tmp_path / f"{LIB}/systemd/system"
     (folder / "nbdnfs@swap0.service").symlink_to("nbdnfs@.service")
     done = subprocess.run(
-        [systemd_analyze(), "verify", "nbdnfs@swap0.service", "nbdnfs.slice"],
+        # the manual is not installed where the tests run
+        [systemd_analyze(), "--man=no", "verify", "nbdnfs@swap0.service", "nbdnfs.slice"],
         env={**os.environ, "SYSTEMD_UNIT_PATH": f"{folder}:", "SYSTEMD_LOG_LEVEL": "warning"},
         cwd=folder,
         capture_output=True,

@@ -20,10 +20,13 @@ TAB_COLUMNS = 8
 
 
 def sources(*suffixes: str) -> list[Path]:
-    """Files of the project that are, or are about to be, under version control."""
-    listed = subprocess.check_output(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=PROJECT, text=True
-    ).splitlines()
+    """Files of the project that are, or are about to be, under version control; in a source distribution, all."""
+    if (PROJECT / ".git").exists():
+        listed = subprocess.check_output(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=PROJECT, text=True
+        ).splitlines()
+    else:
+        listed = [name_of(path) for path in PROJECT.rglob("*")]
     return sorted(PROJECT / name for name in listed if name.endswith(suffixes) and (PROJECT / name).is_file())
 
 
