@@ -67,6 +67,24 @@ def test_a_count_that_is_not_the_datas(nas: FakeNas, engine: Engine, page: int, 
     assert in_background(read_pages, engine, page).result(DEADLINE_S) == CONTENT[page * PAGE : (page + 1) * PAGE]
 
 
+def test_an_end_that_is_not_the_files(nas: FakeNas, engine: Engine) -> None:
+    """The answer to another READ, well-formed, shorter, and at the end of the file: it is asked again."""
+    results: list[bytes] = []
+
+    def changed(call: NasCall, message: bytes) -> bytes | None:
+        if call.op != "READ":
+            return None
+        if not results:
+            results.append(message[RESULTS:])
+            return None
+        nas.mutate(None)
+        return record(message[:RESULTS] + results[0])
+
+    nas.mutate(changed)
+    assert in_background(read_pages, engine, 63).result(DEADLINE_S) == CONTENT[63 * PAGE :]
+    assert in_background(read_pages, engine, 8, 8).result(DEADLINE_S) == CONTENT[8 * PAGE : 16 * PAGE]
+
+
 @pytest.mark.parametrize("op", ["LOOKUP", "FSINFO", "GETATTR", "ACCESS", "MNT"])
 @pytest.mark.parametrize("word", [0, 1, 2, 10])
 def test_stale_handles_and_lengths_without_end(nas: FakeNas, op: str, word: int) -> None:

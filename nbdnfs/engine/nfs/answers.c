@@ -9,6 +9,8 @@
 
 /* A read that is refused is logged, unless another was within this time. */
 #define REFUSAL_LOG_MS 60000
+/* So often a READ is asked again that met the end of the file before its own. */
+#define ENDS_MAX 2
 /* A write that the server has so often carried out in pieces under several verifiers asks for FILE_SYNC. */
 #define RESTARTS_MAX 4
 /* The directory is not sought again sooner, because that costs the connection: where it was found, and where not. */
@@ -53,7 +55,13 @@ void note_moved(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool en
 	}
 	io->useful = true;
 	req->moved_bytes += count;
-	if (req->moved_bytes == req->length_bytes || end_of_file) {
+	/* the device ends where the file does: one answer is not enough for an error to the reader */
+	if (end_of_file && req->moved_bytes < req->length_bytes && req->handle == NULL && req->ends < ENDS_MAX) {
+		req->ends++;
+		req->moved_bytes = 0; /* nor is the rest of it to be believed */
+		req_list_remove(&io->inflight, req);
+		req_list_push(&io->pending, req);
+	} else if (req->moved_bytes == req->length_bytes || end_of_file) {
 		req_finish(&io->inflight, req, 0);
 	} else if (count == 0) {
 		note_refused(io, req, -EIO); /* neither bytes nor the end: asking at once might never end */

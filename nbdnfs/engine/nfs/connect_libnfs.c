@@ -203,7 +203,7 @@ static bool remember_mount(struct nfsio *io, const char *path)
 
 /*
  * Mount the URL's directory or, where the server exports only a parent of it, the longest parent that it exports.
- * Remember the choice for reconnects. Returns false and *why, that there was no answer or the first refusal; *nfs may
+ * Remember the choice for reconnects. Returns false and *why: that there was no answer, or the first refusal; *nfs may
  * be NULL then.
  */
 static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, int64_t deadline_ms, struct nfsio_failure *why)

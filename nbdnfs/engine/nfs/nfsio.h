@@ -98,6 +98,7 @@ struct nfsio_req {
 	int64_t queued_at_ms;
 	int64_t give_up_at_ms;  /* while in flight: then it is sent again over a new connection */
 	int64_t refused_at_ms;  /* a READ: when the server first refused it over this connection; less: it has not */
+	unsigned ends;          /* a READ: how often it met the end of the file */
 	unsigned restarts;      /* a write: how often all of it was sent again for another verifier */
 	struct nfsio_req *prev, *next;
 };
