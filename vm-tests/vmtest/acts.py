@@ -331,7 +331,7 @@ def run_beside(run: Run, _: random.Random) -> None:
     """nbdnfs run, beside the keeper that runs"""
     if not run.model.keeper:
         return
-    result = run.sh(f"timeout -k 5 60 nbdnfs run {NAME}")
+    result = run.sh(f"timeout -k 5 240 nbdnfs run {NAME}")
     run.must(result.status not in (0, 124, 137), "a second keeper of the same device runs")
 
 
