@@ -60,8 +60,15 @@ def run(name: str, *, steal: bool = False) -> int:
         _require_kernel_files()
         only_keeper.become(records)  # before anything that another keeper of the device could notice
         return _run(records, reporter, steal=steal)
+    except only_keeper.OtherKeeperError as error:
+        if not _is_unit():
+            raise
+        # Not final: that keeper may end, and then the unit's is wanted. The records are the other's to write.
+        print(*error.lines(), sep="\n", file=sys.stderr)
+        _keep_pace(started_s, failures.KEEPER_PACE_AGAIN_S)
+        return os.EX_UNAVAILABLE
     except NbdnfsError as error:
-        is_unit = "INVOCATION_ID" in os.environ
+        is_unit = _is_unit()
         if is_unit and not isinstance(error, OwnedError) and _is_attached(name):
             error.exit_code = os.EX_UNAVAILABLE  # nothing that is attached is given up
         if error.exit_code in failures.FINAL_STATUSES or not is_unit:
@@ -74,7 +81,7 @@ def run(name: str, *, steal: bool = False) -> int:
         _keep_pace(started_s, failures.KEEPER_PACE_S if is_new else failures.KEEPER_PACE_AGAIN_S)
         return error.exit_code
     except Exception:
-        if "INVOCATION_ID" in os.environ:
+        if _is_unit():
             _keep_pace(started_s, failures.KEEPER_PACE_S)
         raise
 
@@ -124,6 +131,12 @@ def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
         if settings.owner:
             _release_unless_attached(name, text, address)
         raise
+
+
+def _is_unit() -> bool:
+    """Whether systemd has started this process, rather than one that inherits a unit's environment: a shell in a
+    terminal has an INVOCATION_ID, too. systemd.exec(5)."""
+    return os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
 
 
 def _keep_pace(started_s: float, pace_s: float) -> None:

@@ -22,11 +22,15 @@ _OTHERS_WAIT_S = 10.0
 _NFS_PORT = 2049
 
 
+class OtherKeeperError(BusyError):
+    """Another process is the keeper of the device."""
+
+
 def become(records: Records) -> int:
     """Become the keeper of the device, for as long as the descriptor that this returns is open; -1 without a lock.
 
-    BusyError: another process is, even one that is stopped or hangs. UnavailableError: there is no place for the lock,
-    and no device that has to be kept all the same.
+    OtherKeeperError: another process is, even one that is stopped or hangs. UnavailableError: there is no place for
+    the lock, and no device that has to be kept all the same.
     """
     name = records.name
     descriptor = -1
@@ -92,8 +96,8 @@ def is_up(records: Records, root: Path = Path("/")) -> bool:
     return keeper_of(records) is not None or nbd_device.find(nbd_device.backend_of(records.name), root) is not None
 
 
-def _refusal(name: str, pid: int | None) -> BusyError:
-    return BusyError(
+def _refusal(name: str, pid: int | None) -> OtherKeeperError:
+    return OtherKeeperError(
         f"{name} already has a keeper, or is being taken down: {f'process {pid}' if pid else 'another process'}",
         f"see: nbdnfs status {name}; nbdnfs down {name} ends both",
     )

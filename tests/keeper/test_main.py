@@ -12,7 +12,7 @@ from support.nfs_server import LOOPBACK, FileOnServer
 from support.owner_records import HOLDER, beside, record_path
 
 from nbdnfs import programs
-from nbdnfs.errors import ConfigError, NbdnfsError, NoHostError, UnavailableError
+from nbdnfs.errors import BusyError, ConfigError, NbdnfsError, NoHostError, UnavailableError
 from nbdnfs.keeper import failures, main
 from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.reporter import Reporter
@@ -28,7 +28,7 @@ def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(Records.__init__.__kwdefaults__, "run", tmp_path)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setenv("PYTHONMALLOC", "malloc")
-    monkeypatch.setenv("INVOCATION_ID", "0" * 32)
+    monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
     monkeypatch.setattr(nbd_device, "find", lambda backend: None)
     return tmp_path
 
@@ -74,12 +74,32 @@ def test_who_reports_an_end(slept_s: list[float], monkeypatch: pytest.MonkeyPatc
         fail_with(monkeypatch, ConfigError("it is wrong"))
         with pytest.raises(ConfigError):
             main.run("swap0")
-    monkeypatch.delenv("INVOCATION_ID")
+    monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getppid()))  # a shell of some service, or in a terminal
+    monkeypatch.setenv("INVOCATION_ID", "0" * 32)
     for _ in range(2):
         fail_with(monkeypatch, UnavailableError("it is away"))
         with pytest.raises(UnavailableError):
             main.run("swap0")
     assert slept_s == []
+
+
+def test_beside_another_keeper(
+    run_folder: Path, slept_s: list[float], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The unit's waits, and is started again: the other one may end. A person's ends. Neither writes a record."""
+
+    def become(records: Records) -> int:
+        raise main.only_keeper.OtherKeeperError("swap0 already has a keeper: process 7", "see: nbdnfs status swap0")
+
+    monkeypatch.setattr(main.only_keeper, "become", become)
+    assert main.run("swap0") == os.EX_UNAVAILABLE
+    assert [round(one) for one in slept_s] == [10]
+    assert "process 7" in capfd.readouterr().err
+    monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getppid()))
+    with pytest.raises(BusyError):
+        main.run("swap0")
+    assert [round(one) for one in slept_s] == [10]
+    assert list(run_folder.iterdir()) == []
 
 
 @pytest.mark.usefixtures("run_folder", "slept_s")
