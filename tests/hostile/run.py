@@ -264,7 +264,15 @@ def _judge(client: Client, nas: FakeNas, seed: int, report: Report) -> None:
         report.failures.append(f"seed {seed}: wrong in the file after the last flush: pages {wrong_on_disk[:10]}")
 
 
-def run(*, seed: int, answers: int, minutes: float = 60.0, tries: int = 200, most_failures: int = 3) -> Report:
+def run(
+    *,
+    seed: int,
+    answers: int,
+    minutes: float = 60.0,
+    tries: int = 200,
+    most_failures: int = 3,
+    of_a_life: int = ANSWERS_OF_A_LIFE,
+) -> Report:
     """Until so many answers were given after the open, or so much time has passed, or too much has failed."""
     draw = random.Random(seed)
     report = Report()
@@ -280,7 +288,7 @@ def run(*, seed: int, answers: int, minutes: float = 60.0, tries: int = 200, mos
                     return
                 life_seed = draw.getrandbits(32)
             seen = Report()
-            life(life_seed, ANSWERS_OF_A_LIFE, seen)
+            life(life_seed, of_a_life, seen)
             with lock:
                 report.add(seen)
 
