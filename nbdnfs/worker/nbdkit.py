@@ -44,13 +44,18 @@ def _arguments(plugin_settings: Mapping[str, str], threads: int) -> list[str]:
 
 
 def worker_environment() -> dict[str, str]:
-    """The environment in which nbdkit's Python finds this very package, and writes nothing to the disk."""
+    """The environment in which nbdkit's Python finds this very package, and writes nothing to the disk.
+
+    LD_BIND_NOW (ld.so(8)): the linker looks a function up at its first call otherwise, in the tables of all libraries,
+    which are not in locked memory. A standby makes some of its first calls when it takes over.
+    """
     paths = [str(Path(nbdnfs.__file__).parents[1])]
     reference = importlib.util.find_spec("libnfs")
     if reference is not None and reference.origin is not None:
         paths.append(str(Path(reference.origin).parents[1]))
     return {
         **os.environ,
+        "LD_BIND_NOW": "1",
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONMALLOC": "malloc",
