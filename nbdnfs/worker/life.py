@@ -71,7 +71,13 @@ class Worker:
             self._apply(memlock.prepare(self._settings.without))
 
     def lock_memory(self) -> None:
-        """In the process that serves, before its threads start: they inherit some of it. Raises ConfigError."""
+        """In the process that serves, before its threads start: they inherit some of it. Raises ConfigError.
+
+        Also the last time that glibc reads nsswitch.conf: a standby that takes over opens no file, since the root may
+        be on a server that does not answer.
+        """
+        if self._settings.engine == "c":
+            forget_services()
         if self._settings.lock != "off":
             self._apply(memlock.lock(CODE, skip=self._settings.without, one_cpu=True))
 
@@ -159,7 +165,6 @@ class Worker:
 
             return Reference(self._url, self._address)
         keep_thread_states()
-        forget_services()
         return Engine(
             self._url,
             self._address,

@@ -44,7 +44,11 @@ def _arguments(plugin_settings: Mapping[str, str], threads: int) -> list[str]:
 
 
 def worker_environment() -> dict[str, str]:
-    """The environment in which nbdkit's Python finds this very package, and writes nothing to the disk."""
+    """The environment in which nbdkit's Python finds this very package, and writes nothing to the disk.
+
+    LD_BIND_NOW (ld.so(8)): the linker looks a function up at its first call otherwise, in the tables of all libraries,
+    which are not in locked memory. A standby makes some of its first calls when it takes over.
+    """
     inherited = programs.python_environment()
     paths = [inherited["PYTHONPATH"]]
     reference = importlib.util.find_spec("libnfs")
@@ -52,6 +56,7 @@ def worker_environment() -> dict[str, str]:
         paths.append(str(Path(reference.origin).parents[1]))
     return {
         **inherited,
+        "LD_BIND_NOW": "1",
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONMALLOC": "malloc",

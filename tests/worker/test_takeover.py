@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A standby that takes over needs nothing that is not in its memory: the root may be on a server that is away."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from support.fake_nfs import FakeNfsServer
+from support.keeper_run import until
+
+from nbdnfs import programs, region
+from nbdnfs.config import Config
+from nbdnfs.keeper.real_work import RealWork
+
+
+def test_it_opens_no_file_and_binds_no_function(tmp_path: Path) -> None:
+    """From READY until it greets: no path but the region's in /proc, and nothing that ld.so looks up in libraries."""
+    with FakeNfsServer(bytes(1 << 20)) as server:
+        work = RealWork(Config("t", server.url(), region_pages=256, lock="off", owner=False), server.url(), "127.0.0.1")
+        work._environment.update(LD_DEBUG="bindings", LD_DEBUG_OUTPUT=str(tmp_path / "ld"))
+        region_fd = region.create()
+        worker = work.start_worker(region_fd)
+        try:
+            until(worker.check_ready)
+            bindings = tmp_path / f"ld.{worker.pid}"
+            bound = bindings.read_text(errors="replace") if bindings.exists() else ""
+            trace = tmp_path / "strace"
+            strace = programs.find_program("strace", "strace")
+            with subprocess.Popen(
+                [strace, "-f", "-e", "trace=%file", "-o", str(trace), "-p", str(worker.pid)], stderr=subprocess.PIPE
+            ) as tracer:
+                assert tracer.stderr is not None
+                assert b"attached" in tracer.stderr.readline()
+                worker.activate()
+                until(worker.has_greeted)
+                worker.kill()
+                until(worker.has_ended)
+        finally:
+            worker.kill()
+            os.close(region_fd)
+        paths = [line.split('"')[1] for line in trace.read_text().splitlines() if '"' in line]
+        assert {path for path in paths if not path.startswith("/proc/")} <= {""}
+        assert bindings.read_text(errors="replace").removeprefix(bound) == ""
