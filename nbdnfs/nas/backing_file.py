@@ -105,7 +105,9 @@ def _create_new(target: NfsUrl, address: str, size_bytes: int, report: Progress)
             if not part_file.remove(part, part_name):
                 log.warning("%s stays on %s: the next create here completes or removes it", part_name, target.host)
             raise
-        zeros.warn_unless_allocated(part, target, size_bytes)
+    # `part` would look for the name that its file has lost
+    with remote_file.closing(remote_file.open_file(target.text, address, read_only=True)) as file:
+        zeros.warn_unless_allocated(file, target, size_bytes)
 
 
 def _check_may_overwrite(found: FileStat, target: NfsUrl, size_bytes: int, force: bool) -> None:

@@ -166,20 +166,23 @@ def give_final_name(part: NfsFile, part_name: str, target: NfsUrl, address: str)
     By a hard link, which replaces nothing. On a server without hard links by a rename, over an empty file that was
     created exclusively: of several machines one gets the name. The answer to either proves little, because a repeated
     request may fail where the first one succeeded: so the name is looked up afterwards.
+
+    All of that over the directory: `part` finds its file again by a name that it is about to lose.
     """
-    old, new = f"/{part_name}", f"/{target.name}"
-    failure = _attempt(functools.partial(part.link, old, new))
-    own_id, found_id = remote_file.stat(part)["ino"], remote_file.file_id(part, new)
-    if found_id is None:
-        empty_id = _reserve_name(target, address)
-        failure = _attempt(functools.partial(part.rename, old, new)) or failure
-        found_id = remote_file.file_id(part, new)
-        if found_id == empty_id:
-            remote_file.unlink_if_exists(part, new)
-            raise failure or OSError(errno.EIO, "the server does not give the file its name")
-    if found_id != own_id:
-        raise _was_faster(target)
-    remote_file.unlink_if_exists(part, old)
+    old, new, own_id = f"/{part_name}", f"/{target.name}", remote_file.stat(part)["ino"]
+    with remote_file.directory(target, address) as directory:
+        failure = _attempt(functools.partial(directory.link, old, new))
+        found_id = remote_file.file_id(directory, new)
+        if found_id is None:
+            empty_id = _reserve_name(target, address)
+            failure = _attempt(functools.partial(directory.rename, old, new)) or failure
+            found_id = remote_file.file_id(directory, new)
+            if found_id == empty_id:
+                remote_file.unlink_if_exists(directory, new)
+                raise failure or OSError(errno.EIO, "the server does not give the file its name")
+        if found_id != own_id:
+            raise _was_faster(target)
+        remote_file.unlink_if_exists(directory, old)
 
 
 def _attempt(operation: Callable[[], None]) -> OSError | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import secrets
 import time
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from support.engines import PAGE, read_pages, write_pages_and_flush
-from support.fake_nas import FakeNas
+from support.fake_nas import FakeNas, Oddities
 from support.nfs_server import LOOPBACK
 from support.waiting import in_background
 
@@ -141,10 +142,11 @@ def while_owning(row: Row) -> str:
         return "done" if struck else "not asked"
 
 
-def while_creating(row: Row) -> str:
+def while_creating(row: Row, *, has_hard_links: bool = True) -> str:
     """`nbdnfs create`: it ends, well or with a reason, and the next one ends well."""
-    path = f"/export/{row.op}-{row.fault}"  # one `create` at a time for each path of a server, whatever its port
-    with FakeNas() as nas:
+    # one `create` at a time for each path of a server, whatever its port
+    path = f"/export/{row.op}-{row.fault}-{has_hard_links}"
+    with FakeNas(Oddities(has_hard_links=has_hard_links)) as nas:
         set_fault(nas, row.op, row.fault)
         outcome = _tried(lambda: backing_file.create(nas.url(path), PAGES * PAGE))
         struck = nas.struck(row.op)
@@ -195,6 +197,11 @@ SITUATIONS: dict[str, tuple[Callable[[Row], str], tuple[str, ...], float]] = {
     "stale": (while_handles_expire, CONNECTING, ENGINE_LIMIT_S),
     "owner": (while_owning, ("LOOKUP", "GETATTR", "ACCESS", "READ", "WRITE", "COMMIT"), ENGINE_LIMIT_S),
     "create": (while_creating, WITH_NAMES, NAMES_LIMIT_S),
+    "no links": (
+        functools.partial(while_creating, has_hard_links=False),
+        ("LINK", "CREATE", "RENAME", "LOOKUP", "REMOVE"),
+        NAMES_LIMIT_S,
+    ),
     "claim": (while_claiming, WITH_NAMES, NAMES_LIMIT_S),
 }
 
@@ -237,4 +244,4 @@ def test_an_engine_misses_one_answer() -> None:
 @pytest.mark.timeout(300)
 def test_a_command_misses_one_answer() -> None:
     """`create` and `claim` end within the limit, and what did not end well ends well the next time."""
-    check(("create", "claim"))
+    check(("create", "no links", "claim"))

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from support import fake_files
 from support.fake_files import CHUNK, SIZE, URL, WINDOW_CHUNKS, FakeServer, Inode, InterruptAt, fails_with
+from support.fake_nas import FakeNas, Oddities
+from support.waiting import DEADLINE_S, in_background, wait_until
 
 from nbdnfs import nfs_url
 from nbdnfs.errors import BusyError, CannotCreateError, NoInputError, PermissionDeniedError
@@ -108,6 +110,21 @@ def test_a_server_without_hard_links(server: FakeServer) -> None:
     theirs = Inode(1, bytearray(b"theirs"))
     fails_with(CannotCreateError, "was created by another machine", "--force")
     assert server.files == {"swap0": theirs}
+
+
+@pytest.mark.fake
+@pytest.mark.parametrize(("has_hard_links", "op"), [(True, "REMOVE"), (True, "LINK"), (False, "RENAME")])
+def test_a_connection_that_ends_when_the_part_file_gets_its_name(has_hard_links: bool, op: str) -> None:
+    """The server has done it, and the answer is lost: the part file's name is gone, and nothing looks for it."""
+    path = f"/export/{op}"
+    with FakeNas(Oddities(has_hard_links=has_hard_links)) as nas:
+        nas.drop(op)
+        created = in_background(backing_file.create, nas.url(path), 1 << 20)
+        wait_until(lambda: nas.struck(op), f"the answer to {op} is lost")
+        nas.disconnect()
+        created.result(DEADLINE_S)
+        assert nas.names("/export") == [op]
+        assert nas.on_disk(path) == bytes(1 << 20)
 
 
 def test_no_room_for_a_name(server: FakeServer) -> None:

@@ -69,12 +69,22 @@ class FakeServer:
         return self.files[name]
 
     def open(
-        self, url: str, address: str, *, create: bool = False, exclusive: bool = False, mode: int = 0o600, **_: bool
+        self,
+        url: str,
+        address: str,
+        *,
+        create: bool = False,
+        exclusive: bool = False,
+        mode: int = 0o600,
+        names_only: bool = False,
+        **_: bool,
     ) -> FakeNfsFile:
         """What NfsFile(...) is."""
         assert address == "192.0.2.1"
         name = url.partition("?")[0].rpartition("/")[2]
         self.put_off("create" if create else "open")
+        if names_only:
+            return FakeNfsFile(self, Inode(0, bytearray(), is_regular=False))
         if create:
             self.before_create(name)
         with self._lock:
