@@ -5,8 +5,9 @@ PYTHON := .venv/bin/python
 # A throwaway NFS server, guests' images and kernel devices need root.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,KERNEL,HERE,NBDNFS_CACHE,NBDNFS_VM_ACCEL)
 PYTEST := $(AS_ROOT) $(PYTHON) -m pytest
-# Most tests wait for a server, so there are more processes than processors. A file's tests stay together.
-IN_PARALLEL := -n 4 --dist loadfile
+# Most tests wait for a server, so there are more processes than processors. A file's tests stay together. A process
+# that crashes ends the run: pytest-xdist 3.8 starts another, and then was seen to wait for ever.
+IN_PARALLEL := -n 4 --dist loadfile --max-worker-restart 0
 # Programs that use what tests share; pytest has the same folders from pyproject.toml.
 PROGRAM := $(AS_ROOT) env PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/vm-tests:$(CURDIR)/bench $(PYTHON)
 C_FILES = $(wildcard nbdnfs/*.c nbdnfs/engine/*.[ch] nbdnfs/engine/*/*.[ch] bench/*.c vm-tests/inside/*.c)

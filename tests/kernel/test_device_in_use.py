@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.nbd_tree import FakeNetlink, add_partition, make_machine, opened_by
+from support.waiting import DEADLINE_S
 
 from nbdnfs.errors import BusyError
 from nbdnfs.kernel import device_in_use, waiting
@@ -148,19 +149,18 @@ def test_a_server_that_is_gone_does_not_keep_the_device(
     real_open = os.open
 
     def hangs(path: Path, flags: int) -> int:
-        release.wait(10)
+        release.wait(DEADLINE_S)
         return real_open(path, flags)
 
     monkeypatch.setattr(device_in_use.os, "open", hangs)
     monkeypatch.setattr(device_in_use, "_PROBE_TIMEOUT_S", 0.05)
-    before = threading.active_count()
+    before = set(threading.enumerate())
     refuse(root)
     assert "does not answer" in caplog.text
+    (left,) = set(threading.enumerate()) - before  # other tests may have left threads, too
     release.set()
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon:
-            thread.join(10)
-    assert threading.active_count() <= before
+    left.join(DEADLINE_S)
+    assert not left.is_alive()
 
 
 def test_disconnect_refuses_what_is_in_use(root: Path) -> None:
