@@ -20,7 +20,7 @@ from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
 from nbdnfs.engine import Engine
 from nbdnfs.nas import owner_record
-from nbdnfs.region import FILE_DELETED
+from nbdnfs.region import FILE_DELETED, FILE_THERE
 
 PAGES = 64
 OPTIONS = {"region_pages": 256, "silence_ms": 300, "connect_timeout_s": 1}
@@ -145,6 +145,33 @@ def test_the_file_was_deleted_and_mountd_is_dead(nas: FakeNas, open_engine: Open
     wait_until(lambda: engine.counters()["file_state"] == FILE_DELETED, "it is noticed")
     nas.add("/export/swap", content)
     assert reading.result(DEADLINE_S) == content[30 * PAGE : 31 * PAGE]
+
+
+def test_one_answer_that_says_that_the_file_has_no_name(
+    nas: FakeNas, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The state is what the last answer has shown, be the next one a READ's or a WRITE's; both changes are logged."""
+    said = SaidOnStderr(capfd)
+    engine, content = served(nas, open_engine, "/export/swap")
+
+    def set_links(links: int) -> None:
+        with nas.files() as tree:
+            node = tree.find("/export/swap")
+            assert node is not None
+            node.links = links
+
+    for page in (9, 10):
+        set_links(0)
+        read_again(engine, content, page)
+        assert engine.counters()["file_state"] == FILE_DELETED
+        set_links(1)
+        if page == 9:
+            read_again(engine, content, page)
+        else:
+            write_pages_and_flush(engine, page, content[page * PAGE : (page + 1) * PAGE])
+        assert engine.counters()["file_state"] == FILE_THERE
+    assert sum("was deleted on the server" in line for line in said.lines) == 2
+    assert sum("has a name on the server again" in line for line in said.lines) == 2
 
 
 @pytest.mark.parametrize("status", [1, 2, 13, 20, 22, 10006])

@@ -12,9 +12,10 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from support.engines import PAGE, OpenEngine
+from support.engines import PAGE, OpenEngine, opening
 from support.fake_nas import FakeNas, NasCall
 from support.fake_nfs import (
     NFS3ERR_ACCES,
@@ -200,6 +201,40 @@ def test_a_look_that_is_refused(
     said.wait_for("is refreshed again: writes go on")
     assert reconnects(engine) == 0
     assert len([line for line in said.lines if "has not been refreshed" in line]) == 1
+
+
+# RFC 1813, nfsstat3, and two numbers that are none.
+_ALL_STATUSES = (
+    *(1, 2, 5, 6, 13, 17, 18, 19, 20, 21, 22, 27, 28, 30, 31, 63, 66, 69, 70, 71),
+    *(10001, 10002, 10003, 10004, 10005, 10006, 10007, 10008, 77, 1 << 31),
+)
+
+
+def states_while_refused(op: str, status: int) -> set[int]:
+    """The states of an owner that is refused more looks in a row than a missing record needs to be believed."""
+    me = machine("box1")
+    with FakeNas() as nas, opening(connect_timeout_s=2) as open_engine:
+        nas.add(FILE, bytes(MIB))
+        nas.add(RECORD, owner_record.new(me, HOLDER, None, "held").to_bytes())
+        engine = own(open_engine, nas)
+        nas.fail(op, status, times=4)
+        seen = {state(engine)}
+        while not nas.struck(op):
+            seen.add(state(engine))
+            time.sleep(0.02)
+        nas.end_faults()
+        in_background(write_stably, engine).result(DEADLINE_S)
+        wait_for_state(engine, HELD)
+        return seen
+
+
+@pytest.mark.parametrize("op", LOOK)
+def test_no_refusal_is_a_theft(op: str) -> None:
+    """Whatever the status. That there is no record is an answer, and LOOKUP's alone."""
+    statuses = [status for status in _ALL_STATUSES if (op, status) != ("LOOKUP", NFS3ERR_NOENT)]
+    with ThreadPoolExecutor(len(statuses)) as pool:
+        seen = dict(zip(statuses, pool.map(lambda status: states_while_refused(op, status), statuses), strict=True))
+    assert not [status for status, states in seen.items() if STOLEN in states]
 
 
 @pytest.mark.parametrize("op", LOOK)

@@ -2,8 +2,8 @@
 """What a hostile server does to its answers: each mutation takes an RPC message and returns what goes over TCP.
 
 No mutation is a lie that no client can see through: the server does what it was asked, and an answer never claims in a
-well-formed way that it did more than that, that the file is shorter or has no name, or that an owner record has other
-bytes. Everything else may be wrong.
+well-formed way that it did more than that, that the file is shorter, or that an owner record has other bytes.
+Everything else may be wrong.
 """
 
 from __future__ import annotations
@@ -45,10 +45,8 @@ _STATUSES = (
     77,
     1 << 31,
 )
-# What a READ may be refused with for a moment.
-_PASSING_STATUSES = (1, 5, 13, 30, 70, 10001, 10006, 10008)
-# In fattr3: links and size. An answer that changes them alone is well-formed, and a client must believe it.
-_LIES_IN_ATTRIBUTES = (2, 5, 6)
+# In fattr3: the size. An answer that changes it alone is well-formed, and a client must believe it.
+_LIES_IN_ATTRIBUTES = (5, 6)
 # Where fattr3 begins in the results, in words; for LOOKUP with handles of 32 bytes.
 _ATTRIBUTES_AT = {
     "READ": (2,),
@@ -128,9 +126,6 @@ class Mutations:
     def _extreme(self) -> int:
         return self._draw.choice((*_EXTREMES, self._draw.getrandbits(32)))
 
-    def _any_status(self, call: NasCall) -> int:
-        return self._draw.choice(_PASSING_STATUSES if call.op == "READ" else _STATUSES)
-
     # Each of these is one mutation.
 
     def _no_answer(self, call: NasCall, message: bytes) -> bytes:
@@ -166,11 +161,11 @@ class Mutations:
 
     def _status(self, call: NasCall, message: bytes) -> bytes:
         """A refusal as RFC 1813 has it."""
-        return record(message[:_RESULTS] + u32(self._any_status(call)) + AFTER_FAILURE.get(call.op, b""))
+        return record(message[:_RESULTS] + u32(self._draw.choice(_STATUSES)) + AFTER_FAILURE.get(call.op, b""))
 
     def _status_alone(self, call: NasCall, message: bytes) -> bytes:
         """A refusal that is followed by the results of a success."""
-        return self._with_word(message, _RESULTS, self._any_status(call))
+        return self._with_word(message, _RESULTS, self._draw.choice(_STATUSES))
 
     def _word(self, call: NasCall, message: bytes) -> bytes:
         """A word of the results: a count, a length, a flag, an attribute, a handle, a verifier."""

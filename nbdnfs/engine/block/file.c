@@ -23,42 +23,52 @@ static bool is_unlinked(const struct engine *engine)
 }
 
 /* What answers to transfers have shown. */
-static enum region_file file_state(const struct engine *engine)
+static enum region_file shown_state(const struct engine *engine)
 {
 	if (is_unlinked(engine))
 		return REGION_FILE_DELETED;
 	return file_truncated_bytes(engine) < UINT64_MAX ? REGION_FILE_TRUNCATED : REGION_FILE_THERE;
 }
 
-/* Count and log a change. Lock held. */
-static void note_file(struct engine *engine, enum region_file state)
+/* What connecting has found says more than that. Lock held. */
+static enum region_file file_state(const struct engine *engine)
+{
+	switch (engine->condition) {
+	case NFSIO_FILE_DELETED:
+		return REGION_FILE_DELETED;
+	case NFSIO_FILE_REPLACED:
+		return REGION_FILE_REPLACED;
+	case NFSIO_UP:
+	case NFSIO_LINK_DOWN:
+		break;
+	}
+	return shown_state(engine);
+}
+
+void file_look_locked(struct engine *engine)
 {
 	_Atomic uint64_t *counter = &counters(engine)->file_state;
+	enum region_file state = file_state(engine);
+	bool had_no_name = engine->has_no_name;
 
 	assert_locked(&engine->lock);
 	if (atomic_load_explicit(counter, memory_order_relaxed) == state)
 		return;
 	set_counter(counter, state);
+	engine->has_no_name = state == REGION_FILE_DELETED && is_unlinked(engine);
 	if (state == REGION_FILE_TRUNCATED)
 		log_line("the file was truncated to %llu bytes: what lay beyond is lost, reading it is an error",
 			 (unsigned long long)file_truncated_bytes(engine));
-	else if (state == REGION_FILE_DELETED && is_unlinked(engine))
+	else if (engine->has_no_name)
 		log_line("the file was deleted on the server and survives only while open: stop using it now");
-}
-
-void file_look_locked(struct engine *engine)
-{
-	enum region_file state = file_state(engine);
-
-	/* what condition_changed() has noted says more */
-	if (state != REGION_FILE_THERE &&
-	    atomic_load_explicit(&counters(engine)->file_state, memory_order_relaxed) == REGION_FILE_THERE)
-		note_file(engine, state);
+	else if (had_no_name && state == REGION_FILE_THERE)
+		log_line("the file has a name on the server again");
 }
 
 void file_look(struct engine *engine)
 {
-	if (file_state(engine) == REGION_FILE_THERE)
+	if (shown_state(engine) == REGION_FILE_THERE &&
+	    atomic_load_explicit(&counters(engine)->file_state, memory_order_relaxed) == REGION_FILE_THERE)
 		return;
 	engine_lock(engine);
 	file_look_locked(engine);
@@ -105,10 +115,8 @@ static void condition_changed(void *context)
 	}
 	set_counter(&counters(engine)->disconnected, link_down);
 	set_counter(&counters(engine)->reconnects, engine->reconnects_before + connects - engine->io_count);
-	if (worst == NFSIO_FILE_DELETED)
-		note_file(engine, REGION_FILE_DELETED);
-	else
-		note_file(engine, worst == NFSIO_FILE_REPLACED ? REGION_FILE_REPLACED : file_state(engine));
+	engine->condition = worst;
+	file_look_locked(engine);
 	engine->changed = true;
 	engine_unlock(engine);
 	for (unsigned i = 0; silent_since_ms != 0 && i < engine->io_count; i++)

@@ -120,6 +120,8 @@ struct engine {
 	uint64_t held_until_ms; /* until when pages are held because of twins or a replay */
 	unsigned commits_in_vain; /* COMMITs in a row with another verifier than a write before it */
 	uint64_t distrust_until_ms; /* until when no write depends on a verifier */
+	enum nfsio_condition condition; /* the worst of the connections; NFSIO_UP at first */
+	bool has_no_name;       /* answers have shown that the file is deleted, and that was logged */
 	bool gone_too_long;     /* the file is gone, for so long that waiting for it is an error */
 };
 

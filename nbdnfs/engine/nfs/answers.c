@@ -128,11 +128,11 @@ void note_size(struct nfsio *io, uint64_t bytes)
 		atomic_store(&io->truncated_bytes, bytes);
 }
 
-/* An answer says how many names the file has. */
+/* An answer says how many names the file has. The last one counts: an earlier one may have been wrong. */
 void note_links(struct nfsio *io, uint32_t links)
 {
-	if (links == 0)
-		atomic_store(&io->unlinked, true);
+	if (atomic_load_explicit(&io->unlinked, memory_order_relaxed) != (links == 0))
+		atomic_store(&io->unlinked, links == 0);
 }
 
 void note_received(struct nfsio *io)

@@ -213,7 +213,7 @@ void nfsio_watch(struct nfsio *io, nfsio_changed_fn changed, void *context);
  */
 void nfsio_note_waits(struct nfsio *io, _Atomic uint64_t *last_received_ms, _Atomic uint64_t *waiting_since_ms);
 
-/* Has an answer shown that the file has no name any more? The server may keep it while it is open. */
+/* Has the last answer shown that the file has no name any more? The server may keep it while it is open. */
 bool nfsio_is_unlinked(const struct nfsio *io);
 
 /*
