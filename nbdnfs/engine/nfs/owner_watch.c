@@ -241,7 +241,8 @@ static int look(struct owner_watch *watch, uint32_t limit_ms, struct nfsio_failu
 	/* without the sign of life other machines may take the file over: no permission either */
 	if (error == 0)
 		error = watch->look.changed ? note_refreshed(watch, began_ms) : -EIO;
-	if (error != 0) {
+	/* -ECANCELED: the engine ends, and the state with it */
+	if (error != 0 && error != -ECANCELED) {
 		watch->failed_error = error;
 		watch->failed_step = watch->look.step;
 		go_by_the_clock(watch);
