@@ -2,7 +2,8 @@
 """The only place that starts other programs. Every command is logged, quoted for a shell, at debug level.
 
 `run` waits for the end and wants success, `status` hands the terminal over, `output` wants the answer whatever the
-exit status, `watch` reports progress; `start`, `start_listening` and `spawn` return while the program runs.
+exit status, `watch` reports progress; `start` and `start_listening` return while the program runs, `Spawn` before it
+does.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import nbdnfs
+from nbdnfs import _spawner
 from nbdnfs.errors import NbdnfsError, UnavailableError
 
 TYPE_CHECKING = False  # typing's own, without typing
 if TYPE_CHECKING:
     import subprocess  # at run time only where it is used: the resident keeper has this module too
-    from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +34,10 @@ _LISTEN_FD = 3
 # Set by a keeper for a helper that may take long: what it does, for the lines about its progress on stdout.
 STATUS_VARIABLE = "NBDNFS_STATUS"
 
-# Signals that nbdnfs handles or ignores, and that a spawned program finds as they are by default.
-_OWN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+# How long the start of a program may take before it is worth a word.
+SPAWN_LATE_AFTER_S = 5.0
+# What _spawner sends: a pid, or minus an errno.
+_ANSWER_BYTES = 4
 
 
 def find_program(name: str, package: str) -> str:
@@ -169,31 +173,89 @@ def start_listening(argv: Sequence[str], listener: socket.socket, env: Mapping[s
     return subprocess.Popen(argv, stdin=subprocess.DEVNULL, preexec_fn=become_ready, close_fds=False)
 
 
-def spawn(
-    program: str,
-    argv: list[str],
-    env: Mapping[str, str],
-    file_actions: Sequence[tuple[Any, ...]],
-    *,
-    new_session: bool = False,
-    ordinary_priority: bool = False,
-) -> int:
-    """Start `program` with posix_spawn(3), and return its pid. OSError where the kernel cannot.
+class Spawn:
+    """A program that is being started. Used by the keeper's loop alone: the start itself happens in another thread,
+    since it takes as long as the file system of the program takes to open it. nbdnfs/_spawner.c.
 
-    For the keeper: neither a copy of its page tables nor memory of its size is needed. `argv` begins with the name that
-    the process is to have, `file_actions` are those of os.posix_spawn. No signal is blocked or ignored in it. With
-    `ordinary_priority` it does not inherit a real-time one.
+    pid    0 until it has started
+    error  why it cannot be started; None while it may be
     """
-    if log.isEnabledFor(logging.DEBUG):
-        log.debug("start: %s", shlex.join(argv))
-    scheduler: dict[str, Any] = {"scheduler": (os.SCHED_OTHER, os.sched_param(0))} if ordinary_priority else {}
-    return os.posix_spawn(
-        program,
-        argv,
-        env,
-        file_actions=file_actions,
-        setsid=new_session,
-        setsigmask=(),
-        setsigdef=_OWN_SIGNALS,
-        **scheduler,
-    )
+
+    def __init__(
+        self,
+        program: str,
+        argv: list[str],
+        env: Mapping[str, str],
+        descriptors: Mapping[int, int],
+        *,
+        new_session: bool = False,
+        ordinary_priority: bool = False,
+    ) -> None:
+        """Begin to start `program` with posix_spawn(3). OSError when there are too many descriptors already.
+
+        For the keeper: neither a copy of its page tables nor memory of its size is needed. `argv` begins with the name
+        that the process is to have. It finds copies of this process's `descriptors` (its number ▸ the one here), and
+        of 0, 1 and 2, and no other ones. No signal is blocked or ignored in it. With `ordinary_priority` it does not
+        inherit a real-time one.
+        """
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("start: %s", shlex.join(argv))
+        self.pid = 0
+        self.error: OSError | None = None
+        self.began_s = time.monotonic()
+        self._answer, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._answer.setblocking(False)
+        try:
+            _spawner.prepare()
+            _spawner.submit(
+                os.fsencode(program),
+                [os.fsencode(argument) for argument in argv],
+                [os.fsencode(f"{key}={value}") for key, value in env.items()],
+                [(ours, number) for number, ours in descriptors.items()],
+                theirs.fileno(),
+                new_session,
+                ordinary_priority,
+            )
+        except BaseException:
+            self._answer.close()
+            raise
+        finally:
+            theirs.close()
+
+    def fileno(self) -> int:
+        """What to poll for input: `is_over` has news. -1 when it is over."""
+        return self._answer.fileno()
+
+    def is_over(self) -> bool:
+        """Whether it has started, or cannot be started. It is this process's child then."""
+        if self._answer.fileno() >= 0:
+            try:
+                answer = self._answer.recv(_ANSWER_BYTES)
+            except BlockingIOError:
+                return False
+            self._answer.close()
+            result = int.from_bytes(answer, sys.byteorder, signed=True)
+            if result > 0:
+                self.pid = result
+            else:
+                self.error = OSError(-result, os.strerror(-result))
+        return True
+
+    def is_late(self, now: float) -> bool:
+        """Of one that is not over: whether that is so for SPAWN_LATE_AFTER_S. `now` is time.monotonic()."""
+        return now >= self.began_s + SPAWN_LATE_AFTER_S
+
+    def cancel(self) -> None:
+        """It is not to be started, or killed where it is just being started. One that has started goes on."""
+        if self._answer.fileno() < 0:
+            return
+        self._answer.shutdown(socket.SHUT_RDWR)  # from here on the thread kills what it starts
+        if self.is_over() and self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        self.pid = 0
+
+
+def prepare_to_spawn() -> None:
+    """Start the thread that starts programs, which has the priority of the caller. OSError where the kernel cannot."""
+    _spawner.prepare()

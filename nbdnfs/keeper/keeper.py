@@ -5,7 +5,8 @@ Two state machines in one loop. The *steps* go one way: provision ▸ attach ▸
 that returns the next one. From attach on, serving.py keeps a worker connected to the kernel, and standby.py keeps the
 next worker ready.
 
-The loop imports nothing, resolves nothing, and starts no programs but workers and helpers.
+The loop imports nothing, resolves nothing, and has no programs started but workers and helpers. It opens nothing on the
+root file system, whose server may be away: docs/decisions/0027.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ class Keeper:
         self._is_new_worker_wanted = False  # when there is a standby
         self._mapping: mmap.mmap | None = None
         self._watchdog_sent_s = 0.0
+        self._is_root_silent = False
 
         self._stop: str | None = None
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -158,6 +160,7 @@ class Keeper:
                 self._is_new_standby_wanted, self._is_new_worker_wanted = False, True
                 self.standby.discard()
             self.standby.keep(now, may_start=self.serving.is_connected)
+        self._look_for_root(now)
         if self.serving.is_connected and now >= self._records_due_s:
             self._records_due_s = now + _RECORDS_EVERY_S
             self._records.retry()
@@ -261,7 +264,10 @@ class Keeper:
         connects to that. docs/decisions/0012 says why the worker does not do this itself.
         """
         if self._resolver is not None:
-            is_over = self._resolver.status() is not None
+            try:
+                is_over = self._resolver.status() is not None
+            except OSError:
+                is_over = True
             self._reporter.pass_on(self._resolver.lines())
             if not is_over:
                 return
@@ -281,6 +287,20 @@ class Keeper:
             with contextlib.suppress(OSError):
                 self._resolver = self._work.resolve()
 
+    def _look_for_root(self, now: float) -> None:
+        """Report a root file system that does not answer: then no program starts. The loop goes on."""
+        starting = (self.serving.worker, self.standby.worker, self._helper, self._resolver)
+        is_silent = any(one is not None and one.is_late(now) for one in starting)
+        if is_silent == self._is_root_silent:
+            return
+        self._is_root_silent = is_silent
+        text = "the root file system answers again"
+        if is_silent:
+            goes_on = "swap goes on" if self.serving.is_connected else "swap waits"
+            text = f"the root file system does not answer, so no program starts: {goes_on} until it does"
+        self._reporter.say(text)
+        self._notifier.send(f"STATUS={text}")
+
     def _await_helper(
         self, now: float, start: Callable[[], HelperProcess | None], *, following: str, on_server: bool = False
     ) -> str:
@@ -288,17 +308,18 @@ class Keeper:
 
         `on_server` as in failures.is_final.
         """
-        if self._helper is None:
-            if now < self._helper_due_s:
-                return self._step
-            try:
+        if self._helper is None and now < self._helper_due_s:
+            return self._step
+        try:
+            if self._helper is None:
                 self._helper = start()
-            except OSError as error:
-                self._reporter.complain("helper", f"cannot start a helper: {error.strerror}")
-                self._helper_failed(now)
-                return self._step
-            return following if self._helper is None else self._step
-        status = self._helper.status()
+                return following if self._helper is None else self._step
+            status = self._helper.status()
+        except OSError as error:
+            self._reporter.complain("helper", f"cannot start a helper: {error.strerror}")
+            self._helper = None
+            self._helper_failed(now)
+            return self._step
         self._reporter.pass_on(self._helper.lines())
         if status is None:
             progress = self._work.progress()

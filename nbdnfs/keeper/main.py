@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from nbdnfs.nfs_url import NfsUrl
 
 # How the names of the files begin whose code the keeper runs.
-CODE = ("python3", "libpython3", "libc.so", "ld-linux", "_memlock.", "_socket.", "_struct.", "select.", "mmap.")
+CODE = (
+    *("python3", "libpython3", "libc.so", "ld-linux"),
+    *("_memlock.", "_spawner.", "_socket.", "_struct.", "select.", "mmap."),
+)
 
 # At boot: a server that has lost its power as well may answer before its disks are mounted, and a new file would land
 # below the disk that has the old one. Long enough for file systems to be checked; the boot waits three minutes at most.
@@ -92,6 +95,7 @@ def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
     is_attached = _is_attached(name)
     settings, problem = last_good.load(records, is_attached=is_attached)
     _lock_memory(settings)
+    programs.prepare_to_spawn()  # after that: the thread inherits some of it
     _survive_shutdown()
     if not os.isatty(2):
         os.set_blocking(2, False)  # a journal that waits for swap is not waited for

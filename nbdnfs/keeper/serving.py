@@ -147,9 +147,11 @@ class Serving:
 
     def _worker_ended(self, worker: WorkerHandle, now: float) -> None:
         status = worker.status
-        if worker is not self._given_up:
+        if worker.start_error:
+            self._reporter.complain("start", f"cannot start a worker: {worker.start_error}")
+        elif worker is not self._given_up:
             how = worker.how_it_ended
-            self._reporter.complain(f"ended{how}", f"worker {worker.pid} has ended{how}")
+            self._reporter.complain(f"ended{how}", f"{worker.label} has ended{how}")
         if status == STOLEN_STATUS:
             raise self._stolen()
         if self.device is None and failures.is_final(status, on_server=True):

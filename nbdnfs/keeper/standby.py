@@ -83,7 +83,9 @@ class Standby:
         if self.worker is not None:
             is_ready = self.worker.check_ready()
             if self.worker.has_ended():
-                if self._failures == 0:
+                if self.worker.start_error:
+                    self._reporter.complain("start", f"cannot start a worker: {self.worker.start_error}")
+                elif self._failures == 0:
                     self._reporter.say(f"standby {self.worker.pid} has ended{self.worker.how_it_ended}")
                 self.unpark()
                 self.worker = None

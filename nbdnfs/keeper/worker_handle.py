@@ -2,8 +2,9 @@
 """A keeper's handle of one worker: nbdkit with our plugin on one end of a socketpair, started as a standby.
 
 `nbdkit -s` serves the one connection that it is started with, so that a worker and its connection end together:
-no listening socket, no shell in between for LISTEN_PID. docs/decisions/0005 and 0006 say why. Starting one is
-posix_spawn(3): no copy of the keeper's page tables, no memory of its size.
+no listening socket, no shell in between for LISTEN_PID. docs/decisions/0005 and 0006 say why. A thread starts it with
+posix_spawn(3): no copy of the keeper's page tables, no memory of its size, and a handle before there is a process,
+because that takes as long as the server of the root file system does not answer. docs/decisions/0027.
 
 A standby can outlive its keeper: it waits for as long as any process has the keeper's end of its control socket. What
 else the next keeper needs waits in that socket's own queue, as one message with descriptors (an *ancillary message*,
@@ -41,19 +42,25 @@ class WorkerHandle:
     One that was started is a standby until `activate`. It exits when the keeper does, unless another process has what
     `make_parkable` returns as well.
 
+    pidfd        -1 until its process has started, and once it has ended
     socket        the kernel's end of its NBD connection; None for a serving worker that was adopted, and once the
                   kernel has it
     is_ready      a standby that waits, or a worker that serves
     is_activated  it is to serve, or does
+    start_error   why its process cannot be started, for people; "" before
     """
 
-    def __init__(self, pid: int, pidfd: int, *, is_child: bool, is_standby: bool) -> None:
-        self.pid = pid
+    def __init__(
+        self, pid: int, pidfd: int, *, is_child: bool, is_standby: bool, spawn: programs.Spawn | None = None
+    ) -> None:
+        self._pid = pid
         self.pidfd = pidfd
         self.socket: socket.socket | None = None
         self.is_ready = not is_standby
         self.is_activated = not is_standby
+        self.start_error = ""
         self._is_child = is_child
+        self._spawn = spawn
         self._control: socket.socket | None = None
         self._control_peer: socket.socket | None = None  # until the ancillary message is sent through it, or never is
         self._socket_peer: socket.socket | None = None
@@ -62,26 +69,21 @@ class WorkerHandle:
 
     @classmethod
     def start(cls, program: str, argv: list[str], environment: Mapping[str, str], region_fd: int) -> WorkerHandle:
-        """Start a standby. OSError where the kernel cannot."""
+        """Begin to start a standby. OSError when there are too many descriptors already."""
         with contextlib.ExitStack() as stack:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             control, control_peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             for sock in (ours, theirs, control, control_peer):
                 stack.callback(sock.close)
             assert max(region_fd, control_peer.fileno()) < protocol.REGION_FD
-            pid = programs.spawn(
-                program,
-                argv,
-                environment,
-                [
-                    (os.POSIX_SPAWN_DUP2, region_fd, protocol.REGION_FD),
-                    (os.POSIX_SPAWN_DUP2, control_peer.fileno(), protocol.CONTROL_FD),
-                    (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
-                    (os.POSIX_SPAWN_DUP2, theirs.fileno(), 1),
-                ],
-                new_session=True,
-            )
-            handle = cls(pid, os.pidfd_open(pid), is_child=True, is_standby=True)
+            descriptors = {
+                0: theirs.fileno(),
+                1: theirs.fileno(),
+                protocol.REGION_FD: region_fd,
+                protocol.CONTROL_FD: control_peer.fileno(),
+            }
+            spawn = programs.Spawn(program, argv, environment, descriptors, new_session=True)
+            handle = cls(0, -1, is_child=True, is_standby=True, spawn=spawn)
             control.setblocking(False)
             handle.socket, handle._socket_peer = ours, theirs
             handle._control, handle._control_peer = control, control_peer
@@ -130,8 +132,21 @@ class WorkerHandle:
             stack.pop_all()
         return handle
 
+    @property
+    def pid(self) -> int:
+        """Of its process, which must have started: kill(2) with 0 would be for the caller's own process group."""
+        assert self._pid > 0
+        return self._pid
+
+    @property
+    def label(self) -> str:
+        """For people, also of one that has no process."""
+        return f"worker {self._pid}" if self._pid else "a worker that had not started yet"
+
     def descriptors(self) -> list[int]:
         """What to poll for input: each is readable when `check_ready`, `has_ended` or `has_greeted` has news."""
+        if self._spawn is not None:
+            return [self._spawn.fileno()]
         found = [self.pidfd] if self._status is None else []
         if not self.is_ready and self._control is not None:
             found.append(self._control.fileno())
@@ -139,15 +154,19 @@ class WorkerHandle:
             found.append(self.socket.fileno())
         return found
 
+    def is_late(self, now: float) -> bool:
+        """Whether its process should have started by now (time.monotonic())."""
+        return self._spawn is not None and self._spawn.is_late(now)
+
     def check_ready(self) -> bool:
         """Whether it is ready, by what it has sent so far."""
-        if not self.is_ready and self._control is not None:
+        if not self.is_ready and self._has_started() and self._control is not None:
             with contextlib.suppress(BlockingIOError, ConnectionError):
                 self.is_ready = self._control.recv(1) == protocol.READY
         return self.is_ready
 
     def activate(self, address: str = "") -> None:
-        """Have it connect to the server, map the region and serve. Also before it is ready.
+        """Have it connect to the server, map the region and serve. Also before it is ready, or has started.
 
         `address` is the server's where it differs from the one in its settings. The ancillary message is taken out of
         the control socket first: from here on this keeper has the only copies of both ends of its NBD connection.
@@ -183,7 +202,7 @@ class WorkerHandle:
 
     def has_greeted(self) -> bool:
         """Whether it has begun the NBD handshake: it is connected to the server and has mapped the region."""
-        return self.socket is not None and _is_readable(self.socket.fileno())
+        return self._has_started() and self.socket is not None and _is_readable(self.socket.fileno())
 
     def release_to_kernel(self) -> bool:
         """Close the keeper's copy of the socket. False where the kernel has none: the worker's end has hung up then.
@@ -208,8 +227,9 @@ class WorkerHandle:
         return is_kept
 
     def has_ended(self) -> bool:
-        """Whether its process has ended, and with it its lock on the region. Collects the exit status of a child."""
-        if self._status is None and _is_readable(self.pidfd):
+        """Whether its process has ended, and with it its lock on the region, or cannot be started: see `start_error`.
+        Collects the exit status of a child."""
+        if self._has_started() and self._status is None and _is_readable(self.pidfd):
             self._status = 0
             if self._is_child:
                 with contextlib.suppress(ChildProcessError):
@@ -219,7 +239,8 @@ class WorkerHandle:
 
     @property
     def status(self) -> int:
-        """Its exit status, or minus the signal; 0 for an adopted one, whose status is unknown. After `has_ended`."""
+        """Its exit status, or minus the signal; 0 for an adopted one, whose status is unknown, and for one that cannot
+        be started. After `has_ended`."""
         assert self._status is not None
         return self._status
 
@@ -232,12 +253,18 @@ class WorkerHandle:
 
     def kill(self) -> None:
         """SIGKILL. Nothing is lost: what the NAS does not have is in the region."""
-        if self._status is None:
+        if not self._has_started():
+            self._status = -signal.SIGKILL if self._status is None else self._status
+            self.close()
+        elif self._status is None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def close(self) -> None:
-        """Close all descriptors. A standby that is not parked exits because of that."""
+        """Close all descriptors. A standby that is not parked exits because of that, or is not started."""
+        if self._spawn is not None:
+            self._spawn.cancel()
+            self._spawn = None
         for sock in (self.socket, self._control):
             if sock is not None:
                 sock.close()
@@ -247,6 +274,24 @@ class WorkerHandle:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
+
+    def _has_started(self) -> bool:
+        """Whether it has, or has had, a process."""
+        if self._spawn is not None and self._spawn.is_over():
+            spawn, self._spawn = self._spawn, None
+            try:
+                if spawn.error is not None:
+                    raise spawn.error
+                self.pidfd = os.pidfd_open(spawn.pid)
+                self._pid = spawn.pid
+            except OSError as error:
+                self.start_error = error.strerror or str(error)
+                self._status = 0
+                self.close()
+                if spawn.pid:
+                    os.kill(spawn.pid, signal.SIGKILL)
+                    os.waitpid(spawn.pid, 0)
+        return self._pid != 0
 
     def _close_control_peer(self) -> None:
         if self._control_peer is not None:

@@ -15,14 +15,17 @@ import pytest
 from nbdnfs import name_lock
 from nbdnfs.errors import BusyError
 
-# Takes the lock, starts a child as the keeper does (with posix_spawn) and one as commands do, and says so.
+# Takes the lock, starts a child as the keeper does (with Spawn) and one as commands do, and says so.
 HOLDER = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from nbdnfs import name_lock, programs
 name_lock.take("swap0", name_lock.KEEPER, run=Path(sys.argv[1]))
-nothing = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
-first = programs.spawn("/bin/sleep", ["sleep", "60"], {}, nothing)
+null = os.open(os.devnull, os.O_RDWR)
+spawn = programs.Spawn("/bin/sleep", ["sleep", "60"], {}, dict.fromkeys(range(3), null))
+while not spawn.is_over():
+    time.sleep(0.01)
+first = spawn.pid
 second = programs.start(["/bin/sleep", "60"], {}).pid
 print(first, second, flush=True)
 sys.stdin.read()

@@ -6,11 +6,14 @@ from __future__ import annotations
 import ast
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.silent_program import SilentProgram
+from support.waiting import wait_until
 
 import nbdnfs
 from nbdnfs import programs
@@ -106,29 +109,85 @@ def test_start() -> None:
     assert started.wait(30) == 5
 
 
+def started(spawn: programs.Spawn) -> int:
+    """Its pid, once it has started."""
+    wait_until(spawn.is_over, what="it has started", timeout_s=30)
+    assert spawn.error is None
+    return spawn.pid
+
+
+def children() -> set[str]:
+    """The pids of this process's children, living or not yet waited for."""
+    tasks = Path("/proc/self/task").iterdir()
+    return {pid for task in tasks for pid in (task / "children").read_text().split()}
+
+
 @pytest.mark.parametrize("new_session", [False, True])
 def test_spawn(new_session: bool) -> None:
-    """Its own argv[0], descriptors and session, and no signal ignored."""
+    """Its own argv[0], session and descriptors, no other ones, and no signal ignored or blocked."""
     read, write = os.pipe()
-    code = "import os, signal; print(os.getsid(0) == os.getpid(), signal.getsignal(signal.SIGHUP).name)"
+    os.set_inheritable(read, True)
+    code = (
+        "import os, signal; print(os.getsid(0) == os.getpid(), signal.getsignal(signal.SIGHUP).name,"
+        " signal.pthread_sigmask(signal.SIG_BLOCK, []), len(os.listdir('/proc/self/fd')))"
+    )
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        pid = programs.spawn(
-            sys.executable,
-            ["@name", "-c", code],
-            {},
-            [(os.POSIX_SPAWN_DUP2, write, 1)],
-            new_session=new_session,
-            ordinary_priority=True,
+        pid = started(
+            programs.Spawn(
+                sys.executable,
+                ["@name", "-c", code],
+                {},
+                {1: write, 200: write},
+                new_session=new_session,
+                ordinary_priority=True,
+            )
         )
     finally:
         signal.signal(signal.SIGHUP, before)
         os.close(write)
     with open(read) as output:
-        assert output.read() == f"{new_session} SIG_DFL\n"
+        assert output.read() == f"{new_session} SIG_DFL set() 5\n"  # the fifth is that of the listing
     assert os.waitpid(pid, 0)[1] == 0
-    with pytest.raises(FileNotFoundError):
-        programs.spawn("/no/such", ["x"], {}, [])
+
+
+def test_a_program_that_cannot_be_started() -> None:
+    """The error says why, and there is no child."""
+    spawn = programs.Spawn("/no/such", ["x"], {}, {})
+    wait_until(spawn.is_over, what="it has failed", timeout_s=30)
+    assert isinstance(spawn.error, FileNotFoundError)
+    assert spawn.pid == 0
+
+
+def test_what_cannot_be_opened_does_not_hold_the_caller(tmp_path: Path) -> None:
+    """The next ones wait behind it; cancelled ones are never started, and one that is just being started is killed."""
+    before = children()
+    with SilentProgram(tmp_path / "first") as silent:
+        first = programs.Spawn(str(silent.path), ["first"], {}, {})
+        silent.wait_until_opened()
+        second, third, fourth = (
+            programs.Spawn("/bin/sh", ["sh", "-c", f"echo > {tmp_path}/{name}"], {}, {}) for name in "abc"
+        )
+        assert [spawn.is_over() for spawn in (first, second, third, fourth)] == [False] * 4
+        assert not first.is_late(first.began_s + programs.SPAWN_LATE_AFTER_S / 2)
+        assert first.is_late(first.began_s + programs.SPAWN_LATE_AFTER_S)
+        first.cancel()
+        third.cancel()
+    for spawn in (second, fourth):
+        assert os.waitpid(started(spawn), 0)[1] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c", "first"]
+    assert children() <= before
+
+
+def test_while_it_cannot_be_opened_no_descriptor_is_held(tmp_path: Path) -> None:
+    """But those that it is to have: the other end of any other one is closed when this process closes it."""
+    ours, theirs = socket.socketpair()
+    with ours, SilentProgram(tmp_path / "program") as silent:
+        spawn = programs.Spawn(str(silent.path), ["program"], {}, {})
+        silent.wait_until_opened()
+        theirs.close()
+        assert ours.recv(1) == b""
+    os.waitpid(started(spawn), 0)
 
 
 STARTERS = ("subprocess.", "os.posix_spawn", "os.spawn", "os.system", "os.popen", "os.fork")

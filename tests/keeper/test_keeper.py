@@ -64,6 +64,10 @@ class FakeWork:
         self.started.append(process)
         return process
 
+    def pids(self) -> list[int]:
+        """Of the workers whose processes the keeper has seen to have started."""
+        return [process.pid for process in self.started if process._pid]
+
     def take_worker(self, parked: int) -> WorkerHandle | None:
         return WorkerHandle.take(parked, recipe(["@fake", FAKE_WORKER, self.behaviours[0]]))
 
@@ -128,10 +132,10 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
     made = Setup(tmp_path)
     yield made
     made.kernel.destroy()
-    for process in made.work.started:
+    for pid in made.work.pids():
         try:
-            os.kill(process.pid, signal.SIGKILL)
-            os.waitpid(process.pid, 0)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
         except (ProcessLookupError, ChildProcessError):
             pass
 
@@ -254,8 +258,8 @@ def test_a_new_keeper_with_a_full_run(setup: Setup, tmp_path: Path) -> None:
         keeper = setup.make()
         keeper._config_text = "x" * 100
         assert setup.run(scenario, keeper) == 0
-        for process in setup.work.started:
-            os.kill(process.pid, signal.SIGKILL)
+        for pid in setup.work.pids():
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_full_run_ends_no_keeper(setup: Setup, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -286,7 +290,7 @@ def test_device_in_use(setup: Setup) -> None:
     setup.kernel.refuses = [BusyError("the device is in use")]
     with pytest.raises(BusyError):
         setup.run(None)
-    until(lambda: all(proc_stat.start_time_ticks(one.pid) is None for one in setup.work.started))
+    until(lambda: all(proc_stat.start_time_ticks(pid) is None for pid in setup.work.pids()))
 
 
 def test_mkswap_is_refused(setup: Setup) -> None:
@@ -361,8 +365,8 @@ def test_another_machine_has_taken_the_file(setup: Setup, swapped_on: bool, use:
         until(lambda: keeper.standby.is_ready)
         if swapped_on:
             watches(keeper)
-        for process in setup.work.started:
-            os.kill(process.pid, signal.SIGKILL)
+        for pid in setup.work.pids():
+            os.kill(pid, signal.SIGKILL)
         assert setup.over.wait(30)
 
     setup.work.behaviours = ["serve", "serve", f"exit:{STOLEN_STATUS}", "serve"]
@@ -459,9 +463,9 @@ def test_a_missing_region_is_never_replaced(setup: Setup) -> None:
     """A device in use whose region no longer exists is left alone: its pages on the server may be old ones."""
     setup.run(watches)
     setup.kernel.close()
-    for process in setup.work.started:
-        os.kill(process.pid, signal.SIGKILL)
-        os.waitpid(process.pid, 0)
+    for pid in setup.work.pids():
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     with pytest.raises(BusyError, match="its region no longer exists"):
         setup.make()
 

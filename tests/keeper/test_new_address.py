@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import select
 from pathlib import Path
 
 from support.fake_nfs import FakeNfsServer
@@ -54,6 +53,5 @@ def test_the_helper_answers_on_its_pipe(tmp_path: Path) -> None:
 
 def ask(work: RealWork) -> str:
     helper = work.resolve()
-    assert select.select([helper.pidfd], [], [], 20)[0]
-    helper.status()
+    until(lambda: helper.status() is not None)
     return work.resolved()
