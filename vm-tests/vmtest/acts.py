@@ -33,6 +33,8 @@ _ENOUGH = "/run/enough"
 _SETTLE_S = 300.0
 _COMMAND_S = 300.0
 _PAUSE_S = 5.0
+# systemd's words for a unit that is on its way to another state.
+_PASSING = frozenset({"activating", "deactivating", "reloading"})
 
 _BROKEN = ("url = nfs://", 'size = "1G"', 'url = "nfs://10.0.2.2/a/b"\nno_such_key = 1', "\\377\\376")
 
@@ -64,10 +66,9 @@ class Model:
             self.swap = None  # with what was configured before, or not
 
     def wanted_down(self, *, is_refused: bool) -> None:
-        """What a stop comes to. It is refused where another device lies on ours, and where the load has no room."""
-        if self.top or is_refused:
-            self.keeper = None
-        else:
+        """What a stop comes to. It is refused where another device lies on ours, and where the load has no room: then
+        the keeper stays, or systemd starts it again."""
+        if not self.top and not is_refused:
             self.attached = self.swap = self.keeper = False
 
     def disagreements(self, real: Observed) -> list[str]:
@@ -84,6 +85,8 @@ class Model:
             wrong.append("there are more devices, keepers or workers than there may be")
         if real.unit == "active" and real.unit_pid not in real.keepers:
             wrong.append("the unit is active without a keeper")
+        if real.unit in _PASSING:  # nothing is learned of a moment that passes
+            wrong.append(f"the unit is still {real.unit}")
         if real.tracebacks:
             wrong.append("there is a traceback in the journal")
         return wrong
@@ -465,8 +468,9 @@ def detach(run: Run, _: random.Random) -> None:
     result = run.sh("for d in /sys/block/nbd*; do [ -e $d/pid ] && exec nbdnfs detach /dev/${d##*/}; done; exit 1")
     run.must(not (model.swap or model.top) or result.status != 0, "detach takes a device that is in use")
     if model.attached and not model.swap and not model.top and result.status == 0:
-        model.attached = model.swap = model.keeper = None  # the unit brings it back where it can
-        if model.config == "good":
+        had_keeper = model.keeper
+        model.attached = model.swap = model.keeper = False
+        if had_keeper and model.config == "good":  # the unit brings it back
             model.wanted_up()
 
 
