@@ -78,7 +78,7 @@ static void measure(uint32_t slot_count, uint64_t gib)
 	struct page_run run;
 	static uint8_t data[RUN_PAGES_MAX * SLOT_BYTES];
 	uint64_t last, page, taken = 0;
-	uint32_t crc;
+	uint64_t proof;
 
 	make_region(&region, slot_count, gib << 30);
 	last = region.page_count - 1;
@@ -103,7 +103,7 @@ static void measure(uint32_t slot_count, uint64_t gib)
 	TIME("  scan", SCANS, taken += reference_is_stable(cache, cache_sequence(cache)));
 	for (page = 0; page < slot_count; page++)
 		cache_trim(cache, page);
-	TIME("known page, at the far end", CALLS, taken += cache_known_page(cache, 0, &page, &crc));
+	TIME("known page, at the far end", CALLS, taken += cache_known_page(cache, 0, &page, &proof));
 	TIME("  scan", SCANS, taken += reference_known_page(cache, 0, &page));
 	memset(data, 0, SLOT_BYTES);
 	TIME("materialise a page, at the far end", CALLS, {

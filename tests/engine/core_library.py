@@ -6,7 +6,19 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_bool,
+    c_char_p,
+    c_int,
+    c_size_t,
+    c_uint,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[2] / "nbdnfs" / "engine"
@@ -55,7 +67,8 @@ def build(directory: Path) -> ctypes.CDLL:
     """Compile the library into `directory` and declare its functions."""
     path = directory / "libcore.so"
     command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fPIC", "-shared", "-pthread"]
-    sources = [*sorted((SOURCES / "region").glob("*.c")), SOURCES / "base/crc32c.c", REFERENCE]
+    base = [SOURCES / "base/crc32c.c"]
+    sources = [*sorted((SOURCES / "region").glob("*.c")), *base, REFERENCE]
     subprocess.run([*command, f"-I{SOURCES}", "-o", str(path), *map(str, sources)], check=True)
     library = ctypes.CDLL(str(path))
     signatures = {
@@ -63,16 +76,18 @@ def build(directory: Path) -> ctypes.CDLL:
         "crc32c_by_table": (c_uint32, c_char_p, c_size_t),
         "region_map": (c_int, POINTER(RegionStruct), c_int, POINTER(Identity), c_uint32, c_char_p, c_size_t),
         "region_unmap": (None, POINTER(RegionStruct)),
+        "proof_of": (c_uint64, POINTER(RegionStruct), c_char_p),
+        "proof_open": (c_bool, POINTER(RegionStruct), c_uint64, c_uint64, c_char_p),
         "cache_create": (c_void_p, POINTER(RegionStruct)),
         "cache_destroy": (None, c_void_p),
         "cache_read": (c_int, c_void_p, c_uint64, c_char_p),
-        "cache_write": (c_int, c_void_p, c_uint64, c_char_p, c_uint32, c_bool),
+        "cache_write": (c_int, c_void_p, c_uint64, c_char_p, c_uint64, c_bool),
         "cache_trim": (None, c_void_p, c_uint64),
         "cache_sequence": (c_uint64, c_void_p),
         "cache_is_stable": (c_bool, c_void_p, c_uint64),
         "cache_page_is_stable": (c_bool, c_void_p, c_uint64, c_uint64),
         "cache_materialise": (c_int, c_void_p, POINTER(c_uint64), c_uint32),
-        "cache_checksum": (c_uint32, c_void_p, c_uint64),
+        "cache_proof": (c_uint64, c_void_p, c_uint64),
         "cache_take_page_run": (c_bool, c_void_p, c_uint32, POINTER(RunStruct), c_char_p),
         "cache_next_page_run": (c_uint32, c_void_p, c_uint32),
         "cache_page_run_stable": (None, c_void_p, POINTER(RunStruct)),
@@ -84,7 +99,7 @@ def build(directory: Path) -> ctypes.CDLL:
         "cache_dirty_count": (c_uint32, c_void_p),
         "cache_hold": (None, c_void_p, c_uint64, c_uint64, c_uint64),
         "cache_end_holds": (c_bool, c_void_p, c_uint64),
-        "cache_known_page": (c_bool, c_void_p, c_uint64, POINTER(c_uint64), POINTER(c_uint32)),
+        "cache_known_page": (c_bool, c_void_p, c_uint64, POINTER(c_uint64), POINTER(c_uint64)),
         "cache_uncommitted_count": (c_uint32, c_void_p),
         "cache_unstable_count": (c_uint32, c_void_p),
         "page_set_init": (c_bool, POINTER(PageSetStruct), c_uint64),
@@ -99,8 +114,8 @@ def build(directory: Path) -> ctypes.CDLL:
         "reference_filled_page": (c_uint64, c_void_p, c_uint64),
         "reference_has_room": (c_bool, c_void_p),
         "reference_agrees": (c_bool, c_void_p),
-        "cache_fetch_begin": (c_uint32, c_void_p, c_uint64, c_uint32, c_uint64),
-        "cache_fetch_done": (None, c_void_p, c_uint64, c_uint32, c_uint64, c_char_p, POINTER(c_uint32)),
+        "cache_fetch_begin": (c_uint32, c_void_p, c_uint64, c_uint32, c_uint64, POINTER(c_uint64)),
+        "cache_fetch_done": (None, c_void_p, c_uint64, c_uint32, c_uint64, c_char_p, POINTER(c_bool)),
     }
     for name, (result, *arguments) in signatures.items():
         function = getattr(library, name)
@@ -138,6 +153,8 @@ class Cache:
 
     def __init__(self, region: Region) -> None:
         self.library = region.library
+        self.region = region
+        self.fetch_proofs: dict[int, ctypes.Array[c_uint64]] = {}
         self.pointer = self.library.cache_create(byref(region.struct))
         assert self.pointer
 
@@ -145,9 +162,15 @@ class Cache:
         """Forget all that is not in the region."""
         self.library.cache_destroy(self.pointer)
 
-    def crc(self, data: bytes) -> int:
-        """CRC-32C of a page."""
-        return int(self.library.crc32c(data, len(data)))
+    def proof(self, data: bytes) -> int:
+        """Of a page as it is written to the device."""
+        return int(self.library.proof_of(byref(self.region.struct), data))
+
+    def open_page(self, page: int, proof: int, data: bytes) -> bytes | None:
+        """A page as the server has it becomes what was written; None where it does not agree with its proof."""
+        buffer = ctypes.create_string_buffer(data, PAGE)
+        is_right = self.library.proof_open(byref(self.region.struct), page, proof, buffer)
+        return buffer.raw if is_right else None
 
     def read(self, page: int) -> tuple[int, bytes]:
         """HIT and the bytes, MISS, or WAIT."""
@@ -156,7 +179,7 @@ class Cache:
 
     def write(self, page: int, data: bytes, *, may_fill: bool = True) -> bool:
         """False: no slot."""
-        return bool(self.library.cache_write(self.pointer, page, data, self.crc(data), may_fill) != FULL)
+        return bool(self.library.cache_write(self.pointer, page, data, self.proof(data), may_fill) != FULL)
 
     def trim(self, page: int) -> None:
         """Forget the page."""
@@ -199,13 +222,13 @@ class Cache:
         assert library.reference_is_takable(cache, library.cache_oldest_dirty(cache))
         for start in range(page_count):
             page, expected = c_uint64(), c_uint64()
-            found = library.cache_known_page(cache, start, byref(page), byref(c_uint32()))
+            found = library.cache_known_page(cache, start, byref(page), byref(c_uint64()))
             assert found == library.reference_known_page(cache, start, byref(expected))
             assert not found or page.value == expected.value
 
-    def checksum(self, page: int) -> int:
+    def known_proof(self, page: int) -> int:
         """0: unknown."""
-        return int(self.library.cache_checksum(self.pointer, page))
+        return int(self.library.cache_proof(self.pointer, page))
 
     def take_run(self, most: int) -> Run | None:
         """The run around the oldest dirty page; what was foretold of it holds."""
@@ -226,10 +249,10 @@ class Cache:
         return bool(self.library.cache_end_holds(self.pointer, now))
 
     def known_page(self, start: int) -> tuple[int, int] | None:
-        """A page that the NAS has, and its CRC."""
-        page, crc = c_uint64(), c_uint32()
-        found = self.library.cache_known_page(self.pointer, start, byref(page), byref(crc))
-        return (page.value, crc.value) if found else None
+        """A page that the NAS has, and its proof."""
+        page, proof = c_uint64(), c_uint64()
+        found = self.library.cache_known_page(self.pointer, start, byref(page), byref(proof))
+        return (page.value, proof.value) if found else None
 
     def run_stable(self, run: Run) -> None:
         """The NAS has it."""
@@ -261,9 +284,14 @@ class Cache:
 
     def fetch_begin(self, first: int, count: int, fetch: int) -> int:
         """How many pages it covers."""
-        return int(self.library.cache_fetch_begin(self.pointer, first, count, fetch))
+        proofs = (c_uint64 * count)()
+        self.fetch_proofs[fetch] = proofs
+        return int(self.library.cache_fetch_begin(self.pointer, first, count, fetch, proofs))
 
     def fetch_done(self, first: int, pages: list[bytes], fetch: int) -> None:
         """The NAS's answer."""
-        crcs = (c_uint32 * len(pages))(*(self.crc(page) for page in pages))
-        self.library.cache_fetch_done(self.pointer, first, len(pages), fetch, b"".join(pages), crcs)
+        proofs = self.fetch_proofs.pop(fetch)
+        opened = [self.open_page(first + i, proofs[i], page) for i, page in enumerate(pages)]
+        are_right = (c_bool * len(pages))(*(page is not None for page in opened))
+        data = b"".join(page or bytes(PAGE) for page in opened)
+        self.library.cache_fetch_done(self.pointer, first, len(pages), fetch, data, are_right)

@@ -229,9 +229,10 @@ class CacheMachine(RuleBasedStateMachine):
         """The server has the bytes of that page that were acknowledged."""
         found = self.cache.known_page(start)
         if found is not None:
-            page, crc = found
-            assert self.cache.crc(self.server.read(page)) == crc
-            assert self.acknowledged[page] in (None, self.server.read(page))
+            page, proof = found
+            opened = self.cache.open_page(page, proof, self.server.read(page))
+            assert opened is not None
+            assert self.acknowledged[page] in (None, opened)
 
     @precondition(lambda self: self.runs)
     @rule(data=st.data(), stable=st.booleans())
@@ -323,8 +324,9 @@ class CacheMachine(RuleBasedStateMachine):
             if found == WAIT:
                 assert page in fetched
             elif found == MISS:
-                got = self.server.read(page)
-                assert data is None or self.cache.checksum(page) in (0, self.cache.crc(got))
+                opened = self.cache.open_page(page, self.cache.known_proof(page), self.server.read(page))
+                assert data is None or opened is not None
+                got = opened or b""
             assert found == WAIT or data in (None, got)
 
 
