@@ -58,7 +58,7 @@ checksum, and for the waits above; and what the server answered to a READ (EACCE
 (ENOSPC, EDQUOT, EROFS, ...) is not an error to the caller: the page stays in the region, the counter `write_back_error`
 has the errno, and the engine tries again.
 
-Importing this raises `nbdnfs.errors.UnavailableError` where libnfs is missing.
+Importing this raises `nbdnfs.errors.UnavailableError` where libnfs or libsodium is missing.
 """
 
 from nbdnfs.errors import UnavailableError
@@ -72,10 +72,11 @@ try:
         keep_thread_states,
         libnfs_version,
     )
-except ImportError as _error:  # libnfs was removed, or this installation is of another Python
+except ImportError as _error:  # a library was removed, or this installation is of another Python
     raise UnavailableError(
         f"the engine cannot be loaded: {_error}",
-        "install the shared library of libnfs again (Debian: apt install libnfs-dev), or nbdnfs itself",
+        "install the shared libraries of libnfs and libsodium again (Debian: apt install libnfs-dev libsodium-dev),"
+        " or nbdnfs itself",
     ) from None
 
 __all__ = [

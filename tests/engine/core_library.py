@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The engine's parts without I/O (region, cache, crc32c) as a shared library, called through ctypes."""
+"""The engine's parts without I/O (region, cache, crc32c, cipher) as a shared library, called through ctypes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ctypes import (
     c_int,
     c_size_t,
     c_uint,
+    c_uint8,
     c_uint32,
     c_uint64,
     c_void_p,
@@ -33,6 +34,12 @@ class Identity(Structure):
     """struct region_identity"""
 
     _fields_ = (("device_bytes", c_uint64), ("fileid", c_uint64), ("path_hash", c_uint64))
+
+
+class CipherKeys(Structure):
+    """struct cipher_keys"""
+
+    _fields_ = (("tag", c_uint8 * 16), ("stream", c_uint8 * 32), ("reserved", c_uint8 * 16))
 
 
 class RegionStruct(Structure):
@@ -67,13 +74,17 @@ def build(directory: Path) -> ctypes.CDLL:
     """Compile the library into `directory` and declare its functions."""
     path = directory / "libcore.so"
     command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fPIC", "-shared", "-pthread"]
-    base = [SOURCES / "base/crc32c.c"]
+    base = [SOURCES / "base/crc32c.c", SOURCES / "base/cipher.c"]
     sources = [*sorted((SOURCES / "region").glob("*.c")), *base, REFERENCE]
-    subprocess.run([*command, f"-I{SOURCES}", "-o", str(path), *map(str, sources)], check=True)
+    subprocess.run([*command, f"-I{SOURCES}", "-o", str(path), *map(str, sources), "-lsodium"], check=True)
     library = ctypes.CDLL(str(path))
     signatures = {
         "crc32c": (c_uint32, c_char_p, c_size_t),
         "crc32c_by_table": (c_uint32, c_char_p, c_size_t),
+        "cipher_init": (c_int,),
+        "cipher_make_keys": (c_int, POINTER(CipherKeys)),
+        "cipher_tag": (c_uint64, POINTER(CipherKeys), c_char_p, c_size_t),
+        "cipher_apply": (None, POINTER(CipherKeys), c_uint64, c_uint64, c_char_p, c_size_t),
         "region_map": (c_int, POINTER(RegionStruct), c_int, POINTER(Identity), c_uint32, c_char_p, c_size_t),
         "region_unmap": (None, POINTER(RegionStruct)),
         "proof_of": (c_uint64, POINTER(RegionStruct), c_char_p),
