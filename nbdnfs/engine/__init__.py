@@ -46,6 +46,11 @@ With `owner_path` and `owner_identity` the engine writes only while the record o
 that text. Once it does not, the file is stolen: all requests but trim() raise EIO, or, with `exit_status_when_stolen`,
 the process ends with that status.
 
+With `encrypt`, pages are encrypted on the server, under keys that lie in the region alone: from `clear_bytes` on (the
+kernel's first page has the swap header, and no secret). A page that another engine with the same region has not written
+reads as zeros, and one that was changed, exchanged with another or replayed on the server is EIO, as a wrong checksum
+is. A region that was made before keeps what it was made with: `is_encrypted`. docs/decisions/0028 has the construction.
+
 `NfsFile` is a file of any size, with byte offsets and operations on names, for making and inspecting backing files. Its
 pwrite() returns when the data is on the NAS, stably. Once the file has been gone for `gone_limit_ms`, its transfers
 raise ESTALE. With `names_only` no file is opened: there are the names of the URL's directory, whatever file the URL
@@ -71,6 +76,7 @@ try:
         forget_services,
         keep_thread_states,
         libnfs_version,
+        warm_cipher,
     )
 except ImportError as _error:  # a library was removed, or this installation is of another Python
     raise UnavailableError(
@@ -86,4 +92,5 @@ __all__ = [
     "forget_services",
     "keep_thread_states",
     "libnfs_version",
+    "warm_cipher",
 ]

@@ -49,10 +49,10 @@ static void make_region(struct region *region, uint32_t slot_count, uint64_t dev
 
 	*region = (struct region){ .slot_count = slot_count, .page_count = device_bytes / SLOT_BYTES };
 	region->slots = calloc(slot_count, sizeof(*region->slots));
-	region->page_table = calloc(region->page_count, sizeof(*region->page_table));
+	region->narrow_entries = calloc(region->page_count, sizeof(*region->narrow_entries));
 	region->filled = calloc((region->page_count + 63) / 64, sizeof(*region->filled));
 	region->data = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (region->slots == NULL || region->page_table == NULL || region->filled == NULL || fd < 0 ||
+	if (region->slots == NULL || region->narrow_entries == NULL || region->filled == NULL || fd < 0 ||
 	    region->data == MAP_FAILED || ftruncate(fd, CHUNK_BYTES) < 0)
 		abort();
 	for (uint64_t at = 0; at < bytes; at += CHUNK_BYTES)

@@ -24,8 +24,10 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[2] / "nbdnfs" / "engine"
 REFERENCE = Path(__file__).with_name("cache_reference.c")
+BASE = [SOURCES / "base/crc32c.c", SOURCES / "base/cipher.c"]
 PAGE = 4096
 HIT, MISS, WAIT = 0, 1, 2
+PLAIN, ENCRYPTED = 2, 3
 STORED, FILLED, FULL = 0, 1, 2
 MATERIALISED, MORE, NO_SLOT = 0, 1, 2
 
@@ -50,18 +52,33 @@ class RegionStruct(Structure):
         ("bytes", c_size_t),
         ("header", c_void_p),
         ("slots", c_void_p),
-        ("page_table", c_void_p),
+        ("narrow_entries", c_void_p),
+        ("wide_entries", c_void_p),
         ("filled", c_void_p),
         ("data", c_void_p),
         ("slot_count", c_uint32),
         ("page_count", c_uint64),
+        ("keys", c_void_p),
+        ("clear_pages", c_uint64),
     )
+
+
+class RegionPlan(Structure):
+    """struct region_plan"""
+
+    _fields_ = (("slot_count", c_uint32), ("version", c_int), ("clear_bytes", c_uint64))
 
 
 class RunStruct(Structure):
     """struct page_run"""
 
-    _fields_ = (("first_page", c_uint64), ("count", c_uint32), ("is_overtaken", c_bool), ("slots", c_uint32 * 32))
+    _fields_ = (
+        ("first_page", c_uint64),
+        ("count", c_uint32),
+        ("is_overtaken", c_bool),
+        ("slots", c_uint32 * 32),
+        ("proofs", c_uint64 * 32),
+    )
 
 
 class PageSetStruct(Structure):
@@ -71,11 +88,10 @@ class PageSetStruct(Structure):
 
 
 def build(directory: Path) -> ctypes.CDLL:
-    """Compile the library into `directory` and declare its functions."""
+    """Compile the library into `directory`, declare its functions, and initialise the cipher."""
     path = directory / "libcore.so"
     command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fPIC", "-shared", "-pthread"]
-    base = [SOURCES / "base/crc32c.c", SOURCES / "base/cipher.c"]
-    sources = [*sorted((SOURCES / "region").glob("*.c")), *base, REFERENCE]
+    sources = [*sorted((SOURCES / "region").glob("*.c")), *BASE, REFERENCE]
     subprocess.run([*command, f"-I{SOURCES}", "-o", str(path), *map(str, sources), "-lsodium"], check=True)
     library = ctypes.CDLL(str(path))
     signatures = {
@@ -85,9 +101,10 @@ def build(directory: Path) -> ctypes.CDLL:
         "cipher_make_keys": (c_int, POINTER(CipherKeys)),
         "cipher_tag": (c_uint64, POINTER(CipherKeys), c_char_p, c_size_t),
         "cipher_apply": (None, POINTER(CipherKeys), c_uint64, c_uint64, c_char_p, c_size_t),
-        "region_map": (c_int, POINTER(RegionStruct), c_int, POINTER(Identity), c_uint32, c_char_p, c_size_t),
+        "region_map": (c_int, POINTER(RegionStruct), c_int, POINTER(Identity), POINTER(RegionPlan), c_char_p, c_size_t),
         "region_unmap": (None, POINTER(RegionStruct)),
         "proof_of": (c_uint64, POINTER(RegionStruct), c_char_p),
+        "proof_seal": (None, POINTER(RegionStruct), c_uint64, c_uint64, c_char_p),
         "proof_open": (c_bool, POINTER(RegionStruct), c_uint64, c_uint64, c_char_p),
         "cache_create": (c_void_p, POINTER(RegionStruct)),
         "cache_destroy": (None, c_void_p),
@@ -131,17 +148,21 @@ def build(directory: Path) -> ctypes.CDLL:
     for name, (result, *arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    assert library.cipher_init() == 0
     return library
 
 
 class Region:
     """A mapped region; `fd` is the caller's memfd."""
 
-    def __init__(self, library: ctypes.CDLL, fd: int, identity: Identity, slot_count: int) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, fd: int, identity: Identity, slot_count: int, *, encrypted: bool = False
+    ) -> None:
         self.library = library
         self.struct = RegionStruct()
+        plan = RegionPlan(slot_count, ENCRYPTED if encrypted else PLAIN, PAGE)
         message = ctypes.create_string_buffer(256)
-        status = library.region_map(byref(self.struct), fd, byref(identity), slot_count, message, len(message))
+        status = library.region_map(byref(self.struct), fd, byref(identity), byref(plan), message, len(message))
         if status != 0:
             raise OSError(-status, message.value.decode() or os.strerror(-status))
 
@@ -149,14 +170,23 @@ class Region:
         """Let go of it, as a process does that ends."""
         self.library.region_unmap(byref(self.struct))
 
+    def seal(self, page: int, proof: int, data: bytes) -> bytes:
+        """A page as it goes to the server."""
+        buffer = ctypes.create_string_buffer(data, PAGE)
+        self.library.proof_seal(byref(self.struct), page, proof, buffer)
+        return buffer.raw
+
 
 class Run:
-    """Pages on their way to the NAS."""
+    """Pages on their way to the NAS, as it gets them."""
 
-    def __init__(self, struct: RunStruct, data: bytes) -> None:
+    def __init__(self, region: Region, struct: RunStruct, data: bytes) -> None:
         self.struct = struct
         self.first = struct.first_page
-        self.pages = {self.first + i: data[i * PAGE : (i + 1) * PAGE] for i in range(struct.count)}
+        self.pages = {
+            self.first + i: region.seal(self.first + i, struct.proofs[i], data[i * PAGE : (i + 1) * PAGE])
+            for i in range(struct.count)
+        }
 
 
 class Cache:
@@ -249,7 +279,7 @@ class Cache:
             assert foretold == 0
             return None
         assert foretold == struct.count
-        return Run(struct, buffer.raw)
+        return Run(self.region, struct, buffer.raw)
 
     def hold(self, first: int, count: int, until: int) -> None:
         """None of these pages travels before `until`."""

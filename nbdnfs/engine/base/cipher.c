@@ -46,6 +46,11 @@ int cipher_make_keys(struct cipher_keys *keys)
 	return 0;
 }
 
+void cipher_forget_keys(struct cipher_keys *keys)
+{
+	sodium_memzero(keys, sizeof(*keys));
+}
+
 uint64_t cipher_tag(const struct cipher_keys *keys, const uint8_t *data, size_t length)
 {
 	uint64_t tag;

@@ -31,6 +31,9 @@ int cipher_init(void);
 /* Waits until the kernel's random number generator is seeded. Returns 0 or -errno. */
 int cipher_make_keys(struct cipher_keys *keys);
 
+/* Overwrite them, even where nothing reads them any more. */
+void cipher_forget_keys(struct cipher_keys *keys);
+
 /* Of a page of `length` bytes. Never 0. */
 uint64_t cipher_tag(const struct cipher_keys *keys, const uint8_t *data, size_t length);
 

@@ -110,7 +110,7 @@ static inline bool is_filled(const struct cache *cache, uint64_t page)
 static inline uint64_t entry_of(const struct cache *cache, uint64_t page)
 {
 	assert(page < cache->region->page_count);
-	return atomic_load_explicit(&cache->region->page_table[page], memory_order_relaxed);
+	return region_entry(cache->region, page);
 }
 
 static inline void set_filled(struct cache *cache, uint64_t page, bool filled)
@@ -129,8 +129,7 @@ static inline void set_filled(struct cache *cache, uint64_t page, bool filled)
 static inline void set_entry(struct cache *cache, uint64_t page, uint64_t entry)
 {
 	assert(page < cache->region->page_count);
-	assert(entry <= UINT32_MAX);
-	atomic_store_explicit(&cache->region->page_table[page], (uint32_t)entry, memory_order_release);
+	region_set_entry(cache->region, page, entry);
 }
 
 /* An unstable write by its number on the list: twice its slot's, and one more for the second of a slot. */
