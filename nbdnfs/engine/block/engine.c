@@ -85,7 +85,7 @@ static int map_region(struct engine *engine, const struct nfsio_stat *st, struct
 	if (engine_is_encrypted(engine) && cipher_init() != 0)
 		return fail(why, -ENOSYS, "libsodium cannot be used on this machine");
 	if (engine_is_encrypted(engine) != engine->options.encrypt)
-		log_line("pages are%s encrypted, as when the device was started; the setting counts when it starts again",
+		log_line("pages are%s encrypted, as when the device started; the setting counts when it starts again",
 			 engine_is_encrypted(engine) ? "" : " not");
 	return 0;
 }
