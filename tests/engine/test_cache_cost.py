@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Prints what calls of the cache cost, for the default region and for one of a GiB: with `-s`. No figure is checked."""
+"""Prints what calls of the cache and the cipher cost: with `-s`. No figure is checked."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ def test_a_region_stays_as_it_was_made(
 
 
 def test_forgotten_keys(fake: FakeNfsServer, open_engine: OpenEngine, region_fd: int) -> None:
-    """Once the device is down, the region has no keys any more, and all else is as it was. Not while a worker has it."""
+    """Once the device is down, the region has no keys any more, but all else. Not while a worker has it."""
     engine = open_engine(fake.url(), region_fd=region_fd)
     keys = os.pread(region_fd, shared_region.KEYS_BYTES, shared_region.KEYS_OFFSET)
     shared_region.forget_keys(region_fd)
