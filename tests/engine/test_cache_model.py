@@ -353,14 +353,14 @@ class EncryptedMachine(CacheMachine):
                 assert self.server.read(page) != data
 
 
-@pytest.mark.parametrize("machine", [CacheMachine, EncryptedMachine])
-def test_model(library: ctypes.CDLL, machine: type[CacheMachine]) -> None:
+@pytest.mark.parametrize(("machine", "examples"), [(CacheMachine, 400), (EncryptedMachine, 150)])
+def test_model(library: ctypes.CDLL, machine: type[CacheMachine], examples: int) -> None:
     """Random orders of writes, trims, runs, commits, crashes, fetches and kills lose and mix nothing."""
     machine.library = library
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=400, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=examples, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 

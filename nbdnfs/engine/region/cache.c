@@ -127,10 +127,6 @@ enum cache_lookup cache_read(struct cache *cache, uint64_t page, uint8_t *data)
 		fill(data, (uint32_t)entry_of(cache, page));
 		return CACHE_HIT;
 	}
-	if (proof_says_zeros(cache->region, page, entry_of(cache, page))) {
-		fill(data, 0);
-		return CACHE_HIT;
-	}
 	return CACHE_MISS;
 }
 

@@ -45,10 +45,7 @@ bool cache_take_changed(struct cache *cache);
 
 enum cache_lookup { CACHE_HIT, CACHE_MISS, CACHE_WAIT };
 
-/*
- * Copy a page out, from its slot or as the page table says. CACHE_WAIT: it is being fetched. `data` is written on
- * CACHE_HIT only.
- */
+/* Copy a page out. CACHE_WAIT: it is being fetched. `data` is written on CACHE_HIT only. */
 enum cache_lookup cache_read(struct cache *cache, uint64_t page, uint8_t *data);
 
 /* CACHE_FULL: nothing was stored, there is no slot; wait for a write-back to end. */
@@ -150,7 +147,7 @@ uint32_t cache_unstable_count(const struct cache *cache); /* all that the NAS do
 /*
  * Reserve free or clean slots for up to `count` pages from `first_page` on, for fetch number `fetch`. Returns the
  * number of pages, and their proofs, which hold until the fetch ends or their pages are written or trimmed. It stops at
- * the first page that is read without the NAS, and when slots run out.
+ * the first page that the cache has already, and when slots run out.
  */
 uint32_t cache_fetch_begin(struct cache *cache, uint64_t first_page, uint32_t count, uint64_t fetch, uint64_t *proofs);
 /*

@@ -10,9 +10,8 @@ uint32_t cache_fetch_begin(struct cache *cache, uint64_t first_page, uint32_t co
 		uint64_t page = first_page + taken;
 		uint32_t index;
 
-		if (page >= cache->region->page_count || slot_find(cache, page) != NO_SLOT || is_filled(cache, page) ||
-		    proof_says_zeros(cache->region, page, entry_of(cache, page)))
-			break; /* it is read without the NAS */
+		if (page >= cache->region->page_count || slot_find(cache, page) != NO_SLOT || is_filled(cache, page))
+			break;
 		index = slot_take(cache, page);
 		if (index == NO_SLOT)
 			break;

@@ -16,11 +16,6 @@ uint64_t proof_of(const struct region *region, const uint8_t *data)
 	return region->keys != NULL ? cipher_tag(region->keys, data, SLOT_BYTES) : crc32c(data, SLOT_BYTES);
 }
 
-bool proof_says_zeros(const struct region *region, uint64_t page, uint64_t proof)
-{
-	return proof == NO_PROOF && is_encrypted(region, page);
-}
-
 void proof_seal(const struct region *region, uint64_t page, uint64_t proof, uint8_t *data)
 {
 	if (!is_encrypted(region, page))
@@ -31,12 +26,11 @@ void proof_seal(const struct region *region, uint64_t page, uint64_t proof, uint
 
 bool proof_open(const struct region *region, uint64_t page, uint64_t proof, uint8_t *data)
 {
-	if (proof_says_zeros(region, page, proof)) {
-		memset(data, 0, SLOT_BYTES);
+	if (proof == NO_PROOF) {
+		if (is_encrypted(region, page))
+			memset(data, 0, SLOT_BYTES);
 		return true;
 	}
-	if (proof == NO_PROOF)
-		return true;
 	if (is_encrypted(region, page))
 		cipher_apply(region->keys, page, proof, data, SLOT_BYTES);
 	return proof_of(region, data) == proof;

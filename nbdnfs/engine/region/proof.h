@@ -6,8 +6,8 @@
  * REGION_PLAIN      the CRC-32C of the page, which is on the NAS as it was written. NO_PROOF stands for "unknown": a
  *                   page whose CRC-32C happens to be 0 is not checked.
  * REGION_ENCRYPTED  the page's tag (base/cipher.h); the page is encrypted on the NAS. A page without a proof was not
- *                   written under these keys: what the NAS has of it has no meaning, and it reads as zeros. The pages
- *                   from the device's start up to `clear_pages` are not encrypted, and are as the NAS has them while
+ *                   written under these keys: what the NAS has of it has no meaning, and it is opened as zeros. The
+ *                   pages from the device's start up to `clear_pages` are not encrypted, and are as the NAS has them while
  *                   they have no proof: a swap header is found there after a boot.
  *
  * No locks: what is read of the region is constant.
@@ -24,9 +24,6 @@
 
 /* Of a page as it was written to the device. */
 uint64_t proof_of(const struct region *region, const uint8_t *data);
-
-/* Is it known without the NAS that the page reads as zeros? */
-bool proof_says_zeros(const struct region *region, uint64_t page, uint64_t proof);
 
 /* `data` is a page as it was written to the device: make of it what goes to the NAS. */
 void proof_seal(const struct region *region, uint64_t page, uint64_t proof, uint8_t *data);
