@@ -11,15 +11,18 @@ import tempfile
 from setuptools import Extension, setup
 
 
-def pkg_config(*words: str) -> list[str]:
+def pkg_config(*words: str, library: str = "libnfs") -> list[str]:
     tool = os.environ.get("PKG_CONFIG", "pkg-config")
     try:
-        return shlex.split(subprocess.check_output([tool, *words, "libnfs"], text=True))
+        return shlex.split(subprocess.check_output([tool, *words, library], text=True))
     except (OSError, subprocess.CalledProcessError) as error:
         raise SystemExit(
-            f"nbdnfs: libnfs cannot be found ({error})\n"
-            "nbdnfs: install its headers and pkg-config (Debian: apt install libnfs-dev pkg-config)"
+            f"nbdnfs: {library} cannot be found ({error})\n"
+            "nbdnfs: install its headers and pkg-config (Debian: apt install libnfs-dev libsodium-dev pkg-config)"
         ) from None
+
+
+LIBRARIES = ("libnfs", "libsodium")
 
 
 _ATOMIC = """
@@ -72,11 +75,11 @@ def extension(name: str, sources: list[str], *, libraries: bool) -> Extension:
             "-Wmissing-prototypes",
             "-Wno-unused-parameter",
             "-fvisibility=hidden",
-            *(pkg_config("--cflags") if libraries else []),
+            *(word for library in LIBRARIES if libraries for word in pkg_config("--cflags", library=library)),
             *shlex.split(os.environ.get("NBDNFS_CFLAGS", "")),
         ],
         extra_link_args=[
-            *(pkg_config("--libs") if libraries else []),
+            *(word for library in LIBRARIES if libraries for word in pkg_config("--libs", library=library)),
             *(atomic_library() if libraries else []),
             "-pthread",
             *shlex.split(os.environ.get("NBDNFS_LDFLAGS", "")),

@@ -58,6 +58,7 @@ class Config:
     soft_limit_ms: int = 60_000
     gone_limit_ms: int = 300_000
     owner: bool = True
+    encrypt: bool = False
 
     @property
     def region_bytes(self) -> int:

@@ -291,6 +291,15 @@ KEYS = {
         "Record beside the file (.FILE.owner) which machine swaps to it, and refuse a file that belongs to another"
         " machine: two machines on one file destroy each other's memory. The directory must be writable.",
     ),
+    "encrypt": Key(
+        "encrypt",
+        _boolean,
+        "false",
+        "Encrypt pages on the network and on the server, and check that the server returns what was written. The keys"
+        " are random, in this machine's memory alone, and new each time the device is started. It costs 1 MiB more of"
+        " locked memory for each GiB of the file, and a few microseconds of processor time for each page. A device"
+        " that is up keeps what it was started with.",
+    ),
 }
 
 

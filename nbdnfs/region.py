@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Python's one view of the region: the memfd that outlives a worker, and the layout of its header.
 
-All of it is locked memory: SLOT_BYTES for each slot, and a little over 1 MiB of tables for each GiB of the device.
+All of it is locked memory: SLOT_BYTES for each slot, and a little over 1 MiB of tables for each GiB of the device,
+2 MiB with encryption.
 
 The engine's region.h defines the layout; tests/foundation/test_region_layout.py compares. Keeper and worker have this
 module in locked memory, and the keeper must not load the engine: hence plain `int.from_bytes`, and next to no imports.
@@ -23,7 +24,9 @@ _NAME = "nbdnfs-region"
 
 # struct region_header, in the machine's own byte order: what is not a counter has its offset here.
 MAGIC = b"nbdnfs\0\0"
-VERSION = 2
+# enum region_version: pages are on the NAS as they are, or encrypted.
+PLAIN, ENCRYPTED = 2, 3
+VERSIONS = (PLAIN, ENCRYPTED)
 VERSION_OFFSET = 8
 SLOT_COUNT_OFFSET = 12
 REGION_BYTES_OFFSET = 40
@@ -72,6 +75,8 @@ _COUNTER_BYTES = 8
 WAITS_OFFSET = COUNTERS_OFFSET + _COUNTER_BYTES * (len(COUNTERS) + HISTOGRAM_BUCKETS * len(HISTOGRAMS))
 CONNECTIONS, REQUESTS = 16, 16
 HEADER_BYTES = WAITS_OFFSET + _COUNTER_BYTES * (2 + CONNECTIONS + REQUESTS)
+# The keys come next. They are never read here.
+KEYS_OFFSET, KEYS_BYTES = HEADER_BYTES, 64
 _DISCONNECTED_OFFSET = COUNTERS_OFFSET + _COUNTER_BYTES * COUNTERS.index("disconnected")
 
 # The counter `file_state`: enum region_file.
@@ -81,8 +86,11 @@ OWNER_NONE, OWNER_HELD, OWNER_UNSURE, OWNER_STOLEN = range(4)
 
 
 def create() -> int:
-    """An empty region; the first worker lays it out. Not inherited by children unless handed down."""
-    return os.memfd_create(_NAME, os.MFD_CLOEXEC)
+    """An empty region; the first worker lays it out, and seals its size. Not inherited by children unless handed down.
+    No other user's process may open it through /proc."""
+    descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.fchmod(descriptor, 0o600)
+    return descriptor
 
 
 def is_made(descriptor: int) -> bool:
@@ -96,11 +104,35 @@ def version_of(descriptor: int) -> int | None:
     return int.from_bytes(header[VERSION_OFFSET:], sys.byteorder) if header.startswith(MAGIC) else None
 
 
+def forget_keys(descriptor: int) -> None:
+    """Overwrite the keys of a region that is not needed again: what is on the NAS is of no use from here on.
+
+    Not while a worker has it locked, which would encrypt with what is there then: the kernel frees the region soon, and
+    no process can read its pages after that.
+    """
+    import fcntl  # not for the worker
+
+    try:
+        if version_of(descriptor) != ENCRYPTED:
+            return
+        # flock(2) belongs to the open file, which may be shared with the worker
+        again = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.pwrite(again, bytes(KEYS_BYTES), KEYS_OFFSET)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(again)
+
+
 def read_counters(descriptor: int) -> dict[str, int | list[int]]:
     """Every counter by its name, each histogram as a list of HISTOGRAM_BUCKETS, and `slots`, `generation` (how many
     workers have mapped it) and `region_bytes`. Takes no lock: each number is consistent in itself only.
 
-    Of a region that is_made, of this version. OSError where it cannot be read.
+    Of a region that is_made, of one of VERSIONS. OSError where it cannot be read.
     """
     header = os.pread(descriptor, HEADER_BYTES, 0).ljust(HEADER_BYTES, b"\0")
 

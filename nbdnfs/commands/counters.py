@@ -34,10 +34,12 @@ class Waits:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a region shows. `waits` is None where the worker is of a version that does not note them."""
+    """What a region shows. `is_encrypted` is about the pages on the NAS. `waits` is None where the worker is of a
+    version that does not note them."""
 
     counters: Counters = field(default_factory=dict)
     waits: Waits | None = None
+    is_encrypted: bool = False
 
 
 def of_worker(
@@ -54,7 +56,11 @@ def of_worker(
     try:
         if not region.is_made(descriptor):
             return None
-        return Reading(region.read_counters(descriptor), _waits(region.read_waits(descriptor), clock_ms()))
+        return Reading(
+            region.read_counters(descriptor),
+            _waits(region.read_waits(descriptor), clock_ms()),
+            region.version_of(descriptor) == region.ENCRYPTED,
+        )
     except OSError:  # truncated meanwhile
         return None
     finally:

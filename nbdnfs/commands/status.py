@@ -34,6 +34,7 @@ class Status:
     state           the keeper's state, "not running", or "unknown"
     server          the server's numeric address
     unstable_bytes  acknowledged to the kernel, and not on the NAS yet
+    encrypted       whether pages are encrypted on the NAS
     waits           how long the server and the oldest request have been waited for
     counters        the region's, by the engine's names; empty where they cannot be read
     problems        empty when the device is healthy
@@ -49,6 +50,7 @@ class Status:
     worker_pid: int | None = None
     server: str | None = None
     unstable_bytes: int | None = None
+    encrypted: bool | None = None
     waits: Waits | None = None
     counters: Counters = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
@@ -103,6 +105,8 @@ class Status:
             lines.append(
                 f"  region   {size(self.unstable_bytes)} not on the NAS yet, served by worker number {generation}"
             )
+        if self.encrypted is not None:
+            lines.append(f"  pages    {'' if self.encrypted else 'not '}encrypted on the NAS")
         return "\n".join(lines)
 
 
@@ -200,6 +204,7 @@ def read(
         worker_pid=worker.pid if worker is not None else None,
         server=(records.read(Records.ADDRESS) or "").partition("\n")[2] or None,
         unstable_bytes=number(found, "unstable_pages") * SLOT_BYTES if found else None,
+        encrypted=reading.is_encrypted if reading is not None else None,
         waits=reading.waits if reading is not None else None,
         counters=found,
         problems=tuple(problems),

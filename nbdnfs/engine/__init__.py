@@ -46,6 +46,11 @@ With `owner_path` and `owner_identity` the engine writes only while the record o
 that text. Once it does not, the file is stolen: all requests but trim() raise EIO, or, with `exit_status_when_stolen`,
 the process ends with that status.
 
+With `encrypt`, pages are encrypted on the server, under keys that lie in the region alone: from `clear_bytes` on (the
+kernel's first page has the swap header, and no secret). A page that another engine with the same region has not written
+reads as zeros, and one that was changed, exchanged with another or replayed on the server is EIO, as a wrong checksum
+is. A region that was made before keeps what it was made with: `is_encrypted`. docs/decisions/0028 has the construction.
+
 `NfsFile` is a file of any size, with byte offsets and operations on names, for making and inspecting backing files. Its
 pwrite() returns when the data is on the NAS, stably. Once the file has been gone for `gone_limit_ms`, its transfers
 raise ESTALE. With `names_only` no file is opened: there are the names of the URL's directory, whatever file the URL
@@ -58,7 +63,7 @@ checksum, and for the waits above; and what the server answered to a READ (EACCE
 (ENOSPC, EDQUOT, EROFS, ...) is not an error to the caller: the page stays in the region, the counter `write_back_error`
 has the errno, and the engine tries again.
 
-Importing this raises `nbdnfs.errors.UnavailableError` where libnfs is missing.
+Importing this raises `nbdnfs.errors.UnavailableError` where libnfs or libsodium is missing.
 """
 
 from nbdnfs.errors import UnavailableError
@@ -71,11 +76,13 @@ try:
         forget_services,
         keep_thread_states,
         libnfs_version,
+        warm_cipher,
     )
-except ImportError as _error:  # libnfs was removed, or this installation is of another Python
+except ImportError as _error:  # a library was removed, or this installation is of another Python
     raise UnavailableError(
         f"the engine cannot be loaded: {_error}",
-        "install the shared library of libnfs again (Debian: apt install libnfs-dev), or nbdnfs itself",
+        "install the shared libraries of libnfs and libsodium again (Debian: apt install libnfs-dev libsodium-dev),"
+        " or nbdnfs itself",
     ) from None
 
 __all__ = [
@@ -85,4 +92,5 @@ __all__ = [
     "forget_services",
     "keep_thread_states",
     "libnfs_version",
+    "warm_cipher",
 ]

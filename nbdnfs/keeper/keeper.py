@@ -351,6 +351,8 @@ class Keeper:
         device = self.serving.device
         if device is None:
             # what is stored belongs to a device that does not exist any more
+            if _STORED_REGION in stored:
+                region.forget_keys(stored[_STORED_REGION])
             for descriptor in stored.values():
                 os.close(descriptor)
             descriptor = region.create()
@@ -382,6 +384,7 @@ class Keeper:
         self.standby.discard()
         if self.serving.worker is not None:
             self.serving.worker.kill()
+        region.forget_keys(self._region)
         self._notifier.remove(_STORED_REGION)
         self._notifier.remove(_STORED_STANDBY)
         self._records.remove(keep_said=True)

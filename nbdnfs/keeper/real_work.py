@@ -39,6 +39,7 @@ def plugin_settings(settings: Config, text: str, address: str) -> dict[str, str]
         "region_pages": str(settings.region_pages),
         "connections": str(settings.connections),
         "stable_writes": str(int(settings.stable_writes)),
+        "encrypt": str(int(settings.encrypt)),
         "read_ahead_pages": str(settings.read_ahead_pages),
         "soft_limit_ms": str(settings.soft_limit_ms if settings.recovery == "soft" else 0),
         "gone_limit_ms": str(settings.gone_limit_ms),

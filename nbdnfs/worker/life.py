@@ -13,8 +13,9 @@ import sys
 import time
 
 from nbdnfs import memlock, region
-from nbdnfs.engine import Engine, forget_services, keep_thread_states, libnfs_version
+from nbdnfs.engine import Engine, forget_services, keep_thread_states, libnfs_version, warm_cipher
 from nbdnfs.errors import ConfigError
+from nbdnfs.sizes import KERNEL_PAGE_BYTES, SLOT_BYTES
 from nbdnfs.worker import protocol
 
 TYPE_CHECKING = False  # typing's own, without typing
@@ -36,6 +37,7 @@ PUT_OFF_LIMIT_S = 120.0
 # How the names of the files begin whose code a worker runs. nbdkit's TLS libraries are not among them: they are
 # most of what it maps, and a Unix socket needs none.
 CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", "_memlock.")
+# Of libsodium a worker runs a few pages, and only to encrypt: warm_cipher() touches these, and no others are locked.
 
 
 def check_url(text: str) -> tuple[str, str]:
@@ -91,7 +93,10 @@ class Worker:
         control_fd = self._settings.control_fd
         if control_fd is None:
             return
-        _refuse_region(self._settings.numbers.get("region_fd", -1))
+        region_fd = self._settings.numbers.get("region_fd", -1)
+        _refuse_region(region_fd)
+        if self._settings.numbers.get("encrypt") or _is_encrypted(region_fd):
+            warm_cipher()
         if self._settings.lock != "off":
             heap_bytes = self._heap_bytes() + ENGINE_HEAP_BYTES
             self._apply(memlock.settle(CODE, heap_bytes=heap_bytes, skip=self._settings.without))
@@ -171,6 +176,7 @@ class Worker:
             connect_timeout_s=connect_timeout_s,
             exit_status_when_stolen=protocol.STOLEN_STATUS if self._settings.control_fd is not None else 0,
             transport=self._settings.transport,  # type: ignore[arg-type]
+            clear_bytes=max(SLOT_BYTES, KERNEL_PAGE_BYTES),
             **self._settings.numbers,  # type: ignore[arg-type]
             **self._settings.owner,  # type: ignore[arg-type]
         )
@@ -187,11 +193,15 @@ def _is_closed(control_fd: int) -> bool:
         return True
 
 
+def _is_encrypted(descriptor: int) -> bool:
+    return descriptor >= 0 and region.version_of(descriptor) == region.ENCRYPTED
+
+
 def _refuse_region(descriptor: int) -> None:
     """ConfigError when the region has another version's layout, before the worker that knows it is replaced."""
     found = region.version_of(descriptor) if descriptor >= 0 else None
-    if found is not None and found != region.VERSION:
+    if found is not None and found not in region.VERSIONS:
         raise ConfigError(
-            f"the region that is in use has version {found}, this nbdnfs has version {region.VERSION}",
+            f"the region that is in use has version {found}, this nbdnfs has version {region.VERSIONS[-1]}",
             "nbdnfs down and up again, or install the version that was there before",
         )

@@ -21,6 +21,7 @@ ENGINE_NUMBERS = {
     "region_pages": range(256, 1 << 24),
     "connections": range(1, 17),
     "stable_writes": range(2),
+    "encrypt": range(2),
     "read_ahead_pages": range(4097),
     "soft_limit_ms": range(1 << 32),
     "gone_limit_ms": range(1 << 32),
@@ -111,6 +112,8 @@ def parse(settings: Mapping[str, str]) -> WorkerSettings:
         without += ("realtime",)
     numbers = {key: _number(key, settings[key], ENGINE_NUMBERS[key]) for key in ENGINE_NUMBERS if key in settings}
     numbers.setdefault("connections", defaults.CONNECTIONS)
+    if engine != "c" and numbers.get("encrypt"):
+        raise ConfigError(f"the engine '{engine}' cannot encrypt", "leave encrypt out, or use the standard engine")
     control_fd = _number("control_fd", settings["control_fd"], DESCRIPTORS) if "control_fd" in settings else None
     owner = _owner(settings.get("owner", "off"), settings.get("owner_record", ""))
     transport = _one_of("transport", settings.get("transport", TRANSPORTS[0]), TRANSPORTS)

@@ -57,6 +57,8 @@ def test_green(root: Path) -> None:
     assert (found.device, found.keeper_pid, found.worker_pid, found.server) == ("/dev/nbd3", 10, 11, "192.0.2.7")
     assert (found.swap_bytes, found.swap_used_bytes) == (65532 * 1024, 1 << 20)
     assert found.text().startswith("swap0: ok\n")
+    assert "\n  pages    not encrypted on the NAS" in found.text()
+    assert found.to_json()["encrypted"] is False
     assert json.loads(json.dumps(found.to_json()))["green"] is True
 
 

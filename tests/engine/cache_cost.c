@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What calls of the cache cost under the engine's lock, at their worst, for regions and devices of several sizes:
+ * What calls of the cache cost under the engine's lock, at their worst, for regions and devices of several sizes, and
+ * what a page costs outside of it, plain and encrypted:
  *
  *   .venv/bin/python -m pytest -s tests/engine/test_cache_cost.py
  *
@@ -49,10 +50,10 @@ static void make_region(struct region *region, uint32_t slot_count, uint64_t dev
 
 	*region = (struct region){ .slot_count = slot_count, .page_count = device_bytes / SLOT_BYTES };
 	region->slots = calloc(slot_count, sizeof(*region->slots));
-	region->page_table = calloc(region->page_count, sizeof(*region->page_table));
+	region->narrow_entries = calloc(region->page_count, sizeof(*region->narrow_entries));
 	region->filled = calloc((region->page_count + 63) / 64, sizeof(*region->filled));
 	region->data = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (region->slots == NULL || region->page_table == NULL || region->filled == NULL || fd < 0 ||
+	if (region->slots == NULL || region->narrow_entries == NULL || region->filled == NULL || fd < 0 ||
 	    region->data == MAP_FAILED || ftruncate(fd, CHUNK_BYTES) < 0)
 		abort();
 	for (uint64_t at = 0; at < bytes; at += CHUNK_BYTES)
@@ -78,7 +79,7 @@ static void measure(uint32_t slot_count, uint64_t gib)
 	struct page_run run;
 	static uint8_t data[RUN_PAGES_MAX * SLOT_BYTES];
 	uint64_t last, page, taken = 0;
-	uint32_t crc;
+	uint64_t proof;
 
 	make_region(&region, slot_count, gib << 30);
 	last = region.page_count - 1;
@@ -103,7 +104,7 @@ static void measure(uint32_t slot_count, uint64_t gib)
 	TIME("  scan", SCANS, taken += reference_is_stable(cache, cache_sequence(cache)));
 	for (page = 0; page < slot_count; page++)
 		cache_trim(cache, page);
-	TIME("known page, at the far end", CALLS, taken += cache_known_page(cache, 0, &page, &crc));
+	TIME("known page, at the far end", CALLS, taken += cache_known_page(cache, 0, &page, &proof));
 	TIME("  scan", SCANS, taken += reference_known_page(cache, 0, &page));
 	memset(data, 0, SLOT_BYTES);
 	TIME("materialise a page, at the far end", CALLS, {
@@ -117,8 +118,50 @@ static void measure(uint32_t slot_count, uint64_t gib)
 		abort();
 }
 
+/* Per page: a WRITE makes a proof and seals, a READ opens, which is both. The least of several rounds. */
+static void measure_pages(const char *name, const struct region *region)
+{
+	enum { STEPS = 3, ROUNDS = 20, PAGES = 500 };
+	static const char *const steps[STEPS] = { "proof of a page", "seal a page", "open a page" };
+	static uint8_t data[SLOT_BYTES];
+	uint64_t proof, found = 0;
+
+	for (size_t at = 0; at < SLOT_BYTES; at++)
+		data[at] = (uint8_t)(at * 7 + at / 256);
+	proof = proof_of(region, data);
+	printf("%s\n", name);
+	for (int step = 0; step < STEPS; step++) {
+		double least_ns = 0;
+
+		for (int round = 0; round < ROUNDS; round++) {
+			double began_ns = now_ns(), ns;
+
+			for (int page = 1; page <= PAGES; page++)
+				if (step == 0)
+					found += proof_of(region, data);
+				else if (step == 1)
+					proof_seal(region, (uint64_t)page, proof, data);
+				else
+					found += proof_open(region, (uint64_t)page, proof, data);
+			ns = (now_ns() - began_ns) / PAGES;
+			least_ns = round == 0 || ns < least_ns ? ns : least_ns;
+		}
+		printf("  %-36s %12.0f ns\n", steps[step], least_ns);
+	}
+	if (found == 0)
+		abort();
+}
+
 int main(int argc, char **argv)
 {
+	struct region region = { .page_count = 1000 };
+	struct cipher_keys keys;
+
+	measure_pages("plain", &region);
+	if (cipher_init() != 0 || cipher_make_keys(&keys) != 0)
+		return 71;
+	region.keys = &keys;
+	measure_pages("encrypted", &region);
 	for (int i = 1; i < argc; i++) {
 		unsigned slots, gib;
 

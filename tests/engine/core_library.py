@@ -1,18 +1,33 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The engine's parts without I/O (region, cache, crc32c) as a shared library, called through ctypes."""
+"""The engine's parts without I/O (region, cache, crc32c, cipher) as a shared library, called through ctypes."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import subprocess
-from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_bool,
+    c_char_p,
+    c_int,
+    c_size_t,
+    c_uint,
+    c_uint8,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[2] / "nbdnfs" / "engine"
 REFERENCE = Path(__file__).with_name("cache_reference.c")
+BASE = [SOURCES / "base/crc32c.c", SOURCES / "base/cipher.c"]
 PAGE = 4096
 HIT, MISS, WAIT = 0, 1, 2
+PLAIN, ENCRYPTED = 2, 3
 STORED, FILLED, FULL = 0, 1, 2
 MATERIALISED, MORE, NO_SLOT = 0, 1, 2
 
@@ -23,6 +38,12 @@ class Identity(Structure):
     _fields_ = (("device_bytes", c_uint64), ("fileid", c_uint64), ("path_hash", c_uint64))
 
 
+class CipherKeys(Structure):
+    """struct cipher_keys"""
+
+    _fields_ = (("tag", c_uint8 * 16), ("stream", c_uint8 * 32), ("reserved", c_uint8 * 16))
+
+
 class RegionStruct(Structure):
     """struct region"""
 
@@ -31,18 +52,33 @@ class RegionStruct(Structure):
         ("bytes", c_size_t),
         ("header", c_void_p),
         ("slots", c_void_p),
-        ("page_table", c_void_p),
+        ("narrow_entries", c_void_p),
+        ("wide_entries", c_void_p),
         ("filled", c_void_p),
         ("data", c_void_p),
         ("slot_count", c_uint32),
         ("page_count", c_uint64),
+        ("keys", c_void_p),
+        ("clear_pages", c_uint64),
     )
+
+
+class RegionPlan(Structure):
+    """struct region_plan"""
+
+    _fields_ = (("slot_count", c_uint32), ("version", c_int), ("clear_bytes", c_uint64))
 
 
 class RunStruct(Structure):
     """struct page_run"""
 
-    _fields_ = (("first_page", c_uint64), ("count", c_uint32), ("is_overtaken", c_bool), ("slots", c_uint32 * 32))
+    _fields_ = (
+        ("first_page", c_uint64),
+        ("count", c_uint32),
+        ("is_overtaken", c_bool),
+        ("slots", c_uint32 * 32),
+        ("proofs", c_uint64 * 32),
+    )
 
 
 class PageSetStruct(Structure):
@@ -52,27 +88,34 @@ class PageSetStruct(Structure):
 
 
 def build(directory: Path) -> ctypes.CDLL:
-    """Compile the library into `directory` and declare its functions."""
+    """Compile the library into `directory`, declare its functions, and initialise the cipher."""
     path = directory / "libcore.so"
     command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fPIC", "-shared", "-pthread"]
-    sources = [*sorted((SOURCES / "region").glob("*.c")), SOURCES / "base/crc32c.c", REFERENCE]
-    subprocess.run([*command, f"-I{SOURCES}", "-o", str(path), *map(str, sources)], check=True)
+    sources = [*sorted((SOURCES / "region").glob("*.c")), *BASE, REFERENCE]
+    subprocess.run([*command, f"-I{SOURCES}", "-o", str(path), *map(str, sources), "-lsodium"], check=True)
     library = ctypes.CDLL(str(path))
     signatures = {
         "crc32c": (c_uint32, c_char_p, c_size_t),
         "crc32c_by_table": (c_uint32, c_char_p, c_size_t),
-        "region_map": (c_int, POINTER(RegionStruct), c_int, POINTER(Identity), c_uint32, c_char_p, c_size_t),
+        "cipher_init": (c_int,),
+        "cipher_make_keys": (c_int, POINTER(CipherKeys)),
+        "cipher_tag": (c_uint64, POINTER(CipherKeys), c_char_p, c_size_t),
+        "cipher_apply": (None, POINTER(CipherKeys), c_uint64, c_uint64, c_char_p, c_size_t),
+        "region_map": (c_int, POINTER(RegionStruct), c_int, POINTER(Identity), POINTER(RegionPlan), c_char_p, c_size_t),
         "region_unmap": (None, POINTER(RegionStruct)),
+        "proof_of": (c_uint64, POINTER(RegionStruct), c_char_p),
+        "proof_seal": (None, POINTER(RegionStruct), c_uint64, c_uint64, c_char_p),
+        "proof_open": (c_bool, POINTER(RegionStruct), c_uint64, c_uint64, c_char_p),
         "cache_create": (c_void_p, POINTER(RegionStruct)),
         "cache_destroy": (None, c_void_p),
         "cache_read": (c_int, c_void_p, c_uint64, c_char_p),
-        "cache_write": (c_int, c_void_p, c_uint64, c_char_p, c_uint32, c_bool),
+        "cache_write": (c_int, c_void_p, c_uint64, c_char_p, c_uint64, c_bool),
         "cache_trim": (None, c_void_p, c_uint64),
         "cache_sequence": (c_uint64, c_void_p),
         "cache_is_stable": (c_bool, c_void_p, c_uint64),
         "cache_page_is_stable": (c_bool, c_void_p, c_uint64, c_uint64),
         "cache_materialise": (c_int, c_void_p, POINTER(c_uint64), c_uint32),
-        "cache_checksum": (c_uint32, c_void_p, c_uint64),
+        "cache_proof": (c_uint64, c_void_p, c_uint64),
         "cache_take_page_run": (c_bool, c_void_p, c_uint32, POINTER(RunStruct), c_char_p),
         "cache_next_page_run": (c_uint32, c_void_p, c_uint32),
         "cache_page_run_stable": (None, c_void_p, POINTER(RunStruct)),
@@ -84,7 +127,7 @@ def build(directory: Path) -> ctypes.CDLL:
         "cache_dirty_count": (c_uint32, c_void_p),
         "cache_hold": (None, c_void_p, c_uint64, c_uint64, c_uint64),
         "cache_end_holds": (c_bool, c_void_p, c_uint64),
-        "cache_known_page": (c_bool, c_void_p, c_uint64, POINTER(c_uint64), POINTER(c_uint32)),
+        "cache_known_page": (c_bool, c_void_p, c_uint64, POINTER(c_uint64), POINTER(c_uint64)),
         "cache_uncommitted_count": (c_uint32, c_void_p),
         "cache_unstable_count": (c_uint32, c_void_p),
         "page_set_init": (c_bool, POINTER(PageSetStruct), c_uint64),
@@ -99,23 +142,27 @@ def build(directory: Path) -> ctypes.CDLL:
         "reference_filled_page": (c_uint64, c_void_p, c_uint64),
         "reference_has_room": (c_bool, c_void_p),
         "reference_agrees": (c_bool, c_void_p),
-        "cache_fetch_begin": (c_uint32, c_void_p, c_uint64, c_uint32, c_uint64),
-        "cache_fetch_done": (None, c_void_p, c_uint64, c_uint32, c_uint64, c_char_p, POINTER(c_uint32)),
+        "cache_fetch_begin": (c_uint32, c_void_p, c_uint64, c_uint32, c_uint64, POINTER(c_uint64)),
+        "cache_fetch_done": (None, c_void_p, c_uint64, c_uint32, c_uint64, c_char_p, POINTER(c_bool)),
     }
     for name, (result, *arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    assert library.cipher_init() == 0
     return library
 
 
 class Region:
     """A mapped region; `fd` is the caller's memfd."""
 
-    def __init__(self, library: ctypes.CDLL, fd: int, identity: Identity, slot_count: int) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, fd: int, identity: Identity, slot_count: int, *, encrypted: bool = False
+    ) -> None:
         self.library = library
         self.struct = RegionStruct()
+        plan = RegionPlan(slot_count, ENCRYPTED if encrypted else PLAIN, PAGE)
         message = ctypes.create_string_buffer(256)
-        status = library.region_map(byref(self.struct), fd, byref(identity), slot_count, message, len(message))
+        status = library.region_map(byref(self.struct), fd, byref(identity), byref(plan), message, len(message))
         if status != 0:
             raise OSError(-status, message.value.decode() or os.strerror(-status))
 
@@ -123,14 +170,23 @@ class Region:
         """Let go of it, as a process does that ends."""
         self.library.region_unmap(byref(self.struct))
 
+    def seal(self, page: int, proof: int, data: bytes) -> bytes:
+        """A page as it goes to the server."""
+        buffer = ctypes.create_string_buffer(data, PAGE)
+        self.library.proof_seal(byref(self.struct), page, proof, buffer)
+        return buffer.raw
+
 
 class Run:
-    """Pages on their way to the NAS."""
+    """Pages on their way to the NAS, as it gets them."""
 
-    def __init__(self, struct: RunStruct, data: bytes) -> None:
+    def __init__(self, region: Region, struct: RunStruct, data: bytes) -> None:
         self.struct = struct
         self.first = struct.first_page
-        self.pages = {self.first + i: data[i * PAGE : (i + 1) * PAGE] for i in range(struct.count)}
+        self.pages = {
+            self.first + i: region.seal(self.first + i, struct.proofs[i], data[i * PAGE : (i + 1) * PAGE])
+            for i in range(struct.count)
+        }
 
 
 class Cache:
@@ -138,6 +194,8 @@ class Cache:
 
     def __init__(self, region: Region) -> None:
         self.library = region.library
+        self.region = region
+        self.fetch_proofs: dict[int, ctypes.Array[c_uint64]] = {}
         self.pointer = self.library.cache_create(byref(region.struct))
         assert self.pointer
 
@@ -145,9 +203,15 @@ class Cache:
         """Forget all that is not in the region."""
         self.library.cache_destroy(self.pointer)
 
-    def crc(self, data: bytes) -> int:
-        """CRC-32C of a page."""
-        return int(self.library.crc32c(data, len(data)))
+    def proof(self, data: bytes) -> int:
+        """Of a page as it is written to the device."""
+        return int(self.library.proof_of(byref(self.region.struct), data))
+
+    def open_page(self, page: int, proof: int, data: bytes) -> bytes | None:
+        """A page as the server has it becomes what was written; None where it does not agree with its proof."""
+        buffer = ctypes.create_string_buffer(data, PAGE)
+        is_right = self.library.proof_open(byref(self.region.struct), page, proof, buffer)
+        return buffer.raw if is_right else None
 
     def read(self, page: int) -> tuple[int, bytes]:
         """HIT and the bytes, MISS, or WAIT."""
@@ -156,7 +220,7 @@ class Cache:
 
     def write(self, page: int, data: bytes, *, may_fill: bool = True) -> bool:
         """False: no slot."""
-        return bool(self.library.cache_write(self.pointer, page, data, self.crc(data), may_fill) != FULL)
+        return bool(self.library.cache_write(self.pointer, page, data, self.proof(data), may_fill) != FULL)
 
     def trim(self, page: int) -> None:
         """Forget the page."""
@@ -199,13 +263,13 @@ class Cache:
         assert library.reference_is_takable(cache, library.cache_oldest_dirty(cache))
         for start in range(page_count):
             page, expected = c_uint64(), c_uint64()
-            found = library.cache_known_page(cache, start, byref(page), byref(c_uint32()))
+            found = library.cache_known_page(cache, start, byref(page), byref(c_uint64()))
             assert found == library.reference_known_page(cache, start, byref(expected))
             assert not found or page.value == expected.value
 
-    def checksum(self, page: int) -> int:
+    def known_proof(self, page: int) -> int:
         """0: unknown."""
-        return int(self.library.cache_checksum(self.pointer, page))
+        return int(self.library.cache_proof(self.pointer, page))
 
     def take_run(self, most: int) -> Run | None:
         """The run around the oldest dirty page; what was foretold of it holds."""
@@ -215,7 +279,7 @@ class Cache:
             assert foretold == 0
             return None
         assert foretold == struct.count
-        return Run(struct, buffer.raw)
+        return Run(self.region, struct, buffer.raw)
 
     def hold(self, first: int, count: int, until: int) -> None:
         """None of these pages travels before `until`."""
@@ -226,10 +290,10 @@ class Cache:
         return bool(self.library.cache_end_holds(self.pointer, now))
 
     def known_page(self, start: int) -> tuple[int, int] | None:
-        """A page that the NAS has, and its CRC."""
-        page, crc = c_uint64(), c_uint32()
-        found = self.library.cache_known_page(self.pointer, start, byref(page), byref(crc))
-        return (page.value, crc.value) if found else None
+        """A page that the NAS has, and its proof."""
+        page, proof = c_uint64(), c_uint64()
+        found = self.library.cache_known_page(self.pointer, start, byref(page), byref(proof))
+        return (page.value, proof.value) if found else None
 
     def run_stable(self, run: Run) -> None:
         """The NAS has it."""
@@ -261,9 +325,14 @@ class Cache:
 
     def fetch_begin(self, first: int, count: int, fetch: int) -> int:
         """How many pages it covers."""
-        return int(self.library.cache_fetch_begin(self.pointer, first, count, fetch))
+        proofs = (c_uint64 * count)()
+        self.fetch_proofs[fetch] = proofs
+        return int(self.library.cache_fetch_begin(self.pointer, first, count, fetch, proofs))
 
     def fetch_done(self, first: int, pages: list[bytes], fetch: int) -> None:
         """The NAS's answer."""
-        crcs = (c_uint32 * len(pages))(*(self.crc(page) for page in pages))
-        self.library.cache_fetch_done(self.pointer, first, len(pages), fetch, b"".join(pages), crcs)
+        proofs = self.fetch_proofs.pop(fetch)
+        opened = [self.open_page(first + i, proofs[i], page) for i, page in enumerate(pages)]
+        are_right = (c_bool * len(pages))(*(page is not None for page in opened))
+        data = b"".join(page or bytes(PAGE) for page in opened)
+        self.library.cache_fetch_done(self.pointer, first, len(pages), fetch, data, are_right)

@@ -15,9 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from nbdnfs import region as shared_region
+
 DEVICE_PAGES = 12
 SLOTS = 6
 PAGES = st.integers(0, DEVICE_PAGES - 1)
+KEYS_OFFSET = shared_region.KEYS_OFFSET
 IDENTITY = Identity(DEVICE_PAGES * PAGE, 7, 8)
 
 
@@ -82,6 +85,7 @@ class CacheMachine(RuleBasedStateMachine):
     """Every rule is one thing that the engine, the server or a killer may do next."""
 
     library: ctypes.CDLL
+    encrypted = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +103,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def open(self) -> None:
         """A new worker."""
-        self.region = Region(self.library, self.fd, IDENTITY, SLOTS)
+        self.region = Region(self.library, self.fd, IDENTITY, SLOTS, encrypted=self.encrypted)
         self.cache = Cache(self.region)
         self.holds: list[tuple[range, int]] = []
         self.waiters = []
@@ -134,7 +138,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.those_that_wait_are_woken()
         assert self.waiters == []
         for page, data in self.acknowledged.items():
-            assert data in (None, self.server.stable[page])
+            assert self.has_stably(page, data)
         self.close()
         os.close(self.fd)
 
@@ -155,8 +159,14 @@ class CacheMachine(RuleBasedStateMachine):
 
     def check_promise(self, waiter: Waiter) -> None:
         for page, data in waiter.promised.items():
-            allowed = [data, *waiter.later.get(page, [])]
-            assert None in allowed or self.server.stable[page] in allowed
+            assert any(self.has_stably(page, allowed) for allowed in (data, *waiter.later.get(page, [])))
+
+    def has_stably(self, page: int, data: bytes | None) -> bool:
+        """Whether the server has the page for good as it goes there when `data` is written; None: anything will do.
+        A page that was never written is zeros there."""
+        if data is None or self.server.stable[page] == data == bytes(PAGE):
+            return True
+        return self.server.stable[page] == self.region.seal(page, self.cache.proof(data), data)
 
     def may_fill(self, page: int) -> bool:
         """As the engine decides: not where a FLUSH or FUA may wait for the page."""
@@ -229,9 +239,10 @@ class CacheMachine(RuleBasedStateMachine):
         """The server has the bytes of that page that were acknowledged."""
         found = self.cache.known_page(start)
         if found is not None:
-            page, crc = found
-            assert self.cache.crc(self.server.read(page)) == crc
-            assert self.acknowledged[page] in (None, self.server.read(page))
+            page, proof = found
+            opened = self.cache.open_page(page, proof, self.server.read(page))
+            assert opened is not None
+            assert self.acknowledged[page] in (None, opened)
 
     @precondition(lambda self: self.runs)
     @rule(data=st.data(), stable=st.booleans())
@@ -323,18 +334,33 @@ class CacheMachine(RuleBasedStateMachine):
             if found == WAIT:
                 assert page in fetched
             elif found == MISS:
-                got = self.server.read(page)
-                assert data is None or self.cache.checksum(page) in (0, self.cache.crc(got))
+                opened = self.cache.open_page(page, self.cache.known_proof(page), self.server.read(page))
+                assert data is None or opened is not None
+                got = opened or b""
             assert found == WAIT or data in (None, got)
 
 
-def test_model(library: ctypes.CDLL) -> None:
+class EncryptedMachine(CacheMachine):
+    """The same with pages that are encrypted on the server, but for the first one."""
+
+    encrypted = True
+
+    @invariant()
+    def nothing_is_readable_on_the_server(self) -> None:
+        for page, data in self.acknowledged.items():
+            if page > 0 and data is not None and data != bytes(PAGE):
+                assert self.server.stable[page] != data
+                assert self.server.read(page) != data
+
+
+@pytest.mark.parametrize(("machine", "examples"), [(CacheMachine, 400), (EncryptedMachine, 150)])
+def test_model(library: ctypes.CDLL, machine: type[CacheMachine], examples: int) -> None:
     """Random orders of writes, trims, runs, commits, crashes, fetches and kills lose and mix nothing."""
-    CacheMachine.library = library
+    machine.library = library
     run_state_machine_as_test(
-        CacheMachine,
+        machine,
         settings=settings(
-            max_examples=400, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=examples, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 
@@ -418,6 +444,35 @@ def test_region_of_another_version_or_none_is_refused(library: ctypes.CDLL) -> N
     os.pwrite(fd, b"garbage!", 0)
     with pytest.raises(OSError, match="not a region"):
         Region(library, fd, IDENTITY, SLOTS)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_region_keeps_its_version(library: ctypes.CDLL, encrypted: bool) -> None:
+    """The next worker reads what is on the server as the first one wrote it, whatever it would do itself: a region of
+    an earlier version stays plain, and one with keys keeps them."""
+    fd = os.memfd_create("region")
+    first = Region(library, fd, IDENTITY, SLOTS, encrypted=encrypted)
+    made = os.pread(fd, PAGE, 0)
+    first.unmap()
+    second = Region(library, fd, IDENTITY, SLOTS, encrypted=not encrypted)
+    found = os.pread(fd, PAGE, 0)
+    assert found[:48] == made[:48]
+    assert found[KEYS_OFFSET : KEYS_OFFSET + 72] == made[KEYS_OFFSET : KEYS_OFFSET + 72]
+    assert bool(second.struct.keys) is bool(second.struct.wide_entries) is encrypted
+    assert any(made[KEYS_OFFSET : KEYS_OFFSET + 72]) is encrypted
+    second.unmap()
+    os.close(fd)
+
+
+def test_region_is_for_its_user_alone(library: ctypes.CDLL) -> None:
+    """Mode 0600, and no process can truncate it under a worker."""
+    fd = shared_region.create()
+    Region(library, fd, IDENTITY, SLOTS).unmap()
+    assert os.fstat(fd).st_mode & 0o777 == 0o600
+    for size in (PAGE, 1 << 30):
+        with pytest.raises(PermissionError):
+            os.truncate(fd, size)
     os.close(fd)
 
 

@@ -36,9 +36,15 @@ def over_libnfs(url: str, address: str) -> engine.Engine:
     return engine.Engine(url, address, transport="libnfs")
 
 
+def encrypted(url: str, address: str) -> engine.Engine:
+    """One whose pages are encrypted on the server, with a region so small that most are read from there."""
+    return engine.Engine(url, address, encrypt=True, region_pages=256)
+
+
 ENGINES: dict[str, Callable[[str, str], engine.Engine | reference_engine.Engine]] = {
     "c": engine.Engine,
     "c-over-libnfs": over_libnfs,
+    "c-encrypted": encrypted,
     "libnfs-python": reference_engine.Engine,
 }
 IS_REFERENCE_POSSIBLE = sys.version_info < (3, 12)
@@ -62,6 +68,10 @@ class Device:
         self.engine = kind(url, LOOPBACK)
         self.url = url
         self.path = path
+        self.before = path.read_bytes()
+        self.is_encrypted = isinstance(self.engine, engine.Engine) and self.engine.is_encrypted
+        if self.is_encrypted:  # only what it has written means anything to it
+            self.engine.pwrite(self.before, 0)
 
     def read(self, offset: int, length: int) -> bytes:
         """Through the engine."""
@@ -70,9 +80,11 @@ class Device:
         return bytes(buffer)
 
     def file(self) -> bytes:
-        """The file behind the server's back, after a flush."""
+        """The file behind the server's back, after a flush. Where it is encrypted, the device: it is not readable."""
         self.engine.flush()
-        return self.path.read_bytes()
+        if not self.is_encrypted:
+            return self.path.read_bytes()
+        return self.read(0, SIZE)
 
 
 _numbers = itertools.count()
@@ -89,13 +101,20 @@ def new_device(server: Ganesha, name: str, version: int) -> Iterator[Device]:
     path.unlink()
 
 
-def each_engine(**options: str) -> Callable[..., Any]:
-    return pytest.fixture(params=COMBINATIONS, ids=lambda pair: f"{pair[0]}-nfsv{pair[1]}", **options)
+def each_engine(combinations: list[tuple[str, int]] = COMBINATIONS, **options: str) -> Callable[..., Any]:
+    return pytest.fixture(params=combinations, ids=lambda pair: f"{pair[0]}-nfsv{pair[1]}", **options)
 
 
 @each_engine(scope="module")
 def device(request: pytest.FixtureRequest, ganesha: Ganesha) -> Iterator[Device]:
     """One device for all tests of a combination; each puts in what it needs."""
+    with new_device(ganesha, *request.param) as device:
+        yield device
+
+
+@each_engine([pair for pair in COMBINATIONS if pair[0] != "c-encrypted"], scope="module")
+def plain_device(request: pytest.FixtureRequest, ganesha: Ganesha) -> Iterator[Device]:
+    """One whose file can be read."""
     with new_device(ganesha, *request.param) as device:
         yield device
 
@@ -118,7 +137,7 @@ def test_size_is_that_of_the_file(device: Device) -> None:
 )
 def test_reads_what_the_file_holds(fresh_device: Device, offset: int, length: int) -> None:
     """One page, the last one, across the server's largest transfer, many transfers, everything."""
-    expected = fresh_device.path.read_bytes()[offset : offset + length]
+    expected = fresh_device.before[offset : offset + length]
     assert fresh_device.read(offset, length) == expected
     assert fresh_device.read(offset, length) == expected
 
@@ -228,7 +247,7 @@ def test_behaves_like_an_array_of_pages(device: Device, operations: list[tuple])
             pages = [(word + number).to_bytes(width) * (PAGE // width) for number in range(count)]
             device.engine.pwrite(b"".join(pages), first * PAGE, name == "write with fua")
             model.pages[first : first + count] = pages
-            if name == "write with fua":
+            if name == "write with fua" and not device.is_encrypted:
                 model.check(first, device.path.read_bytes()[first * PAGE : (first + count) * PAGE])
     model.check(0, device.read(0, PAGES * PAGE))
     model.check(0, device.file()[: PAGES * PAGE])
@@ -254,12 +273,12 @@ def test_flush_of_nothing(device: Device) -> None:
 
 
 @pytest.mark.skipif(not second_reader.IS_POSSIBLE, reason=second_reader.WHY_NOT)
-def test_another_implementation_reads_the_same(device: Device) -> None:
+def test_another_implementation_reads_the_same(plain_device: Device) -> None:
     """What the engine has written, libnfs-python's file object reads, over NFS."""
     data = os.urandom(2 * MIB)
-    device.engine.pwrite(data, 3 * MIB)
-    device.engine.flush()
-    assert second_reader.read(device.url, 3 * MIB, len(data)) == data
+    plain_device.engine.pwrite(data, 3 * MIB)
+    plain_device.engine.flush()
+    assert second_reader.read(plain_device.url, 3 * MIB, len(data)) == data
 
 
 def test_the_reference_engine_is_refused_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

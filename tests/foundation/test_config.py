@@ -78,6 +78,7 @@ def test_every_key(root: Path) -> None:
         gone_limit = "10min"
         reclaim_check = false
         owner = false
+        encrypt = true
         """,
     )
     assert config.load("swap0", root) == Config(
@@ -101,6 +102,7 @@ def test_every_key(root: Path) -> None:
         gone_limit_ms=600_000,
         reclaim_check=False,
         owner=False,
+        encrypt=True,
     )
 
 

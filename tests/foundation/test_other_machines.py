@@ -29,9 +29,9 @@ void wrong_size(void) __attribute__((error("wrong size")));
 
 void check(void)
 {{
-    if (region_size_bytes({device_bytes}ull, {slots}) != {region_bytes}ull)
+    if (region_size_bytes({device_bytes}ull, {slots}, {version}) != {region_bytes}ull)
         wrong_size();
-    if ((region_size_bytes({device_bytes}ull, {slots}) <= REGION_BYTES_MAX) != {fits})
+    if ((region_size_bytes({device_bytes}ull, {slots}, {version}) <= REGION_BYTES_MAX) != {fits})
         wrong_size();
 }}
 """
@@ -55,25 +55,33 @@ def round_up(size_bytes: int) -> int:
     return -(-size_bytes // SLOT_BYTES) * SLOT_BYTES
 
 
-def region_bytes(device_bytes: int) -> int:
-    """Header, slot table, four bytes and a bit for each page of the device, slots."""
+def region_bytes(device_bytes: int, entry_bytes: int) -> int:
+    """Header, slot table, an entry and a bit for each page of the device, slots."""
     pages = device_bytes // SLOT_BYTES
     bitmap = round_up(-(-pages // 64) * 8)
-    return round_up(region.HEADER_BYTES) + round_up(SLOTS * 8) + round_up(pages * 4) + bitmap + SLOTS * SLOT_BYTES
+    return (
+        round_up(region.HEADER_BYTES)
+        + round_up(SLOTS * 8)
+        + round_up(pages * entry_bytes)
+        + bitmap
+        + SLOTS * SLOT_BYTES
+    )
 
 
 @pytest.mark.skipif(not is_x86(), reason="only an x86 compiler has -m32")
 @pytest.mark.parametrize("bits", [32, 64])
 @pytest.mark.parametrize("device_gib", [1, 1024, 4096, 1 << 18])
-def test_sizes(tmp_path: Path, device_gib: int, bits: int) -> None:
+@pytest.mark.parametrize(("version", "entry_bytes"), [("REGION_PLAIN", 4), ("REGION_ENCRYPTED", 8)])
+def test_sizes(tmp_path: Path, device_gib: int, bits: int, version: str, entry_bytes: int) -> None:
     """The same on both, for a file of 4 TiB too; on a 32-bit machine that one does not fit. And so is the layout:
     region.h asserts it."""
-    size = region_bytes(device_gib * GIB)
+    size = region_bytes(device_gib * GIB, entry_bytes)
     source = tmp_path / "size.c"
     source.write_text(
         SIZE.format(
             device_bytes=device_gib * GIB,
             slots=SLOTS,
+            version=version,
             region_bytes=size,
             fits=int(size < 1 << (bits - 1)),
         )

@@ -33,8 +33,9 @@ int main(void)
 {
     const char *separator = "";
 
-    printf("{\\"version\\": %u, ", REGION_VERSION);
+    printf("{\\"versions\\": [%u, %u], ", REGION_PLAIN, REGION_ENCRYPTED);
     printf("\\"header\\": %zu, \\"buckets\\": %d, ", sizeof(struct region_header), HISTOGRAM_BUCKETS);
+    printf("\\"keys\\": [%zu, %zu], ", AT(keys), sizeof(struct cipher_keys));
     printf("\\"offsets\\": {\\"magic\\": %zu, \\"version\\": %zu, ", AT(magic), AT(version));
     printf("\\"slots\\": %zu, \\"region_bytes\\": %zu, ", AT(slot_count), AT(region_bytes));
     printf("\\"generation\\": %zu, \\"waits\\": %zu}, ", AT(generation), AT(waits));
@@ -63,8 +64,9 @@ def test_layout(tmp_path: Path) -> None:
     folders = [f"-I{header_file('region.h').parent}", f"-I{ENGINE}"]
     subprocess.run(["gcc", "-std=c11", "-D_GNU_SOURCE", *folders, "-o", str(program), str(source)], check=True)
     found = json.loads(subprocess.run([program], check=True, capture_output=True).stdout)
-    assert found["version"] == region.VERSION
-    assert found["header"] == region.HEADER_BYTES
+    assert found["versions"] == list(region.VERSIONS)
+    assert found["keys"] == [region.KEYS_OFFSET, region.KEYS_BYTES]
+    assert region.KEYS_OFFSET == region.HEADER_BYTES, "what is read ends before the keys"
     assert found["buckets"] == region.HISTOGRAM_BUCKETS
     assert found["offsets"] == {
         "magic": 0,
@@ -123,7 +125,7 @@ def test_counters_of_a_live_region() -> None:
     read_us = found["read_us"]
     assert isinstance(read_us, list)
     assert sum(read_us) == 64
-    assert region.version_of(descriptor) == region.VERSION
+    assert region.version_of(descriptor) == region.PLAIN
     os.close(descriptor)
 
 

@@ -44,10 +44,18 @@ SLOTS = 1024
 class Setup:
     """A server, a kernel, and the keepers that come and go on them."""
 
-    def __init__(self, server: Any, root: Path, *, url: str | None = None, timing: Timing | None = None) -> None:
+    def __init__(
+        self,
+        server: Any,
+        root: Path,
+        *,
+        url: str | None = None,
+        timing: Timing | None = None,
+        encrypt: bool = False,
+    ) -> None:
         """With `timing` the file at `url` has been claimed, and the workers keep its record."""
         url = url or server.url()
-        settings = Config("t", url, region_pages=SLOTS, lock="off", owner=False)
+        settings = Config("t", url, region_pages=SLOTS, lock="off", owner=False, encrypt=encrypt)
         self.server = server
         self.kernel = FakeKernel()
         self.work = FakeSwap(settings, url, "127.0.0.1")
@@ -98,6 +106,15 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
         made.end()
 
 
+@pytest.fixture
+def encrypted(tmp_path: Path) -> Iterator[Setup]:
+    """With pages that are encrypted on the server."""
+    with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
+        made = Setup(server, tmp_path, encrypt=True)
+        yield made
+        made.end()
+
+
 def page_of(number: int, generation: int) -> bytes:
     return random.Random(number << 32 | generation).randbytes(PAGE)
 
@@ -128,6 +145,46 @@ def test_nothing_is_lost_when_a_dirty_worker_is_killed(setup: Setup) -> None:
     assert setup.run(scenario) == 0
     content = bytes(setup.server.on_disk)
     assert all(content[number * PAGE :][:PAGE] == data for number, data in pages.items())
+
+
+def test_the_keys_outlive_worker_and_keeper(encrypted: Setup) -> None:
+    """Pages on the server and pages in slots, read by the next worker and by that of the next keeper. On the server
+    nothing is readable."""
+    setup = encrypted
+    pages = {number: page_of(number, 1) for number in range(1, 1600)}
+
+    def first(keeper: Keeper) -> None:
+        setup.kernel.wait_for_link(1)
+        ready(keeper)
+        for number, data in pages.items():
+            setup.kernel.write(number * PAGE, data)
+        setup.kernel.flush()
+        setup.server.fail("WRITE", NFS3ERR_NOSPC)
+        for number in range(1, 800):
+            pages[number] = page_of(number, 2)
+            setup.kernel.write(number * PAGE, pages[number])
+        setup.kill_worker()
+        setup.kernel.wait_for_link(2)
+        ready(keeper)
+        for number, data in pages.items():
+            assert setup.kernel.read(number * PAGE, PAGE) == data, number
+
+    def second(keeper: Keeper) -> None:
+        ready(keeper)
+        setup.kill_worker()
+        setup.kernel.wait_for_link(3)
+        setup.server.fail("WRITE", NFS3_OK)
+        setup.kernel.flush()
+        for number, data in pages.items():
+            assert setup.kernel.read(number * PAGE, PAGE) == data, number
+
+    assert setup.run(first) == 0
+    assert region.version_of(setup.parked["region"]) == region.ENCRYPTED
+    assert setup.run(second) == 0
+    assert setup.counters()["checksum_failures"] == 0
+    content = bytes(setup.server.on_disk)
+    clear = {page_of(number, generation) for number in pages for generation in (1, 2)}
+    assert not [at for at in range(PAGE, len(content), PAGE) if content[at : at + PAGE] in clear]
 
 
 @pytest.mark.timeout(300)

@@ -392,6 +392,12 @@ class FakeNfsServer(RpcServer):
         with self._lock:
             self._content, self._on_disk = bytearray(content), bytearray(content)
 
+    def overwrite(self, offset: int, data: bytes) -> None:
+        """Bytes of the file change behind the clients' backs."""
+        with self._lock:
+            _put(self._content, offset, data)
+            _put(self._on_disk, offset, data)
+
     @property
     def on_disk(self) -> bytes:
         """The file as it would be after a crash."""

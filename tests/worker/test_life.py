@@ -49,7 +49,7 @@ def test_a_region_of_another_version() -> None:
         made = worker(
             "nfs://nas/export/x", address="192.0.2.7", region_fd=str(descriptor), control_fd=str(theirs.fileno())
         )
-        with pytest.raises(ConfigError, match=f"has version 255, this nbdnfs has version {region.VERSION}"):
+        with pytest.raises(ConfigError, match=f"has version 255, this nbdnfs has version {region.VERSIONS[-1]}"):
             made.wait_until_activated()
         ours.setblocking(False)
         with pytest.raises(BlockingIOError):

@@ -31,6 +31,7 @@ def test_everything() -> None:
             "realtime": "no",
             "without": "oom,heap",
             "connections": "2",
+            "encrypt": "1",
             "region_fd": "200",
             "control_fd": "201",
             "owner": f"{BOOT}/10000",
@@ -39,7 +40,7 @@ def test_everything() -> None:
     )
     assert (found.address, found.lock, found.control_fd) == ("192.0.2.7", "required", 201)
     assert found.without == ("oom", "heap", "realtime")
-    assert found.numbers == {"connections": 2, "region_fd": 200}
+    assert found.numbers == {"connections": 2, "encrypt": 1, "region_fd": 200}
     assert found.owner == {
         "owner_path": "/.box.swap.owner",
         "owner_identity": f"\nboot {BOOT}\n",
@@ -71,6 +72,8 @@ def test_transfers(query: str, setting: str, is_nfs4: bool, is_through_libnfs: b
         {"url": URL, "connections": "0"},
         {"url": URL, "connections": "four"},
         {"url": URL, "region_fd": "-1"},
+        {"url": URL, "encrypt": "yes"},
+        {"url": URL, "encrypt": "1", "engine": "libnfs-python"},
         {"url": URL, "owner": "box/10000", "owner_record": ".x"},
         {"url": URL, "owner": f"{BOOT}/10000"},
         {"url": URL, "owner": f"{BOOT}/soon", "owner_record": ".x"},

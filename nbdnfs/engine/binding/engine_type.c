@@ -26,11 +26,12 @@ static int parse_options(PyObject *args, PyObject *kwargs, struct engine_options
 	static char *names[] = { "url", "address", "region_fd", "region_pages", "connections", "stable_writes",
 				 "read_ahead_pages", "connect_timeout_s", "soft_limit_ms", "gone_limit_ms",
 				 "silence_ms", "owner_path", "owner_identity", "owner_refresh_ms",
-				 "exit_status_when_stolen", "transport", NULL };
+				 "exit_status_when_stolen", "transport", "encrypt", "clear_bytes", NULL };
 	struct nfsio_options *nfs = &options->nfs;
 	struct owner_options *owner = &options->owner;
 	const char *transport = "wire";
-	int stable_writes = 0;
+	int stable_writes = 0, encrypt = 0;
+	unsigned clear_bytes = SLOT_BYTES;
 
 	*options = (struct engine_options){
 		.nfs = { .connect_timeout_s = CONNECT_TIMEOUT_S, .gone_limit_ms = GONE_LIMIT_MS },
@@ -40,19 +41,25 @@ static int parse_options(PyObject *args, PyObject *kwargs, struct engine_options
 		.read_ahead_pages = 64,
 		.owner = { .refresh_ms = OWNER_REFRESH_MS },
 	};
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$iIIpIIIIIzzIis", names, &nfs->url, &nfs->address,
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$iIIpIIIIIzzIispI", names, &nfs->url, &nfs->address,
 					 &options->region_fd, &options->region_pages, &options->connections,
 					 &stable_writes, &options->read_ahead_pages, &nfs->connect_timeout_s,
 					 &nfs->soft_limit_ms, &nfs->gone_limit_ms, &nfs->silence_ms, &owner->path,
 					 &owner->identity, &owner->refresh_ms, &options->exit_status_when_stolen,
-					 &transport))
+					 &transport, &encrypt, &clear_bytes))
 		return -1;
 	options->stable_writes = stable_writes;
+	options->encrypt = encrypt;
+	options->clear_bytes = clear_bytes;
 	if (parse_transport(transport, &nfs->transport) < 0)
 		return -1;
 	if (options->region_pages < ENGINE_REGION_PAGES_MIN || options->connections < 1 ||
 	    options->connections > ENGINE_CONNECTIONS_MAX) {
 		PyErr_SetString(PyExc_ValueError, "region_pages must be 256 or more, connections 1 to 16");
+		return -1;
+	}
+	if (clear_bytes % SLOT_BYTES != 0) {
+		PyErr_SetString(PyExc_ValueError, "clear_bytes must be a multiple of 4096");
 		return -1;
 	}
 	if ((owner->path == NULL) != (owner->identity == NULL) || owner->refresh_ms == 0) {
@@ -189,6 +196,13 @@ static PyObject *engine_get_size(struct engine_object *self, void *unused)
 	return PyLong_FromUnsignedLongLong(engine_size_bytes(self->engine));
 }
 
+static PyObject *engine_get_encrypted(struct engine_object *self, void *unused)
+{
+	if (self->engine == NULL)
+		return closed();
+	return PyBool_FromLong(engine_is_encrypted(self->engine));
+}
+
 static PyObject *engine_counters(struct engine_object *self, PyObject *unused)
 {
 	if (self->engine == NULL)
@@ -210,6 +224,7 @@ static PyMethodDef engine_methods[] = {
 
 static PyGetSetDef engine_getset[] = {
 	{ "size_bytes", (getter)engine_get_size, NULL, "the device's size", NULL },
+	{ "is_encrypted", (getter)engine_get_encrypted, NULL, "whether pages are encrypted on the server", NULL },
 	{ NULL, NULL, NULL, NULL, NULL },
 };
 
@@ -222,7 +237,8 @@ static PyType_Slot engine_slots[] = {
 	  (void *)"Engine(url, address, *, region_fd=-1, region_pages=4096, connections=1, stable_writes=False, "
 		  "read_ahead_pages=64, connect_timeout_s=15, soft_limit_ms=0, gone_limit_ms=300000, "
 		  "silence_ms=15000, owner_path=None, owner_identity=None, owner_refresh_ms=10000, "
-		  "exit_status_when_stolen=0, transport='wire'): a block device over a file on an NFS server" },
+		  "exit_status_when_stolen=0, transport='wire', encrypt=False, clear_bytes=4096): "
+		  "a block device over a file on an NFS server" },
 	{ 0, NULL },
 };
 

@@ -2,6 +2,8 @@
 /* The module nbdnfs.engine._engine. */
 #include "binding/binding.h"
 
+#include "base/cipher.h"
+
 #include <errno.h>
 #ifdef __GLIBC__
 #include <nss.h>
@@ -23,11 +25,18 @@ static PyObject *forget_services(PyObject *module, PyObject *unused)
 	Py_RETURN_NONE;
 }
 
+static PyObject *warm_cipher(PyObject *module, PyObject *unused)
+{
+	return none_or_errno(cipher_init());
+}
+
 static PyMethodDef module_methods[] = {
 	{ "keep_thread_states", keep_thread_states, METH_NOARGS,
 	  "keep_thread_states(): keep a state for each thread that Python did not start (nbdkit's)" },
 	{ "forget_services", forget_services, METH_NOARGS,
 	  "forget_services(): from now on, looking up the name of a port reads no file and finds nothing" },
+	{ "warm_cipher", warm_cipher, METH_NOARGS,
+	  "warm_cipher(): run all code that encrypting pages needs, so that locked memory has it" },
 	{ NULL, NULL, 0, NULL },
 };
 

@@ -31,13 +31,19 @@ static uint64_t hash_path(const char *url)
 	return hash;
 }
 
+static enum region_version new_region_version(const struct engine *engine)
+{
+	return engine->options.encrypt ? REGION_ENCRYPTED : REGION_PLAIN;
+}
+
 /*
  * Its size is what the server says, and so is what the region locks. A region that a worker has left is taken over
  * whatever its size: it is in memory already, with acknowledged pages. Returns 0, or -EFBIG and *why.
  */
 static int check_memory(const struct engine *engine, struct nfsio_failure *why)
 {
-	uint64_t bytes = region_size_bytes(engine->size_bytes, engine->options.region_pages);
+	uint64_t bytes = region_size_bytes(engine->size_bytes, engine->options.region_pages,
+					   new_region_version(engine));
 	uint64_t memory_bytes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGE_SIZE);
 	uint64_t limit_bytes = memory_bytes / ENGINE_MEMORY_SHARE;
 	char message[sizeof(why->message)];
@@ -65,11 +71,23 @@ static int map_region(struct engine *engine, const struct nfsio_stat *st, struct
 		.fileid = st->fileid,
 		.path_hash = hash_path(engine->options.nfs.url),
 	};
+	const struct region_plan plan = {
+		.slot_count = engine->options.region_pages,
+		.version = new_region_version(engine),
+		.clear_bytes = engine->options.clear_bytes,
+	};
 	char message[128];
-	int error = region_map(&engine->region, engine->options.region_fd, &identity, engine->options.region_pages,
-			       message, sizeof(message));
+	int error;
 
-	return error == 0 ? 0 : fail(why, error, message[0] != '\0' ? message : strerror(-error));
+	error = region_map(&engine->region, engine->options.region_fd, &identity, &plan, message, sizeof(message));
+	if (error != 0)
+		return fail(why, error, message[0] != '\0' ? message : strerror(-error));
+	if (engine_is_encrypted(engine) && cipher_init() != 0)
+		return fail(why, -ENOSYS, "libsodium cannot be used on this machine");
+	if (engine_is_encrypted(engine) != engine->options.encrypt)
+		log_line("pages are%s encrypted, as when the device started; the setting counts when it starts again",
+			 engine_is_encrypted(engine) ? "" : " not");
+	return 0;
 }
 
 static int make_buffers(struct engine *engine)
@@ -232,7 +250,9 @@ static void free_engine(struct engine *engine)
 	if (engine->cache != NULL)
 		cache_destroy(engine->cache);
 	free(engine->buffers);
-	if (engine->region.header != NULL)
+	if (engine->region.header != NULL && engine->own_region)
+		region_discard(&engine->region);
+	else if (engine->region.header != NULL)
 		region_unmap(&engine->region);
 	pthread_cond_destroy(&engine->work);
 	pthread_cond_destroy(&engine->progress);
@@ -312,6 +332,11 @@ void engine_destroy(struct engine *engine)
 	engine_unlock(engine);
 	pthread_join(engine->flusher, NULL);
 	free_engine(engine);
+}
+
+bool engine_is_encrypted(const struct engine *engine)
+{
+	return engine->region.keys != NULL;
 }
 
 uint64_t engine_size_bytes(const struct engine *engine)

@@ -28,7 +28,8 @@
 #define ENGINE_REGION_PAGES_MIN 256
 #define ENGINE_CONNECTIONS_MAX 16
 /*
- * A region (region.h: slots, and a table that grows with the device, a little over 1 MiB for each GiB) may have this
+ * A region (region.h: slots, and a table that grows with the device, a little over 1 MiB for each GiB, 2 MiB with
+ * encryption) may have this
  * share of the machine's memory, but always so many bytes.
  */
 #define ENGINE_MEMORY_SHARE 8
@@ -40,6 +41,8 @@ struct engine_options {
 	struct nfsio_options nfs;
 	int region_fd;          /* a memfd that remains the caller's; -1: the engine makes one */
 	uint32_t region_pages;  /* slots of a region that is new */
+	bool encrypt;           /* the pages of a region that is new; one that was made before stays as it is */
+	uint64_t clear_bytes;   /* with `encrypt`: what stays readable from the device's start; whole pages */
 	unsigned connections;   /* 1 to ENGINE_CONNECTIONS_MAX; all but the first serve one reader at a time */
 	bool stable_writes;     /* write with FILE_SYNC, rather than UNSTABLE and COMMIT */
 	uint32_t read_ahead_pages; /* the most to have ready for one reader; 0: no read-ahead */
@@ -65,6 +68,8 @@ int engine_create(const struct engine_options *options, struct engine **engine, 
 void engine_destroy(struct engine *engine);
 
 uint64_t engine_size_bytes(const struct engine *engine);
+/* As its region was made. */
+bool engine_is_encrypted(const struct engine *engine);
 struct region_header *engine_region(const struct engine *engine);
 
 int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes);

@@ -76,7 +76,7 @@ void file_look(struct engine *engine)
 }
 
 /* A page by which nfsio recognises the file (nfsio_recognise()). In nfsio's threads, without a lock. */
-static bool sample_page(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc)
+static bool sample_page(void *context, unsigned number, uint64_t *offset_bytes, uint64_t *proof)
 {
 	struct engine *engine = context;
 	uint64_t page = 0;
@@ -84,10 +84,19 @@ static bool sample_page(void *context, unsigned number, uint64_t *offset_bytes, 
 
 	engine_lock(engine);
 	/* spread over the device: where one page is wrong, its neighbours may be, too */
-	found = cache_known_page(engine->cache, number * 0x9e3779b97f4a7c15u % engine->region.page_count, &page, crc);
+	found = cache_known_page(engine->cache, number * 0x9e3779b97f4a7c15u % engine->region.page_count, &page,
+				 proof);
 	engine_unlock(engine);
 	*offset_bytes = page * SLOT_BYTES;
 	return found;
+}
+
+/* Whether it is the page, as the server returned it. In nfsio's threads. */
+static bool is_sample(void *context, uint64_t offset_bytes, uint64_t proof, uint8_t *data)
+{
+	struct engine *engine = context;
+
+	return proof_open(&engine->region, offset_bytes / SLOT_BYTES, proof, data);
 }
 
 /* The condition of a connection has changed: sum up all of them. In nfsio's threads, without a lock. */
@@ -125,6 +134,8 @@ static void condition_changed(void *context)
 
 void file_watch(struct engine *engine, struct nfsio *io, uint8_t *page)
 {
-	nfsio_recognise(io, sample_page, engine, page);
+	static const struct nfsio_samples samples = { .choose = sample_page, .is_right = is_sample };
+
+	nfsio_recognise(io, &samples, engine, page);
 	nfsio_watch(io, condition_changed, engine);
 }

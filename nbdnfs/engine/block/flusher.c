@@ -247,6 +247,9 @@ static void start_write_back(struct engine *engine, struct write_back *write_bac
 	count(&counters(engine)->nfs_written_bytes, write_back->req.length_bytes);
 	count(&counters(engine)->nfs_in_flight, 1);
 	engine_unlock(engine);
+	for (uint32_t i = 0; i < write_back->pages.count; i++)
+		proof_seal(&engine->region, write_back->pages.first_page + i, write_back->pages.proofs[i],
+			   write_back->data + (size_t)i * SLOT_BYTES);
 	nfsio_submit(engine->ios[0], &write_back->req);
 	engine_lock(engine);
 }

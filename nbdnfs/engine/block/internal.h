@@ -16,6 +16,7 @@
 
 #include "base/assert.h"
 #include "region/cache.h"
+#include "region/proof.h"
 #include "block/engine.h"
 #include "block/streams.h"
 
@@ -57,6 +58,7 @@ struct fetch {
 	uint64_t first_page;
 	uint64_t number;
 	uint32_t count;
+	uint64_t proofs[FETCH_PAGES]; /* of its pages */
 	uint8_t *data;          /* FETCH_PAGES pages, while it is busy */
 	uint64_t started_us;
 	bool busy;              /* guarded by engine->lock */

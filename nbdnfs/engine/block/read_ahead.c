@@ -2,21 +2,21 @@
 /* Read-ahead: fetch into slots what streams.h expects a reader to want next. */
 #include "block/internal.h"
 
-#include "base/crc32c.h"
-
 static void fetch_done(struct nfsio_req *req)
 {
 	struct fetch *fetch = (struct fetch *)req;
 	struct engine *engine = fetch->engine;
 	bool ok = req->error == 0 && req->moved_bytes == req->length_bytes &&
 		  req->offset_bytes + req->length_bytes <= file_truncated_bytes(engine);
-	uint32_t crcs[FETCH_PAGES];
+	bool are_right[FETCH_PAGES];
 
 	count_duration(counters(engine)->nfs_read_us, now_us() - fetch->started_us);
 	for (uint32_t i = 0; ok && i < fetch->count; i++)
-		crcs[i] = crc32c(fetch->data + (size_t)i * SLOT_BYTES, SLOT_BYTES);
+		are_right[i] = proof_open(&engine->region, fetch->first_page + i, fetch->proofs[i],
+					  fetch->data + (size_t)i * SLOT_BYTES);
 	engine_lock(engine);
-	cache_fetch_done(engine->cache, fetch->first_page, fetch->count, fetch->number, ok ? fetch->data : NULL, crcs);
+	cache_fetch_done(engine->cache, fetch->first_page, fetch->count, fetch->number, ok ? fetch->data : NULL,
+			 are_right);
 	assert(fetch->busy && engine->spare_count < LONG_BUFFERS);
 	fetch->busy = false;
 	engine->spare[engine->spare_count++] = fetch->data;
@@ -45,7 +45,7 @@ static void fetch_pages(struct engine *engine, uint64_t first_page, uint32_t pag
 		    cache_unstable_count(engine->cache) >= engine->region.slot_count * 3 / 4)
 			return;
 		fetch->number = ++engine->fetch_number;
-		fetch->count = cache_fetch_begin(engine->cache, first_page, most, fetch->number);
+		fetch->count = cache_fetch_begin(engine->cache, first_page, most, fetch->number, fetch->proofs);
 		assert(fetch->count <= most);
 		if (fetch->count == 0) {
 			first_page++; /* the cache has it: go on after it */

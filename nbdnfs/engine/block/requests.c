@@ -2,7 +2,6 @@
 /* Requests: read, write, flush and trim. */
 #include "block/internal.h"
 
-#include "base/crc32c.h"
 #include "base/log.h"
 
 #include <errno.h>
@@ -12,7 +11,7 @@
 #define BATCH_PAGES 64
 /* Pages that are forgotten in one go: a TRIM may be of a million. */
 #define TRIM_PAGES 1024
-/* How often a page whose checksum is wrong is read again. */
+/* How often a page that does not agree with its proof is read again. */
 #define CHECKSUM_TRIES 3
 
 static int check_range(const struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes)
@@ -61,26 +60,30 @@ static int result_of(struct engine *engine)
 static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 {
 	struct region_counters *c = counters(engine);
-	uint32_t found = crc32c(data, SLOT_BYTES);
 
 	for (int tries = 0;; tries++) {
 		struct nfsio_req req = {
 			.op = NFSIO_READ, .offset_bytes = page * SLOT_BYTES, .length_bytes = SLOT_BYTES, .data = data
 		};
 		enum cache_lookup newer = CACHE_MISS;
-		uint32_t wanted;
+		uint64_t proof;
 		int error;
 
 		engine_lock(engine);
-		wanted = cache_checksum(engine->cache, page);
-		if (wanted != 0 && wanted != found)
-			while ((newer = cache_read(engine->cache, page, data)) == CACHE_WAIT)
-				engine_wait(engine, NO_END); /* until the fetch ends, as every READ does */
+		proof = cache_proof(engine->cache, page);
 		engine_unlock(engine);
-		if (newer == CACHE_HIT || (wanted != 0 && wanted == found))
-			return 0;
-		if (wanted == 0) /* beyond a truncation the file may have zeros again, which are not what was written */
+		if (proof_open(&engine->region, page, proof, data)) {
+			if (proof != NO_PROOF)
+				return 0;
+			/* beyond a truncation the file may have zeros again, which are not what was written */
 			return (page + 1) * SLOT_BYTES <= file_truncated_bytes(engine) ? 0 : -EIO;
+		}
+		engine_lock(engine);
+		while ((newer = cache_read(engine->cache, page, data)) == CACHE_WAIT)
+			engine_wait(engine, NO_END); /* until the fetch ends, as every READ does */
+		engine_unlock(engine);
+		if (newer == CACHE_HIT)
+			return 0;
 		if (tries == CHECKSUM_TRIES)
 			break;
 		count(&c->checksum_rereads, 1);
@@ -89,7 +92,6 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 			return error;
 		if (req.moved_bytes != SLOT_BYTES)
 			return -EIO;
-		found = crc32c(data, SLOT_BYTES);
 	}
 	count(&c->checksum_failures, 1);
 	log_line("page %llu of the backing file is not what was written to it: the server lost or changed it",
@@ -273,20 +275,21 @@ static bool may_fill(const struct engine *engine, uint64_t page, bool fua)
 /* Write at most BATCH_PAGES pages. After an error, some of them may be written. */
 static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page, uint32_t pages, bool fua)
 {
-	uint32_t crcs[BATCH_PAGES], filled = 0;
+	uint64_t proofs[BATCH_PAGES];
+	uint32_t filled = 0;
 	uint64_t since_ms = now_ms();
 	bool was_idle;
 	int error = 0;
 
 	assert(pages <= BATCH_PAGES);
 	for (uint32_t i = 0; i < pages; i++)
-		crcs[i] = crc32c(data + (size_t)i * SLOT_BYTES, SLOT_BYTES);
+		proofs[i] = proof_of(&engine->region, data + (size_t)i * SLOT_BYTES);
 	engine_lock(engine);
 	was_idle = cache_unstable_count(engine->cache) == 0;
 	for (uint32_t i = 0; i < pages && error == 0; i++) {
 		enum cache_store stored;
 
-		while ((stored = cache_write(engine->cache, page + i, data + (size_t)i * SLOT_BYTES, crcs[i],
+		while ((stored = cache_write(engine->cache, page + i, data + (size_t)i * SLOT_BYTES, proofs[i],
 					     may_fill(engine, page + i, fua))) == CACHE_FULL &&
 		       error == 0) {
 			count(&counters(engine)->stalls, 1);

@@ -182,8 +182,8 @@ struct nfsio {
 	struct nfsio_state state;
 	nfsio_changed_fn changed; /* of nfsio_watch(); NULL: not called yet */
 	void *changed_context;
-	/* of nfsio_recognise(); sample NULL: another handle is the file's if number and size fit */
-	nfsio_sample_fn sample;
+	/* of nfsio_recognise(); samples NULL: another handle is the file's if number and size fit */
+	const struct nfsio_samples *samples;
 	void *sample_context;
 	uint8_t *sample_page;
 	bool broken;            /* the connection met an error: the I/O thread throws it away */

@@ -218,12 +218,16 @@ bool nfsio_is_unlinked(const struct nfsio *io);
 
 /*
  * How the file is recognised when the server has another handle for it (its disk has another number after a boot), as
- * opposed to a new file that has the old one's number: by pages whose bytes are known. `sample` is called in nfsio's
- * thread, without a lock, with the number of the try. It returns false when no page is known, else true with the page's
- * place and CRC-32C. `page` is room for 4096 bytes.
+ * opposed to a new file that has the old one's number: by pages whose bytes are known. Both are called in nfsio's
+ * thread, without a lock. `samples` is constant; `page` is room for 4096 bytes.
  */
-typedef bool (*nfsio_sample_fn)(void *context, unsigned number, uint64_t *offset_bytes, uint32_t *crc);
-void nfsio_recognise(struct nfsio *io, nfsio_sample_fn sample, void *context, uint8_t *page);
+struct nfsio_samples {
+	/* With the number of the try. False when no page is known, else its place, and what is_right() is given. */
+	bool (*choose)(void *context, unsigned number, uint64_t *offset_bytes, uint64_t *proof);
+	/* Is the page that the server returned the one that is known? It may change `data`. */
+	bool (*is_right)(void *context, uint64_t offset_bytes, uint64_t proof, uint8_t *data);
+};
+void nfsio_recognise(struct nfsio *io, const struct nfsio_samples *samples, void *context, uint8_t *page);
 
 /*
  * The least size that the file has had since it was opened; UINT64_MAX while that is what it had then. Beyond it, the

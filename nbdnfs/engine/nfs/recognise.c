@@ -2,8 +2,6 @@
 /* After a reconnect: is the file that has the name now the file that was opened? */
 #include "nfs/connecting.h"
 
-#include "base/crc32c.h"
-
 #include <errno.h>
 #include <string.h>
 
@@ -82,22 +80,22 @@ static bool was_compared(const struct samples *samples, uint64_t offset)
 /* Compare the file with what is known of its bytes. Returns 0, or -errno when that could not be done. */
 static int compare_samples(struct nfsio *io, const struct connection *made, struct samples *found)
 {
-	nfsio_sample_fn sample;
+	const struct nfsio_samples *samples;
 	void *context;
 	uint8_t *page;
 
 	*found = (struct samples){ 0 };
 	pthread_mutex_lock(&io->lock);
-	sample = io->sample;
+	samples = io->samples;
 	context = io->sample_context;
 	page = io->sample_page;
 	pthread_mutex_unlock(&io->lock);
 	for (unsigned number = 0; number < SAMPLES; number++) {
 		uint64_t offset;
-		uint32_t crc;
+		uint64_t proof;
 		int error;
 
-		if (sample == NULL || !sample(context, number, &offset, &crc))
+		if (samples == NULL || !samples->choose(context, number, &offset, &proof))
 			break;
 		if (was_compared(found, offset))
 			continue;
@@ -105,7 +103,7 @@ static int compare_samples(struct nfsio *io, const struct connection *made, stru
 		if (error != 0 && error != -ENODATA)
 			return error;
 		found->offsets[found->known++] = offset;
-		if (error == 0 && crc32c(page, SAMPLE_BYTES) == crc)
+		if (error == 0 && samples->is_right(context, offset, proof, page))
 			found->right++;
 	}
 	return 0;
@@ -141,10 +139,10 @@ int is_same_file(struct nfsio *io, const struct connection *made)
 	return found.right >= SURE_SAMPLES && found.right == found.known;
 }
 
-void nfsio_recognise(struct nfsio *io, nfsio_sample_fn sample, void *context, uint8_t *page)
+void nfsio_recognise(struct nfsio *io, const struct nfsio_samples *samples, void *context, uint8_t *page)
 {
 	pthread_mutex_lock(&io->lock);
-	io->sample = sample;
+	io->samples = samples;
 	io->sample_context = context;
 	io->sample_page = page;
 	pthread_mutex_unlock(&io->lock);

@@ -4,20 +4,17 @@
 
 #include <stdlib.h>
 
-#include "base/crc32c.h"
-
-/* The table has 0 for "unknown": a page whose checksum happens to be 0 is not checked. */
-uint32_t cache_checksum(const struct cache *cache, uint64_t page)
+uint64_t cache_proof(const struct cache *cache, uint64_t page)
 {
-	return checksum_of(cache, page);
+	return known_proof(cache, page);
 }
 
-bool cache_known_page(const struct cache *cache, uint64_t from, uint64_t *page, uint32_t *crc)
+bool cache_known_page(const struct cache *cache, uint64_t from, uint64_t *page, uint64_t *proof)
 {
 	if (!page_set_next(&cache->known, from, page) && !page_set_next(&cache->known, 0, page))
 		return false;
-	*crc = checksum_of(cache, *page);
-	assert(*crc != 0);
+	*proof = known_proof(cache, *page);
+	assert(*proof != NO_PROOF);
 	return true;
 }
 
@@ -37,7 +34,7 @@ static bool make_sets(struct cache *cache)
 		if (atomic_load_explicit(&cache->region->filled[word], memory_order_relaxed) != 0)
 			page_set_put(&cache->filled_words, word, true);
 	for (uint64_t page = 0; page < pages; page++)
-		if (checksum_of(cache, page) != 0)
+		if (known_proof(cache, page) != NO_PROOF)
 			page_set_put(&cache->known, page, true);
 	return true;
 }
@@ -58,7 +55,7 @@ static void take_over_slots(struct cache *cache)
 		}
 		/* the slot is right: the worker may have been killed before it set these */
 		set_filled(cache, page, false);
-		set_word(cache, page, crc32c(data_of(cache, index), SLOT_BYTES));
+		set_entry(cache, page, proof_of(region, data_of(cache, index)));
 		cache->sequence++;
 		slot_init_page(cache, index, page);
 		slot_became_dirty(cache, index);
@@ -127,7 +124,7 @@ enum cache_lookup cache_read(struct cache *cache, uint64_t page, uint8_t *data)
 		return CACHE_HIT;
 	}
 	if (is_filled(cache, page)) {
-		fill(data, word_of(cache, page));
+		fill(data, (uint32_t)entry_of(cache, page));
 		return CACHE_HIT;
 	}
 	return CACHE_MISS;
@@ -144,7 +141,7 @@ static void forget(struct cache *cache, uint64_t page)
 }
 
 /* Put bytes into the page's slot, or a new one. Returns false when there is none. */
-static bool store(struct cache *cache, uint64_t page, const uint8_t *data, uint32_t crc)
+static bool store(struct cache *cache, uint64_t page, const uint8_t *data, uint64_t proof)
 {
 	uint32_t index = slot_find(cache, page);
 
@@ -159,20 +156,20 @@ static bool store(struct cache *cache, uint64_t page, const uint8_t *data, uint3
 	slot_became_dirty(cache, index);
 	/* if killed here: the slot is right, see cache_create() */
 	set_filled(cache, page, false);
-	set_word(cache, page, crc);
+	set_entry(cache, page, proof);
 	return true;
 }
 
-enum cache_store cache_write(struct cache *cache, uint64_t page, const uint8_t *data, uint32_t crc, bool may_fill)
+enum cache_store cache_write(struct cache *cache, uint64_t page, const uint8_t *data, uint64_t proof, bool may_fill)
 {
 	uint32_t word;
 
 	cache->sequence++;
 	if (!may_fill || !is_one_word(data))
-		return store(cache, page, data, crc) ? CACHE_STORED : CACHE_FULL;
+		return store(cache, page, data, proof) ? CACHE_STORED : CACHE_FULL;
 	memcpy(&word, data, sizeof(word));
 	/* if killed after the first of these: the page on the NAS does not match, which is EIO, not wrong bytes */
-	set_word(cache, page, word);
+	set_entry(cache, page, word);
 	set_filled(cache, page, true);
 	forget(cache, page);
 	return CACHE_FILLED;
@@ -180,7 +177,7 @@ enum cache_store cache_write(struct cache *cache, uint64_t page, const uint8_t *
 
 void cache_trim(struct cache *cache, uint64_t page)
 {
-	set_word(cache, page, 0);
+	set_entry(cache, page, NO_PROOF);
 	set_filled(cache, page, false);
 	forget(cache, page);
 }
@@ -226,9 +223,9 @@ enum cache_materialise cache_materialise(struct cache *cache, uint64_t *page, ui
 		*page = first + (uint64_t)__builtin_ctzll(bits);
 		if (done++ == most)
 			return CACHE_MORE;
-		fill(data, word_of(cache, *page));
+		fill(data, (uint32_t)entry_of(cache, *page));
 		cache->sequence++;
-		if (!store(cache, *page, data, crc32c(data, SLOT_BYTES)))
+		if (!store(cache, *page, data, proof_of(cache->region, data)))
 			return CACHE_NO_SLOT;
 	}
 	return CACHE_MATERIALISED;

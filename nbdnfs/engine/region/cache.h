@@ -52,10 +52,10 @@ enum cache_lookup cache_read(struct cache *cache, uint64_t page, uint8_t *data);
 enum cache_store { CACHE_STORED, CACHE_FILLED, CACHE_FULL };
 
 /*
- * Store a page; `crc` is its checksum. With `may_fill`, a page that repeats one word becomes filled (CACHE_FILLED), and
- * the NAS does not get it before cache_materialise().
+ * Store a page; `proof` is its own (proof.h). With `may_fill`, a page that repeats one word becomes filled
+ * (CACHE_FILLED), and the NAS does not get it before cache_materialise().
  */
-enum cache_store cache_write(struct cache *cache, uint64_t page, const uint8_t *data, uint32_t crc, bool may_fill);
+enum cache_store cache_write(struct cache *cache, uint64_t page, const uint8_t *data, uint64_t proof, bool may_fill);
 
 /*
  * Forget a page: its writes are not unstable any more. A write-back of it goes on; its slot is reused only after that.
@@ -77,14 +77,14 @@ bool cache_page_is_stable(const struct cache *cache, uint64_t page, uint64_t seq
 enum cache_materialise { CACHE_MATERIALISED, CACHE_MORE, CACHE_NO_SLOT };
 enum cache_materialise cache_materialise(struct cache *cache, uint64_t *page, uint32_t most);
 
-/* The CRC-32C that the page has on the NAS, 0 when that is not known. */
-uint32_t cache_checksum(const struct cache *cache, uint64_t page);
+/* The proof of what the page is on the NAS, NO_PROOF when that is not known. */
+uint64_t cache_proof(const struct cache *cache, uint64_t page);
 
 /*
- * A page that the NAS has stably as it was last written, with its CRC-32C: the first from `from` on, and from the
+ * A page that the NAS has stably as it was last written, with its proof: the first from `from` on, and from the
  * device's start after its end. Returns false when there is none.
  */
-bool cache_known_page(const struct cache *cache, uint64_t from, uint64_t *page, uint32_t *crc);
+bool cache_known_page(const struct cache *cache, uint64_t from, uint64_t *page, uint64_t *proof);
 
 /* ---- writing back ---- */
 
@@ -100,11 +100,12 @@ struct page_run {
 	 */
 	bool is_overtaken;
 	uint32_t slots[RUN_PAGES_MAX];
+	uint64_t proofs[RUN_PAGES_MAX];
 };
 
 /*
- * Take the run around the oldest dirty page that is not held, at most `most` pages, and copy it to `data`. Returns
- * false when no page can be taken.
+ * Take the run around the oldest dirty page that is not held, at most `most` pages, and copy it to `data`, as it was
+ * written to the device. Returns false when no page can be taken.
  */
 bool cache_take_page_run(struct cache *cache, uint32_t most, struct page_run *run, uint8_t *data);
 
@@ -145,15 +146,17 @@ uint32_t cache_unstable_count(const struct cache *cache); /* all that the NAS do
 
 /*
  * Reserve free or clean slots for up to `count` pages from `first_page` on, for fetch number `fetch`. Returns the
- * number of pages: it stops at the first page that the cache has already, and when slots run out.
+ * number of pages, and their proofs, which hold until the fetch ends or their pages are written or trimmed. It stops at
+ * the first page that the cache has already, and when slots run out.
  */
-uint32_t cache_fetch_begin(struct cache *cache, uint64_t first_page, uint32_t count, uint64_t fetch);
+uint32_t cache_fetch_begin(struct cache *cache, uint64_t first_page, uint32_t count, uint64_t fetch, uint64_t *proofs);
 /*
- * Fetch number `fetch` has ended: `data` holds the pages, `crcs` their checksums. Pages that were written or trimmed
- * meanwhile stay as they are; pages whose checksum is wrong are dropped. `data` NULL: the fetch failed.
+ * Fetch number `fetch` has ended: `data` holds the pages, and `are_right` whether each agrees with its proof from
+ * cache_fetch_begin(). Pages that were written or trimmed meanwhile stay as they are; those that are not right are
+ * dropped. `data` NULL: the fetch failed.
  */
 void cache_fetch_done(struct cache *cache, uint64_t first_page, uint32_t count, uint64_t fetch, const uint8_t *data,
-		      const uint32_t *crcs);
+		      const bool *are_right);
 
 /* The number of pages that were read ahead and dropped unread since the last call. */
 uint32_t cache_take_wasted(struct cache *cache);

@@ -18,6 +18,7 @@
 #include "base/assert.h"
 #include "region/cache.h"
 #include "region/page_set.h"
+#include "region/proof.h"
 
 #include <string.h>
 
@@ -105,10 +106,11 @@ static inline bool is_filled(const struct cache *cache, uint64_t page)
 	return atomic_load_explicit(&cache->region->filled[page / 64], memory_order_relaxed) >> (page % 64) & 1;
 }
 
-static inline uint32_t word_of(const struct cache *cache, uint64_t page)
+/* Of the page table: the page's proof, or the word that it repeats where it is filled. */
+static inline uint64_t entry_of(const struct cache *cache, uint64_t page)
 {
 	assert(page < cache->region->page_count);
-	return atomic_load_explicit(&cache->region->page_table[page], memory_order_relaxed);
+	return region_entry(cache->region, page);
 }
 
 static inline void set_filled(struct cache *cache, uint64_t page, bool filled)
@@ -124,10 +126,10 @@ static inline void set_filled(struct cache *cache, uint64_t page, bool filled)
 	page_set_put(&cache->filled_words, page / 64, atomic_load_explicit(word, memory_order_relaxed) != 0);
 }
 
-static inline void set_word(struct cache *cache, uint64_t page, uint32_t word)
+static inline void set_entry(struct cache *cache, uint64_t page, uint64_t entry)
 {
 	assert(page < cache->region->page_count);
-	atomic_store_explicit(&cache->region->page_table[page], word, memory_order_release);
+	region_set_entry(cache->region, page, entry);
 }
 
 /* An unstable write by its number on the list: twice its slot's, and one more for the second of a slot. */
@@ -136,10 +138,10 @@ static inline struct unstable_write *slot_write(const struct cache *cache, uint3
 	return &cache->slots[number / 2].writes[number % 2];
 }
 
-/* The CRC-32C of what was last written to the page, 0: unknown. */
-static inline uint32_t checksum_of(const struct cache *cache, uint64_t page)
+/* The proof of what was last written to the page. */
+static inline uint64_t known_proof(const struct cache *cache, uint64_t page)
 {
-	return is_filled(cache, page) ? 0 : word_of(cache, page);
+	return is_filled(cache, page) ? NO_PROOF : entry_of(cache, page);
 }
 
 static inline void fill(uint8_t *data, uint32_t word)

@@ -2,7 +2,7 @@
 /* Reading ahead: slots for pages that are being fetched. */
 #include "region/cache_internal.h"
 
-uint32_t cache_fetch_begin(struct cache *cache, uint64_t first_page, uint32_t count, uint64_t fetch)
+uint32_t cache_fetch_begin(struct cache *cache, uint64_t first_page, uint32_t count, uint64_t fetch, uint64_t *proofs)
 {
 	uint32_t taken;
 
@@ -16,22 +16,20 @@ uint32_t cache_fetch_begin(struct cache *cache, uint64_t first_page, uint32_t co
 		if (index == NO_SLOT)
 			break;
 		slot_begin_fetch(cache, index, fetch);
+		proofs[taken] = known_proof(cache, page);
 	}
 	return taken;
 }
 
 void cache_fetch_done(struct cache *cache, uint64_t first_page, uint32_t count, uint64_t fetch, const uint8_t *data,
-		      const uint32_t *crcs)
+		      const bool *are_right)
 {
 	for (uint32_t i = 0; i < count; i++) {
 		uint32_t index = slot_find(cache, first_page + i);
-		uint32_t wanted;
-		bool is_right;
+		bool is_right = data != NULL && are_right[i];
 
 		if (index == NO_SLOT || !cache->slots[index].fetching || cache->slots[index].fetch != fetch)
 			continue; /* written or trimmed meanwhile */
-		wanted = word_of(cache, first_page + i);
-		is_right = data != NULL && (wanted == 0 || wanted == crcs[i]);
 		if (is_right)
 			memcpy(data_of(cache, index), data + (size_t)i * SLOT_BYTES, SLOT_BYTES);
 		slot_end_fetch(cache, index, is_right);

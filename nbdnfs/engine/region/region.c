@@ -24,16 +24,17 @@ static int check(const struct region_header *header, uint64_t bytes, const struc
 		snprintf(message, message_bytes, "the file is not a region");
 		return -EPROTO;
 	}
-	if (header->version != REGION_VERSION) {
-		snprintf(message, message_bytes, "the region has version %u, this is version %u", header->version,
-			 REGION_VERSION);
+	if (header->version != REGION_PLAIN && header->version != REGION_ENCRYPTED) {
+		snprintf(message, message_bytes, "the region has version %u, this knows %u and %u", header->version,
+			 REGION_PLAIN, REGION_ENCRYPTED);
 		return -EPROTO;
 	}
 	if (memcmp(&header->identity, identity, sizeof(*identity)) != 0) {
 		snprintf(message, message_bytes, "the region belongs to another backing file");
 		return -EINVAL;
 	}
-	if (header->region_bytes != bytes || region_size_bytes(identity->device_bytes, header->slot_count) != bytes) {
+	if (header->region_bytes != bytes ||
+	    region_size_bytes(identity->device_bytes, header->slot_count, header->version) != bytes) {
 		snprintf(message, message_bytes, "the region has %llu bytes, and its header says otherwise",
 			 (unsigned long long)bytes);
 		return -EPROTO;
@@ -86,46 +87,71 @@ static int lock_and_map(struct region *region, uint64_t new_bytes, char *message
 	return 0;
 }
 
-/* Lay out a region that is new, or whose maker was killed before it had put anything in. */
-static void make_header(struct region *region, const struct region_identity *identity, uint32_t slot_count)
+/* Lay out a region that is new, or whose maker was killed before it had put anything in. Returns 0 or -errno. */
+static int make_header(struct region *region, const struct region_identity *identity, const struct region_plan *plan)
 {
 	uint64_t magic;
 
-	region->header->version = REGION_VERSION;
-	region->header->slot_count = slot_count;
+	region->header->version = plan->version;
+	region->header->slot_count = plan->slot_count;
 	region->header->identity = *identity;
 	region->header->region_bytes = region->bytes;
+	if (plan->version == REGION_ENCRYPTED) {
+		int error = cipher_make_keys(&region->header->keys);
+
+		if (error != 0)
+			return error;
+		region->header->clear_bytes = plan->clear_bytes;
+	}
 	memcpy(&magic, MAGIC, sizeof(magic));
 	atomic_store_explicit((_Atomic uint64_t *)(void *)region->header->magic, magic, memory_order_release);
+	return 0;
+}
+
+/*
+ * Others than root's processes may not open it through /proc, and none can truncate it under a worker. Seals are
+ * refused by a memfd that an earlier version has made; it stays as it was.
+ */
+static void protect(const struct region *region)
+{
+	fchmod(region->fd, 0600);
+	fcntl(region->fd, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL);
 }
 
 static void set_parts(struct region *region)
 {
 	struct region_header *header = region->header;
-	struct region_layout at = region_lay_out(header->identity.device_bytes, header->slot_count);
+	struct region_layout at = region_lay_out(header->identity.device_bytes, header->slot_count, header->version);
 
 	assert(at.end == region->bytes);
 	region->slot_count = header->slot_count;
 	region->page_count = header->identity.device_bytes / SLOT_BYTES;
 	region->slots = (void *)((char *)header + (size_t)at.slots);
-	region->page_table = (void *)((char *)header + (size_t)at.page_table);
+	if (header->version == REGION_ENCRYPTED) {
+		region->wide_entries = (void *)((char *)header + (size_t)at.page_table);
+		region->keys = &header->keys;
+		region->clear_pages = header->clear_bytes / SLOT_BYTES;
+	} else {
+		region->narrow_entries = (void *)((char *)header + (size_t)at.page_table);
+	}
 	region->filled = (void *)((char *)header + (size_t)at.filled);
 	region->data = (uint8_t *)header + (size_t)at.data;
 }
 
-int region_map(struct region *region, int fd, const struct region_identity *identity, uint32_t slot_count,
+int region_map(struct region *region, int fd, const struct region_identity *identity, const struct region_plan *plan,
 	       char *message, size_t message_bytes)
 {
-	uint64_t new_bytes = region_size_bytes(identity->device_bytes, slot_count);
+	uint64_t new_bytes = region_size_bytes(identity->device_bytes, plan->slot_count, plan->version);
 	int error;
 
 	message[0] = '\0';
-	if (slot_count > REGION_SLOTS_MAX || identity->device_bytes > REGION_DEVICE_BYTES_MAX) {
+	if (plan->slot_count > REGION_SLOTS_MAX || identity->device_bytes > REGION_DEVICE_BYTES_MAX) {
 		snprintf(message, message_bytes, "a region has at most %u pages, and a device %llu GiB",
 			 REGION_SLOTS_MAX, REGION_DEVICE_BYTES_MAX >> 30);
 		return -EFBIG;
 	}
-	*region = (struct region){ .fd = fd < 0 ? memfd_create("nbdnfs-region", MFD_CLOEXEC) : reopen(fd) };
+	*region = (struct region){ 0 };
+	region->fd = fd < 0 ? memfd_create("nbdnfs-region", MFD_CLOEXEC | MFD_ALLOW_SEALING) : reopen(fd);
 	if (region->fd < 0)
 		return fd < 0 ? -errno : region->fd;
 	error = lock_and_map(region, new_bytes, message, message_bytes);
@@ -134,13 +160,14 @@ int region_map(struct region *region, int fd, const struct region_identity *iden
 		error = -EPROTO;
 	}
 	if (error == 0 && region->header->magic[0] == '\0' && region->bytes == new_bytes)
-		make_header(region, identity, slot_count);
+		error = make_header(region, identity, plan);
 	else if (error == 0)
 		error = check(region->header, region->bytes, identity, message, message_bytes);
 	if (error != 0) {
 		region_unmap(region);
 		return error;
 	}
+	protect(region);
 	set_parts(region);
 	count(&region->header->generation, 1);
 	return 0;
@@ -151,6 +178,13 @@ void region_unmap(struct region *region)
 	if (region->header != NULL)
 		munmap(region->header, region->bytes);
 	close(region->fd);
+	*region = (struct region){ .fd = -1 };
+}
+
+void region_discard(struct region *region)
+{
+	cipher_forget_keys(&region->header->keys);
+	region_unmap(region);
 }
 
 void count_duration(_Atomic uint64_t *histogram, uint64_t us)

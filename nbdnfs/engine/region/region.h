@@ -5,9 +5,15 @@
  *
  *   header | slot table | page table | filled bitmap | slot data
  *
- * The page table has four bytes for each page of the device: the CRC-32C of what was last written (0: unknown),
+ * The page table has an entry for each page of the device: the proof of what was last written (proof.h; 0: unknown),
  * or, where the filled bitmap has the page's bit, the 32-bit word that the whole page repeats. A filled page
  * lives here alone: the NAS does not have it until a FLUSH writes it.
+ *
+ * The version says whether pages are encrypted on the NAS. It is chosen when the region is laid out, and stays, as the
+ * keys do: what is on the NAS can be read in this way alone. Slots are never encrypted: they are locked memory.
+ *
+ *   REGION_PLAIN      entries of 4 bytes, which are CRC-32Cs; what earlier versions of nbdnfs have made, too
+ *   REGION_ENCRYPTED  entries of 8 bytes, which are tags, and keys in the header
  *
  * A worker may be killed between any two instructions. Only what was acknowledged must survive, so each change is made
  * in an order that keeps the old state until the new one is complete; see cache.c.
@@ -23,9 +29,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "base/cipher.h"
+
 /* What one slot holds: a page of the device, which is what "page" means in the engine. The kernel's may be larger. */
 #define SLOT_BYTES 4096u
-#define REGION_VERSION 2u
+enum region_version { REGION_PLAIN = 2, REGION_ENCRYPTED = 3 };
 
 /* Room for sums that do not wrap, and for page numbers in slot_value() and page_set.h. */
 #define REGION_DEVICE_BYTES_MAX (1ull << 48)
@@ -112,11 +120,14 @@ struct region_header {
 	_Atomic uint64_t generation;    /* the number of workers that have mapped it */
 	struct region_counters counters;
 	struct region_waits waits;      /* zeros in a region that an earlier version has made */
+	/* Of REGION_ENCRYPTED; zeros in others. Constant once the magic is there. The keys are written nowhere else. */
+	struct cipher_keys keys;
+	uint64_t clear_bytes;           /* so much of the device is not encrypted: its first page of the kernel */
 };
 
 /*
  * Other processes read the header by offset (nbdnfs/region.py), and the next worker may be of another build.
- * Whoever changes one of these numbers changes REGION_VERSION and the table in Python with it.
+ * Whoever changes one of these numbers adds a version, and changes the table in Python with it.
  */
 #define REGION_COUNTER_COUNT 31
 #define REGION_HISTOGRAM_COUNT 4
@@ -134,8 +145,11 @@ _Static_assert(sizeof(struct region_counters) ==
 	       "layout");
 _Static_assert(offsetof(struct region_header, waits) == 56 + sizeof(struct region_counters), "layout");
 _Static_assert(sizeof(struct region_waits) == (2 + REGION_CONNECTIONS + REGION_REQUESTS) * 8, "layout");
-_Static_assert(sizeof(struct region_header) == 56 + sizeof(struct region_counters) + sizeof(struct region_waits),
-	       "layout");
+#define REGION_KEYS_OFFSET 1600
+_Static_assert(REGION_KEYS_OFFSET == 56 + sizeof(struct region_counters) + sizeof(struct region_waits), "layout");
+_Static_assert(offsetof(struct region_header, keys) == REGION_KEYS_OFFSET, "layout");
+_Static_assert(offsetof(struct region_header, clear_bytes) == REGION_KEYS_OFFSET + 64, "layout");
+_Static_assert(sizeof(struct region_header) == REGION_KEYS_OFFSET + 72, "layout");
 _Static_assert(sizeof(struct region_header) <= SLOT_BYTES, "layout: the slot table begins after one slot's bytes");
 
 /*
@@ -145,17 +159,22 @@ _Static_assert(sizeof(struct region_header) <= SLOT_BYTES, "layout: the slot tab
 typedef _Atomic uint64_t region_slot;
 _Static_assert(sizeof(region_slot) == 8, "layout");
 _Static_assert(sizeof(_Atomic uint32_t) == 4, "layout: an entry of the page table");
+_Static_assert(sizeof(_Atomic uint64_t) == 8, "layout: an entry of the page table");
 
 struct region {
 	int fd;
 	size_t bytes;
 	struct region_header *header;
 	region_slot *slots;
-	_Atomic uint32_t *page_table;   /* guarded by the cache's lock */
+	/* The page table, guarded by the cache's lock: one of these, the other NULL. See region_entry(). */
+	_Atomic uint32_t *narrow_entries;
+	_Atomic uint64_t *wide_entries;
 	_Atomic uint64_t *filled;       /* guarded by the cache's lock */
 	uint8_t *data;                  /* slot n's page at n * SLOT_BYTES */
 	uint32_t slot_count;
 	uint64_t page_count;
+	const struct cipher_keys *keys; /* NULL: the pages are not encrypted */
+	uint64_t clear_pages;           /* so many from the first on are not, either */
 };
 
 /* Where each part begins. In 64 bits on every machine: what does not fit is refused, and must not wrap before that. */
@@ -168,34 +187,61 @@ static inline uint64_t region_round_up(uint64_t bytes)
 	return (bytes + SLOT_BYTES - 1) / SLOT_BYTES * SLOT_BYTES;
 }
 
-static inline struct region_layout region_lay_out(uint64_t device_bytes, uint32_t slot_count)
+static inline struct region_layout region_lay_out(uint64_t device_bytes, uint32_t slot_count,
+						  enum region_version version)
 {
 	uint64_t pages = device_bytes / SLOT_BYTES;
+	uint64_t entry_bytes = version == REGION_ENCRYPTED ? sizeof(uint64_t) : sizeof(uint32_t);
 	struct region_layout at;
 
 	at.slots = region_round_up(sizeof(struct region_header));
 	at.page_table = at.slots + region_round_up(slot_count * (uint64_t)sizeof(region_slot));
-	at.filled = at.page_table + region_round_up(pages * sizeof(uint32_t));
+	at.filled = at.page_table + region_round_up(pages * entry_bytes);
 	at.data = at.filled + region_round_up((pages + 63) / 64 * sizeof(uint64_t));
 	at.end = at.data + (uint64_t)slot_count * SLOT_BYTES;
 	return at;
 }
 
 /* The size of a region with `slot_count` slots for a device of `device_bytes`. */
-static inline uint64_t region_size_bytes(uint64_t device_bytes, uint32_t slot_count)
+static inline uint64_t region_size_bytes(uint64_t device_bytes, uint32_t slot_count, enum region_version version)
 {
-	return region_lay_out(device_bytes, slot_count).end;
+	return region_lay_out(device_bytes, slot_count, version).end;
 }
+
+/* How a region is laid out that is new. One that was made before stays as it is. */
+struct region_plan {
+	uint32_t slot_count;
+	enum region_version version;
+	uint64_t clear_bytes;   /* with REGION_ENCRYPTED: what is not encrypted from the device's start */
+};
 
 /*
  * Map the region behind `fd`, which remains the caller's; with fd -1, make a memfd of the region's own. An empty one is
- * laid out for `identity`. Returns 0 and *region, or -errno and a text in `message`: -EBUSY when another process has
- * mapped it, -EPROTO when it is of another version or damaged, -EINVAL when it belongs to another backing file, -EFBIG
- * when it does not fit in the address space.
+ * laid out for `identity` as planned. The file gets mode 0600, and cannot be resized any more. Returns 0 and *region,
+ * or -errno and a text in `message`: -EBUSY when another process has mapped it, -EPROTO when it is of another version
+ * or damaged, -EINVAL when it belongs to another backing file, -EFBIG when it does not fit in the address space.
  */
-int region_map(struct region *region, int fd, const struct region_identity *identity, uint32_t slot_count,
+int region_map(struct region *region, int fd, const struct region_identity *identity, const struct region_plan *plan,
 	       char *message, size_t message_bytes);
 void region_unmap(struct region *region);
+/* The same of a region that is not needed again: its keys are overwritten first. */
+void region_discard(struct region *region);
+
+/* The page's entry in the page table. */
+static inline uint64_t region_entry(const struct region *region, uint64_t page)
+{
+	return region->wide_entries != NULL ?
+		       atomic_load_explicit(&region->wide_entries[page], memory_order_relaxed) :
+		       atomic_load_explicit(&region->narrow_entries[page], memory_order_relaxed);
+}
+
+static inline void region_set_entry(struct region *region, uint64_t page, uint64_t entry)
+{
+	if (region->wide_entries != NULL)
+		atomic_store_explicit(&region->wide_entries[page], entry, memory_order_release);
+	else
+		atomic_store_explicit(&region->narrow_entries[page], (uint32_t)entry, memory_order_release);
+}
 
 static inline uint64_t slot_value(uint64_t page, enum slot_content content)
 {

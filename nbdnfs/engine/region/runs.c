@@ -108,6 +108,7 @@ bool cache_take_page_run(struct cache *cache, uint32_t most, struct page_run *ru
 		slot_begin_write(cache, index);
 		run->is_overtaken |= cache->slots[index].overtaken;
 		memcpy(data + (size_t)i * SLOT_BYTES, data_of(cache, index), SLOT_BYTES);
+		run->proofs[i] = known_proof(cache, run->first_page + i);
 		run->slots[i] = index;
 	}
 	return true;
