@@ -29,8 +29,7 @@
 #define ENGINE_CONNECTIONS_MAX 16
 /*
  * A region (region.h: slots, and a table that grows with the device, a little over 1 MiB for each GiB, 2 MiB with
- * encryption) may have this
- * share of the machine's memory, but always so many bytes.
+ * encryption) may have this share of the machine's memory, but always so many bytes.
  */
 #define ENGINE_MEMORY_SHARE 8
 #define ENGINE_MEMORY_MIN_BYTES (64u << 20)

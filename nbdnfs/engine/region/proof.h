@@ -7,8 +7,8 @@
  *                   page whose CRC-32C happens to be 0 is not checked.
  * REGION_ENCRYPTED  the page's tag (base/cipher.h); the page is encrypted on the NAS. A page without a proof was not
  *                   written under these keys: what the NAS has of it has no meaning, and it is opened as zeros. The
- *                   pages from the device's start up to `clear_pages` are not encrypted, and are as the NAS has them while
- *                   they have no proof: a swap header is found there after a boot.
+ *                   pages from the device's start up to `clear_pages` are not encrypted, and are as the NAS has them
+ *                   while they have no proof: a swap header is found there after a boot.
  *
  * No locks: what is read of the region is constant.
  */
