@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A seeded fault-injection run: verified reads and writes through a real worker while faults strike at random.
 
-    make faults ARGS="--seconds 600 [--seed N] [--version 4]"
+    make faults ARGS="--seconds 600 [--seed N] [--version 4] [--encrypt]"
 
 The seed, which is printed, decides the faults with their times and each thread's requests; how they coincide is up
 to the machine. Exit status 0: no wrong byte, no error, no request that hung. Needs root, for the server and a small
@@ -34,7 +34,14 @@ _LAST_REQUESTS_S = 60.0
 
 
 def run(
-    *, seconds: float, seed: int, version: int = 3, connections: int = 1, device_bytes: int = 512 * MIB, workdir: Path
+    *,
+    seconds: float,
+    seed: int,
+    version: int = 3,
+    connections: int = 1,
+    device_bytes: int = 512 * MIB,
+    encrypt: bool = False,
+    workdir: Path,
 ) -> tuple[list[str], list[str]]:
     """One run. Returns the failures, as texts, and the lines that the worker logged."""
     draw = random.Random(seed)
@@ -52,6 +59,7 @@ def run(
                 f"--plugin-setting=region_pages={REGION_PAGES}",
                 f"--plugin-setting=connections={connections}",
                 f"--plugin-setting=silence_ms={SILENCE_MS}",
+                f"--plugin-setting=encrypt={int(encrypt)}",
             )
         )
         load = VerifiedLoad(worker.socket, device_bytes, seed=seed)
@@ -63,7 +71,7 @@ def run(
         if not failures:
             if wrong := load.verify():
                 failures.append(f"{wrong} pages of the device are wrong at the end")
-            if wrong := load.verify_file(path):
+            if not encrypt and (wrong := load.verify_file(path)):
                 failures.append(f"{wrong} pages of the file are wrong at the end")
         print(f"{load.requests} requests, the longest took {max(load.longest_s):.1f} s", flush=True)
         said = worker.stderr.read_text(errors="replace").splitlines()
@@ -96,6 +104,7 @@ def main() -> int:
         "--connections", type=int, choices=(1, 2), default=1, help="connections of the worker to the server"
     )
     parser.add_argument("--device-mib", type=int, default=512, help="size of the device")
+    parser.add_argument("--encrypt", action="store_true", help="encrypt the pages on the server")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="nbdnfs-faults-") as folder:
@@ -105,6 +114,7 @@ def main() -> int:
             version=args.version,
             connections=args.connections,
             device_bytes=args.device_mib * MIB,
+            encrypt=args.encrypt,
             workdir=Path(folder),
         )
     if failures:
