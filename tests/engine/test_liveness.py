@@ -276,6 +276,30 @@ def test_a_record_that_is_missing_for_a_moment(nas: FakeNas, open_engine: OpenEn
     assert state(engine) == HELD
 
 
+@pytest.mark.parametrize("looks", [2, 3])
+def test_a_look_that_finds_another_file(nas: FakeNas, open_engine: OpenEngine, said: SaidOnStderr, looks: int) -> None:
+    """LOOKUP was answered with the handle of another file: two looks prove nothing, and three are believed."""
+    engine = own(open_engine, nas)
+    left = [looks]
+
+    def of_another_file(call: NasCall, message: bytes) -> bytes | None:
+        if call.op != "READ" or call.count != 512 or not left[0]:
+            return None
+        left[0] -= 1
+        return rpc_record(message[:-512] + bytes(511) + b"!")
+
+    nas.mutate(of_another_file)
+    wait_until(lambda: not left[0], "it has been answered with")
+    if looks == 2:
+        in_background(write_stably, engine).result(SLACK_S)
+        assert state(engine) == HELD
+        return
+    wait_for_state(engine, STOLEN)
+    said.wait_for("the owner record .swap.owner is damaged: all requests fail from now on")
+    with pytest.raises(OSError, match="Input/output error"):
+        in_background(write_stably, engine).result(SLACK_S)
+
+
 def test_a_directory_with_another_handle(nas: FakeNas, open_engine: OpenEngine) -> None:
     """All handles have changed while the file is the same: the record is looked up in the directory's new one."""
     engine = own(open_engine, nas)

@@ -130,9 +130,11 @@ class Client:
             self.process.stdin.flush()
 
     def said(self) -> str:
-        """The last lines of its log."""
+        """The last lines of its log, and why requests fail."""
         self._log.seek(0)
-        return "\n".join(f"  | {line}" for line in self._log.read().decode(errors="replace").splitlines()[-8:])
+        lines = self._log.read().decode(errors="replace").splitlines()
+        final = [line for line in lines[:-8] if "from now on" in line]
+        return "\n".join(f"  | {line}" for line in (*final, *lines[-8:]))
 
     def end(self) -> int:
         """Kill it if it runs, and return its status."""

@@ -17,11 +17,13 @@
 /* The counter in the record: ten digits behind "nbdnfs owner 1\nrefreshed ". A worker writes no other bytes. */
 #define COUNTER_OFFSET 25u
 #define COUNTER_BYTES 10u
+#define RECORD_HEAD "nbdnfs owner 1\nrefreshed "
+_Static_assert(sizeof(RECORD_HEAD) - 1 == COUNTER_OFFSET, "the counter follows the head");
 
 /* The pause after a look that failed; it doubles. refresh_ms where that is less. */
 #define RETRY_MS 200u
 #define RETRY_LIMIT_MS 1000u
-/* A record that is not there, or is not whole, counts as gone only after so many looks. */
+/* That nothing, or something that is not a record, has the name is believed only after so many looks in a row. */
 #define MISSING_LOOKS 3
 /* A call of a look that is not answered for 3/4 of refresh_ms, but at least this, goes over a new connection. */
 #define REPEAT_LEAST_MS 1000u
@@ -92,8 +94,8 @@ static bool names_us(const struct owner_watch *watch, const uint8_t *record)
 
 	memcpy(text, record, OWNER_RECORD_BYTES);
 	text[OWNER_RECORD_BYTES] = '\0';
-	return strncmp(text, "nbdnfs owner 1\nrefreshed ", COUNTER_OFFSET) == 0 &&
-	       strstr(text, "\nstate held\n") != NULL && strstr(text, watch->options.identity) != NULL;
+	return memcmp(record, RECORD_HEAD, COUNTER_OFFSET) == 0 && strstr(text, "\nstate held\n") != NULL &&
+	       strstr(text, watch->options.identity) != NULL;
 }
 
 static struct owner_watch *watch_of(struct nfsio_look *look)
@@ -173,11 +175,22 @@ static void look_waits(struct nfsio_look *look)
 	go_by_the_clock(watch_of(look));
 }
 
-static void note_stolen(struct owner_watch *watch, uint32_t found_bytes)
+/*
+ * Has the last look found a record, whosever it is? An answer to LOOKUP may be another one's, and the bytes those of
+ * another file.
+ */
+static bool found_record(const struct owner_watch *watch)
 {
+	return watch->look.found_bytes == OWNER_RECORD_BYTES &&
+	       memcmp(watch->found, RECORD_HEAD, COUNTER_OFFSET) == 0;
+}
+
+static void note_stolen(struct owner_watch *watch)
+{
+	uint32_t found_bytes = watch->look.found_bytes;
 	char host[72] = "", since[32] = "";
 
-	if (found_bytes == OWNER_RECORD_BYTES) {
+	if (found_record(watch)) {
 		get_field(watch->found, found_bytes, "host", host, sizeof(host));
 		get_field(watch->found, found_bytes, "claimed", since, sizeof(since));
 		log_line("the backing file has been taken over by %s at %s: all requests fail from now on", host,
@@ -225,9 +238,9 @@ static int look(struct owner_watch *watch, uint32_t limit_ms, struct nfsio_failu
 	};
 	watch->is_ours = false;
 	error = nfsio_look(watch->io, watch->options.path, &watch->look, why);
-	if (error == -ENOENT || (error == 0 && watch->look.found_bytes != OWNER_RECORD_BYTES)) {
+	if (error == -ENOENT || (error == 0 && !found_record(watch))) {
 		if (++watch->missing >= MISSING_LOOKS) {
-			note_stolen(watch, watch->look.found_bytes);
+			note_stolen(watch);
 			return 0;
 		}
 		error = -ENOENT;
@@ -235,7 +248,7 @@ static int look(struct owner_watch *watch, uint32_t limit_ms, struct nfsio_failu
 		watch->missing = 0;
 	}
 	if (error == 0 && !watch->is_ours) {
-		note_stolen(watch, watch->look.found_bytes);
+		note_stolen(watch);
 		return 0;
 	}
 	/* without the sign of life other machines may take the file over: no permission either */
