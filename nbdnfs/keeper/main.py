@@ -216,9 +216,10 @@ def _survive_shutdown() -> None:
 
 
 def _start_again(name: str, options: list[str]) -> NoReturn:
-    """With what only a new process can have: CPython's own allocator maps and unmaps memory all the time."""
+    """With what only a new process can have: CPython's own allocator maps and unmaps memory all the time, and the
+    dynamic linker looks a function up at its first call. The unit sets both."""
     command = programs.python("nbdnfs", "run", name, *options)
-    os.execve(command[0], command, {**programs.python_environment(), "PYTHONMALLOC": "malloc"})
+    os.execve(command[0], command, {**programs.python_environment(), "PYTHONMALLOC": "malloc", "LD_BIND_NOW": "1"})
 
 
 def _server(settings: Config, records: Records, reporter: Reporter, *, is_attached: bool) -> tuple[str, str]:
