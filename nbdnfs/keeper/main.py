@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from nbdnfs.config import Config
     from nbdnfs.nfs_url import NfsUrl
 
-# How the names of the files begin whose code the keeper runs.
+# How the names of the files begin whose code the keeper runs. LC_CTYPE is the locale's table of characters.
 CODE = (
     *("python3", "libpython3", "libc.so", "ld-linux"),
-    *("_memlock.", "_spawner.", "_socket.", "_struct.", "select.", "mmap."),
+    *("_memlock.", "_spawner.", "_socket.", "_struct.", "select.", "mmap.", "LC_CTYPE"),
 )
 
 # At boot: a server that has lost its power as well may answer before its disks are mounted, and a new file would land
@@ -216,10 +216,12 @@ def _survive_shutdown() -> None:
 
 
 def _start_again(name: str, options: list[str]) -> NoReturn:
-    """With what only a new process can have: CPython's own allocator maps and unmaps memory all the time, and the
-    dynamic linker looks a function up at its first call. The unit sets both."""
+    """With what only a new process can have: CPython's own allocator maps and unmaps memory all the time, the
+    dynamic linker looks a function up at its first call, and another locale may be too large to lock. The unit sets
+    all of these."""
     command = programs.python("nbdnfs", "run", name, *options)
-    os.execve(command[0], command, {**programs.python_environment(), "PYTHONMALLOC": "malloc", "LD_BIND_NOW": "1"})
+    added = {"PYTHONMALLOC": "malloc", "LD_BIND_NOW": "1", "LC_ALL": "C.UTF-8"}
+    os.execve(command[0], command, {**programs.python_environment(), **added})
 
 
 def _server(settings: Config, records: Records, reporter: Reporter, *, is_attached: bool) -> tuple[str, str]:
