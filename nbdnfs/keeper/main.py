@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from nbdnfs.config import Config
     from nbdnfs.nfs_url import NfsUrl
 
-# How the names of the files begin whose code the keeper runs. LC_CTYPE is the locale's table of characters.
+# How the names of the files begin whose code the keeper runs.
 CODE = (
     *("python3", "libpython3", "libc.so", "ld-linux"),
-    *("_memlock.", "_spawner.", "_socket.", "_struct.", "select.", "mmap.", "LC_CTYPE"),
+    *("_memlock.", "_spawner.", "_socket.", "_struct.", "select.", "mmap."),
 )
 
 # At boot: a server that has lost its power as well may answer before its disks are mounted, and a new file would land

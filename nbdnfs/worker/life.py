@@ -34,8 +34,8 @@ _CONNECT_TIMEOUT_S, _CONNECT_TIMEOUT_MAX_S = 15, 600
 PUT_OFF_LIMIT_S = 120.0
 
 # How the names of the files begin whose code a worker runs. nbdkit's TLS libraries are not among them: they are
-# most of what it maps, and a Unix socket needs none. LC_CTYPE is the locale's table of characters.
-CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", "_memlock.", "LC_CTYPE")
+# most of what it maps, and a Unix socket needs none.
+CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", "_memlock.")
 
 
 def check_url(text: str) -> tuple[str, str]:

@@ -50,7 +50,7 @@ def worker_environment() -> dict[str, str]:
     which are not in locked memory. A standby makes some of its first calls when it takes over.
 
     LC_ALL: any other locale may be in an archive of megabytes, which glibc maps, and reads where it looks up what kind
-    of character one is. That of C.UTF-8 is small enough to be locked: life.CODE.
+    of character one is. That of C.UTF-8 is small enough to be locked: memlock.py.
     """
     inherited = programs.python_environment()
     paths = [inherited["PYTHONPATH"]]
