@@ -35,6 +35,10 @@ HEAP_BYTES = defaults.THREADS * 128 * 1024 + 512 * 1024
 LIBNFS_HEAP_BYTES = 5 * 1024 * 1024 // 2
 _TOP_PAD_BYTES = 1024 * 1024
 
+# Needed like code, by every process: the table of characters of its locale, which functions of libc look into. In
+# another locale than C.UTF-8 it may be part of an archive of megabytes, which is not locked.
+_TABLES = ("LC_CTYPE",)
+
 # The lowest real-time priority: enough to run before all ordinary tasks, and to allocate below the min watermark
 # (mm/page_alloc.c: gfp_to_alloc_flags gives real-time tasks more of the reserve), without starving kernel threads.
 REALTIME_PRIORITY = 1
@@ -170,7 +174,7 @@ def _gc() -> Measure:
 
 def _lock(code: Iterable[str]) -> Measure:
     """mlockall(2), for what is touched. First drop the pages that only the dynamic linker has touched."""
-    names = tuple(code)
+    names = (*code, *_TABLES)
     for mapping in list(_file_mappings()):
         if not mapping.name.startswith(names) and mapping.permissions in ("r-xp", "r--p") and mapping.is_clean:
             _memlock.drop(mapping.start, mapping.length)
@@ -210,7 +214,7 @@ def _code(names: Iterable[str]) -> Measure:
 
     Under MCL_ONFAULT code that never ran is still on the disk, and on an NFS root that is a deadlock.
     """
-    names = tuple(names)
+    names = (*names, *_TABLES)
     total_bytes = 0
     for mapping in list(_file_mappings()):
         if mapping.name.startswith(names) and mapping.permissions[0] == "r":

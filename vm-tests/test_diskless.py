@@ -178,5 +178,6 @@ def test_one_server_is_away(boot_nfs: BootDiskless, ganesha: Ganesha, root_serve
         verdict = finish(guest, hog, 2700)
         print(f"{which}: {verdict.checked} pages checked, {verdict.wrong} wrong")
         guest.wait_until(lambda: worker_of(guest).pid != 0, 120, "a worker")
+        assert found["keeper_turns"] >= _AWAY_S / 3, "the keeper does not wait for the start of the next standby"
         if which == "root":
             assert found["resumed_s"] is not None, "a standby takes over without the root"

@@ -48,6 +48,9 @@ def worker_environment() -> dict[str, str]:
 
     LD_BIND_NOW (ld.so(8)): the linker looks a function up at its first call otherwise, in the tables of all libraries,
     which are not in locked memory. A standby makes some of its first calls when it takes over.
+
+    LC_ALL: any other locale may be in an archive of megabytes, which glibc maps, and reads where it looks up what kind
+    of character one is. That of C.UTF-8 is small enough to be locked: memlock.py.
     """
     inherited = programs.python_environment()
     paths = [inherited["PYTHONPATH"]]
@@ -56,6 +59,7 @@ def worker_environment() -> dict[str, str]:
         paths.append(str(Path(reference.origin).parents[1]))
     return {
         **inherited,
+        "LC_ALL": "C.UTF-8",
         "LD_BIND_NOW": "1",
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         "PYTHONDONTWRITEBYTECODE": "1",

@@ -7,6 +7,7 @@ import ast
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,6 +189,23 @@ def test_while_it_cannot_be_opened_no_descriptor_is_held(tmp_path: Path) -> None
         theirs.close()
         assert ours.recv(1) == b""
     os.waitpid(started(spawn), 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_ends_while_a_program_cannot_be_opened(tmp_path: Path, number: signal.Signals) -> None:
+    """By itself, with all that a Python program does at its end, or killed."""
+    code = (
+        "import signal, sys; from nbdnfs import programs; signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\n"
+        "spawn = programs.Spawn(sys.argv[1], ['x'], {}, {})\n"
+        "while True: signal.pause()"
+    )
+    with (
+        SilentProgram(tmp_path / "program") as silent,
+        subprocess.Popen([sys.executable, "-c", code, silent.path]) as process,
+    ):
+        silent.wait_until_opened()
+        process.send_signal(number)
+        assert process.wait(20) == (5 if number == signal.SIGTERM else -signal.SIGKILL)
 
 
 STARTERS = ("subprocess.", "os.posix_spawn", "os.spawn", "os.system", "os.popen", "os.fork")

@@ -65,7 +65,7 @@ def keeper_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[s
     (root / "etc/nbdnfs/t.toml").write_text('url = "nfs://127.0.0.1/export/t.swap"\nlock = "off"\n')
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(root)],
-        env={**os.environ, "PYTHONMALLOC": "malloc"},
+        env={**os.environ, "PYTHONMALLOC": "malloc", "LD_BIND_NOW": "1"},
         cwd=ROOT,
         check=True,
         stdout=subprocess.PIPE,

@@ -17,6 +17,7 @@ import pytest
 from support.fake_kernel import FakeKernel
 from support.fake_nfs import FakeNfsServer
 from support.keeper_run import FakeSwap, run_keeper, until
+from support.resident import grown, resident_kib
 from support.silent_program import SilentProgram
 
 from nbdnfs import programs
@@ -240,18 +241,6 @@ sys.exit(made.run())
 OUTSIDE_THE_ROOT = ("/run/", "/proc/", "/sys/", "/dev/")
 
 
-def resident_kib(pid: int) -> dict[str, int]:
-    """Of each mapping of a file: how much of it is in memory (proc_pid_smaps(5))."""
-    found, name = {}, ""
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        words = line.split(maxsplit=5)
-        if not words[0].endswith(":"):
-            name = f"{words[0]} {words[5]}" if len(words) == 6 and words[5].startswith("/") else ""
-        elif name and words[0] == "Rss:" and "memfd:" not in name and "/dev/" not in name:
-            found[name] = int(words[1])
-    return found
-
-
 def test_the_loop_opens_nothing_on_the_root(tmp_path: Path) -> None:
     """From swapon on, through the death of a worker, SIGHUP, a server that is away, and its name that is looked up: the
     paths that its thread gives to the kernel, and the code that it reads for the first time."""
@@ -261,7 +250,7 @@ def test_the_loop_opens_nothing_on_the_root(tmp_path: Path) -> None:
         record = records.living(Records.WORKER)
         return record.pid if record is not None else 0
 
-    environment = {**os.environ, "PYTHONMALLOC": "malloc", "LD_BIND_NOW": "1"}
+    environment = {**os.environ, "PYTHONMALLOC": "malloc", "LD_BIND_NOW": "1", "LC_ALL": "C.UTF-8"}
     environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
     trace = tmp_path / "trace"
     with (
@@ -289,11 +278,7 @@ def test_the_loop_opens_nothing_on_the_root(tmp_path: Path) -> None:
                 until(lambda: "resolve_server" not in commands_of_children(keeper.pid))
                 os.kill(third, signal.SIGKILL)
                 until(lambda: worker() == 0)
-                grown = {
-                    name: kib - resident.get(name, 0)
-                    for name, kib in resident_kib(keeper.pid).items()
-                    if kib > resident.get(name, 0)
-                }
+                read = grown(resident, resident_kib(keeper.pid))
                 tracer.send_signal(signal.SIGINT)
                 tracer.wait(20)
         finally:
@@ -302,7 +287,7 @@ def test_the_loop_opens_nothing_on_the_root(tmp_path: Path) -> None:
     paths.discard("")  # a descriptor's own
     assert any(path.startswith("/proc/") for path in paths), "the keeper has been traced"
     assert {path for path in paths if not path.startswith((*OUTSIDE_THE_ROOT, str(records.path.parent)))} == set()
-    assert grown == {}
+    assert read == {}
 
 
 def commands_of_children(pid: int) -> str:

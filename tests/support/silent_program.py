@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -50,13 +51,16 @@ class SilentProgram:
         self._ignored.__exit__(None, None, None)
 
     def be_silent(self) -> None:
+        self._ends_s = time.monotonic() + int(Path("/proc/sys/fs/lease-break-time").read_text())
         self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
 
     def answer(self) -> None:
+        """AssertionError where the silence has ended by itself: what waited for that has not been tested."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+            assert time.monotonic() < self._ends_s
 
     def wait_until_opened(self) -> None:
         """Until a process waits for the file: the kernel is taking the lease away."""

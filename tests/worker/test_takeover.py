@@ -7,12 +7,15 @@ import os
 import subprocess
 from pathlib import Path
 
+from support.fake_kernel import FakeKernel
 from support.fake_nfs import FakeNfsServer
 from support.keeper_run import until
+from support.resident import grown, resident_kib
 
 from nbdnfs import programs, region
 from nbdnfs.config import Config
 from nbdnfs.keeper.real_work import RealWork
+from nbdnfs.kernel import nbd_handshake
 
 
 def test_it_opens_no_file_and_binds_no_function(tmp_path: Path) -> None:
@@ -43,3 +46,35 @@ def test_it_opens_no_file_and_binds_no_function(tmp_path: Path) -> None:
         paths = [line.split('"')[1] for line in trace.read_text().splitlines() if '"' in line]
         assert {path for path in paths if not path.startswith("/proc/")} <= {""}
         assert bindings.read_text(errors="replace").removeprefix(bound) == ""
+
+
+def test_it_reads_no_library_for_the_first_time() -> None:
+    """From READY on, through the takeover, 600 pages each way, a server that disconnects and one that crashes: of none
+    of the files that it has mapped, those for TLS, XML and compression included, is a page more in memory than before.
+    Its code is, and what of the others it has touched after mlockall(2) dropped them."""
+    with FakeNfsServer(bytes(4 << 20)) as server:
+        settings = Config("t", server.url(), region_pages=256, lock="wanted", realtime=False, owner=False)
+        work = RealWork(settings, server.url(), "127.0.0.1")
+        region_fd = region.create()
+        kernel = FakeKernel()
+        worker = work.start_worker(region_fd)
+        try:
+            until(worker.check_ready)
+            before = resident_kib(worker.pid)
+            worker.activate()
+            until(worker.has_greeted)
+            assert worker.socket is not None
+            kernel.attach(worker.socket, nbd_handshake.negotiate(worker.socket, timeout_s=20))
+            for generation, disturb in enumerate((lambda: None, server.disconnect, server.crash)):
+                disturb()
+                for number in range(600):
+                    kernel.write(number * 4096, bytes([generation + 1]) * 4096)
+                kernel.flush()
+                for number in range(600):
+                    assert kernel.read(number * 4096, 4096) == bytes([generation + 1]) * 4096
+            assert grown(before, resident_kib(worker.pid)) == {}
+        finally:
+            worker.kill()
+            until(worker.has_ended)
+            kernel.destroy()
+            os.close(region_fd)

@@ -6,7 +6,8 @@
 
 Started before the load, it prints "ready", and "now" once pages go out, at which the server is to go. At the end it
 prints one line of JSON: requests that the device completed before and after the kill, and how long after the kill it
-completed the first one ("resumed_s"; null: none in time). It locks its memory, and opens what it reads beforehand:
+completed the first one ("resumed_s"; null: none in time), and how often the keeper's loop went to sleep from then on
+("keeper_turns"; it does so once in a second at the least). It locks its memory, and opens what it reads beforehand:
 neither server is needed, and no memory.
 """
 
@@ -40,6 +41,12 @@ def pages_out(vmstat: int) -> int:
     return int(line.split()[1])
 
 
+def sleeps(status: int) -> int:
+    """Of the keeper's first thread, which runs its loop: proc_pid_status(5)."""
+    (line,) = (line for line in os.pread(status, 1 << 16, 0).splitlines() if line.startswith(b"voluntary_ctxt"))
+    return int(line.split()[1])
+
+
 def main() -> None:
     name, seconds = sys.argv[1], float(sys.argv[2])
     with open(f"/run/nbdnfs/{name}/device") as record:
@@ -47,7 +54,15 @@ def main() -> None:
     with open(f"/run/nbdnfs/{name}/worker") as record:
         worker = os.pidfd_open(int(record.read().split()[0]))
     stat = os.open(f"/sys/block/{device}/stat", os.O_RDONLY)
-    result: dict[str, float | None] = {"requests_before": 0, "requests_after": 0, "resumed_s": None}
+    with open(f"/run/nbdnfs/{name}/keeper") as record:
+        keeper = int(record.read().split()[0])
+    keeper_status = os.open(f"/proc/{keeper}/task/{keeper}/status", os.O_RDONLY)
+    result: dict[str, float | None] = {
+        "requests_before": 0,
+        "requests_after": 0,
+        "resumed_s": None,
+        "keeper_turns": 0,
+    }
     json.dumps(result)
     vmstat = os.open("/proc/vmstat", os.O_RDONLY)
     begun_at, gives_up_at_s = pages_out(vmstat), time.monotonic() + _LOAD_TIMEOUT_S
@@ -63,12 +78,13 @@ def main() -> None:
     signal.pidfd_send_signal(worker, signal.SIGKILL)
     killed_s = time.monotonic()
     time.sleep(_GRACE_S)
-    before = completed(stat)
+    before, slept = completed(stat), sleeps(keeper_status)
     while time.monotonic() < ends_s:
         if result["resumed_s"] is None and completed(stat) > before:
             result["resumed_s"] = round(time.monotonic() - killed_s, 3)
         time.sleep(0.01)
     result["requests_before"], result["requests_after"] = before - start, completed(stat) - before
+    result["keeper_turns"] = sleeps(keeper_status) - slept
     print(json.dumps(result), flush=True)
 
 
