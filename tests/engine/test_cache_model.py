@@ -353,6 +353,7 @@ class EncryptedMachine(CacheMachine):
                 assert self.server.read(page) != data
 
 
+@pytest.mark.timeout(600)  # half a minute of one processor, which a loaded machine may not give it in two
 @pytest.mark.parametrize(("machine", "examples"), [(CacheMachine, 400), (EncryptedMachine, 150)])
 def test_model(library: ctypes.CDLL, machine: type[CacheMachine], examples: int) -> None:
     """Random orders of writes, trims, runs, commits, crashes, fetches and kills lose and mix nothing."""
