@@ -64,6 +64,60 @@ static int check_memory(const struct engine *engine, struct nfsio_failure *why)
 	return fail(why, -EFBIG, message);
 }
 
+static bool knows_file(const struct engine *engine)
+{
+	return engine->known.file.length_bytes > 0;
+}
+
+/* Is what was opened the file of the region that was adopted? nfsio has looked at one that was known, and its bytes. */
+static bool is_regions_file(const struct engine *engine, const struct nfsio_stat *st)
+{
+	const struct region_identity *identity = &engine->region.header->identity;
+
+	return st->size_bytes == identity->device_bytes &&
+	       (nfsio_was_known(engine->ios[0]) ||
+		st->fileid == (knows_file(engine) ? engine->known.fileid : identity->fileid));
+}
+
+static int fail_region(struct nfsio_failure *why, int error, const char *message)
+{
+	return fail(why, error, message[0] != '\0' ? message : strerror(-error));
+}
+
+/* The region is mapped. Returns 0, or -errno and *why. */
+static int begin_encryption(const struct engine *engine, struct nfsio_failure *why)
+{
+	if (engine_is_encrypted(engine) && cipher_init() != 0)
+		return fail(why, -ENOSYS, "libsodium cannot be used on this machine");
+	if (engine_is_encrypted(engine) != engine->options.encrypt)
+		log_line("pages are%s encrypted, as when the device started; the setting counts when it starts again",
+			 engine_is_encrypted(engine) ? "" : " not");
+	return 0;
+}
+
+/*
+ * Map the region that an earlier worker has left, if one has: it says where the file is, and how to recognise it.
+ * Returns 0, or -errno and *why.
+ */
+static int adopt_region(struct engine *engine, struct nfsio_failure *why)
+{
+	char message[128];
+	int error;
+
+	if (engine->own_region)
+		return 0;
+	error = region_adopt(&engine->region, engine->options.region_fd, hash_path(engine->options.nfs.url), message,
+			     sizeof(message));
+	if (error == -ENOENT)
+		return 0;
+	if (error != 0)
+		return fail_region(why, error, message);
+	engine->adopted = true;
+	last_place_read(&engine->region, &engine->known, sizeof(engine->known));
+	return begin_encryption(engine, why);
+}
+
+/* Map a new region, or compare the file that was opened with the one that was adopted. */
 static int map_region(struct engine *engine, const struct nfsio_stat *st, struct nfsio_failure *why)
 {
 	struct region_identity identity = {
@@ -79,26 +133,33 @@ static int map_region(struct engine *engine, const struct nfsio_stat *st, struct
 	char message[128];
 	int error;
 
+	if (engine->adopted)
+		return is_regions_file(engine, st) ? 0 : fail(why, -EINVAL, REGION_OF_ANOTHER_FILE);
 	error = region_map(&engine->region, engine->options.region_fd, &identity, &plan, message, sizeof(message));
-	if (error != 0)
-		return fail(why, error, message[0] != '\0' ? message : strerror(-error));
-	if (engine_is_encrypted(engine) && cipher_init() != 0)
-		return fail(why, -ENOSYS, "libsodium cannot be used on this machine");
-	if (engine_is_encrypted(engine) != engine->options.encrypt)
-		log_line("pages are%s encrypted, as when the device started; the setting counts when it starts again",
-			 engine_is_encrypted(engine) ? "" : " not");
-	return 0;
+	return error == 0 ? begin_encryption(engine, why) : fail_region(why, error, message);
 }
 
-static int make_buffers(struct engine *engine)
+/* Returns 0, or -errno and *why. */
+static int make_cache(struct engine *engine, struct nfsio_failure *why)
+{
+	struct cache *cache = cache_create(&engine->region);
+
+	engine_lock(engine); /* a connection's thread may look for samples */
+	engine->cache = cache;
+	engine_unlock(engine);
+	return cache != NULL ? 0 : fail(why, -ENOMEM, "");
+}
+
+/* Returns 0, or -errno and *why. */
+static int make_buffers(struct engine *engine, struct nfsio_failure *why)
 {
 	size_t long_bytes = (size_t)RUN_PAGES_MAX * SLOT_BYTES, short_bytes = (size_t)SHORT_RUN_PAGES * SLOT_BYTES;
 	unsigned long_buffers = nfsio_has_names(engine->ios[0]) ? LIBNFS_LONG_BUFFERS : LONG_BUFFERS;
-	size_t bytes = long_buffers * long_bytes + SHORT_WRITE_BACKS * short_bytes + engine->io_count * SLOT_BYTES;
+	size_t bytes = long_buffers * long_bytes + SHORT_WRITE_BACKS * short_bytes;
 	uint8_t *at = aligned_alloc(SLOT_BYTES, bytes);
 
 	if (at == NULL)
-		return -ENOMEM;
+		return fail(why, -ENOMEM, "");
 	memset(at, 0, bytes); /* faults the pages in now, not when memory is short */
 	engine->buffers = at;
 	for (; engine->spare_count < long_buffers; at += long_bytes)
@@ -110,9 +171,22 @@ static int make_buffers(struct engine *engine)
 			(struct write_back){ .engine = engine, .pages_max = SHORT_RUN_PAGES, .data = at };
 	for (struct fetch *fetch = engine->fetches; fetch < engine->fetches + FETCHES; fetch++)
 		*fetch = (struct fetch){ .engine = engine };
-	engine->samples = at;
-	assert(at + engine->io_count * SLOT_BYTES == engine->buffers + bytes);
+	assert(at == engine->buffers + bytes);
 	return 0;
+}
+
+/* What recognising the file takes, which may be when it is opened. Returns 0, or -errno and *why. */
+static int prepare_samples(struct engine *engine, struct nfsio_failure *why)
+{
+	size_t bytes = (size_t)engine->options.connections * SLOT_BYTES;
+
+	engine->samples = aligned_alloc(SLOT_BYTES, bytes);
+	if (engine->samples == NULL)
+		return fail(why, -ENOMEM, "");
+	memset(engine->samples, 0, bytes); /* as make_buffers() */
+	engine->options.nfs.samples = &file_samples;
+	engine->options.nfs.sample_context = engine;
+	return engine->adopted ? make_cache(engine, why) : 0;
 }
 
 /*
@@ -136,19 +210,59 @@ static void close_connections(struct engine *engine)
 /* A READ that is refused fails after so long, where there is no soft limit. */
 #define REFUSED_READ_MS 30000
 
+/* Does the server refuse the handle in a way that says nothing of the file? It may be another server by now. */
+static bool refuses_handle(const struct nfsio_failure *why)
+{
+	switch (why->error) {
+	case -EACCES:
+	case -EIO:
+	case -EINVAL:
+	case -EPERM:
+	case -EPROTO:
+		return why->phase == NFSIO_CONNECT;
+	default:
+		return false;
+	}
+}
+
+/*
+ * By the handle that the last worker knew, which needs neither the name nor mountd, and by its name only where the
+ * server does not take that. Returns 0, or -errno and *why.
+ */
+static int open_first(struct engine *engine, struct nfsio_options *options, struct nfsio_failure *why)
+{
+	int error;
+
+	options->sample_page = engine->samples;
+	options->known = knows_file(engine) ? &engine->known : NULL;
+	error = nfsio_create(options, &engine->ios[0], why);
+	if (error != 0 && options->known != NULL && refuses_handle(why)) {
+		options->known = NULL;
+		error = nfsio_create(options, &engine->ios[0], why);
+	}
+	options->known = NULL;
+	if (error == 0)
+		engine->io_count = 1;
+	else if (why->phase == NFSIO_OPEN && error == -EINVAL && why->message[0] == '\0')
+		fail(why, error, REGION_OF_ANOTHER_FILE); /* it was compared with the one that is known */
+	return error;
+}
+
 static int open_connections(struct engine *engine, struct nfsio_failure *why)
 {
 	struct nfsio_options options = engine->options.nfs;
-	int error = 0;
+	int error;
 
 	options.looks = engine->owner_watch != NULL;
 	options.refused_read_ms = options.soft_limit_ms > 0 ? options.soft_limit_ms : REFUSED_READ_MS;
+	error = open_first(engine, &options, why);
+	options.quiet = true; /* the first one logs what there is to say about the server */
+	options.like = engine->ios[0];
 	while (error == 0 && engine->io_count < engine->options.connections) {
+		options.sample_page = engine->samples + (size_t)engine->io_count * SLOT_BYTES;
 		error = nfsio_create(&options, &engine->ios[engine->io_count], why);
 		if (error == 0)
 			engine->io_count++;
-		options.quiet = true; /* the first one logs what there is to say about the server */
-		options.like = engine->ios[0];
 	}
 	return error;
 }
@@ -250,6 +364,7 @@ static void free_engine(struct engine *engine)
 	if (engine->cache != NULL)
 		cache_destroy(engine->cache);
 	free(engine->buffers);
+	free(engine->samples);
 	if (engine->region.header != NULL && engine->own_region)
 		region_discard(&engine->region);
 	else if (engine->region.header != NULL)
@@ -283,7 +398,11 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 	engine->options = *options;
 	engine->own_region = options->region_fd < 0;
 	init_locks(engine);
-	error = create_owner_watch(engine, why);
+	error = adopt_region(engine, why);
+	if (error == 0)
+		error = prepare_samples(engine, why);
+	if (error == 0)
+		error = create_owner_watch(engine, why);
 	if (error == 0)
 		error = open_connections(engine, why);
 	if (error == 0)
@@ -292,20 +411,19 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 		error = check_memory(engine, why);
 	if (error == 0)
 		error = map_region(engine, &st, why);
+	if (error == 0 && engine->cache == NULL)
+		error = make_cache(engine, why);
+	if (error == 0)
+		error = make_buffers(engine, why);
 	if (error != 0)
 		goto fail;
-	engine->cache = cache_create(&engine->region);
-	if (engine->cache == NULL || make_buffers(engine) != 0) {
-		error = fail(why, -ENOMEM, "");
-		goto fail;
-	}
 	take_over_region(engine);
 	streams_init(&engine->streams, options->read_ahead_pages);
 	error = start_threads(engine, why);
 	if (error != 0)
 		goto fail;
 	for (unsigned i = 0; i < engine->io_count; i++)
-		file_watch(engine, engine->ios[i], engine->samples + (size_t)i * SLOT_BYTES);
+		file_watch(engine, i);
 	*out = engine;
 	return 0;
 fail:
