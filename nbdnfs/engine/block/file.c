@@ -131,6 +131,7 @@ static void condition_changed(void *context)
 
 		nfsio_state(engine->ios[i], &state);
 		connects += state.connects;
+		engine->is_down[i] = state.condition != NFSIO_UP;
 		engine->gone_too_long |= state.gone_too_long;
 		link_down |= state.condition == NFSIO_LINK_DOWN;
 		if (state.condition > worst)

@@ -122,6 +122,7 @@ struct engine {
 	uint32_t waiting_for_stable; /* the number of requests that wait for the NAS */
 	uint32_t waiting_for_slot;
 	bool lent[ENGINE_CONNECTIONS_MAX]; /* ios that a reader has */
+	bool is_down[ENGINE_CONNECTIONS_MAX]; /* ios that have told so */
 	uint64_t fetch_number;
 	uint64_t aged_sequence; /* writes up to it are old enough to be written back */
 	uint64_t refused_until_ms; /* until when pages that the server refused are held */
