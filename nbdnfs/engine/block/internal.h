@@ -9,6 +9,7 @@
  * flusher.c           write-backs and COMMITs, and the thread that starts them
  * read_ahead.c        fetches of what a reader will want next
  * requests.c          read, write, flush and trim
+ * opening.c           the file and the region, and which comes first
  * engine.c            create and destroy
  */
 #ifndef NBDNFS_ENGINE_INTERNAL_H
@@ -209,6 +210,16 @@ void file_look_locked(struct engine *engine);
 extern const struct nfsio_samples file_samples;
 /* Have connection `number` report its condition. Takes the lock. */
 void file_watch(struct engine *engine, unsigned number);
+
+/* opening.c */
+
+/* Returns `error`, and *why says so. */
+int engine_fail(struct nfsio_failure *why, int error, const char *message);
+/*
+ * Open the connections, and map the region with its cache. Returns 0, or -errno and *why; what has been made by then is
+ * the caller's.
+ */
+int engine_open(struct engine *engine, struct nfsio_failure *why);
 
 /* flusher.c */
 

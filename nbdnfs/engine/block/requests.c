@@ -113,8 +113,8 @@ static int verify_request(struct engine *engine, const struct nfsio_req *req)
 }
 
 /*
- * Lend a connection to a reader, but none that is down: the others may be up. Returns its number; 0 is shared and is not
- * lent. Lock held.
+ * Lend a connection to a reader, but none that is down: the others may be up. Returns its number; 0 is shared and is
+ * not lent. Lock held.
  */
 static unsigned lend(struct engine *engine)
 {

@@ -26,6 +26,7 @@
  * names.c              what callers wait for: stat, link, rename, unlink, and what a directory has
  * look.c               a look at a small file beside the one that is open
  * io_thread.c          the I/O thread: receiving, and connecting again
+ * known.c              what an earlier connection, or an earlier worker, knew of the file
  * open.c               open and close
  *
  * A submitting thread writes its calls to the socket itself; the I/O thread receives, reconnects, and sends what did
