@@ -8,7 +8,9 @@ import pytest
 
 from nbdnfs.commands import doctor, machine_checks
 from nbdnfs.commands.findings import Finding
+from nbdnfs.config import Config
 from nbdnfs.errors import UsageError
+from nbdnfs.keeper import last_good
 
 ALL_CAPABILITIES = "000001ffffffffff"
 ROLLUP = "00400000-7fff0000 ---p 00000000 00:00 0 [rollup]\nRss:  {rss} kB\nPss:  1 kB\nLocked:  {locked} kB\n"
@@ -187,6 +189,27 @@ def test_a_device(tmp_path: Path) -> None:
     assert bad(tmp_path, "swap0") == {}
     subjects = {one.subject for one in doctor.examine("swap0", tmp_path)}
     assert {"swap0: worker, memory", "swap0: keeper, memory", "swap0: configuration"} <= subjects
+
+
+def test_a_bad_configuration_of_a_device_that_is_up(tmp_path: Path) -> None:
+    """It is one bad finding. The rest is judged by what the device runs with."""
+    write(
+        tmp_path,
+        {
+            **MACHINE,
+            **process(300, policy=0),
+            "etc/nbdnfs/swap0.toml": "siez = 1\n",
+            "run/nbdnfs/swap0/worker": "300 7476 0.1.0\n",
+            "run/nbdnfs/swap0/config": last_good.to_text(Config("swap0", "nfs://nas/export/swap", realtime=False)),
+            "sys/block/nbd0/size": "16\n",
+            "sys/block/nbd0/pid": "300\n",
+            "sys/block/nbd0/backend": "nbdnfs:swap0\n",
+            "run/systemd/sleep.conf.d/nbdnfs@swap0.conf": "x",
+        },
+    )
+    found = bad(tmp_path, "swap0")
+    assert list(found) == ["swap0: configuration"]
+    assert "unknown key 'siez'; the device runs with the last good one" in found["swap0: configuration"].found
 
 
 @pytest.mark.parametrize(
