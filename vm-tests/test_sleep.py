@@ -48,7 +48,8 @@ def _drop_in_decides(guest: Guest) -> None:
 @pytest.mark.timeout(2400)
 def test_sleep(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
     """The drop-in is what makes systemd refuse. With 64 MiB swapped out, each way to hibernation is refused at once,
-    and the machine goes on. The kernel refuses by itself where it has secret memory. A suspend to RAM ends, either way. After `down` all is as it was."""
+    and the machine goes on. The kernel refuses by itself where it has secret memory. A suspend to RAM ends, either way.
+    After `down` all is as it was."""
     url = seen_from_guest(ganesha.url("swap0.swap"))
     with boot(project=True, memory_mib=384, allow={"slow", "nbd"}) as guest:
         guest.settle()
