@@ -20,7 +20,6 @@ from nbdnfs import backing_size, quantities
 from nbdnfs.commands import claiming, create
 from nbdnfs.errors import NbdnfsError, NoInputError, OwnedError
 from nbdnfs.keeper import failures
-from nbdnfs.keeper.records import Records
 from nbdnfs.nas import backing_file, old_name, owner_record, ownership
 
 log = logging.getLogger(__name__)
@@ -32,8 +31,8 @@ _LIFE_S = 600.0
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit status. Errors as `backing_file.create` and `ownership.claim`; a refusal is left for `status`, too, and
-    has an exit status of its own.
+    """The exit status. Errors as `backing_file.create` and `ownership.claim`; that another machine owns the file has an
+    exit status of its own.
 
     With args.wait, an error that another try may mend is shown, and ends this only after _LIFE_S. So does the end of
     whoever reads stdout.
@@ -99,15 +98,8 @@ def _provide(args: argparse.Namespace, size_bytes: int | None) -> None:
         claiming.run_until_signal(lambda stop: ownership.claim(args.url, holder, me, steal=args.steal, stop=stop))
     except OwnedError as error:
         if args.holder is not None:
-            Records.write_refusal(_name_of(holder), error.message)
             error.exit_code = failures.OWNED_STATUS
         raise
-    Records.write_refusal(_name_of(holder), None)
-
-
-def _name_of(holder: str) -> str:
-    """The device's."""
-    return holder.rpartition(":")[2]
 
 
 def _create_if_missing(url: str, size_bytes: int) -> None:

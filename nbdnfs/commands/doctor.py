@@ -67,8 +67,9 @@ def _device(name: str, root: Path) -> Iterator[Finding]:
         yield judge(f"{name}: configuration", not problem, problem or "valid", f"correct it: nbdnfs check {name}")
     except NbdnfsError as error:
         yield Finding(f"{name}: configuration", False, error.message, error.hint)
-    if (refusal := Records.refusal(name, root)) is not None:
-        yield Finding(f"{name}: owner of the file", False, refusal, "run nbdnfs down there, or nbdnfs up --steal here")
+    if (refused := Records(name, root).read(Records.REFUSED)) is not None and not is_attached:
+        what, _, advice = refused.partition("\n")
+        yield Finding(f"{name}: last start", False, what, advice or f"see: journalctl -u nbdnfs@{name}")
     if settings is not None:
         yield from _backing_file(settings, root)
     records = _records(name, root)

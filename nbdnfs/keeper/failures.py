@@ -67,9 +67,11 @@ def waiting_for(status: int, error: str) -> str:
     return text
 
 
-def failed(what: str, status: int) -> NbdnfsError:
-    """A process has printed what is wrong on the same stderr: this error adds its exit status, and no details."""
-    error = NbdnfsError(f"{what.replace('_', ' ')} failed, see above")
+def failed(what: str, status: int, lines: list[str] | None = None) -> NbdnfsError:
+    """Of a process that has exited with `status`. `lines`: the last ones that it has printed, which are as of
+    NbdnfsError.lines; without them, they are in the journal."""
+    text, *hints = [line.removeprefix("nbdnfs: ") for line in lines or ()] or [f"exit status {status}; see its journal"]
+    error = NbdnfsError(f"{what.replace('_', ' ')} failed: {text}", hints[0] if hints else "")
     error.exit_code = os.EX_NOPERM if status == OWNED_STATUS else status
     return error
 

@@ -324,16 +324,15 @@ class Keeper:
             self._notifier.send(_MORE_TIME)
             self._show(self._work.progress())
             return self._step
-        error_line = self._helper.error_line
-        self._helper = None
+        ended, self._helper = self._helper, None
         if status == 0:
             self._helper_failures, self._helper_due_s = 0, 0.0
             self._reporter.wait_for("")
             return following
         if failures.is_final(status, on_server=on_server):
-            raise failures.failed(self._step, status)
+            raise failures.failed(self._step, status, ended.last_lines)
         if on_server:
-            self._reporter.wait_for(failures.waiting_for(status, error_line))
+            self._reporter.wait_for(failures.waiting_for(status, ended.error_line))
         self._helper_failed(now)
         return self._step
 

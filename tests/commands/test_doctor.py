@@ -236,12 +236,15 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
         doctor.examine("../etc", tmp_path)
 
 
-def test_a_refused_file(tmp_path: Path) -> None:
-    """A file that another machine owns makes a bad finding, with the refusal as its text."""
+def test_a_start_that_failed(tmp_path: Path) -> None:
+    """Why the last keeper ended for good makes a bad finding, with its own advice, while the device is not up."""
     write(tmp_path, {**MACHINE, "etc/nbdnfs/swap0.toml": 'url = "nfs://nas/export/swap"\n'})
     assert bad(tmp_path, "swap0") == {}
-    write(tmp_path, {"run/nbdnfs/swap0.refused": "x is in use as swap by box2\n"})
-    assert list(bad(tmp_path, "swap0")) == ["swap0: owner of the file"]
+    refused = "x is in use as swap by box2\nrun nbdnfs down there\n"
+    write(tmp_path, {"run/nbdnfs/swap0.refused": refused})
+    assert bad(tmp_path, "swap0") == {
+        "swap0: last start": Finding("swap0: last start", False, *refused.splitlines()),
+    }
 
 
 def test_this_machine() -> None:

@@ -165,10 +165,12 @@ def test_all_steps(setup: Setup) -> None:
 
 @pytest.mark.parametrize("status", [os.EX_CANTCREAT, os.EX_CONFIG, failures.OWNED_STATUS])
 def test_provision_fails_for_good(setup: Setup, status: int) -> None:
-    """Its exit status is the keeper's; nothing was attached."""
+    """Its exit status is the keeper's, and so are the two lines of its error; nothing was attached."""
     setup.work.provisions = [status]
+    setup.work.says = ("nbdnfs: 10%", "nbdnfs: the server has no room", "nbdnfs: ask for less")
     with pytest.raises(NbdnfsError) as caught:
         setup.run(None)
+    assert (caught.value.message, caught.value.hint) == ("provision failed: the server has no room", "ask for less")
     assert caught.value.exit_code == (os.EX_NOPERM if status == failures.OWNED_STATUS else status)
     assert setup.kernel.attaches == 0
     assert not setup.records.path.exists()
