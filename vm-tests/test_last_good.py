@@ -39,11 +39,6 @@ def journal(guest: Guest) -> list[str]:
     return guest.run(f"journalctl -b -o cat --no-pager _SYSTEMD_UNIT={_UNIT}.service", 240).stdout.splitlines()
 
 
-def cpu_seconds(guest: Guest) -> float:
-    """Of the unit's processes, since boot."""
-    return int(guest.run(f"systemctl show -p CPUUsageNSec --value {_UNIT}", 240).stdout) / 1e9
-
-
 def kill_worker(guest: Guest) -> None:
     """And wait until pages go out to another one."""
     pid = worker_of(guest).pid
@@ -133,12 +128,12 @@ def test_a_nas_without_its_file(boot: Callable[..., Guest], ganesha: Ganesha) ->
         assert record(guest, "waiting").endswith("(a typo, or the server's disks are not mounted yet)")
         assert list(ganesha.export_path.iterdir()) == []
         assert restarts(guest) == 0
-        busy_s = cpu_seconds(guest)
+        busy_s = guest.cpu_s
         away.rename(path)
         returned_s = time.monotonic()
         guest.wait_until(lambda: "/dev/nbd" in guest.run("cat /proc/swaps").stdout, 300, "swap")
-        took_s = time.monotonic() - returned_s
-        print(f"swap is on {took_s:.1f} s after the file's return, {cpu_seconds(guest) - busy_s:.1f} s of CPU time")
+        took_s, cpu_s = time.monotonic() - returned_s, guest.cpu_s - busy_s
+        print(f"swap is on {took_s:.1f} s after the file's return, {cpu_s:.1f} s of the host's CPU time")
         print(guest.run(f"journalctl -b -o short-precise --no-pager -u {_UNIT}", 240).stdout)
         lines = journal(guest)
         assert len([line for line in lines if "there is no file" in line]) == 1
