@@ -112,11 +112,14 @@ static int verify_request(struct engine *engine, const struct nfsio_req *req)
 	return error;
 }
 
-/* Lend a connection to a reader. Returns its number; 0 is shared and is not lent. Lock held. */
+/*
+ * Lend a connection to a reader, but none that is down: the others may be up. Returns its number; 0 is shared and is
+ * not lent. Lock held.
+ */
 static unsigned lend(struct engine *engine)
 {
 	for (unsigned i = 1; i < engine->io_count; i++)
-		if (!engine->lent[i]) {
+		if (!engine->lent[i] && !engine->is_down[i]) {
 			engine->lent[i] = true;
 			return i;
 		}
