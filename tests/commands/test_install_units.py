@@ -161,7 +161,8 @@ def test_update_replaces_and_removes_its_own(tmp_path: Path) -> None:
     assert sorted(path.name for path in drop_ins.iterdir()) == ["50-systemd-254.conf", "50-systemd-255.conf"]
     shutil.rmtree(tmp_path / "usr/lib")
     make_systemd(tmp_path, 252)
-    assert install_units.install(tmp_path, program="/opt/bin/nbdnfs") == [tmp_path / UNIT]
+    metrics_unit = tmp_path / f"{LIB}/systemd/system/nbdnfs-metrics.service"
+    assert install_units.install(tmp_path, program="/opt/bin/nbdnfs") == [tmp_path / UNIT, metrics_unit]
     assert not drop_ins.exists()
 
 
@@ -240,8 +241,11 @@ def test_uninstall_leaves_nothing(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "usr/lib")
     link = tmp_path / "etc/systemd/system/multi-user.target.wants/nbdnfs@swap0.service"
     link.symlink_to(f"/{UNIT}")
+    timer = tmp_path / "etc/systemd/system/timers.target.wants/nbdnfs-metrics.timer"
+    timer.parent.mkdir()
+    timer.symlink_to(f"/{LIB}/systemd/system/nbdnfs-metrics.timer")
     removed = install_units.uninstall(tmp_path)
-    assert {tmp_path / UNIT, tmp_path / f"{LIB}/nbdnfs/installed.sha256", link} <= set(removed)
+    assert {tmp_path / UNIT, tmp_path / f"{LIB}/nbdnfs/installed.sha256", link, timer} <= set(removed)
     left = set(before) - {link.parent}
     assert set(tmp_path.rglob("*")) == left
     assert install_units.uninstall(tmp_path) == []
@@ -330,7 +334,7 @@ def test_units_verify(tmp_path: Path) -> None:
     (folder / "nbdnfs@swap0.service").symlink_to("nbdnfs@.service")
     done = subprocess.run(
         # the manual is not installed where the tests run
-        [systemd_analyze(), "--man=no", "verify", "nbdnfs@swap0.service", "nbdnfs.slice"],
+        [systemd_analyze(), "--man=no", "verify", "nbdnfs@swap0.service", "nbdnfs.slice", "nbdnfs-metrics.timer"],
         env={**os.environ, "SYSTEMD_UNIT_PATH": f"{folder}:", "SYSTEMD_LOG_LEVEL": "warning"},
         cwd=folder,
         capture_output=True,
