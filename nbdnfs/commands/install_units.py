@@ -317,8 +317,9 @@ def _refuse_devices(root: Path) -> None:
 
 def _enabled_links(root: Path) -> list[Path]:
     """The links that `systemctl enable` of a device, or of the timer, made."""
-    found = (path for unit in ("nbdnfs@*.service", _TIMER) for path in (root / _ENABLED).glob(f"*.wants/{unit}"))
-    return sorted(path for path in found if path.is_symlink())
+    # not Path.glob with a whole name: it follows the link, which points to where it will be on the machine
+    found = (path for path in (root / _ENABLED).glob("*.wants/nbdnfs*") if path.is_symlink())
+    return sorted(path for path in found if path.name == _TIMER or path.match("nbdnfs@*.service"))
 
 
 def _remove(root: Path, path: str) -> bool:
