@@ -8,6 +8,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <malloc.h>
 #include <pthread.h>
 #include <stdint.h>
@@ -141,6 +142,25 @@ static PyObject *forbid_hibernation(PyObject *module, PyObject *unused)
 	return none_or_errno(syscall(SYS_memfd_secret, O_CLOEXEC) >= 0 ? 0 : errno);
 }
 
+/* capset(2) and prctl(PR_SET_NO_NEW_PRIVS): of this thread and those it starts. */
+static PyObject *keep_capabilities(PyObject *module, PyObject *args)
+{
+	unsigned long long permitted, effective;
+	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
+	struct __user_cap_data_struct found[_LINUX_CAPABILITY_U32S_3];
+
+	if (!PyArg_ParseTuple(args, "KK", &permitted, &effective))
+		return NULL;
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || syscall(SYS_capget, &header, found) != 0)
+		return none_or_errno(errno);
+	for (unsigned word = 0; word < _LINUX_CAPABILITY_U32S_3; word++) {
+		found[word].permitted &= (__u32)(permitted >> (32 * word));
+		found[word].effective = found[word].permitted & (__u32)(effective >> (32 * word));
+		found[word].inheritable = 0;
+	}
+	return none_or_errno(syscall(SYS_capset, &header, found) == 0 ? 0 : errno);
+}
+
 static PyMethodDef methods[] = {
 	{ "lock_on_fault", lock_on_fault, METH_NOARGS,
 	  "mlockall(2): lock all memory, now and later, as soon as it is touched" },
@@ -159,6 +179,8 @@ static PyMethodDef methods[] = {
 	  "prctl(PR_SET_PDEATHSIG, 0): no signal when the parent ends" },
 	{ "forbid_hibernation", forbid_hibernation, METH_NOARGS,
 	  "memfd_secret(2): the kernel does not hibernate while this process lives" },
+	{ "keep_capabilities", keep_capabilities, METH_VARARGS,
+	  "keep_capabilities(permitted, effective): give up all others, capabilities(7), for good; masks of bits" },
 	{ NULL, NULL, 0, NULL },
 };
 

@@ -44,6 +44,9 @@ _TABLES = ("LC_CTYPE",)
 REALTIME_PRIORITY = 1
 _OOM_IMMUNE = -1000
 
+# include/uapi/linux/capability.h
+_CAP_DAC_READ_SEARCH, _CAP_NET_BIND_SERVICE, _CAP_IPC_LOCK = 2, 10, 14
+
 NAMES = ("malloc", "stacks", "core dump", "gc", "code", "heap", "lock", "io flusher", "oom", "realtime", "awake")
 
 
@@ -92,6 +95,24 @@ def lock(code: Iterable[str], *, skip: Iterable[str] = (), one_cpu: bool = False
 def settle(code: Iterable[str], *, heap_bytes: int = HEAP_BYTES, skip: Iterable[str] = ()) -> list[Measure]:
     """Once everything that stays is loaded and allocated: touch the memory that will be needed on top."""
     return list(_run({"gc": _gc, "code": lambda: _code(code), "heap": lambda: _heap(heap_bytes)}, skip))
+
+
+def drop_privileges() -> None:
+    """Give up, for good, what a worker does not need any more. It parses what a server answers.
+
+    What stays: CAP_NET_BIND_SERVICE, for connections from a reserved port; CAP_IPC_LOCK, where there is a limit on
+    locked memory; CAP_DAC_READ_SEARCH, where root cannot read this program without it (a checkout in a home directory),
+    because what explains an error is loaded then. Of this thread and those that it starts, so before there are others.
+    OSError: the kernel refuses.
+    """
+    keep = 1 << _CAP_NET_BIND_SERVICE
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
+        keep |= 1 << _CAP_IPC_LOCK
+    readable = 1 << _CAP_DAC_READ_SEARCH
+    _memlock.keep_capabilities(keep | readable, keep)
+    if os.access(__file__, os.R_OK, effective_ids=True):
+        readable = 0
+    _memlock.keep_capabilities(keep | readable, keep | readable)
 
 
 def outlive_parent() -> None:
