@@ -195,10 +195,10 @@ static int add_tables(struct dl_phdr_info *object, size_t size, void *found)
 	}
 	for (int i = 0; i < object->dlpi_phnum; i++) {
 		const ElfW(Phdr) *part = &object->dlpi_phdr[i];
-		uintptr_t start = object->dlpi_addr + part->p_vaddr;
+		uintptr_t start = object->dlpi_addr + part->p_vaddr, end = start + part->p_memsz;
 
-		if (part->p_type == PT_LOAD && part->p_flags == PF_R && start <= unwind && unwind < start + part->p_memsz &&
-		    add_unwind_tables(found, unwind, unwind_bytes, start + part->p_memsz) != 0)
+		if (part->p_type == PT_LOAD && part->p_flags == PF_R && start <= unwind && unwind < end &&
+		    add_unwind_tables(found, unwind, unwind_bytes, end) != 0)
 			return -1;
 	}
 	for (; entry != NULL && entry->d_tag != DT_NULL; entry++) {
