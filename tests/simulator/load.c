@@ -375,8 +375,6 @@ void *load_thread(void *argument)
 
 /* ---- for the worker ---- */
 
-void *load_requester(uint32_t number);
-
 void *load_requester(uint32_t number)
 {
 	return &requesters[number];

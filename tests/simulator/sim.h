@@ -10,6 +10,7 @@
  * fake_open.c  instead of libnfs: the first open hands the handle over
  * load.c       requests, and what each of them may return
  * worker.c     one worker after the other on one region
+ * inside_*.c   what the engine's own structures must say when nothing is under way
  * stores.c     every store to the region, in the build that has them
  * simulate.c   options, seeds, and the report
  *
@@ -223,21 +224,29 @@ void load_reset(void);
 void *load_thread(void *argument);
 /* The worker was killed: what was under way is asked again. */
 void load_interrupted(void);
-bool load_is_done(void);
-bool load_is_idle(void);
 void load_check_all(void);
 void load_flush(void);
+void *load_requester(uint32_t number);
+/* What waits for longest, as text. */
+const char *load_oldest(void);
 
 /* ---- worker.c ---- */
 
 struct engine;
 extern struct engine *worker_engine;
+void worker_reset(void);
 void worker_start(void);
 /* Kill it as soon as no thread runs. */
 void worker_kill(void);
 bool worker_kill_is_due(void);
 void worker_killed(void);
 void worker_requester_ended(void);
+
+/* ---- inside_block.c, inside_nfs.c ---- */
+
+struct nfsio;
+void check_idle_block(struct engine *engine);
+void check_idle_nfs(struct nfsio *io, unsigned number);
 
 /* ---- stores.c ---- */
 

@@ -13,9 +13,6 @@
 #define FAULTS_NS (900 * S)
 #define LIMIT_NS (1200 * S)
 
-extern void worker_reset(void);
-extern const char *load_oldest(void);
-
 struct sim_options options;
 struct sim_result result;
 

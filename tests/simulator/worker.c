@@ -82,13 +82,12 @@ static void start_engine(void)
 
 static void run_load(void)
 {
-	extern void *load_requester(uint32_t number);
-
 	requesters_running = options.threads;
 	for (uint32_t i = 0; i < options.threads; i++)
 		thread_new(load_thread, load_requester(i));
 	while (requesters_running > 0)
 		thread_block(NEVER);
+	check_idle_block(worker_engine);
 }
 
 /*
@@ -148,8 +147,6 @@ void worker_killed(void)
 	memory_reset();
 	event_at(now_ns + rng_between(&workers, 5 * MS, 700 * MS), start_again, NULL, 0, 0);
 }
-
-void worker_reset(void);
 
 void worker_reset(void)
 {
