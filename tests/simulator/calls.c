@@ -44,7 +44,10 @@ uint32_t call_fails(uint32_t variants)
 	if (current == THREADS_MAX)
 		return 0;
 	result.failable++;
-	return result.failable == options.fail_at && options.fail_variant < variants ? 1 + options.fail_variant : 0;
+	if (result.failable != options.fail_at || options.fail_variant >= variants)
+		return 0;
+	result.failed_calls++;
+	return 1 + options.fail_variant;
 }
 
 void __wrap___assert_fail(const char *text, const char *file, unsigned line, const char *function)
@@ -518,22 +521,25 @@ bool close_region(int fd)
 
 /* ---- bytes that are copied into the region: the worker may be killed in the middle ---- */
 
-static bool is_in_region(const void *at)
+bool is_in_region(const void *at)
 {
 	return (const uint8_t *)at >= region_memory && (const uint8_t *)at < region_memory + sizeof(region_memory);
 }
 
 void *__wrap_memcpy(void *to, const void *from, size_t bytes)
 {
-	if (is_in_region(to) && current < THREADS_MAX && bytes > 8) {
-		size_t half = bytes / 16 * 8;
+	size_t half = bytes / 16 * 8;
 
-		crash_point();
-		__real_memcpy(to, from, half);
-		crash_point();
-		__real_memcpy((uint8_t *)to + half, (const uint8_t *)from + half, bytes - half);
-		crash_point();
+	if (current == THREADS_MAX || !is_in_region(to))
+		return __real_memcpy(to, from, bytes);
+	if (has_store_hooks) {
+		copy_to_region(to, from, bytes);
 		return to;
 	}
-	return __real_memcpy(to, from, bytes);
+	crash_point();
+	__real_memcpy(to, from, half);
+	crash_point();
+	__real_memcpy((uint8_t *)to + half, (const uint8_t *)from + half, bytes - half);
+	crash_point();
+	return to;
 }

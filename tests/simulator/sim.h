@@ -104,7 +104,8 @@ struct sim_result {
 	char why[512];
 	uint64_t trace;         /* equal for equal runs */
 	int64_t time_ns;
-	uint64_t page_ops, requests, worker_crashes, nas_crashes, connections, calls_nfs, points, failable, stores;
+	uint64_t page_ops, requests, worker_crashes, nas_crashes, connections, calls_nfs, points, failable, failed_calls,
+		stores;
 	uint64_t faults[FAULT_COUNT];
 };
 
@@ -171,6 +172,7 @@ extern uint64_t live_allocations;
 
 extern uint8_t region_memory[];
 extern uint64_t region_bytes;
+bool is_in_region(const void *at);
 void region_forget(void);       /* another run */
 void region_let_go(void);       /* the process has ended */
 
@@ -250,6 +252,7 @@ void check_idle_nfs(struct nfsio *io, unsigned number);
 
 /* ---- stores.c ---- */
 
-extern bool has_store_hooks;
+extern const bool has_store_hooks;
+void copy_to_region(void *to, const void *from, size_t bytes);
 
 #endif

@@ -169,7 +169,7 @@ struct overrides {
 	int64_t requests, threads, pages, slots, connections;
 	uint32_t without, only;
 	bool has_only;
-	uint64_t crash_at, fail_at;
+	uint64_t crash_at, crash_end, fail_at, fail_end;
 	uint32_t fail_variant;
 	bool verbose;
 };
@@ -251,6 +251,7 @@ static void add(struct sim_result *sum, const struct sim_result *one)
 	sum->calls_nfs += one->calls_nfs;
 	sum->points += one->points;
 	sum->failable += one->failable;
+	sum->failed_calls += one->failed_calls;
 	sum->stores += one->stores;
 	sum->trace = (sum->trace ^ one->trace) * 0x9e3779b97f4a7c15u;
 	for (unsigned i = 0; i < FAULT_COUNT; i++)
@@ -261,12 +262,13 @@ static void print(const struct sim_result *sum, uint64_t first, uint64_t seeds, 
 {
 	printf("{\"first_seed\": %llu, \"seeds\": %llu, \"seconds\": %.3f, \"simulated_s\": %.3f, \"page_ops\": %llu, "
 	       "\"requests\": %llu, \"worker_crashes\": %llu, \"nas_crashes\": %llu, \"connections\": %llu, "
-	       "\"nfs_calls\": %llu, \"points\": %llu, \"failable\": %llu, \"stores\": %llu, \"trace\": \"%016llx\"",
+	       "\"nfs_calls\": %llu, \"points\": %llu, \"failable\": %llu, \"failed_calls\": %llu, \"stores\": %llu, \"trace\": \"%016llx\"",
 	       (unsigned long long)first, (unsigned long long)seeds, seconds, (double)sum->time_ns / 1e9,
 	       (unsigned long long)sum->page_ops, (unsigned long long)sum->requests,
 	       (unsigned long long)sum->worker_crashes, (unsigned long long)sum->nas_crashes,
 	       (unsigned long long)sum->connections, (unsigned long long)sum->calls_nfs,
-	       (unsigned long long)sum->points, (unsigned long long)sum->failable, (unsigned long long)sum->stores,
+	       (unsigned long long)sum->points, (unsigned long long)sum->failable, (unsigned long long)sum->failed_calls,
+	       (unsigned long long)sum->stores,
 	       (unsigned long long)sum->trace);
 	for (unsigned i = 0; i < FAULT_COUNT; i++)
 		printf("%s\"%s\": %llu", i == 0 ? ", \"faults\": {" : ", ", fault_names[i],
@@ -290,23 +292,46 @@ static bool run_and_add(uint64_t seed, const struct overrides *overrides, struct
 	run_seed();
 	add(sum, &result);
 	if (result.failed)
-		printf("{\"seed\": %llu, \"requests\": %u, \"failed\": \"%s\"}\n", (unsigned long long)seed,
-		       options.requests, result.why);
+		printf("{\"seed\": %llu, \"requests\": %u, \"crash_at\": %llu, \"fail_at\": %llu, \"fail_variant\": %u, "
+		       "\"failed\": \"%s\"}\n",
+		       (unsigned long long)seed, options.requests, (unsigned long long)options.crash_at,
+		       (unsigned long long)options.fail_at, options.fail_variant, result.why);
 	return !result.failed;
+}
+
+/* The next point to be killed at, or the next call to fail. Returns false when the seed is done. */
+static bool next_of_enumeration(struct overrides *overrides)
+{
+	if (overrides->crash_at < overrides->crash_end) {
+		overrides->crash_at++;
+		return true;
+	}
+	if (overrides->fail_at > overrides->fail_end || overrides->fail_end == 0)
+		return false;
+	/* the ways of this call to fail, until there are no more */
+	if (result.failed_calls > 0) {
+		overrides->fail_variant++;
+	} else {
+		overrides->fail_variant = 0;
+		overrides->fail_at++;
+	}
+	return overrides->fail_at <= overrides->fail_end;
 }
 
 /*
  * simulate FIRST_SEED [seeds=N] [seconds=T] [requests=N] [threads=N] [pages=N] [slots=N] [connections=N]
- *   [without=FAULT,...] [only=FAULT,...] [crash_at=N [crash_end=N]] [fail_at=N [fail_variant=N]] [verbose=1]
+ *   [without=FAULT,...] [only=FAULT,...] [crash_at=N [crash_end=N]] [fail_at=N [fail_variant=N] [fail_end=N]] [keep=1]
+ *   [verbose=1]
  *
- * With crash_end, the seed is run once for each point from crash_at to crash_end. A line of JSON for each failure, and
+ * With crash_end, the seed is run once for each point from crash_at to crash_end; with fail_end, once for each way in
+ * which each call from fail_at to fail_end can fail. With keep, it goes on after a failure. A line of JSON for each failure, and
  * one at the end. Status 0, 1 after a failure.
  */
 int main(int count, char **words)
 {
 	struct overrides overrides = { .requests = -1 };
 	struct sim_result sum = { 0 };
-	uint64_t first = count > 1 ? strtoull(words[1], NULL, 10) : 1, seeds = 1, done = 0, crash_end = 0, keep = 0;
+	uint64_t first = count > 1 ? strtoull(words[1], NULL, 10) : 1, seeds = 1, done = 0, keep = 0;
 	double limit_s = 1e9, began_s = wall_seconds();
 	bool is_right = true;
 
@@ -330,8 +355,9 @@ int main(int count, char **words)
 		OPTION("without", overrides.without = fault_bits(value));
 		OPTION("only", (overrides.only = fault_bits(value), overrides.has_only = true));
 		OPTION("crash_at", overrides.crash_at = (uint64_t)number);
-		OPTION("crash_end", crash_end = (uint64_t)number);
+		OPTION("crash_end", overrides.crash_end = (uint64_t)number);
 		OPTION("fail_at", overrides.fail_at = (uint64_t)number);
+		OPTION("fail_end", overrides.fail_end = (uint64_t)number);
 		OPTION("fail_variant", overrides.fail_variant = (uint32_t)number);
 		OPTION("keep", keep = (uint64_t)number);
 		OPTION("verbose", overrides.verbose = number != 0);
@@ -341,9 +367,7 @@ int main(int count, char **words)
 	while (done < seeds && wall_seconds() - began_s < limit_s && (is_right || keep)) {
 		is_right &= run_and_add(first + done, &overrides, &sum);
 		fflush(stdout);
-		if (overrides.crash_at < crash_end)
-			overrides.crash_at++;
-		else
+		if (!next_of_enumeration(&overrides))
 			done++;
 	}
 	print(&sum, first, done, wall_seconds() - began_s);
