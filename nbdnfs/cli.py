@@ -183,6 +183,16 @@ def _add_reports(commands: Subparsers) -> None:
     status.add_argument("--json", action="store_true", help="print JSON, with all counters")
     status.set_defaults(run=_command("status"))
 
+    metrics = _add(commands, "metrics", "print what status knows as Prometheus has it, or write it for node_exporter")
+    metrics.add_argument("name", metavar="NAME", nargs="?", help=f"{_NAME_HELP} (default: all devices)")
+    metrics.add_argument(
+        "--textfile",
+        type=Path,
+        metavar="PATH",
+        help="write this file of node_exporter's folder, NAME.prom, in one step",
+    )
+    metrics.set_defaults(run=_command("metrics"))
+
     check = _add(commands, "check", "check configuration files, and nothing else; exit status 0 if they are valid")
     check.add_argument("name", metavar="NAME", nargs="?", help=f"{_NAME_HELP} (default: all files)")
     check.set_defaults(run=_command("check"))

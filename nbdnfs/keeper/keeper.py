@@ -19,7 +19,7 @@ import time
 
 from nbdnfs import __version__, region
 from nbdnfs.errors import BusyError, NbdnfsError, OwnedError
-from nbdnfs.keeper import failures
+from nbdnfs.keeper import events, failures
 from nbdnfs.keeper.serving import Serving
 from nbdnfs.keeper.standby import STORED_NAME as _STORED_STANDBY
 from nbdnfs.keeper.standby import Standby
@@ -122,7 +122,7 @@ class Keeper:
             self._enter("provision" if self.serving.device is None else "attach")
             while self._stop is None:
                 self._turn()
-            self._reporter.say(f"{self._stop}: the keeper exits, the device and its worker stay")
+            self._reporter.say(f"{self._stop}: the keeper exits, the device and its worker stay", events.HANDED_OVER)
             self._notifier.send("STOPPING=1", f"STATUS={self._stop}: handed over")
         except BaseException as error:
             if isinstance(error, OwnedError):  # there is nothing that a next keeper could go on with
@@ -249,7 +249,7 @@ class Keeper:
             text = f"swap is on: {device.path}"
             if not self._work.is_swapped_on(device):
                 text = f"its own swap is off: {self._other_use(device)}"
-            self._reporter.say(text)
+            self._reporter.say(text, events.SWAP_ON, device=device.path)
             self._notifier.send("READY=1", f"STATUS={text}")
         self._look_for_server(now)
         successor = self.standby.worker
@@ -273,7 +273,7 @@ class Keeper:
             self._resolver = None
             if address := self._work.resolved():
                 self.serving.address = address
-                self._reporter.say(f"the server's address is now {address}")
+                self._reporter.say(f"the server's address is now {address}", events.SERVER_MOVED, address=address)
                 if self.serving.worker is not None:
                     self.serving.worker.kill()
         is_connected = self.serving.is_connected and self._mapping is not None
@@ -297,7 +297,7 @@ class Keeper:
         if is_silent:
             goes_on = "swap goes on" if self.serving.is_connected else "swap waits"
             text = f"the root file system does not answer, so no program starts: {goes_on} until it does"
-        self._reporter.say(text)
+        self._reporter.say(text, events.ROOT_SILENT if is_silent else events.ROOT_ANSWERS)
         self._notifier.send(f"STATUS={text}")
 
     def _await_helper(

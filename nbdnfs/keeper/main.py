@@ -15,7 +15,7 @@ import time
 
 from nbdnfs import config, memlock, nfs_url, proc_stat, programs
 from nbdnfs.errors import NbdnfsError, NoHostError, OwnedError, PermissionDeniedError, UnavailableError, UsageError
-from nbdnfs.keeper import failures, hibernation, last_good, only_keeper, sd_notify
+from nbdnfs.keeper import failures, hibernation, journal, last_good, only_keeper, sd_notify
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.records import Records
@@ -58,7 +58,7 @@ def run(name: str, *, steal: bool = False) -> int:
     if os.environ.get("PYTHONMALLOC") != "malloc":
         _start_again(name, ["--steal"] if steal else [])
     records = Records(name)
-    reporter = Reporter(records, sd_notify.Notifier())
+    reporter = Reporter(records, sd_notify.Notifier(), journal.Journal())
     try:
         _require_kernel_files()
         only_keeper.become(records)  # before anything that another keeper of the device could notice

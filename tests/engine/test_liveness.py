@@ -216,7 +216,7 @@ def states_while_refused(op: str, status: int) -> set[int]:
     with FakeNas() as nas, opening() as open_engine:
         nas.add(FILE, bytes(MIB))
         nas.add(RECORD, owner_record.new(me, HOLDER, None, "held").to_bytes())
-        engine = own(open_engine, nas, connect_timeout_s=15)  # there are many at once
+        engine = own(open_engine, nas, connect_timeout_s=60)  # there are many at once
         nas.fail(op, status, times=4)
         seen = {state(engine)}
         while not nas.struck(op):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.fake_journal import FakeJournal
 from support.fake_kernel import FakeKernel
 from support.keeper_run import run_keeper
 from support.small_filesystem import fill, small_tmpfs
@@ -21,10 +22,11 @@ from support.waiting import wait_until
 
 from nbdnfs import proc_stat
 from nbdnfs.errors import BusyError, NbdnfsError, OwnedError, PermissionDeniedError, UnavailableError
-from nbdnfs.keeper import failures
+from nbdnfs.keeper import events, failures
 from nbdnfs.keeper import keeper as keeper_module
 from nbdnfs.keeper import serving as serving_module
 from nbdnfs.keeper.helper_process import HelperProcess
+from nbdnfs.keeper.journal import Journal
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.reporter import Reporter
@@ -113,8 +115,8 @@ class Setup:
         self.turns = 0
         self.over = threading.Event()
 
-    def make(self, stored: dict[str, int] | None = None) -> Keeper:
-        reporter = Reporter(self.records, Notifier({}))
+    def make(self, stored: dict[str, int] | None = None, journal: Journal | None = None) -> Keeper:
+        reporter = Reporter(self.records, Notifier({}), journal)
         return Keeper(self.kernel, self.work, self.records, reporter, stored=stored or {})
 
     def run(self, scenario: Callable[[Keeper], None] | None, keeper: Keeper | None = None) -> int:
@@ -161,6 +163,43 @@ def test_all_steps(setup: Setup) -> None:
     until(lambda: proc_stat.start_time_ticks(standby.pid) is None)
     assert proc_stat.start_time_ticks(serving.pid) is not None
     assert setup.kernel.read(0, 4096) == bytes(4096)
+
+
+def test_each_change_of_state_is_an_event(setup: Setup, tmp_path: Path) -> None:
+    """In the journal, in order: the steps, swap on, a worker that is killed, and the one that takes its place."""
+    journal = FakeJournal(tmp_path)
+    found: list[dict[str, str]] = []
+
+    def has_come(event: str) -> bool:
+        found.extend(journal.entries())
+        return any(one.get("MESSAGE_ID") == event for one in found)
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        until(lambda: has_come(events.SWAP_ON))
+        before, killed = len(found), setup.work.started[0].pid
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: has_come(events.WORKER_ENDED) and sum(is_serving(one) for one in found) == 2)
+        changes = [
+            one for one in found[before:] if one.get("MESSAGE_ID") in (events.WORKER_ENDED, events.WORKER_SERVES)
+        ]
+        ended, serves = changes
+        assert (ended["NBDNFS_PID"], ended["NBDNFS_STATUS"]) == (str(killed), "-9")
+        assert serves["NBDNFS_PID"] == str(setup.work.started[1].pid)
+        assert int(serves["NBDNFS_OUTAGE_MS"]) >= 0
+
+    def is_serving(one: dict[str, str]) -> bool:
+        return one.get("MESSAGE_ID") == events.WORKER_SERVES
+
+    opened = journal.open()
+    assert setup.run(scenario, setup.make(journal=opened)) == 0
+    found.extend(journal.entries())
+    steps = [one["NBDNFS_STATE"] for one in found if one.get("MESSAGE_ID") == events.STEP]
+    assert steps == ["provision", "attach", "warm_up", "swap_on", "watch"]
+    assert found[-1]["MESSAGE_ID"] == events.HANDED_OVER
+    assert {one["NBDNFS_NAME"] for one in found} == {"t"}
+    opened.close()
+    journal.close()
 
 
 @pytest.mark.parametrize("status", [os.EX_CANTCREAT, os.EX_CONFIG, failures.OWNED_STATUS])
