@@ -59,7 +59,7 @@ static int change_root(void)
 	if (result == 0)
 		result = chdir(PLACE);
 	if (result == 0)
-		result = (int)syscall(SYS_pivot_root, ".", "."); /* pivot_root(2): the old root is on top of the new one */
+		result = (int)syscall(SYS_pivot_root, ".", "."); /* pivot_root(2): the old root is on top */
 	if (result == 0)
 		result = umount2(".", MNT_DETACH);
 	if (result == 0)

@@ -42,7 +42,7 @@ static PyMethodDef module_methods[] = {
 	{ "forget_services", forget_services, METH_NOARGS,
 	  "forget_services(): from now on, looking up the name of a port reads no file and finds nothing" },
 	{ "hold_descriptors", hold_descriptors, METH_NOARGS,
-	  "hold_descriptors(): in the final process: from now on, opening an engine gives the kernel no path of a file" },
+	  "hold_descriptors(): in the final process, from now on, no path is needed to open an engine" },
 	{ "warm_cipher", warm_cipher, METH_NOARGS,
 	  "warm_cipher(): run all code that encrypting pages needs, so that locked memory has it" },
 	{ NULL, NULL, 0, NULL },
