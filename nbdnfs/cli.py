@@ -139,6 +139,8 @@ def _add_files(commands: Subparsers) -> None:
     claim.add_argument("--size", metavar="SIZE")
     claim.add_argument("--holder", metavar="HOLDER")
     claim.add_argument("--steal", action="store_true")
+    claim.add_argument("--wait", action="store_true")
+    claim.add_argument("--new-file-after", default="0s", metavar="TIME")
     claim.set_defaults(run=_command("claim"))
 
 

@@ -77,6 +77,8 @@ CONNECTIONS, REQUESTS = 16, 16
 HEADER_BYTES = WAITS_OFFSET + _COUNTER_BYTES * (2 + CONNECTIONS + REQUESTS)
 # The keys come next. They are never read here.
 KEYS_OFFSET, KEYS_BYTES = HEADER_BYTES, 64
+# Where the backing file was last found (engine/region/last_place.h), twice.
+LAST_PLACE_OFFSET, LAST_PLACE_BYTES = 2048, 256
 _DISCONNECTED_OFFSET = COUNTERS_OFFSET + _COUNTER_BYTES * COUNTERS.index("disconnected")
 
 # The counter `file_state`: enum region_file.

@@ -76,6 +76,7 @@ def run(name: str, *, steal: bool = False) -> int:
             error.exit_code = os.EX_UNAVAILABLE  # nothing that is attached is given up
         if error.exit_code in failures.FINAL_STATUSES or not is_unit:
             reporter.all_is_well()  # the next one is started by a person, who wants to read why it ends
+            records.put(Records.REFUSED, "\n".join(text for text in (error.message, error.hint) if text))
             raise
         reporter.wait_for(error.message)
         is_new = reporter.complain(error.message, error.message)
@@ -103,6 +104,7 @@ def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
     if problem:
         reporter.complain(problem, problem)
     records.put(Records.CONFIG_ERROR, problem)
+    records.put(Records.REFUSED, "")
     stored = sd_notify.listen_fds()
     if is_attached and records.read(Records.STATE) == Records.STOLEN:
         raise failures.stolen(name)
