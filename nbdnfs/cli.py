@@ -204,7 +204,7 @@ def _add_reports(commands: Subparsers) -> None:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_command("doctor"))
 
-    top = _add(commands, "top", "show the traffic of each device, with an update every second")
+    top = _add(commands, "top", "show the traffic of each device, on a terminal as a screen that q ends")
     top.add_argument("name", metavar="NAME", nargs="?", help=f"{_NAME_HELP} (default: all devices)")
     top.add_argument("--interval", default="1s", metavar="TIME", help="time between updates (default: 1s)")
     top.add_argument("--count", type=int, metavar="N", help="end after N updates (default: at Ctrl-C)")
