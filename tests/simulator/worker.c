@@ -46,7 +46,7 @@ static void check_start(int error, const struct nfsio_failure *why)
 	for (unsigned i = 0; i < sizeof(expected) / sizeof(expected[0]); i++)
 		if (error == -expected[i])
 			return;
-	if (options.fail_at == 0 && !fault_is_active(FAULT_owner_refused) && !fault_is_active(FAULT_refuse))
+	if (options.fail_at == 0 && !(options.faults >> FAULT_owner_refused & 1) && !(options.faults >> FAULT_refuse & 1))
 		sim_fail("a worker does not start: error %d, %s", -error, why->message);
 }
 
@@ -140,6 +140,7 @@ void worker_killed(void)
 {
 	kill_is_due = false;
 	threads_drop();
+	nas_hurry();
 	network_close_all();
 	region_let_go();
 	load_interrupted();
