@@ -203,7 +203,7 @@ void file_watch(struct engine *engine, struct nfsio *io, uint8_t *page);
 void *flusher_thread(void *arg);
 /* Wake the flusher, unless a completion will go on anyway. Lock held. */
 void flusher_call(struct engine *engine);
-/* Hold the pages that the last worker has left. Without the lock: engine_create() alone knows the engine. */
+/* Hold back what the last worker may still have under way. Without the lock: engine_create() alone knows the engine. */
 void flusher_hold_replay(struct engine *engine);
 
 /* read_ahead.c */
