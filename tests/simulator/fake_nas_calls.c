@@ -3,6 +3,7 @@
 #include "fake_nas.h"
 
 #include <endian.h>
+#include <stdio.h>
 #include <string.h>
 
 #define CALLS_MAX 512u
@@ -193,6 +194,11 @@ static void do_write(struct call *call, uint8_t **at)
 		disk_write(call->offset, call->data, count, committed == 2);
 	else
 		memcpy(nas.record + call->offset, call->data, count);
+	if (options.verbose && call->object == OBJECT_FILE)
+		fprintf(stderr, "%14.6f server WRITE %llu+%u, %u bytes, committed %u, verifier %llx%s, begins %016llx\n", (double)now_ns / 1e9,
+			(unsigned long long)call->offset / PAGE_BYTES, call->count / PAGE_BYTES, count, committed,
+			(unsigned long long)nas.verifier, conn_has_client(call->conn) ? "" : ", late",
+			(unsigned long long)*(uint64_t *)(void *)call->data);
 	put32(at, NFS3_OK);
 	put_wcc(at, call->object);
 	put32(at, count);
@@ -304,6 +310,9 @@ static void put_results(struct call *call, uint8_t **at)
 		break;
 	case PROC_COMMIT:
 		disk_commit();
+		if (options.verbose)
+			fprintf(stderr, "%14.6f server COMMIT, verifier %llx\n", (double)now_ns / 1e9,
+				(unsigned long long)nas.verifier);
 		put32(at, NFS3_OK);
 		put_wcc(at, call->object);
 		put64(at, verifier_now());
@@ -554,6 +563,10 @@ static void take_call(struct sim_conn *conn, const uint8_t *at, int64_t sent_at_
 	if (!conn_has_client(conn) && call->due_ns > now_ns + HURRY_NS)
 		call->due_ns = now_ns + rng_between(&nas.calls, 0, HURRY_NS);
 	call->serial = ++serials;
+	if (options.verbose && call->procedure == PROC_WRITE && call->object == OBJECT_FILE)
+		fprintf(stderr, "%14.6f server takes %llu+%u, due %f, begins %016llx\n", (double)now_ns / 1e9,
+			(unsigned long long)call->offset / PAGE_BYTES, call->count / PAGE_BYTES, (double)call->due_ns / 1e9,
+			(unsigned long long)*(uint64_t *)(void *)call->data);
 	event_at(call->due_ns, carry_out, call, call->serial, 0);
 }
 

@@ -194,7 +194,7 @@ struct overrides {
 	bool has_only;
 	uint64_t crash_at, crash_end, fail_at, fail_end;
 	uint32_t fail_variant;
-	bool verbose;
+	bool verbose, each;
 };
 
 static uint32_t fault_bits(const char *list)
@@ -317,6 +317,8 @@ static bool run_and_add(uint64_t seed, const struct overrides *overrides, struct
 		       "\"failed\": \"%s\"}\n",
 		       (unsigned long long)seed, options.requests, (unsigned long long)options.crash_at,
 		       (unsigned long long)options.fail_at, options.fail_variant, result.why);
+	else if (overrides->each)
+		print(&result, seed, 1, 0);
 	return !result.failed;
 }
 
@@ -342,11 +344,11 @@ static bool next_of_enumeration(struct overrides *overrides)
 /*
  * simulate FIRST_SEED [seeds=N] [seconds=T of the processor's] [requests=N] [threads=N] [pages=N] [slots=N] [connections=N]
  *   [without=FAULT,...] [only=FAULT,...] [crash_at=N [crash_end=N]] [fail_at=N [fail_variant=N] [fail_end=N]] [keep=1]
- *   [verbose=1]
+ *   [each=1] [verbose=1]
  *
  * With crash_end, the seed is run once for each point from crash_at to crash_end; with fail_end, once for each way in
- * which each call from fail_at to fail_end can fail. With keep, it goes on after a failure. A line of JSON for each failure, and
- * one at the end. Status 0, 1 after a failure.
+ * which each call from fail_at to fail_end can fail. With keep, it goes on after a failure. A line of JSON for each failure
+ * (with `each`, for each run), and one for all at the end. Status 0; 1 after a failure, 3 after a crash.
  */
 int main(int count, char **words)
 {
@@ -381,6 +383,7 @@ int main(int count, char **words)
 		OPTION("fail_end", overrides.fail_end = (uint64_t)number);
 		OPTION("fail_variant", overrides.fail_variant = (uint32_t)number);
 		OPTION("keep", keep = (uint64_t)number);
+		OPTION("each", overrides.each = number != 0);
 		OPTION("verbose", overrides.verbose = number != 0);
 		else return 2;
 	}

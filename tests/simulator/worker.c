@@ -145,6 +145,8 @@ void worker_killed(void)
 	region_let_go();
 	load_interrupted();
 	result.worker_crashes++;
+	if (options.verbose)
+		fprintf(stderr, "%14.6f the worker is killed\n", (double)now_ns / 1e9);
 	memory_reset();
 	event_at(now_ns + rng_between(&workers, 5 * MS, 700 * MS), start_again, NULL, 0, 0);
 }
