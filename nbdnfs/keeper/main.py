@@ -15,7 +15,7 @@ import time
 
 from nbdnfs import config, memlock, nfs_url, proc_stat, programs
 from nbdnfs.errors import NbdnfsError, NoHostError, OwnedError, PermissionDeniedError, UnavailableError, UsageError
-from nbdnfs.keeper import failures, hibernation, last_good, only_keeper, sd_notify
+from nbdnfs.keeper import failures, hibernation, journal, last_good, only_keeper, sd_notify
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.records import Records
@@ -59,7 +59,7 @@ def run(name: str, *, steal: bool = False) -> int:
     if os.environ.get("PYTHONMALLOC") != "malloc":
         _start_again(name, ["--steal"] if steal else [])
     records = Records(name)
-    reporter = Reporter(records, sd_notify.Notifier())
+    reporter = Reporter(records, sd_notify.Notifier(), journal.Journal())
     try:
         _require_kernel_files()
         only_keeper.become(records)  # before anything that another keeper of the device could notice
@@ -77,6 +77,7 @@ def run(name: str, *, steal: bool = False) -> int:
             error.exit_code = os.EX_UNAVAILABLE  # nothing that is attached is given up
         if error.exit_code in failures.FINAL_STATUSES or not is_unit:
             reporter.all_is_well()  # the next one is started by a person, who wants to read why it ends
+            records.put(Records.REFUSED, "\n".join(text for text in (error.message, error.hint) if text))
             raise
         reporter.wait_for(error.message)
         is_new = reporter.complain(error.message, error.message)
@@ -104,6 +105,7 @@ def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
     if problem:
         reporter.complain(problem, problem)
     records.put(Records.CONFIG_ERROR, problem)
+    records.put(Records.REFUSED, "")
     stored = sd_notify.listen_fds()
     if is_attached and records.read(Records.STATE) == Records.STOLEN:
         raise failures.stolen(name)

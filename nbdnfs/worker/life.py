@@ -84,6 +84,12 @@ class Worker:
             forget_services()
         if self._settings.lock != "off":
             self._apply(memlock.lock(CODE, skip=self._settings.without, one_cpu=True))
+        try:
+            memlock.drop_privileges()
+        except OSError as error:
+            raise ConfigError(
+                f"capabilities cannot be given up: {error.strerror}", "run it without a sandbox"
+            ) from None
 
     def wait_until_activated(self) -> None:
         """As a standby: say READY, and wait for the keeper's ACTIVATE. Without a control socket, return at once.

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
+from nbdnfs import proc_stat
 from vmtest import host, initramfs, klog, verdict
 from vmtest.channel import Channel, JobState
 from vmtest.diskless import NetworkRoot
@@ -31,6 +32,8 @@ SILENCE_S = 120.0
 _PING_EVERY_S = 5.0
 _TICK_S = 0.1
 _LOG_TAIL_LINES = 25
+# proc_pid_stat(5), fields 14 and 15
+_USER_TICKS, _SYSTEM_TICKS = 14, 15
 
 # Memory, blocked tasks, all tasks: Documentation/admin-guide/sysrq.rst.
 _SYSRQ_TASKS = "mwt"
@@ -329,6 +332,13 @@ class Guest:
     def verdict_path(self) -> Path:
         """What came over the verdict port in the last boot."""
         return self.workdir / f"{self.name}.{self._boots}.verdict.jsonl"
+
+    @property
+    def cpu_s(self) -> float:
+        """The CPU time that this boot has taken of the host. Inside, a CPU that the host gives to others looks busy."""
+        assert self._process is not None
+        found = proc_stat.fields(Path(f"/proc/{self._process.pid}/stat").read_text())
+        return (int(found[_USER_TICKS]) + int(found[_SYSTEM_TICKS])) / os.sysconf("SC_CLK_TCK")
 
     def check_kernel_log(self) -> None:
         """GuestFailedError when the kernel log holds what the test does not allow."""

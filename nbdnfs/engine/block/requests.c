@@ -71,7 +71,11 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 
 		engine_lock(engine);
 		proof = cache_proof(engine->cache, page);
+		if (proof == NO_PROOF) /* filled since, perhaps: then the server's bytes cannot be checked, nor decrypted */
+			newer = cache_read(engine->cache, page, data);
 		engine_unlock(engine);
+		if (newer == CACHE_HIT)
+			return 0;
 		if (proof_open(&engine->region, page, proof, data)) {
 			if (proof != NO_PROOF)
 				return 0;
@@ -112,11 +116,11 @@ static int verify_request(struct engine *engine, const struct nfsio_req *req)
 	return error;
 }
 
-/* Lend a connection to a reader. Returns its number; 0 is shared and is not lent. Lock held. */
+/* Lend a connection that is up to a reader. Returns its number; 0 is shared and is not lent. Lock held. */
 static unsigned lend(struct engine *engine)
 {
 	for (unsigned i = 1; i < engine->io_count; i++)
-		if (!engine->lent[i]) {
+		if (!engine->lent[i] && !engine->is_down[i]) {
 			engine->lent[i] = true;
 			return i;
 		}

@@ -41,22 +41,27 @@ static bool check_file(struct nfsio *io, struct connection *made, struct nfsio_f
 #define SEEK_LIMIT_MS 3000
 
 /*
- * The directory that the URL's file lies in, over io->wire, from what is mounted. Returns false where the wire was
- * closed; that there is no directory is none of the file's business.
+ * The directory that the URL's file lies in, over io->wire, from what is mounted. That there is no directory is none of
+ * the file's business. Returns 0, or -errno where the connection is of no use: the wire was closed, or the server puts
+ * the answer off that nfsio_look() will need.
  */
-static bool note_directory(struct nfsio *io, struct connection *made)
+static int note_directory(struct nfsio *io, struct connection *made)
 {
 	struct nfsio_handle at = made->root;
+	int error = at.length_bytes > 0 ? find_path(io, &made->root, &at, io->prefix, made->deadline_ms) : -ENOENT;
 
-	if (at.length_bytes > 0 && find_path(io, &made->root, &at, io->prefix, made->deadline_ms) == 0)
+	if (error == 0)
 		made->directory = at;
-	return wire_is_up(&io->wire);
+	if (!wire_is_up(&io->wire))
+		return -ENOTCONN;
+	return error == -EAGAIN && io->options.looks ? -EAGAIN : 0;
 }
 
 /* A wire to the file whose name libnfs has just looked up. libnfs is not needed any more. */
 static bool go_on_by_wire(struct nfsio *io, struct connection *made, struct nfsio_failure *why)
 {
 	struct place place = made->place;
+	int error;
 
 	libnfs_destroy(made->nfs, made->fh);
 	made->nfs = NULL;
@@ -67,9 +72,13 @@ static bool go_on_by_wire(struct nfsio *io, struct connection *made, struct nfsi
 	}
 	if (connect_to_handle(io, &place, made, why) != 0)
 		return false;
-	if (note_directory(io, made))
+	error = note_directory(io, made);
+	if (error == 0)
 		return true;
-	set_failure(why, NFSIO_CONNECT, -ENOTCONN, "the connection ended while the directory was looked up");
+	wire_close(&io->wire);
+	set_failure(why, NFSIO_CONNECT, error,
+		    error == -EAGAIN ? "the server puts the look-up of the directory off"
+				     : "the connection ended while the directory was looked up");
 	return false;
 }
 

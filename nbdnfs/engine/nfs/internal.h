@@ -26,6 +26,7 @@
  * names.c              what callers wait for: stat, link, rename, unlink, and what a directory has
  * look.c               a look at a small file beside the one that is open
  * io_thread.c          the I/O thread: receiving, and connecting again
+ * known.c              what an earlier connection, or an earlier worker, knew of the file
  * open.c               open and close
  *
  * A submitting thread writes its calls to the socket itself; the I/O thread receives, reconnects, and sends what did
@@ -127,6 +128,7 @@ struct nfsio {
 	struct nfsio_stat opened;
 	uint32_t max_transfer_bytes;
 	int version;
+	bool was_known;         /* nfsio_was_known() */
 	bool opened_once;       /* the I/O thread's own: `opened` is valid */
 	enum nfsio_transport transport_kind; /* of all connections: options.transport over NFSv3, libnfs over NFSv4 */
 	int backoff_ms;         /* the I/O thread's own: the pause before the next attempt to connect, 0: none */
@@ -182,10 +184,6 @@ struct nfsio {
 	struct nfsio_state state;
 	nfsio_changed_fn changed; /* of nfsio_watch(); NULL: not called yet */
 	void *changed_context;
-	/* of nfsio_recognise(); samples NULL: another handle is the file's if number and size fit */
-	const struct nfsio_samples *samples;
-	void *sample_context;
-	uint8_t *sample_page;
 	bool broken;            /* the connection met an error: the I/O thread throws it away */
 	int refused;            /* why wire_receive() ended the connection: -EPROTO, -EACCES; 0: something else did */
 	bool useful;            /* a transfer was answered over it */
@@ -205,6 +203,8 @@ struct nfsio {
 	int64_t last_received_ms; /* when something was last received, or the connection was made */
 	bool waits;             /* for an answer, or for a connection to send a request over */
 	_Atomic uint64_t *noted_received_ms, *noted_waiting_ms; /* nfsio_note_waits(): where both are noted, or NULL */
+	_Atomic uint64_t *noted_twins_ms; /* nfsio_note_twins(), or NULL */
+	uint32_t twin_limit_ms;
 	int64_t suspect_since_ms; /* nfsio_suspect(): to be tested if nothing was received since. 0: not suspect */
 	int64_t given_up_at_ms; /* when silence last cost a connection, 0: never */
 	struct probe probe;     /* beside the connection, while that is tested */
@@ -285,6 +285,7 @@ void req_list_prepend(struct req_list *to, struct req_list *from);
 void wake_poller(struct nfsio *io);
 void call_io_thread(struct nfsio *io);
 void wake_io_thread(struct nfsio *io);
+void note_twins(struct nfsio *io);
 void req_enqueue(struct nfsio *io, struct nfsio_req *req, struct nfsio_batch *batch);
 void req_finish(struct req_list *list, struct nfsio_req *req, int error);
 void req_finish_all(struct req_list *list, int error);

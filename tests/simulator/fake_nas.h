@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* What the two parts of the fake NAS share: fake_nas.c (disk, power, faults) and fake_nas_calls.c (calls and answers). */
+#ifndef NBDNFS_SIM_FAKE_NAS_H
+#define NBDNFS_SIM_FAKE_NAS_H
+
+#include "sim.h"
+
+#define RECORD_BYTES 512u
+#define HANDLE_BYTES_MAX 64u
+#define SECTOR_BYTES 512u
+
+enum nas_object { OBJECT_NONE, OBJECT_FILE, OBJECT_RECORD, OBJECT_DIRECTORY, OBJECT_ROOT, OBJECT_COUNT };
+
+struct nas {
+	bool has_power, is_serving;
+	uint32_t epoch;         /* calls that were taken before the last restart are not carried out */
+	uint64_t verifier;
+	uint32_t generations[OBJECT_COUNT]; /* of its handle */
+	uint64_t fsid;
+	uint32_t read_max_bytes, write_max_bytes;
+	uint32_t refusal;       /* the nfsstat3 of this window of FAULT_refuse */
+	bool refuses_reads;
+	uint8_t record[RECORD_BYTES];
+	struct rng calls, faults, power;
+};
+
+extern struct nas nas;
+
+/* The disk. FILE_SYNC changes both copies, UNSTABLE the first, COMMIT makes the second like the first. */
+uint8_t *disk_current(uint64_t offset_bytes);
+void disk_write(uint64_t offset_bytes, const uint8_t *data, uint32_t bytes, bool stably);
+void disk_commit(void);
+uint64_t disk_bytes(void);
+/* Is the READ of this page to be answered wrongly? Not twice in a row. */
+bool disk_read_is_wrong(uint64_t page);
+
+uint32_t nas_handle(enum nas_object object, uint8_t *handle);
+void calls_reset(void);
+/* The power is cut: what was taken and not carried out may be half done. */
+void calls_cut(void);
+
+#endif

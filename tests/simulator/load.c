@@ -1,0 +1,511 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The kernel's part: requests, and what each may return. Every write to a page has a version, one more than the one
+ * before, and the bytes say which. At most one write of a page is under way at a time, as in a swap area. So
+ *
+ *   a READ returns the version that was complete when it began, or a later one that has been asked for;
+ *   after a FLUSH the server's disk has, of each page that was not written since, that version and no other;
+ *   after a FUA write the disk has it at once.
+ *
+ * What a worker had under way when it was killed is asked again, with the same bytes. Until that is done, the page may
+ * be torn, or an error: nothing reads it then but this program.
+ */
+#include "sim.h"
+
+#include "block/engine.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+#define COUNT_MAX 96u
+#define REQUESTERS_MAX 12u
+
+enum kind { KIND_NONE, KIND_READ, KIND_WRITE, KIND_FLUSH, KIND_TRIM };
+
+static const char *const kind_names[] = { "nothing", "READ", "WRITE", "FLUSH", "TRIM" };
+
+struct request {
+	enum kind kind;
+	uint32_t page, count;
+	bool fua;
+};
+
+struct requester {
+	struct request now;     /* KIND_NONE: it has none */
+	int64_t since_ns;
+	uint32_t next_page;     /* of its walk over the device */
+	uint32_t lowest[PAGES_MAX]; /* for a READ or FLUSH: the versions that were complete when it began */
+	bool torn[COUNT_MAX];
+	uint64_t stamp;
+	_Alignas(PAGE_BYTES) uint8_t buffer[COUNT_MAX * PAGE_BYTES];
+};
+
+static struct requester requesters[REQUESTERS_MAX];
+static struct request again[REQUESTERS_MAX]; /* what a killed worker had under way */
+static uint32_t again_count;
+static uint32_t issued[PAGES_MAX], completed[PAGES_MAX], on_disk[PAGES_MAX];
+static bool busy[PAGES_MAX], torn[PAGES_MAX];
+static uint64_t trimmed_at[PAGES_MAX], stamps;
+static uint32_t asked, weights[4];
+static uint32_t round_end;      /* so many are asked before the requesters wait for each other */
+static uint64_t at_barrier;     /* threads that do, as bits */
+static struct rng load, pauses;
+
+/* ---- what a version looks like ---- */
+
+static bool is_word(uint32_t page, uint32_t version)
+{
+	return ((page * 0x9e3779b1u ^ version * 0x85ebca77u) >> 9) % 8 < options.words_of_8;
+}
+
+static void fill_page(uint8_t *data, uint32_t page, uint32_t version)
+{
+	uint64_t *words = (uint64_t *)(void *)data, first = (uint64_t)page << 32 | version;
+	uint32_t word = page << 22 | version;
+
+	if (version == 0) {
+		memset(data, 0, PAGE_BYTES);
+	} else if (is_word(page, version)) {
+		for (unsigned i = 0; i < PAGE_BYTES / 8; i++)
+			words[i] = (uint64_t)word << 32 | word;
+	} else {
+		for (unsigned i = 0; i < PAGE_BYTES / 8; i++)
+			words[i] = first + i * 0x9e3779b97f4a7c15u;
+	}
+}
+
+/* The page's version, or -1: it is none that was ever written to this page. */
+static int64_t version_of(const uint8_t *data, uint32_t page)
+{
+	const uint64_t *words = (const uint64_t *)(const void *)data;
+	uint64_t first = words[0], differs = 0;
+	uint32_t version = (uint32_t)first;
+
+	if (words[1] == first) {
+		for (unsigned i = 0; i < PAGE_BYTES / 8; i++)
+			differs |= words[i] ^ first;
+		if (differs != 0 || (first >> 32) != (first & UINT32_MAX))
+			return -1;
+		if (first == 0)
+			return 0;
+		version &= 0x3fffff;
+		return (uint32_t)first >> 22 == page && is_word(page, version) ? (int64_t)version : -1;
+	}
+	for (unsigned i = 0; i < PAGE_BYTES / 8; i++)
+		differs |= words[i] ^ (first + i * 0x9e3779b97f4a7c15u);
+	return differs == 0 && first >> 32 == page && !is_word(page, version) ? (int64_t)version : -1;
+}
+
+/* ---- what may be ---- */
+
+static bool is_stolen(void)
+{
+	return stolen_at_ns != NEVER;
+}
+
+static void check_error(const struct requester *me, int error, const char *what)
+{
+	const struct request *request = &me->now;
+	bool may_be_torn = false;
+
+	for (uint32_t i = 0; request->kind == KIND_READ && i < request->count; i++)
+		may_be_torn |= me->torn[i];
+	if (error == -EIO && (is_stolen() || may_be_torn))
+		return;
+	sim_fail("%s of %u pages at page %u: error %d", what, request->count, request->page, -error);
+}
+
+/* Of a page whose write was cut off: each of its bytes is of a version that may be there. */
+static bool is_mix(const uint8_t *data, uint32_t page, uint32_t lowest, uint32_t highest)
+{
+	static _Alignas(8) uint8_t right[PAGE_BYTES];
+	static bool found[PAGE_BYTES];
+	uint32_t missing = PAGE_BYTES;
+
+	memset(found, 0, sizeof(found));
+	for (uint32_t version = lowest; version <= highest && missing > 0; version++) {
+		fill_page(right, page, version);
+		for (unsigned i = 0; i < PAGE_BYTES; i++)
+			if (!found[i] && data[i] == right[i]) {
+				found[i] = true;
+				missing--;
+			}
+	}
+	return missing == 0;
+}
+
+static void check_read(const struct requester *me, uint32_t number)
+{
+	const uint8_t *data = me->buffer + (size_t)number * PAGE_BYTES;
+	uint32_t page = me->now.page + number, lowest = me->lowest[number];
+	int64_t version = version_of(data, page);
+
+	if (lowest == 0 || trimmed_at[page] > me->stamp)
+		return; /* a page that was trimmed, or never written, reads as anything */
+	if (version >= lowest && version <= issued[page])
+		return;
+	if (version == -1 && me->torn[number] && is_mix(data, page, lowest, issued[page]))
+		return;
+	sim_fail("page %u reads as version %lld: %u was complete before, and %u was the newest%s", page,
+		 (long long)version, lowest, issued[page], me->torn[number] ? " (torn)" : "");
+}
+
+/* The server's disk, which must have exactly this version. */
+static void check_disk(uint32_t page, uint32_t version, const char *after)
+{
+	int64_t found;
+
+	if (options.encrypt || on_disk[page] == version)
+		return;
+	found = version_of(nas_stable_page(page), page);
+	if (found != version)
+		sim_fail("after %s the server's disk has version %lld of page %u instead of %u", after,
+			 (long long)found, page, version);
+	on_disk[page] = version;
+}
+
+/* The same where the page has been written again since: a newer write may be under way, and half done. */
+static void check_newer(uint32_t page, uint32_t lowest)
+{
+	if (!options.encrypt && !is_mix(nas_stable_page(page), page, lowest, issued[page]))
+		sim_fail("after FLUSH the server's disk has bytes of page %u that are older than version %u", page, lowest);
+}
+
+/* ---- requests ---- */
+
+static void do_read(struct requester *me)
+{
+	const struct request *request = &me->now;
+	int error;
+
+	me->stamp = ++stamps;
+	for (uint32_t i = 0; i < request->count; i++) {
+		me->lowest[i] = completed[request->page + i];
+		me->torn[i] = torn[request->page + i];
+	}
+	error = engine_read(worker_engine, me->buffer, (uint64_t)request->page * PAGE_BYTES,
+			    (uint64_t)request->count * PAGE_BYTES);
+	if (error != 0) {
+		check_error(me, error, "READ");
+		return;
+	}
+	for (uint32_t i = 0; i < request->count && !is_stolen(); i++)
+		check_read(me, i);
+}
+
+static void do_write(struct requester *me)
+{
+	const struct request *request = &me->now;
+	int error;
+
+	for (uint32_t i = 0; i < request->count; i++)
+		fill_page(me->buffer + (size_t)i * PAGE_BYTES, request->page + i, issued[request->page + i]);
+	error = engine_write(worker_engine, me->buffer, (uint64_t)request->page * PAGE_BYTES,
+			     (uint64_t)request->count * PAGE_BYTES, request->fua);
+	if (error != 0)
+		check_error(me, error, "WRITE");
+	for (uint32_t i = 0; i < request->count; i++) {
+		uint32_t page = request->page + i;
+
+		if (error == 0)
+			completed[page] = issued[page];
+		if (error == 0 && request->fua && !is_stolen())
+			check_disk(page, issued[page], "a FUA write");
+		torn[page] = busy[page] = false;
+	}
+}
+
+static void do_flush(struct requester *me)
+{
+	int error;
+
+	me->stamp = ++stamps;
+	memcpy(me->lowest, completed, options.pages * sizeof(completed[0]));
+	error = engine_flush(worker_engine);
+	if (error != 0) {
+		check_error(me, error, "FLUSH");
+		return;
+	}
+	for (uint32_t page = 0; page < options.pages && !is_stolen(); page++) {
+		if (me->lowest[page] == 0 || trimmed_at[page] > me->stamp)
+			continue;
+		if (issued[page] == me->lowest[page])
+			check_disk(page, me->lowest[page], "FLUSH");
+		else
+			check_newer(page, me->lowest[page]);
+	}
+}
+
+static void do_trim(struct requester *me)
+{
+	const struct request *request = &me->now;
+	int error = engine_trim(worker_engine, (uint64_t)request->page * PAGE_BYTES,
+				(uint64_t)request->count * PAGE_BYTES);
+
+	if (error != 0)
+		check_error(me, error, "TRIM");
+	for (uint32_t i = 0; i < request->count; i++)
+		busy[request->page + i] = false;
+}
+
+static void tell(const struct requester *me, const char *what)
+{
+	if (options.verbose)
+		fprintf(stderr, "%14.6f %s %s %u+%u%s by %u\n", (double)now_ns / 1e9, what, kind_names[me->now.kind],
+			me->now.page, me->now.count, me->now.fua ? " FUA" : "", (unsigned)(me - requesters));
+}
+
+static void carry_out(struct requester *me)
+{
+	me->since_ns = now_ns;
+	tell(me, "begins");
+	switch (me->now.kind) {
+	case KIND_READ:
+		do_read(me);
+		break;
+	case KIND_WRITE:
+		do_write(me);
+		break;
+	case KIND_FLUSH:
+		do_flush(me);
+		break;
+	case KIND_TRIM:
+		do_trim(me);
+		break;
+	case KIND_NONE:
+		break;
+	}
+	tell(me, "has ended");
+	result.requests++;
+	result.page_ops += me->now.kind == KIND_FLUSH ? 1 : me->now.count;
+	me->now.kind = KIND_NONE;
+}
+
+/* ---- which requests ---- */
+
+static uint32_t choose_count(void)
+{
+	switch (rng_below(&load, 16)) {
+	case 0:
+		return 1 + rng_below(&load, COUNT_MAX);
+	case 1:
+	case 2:
+	case 3:
+		return 1 + rng_below(&load, 32);
+	case 4:
+	case 5:
+	case 6:
+	case 7:
+		return 1 + rng_below(&load, 8);
+	default:
+		return 1;
+	}
+}
+
+static uint32_t choose_page(struct requester *me)
+{
+	switch (rng_below(&load, 8)) {
+	case 0:
+		return rng_below(&load, options.pages);
+	case 1:
+		return me->next_page % options.pages;
+	case 2:
+		return (me->next_page + 11) % options.pages;
+	default:
+		return rng_below(&load, options.hot_pages);
+	}
+}
+
+static bool is_any_busy(uint32_t page, uint32_t count)
+{
+	while (count-- > 0)
+		if (busy[page++])
+			return true;
+	return false;
+}
+
+static enum kind choose_kind(void)
+{
+	uint32_t number = rng_below(&load, weights[0] + weights[1] + weights[2] + weights[3]);
+
+	if (number < weights[0])
+		return KIND_READ;
+	if (number < weights[0] + weights[1])
+		return KIND_WRITE;
+	return number < weights[0] + weights[1] + weights[2] ? KIND_FLUSH : KIND_TRIM;
+}
+
+static void mark_busy(const struct request *request)
+{
+	for (uint32_t page = request->page; page < request->page + request->count; page++) {
+		busy[page] = true;
+		on_disk[page] = UINT32_MAX;
+		if (request->kind == KIND_WRITE) {
+			issued[page]++;
+		} else {
+			completed[page] = 0;
+			trimmed_at[page] = ++stamps;
+		}
+	}
+}
+
+static void generate(struct requester *me)
+{
+	struct request *request = &me->now;
+
+	request->kind = choose_kind();
+	request->page = choose_page(me);
+	request->count = choose_count();
+	request->fua = request->kind == KIND_WRITE && rng_chance(&load, 64);
+	if (request->count > options.pages - request->page)
+		request->count = options.pages - request->page;
+	me->next_page = request->page + request->count;
+	if (request->kind != KIND_WRITE && request->kind != KIND_TRIM)
+		return;
+	if (is_any_busy(request->page, request->count))
+		request->kind = KIND_READ;
+	else
+		mark_busy(request);
+}
+
+/*
+ * Every so many requests all requesters wait for each other: what was forgotten then stays forgotten, rather than being
+ * woken by the next request.
+ */
+static void wait_for_others(void)
+{
+	while (options.round > 0 && asked >= round_end && asked < options.requests && again_count == 0) {
+		at_barrier |= thread_bit();
+		if ((uint32_t)__builtin_popcountll(at_barrier) == options.threads) {
+			round_end = asked + options.round;
+			threads_wake(at_barrier);
+			at_barrier = 0;
+			return;
+		}
+		thread_block(NEVER);
+	}
+}
+
+static bool next(struct requester *me)
+{
+	wait_for_others();
+	if (again_count > 0) {
+		uint32_t which = rng_below(&load, again_count);
+
+		me->now = again[which];
+		again[which] = again[--again_count];
+		return true;
+	}
+	if (asked >= options.requests) {
+		faults_end();
+		return false;
+	}
+	asked++;
+	generate(me);
+	return true;
+}
+
+static void pause(void)
+{
+	if (!rng_chance(&pauses, options.pause_chance))
+		return;
+	if (rng_chance(&pauses, 8))
+		thread_sleep(rng_between(&pauses, 0, 12 * S));
+	else
+		thread_sleep(rng_between(&pauses, 0, rng_chance(&pauses, 512) ? 5 * MS : options.latency_ns));
+}
+
+void *load_thread(void *argument)
+{
+	struct requester *me = argument;
+
+	while (next(me)) {
+		carry_out(me);
+		if (!faults_are_over())
+			pause();
+	}
+	worker_requester_ended();
+	return NULL;
+}
+
+/* ---- for the worker ---- */
+
+void *load_requester(uint32_t number)
+{
+	return &requesters[number];
+}
+
+void load_interrupted(void)
+{
+	at_barrier = 0;
+	for (uint32_t i = 0; i < REQUESTERS_MAX; i++) {
+		struct request *request = &requesters[i].now;
+
+		if (request->kind == KIND_NONE)
+			continue;
+		for (uint32_t page = request->page; request->kind == KIND_WRITE && page < request->page + request->count;
+		     page++)
+			torn[page] = true;
+		again[again_count++] = *request;
+		request->kind = KIND_NONE;
+	}
+}
+
+const char *load_oldest(void)
+{
+	static char text[128];
+	const struct requester *oldest = NULL;
+
+	for (uint32_t i = 0; i < REQUESTERS_MAX; i++)
+		if (requesters[i].now.kind != KIND_NONE &&
+		    (oldest == NULL || requesters[i].since_ns < oldest->since_ns))
+			oldest = &requesters[i];
+	if (oldest == NULL)
+		return "no request is under way";
+	snprintf(text, sizeof(text), "%s of %u pages at page %u waits since %.3f s", kind_names[oldest->now.kind],
+		 oldest->now.count, oldest->now.page, (double)oldest->since_ns / 1e9);
+	return text;
+}
+
+void load_flush(void)
+{
+	requesters[0].now = (struct request){ .kind = KIND_FLUSH };
+	carry_out(&requesters[0]);
+}
+
+/* The last version of every page, and nothing else. */
+void load_check_all(void)
+{
+	struct requester *me = &requesters[0];
+
+	for (uint32_t page = 0; page < options.pages; page += 32) {
+		me->now = (struct request){ .kind = KIND_READ, .page = page,
+					    .count = options.pages - page < 32 ? options.pages - page : 32 };
+		carry_out(me);
+	}
+}
+
+void load_reset(void)
+{
+	memset(issued, 0, sizeof(issued));
+	memset(completed, 0, sizeof(completed));
+	memset(busy, 0, sizeof(busy));
+	memset(torn, 0, sizeof(torn));
+	memset(trimmed_at, 0, sizeof(trimmed_at));
+	memset(on_disk, 0xff, sizeof(on_disk));
+	for (uint32_t i = 0; i < REQUESTERS_MAX; i++) {
+		requesters[i].now.kind = KIND_NONE;
+		requesters[i].next_page = i * 37;
+	}
+	again_count = asked = 0;
+	round_end = options.round;
+	at_barrier = 0;
+	stamps = 0;
+	load.state = options.seed ^ 0x10ad;
+	pauses.state = options.seed ^ 0x9a05e;
+	weights[0] = 10 + rng_below(&load, 60);
+	weights[1] = 10 + rng_below(&load, 60);
+	weights[2] = rng_below(&load, 8);
+	weights[3] = rng_below(&load, 6);
+}

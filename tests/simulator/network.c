@@ -1,0 +1,680 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Sockets, eventfd and poll(2), and a network that delays, cuts, resets, and swallows. */
+#include "sim.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+
+#include "wrapped.h"
+
+#define CONNS_MAX 96u
+#define UP_BYTES (3u << 20)
+#define DOWN_BYTES (6u << 20)
+#define FDS_MAX 64u
+#define FIRST_FD 100
+/* TCP_USER_TIMEOUT, and keepalive's 5 s and four times 5 s more: nfs/waiting.c */
+#define DEAD_NS (25 * S)
+
+/* One direction: bytes from head to tail, of which the first `ready` have arrived. */
+struct stream {
+	uint8_t *bytes;
+	uint32_t room, head, tail, ready;
+	int64_t last_at_ns;     /* what is sent next does not arrive before */
+	int64_t retry_at_ns;    /* while nothing gets through */
+};
+
+struct sim_conn {
+	bool used, established, client_open, server_open;
+	bool blackhole;         /* what is sent is acknowledged, and goes nowhere */
+	bool deliver_rest;      /* what was under way when the client closed it still arrives */
+	bool server_gone;       /* the server does not know it any more */
+	bool eof;
+	int error;              /* what the client's next call gets */
+	unsigned refs;          /* events and calls that have yet to be done */
+	uint64_t number;        /* no other connection has it */
+	uint16_t port;
+	uint32_t fd;
+	struct stream up, down;
+};
+
+enum fd_kind { FD_NONE, FD_SOCKET, FD_EVENT };
+
+struct fd {
+	enum fd_kind kind;
+	struct sim_conn *conn;  /* NULL: a socket that is not connected */
+	uint64_t counter;
+	uint64_t pollers;       /* threads, as bits */
+};
+
+static uint8_t up_bytes[CONNS_MAX][UP_BYTES], down_bytes[CONNS_MAX][DOWN_BYTES];
+static struct sim_conn conns[CONNS_MAX];
+static struct fd fds[FDS_MAX];
+static uint64_t conn_number;
+static struct rng net, cuts;
+
+void network_reset(void)
+{
+	memset(conns, 0, sizeof(conns));
+	memset(fds, 0, sizeof(fds));
+	conn_number = 0;
+	net.state = options.seed ^ 0x4e7;
+	cuts.state = options.seed ^ 0xc075;
+}
+
+static int fails_with(int error)
+{
+	errno = error;
+	return -1;
+}
+
+static int64_t travel_ns(void)
+{
+	return options.latency_ns / 8 + (int64_t)(rng_next(&net) % (uint64_t)(options.latency_ns / 4 + 1));
+}
+
+/* ---- connections ---- */
+
+struct sim_conn *conn_hold(struct sim_conn *conn)
+{
+	conn->refs++;
+	return conn;
+}
+
+void conn_let_go(struct sim_conn *conn)
+{
+	if (--conn->refs == 0 && !conn->client_open)
+		conn->used = false;
+}
+
+bool conn_is_open(const struct sim_conn *conn)
+{
+	return conn->server_open && !conn->server_gone;
+}
+
+bool conn_has_client(const struct sim_conn *conn)
+{
+	return conn->client_open;
+}
+
+static void notify(struct sim_conn *conn)
+{
+	if (conn->client_open)
+		threads_wake(fds[conn->fd].pollers);
+}
+
+static struct sim_conn *conn_new(uint32_t fd, uint16_t port)
+{
+	for (unsigned i = 0; i < CONNS_MAX; i++) {
+		if (conns[i].used)
+			continue;
+		conns[i] = (struct sim_conn){
+			.used = true, .client_open = true, .fd = fd, .port = port, .number = ++conn_number,
+			.up = { .bytes = up_bytes[i], .room = UP_BYTES },
+			.down = { .bytes = down_bytes[i], .room = DOWN_BYTES },
+		};
+		return &conns[i];
+	}
+	sim_fail("more than %u connections", CONNS_MAX);
+	abort();
+}
+
+static void conn_error(struct sim_conn *conn, int error)
+{
+	if (!conn->client_open || conn->error != 0)
+		return;
+	conn->error = error;
+	notify(conn);
+}
+
+/* An event: a reset (b: its errno; 0: the end of the stream) reaches the client. */
+static void reset_arrives(void *a, uint64_t b, uint64_t c)
+{
+	struct sim_conn *conn = a;
+
+	(void)c;
+	if (b == 0) {
+		conn->eof = true;
+		notify(conn);
+	} else {
+		conn_error(conn, (int)b);
+	}
+	conn_let_go(conn);
+}
+
+static void send_reset(struct sim_conn *conn, int64_t at_ns, int error)
+{
+	conn->server_open = false;
+	event_at(at_ns, reset_arrives, conn_hold(conn), (uint64_t)error, 0);
+}
+
+void conn_reset_by_server(struct sim_conn *conn)
+{
+	send_reset(conn, now_ns + travel_ns(), ECONNRESET);
+}
+
+/* An event: the kernel of connection number b has asked the other end for a sign of life. */
+static void keepalive_ends(void *a, uint64_t b, uint64_t c)
+{
+	struct sim_conn *conn = a;
+
+	(void)c;
+	if (conn->used && conn->number == b)
+		conn_error(conn, nas_is_reachable() ? ECONNRESET : ETIMEDOUT);
+}
+
+void conns_server_down(bool silently)
+{
+	for (unsigned i = 0; i < CONNS_MAX; i++) {
+		struct sim_conn *conn = &conns[i];
+
+		if (!conn->used || !conn->server_open)
+			continue;
+		conn->server_gone = true;
+		conn->server_open = false;
+		if (silently)
+			event_at(now_ns + DEAD_NS, keepalive_ends, conn, conn->number, 0);
+		else
+			send_reset(conn, now_ns + travel_ns(), rng_chance(&cuts, 512) ? ECONNRESET : 0);
+	}
+}
+
+void network_fault(enum fault fault, bool begins)
+{
+	if (!begins)
+		return;
+	for (unsigned i = 0; i < CONNS_MAX; i++) {
+		struct sim_conn *conn = &conns[i];
+
+		if (!conn->used || !conn->server_open || rng_chance(&cuts, 512))
+			continue;
+		if (fault == FAULT_blackhole) {
+			conn->blackhole = true;
+			event_at(now_ns + 4 * DEAD_NS, keepalive_ends, conn, conn->number, 0);
+		} else {
+			conn->deliver_rest = rng_chance(&cuts, 512);
+			send_reset(conn, now_ns, ECONNRESET);
+		}
+	}
+}
+
+/* ---- bytes under way ---- */
+
+/* Does nothing get through to the other end? Then *at_ns is when it is tried again. */
+static bool is_cut(struct stream *stream, int64_t *at_ns)
+{
+	if (!fault_is_active(FAULT_partition) && nas_is_reachable())
+		return false;
+	if (stream->retry_at_ns <= now_ns)
+		stream->retry_at_ns = now_ns + rng_between(&net, 200 * MS, 1600 * MS);
+	*at_ns = stream->retry_at_ns;
+	return true;
+}
+
+static uint8_t *stream_room(struct stream *stream, uint32_t bytes)
+{
+	if (stream->head == stream->tail)
+		stream->head = stream->tail = 0;
+	if (stream->tail + bytes > stream->room) {
+		memmove(stream->bytes, stream->bytes + stream->head, stream->tail - stream->head);
+		stream->tail -= stream->head;
+		stream->head = 0;
+	}
+	if (stream->tail + bytes > stream->room) {
+		fprintf(stderr, "simulate: a stream has more than %u bytes\n", stream->room);
+		abort();
+	}
+	return stream->bytes + stream->tail;
+}
+
+/* An event: b bytes, sent at time c, reach the server. */
+static void arrive_up(void *a, uint64_t b, uint64_t c)
+{
+	struct sim_conn *conn = a;
+	struct stream *up = &conn->up;
+	uint32_t bytes = (uint32_t)b, taken;
+	int64_t again_ns;
+
+	if (conn->client_open && !conn->blackhole && is_cut(up, &again_ns)) {
+		if (servers_ns() - (int64_t)c < DEAD_NS) {
+			event_at(again_ns, arrive_up, conn, b, c);
+			return;
+		}
+		conn_error(conn, ETIMEDOUT);
+	} else if (conn->server_gone && conn->client_open && !conn->blackhole) {
+		conn_error(conn, ECONNRESET);
+	} else if (conn->server_open && !conn->blackhole && (conn->client_open || conn->deliver_rest) &&
+		   nas_is_listening()) {
+		up->ready += bytes;
+		taken = nas_receive(conn, up->bytes + up->head, up->ready, (int64_t)c);
+		up->head += taken;
+		up->ready -= taken;
+		notify(conn); /* there is room for more */
+		conn_let_go(conn);
+		return;
+	}
+	up->tail -= bytes; /* nothing that was sent after it arrives either */
+	conn_let_go(conn);
+}
+
+/* An event: b bytes, sent at time c, reach the client. */
+static void arrive_down(void *a, uint64_t b, uint64_t c)
+{
+	struct sim_conn *conn = a;
+	int64_t again_ns;
+
+	if (!conn->client_open || conn->blackhole) {
+		conn_let_go(conn);
+		return;
+	}
+	if (is_cut(&conn->down, &again_ns)) {
+		event_at(again_ns, arrive_down, conn, b, c);
+		return;
+	}
+	conn->down.ready += (uint32_t)b;
+	notify(conn);
+	conn_let_go(conn);
+}
+
+/* `bytes` were appended: they arrive in pieces, one after the other. */
+static void deliver(struct sim_conn *conn, struct stream *stream, event_fn arrive, uint32_t bytes)
+{
+	int64_t at_ns = now_ns + travel_ns();
+
+	if (at_ns < stream->last_at_ns)
+		at_ns = stream->last_at_ns;
+	stream->tail += bytes;
+	while (bytes > 0) {
+		uint32_t piece = bytes;
+
+		if (bytes > 1 && rng_chance(&net, 64))
+			piece = 1 + rng_below(&net, bytes - 1);
+		event_at(at_ns, arrive, conn_hold(conn), piece, (uint64_t)servers_ns());
+		bytes -= piece;
+		at_ns += rng_below(&net, 200 * US);
+	}
+	stream->last_at_ns = at_ns;
+}
+
+uint8_t *conn_room(struct sim_conn *conn, uint32_t bytes)
+{
+	return stream_room(&conn->down, bytes);
+}
+
+void conn_answer(struct sim_conn *conn, uint32_t bytes)
+{
+	deliver(conn, &conn->down, arrive_down, bytes);
+}
+
+/* An event: the c-th SYN of connection number b reaches the server. */
+static void syn_arrives(void *a, uint64_t b, uint64_t c)
+{
+	struct sim_conn *conn = a;
+
+	if (!conn->used || conn->number != b)
+		return;
+	if (conn->client_open && (fault_is_active(FAULT_partition) || !nas_is_reachable())) {
+		event_at(now_ns + (S << (c < 6 ? c : 6)), syn_arrives, conn, b, c + 1);
+		return;
+	}
+	if (conn->client_open && !nas_is_listening()) {
+		conn_error(conn, ECONNREFUSED);
+	} else if (conn->client_open) {
+		conn->established = conn->server_open = true;
+		result.connections++;
+		notify(conn);
+	}
+}
+
+/* ---- sockets ---- */
+
+static int new_fd(enum fd_kind kind)
+{
+	static const int errors[] = { 0, EMFILE, ENFILE, ENOBUFS };
+	uint32_t failure = call_fails(3);
+
+	crash_point();
+	if (failure != 0)
+		return fails_with(errors[failure]);
+	for (unsigned i = 0; i < FDS_MAX; i++)
+		if (fds[i].kind == FD_NONE) {
+			fds[i] = (struct fd){ .kind = kind };
+			return FIRST_FD + (int)i;
+		}
+	sim_fail("more than %u open files", FDS_MAX);
+	return fails_with(EMFILE);
+}
+
+static struct fd *fd_of(int fd, enum fd_kind kind)
+{
+	if (fd < FIRST_FD || fd >= FIRST_FD + (int)FDS_MAX || fds[fd - FIRST_FD].kind != kind) {
+		sim_fail("a call on descriptor %d, which is not open", fd);
+		abort();
+	}
+	return &fds[fd - FIRST_FD];
+}
+
+int __wrap_socket(int domain, int type, int protocol)
+{
+	(void)domain, (void)type, (void)protocol;
+	return new_fd(FD_SOCKET);
+}
+
+int __wrap_eventfd(unsigned value, int flags)
+{
+	(void)value, (void)flags;
+	return new_fd(FD_EVENT);
+}
+
+int __wrap_connect(int fd, const struct sockaddr *address, socklen_t bytes)
+{
+	static const int errors[] = { 0, EINTR, ENETUNREACH, EADDRNOTAVAIL, ECONNREFUSED };
+	struct fd *socket = fd_of(fd, FD_SOCKET);
+	uint32_t failure;
+
+	(void)bytes;
+	crash_point();
+	if ((failure = call_fails(4)) != 0)
+		return fails_with(errors[failure]);
+	socket->conn = conn_new((uint32_t)(socket - fds), ntohs(((const struct sockaddr_in *)(const void *)address)->sin_port));
+	event_at(now_ns + travel_ns(), syn_arrives, socket->conn, socket->conn->number, 0);
+	return fails_with(EINPROGRESS);
+}
+
+int __wrap_bind(int fd, const struct sockaddr *address, socklen_t bytes)
+{
+	static const int errors[] = { 0, EADDRINUSE, EACCES };
+	uint32_t failure;
+
+	(void)address, (void)bytes;
+	fd_of(fd, FD_SOCKET);
+	crash_point();
+	if ((failure = call_fails(2)) != 0)
+		return fails_with(errors[failure]);
+	return 0;
+}
+
+int __wrap_setsockopt(int fd, int level, int name, const void *value, socklen_t bytes)
+{
+	(void)level, (void)name, (void)value, (void)bytes;
+	fd_of(fd, FD_SOCKET);
+	return call_fails(1) ? fails_with(ENOBUFS) : 0;
+}
+
+int __wrap_getsockopt(int fd, int level, int name, void *value, socklen_t *bytes)
+{
+	struct fd *socket = fd_of(fd, FD_SOCKET);
+
+	(void)level, (void)name, (void)bytes;
+	crash_point();
+	if (call_fails(1))
+		return fails_with(ENOBUFS);
+	*(int *)value = socket->conn != NULL ? socket->conn->error : 0;
+	return 0;
+}
+
+int __wrap_getpeername(int fd, struct sockaddr *address, socklen_t *bytes)
+{
+	struct fd *socket = fd_of(fd, FD_SOCKET);
+	struct sockaddr_in peer = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(0x0a000001) };
+
+	crash_point();
+	if (call_fails(1) || socket->conn == NULL || !socket->conn->established)
+		return fails_with(ENOTCONN);
+	peer.sin_port = htons(socket->conn->port);
+	memcpy(address, &peer, sizeof(peer));
+	*bytes = sizeof(peer);
+	return 0;
+}
+
+/* How much a call may send. As in the kernel, there is none before a third of the buffer is free. */
+static size_t room_to_send(const struct sim_conn *conn)
+{
+	uint32_t used = conn->up.tail - conn->up.head - conn->up.ready, limit = options.send_buffer_bytes;
+
+	return used + limit / 3 <= limit ? limit - used : 0;
+}
+
+static size_t total_of(const struct msghdr *message)
+{
+	size_t bytes = 0;
+
+	for (size_t i = 0; i < message->msg_iovlen; i++)
+		bytes += message->msg_iov[i].iov_len;
+	return bytes;
+}
+
+/* The errno of a call on a socket that has none to move bytes with; 0: it has. */
+static int socket_error(const struct fd *socket, uint32_t failure)
+{
+	static const int errors[] = { 0, EINTR, ENOMEM, EAGAIN };
+
+	if (failure > 0 && failure <= 3)
+		return errors[failure];
+	if (socket->conn == NULL || (!socket->conn->established && socket->conn->error == 0))
+		return ENOTCONN;
+	return 0;
+}
+
+ssize_t __wrap_sendmsg(int fd, const struct msghdr *message, int flags)
+{
+	struct fd *socket = fd_of(fd, FD_SOCKET);
+	struct sim_conn *conn = socket->conn;
+	size_t total = total_of(message), room, bytes, left;
+	uint32_t failure;
+	uint8_t *at;
+	int error;
+
+	(void)flags;
+	crash_point();
+	thread_preempt();
+	failure = call_fails(4);
+	error = socket_error(socket, failure);
+	if (error == 0)
+		error = conn->error;
+	if (error != 0)
+		return fails_with(error);
+	room = room_to_send(conn);
+	if (room == 0)
+		return fails_with(EAGAIN);
+	bytes = total < room ? total : room;
+	if (bytes > 1 && (failure == 4 || rng_chance(&net, 4)))
+		bytes = 1 + rng_below(&net, (uint32_t)bytes - 1);
+	at = stream_room(&conn->up, (uint32_t)bytes);
+	left = bytes;
+	for (size_t i = 0; left > 0; i++) {
+		size_t part = message->msg_iov[i].iov_len < left ? message->msg_iov[i].iov_len : left;
+
+		memcpy(at, message->msg_iov[i].iov_base, part);
+		at += part;
+		left -= part;
+	}
+	deliver(conn, &conn->up, arrive_up, (uint32_t)bytes);
+	return (ssize_t)bytes;
+}
+
+ssize_t __wrap_send(int fd, const void *buffer, size_t bytes, int flags)
+{
+	struct iovec part = { .iov_base = (void *)(uintptr_t)buffer, .iov_len = bytes };
+	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1 };
+
+	return __wrap_sendmsg(fd, &message, flags);
+}
+
+ssize_t __wrap_recvmsg(int fd, struct msghdr *message, int flags)
+{
+	struct fd *socket = fd_of(fd, FD_SOCKET);
+	struct sim_conn *conn = socket->conn;
+	size_t total = total_of(message), bytes, left;
+	uint32_t failure;
+	int error;
+
+	(void)flags;
+	crash_point();
+	thread_preempt();
+	failure = call_fails(4);
+	error = socket_error(socket, failure);
+	if (error == 0 && conn->down.ready == 0)
+		error = conn->error != 0 ? conn->error : conn->eof ? 0 : EAGAIN;
+	if (error != 0)
+		return fails_with(error);
+	bytes = total < conn->down.ready ? total : conn->down.ready;
+	if (bytes > 1 && (failure == 4 || rng_chance(&net, 4)))
+		bytes = 1 + rng_below(&net, (uint32_t)bytes - 1);
+	left = bytes;
+	for (size_t i = 0; left > 0; i++) {
+		size_t part = message->msg_iov[i].iov_len < left ? message->msg_iov[i].iov_len : left;
+
+		memcpy(message->msg_iov[i].iov_base, conn->down.bytes + conn->down.head, part);
+		conn->down.head += (uint32_t)part;
+		left -= part;
+	}
+	conn->down.ready -= (uint32_t)bytes;
+	return (ssize_t)bytes;
+}
+
+ssize_t __wrap_recv(int fd, void *buffer, size_t bytes, int flags)
+{
+	struct iovec part = { .iov_base = buffer, .iov_len = bytes };
+	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1 };
+
+	return __wrap_recvmsg(fd, &message, flags);
+}
+
+/* ---- descriptors ---- */
+
+ssize_t __wrap_write(int fd, const void *buffer, size_t bytes)
+{
+	struct fd *event;
+	uint64_t amount;
+
+	crash_point();
+	if (fd == 2) {
+		if (memmem(buffer, bytes, "protocol does not allow", 23) != NULL)
+			sim_fail("an answer that the protocol allows is refused");
+		if (options.verbose)
+			fprintf(stderr, "%14.6f %.*s", (double)now_ns / 1e9, (int)bytes, (const char *)buffer);
+		return (ssize_t)bytes;
+	}
+	event = fd_of(fd, FD_EVENT);
+	memcpy(&amount, buffer, sizeof(amount));
+	event->counter += amount;
+	threads_wake(event->pollers);
+	return (ssize_t)bytes;
+}
+
+ssize_t __wrap_read(int fd, void *buffer, size_t bytes)
+{
+	static const int errors[] = { 0, EINTR, EAGAIN };
+	struct fd *event = fd_of(fd, FD_EVENT);
+	uint32_t failure;
+
+	crash_point();
+	if ((failure = call_fails(2)) != 0)
+		return fails_with(errors[failure]);
+	if (event->counter == 0)
+		return fails_with(EAGAIN);
+	memcpy(buffer, &event->counter, sizeof(event->counter));
+	event->counter = 0;
+	return (ssize_t)bytes;
+}
+
+static void conn_close(struct sim_conn *conn)
+{
+	conn->deliver_rest = rng_chance(&cuts, 512);
+	conn->client_open = false;
+	if (conn->refs == 0)
+		conn->used = false;
+}
+
+int __wrap_close(int fd)
+{
+	struct fd *it;
+
+	crash_point();
+	if (close_region(fd))
+		return 0;
+	if (fd < FIRST_FD || fd >= FIRST_FD + (int)FDS_MAX || fds[fd - FIRST_FD].kind == FD_NONE) {
+		sim_fail("descriptor %d is closed, and was not open", fd);
+		abort();
+	}
+	it = &fds[fd - FIRST_FD];
+	if (it->conn != NULL)
+		conn_close(it->conn);
+	*it = (struct fd){ .kind = FD_NONE };
+	return call_fails(1) ? fails_with(EINTR) : 0;
+}
+
+void network_close_all(void)
+{
+	for (unsigned i = 0; i < FDS_MAX; i++) {
+		if (fds[i].conn != NULL)
+			conn_close(fds[i].conn);
+		fds[i] = (struct fd){ .kind = FD_NONE };
+	}
+}
+
+static short ready(const struct fd *fd, short wanted)
+{
+	const struct sim_conn *conn = fd->conn;
+	short found = 0;
+
+	if (fd->kind == FD_EVENT)
+		return fd->counter > 0 ? wanted & POLLIN : 0;
+	if (conn == NULL)
+		return POLLHUP;
+	if (conn->error != 0)
+		return (wanted & (POLLIN | POLLOUT)) | POLLERR | POLLHUP;
+	if (!conn->established)
+		return 0;
+	if (conn->down.ready > 0 || conn->eof)
+		found |= POLLIN;
+	if (room_to_send(conn) > 0)
+		found |= POLLOUT;
+	return found & wanted;
+}
+
+static int look(struct pollfd *wanted, nfds_t count)
+{
+	int found = 0;
+
+	for (nfds_t i = 0; i < count; i++) {
+		wanted[i].revents = 0;
+		if (wanted[i].fd < 0)
+			continue;
+		if (wanted[i].fd < FIRST_FD || fds[wanted[i].fd - FIRST_FD].kind == FD_NONE)
+			wanted[i].revents = POLLNVAL;
+		else
+			wanted[i].revents = ready(&fds[wanted[i].fd - FIRST_FD], wanted[i].events);
+		found += wanted[i].revents != 0;
+	}
+	return found;
+}
+
+int __wrap_poll(struct pollfd *wanted, nfds_t count, int timeout_ms)
+{
+	static const int errors[] = { 0, EINTR, ENOMEM };
+	int64_t until_ns = timeout_ms < 0 ? NEVER : now_ns + timeout_ms * MS;
+	uint64_t me = thread_bit();
+	uint32_t failure;
+	int found;
+
+	crash_point();
+	thread_preempt();
+	if ((failure = call_fails(2)) != 0) {
+		errno = errors[failure];
+		return -1;
+	}
+	while ((found = look(wanted, count)) == 0 && now_ns < until_ns) {
+		for (nfds_t i = 0; i < count; i++)
+			if (wanted[i].fd >= 0)
+				fds[wanted[i].fd - FIRST_FD].pollers |= me;
+		thread_block(until_ns);
+		for (nfds_t i = 0; i < count; i++)
+			if (wanted[i].fd >= 0)
+				fds[wanted[i].fd - FIRST_FD].pollers &= ~me;
+	}
+	return found;
+}

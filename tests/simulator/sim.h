@@ -1,0 +1,274 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The simulator: the engine's own C (nbdnfs/engine/{base,region,nfs,block}) on a simulated machine. docs/decisions/0029
+ * has the reasons. One process, one real thread; everything that happens follows from the seed.
+ *
+ * world.c      clock, events, threads (coroutines), who runs next, the trace's hash
+ * calls.c      the C library's calls that the engine makes: locks, time, memory, the region's file
+ * network.c    sockets, eventfd, poll(2); what a network does to them
+ * fake_nas.c   the NFSv3 server: pages that it may lose, its answers, its faults
+ * fake_open.c  instead of libnfs: the first open hands the handle over
+ * load.c       requests, and what each of them may return
+ * worker.c     one worker after the other on one region
+ * inside_*.c   what the engine's own structures must say when nothing is under way
+ * stores.c     every store to the region, in the build that has them
+ * simulate.c   options, seeds, and the report
+ *
+ * The engine's calls come here by `ld --wrap`: the engine is compiled from its own files, without a change.
+ */
+#ifndef NBDNFS_SIM_H
+#define NBDNFS_SIM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define PAGE_BYTES 4096u
+#define PAGES_MAX 1024u
+#define THREADS_MAX 48u
+#define NEVER INT64_MAX
+#define US 1000ll
+#define MS 1000000ll
+#define S 1000000000ll
+
+/* ---- random numbers: a stream for each purpose, so that taking one fault away leaves the others alone ---- */
+
+struct rng {
+	uint64_t state;
+};
+
+static inline uint64_t rng_next(struct rng *rng)
+{
+	uint64_t z = (rng->state += 0x9e3779b97f4a7c15u); /* SplitMix64 */
+
+	z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+	z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+	return z ^ z >> 31;
+}
+
+static inline uint32_t rng_below(struct rng *rng, uint32_t limit)
+{
+	return (uint32_t)((rng_next(rng) >> 32) * limit >> 32);
+}
+
+/* True in `of_1024` cases of 1024. */
+static inline bool rng_chance(struct rng *rng, uint32_t of_1024)
+{
+	return (rng_next(rng) >> 54) < of_1024;
+}
+
+static inline int64_t rng_between(struct rng *rng, int64_t least, int64_t most)
+{
+	return least + (int64_t)(rng_next(rng) % (uint64_t)(most - least + 1));
+}
+
+/* ---- faults ---- */
+
+/* Each has a name on the command line, and windows of time in which it strikes. */
+#define FAULTS(X)                                                                                                      \
+	X(worker_crash) X(nas_crash) X(nas_restart) X(partition) X(reset) X(blackhole) X(slow) X(drop_answer)          \
+	X(drop_request) X(jukebox) X(refuse) X(short_transfer) X(verifier_flutter) X(stale) X(corrupt_read) X(limits)  \
+	X(fragments) X(stability) X(suspend) X(thief) X(owner_refused)
+
+enum fault {
+#define X(name) FAULT_##name,
+	FAULTS(X)
+#undef X
+	FAULT_COUNT
+};
+
+/* ---- options: what a seed means, and what the command line changes of it ---- */
+
+struct sim_options {
+	uint64_t seed;
+	uint32_t requests;
+	uint32_t pages, slots, threads, connections, read_ahead_pages;
+	uint32_t preempt;       /* of 1024: how often a thread is interrupted where it could be */
+	uint32_t faults;        /* bits of enum fault */
+	int64_t fault_gap_ns, fault_length_ns; /* the mean of the times without and with a fault */
+	int64_t latency_ns;     /* what the server takes for a call, in the middle */
+	int64_t late_ns;        /* what it takes at the most, also for calls whose connection is gone */
+	uint32_t send_buffer_bytes;
+	uint32_t hot_pages;     /* most requests go there */
+	uint32_t pause_chance;  /* of 1024: a requester thinks for a while */
+	uint32_t round;         /* requests between two times that all requesters wait for each other; 0: never */
+	uint32_t words_of_8;    /* of 8 pages, how many repeat one word */
+	uint32_t read_factor;   /* how much longer READs take */
+	bool encrypt, stable_writes, owner;
+	uint64_t crash_at;      /* the worker is killed at this point; 0: not */
+	uint64_t fail_at;       /* this call fails; 0: none */
+	uint32_t fail_variant;
+	bool verbose;
+};
+
+/* What a run has done. */
+struct sim_result {
+	bool failed;
+	char why[512];
+	uint64_t trace;         /* equal for equal runs */
+	int64_t time_ns;
+	uint64_t page_ops, requests, worker_crashes, nas_crashes, connections, calls_nfs, points, failable, failed_calls,
+		stores;
+	uint64_t faults[FAULT_COUNT];
+};
+
+extern struct sim_options options;
+extern struct sim_result result;
+
+/* ---- world.c ---- */
+
+struct thread {
+	void *stack_pointer;
+	void *(*body)(void *);
+	void *argument;
+	uint64_t joiners;       /* threads that wait for its end, as bits */
+	int64_t wake_at_ns;     /* NEVER: without a limit */
+	bool used, ended;
+};
+
+extern int64_t now_ns;          /* since the simulation began; CLOCK_MONOTONIC has an hour more */
+extern int64_t slept_ns;        /* CLOCK_BOOTTIME is ahead by so much */
+extern unsigned current;        /* the running thread; THREADS_MAX: none, an event */
+extern struct thread threads[THREADS_MAX];
+
+typedef void (*event_fn)(void *a, uint64_t b, uint64_t c);
+
+void world_reset(void);
+/* Run until world_stop(), or a failure. */
+void world_run(void);
+void world_stop(void);
+void event_at(int64_t at_ns, event_fn fn, void *a, uint64_t b, uint64_t c);
+
+unsigned thread_new(void *(*body)(void *), void *argument);
+/* Stop the running thread until thread_wake() or wake_at_ns. */
+void thread_block(int64_t wake_at_ns);
+void thread_wake(unsigned thread);
+void threads_wake(uint64_t mask);
+/* Let others run, perhaps. */
+void thread_yield(void);
+void thread_preempt(void);
+void threads_drop(void);
+void thread_sleep(int64_t ns);
+static inline int64_t servers_ns(void)
+{
+	return now_ns + slept_ns;
+}
+
+static inline uint64_t thread_bit(void)
+{
+	return (uint64_t)1 << current;
+}
+
+/* Part of the trace: whatever differs between two runs shows here. */
+void trace(uint64_t what);
+
+/* The run has failed: something that must not be. Does not return where a thread runs. */
+__attribute__((format(printf, 1, 2))) void sim_fail(const char *format, ...);
+
+/* ---- calls.c ---- */
+
+/* Here the worker may be killed. */
+void crash_point(void);
+/* The worker is to be killed after so many more points. */
+void crash_soon(uint32_t points);
+/* A call that may fail. Returns the variant of its failure from 1 on, or 0. */
+uint32_t call_fails(uint32_t variants);
+void memory_reset(void);
+/* Everything was freed: begin again. */
+void memory_rewind(void);
+extern uint64_t live_allocations;
+
+extern uint8_t region_memory[];
+extern uint64_t region_bytes;
+bool is_in_region(const void *at);
+void region_forget(void);       /* another run */
+void region_let_go(void);       /* the process has ended */
+
+/* ---- network.c ---- */
+
+struct connection_end;          /* a connection as the server sees it */
+
+void network_reset(void);
+/* The worker has ended: its sockets are closed. */
+void network_close_all(void);
+void network_fault(enum fault fault, bool begins);
+/* What the server does with a connection. */
+struct sim_conn *conn_hold(struct sim_conn *conn);
+void conn_let_go(struct sim_conn *conn);
+bool conn_is_open(const struct sim_conn *conn);
+bool conn_has_client(const struct sim_conn *conn);
+/* Room for an answer of `bytes`, to be filled before conn_answer(). */
+uint8_t *conn_room(struct sim_conn *conn, uint32_t bytes);
+void conn_answer(struct sim_conn *conn, uint32_t bytes);
+void conn_reset_by_server(struct sim_conn *conn);
+void conns_server_down(bool silently);
+
+/* ---- fake_nas.c ---- */
+
+void nas_reset(void);
+bool nas_is_listening(void);
+bool nas_is_reachable(void);
+/* Bytes of whole or partial calls. Returns how many it took. */
+uint32_t nas_receive(struct sim_conn *conn, const uint8_t *bytes, uint32_t count, int64_t sent_at_ns);
+void nas_fault(enum fault fault, bool begins);
+/* The power is cut, and comes back. */
+void nas_lose_cache(void);
+/* The worker has been killed: what it had under way is done soon, or never (0011). */
+void nas_hurry(void);
+const uint8_t *nas_stable_page(uint32_t page);
+uint32_t nas_file_handle(uint8_t *handle);
+uint32_t nas_root_handle(uint8_t *handle);
+#define NAS_FILE_ID 4711u
+#define NAS_PORT 2049u
+#define MOUNT_PORT 20048u
+#define OWNER_IDENTITY "\nboot 11111111-1111-1111-1111-111111111111\n"
+#define OWNER_PATH "/.swap.owner"
+extern int64_t stolen_at_ns;    /* by the server's clock, which does not sleep; NEVER: it was not */
+
+/* ---- faults, in simulate.c ---- */
+
+bool fault_is_active(enum fault fault);
+bool faults_are_over(void);
+void faults_end(void);
+/* The network is cut for so long, whatever else strikes. */
+void fault_partition(int64_t length_ns);
+/* The machine sleeps for so long. */
+void fault_sleep(int64_t length_ns);
+extern int64_t woke_at_ns;      /* from the last sleep */
+
+/* ---- load.c ---- */
+
+void load_reset(void);
+void *load_thread(void *argument);
+/* The worker was killed: what was under way is asked again. */
+void load_interrupted(void);
+void load_check_all(void);
+void load_flush(void);
+void *load_requester(uint32_t number);
+/* What waits for longest, as text. */
+const char *load_oldest(void);
+
+/* ---- worker.c ---- */
+
+struct engine;
+extern struct engine *worker_engine;
+void worker_reset(void);
+void worker_start(void);
+/* Kill it as soon as no thread runs. */
+void worker_kill(void);
+bool worker_kill_is_due(void);
+void worker_killed(void);
+void worker_requester_ended(void);
+
+/* ---- inside_block.c, inside_nfs.c ---- */
+
+struct nfsio;
+void check_idle_block(struct engine *engine);
+void check_idle_nfs(struct nfsio *io, unsigned number);
+
+/* ---- stores.c ---- */
+
+extern const bool has_store_hooks;
+void copy_to_region(void *to, const void *from, size_t bytes);
+
+#endif

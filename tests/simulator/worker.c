@@ -1,0 +1,160 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* One worker after the other on one region, as a keeper has it; and what is looked at in the end. */
+#include "sim.h"
+
+#include "block/engine.h"
+#include "wrapped.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+enum phase { PHASE_LOAD, PHASE_FLUSH, PHASE_CHECK };
+
+struct engine *worker_engine;
+
+static bool kill_is_due;
+static uint32_t requesters_running;
+static unsigned main_thread;
+static enum phase phase;
+static struct rng workers;
+
+bool worker_kill_is_due(void)
+{
+	return kill_is_due;
+}
+
+void worker_kill(void)
+{
+	kill_is_due = true;
+}
+
+void worker_requester_ended(void)
+{
+	if (--requesters_running == 0)
+		thread_wake(main_thread);
+}
+
+/* Errors of a start that a keeper answers with another one. */
+static void check_start(int error, const struct nfsio_failure *why)
+{
+	static const int expected[] = { ENOTCONN, ETIMEDOUT, EAGAIN, ECONNREFUSED, ECONNRESET, ENOENT, ESTALE, ECANCELED };
+
+	if (live_allocations != 0)
+		sim_fail("a start that failed (%d) leaves %llu allocations", -error,
+			 (unsigned long long)live_allocations);
+	for (unsigned i = 0; i < sizeof(expected) / sizeof(expected[0]); i++)
+		if (error == -expected[i])
+			return;
+	if (options.fail_at == 0 && !(options.faults >> FAULT_owner_refused & 1) && !(options.faults >> FAULT_refuse & 1))
+		sim_fail("a worker does not start: error %d, %s", -error, why->message);
+}
+
+static void start_engine(void)
+{
+	struct engine_options engine_options = {
+		.nfs = {
+			.url = "nfs://nas/export/dir/swap?version=3&nfsport=2049&mountport=20048&uid=0&gid=0",
+			.address = "10.0.0.1",
+			.transport = NFSIO_OVER_WIRE,
+			.connect_timeout_s = 15,
+		},
+		.region_fd = CALLERS_REGION_FD,
+		.region_pages = options.slots,
+		.encrypt = options.encrypt,
+		.clear_bytes = options.encrypt ? PAGE_BYTES : 0,
+		.connections = options.connections,
+		.stable_writes = options.stable_writes,
+		.read_ahead_pages = options.read_ahead_pages,
+	};
+	struct nfsio_failure why = { 0 };
+	int error;
+
+	if (options.owner)
+		engine_options.owner = (struct owner_options){ .path = OWNER_PATH, .identity = OWNER_IDENTITY,
+							       .refresh_ms = OWNER_REFRESH_MS };
+	while ((error = engine_create(&engine_options, &worker_engine, &why)) != 0) {
+		check_start(error, &why);
+		memory_rewind();
+		thread_sleep(rng_between(&workers, 50 * MS, 500 * MS));
+	}
+}
+
+static void run_load(void)
+{
+	requesters_running = options.threads;
+	for (uint32_t i = 0; i < options.threads; i++)
+		thread_new(load_thread, load_requester(i));
+	while (requesters_running > 0)
+		thread_block(NEVER);
+	check_idle_block(worker_engine);
+}
+
+/*
+ * All requests are done: after a last FLUSH the power of the server is cut, and another worker reads everything. Not
+ * where the file was stolen: then all of it is the thief's.
+ */
+static void *worker_main(void *argument)
+{
+	(void)argument;
+	start_engine();
+	if (phase == PHASE_LOAD) {
+		run_load();
+		phase = PHASE_FLUSH;
+	}
+	if (stolen_at_ns != NEVER)
+		phase = PHASE_CHECK;
+	if (phase == PHASE_FLUSH) {
+		load_flush();
+		nas_lose_cache();
+		conns_server_down(false);
+		phase = PHASE_CHECK;
+		if (rng_chance(&workers, 512)) {
+			worker_kill();
+			thread_yield();
+		}
+		engine_destroy(worker_engine);
+		if (live_allocations != 0)
+			sim_fail("an engine that has ended leaves %llu allocations", (unsigned long long)live_allocations);
+		start_engine();
+	}
+	load_check_all();
+	engine_destroy(worker_engine);
+	world_stop();
+	return NULL;
+}
+
+static void start_again(void *a, uint64_t b, uint64_t c)
+{
+	(void)a, (void)b, (void)c;
+	worker_start();
+}
+
+void worker_start(void)
+{
+	memory_reset();
+	main_thread = thread_new(worker_main, NULL);
+}
+
+void worker_killed(void)
+{
+	kill_is_due = false;
+	threads_drop();
+	nas_hurry();
+	network_close_all();
+	region_let_go();
+	load_interrupted();
+	result.worker_crashes++;
+	if (options.verbose)
+		fprintf(stderr, "%14.6f the worker is killed\n", (double)now_ns / 1e9);
+	memory_reset();
+	event_at(now_ns + rng_between(&workers, 5 * MS, 700 * MS), start_again, NULL, 0, 0);
+}
+
+void worker_reset(void)
+{
+	kill_is_due = false;
+	phase = PHASE_LOAD;
+	workers.state = options.seed ^ 0x303c;
+	memory_reset();
+}
