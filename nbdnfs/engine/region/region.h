@@ -218,12 +218,6 @@ struct region_plan {
 };
 
 /*
- * In the process that will call region_map(), before it has threads: from then on region_map() gives the kernel no path
- * that begins at "/", because the root may be on a server that is away. Returns 0 or -errno.
- */
-int region_prepare(void);
-
-/*
  * Map the region behind `fd`, which remains the caller's; with fd -1, make a memfd of the region's own. An empty one is
  * laid out for `identity` as planned. The file gets mode 0600, and cannot be resized any more. Returns 0 and *region,
  * or -errno and a text in `message`: -EBUSY when another process has mapped it, -EPROTO when it is of another version
