@@ -53,7 +53,7 @@ def swapping(
             300,
         )
         try:
-            # on a busy host the job may time out (JobRunningTimeoutSec=), and the start goes on
+            # on a busy host the job may be canceled (nbdnfs-start-timeout@.service), and the start goes on
             unit = f"nbdnfs@{_NAME}"
             guest.run(
                 f"systemctl start {unit} || until systemctl -q is-active {unit} || systemctl -q is-failed {unit};"

@@ -57,12 +57,14 @@ class Layout:
         unit = f"{self.systemd}/system/{_UNIT}"
         found = {
             _UNIT: unit,
+            "nbdnfs-start-timeout@.service": f"{self.systemd}/system/nbdnfs-start-timeout@.service",
             "nbdnfs.slice": f"{self.systemd}/system/nbdnfs.slice",
             "nbdnfs-metrics.service": f"{self.systemd}/system/nbdnfs-metrics.service",
             _TIMER: f"{self.systemd}/system/{_TIMER}",
             "nbdnfs-generator": f"{self.systemd}/system-generators/nbdnfs-generator",
             "reserve": f"{self.lib}/nbdnfs/reserve",
             "pace": f"{self.lib}/nbdnfs/pace",
+            "start-timeout": f"{self.lib}/nbdnfs/start-timeout",
             "modules-load.conf": f"{self.lib}/modules-load.d/nbdnfs.conf",
             "sysctl.conf": f"{self.lib}/sysctl.d/60-nbdnfs.conf",
             "tmpfiles.conf": f"{self.lib}/tmpfiles.d/nbdnfs.conf",
@@ -78,7 +80,7 @@ LOCAL = Layout()
 # As a merged /usr shows it, whatever the package calls it.
 PACKAGE = Layout(lib="usr/lib", systemd="usr/lib/systemd", udev="usr/lib/udev")
 _EXAMPLE = "etc/nbdnfs/example.toml.disabled"
-_EXECUTABLE = frozenset({"nbdnfs-generator", "reserve", "pace"})
+_EXECUTABLE = frozenset({"nbdnfs-generator", "reserve", "pace", "start-timeout"})
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from nbdnfs.kernel.state import Swap
 from nbdnfs.kernel.waiting import wait_until
 from nbdnfs.proc_stat import start_time_ticks
 
-# How long `up` waits without systemd; the start goes on. As JobRunningTimeoutSec= of the unit.
+# How long `up` waits without systemd; the start goes on. As nbdnfs-start-timeout@.service.
 UP_TIMEOUT_S = 180.0
 # The keeper ends at once when it is asked to; a worker ends when the kernel disconnects.
 _PROCESS_ENDS_S = 10.0

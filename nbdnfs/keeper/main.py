@@ -17,6 +17,7 @@ from nbdnfs import config, memlock, nfs_url, proc_stat, programs
 from nbdnfs.errors import NbdnfsError, NoHostError, OwnedError, PermissionDeniedError, UnavailableError, UsageError
 from nbdnfs.keeper import failures, hibernation, journal, last_good, only_keeper, sd_notify
 from nbdnfs.keeper.keeper import Keeper
+from nbdnfs.keeper.own_root import OwnRoot
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.reporter import Reporter
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 # How the names of the files begin whose code the keeper runs.
 CODE = (
     *("python3", "libpython3", "libc.so", "ld-linux"),
-    *("_memlock.", "_spawner.", "_socket.", "_struct.", "select.", "mmap."),
+    *("_memlock.", "_own_root.", "_spawner.", "_socket.", "_struct.", "select.", "mmap."),
 )
 
 # At boot: a server that has lost its power as well may answer before its disks are mounted, and a new file would land
@@ -123,14 +124,21 @@ def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
     new_file_after_s = _NEW_FILE_AFTER_S if not is_attached and settings.size_bytes and _is_booting() else 0.0
     work = RealWork(settings, text, address, steal=steal, new_file_after_s=new_file_after_s)
 
+    own_root = OwnRoot(reporter.say)
+
     def warm_up() -> None:
         if settings.lock != "off":
             _apply(settings, memlock.settle(CODE, heap_bytes=_HEAP_BYTES))
+        own_root.enter()
 
     config_text = last_good.to_text(settings)
     hibernation.forbid(name)
     try:
-        return Keeper(kernel, work, records, reporter, stored=stored, config_text=config_text, warm_up=warm_up).run()
+        keeper = Keeper(kernel, work, records, reporter, stored=stored, config_text=config_text, warm_up=warm_up)
+        try:
+            return keeper.run()
+        finally:
+            own_root.leave()
     except NbdnfsError:
         if nbd_device.find(backend) is None:
             hibernation.permit(name)

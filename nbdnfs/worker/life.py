@@ -13,7 +13,7 @@ import sys
 import time
 
 from nbdnfs import memlock, region
-from nbdnfs.engine import Engine, forget_services, keep_thread_states, libnfs_version, warm_cipher
+from nbdnfs.engine import Engine, forget_services, hold_descriptors, keep_thread_states, libnfs_version, warm_cipher
 from nbdnfs.errors import ConfigError
 from nbdnfs.sizes import KERNEL_PAGE_BYTES, SLOT_BYTES
 from nbdnfs.worker import protocol
@@ -75,11 +75,12 @@ class Worker:
     def lock_memory(self) -> None:
         """In the process that serves, before its threads start: they inherit some of it. Raises ConfigError.
 
-        Also the last time that glibc reads nsswitch.conf: a standby that takes over opens no file, since the root may
-        be on a server that does not answer.
+        Also the last time that glibc reads nsswitch.conf: a standby that takes over opens no file by a path, since the
+        root may be on a server that does not answer.
         """
         if self._settings.engine == "c":
             forget_services()
+            hold_descriptors()
         if self._settings.lock != "off":
             self._apply(memlock.lock(CODE, skip=self._settings.without, one_cpu=True))
         try:

@@ -187,7 +187,12 @@ static void steal(void)
 		return;
 	nas.generations[OBJECT_RECORD]++;
 	write_record("them");
-	stolen_at_ns = now_ns;
+	stolen_at_ns = servers_ns();
+	/* while the owner cannot look: the network is cut, or the machine sleeps */
+	if (rng_chance(&nas.faults, 340))
+		fault_partition(rng_between(&nas.faults, 30 * S, 120 * S));
+	else if (rng_chance(&nas.faults, 512))
+		fault_sleep(rng_between(&nas.faults, 50 * S, 120 * S));
 }
 
 void nas_fault(enum fault fault, bool begins)
@@ -207,6 +212,7 @@ void nas_fault(enum fault fault, bool begins)
 			forget_handles();
 		break;
 	case FAULT_refuse:
+	case FAULT_owner_refused:
 		if (begins)
 			choose_refusal();
 		break;

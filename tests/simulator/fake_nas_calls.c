@@ -3,6 +3,7 @@
 #include "fake_nas.h"
 
 #include <endian.h>
+#include <stdio.h>
 #include <string.h>
 
 #define CALLS_MAX 512u
@@ -14,6 +15,10 @@
 #define NFS3ERR_JUKEBOX 10008u
 /* How long the thief waits before it writes: what is under way must have arrived (decision 0009). */
 #define FENCE_NS (50 * S)
+/* What a killed worker had under way is held back for a second (decision 0011). */
+#define HURRY_NS (900 * MS)
+/* A COMMIT that is refused is sent again after a pause, of half a second at least. */
+#define REFUSED_COMMITS_MAX 8u
 
 enum procedure { PROC_NULL = 0, PROC_GETATTR = 1, PROC_LOOKUP = 3, PROC_READ = 6, PROC_WRITE = 7, PROC_FSINFO = 19,
 		 PROC_COMMIT = 21, PROC_MNT = 1000 };
@@ -27,14 +32,21 @@ struct call {
 	uint8_t data[DATA_BYTES_MAX];
 	struct call *next;
 	bool taken;             /* and not carried out yet */
+	uint64_t serial;
+	int64_t due_ns;
+	int64_t sent_at_ns;     /* by the server's clock */
+	uint32_t answer_bytes;  /* to be sent later */
+	uint8_t answer[1024];
 };
 
 static struct call calls[CALLS_MAX];
 static struct call *spare;
+static uint64_t serials;
 
 void calls_reset(void)
 {
 	spare = NULL;
+	serials = 0;
 	for (unsigned i = CALLS_MAX; i-- > 0;) {
 		calls[i].taken = false;
 		calls[i].next = spare;
@@ -129,11 +141,9 @@ static uint64_t verifier_now(void)
 	return nas.verifier + (fault_is_active(FAULT_verifier_flutter) ? rng_below(&nas.faults, 2) << 20 : 0);
 }
 
-/* How much of a transfer is done: at most `most`, and less where the fault strikes. */
-static uint32_t moved(uint32_t wanted, uint32_t most)
+/* How much of a transfer is done: less where the fault strikes. */
+static uint32_t moved(uint32_t count)
 {
-	uint32_t count = wanted < most ? wanted : most;
-
 	if (!fault_is_active(FAULT_short_transfer) || rng_chance(&nas.faults, 512) || count < 2)
 		return count;
 	if (rng_chance(&nas.faults, 512) && count > SECTOR_BYTES)
@@ -145,7 +155,7 @@ static void do_read(struct call *call, uint8_t **at)
 {
 	bool is_page = call->object == OBJECT_FILE;
 	uint64_t size = is_page ? disk_bytes() : RECORD_BYTES;
-	uint32_t count = call->offset < size ? moved(call->count, nas.read_max_bytes) : 0;
+	uint32_t count = call->offset < size ? moved(call->count) : 0;
 	uint8_t *data;
 
 	if (count > size - call->offset)
@@ -169,16 +179,26 @@ static void do_read(struct call *call, uint8_t **at)
 
 static void do_write(struct call *call, uint8_t **at)
 {
-	uint32_t count = moved(call->count, nas.write_max_bytes), committed = call->stable;
+	uint32_t count = moved(call->count), committed = call->stable;
 
-	if (stolen_at_ns != NEVER && now_ns > stolen_at_ns + FENCE_NS && call->object == OBJECT_FILE)
-		sim_fail("a page is written %.3f s after the file was stolen", (double)(now_ns - stolen_at_ns) / 1e9);
+	if (stolen_at_ns != NEVER && call->sent_at_ns > stolen_at_ns + FENCE_NS && call->object == OBJECT_FILE)
+		sim_fail("a page was sent %.3f s after the file was stolen",
+			 (double)(call->sent_at_ns - stolen_at_ns) / 1e9);
 	if (committed == 0 && fault_is_active(FAULT_stability) && rng_chance(&nas.faults, 512))
 		committed = 1 + rng_below(&nas.faults, 2);
+	else if (committed == 2 && call->object == OBJECT_FILE && fault_is_active(FAULT_stability) &&
+		 rng_chance(&nas.faults, 64))
+		committed = rng_below(&nas.faults, 2); /* RFC 1813 does not allow it */
+	/* DATA_SYNC: where the data lies may be lost */
 	if (call->object == OBJECT_FILE)
-		disk_write(call->offset, call->data, count, committed > 0);
+		disk_write(call->offset, call->data, count, committed == 2);
 	else
 		memcpy(nas.record + call->offset, call->data, count);
+	if (options.verbose && call->object == OBJECT_FILE)
+		fprintf(stderr, "%14.6f server WRITE %llu+%u, %u bytes, committed %u, verifier %llx%s, begins %016llx\n", (double)now_ns / 1e9,
+			(unsigned long long)call->offset / PAGE_BYTES, call->count / PAGE_BYTES, count, committed,
+			(unsigned long long)nas.verifier, conn_has_client(call->conn) ? "" : ", late",
+			(unsigned long long)*(uint64_t *)(void *)call->data);
 	put32(at, NFS3_OK);
 	put_wcc(at, call->object);
 	put32(at, count);
@@ -220,6 +240,18 @@ static void do_fsinfo(uint8_t **at)
 	put32(at, 0x1b);
 }
 
+static void note_refused_commit(void)
+{
+	static int64_t second;
+	static uint32_t count;
+
+	if (now_ns / S != second)
+		count = 0;
+	second = now_ns / S;
+	if (++count > REFUSED_COMMITS_MAX)
+		sim_fail("more than %u COMMITs in a second although they are refused", REFUSED_COMMITS_MAX);
+}
+
 /* A status instead of results; 0: there are results. */
 static uint32_t refusal_of(const struct call *call)
 {
@@ -234,8 +266,11 @@ static uint32_t refusal_of(const struct call *call)
 	if (call->object == OBJECT_RECORD || (call->procedure == PROC_LOOKUP && call->object == OBJECT_DIRECTORY))
 		return fault_is_active(FAULT_owner_refused) && writes ? nas.refusal : 0;
 	if (fault_is_active(FAULT_refuse) && rng_chance(&nas.faults, 512) &&
-	    (writes || (nas.refuses_reads && call->procedure == PROC_READ)))
+	    (writes || (nas.refuses_reads && call->procedure == PROC_READ))) {
+		if (call->procedure == PROC_COMMIT)
+			note_refused_commit();
 		return nas.refusal;
+	}
 	return 0;
 }
 
@@ -275,6 +310,9 @@ static void put_results(struct call *call, uint8_t **at)
 		break;
 	case PROC_COMMIT:
 		disk_commit();
+		if (options.verbose)
+			fprintf(stderr, "%14.6f server COMMIT, verifier %llx\n", (double)now_ns / 1e9,
+				(unsigned long long)nas.verifier);
 		put32(at, NFS3_OK);
 		put_wcc(at, call->object);
 		put64(at, verifier_now());
@@ -326,7 +364,9 @@ static void answer(struct call *call)
 	static uint8_t message[(1u << 20) + 1024];
 	uint32_t room = 1024 + padded(call->procedure == PROC_READ ? call->count : 0), bytes;
 	bool in_fragments = fault_is_active(FAULT_fragments) && rng_chance(&nas.faults, 512);
-	uint8_t *to = conn_room(call->conn, in_fragments ? room * 5 : room), *begin, *at;
+	/* what others may overtake: a READ's data is not copied for that */
+	bool is_later = call->procedure != PROC_READ && !in_fragments && rng_chance(&nas.calls, 512);
+	uint8_t *to = is_later ? call->answer : conn_room(call->conn, in_fragments ? room * 5 : room), *begin, *at;
 
 	begin = at = in_fragments ? message : to;
 	if (!in_fragments)
@@ -341,28 +381,62 @@ static void answer(struct call *call)
 
 		put32(&mark, RPC_LAST | (bytes - 4));
 	}
-	if (!conn_is_open(call->conn) || (fault_is_active(FAULT_drop_answer) && rng_chance(&nas.faults, 64)))
+	if (fault_is_active(FAULT_drop_answer) && rng_chance(&nas.faults, 64))
 		return; /* it was done, and nobody hears of it */
-	conn_answer(call->conn, bytes);
+	if (is_later)
+		call->answer_bytes = bytes;
+	else if (conn_is_open(call->conn))
+		conn_answer(call->conn, bytes);
 }
 
 static void let_go(struct call *call)
 {
 	conn_let_go(call->conn);
-	call->taken = false;
 	call->next = spare;
 	spare = call;
 }
 
-/* An event: the time has come. */
-static void carry_out(void *a, uint64_t b, uint64_t c)
+/* An event: the answer to a call that was carried out is sent. */
+static void send_answer(void *a, uint64_t b, uint64_t c)
 {
 	struct call *call = a;
 
 	(void)b, (void)c;
+	if (call->epoch == nas.epoch && conn_is_open(call->conn)) {
+		memcpy(conn_room(call->conn, call->answer_bytes), call->answer, call->answer_bytes);
+		conn_answer(call->conn, call->answer_bytes);
+	}
+	let_go(call);
+}
+
+/* An event: the time has come for call number b. */
+static void carry_out(void *a, uint64_t b, uint64_t c)
+{
+	struct call *call = a;
+
+	(void)c;
+	if (call->serial != b || !call->taken)
+		return;
+	call->taken = false;
+	call->answer_bytes = 0;
 	if (call->epoch == nas.epoch)
 		answer(call);
-	let_go(call);
+	if (call->answer_bytes > 0)
+		event_at(now_ns + rng_between(&nas.calls, 0, options.latency_ns), send_answer, call, b, 0);
+	else
+		let_go(call);
+}
+
+void nas_hurry(void)
+{
+	for (unsigned i = 0; i < CALLS_MAX; i++) {
+		struct call *call = &calls[i];
+
+		if (call->taken && conn_has_client(call->conn) && call->due_ns > now_ns + HURRY_NS) {
+			call->due_ns = now_ns + rng_between(&nas.calls, 0, HURRY_NS);
+			event_at(call->due_ns, carry_out, call, call->serial, 0);
+		}
+	}
 }
 
 void calls_cut(void)
@@ -418,6 +492,8 @@ static void get_arguments(struct call *call, const uint8_t *at)
 	case PROC_READ:
 		call->offset = get64(&at);
 		call->count = get32(&at);
+		if (call->count > nas.read_max_bytes)
+			sim_fail("a READ of %u bytes, and the server takes %u", call->count, nas.read_max_bytes);
 		break;
 	case PROC_WRITE:
 		call->offset = get64(&at);
@@ -427,6 +503,8 @@ static void get_arguments(struct call *call, const uint8_t *at)
 			sim_fail("a WRITE of %u bytes that has another length", call->count);
 		else
 			memcpy(call->data, at, call->count);
+		if (call->count > nas.write_max_bytes)
+			sim_fail("a WRITE of %u bytes, and the server takes %u", call->count, nas.write_max_bytes);
 		if (call->object == OBJECT_FILE && call->offset + call->count > disk_bytes())
 			sim_fail("a WRITE beyond the file's end");
 		break;
@@ -449,7 +527,7 @@ static int64_t service_ns(void)
 	return (int64_t)(rng_next(&nas.calls) % (uint64_t)most_ns);
 }
 
-static void take_call(struct sim_conn *conn, const uint8_t *at)
+static void take_call(struct sim_conn *conn, const uint8_t *at, int64_t sent_at_ns)
 {
 	struct call *call = spare;
 	uint32_t program, procedure;
@@ -464,6 +542,8 @@ static void take_call(struct sim_conn *conn, const uint8_t *at)
 	spare = call->next;
 	call->conn = conn_hold(conn);
 	call->epoch = nas.epoch;
+	/* what a thread was about to send when the machine fell asleep leaves after it: decision 0029 */
+	call->sent_at_ns = now_ns - woke_at_ns < 50 * MS ? 0 : sent_at_ns;
 	call->taken = true;
 	call->object = OBJECT_NONE;
 	call->xid = get32(&at);
@@ -479,10 +559,18 @@ static void take_call(struct sim_conn *conn, const uint8_t *at)
 	at += padded(get32(&at)); /* verifier */
 	call->count = 0;
 	get_arguments(call, at);
-	event_at(now_ns + service_ns(), carry_out, call, call->procedure, call->offset);
+	call->due_ns = now_ns + service_ns() * (call->procedure == PROC_READ ? options.read_factor : 1);
+	if (!conn_has_client(conn) && call->due_ns > now_ns + HURRY_NS)
+		call->due_ns = now_ns + rng_between(&nas.calls, 0, HURRY_NS);
+	call->serial = ++serials;
+	if (options.verbose && call->procedure == PROC_WRITE && call->object == OBJECT_FILE)
+		fprintf(stderr, "%14.6f server takes %llu+%u, due %f, begins %016llx\n", (double)now_ns / 1e9,
+			(unsigned long long)call->offset / PAGE_BYTES, call->count / PAGE_BYTES, (double)call->due_ns / 1e9,
+			(unsigned long long)*(uint64_t *)(void *)call->data);
+	event_at(call->due_ns, carry_out, call, call->serial, 0);
 }
 
-uint32_t nas_receive(struct sim_conn *conn, const uint8_t *bytes, uint32_t count)
+uint32_t nas_receive(struct sim_conn *conn, const uint8_t *bytes, uint32_t count, int64_t sent_at_ns)
 {
 	uint32_t done = 0;
 
@@ -496,7 +584,7 @@ uint32_t nas_receive(struct sim_conn *conn, const uint8_t *bytes, uint32_t count
 		}
 		if (count - done - 4 < length)
 			break;
-		take_call(conn, at);
+		take_call(conn, at, sent_at_ns);
 		done += 4 + length;
 	}
 	return done;

@@ -48,13 +48,15 @@ static uint32_t issued[PAGES_MAX], completed[PAGES_MAX], on_disk[PAGES_MAX];
 static bool busy[PAGES_MAX], torn[PAGES_MAX];
 static uint64_t trimmed_at[PAGES_MAX], stamps;
 static uint32_t asked, weights[4];
+static uint32_t round_end;      /* so many are asked before the requesters wait for each other */
+static uint64_t at_barrier;     /* threads that do, as bits */
 static struct rng load, pauses;
 
 /* ---- what a version looks like ---- */
 
 static bool is_word(uint32_t page, uint32_t version)
 {
-	return ((page * 0x9e3779b1u ^ version * 0x85ebca77u) >> 9) % 4 == 0;
+	return ((page * 0x9e3779b1u ^ version * 0x85ebca77u) >> 9) % 8 < options.words_of_8;
 }
 
 static void fill_page(uint8_t *data, uint32_t page, uint32_t version)
@@ -114,18 +116,18 @@ static void check_error(const struct requester *me, int error, const char *what)
 	sim_fail("%s of %u pages at page %u: error %d", what, request->count, request->page, -error);
 }
 
-/* Of a page whose write was cut off: each of its words is of a version that may be there. */
+/* Of a page whose write was cut off: each of its bytes is of a version that may be there. */
 static bool is_mix(const uint8_t *data, uint32_t page, uint32_t lowest, uint32_t highest)
 {
-	static uint8_t right[PAGE_BYTES];
-	static bool found[PAGE_BYTES / 8];
-	uint32_t missing = PAGE_BYTES / 8;
+	static _Alignas(8) uint8_t right[PAGE_BYTES];
+	static bool found[PAGE_BYTES];
+	uint32_t missing = PAGE_BYTES;
 
 	memset(found, 0, sizeof(found));
-	for (uint32_t version = lowest; version <= highest; version++) {
+	for (uint32_t version = lowest; version <= highest && missing > 0; version++) {
 		fill_page(right, page, version);
-		for (unsigned i = 0; i < PAGE_BYTES / 8; i++)
-			if (!found[i] && memcmp(data + i * 8, right + i * 8, 8) == 0) {
+		for (unsigned i = 0; i < PAGE_BYTES; i++)
+			if (!found[i] && data[i] == right[i]) {
 				found[i] = true;
 				missing--;
 			}
@@ -161,6 +163,13 @@ static void check_disk(uint32_t page, uint32_t version, const char *after)
 		sim_fail("after %s the server's disk has version %lld of page %u instead of %u", after,
 			 (long long)found, page, version);
 	on_disk[page] = version;
+}
+
+/* The same where the page has been written again since: a newer write may be under way, and half done. */
+static void check_newer(uint32_t page, uint32_t lowest)
+{
+	if (!options.encrypt && !is_mix(nas_stable_page(page), page, lowest, issued[page]))
+		sim_fail("after FLUSH the server's disk has bytes of page %u that are older than version %u", page, lowest);
 }
 
 /* ---- requests ---- */
@@ -218,9 +227,14 @@ static void do_flush(struct requester *me)
 		check_error(me, error, "FLUSH");
 		return;
 	}
-	for (uint32_t page = 0; page < options.pages && !is_stolen(); page++)
-		if (me->lowest[page] > 0 && issued[page] == me->lowest[page] && trimmed_at[page] < me->stamp)
+	for (uint32_t page = 0; page < options.pages && !is_stolen(); page++) {
+		if (me->lowest[page] == 0 || trimmed_at[page] > me->stamp)
+			continue;
+		if (issued[page] == me->lowest[page])
 			check_disk(page, me->lowest[page], "FLUSH");
+		else
+			check_newer(page, me->lowest[page]);
+	}
 }
 
 static void do_trim(struct requester *me)
@@ -355,8 +369,27 @@ static void generate(struct requester *me)
 		mark_busy(request);
 }
 
+/*
+ * Every so many requests all requesters wait for each other: what was forgotten then stays forgotten, rather than being
+ * woken by the next request.
+ */
+static void wait_for_others(void)
+{
+	while (options.round > 0 && asked >= round_end && asked < options.requests && again_count == 0) {
+		at_barrier |= thread_bit();
+		if ((uint32_t)__builtin_popcountll(at_barrier) == options.threads) {
+			round_end = asked + options.round;
+			threads_wake(at_barrier);
+			at_barrier = 0;
+			return;
+		}
+		thread_block(NEVER);
+	}
+}
+
 static bool next(struct requester *me)
 {
+	wait_for_others();
 	if (again_count > 0) {
 		uint32_t which = rng_below(&load, again_count);
 
@@ -380,7 +413,7 @@ static void pause(void)
 	if (rng_chance(&pauses, 8))
 		thread_sleep(rng_between(&pauses, 0, 12 * S));
 	else
-		thread_sleep(rng_between(&pauses, 0, 5 * MS));
+		thread_sleep(rng_between(&pauses, 0, rng_chance(&pauses, 512) ? 5 * MS : options.latency_ns));
 }
 
 void *load_thread(void *argument)
@@ -405,6 +438,7 @@ void *load_requester(uint32_t number)
 
 void load_interrupted(void)
 {
+	at_barrier = 0;
 	for (uint32_t i = 0; i < REQUESTERS_MAX; i++) {
 		struct request *request = &requesters[i].now;
 
@@ -465,6 +499,8 @@ void load_reset(void)
 		requesters[i].next_page = i * 37;
 	}
 	again_count = asked = 0;
+	round_end = options.round;
+	at_barrier = 0;
 	stamps = 0;
 	load.state = options.seed ^ 0x10ad;
 	pauses.state = options.seed ^ 0x9a05e;

@@ -94,7 +94,7 @@ SEEDED = (
     one("an answer of DATA_SYNC counts as FILE_SYNC", "verifier", "nfs/wire_parse.c", "xdr_get32(reader) == FILE_SYNC", "xdr_get32(reader) != UNSTABLE"),
     one("a COMMIT covers what was written after it was sent", "COMMIT", RUNS, "\t\tif (!slot->in_commit)\n\t\t\tcontinue;\n", ""),
     one("a page written again stays in the COMMIT", "COMMIT", SLOTS, "\tslot->in_commit = false;\n\tslot->read_ahead = false;\n\tif (slot->writing)", "\tslot->read_ahead = false;\n\tif (slot->writing)"),
-    one("a COMMIT that fails counts as done", "COMMIT", FLUSHER, "\tif (req->error != 0) {\n\t\tcache_commit_failed(engine->cache);\n\t} else {", "\tif (false) {\n\t} else {"),
+    one("a COMMIT that fails counts as done", "COMMIT", RUNS, "\t\tcache->slots[index].in_commit = false;\n}", "\t\tslot_committed(cache, index);\n}"),
     one("no COMMIT is sent", "COMMIT", FLUSHER, "if (uncommitted == 0 ||", "if (true ||"),
     one("COMMIT's refusal has no pause", "COMMIT", FLUSHER, "engine->commit_refused_until_ms = engine->refused_until_ms;", "engine->commit_refused_until_ms = 0;"),
     one("lost pages are taken for clean", "COMMIT", RUNS, "slot_lost(cache, index);\n\t\t\trewrite++;", "slot_committed(cache, index);"),
@@ -140,14 +140,21 @@ SEEDED = (
     one("FUA may be filled", "FLUSH", REQUESTS, "return !fua && (", "return ("),
     one("an overtaken page counts as stable", "FLUSH", SLOTS, "bool is_older_unstable = since_of(slot) != 0 && end != WRITE_STABLE;", "bool is_older_unstable = false;"),
     one("an overtaken page is written UNSTABLE for ever", "FLUSH", FLUSHER, "(pages->is_overtaken && engine->waiting_for_stable > 0 && !engine->lacks_file_sync);", "false;"),
-    one("a clean page wakes nobody", "FLUSH", SLOTS, "\twrite->sequence = 0;\n\tcache->changed = true;\n", "\twrite->sequence = 0;\n"),
+    Mutant(
+        "a clean page wakes nobody",
+        "FLUSH",
+        (
+            (SLOTS, "\twrite->sequence = 0;\n\tcache->changed = true;\n", "\twrite->sequence = 0;\n"),
+            (SLOTS, "\tlist_move(cache, ON_CLEAN, index);\n\tnote_known(cache, slot->page);\n\tcache->changed = true;\n", "\tlist_move(cache, ON_CLEAN, index);\n\tnote_known(cache, slot->page);\n"),
+        ),
+    ),
     one("waiting for a slot wakes no flusher", "FLUSH", REQUESTS, "\tflusher_call(engine);\n\tif (limit_ms == 0) {", "\tif (limit_ms == 0) {"),
     one("FLUSH ends after a few pages", "FLUSH", CACHE, "\t\tif (done++ == most)\n\t\t\treturn CACHE_MORE;", "\t\tif (done++ == most)\n\t\t\treturn CACHE_MATERIALISED;"),
     # retransmission
     one("what was under way is forgotten with the connection", "retransmission", IO_THREAD, "\treq_list_prepend(&io->pending, &io->inflight);\n", "\tio->inflight.head = io->inflight.tail = NULL;\n"),
     one("a silent connection is not tested", "retransmission", SILENCE, "now - io->silent_since_ms >= io->silence_ms;", "false;"),
     one("an answer that does not come is waited for", "retransmission", SILENCE, "return now >= give_up_at_ms;", "return false;"),
-    one("JUKEBOX is an answer", "retransmission", ANSWERS, "if (status == NFS3ERR_JUKEBOX ||", "if ("),
+    one("JUKEBOX is an error", "retransmission", ANSWERS, "\tif (status == NFS3ERR_JUKEBOX ||", "\tif (status == NFS3ERR_JUKEBOX)\n\t\treq_finish(&io->inflight, req, -EIO);\n\telse if ("),
     one("what is put off is forgotten", "retransmission", EXCHANGE, "\tif (io->later.head != NULL && now_ms() >= io->later_at_ms)\n\t\treq_list_prepend(&io->pending, &io->later);\n", ""),
     one("a stale handle is an error of the request", "retransmission", ANSWERS, "\tif (status == NFS3ERR_STALE || status == NFS3ERR_BADHANDLE)\n\t\tio->broken = true; /* a new context looks the file up again */\n\telse\n", ""),
     one("a refused write-back is taken for done", "retransmission", FLUSHER, "\tif (error != 0)\n\t\tcache_page_run_failed(engine->cache, &write_back->pages);\n\telse if", "\tif"),
@@ -157,11 +164,16 @@ SEEDED = (
     one("a fragment's bytes go astray", "retransmission", "nfs/wire_fragments.c", "\twire->data_left_bytes -= bytes;\n}", "\twire->data_left_bytes -= bytes > 1 ? bytes - 1 : bytes;\n}"),
     # adoption
     one("a dirty slot is not taken over", "adoption", CACHE, "if (slot_content(value) != SLOT_DIRTY ||", "if (slot_content(value) != SLOT_FREE ||"),
-    one("clean slots are taken over as dirty", "adoption", CACHE, "if (slot_content(value) != SLOT_DIRTY ||", "if (slot_content(value) == SLOT_FREE ||"),
     one("the filled bit of a taken-over slot stays", "adoption", CACHE, "\t\tset_filled(cache, page, false);\n\t\tset_entry(cache, page, proof_of(region, data_of(cache, index)));", "\t\tset_entry(cache, page, proof_of(region, data_of(cache, index)));"),
     one("the entry of a taken-over slot stays", "adoption", CACHE, "\t\tset_entry(cache, page, proof_of(region, data_of(cache, index)));\n\t\tcache->sequence++;", "\t\tcache->sequence++;"),
     one("a filled page's word comes last", "adoption", CACHE, "\tset_entry(cache, page, word);\n\tset_filled(cache, page, true);\n\tforget(cache, page);", "\tforget(cache, page);\n\tset_filled(cache, page, true);\n\tset_entry(cache, page, word);"),
-    one("a clean slot is overwritten in place", "adoption", SLOTS, "\tif (slot->list == ON_CLEAN)\n\t\tpublish(cache, index, SLOT_FREE); /* if killed while copying: the NAS has the old bytes */\n", ""),
-    one("a clean slot is published as dirty", "adoption", SLOTS, "publish(cache, index, SLOT_CLEAN);", "publish(cache, index, SLOT_DIRTY);"),
-    one("a replayed page waits for another write", "adoption", FLUSHER, "young_sequence = engine->aged_sequence;", "young_sequence = engine->aged_sequence = 0;"),
+    Mutant(
+        "a slot that is used again is still published",
+        "adoption",
+        (
+            (CACHE, "if (slot_content(value) != SLOT_DIRTY ||", "if (slot_content(value) == SLOT_FREE ||"),
+            (SLOTS, "\tassert(!slot->writing && !slot->fetching && since_of(slot) == 0 && rewritten_of(slot) == 0);\n\tpublish(cache, index, SLOT_FREE);\n", ""),
+        ),
+    ),
+    one("a slot that was trimmed is still published", "adoption", SLOTS, "\tif (slot->writing)\n\t\tpublish(cache, index, SLOT_FREE);\n\telse\n\t\trelease", "\tif (!slot->writing)\n\t\trelease"),
 )

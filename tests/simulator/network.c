@@ -94,6 +94,11 @@ bool conn_is_open(const struct sim_conn *conn)
 	return conn->server_open && !conn->server_gone;
 }
 
+bool conn_has_client(const struct sim_conn *conn)
+{
+	return conn->client_open;
+}
+
 static void notify(struct sim_conn *conn)
 {
 	if (conn->client_open)
@@ -233,7 +238,7 @@ static void arrive_up(void *a, uint64_t b, uint64_t c)
 	int64_t again_ns;
 
 	if (conn->client_open && !conn->blackhole && is_cut(up, &again_ns)) {
-		if (now_ns - (int64_t)c < DEAD_NS) {
+		if (servers_ns() - (int64_t)c < DEAD_NS) {
 			event_at(again_ns, arrive_up, conn, b, c);
 			return;
 		}
@@ -243,7 +248,7 @@ static void arrive_up(void *a, uint64_t b, uint64_t c)
 	} else if (conn->server_open && !conn->blackhole && (conn->client_open || conn->deliver_rest) &&
 		   nas_is_listening()) {
 		up->ready += bytes;
-		taken = nas_receive(conn, up->bytes + up->head, up->ready);
+		taken = nas_receive(conn, up->bytes + up->head, up->ready, (int64_t)c);
 		up->head += taken;
 		up->ready -= taken;
 		notify(conn); /* there is room for more */
@@ -286,7 +291,7 @@ static void deliver(struct sim_conn *conn, struct stream *stream, event_fn arriv
 
 		if (bytes > 1 && rng_chance(&net, 64))
 			piece = 1 + rng_below(&net, bytes - 1);
-		event_at(at_ns, arrive, conn_hold(conn), piece, (uint64_t)now_ns);
+		event_at(at_ns, arrive, conn_hold(conn), piece, (uint64_t)servers_ns());
 		bytes -= piece;
 		at_ns += rng_below(&net, 200 * US);
 	}
@@ -547,6 +552,8 @@ ssize_t __wrap_write(int fd, const void *buffer, size_t bytes)
 
 	crash_point();
 	if (fd == 2) {
+		if (memmem(buffer, bytes, "protocol does not allow", 23) != NULL)
+			sim_fail("an answer that the protocol allows is refused");
 		if (options.verbose)
 			fprintf(stderr, "%14.6f %.*s", (double)now_ns / 1e9, (int)bytes, (const char *)buffer);
 		return (ssize_t)bytes;

@@ -91,6 +91,9 @@ struct sim_options {
 	uint32_t send_buffer_bytes;
 	uint32_t hot_pages;     /* most requests go there */
 	uint32_t pause_chance;  /* of 1024: a requester thinks for a while */
+	uint32_t round;         /* requests between two times that all requesters wait for each other; 0: never */
+	uint32_t words_of_8;    /* of 8 pages, how many repeat one word */
+	uint32_t read_factor;   /* how much longer READs take */
 	bool encrypt, stable_writes, owner;
 	uint64_t crash_at;      /* the worker is killed at this point; 0: not */
 	uint64_t fail_at;       /* this call fails; 0: none */
@@ -146,6 +149,11 @@ void thread_yield(void);
 void thread_preempt(void);
 void threads_drop(void);
 void thread_sleep(int64_t ns);
+static inline int64_t servers_ns(void)
+{
+	return now_ns + slept_ns;
+}
+
 static inline uint64_t thread_bit(void)
 {
 	return (uint64_t)1 << current;
@@ -188,6 +196,7 @@ void network_fault(enum fault fault, bool begins);
 struct sim_conn *conn_hold(struct sim_conn *conn);
 void conn_let_go(struct sim_conn *conn);
 bool conn_is_open(const struct sim_conn *conn);
+bool conn_has_client(const struct sim_conn *conn);
 /* Room for an answer of `bytes`, to be filled before conn_answer(). */
 uint8_t *conn_room(struct sim_conn *conn, uint32_t bytes);
 void conn_answer(struct sim_conn *conn, uint32_t bytes);
@@ -200,10 +209,12 @@ void nas_reset(void);
 bool nas_is_listening(void);
 bool nas_is_reachable(void);
 /* Bytes of whole or partial calls. Returns how many it took. */
-uint32_t nas_receive(struct sim_conn *conn, const uint8_t *bytes, uint32_t count);
+uint32_t nas_receive(struct sim_conn *conn, const uint8_t *bytes, uint32_t count, int64_t sent_at_ns);
 void nas_fault(enum fault fault, bool begins);
 /* The power is cut, and comes back. */
 void nas_lose_cache(void);
+/* The worker has been killed: what it had under way is done soon, or never (0011). */
+void nas_hurry(void);
 const uint8_t *nas_stable_page(uint32_t page);
 uint32_t nas_file_handle(uint8_t *handle);
 uint32_t nas_root_handle(uint8_t *handle);
@@ -212,13 +223,18 @@ uint32_t nas_root_handle(uint8_t *handle);
 #define MOUNT_PORT 20048u
 #define OWNER_IDENTITY "\nboot 11111111-1111-1111-1111-111111111111\n"
 #define OWNER_PATH "/.swap.owner"
-extern int64_t stolen_at_ns;    /* NEVER: it was not */
+extern int64_t stolen_at_ns;    /* by the server's clock, which does not sleep; NEVER: it was not */
 
 /* ---- faults, in simulate.c ---- */
 
 bool fault_is_active(enum fault fault);
 bool faults_are_over(void);
 void faults_end(void);
+/* The network is cut for so long, whatever else strikes. */
+void fault_partition(int64_t length_ns);
+/* The machine sleeps for so long. */
+void fault_sleep(int64_t length_ns);
+extern int64_t woke_at_ns;      /* from the last sleep */
 
 /* ---- load.c ---- */
 

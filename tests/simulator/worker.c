@@ -46,7 +46,7 @@ static void check_start(int error, const struct nfsio_failure *why)
 	for (unsigned i = 0; i < sizeof(expected) / sizeof(expected[0]); i++)
 		if (error == -expected[i])
 			return;
-	if (options.fail_at == 0 && !fault_is_active(FAULT_owner_refused) && !fault_is_active(FAULT_refuse))
+	if (options.fail_at == 0 && !(options.faults >> FAULT_owner_refused & 1) && !(options.faults >> FAULT_refuse & 1))
 		sim_fail("a worker does not start: error %d, %s", -error, why->message);
 }
 
@@ -140,10 +140,13 @@ void worker_killed(void)
 {
 	kill_is_due = false;
 	threads_drop();
+	nas_hurry();
 	network_close_all();
 	region_let_go();
 	load_interrupted();
 	result.worker_crashes++;
+	if (options.verbose)
+		fprintf(stderr, "%14.6f the worker is killed\n", (double)now_ns / 1e9);
 	memory_reset();
 	event_at(now_ns + rng_between(&workers, 5 * MS, 700 * MS), start_again, NULL, 0, 0);
 }

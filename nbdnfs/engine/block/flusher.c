@@ -107,7 +107,6 @@ static void write_back_done(struct nfsio_req *req)
 
 		cache_hold(engine->cache, write_back->pages.first_page, write_back->pages.count, until_ms);
 		engine->held_until_ms = until_ms;
-		set_counter(&counters(engine)->twins_until_ms, until_ms); /* for a worker after this one */
 	}
 	assert(write_back->busy && engine->write_backs_busy > 0);
 	write_back->busy = false;
@@ -312,19 +311,24 @@ static void keep_flushing(struct engine *engine, bool changed)
 
 /*
  * What the last worker had in flight may reach the server after what this one sends, and so may twins of what the last
- * worker sent again.
+ * worker sent again. That counts for every page, not only for those that are dirty now: one that was trimmed, or is
+ * clean, may be written at once.
  */
 void flusher_hold_replay(struct engine *engine)
 {
 	uint64_t now = now_ms(), until_ms = now + REPLAY_MS;
-	uint64_t twins_ms = atomic_load_explicit(&counters(engine)->twins_until_ms, memory_order_relaxed);
+	uint64_t twins_ms = atomic_load(&counters(engine)->twins_until_ms);
 
-	if (twins_ms > until_ms && twins_ms <= now + TWIN_MS)
-		until_ms = twins_ms;
-	if (cache_dirty_count(engine->cache) > 0) {
+	if (atomic_load(&engine->region.header->generation) > 1) {
+		if (twins_ms == NFSIO_TWINS_UNDER_WAY)
+			until_ms = now + TWIN_MS;
+		else if (twins_ms > until_ms && twins_ms <= now + TWIN_MS)
+			until_ms = twins_ms;
 		engine->held_until_ms = until_ms;
 		cache_hold(engine->cache, 0, engine->region.page_count, until_ms);
+		set_counter(&counters(engine)->twins_until_ms, until_ms);
 	}
+	nfsio_note_twins(engine->ios[0], &counters(engine)->twins_until_ms, TWIN_MS);
 }
 
 void *flusher_thread(void *arg)

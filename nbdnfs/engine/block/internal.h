@@ -227,7 +227,7 @@ int engine_open(struct engine *engine, struct nfsio_failure *why);
 void *flusher_thread(void *arg);
 /* Wake the flusher, unless a completion will go on anyway. Lock held. */
 void flusher_call(struct engine *engine);
-/* Hold the pages that the last worker has left. Without the lock: engine_create() alone knows the engine. */
+/* Hold back what the last worker may still have under way. Without the lock: engine_create() alone knows the engine. */
 void flusher_hold_replay(struct engine *engine);
 
 /* read_ahead.c */

@@ -203,6 +203,8 @@ struct nfsio {
 	int64_t last_received_ms; /* when something was last received, or the connection was made */
 	bool waits;             /* for an answer, or for a connection to send a request over */
 	_Atomic uint64_t *noted_received_ms, *noted_waiting_ms; /* nfsio_note_waits(): where both are noted, or NULL */
+	_Atomic uint64_t *noted_twins_ms; /* nfsio_note_twins(), or NULL */
+	uint32_t twin_limit_ms;
 	int64_t suspect_since_ms; /* nfsio_suspect(): to be tested if nothing was received since. 0: not suspect */
 	int64_t given_up_at_ms; /* when silence last cost a connection, 0: never */
 	struct probe probe;     /* beside the connection, while that is tested */
@@ -283,6 +285,7 @@ void req_list_prepend(struct req_list *to, struct req_list *from);
 void wake_poller(struct nfsio *io);
 void call_io_thread(struct nfsio *io);
 void wake_io_thread(struct nfsio *io);
+void note_twins(struct nfsio *io);
 void req_enqueue(struct nfsio *io, struct nfsio_req *req, struct nfsio_batch *batch);
 void req_finish(struct req_list *list, struct nfsio_req *req, int error);
 void req_finish_all(struct req_list *list, int error);

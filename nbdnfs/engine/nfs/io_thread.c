@@ -52,6 +52,8 @@ static void discard(struct nfsio *io)
 		drop_unsent(io->transport->socket(io));
 	for (struct nfsio_req *req = io->inflight.head; req != NULL; req = req->next)
 		req->resent = req->op == NFSIO_WRITE || req->op == NFSIO_WRITE_UNSTABLE;
+	if (!atomic_load(&io->stop))
+		note_twins(io); /* before the connection is closed: this process may be killed at any time */
 	io->discarding = true;
 	io->transport->close(io);
 	io->discarding = false;

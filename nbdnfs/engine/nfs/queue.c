@@ -69,6 +69,31 @@ void wake_io_thread(struct nfsio *io)
 	pthread_cond_signal(&io->io_work);
 }
 
+/* Has any write to the file been sent on a connection that broke, and is not answered? */
+static bool has_twins(const struct nfsio *io)
+{
+	const struct req_list *lists[] = { &io->inflight, &io->pending, &io->later };
+
+	for (size_t i = 0; i < 3; i++)
+		for (const struct nfsio_req *req = lists[i]->head; req != NULL; req = req->next)
+			if (req->resent && req->handle == NULL)
+				return true;
+	return false;
+}
+
+void note_twins(struct nfsio *io)
+{
+	if (io->noted_twins_ms != NULL && has_twins(io))
+		atomic_store(io->noted_twins_ms, NFSIO_TWINS_UNDER_WAY);
+}
+
+/* A write was answered that had been sent twice. */
+static void note_twin_answered(struct nfsio *io)
+{
+	if (io->noted_twins_ms != NULL && !has_twins(io))
+		atomic_store(io->noted_twins_ms, (uint64_t)now_ms() + io->twin_limit_ms);
+}
+
 void req_finish(struct req_list *list, struct nfsio_req *req, int error)
 {
 	struct nfsio_batch *batch = req->batch;
@@ -77,6 +102,8 @@ void req_finish(struct req_list *list, struct nfsio_req *req, int error)
 	assert_locked(&req->io->lock);
 	req_list_remove(list, req);
 	req->error = error;
+	if (req->resent && req->handle == NULL && error != -ECANCELED)
+		note_twin_answered(req->io);
 	if (batch == NULL) {
 		assert(req->io->detached > 0);
 		req->io->detached--;

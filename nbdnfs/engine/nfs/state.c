@@ -49,6 +49,15 @@ void nfsio_note_waits(struct nfsio *io, _Atomic uint64_t *last_received_ms, _Ato
 	pthread_mutex_unlock(&io->lock);
 }
 
+void nfsio_note_twins(struct nfsio *io, _Atomic uint64_t *twins_until_ms, uint32_t limit_ms)
+{
+	pthread_mutex_lock(&io->lock);
+	io->noted_twins_ms = twins_until_ms;
+	io->twin_limit_ms = limit_ms;
+	note_twins(io);
+	pthread_mutex_unlock(&io->lock);
+}
+
 uint64_t nfsio_truncated_bytes(const struct nfsio *io)
 {
 	return atomic_load(&io->truncated_bytes);
