@@ -422,7 +422,7 @@ static void carry_out(void *a, uint64_t b, uint64_t c)
 	if (call->epoch == nas.epoch)
 		answer(call);
 	if (call->answer_bytes > 0)
-		event_at(now_ns + rng_between(&nas.calls, 0, options.latency_ns), send_answer, call, b, 0);
+		event_at(now_ns + rng_between(&nas.calls, 0, 4 * options.latency_ns), send_answer, call, b, 0);
 	else
 		let_go(call);
 }

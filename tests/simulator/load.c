@@ -468,6 +468,19 @@ const char *load_oldest(void)
 	return text;
 }
 
+/* Pages whose write was cut off have bytes of that write and of the one before, and none of another page. */
+void load_check_torn(void)
+{
+	struct requester *me = &requesters[0];
+
+	for (uint32_t page = 0; page < options.pages; page++) {
+		if (!torn[page])
+			continue;
+		me->now = (struct request){ .kind = KIND_READ, .page = page, .count = 1 };
+		carry_out(me);
+	}
+}
+
 void load_flush(void)
 {
 	requesters[0].now = (struct request){ .kind = KIND_FLUSH };

@@ -243,6 +243,7 @@ void *load_thread(void *argument);
 /* The worker was killed: what was under way is asked again. */
 void load_interrupted(void);
 void load_check_all(void);
+void load_check_torn(void);
 void load_flush(void);
 void *load_requester(uint32_t number);
 /* What waits for longest, as text. */

@@ -99,6 +99,8 @@ static void *worker_main(void *argument)
 	(void)argument;
 	start_engine();
 	if (phase == PHASE_LOAD) {
+		if (rng_chance(&workers, 512))
+			load_check_torn();
 		run_load();
 		phase = PHASE_FLUSH;
 	}
