@@ -19,7 +19,7 @@ class Mutant:
     words: dict[str, str]
 
     def apply(self, engine: Path) -> dict[str, str]:
-        """The texts of the changed files, by their path in the engine's folder. AssertionError: the code has moved on."""
+        """The texts of the changed files, by their path in the engine's folder. AssertionError: the code changed."""
         changed: dict[str, str] = {}
         for path, old, new in self.edits:
             text = changed.get(path, (engine / path).read_text())

@@ -86,7 +86,7 @@ def find_mutant(mutant: Mutant, seconds: int) -> float | None:
     for variant, words in (("plain", mutant.words), ("stores", {"only": STORES_FAULTS})):
         program = build(variant, changed, name=f"mutant-{variant}")
         outcome = simulate(program, 1, seconds=seconds, **words)
-        used += outcome.summary.get("seconds", 0)
+        used += float(outcome.summary.get("seconds", 0))
         if outcome.failures:
             return used
     return None
@@ -167,7 +167,7 @@ def page_of(proof: Proof, commit: str) -> str:
         f"| wrong, lost or hung | {len(proof.failures)} |",
         f"| at most, at 95%: for a page operation | {bound(sums['page_ops'])} |",
         f"| for a kill of the worker | {bound(sums['worker_crashes'])} |",
-        f"| killed at a store to the region or at a call, and taken over | {proof.points[0]:,} of {proof.points[1]:,} |",
+        f"| killed at a store or call, and taken over | {proof.points[0]:,} of {proof.points[1]:,} |",
         f"| calls that failed once, in each way | {proof.calls[0]:,} of {proof.calls[1]:,} |",
         f"| faults put in on purpose that were found | {len(proof.caught)} of {seeded} |",
         "",
@@ -182,8 +182,11 @@ def page_of(proof: Proof, commit: str) -> str:
         lines += ["", "Not found:", "", *(f"- {mutant.name} ({mutant.promise})" for mutant in proof.survived)]
     if proof.coverage:
         lines += ["", "| room | branches taken | of |", "| --- | ---: | ---: |"]
-        lines += [f"| {room} | {taken} | {of} ({100 * taken / max(of, 1):.0f}%) |" for room, (taken, of) in
-                  sorted(proof.coverage.items()) if room in ROOMS]
+        lines += [
+            f"| {room} | {taken} | {of} ({100 * taken / max(of, 1):.0f}%) |"
+            for room, (taken, of) in sorted(proof.coverage.items())
+            if room in ROOMS
+        ]
     return "\n".join(lines) + "\n"
 
 

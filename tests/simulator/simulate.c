@@ -285,16 +285,22 @@ static void add(struct sim_result *sum, const struct sim_result *one)
 
 static void print(const struct sim_result *sum, uint64_t first, uint64_t seeds, double seconds)
 {
-	printf("{\"first_seed\": %llu, \"seeds\": %llu, \"seconds\": %.3f, \"simulated_s\": %.3f, \"page_ops\": %llu, "
-	       "\"requests\": %llu, \"worker_crashes\": %llu, \"nas_crashes\": %llu, \"connections\": %llu, "
-	       "\"nfs_calls\": %llu, \"points\": %llu, \"failable\": %llu, \"failed_calls\": %llu, \"stores\": %llu, \"trace\": \"%016llx\"",
-	       (unsigned long long)first, (unsigned long long)seeds, seconds, (double)sum->time_ns / 1e9,
-	       (unsigned long long)sum->page_ops, (unsigned long long)sum->requests,
-	       (unsigned long long)sum->worker_crashes, (unsigned long long)sum->nas_crashes,
-	       (unsigned long long)sum->connections, (unsigned long long)sum->calls_nfs,
-	       (unsigned long long)sum->points, (unsigned long long)sum->failable, (unsigned long long)sum->failed_calls,
-	       (unsigned long long)sum->stores,
-	       (unsigned long long)sum->trace);
+	const struct {
+		const char *name;
+		uint64_t value;
+	} numbers[] = {
+		{ "page_ops", sum->page_ops },           { "requests", sum->requests },
+		{ "worker_crashes", sum->worker_crashes }, { "nas_crashes", sum->nas_crashes },
+		{ "connections", sum->connections },     { "nfs_calls", sum->calls_nfs },
+		{ "points", sum->points },               { "failable", sum->failable },
+		{ "failed_calls", sum->failed_calls },   { "stores", sum->stores },
+	};
+
+	printf("{\"first_seed\": %llu, \"seeds\": %llu, \"seconds\": %.3f, \"simulated_s\": %.3f",
+	       (unsigned long long)first, (unsigned long long)seeds, seconds, (double)sum->time_ns / 1e9);
+	for (unsigned i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++)
+		printf(", \"%s\": %llu", numbers[i].name, (unsigned long long)numbers[i].value);
+	printf(", \"trace\": \"%016llx\"", (unsigned long long)sum->trace);
 	for (unsigned i = 0; i < FAULT_COUNT; i++)
 		printf("%s\"%s\": %llu", i == 0 ? ", \"faults\": {" : ", ", fault_names[i],
 		       (unsigned long long)sum->faults[i]);
@@ -315,8 +321,8 @@ static bool run_and_add(uint64_t seed, const struct overrides *overrides, struct
 	run_seed();
 	add(sum, &result);
 	if (result.failed)
-		printf("{\"seed\": %llu, \"requests\": %u, \"crash_at\": %llu, \"fail_at\": %llu, \"fail_variant\": %u, "
-		       "\"failed\": \"%s\"}\n",
+		printf("{\"seed\": %llu, \"requests\": %u, \"crash_at\": %llu, \"fail_at\": %llu, "
+		       "\"fail_variant\": %u, \"failed\": \"%s\"}\n",
 		       (unsigned long long)seed, options.requests, (unsigned long long)options.crash_at,
 		       (unsigned long long)options.fail_at, options.fail_variant, result.why);
 	else if (overrides->each)
