@@ -83,7 +83,7 @@ enum region_file {
 	X(write_back_error)                         /* now: errno of the last refusal, 0 when none */ \
 	X(disconnected)                             /* now: 1 while a connection is link_down */    \
 	X(file_state)                               /* now: an enum region_file */                  \
-	X(twins_until_ms)                           /* CLOCK_MONOTONIC: until when pages are held; nfsio_note_twins() */ \
+	X(twins_until_ms)                           /* CLOCK_MONOTONIC; see nfsio_note_twins() */ \
 	X(owner_state)                              /* now: enum owner_state */
 
 /* Bucket n counts what took less than 2^n microseconds. */
