@@ -116,10 +116,7 @@ static int verify_request(struct engine *engine, const struct nfsio_req *req)
 	return error;
 }
 
-/*
- * Lend a connection to a reader, but none that is down: the others may be up. Returns its number; 0 is shared and is
- * not lent. Lock held.
- */
+/* Lend a connection that is up to a reader. Returns its number; 0 is shared and is not lent. Lock held. */
 static unsigned lend(struct engine *engine)
 {
 	for (unsigned i = 1; i < engine->io_count; i++)

@@ -249,9 +249,9 @@ void nfsio_watch(struct nfsio *io, nfsio_changed_fn changed, void *context);
 void nfsio_note_waits(struct nfsio *io, _Atomic uint64_t *last_received_ms, _Atomic uint64_t *waiting_since_ms);
 
 /*
- * Keep up to date from now on until when the server may still carry out a WRITE that was sent twice, for a process after
- * this one: NFSIO_TWINS_UNDER_WAY from before the connection is closed that such a WRITE went over, until all of them
- * are answered over another; then the time of that answer by CLOCK_MONOTONIC, and limit_ms. Outlives nfsio_join().
+ * Keep up to date from now on until when the server may still carry out a WRITE that was sent twice, for a process
+ * after this one: NFSIO_TWINS_UNDER_WAY from before the connection is closed that such a WRITE went over, until all of
+ * them are answered over another; then the time of that answer by CLOCK_MONOTONIC, and limit_ms. Outlives nfsio_join().
  */
 #define NFSIO_TWINS_UNDER_WAY UINT64_MAX
 void nfsio_note_twins(struct nfsio *io, _Atomic uint64_t *twins_until_ms, uint32_t limit_ms);
