@@ -203,6 +203,15 @@ def test_a_look_that_is_refused(
     assert reconnects(engine) <= 1  # not with each look; one, where a loaded machine answers too late
 
 
+def test_a_first_look_that_takes_too_long(nas: FakeNas, open_engine: OpenEngine) -> None:
+    """It permits nothing by then, and ends no worker: the next one may be in time."""
+    nas.delay("READ", 2 * REFRESH_MS / 1000 + 0.05)
+    engine = own(open_engine, nas, connect_timeout_s=60)
+    assert state(engine) == HELD
+    assert nas.struck("READ")
+    in_background(write_stably, engine).result(DEADLINE_S)
+
+
 # RFC 1813, nfsstat3, and two numbers that are none.
 _ALL_STATUSES = (
     *(1, 2, 5, 6, 13, 17, 18, 19, 20, 21, 22, 27, 28, 30, 31, 63, 66, 69, 70, 71),

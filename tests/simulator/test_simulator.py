@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from simulator.build import ENGINE, build
 from simulator.mutants import KNOWN, SEEDED, Mutant
 from simulator.runs import FAULTS, shrink, simulate
