@@ -42,7 +42,7 @@ def test_a_seed_replays(program: Path) -> None:
 
 def test_every_fault_strikes(program: Path) -> None:
     """In a few hundred seeds each kind of fault happens."""
-    summary = simulate(program, 1, seeds=300).summary
+    summary = simulate(program, 1, seeds=300, requests=60).summary
     assert set(summary["faults"]) == set(FAULTS)
     assert [name for name, times in summary["faults"].items() if times == 0] == []
     assert summary["worker_crashes"] > 0
