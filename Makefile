@@ -12,7 +12,8 @@ IN_PARALLEL := -n 4 --dist loadfile --max-worker-restart 0
 PROGRAM := $(AS_ROOT) env PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/vm-tests:$(CURDIR)/bench $(PYTHON)
 C_FILES = $(wildcard nbdnfs/*.c nbdnfs/engine/*.[ch] nbdnfs/engine/*/*.[ch] bench/*.c vm-tests/inside/*.c)
 
-.PHONY: help demo test unit faults hostile odd-servers prove vm-test bench bench-vm lint format clean deb check-deb dist check-dist
+.PHONY: help release demo test unit faults hostile odd-servers prove vm-test bench bench-vm lint format clean deb
+.PHONY: check-deb dist check-dist
 help:
 	@echo 'make demo         a Debian guest swaps onto a file on an NFS server; a table at the end'
 	@echo 'make demo HERE=1  the same on this machine, without a guest (needs the kernel module nbd)'
@@ -31,6 +32,7 @@ help:
 	@echo 'make check-deb    build it in a fresh Debian, install, use and purge it in others; SUITE=trixie for Debian 13'
 	@echo 'make dist         wheel and source distribution, in build/dist'
 	@echo 'make check-dist   the same twice, and what a user does with them'
+	@echo 'make release      wheel, source distribution and Debian packages from a clean clone of HEAD, all checked'
 	@echo 'make format       ruff format, and clang-format where it is installed'
 	@echo 'make clean        remove what was built; .venv stays'
 
@@ -107,6 +109,10 @@ dist:
 check-dist:
 	@tools/bootstrap.sh test
 	tools/check_dist.sh
+
+# From what is committed, in a folder of its own. SUITES names the Debians; it needs root, the network, and an hour.
+release:
+	$(AS_ROOT) tools/release.sh $(or $(SUITES),bookworm trixie)
 
 # Warnings are errors here and not in setup.py: a newer compiler's new warning must not break an installation.
 .PHONY: run-lint

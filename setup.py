@@ -92,6 +92,7 @@ setup(
     ext_modules=[
         extension("nbdnfs.engine._engine", glob.glob("nbdnfs/engine/**/*.c", recursive=True), libraries=True),
         extension("nbdnfs._memlock", ["nbdnfs/_memlock.c"], libraries=False),
+        extension("nbdnfs._own_root", ["nbdnfs/_own_root.c"], libraries=False),
         extension("nbdnfs._spawner", ["nbdnfs/_spawner.c"], libraries=False),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -8,10 +8,13 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <link.h>
+#include <linux/capability.h>
 #include <malloc.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -124,6 +127,112 @@ static PyObject *drop(PyObject *module, PyObject *args)
 	return none_or_errno(madvise((void *)(uintptr_t)start, length, MADV_DONTNEED) == 0 ? 0 : errno);
 }
 
+/* Append the whole pages of one table to the list `found`. Returns 0, or -1 with an exception. */
+static int add_table(PyObject *found, uintptr_t base, uintptr_t start, uintptr_t bytes)
+{
+	uintptr_t page_bytes = (uintptr_t)sysconf(_SC_PAGE_SIZE), end;
+	PyObject *range;
+	int error;
+
+	if (start < base) /* glibc has made it an address, but not in the vdso's section */
+		start += base;
+	end = (start + bytes) / page_bytes * page_bytes;
+	start = (start + page_bytes - 1) / page_bytes * page_bytes;
+	if (end <= start)
+		return 0;
+	range = Py_BuildValue("KK", (unsigned long long)start, (unsigned long long)(end - start));
+	error = range != NULL ? PyList_Append(found, range) : -1;
+	Py_XDECREF(range);
+	return error;
+}
+
+/*
+ * How functions are unwound: .eh_frame_hdr, and the .eh_frame that it points to (Linux Standard Base, "Exception
+ * Frames"). Only C++ and the cancellation of threads read it. Its end is found by its entries.
+ */
+static int add_unwind_tables(PyObject *found, uintptr_t header, uintptr_t header_bytes, uintptr_t segment_end)
+{
+	const uint8_t pcrel_sdata4 = 0x1b;
+	const uint8_t *head = (const uint8_t *)header;
+	int32_t distance;
+	uintptr_t at, start;
+	uint32_t length;
+
+	if (header == 0 || header_bytes < 8 || head[0] != 1 || head[1] != pcrel_sdata4)
+		return 0;
+	memcpy(&distance, head + 4, sizeof(distance));
+	at = start = header + 4 + (uintptr_t)(intptr_t)distance;
+	while (at >= header && at + sizeof(length) <= segment_end) {
+		memcpy(&length, (const void *)at, sizeof(length));
+		if (length == 0 || length == UINT32_MAX || at + sizeof(length) + length > segment_end)
+			break;
+		at += sizeof(length) + length;
+	}
+	if (start < header)
+		return 0;
+	return add_table(found, 0, header, header_bytes) != 0 || add_table(found, 0, start, at - start) != 0;
+}
+
+/*
+ * Those of one object, elf(5): relocations, of data and of functions, symbols and their names. The symbols' length is
+ * written nowhere; they end where their names or versions begin, whichever comes next.
+ */
+static int add_tables(struct dl_phdr_info *object, size_t size, void *found)
+{
+	const ElfW(Dyn) *entry = NULL;
+	uintptr_t data = 0, data_bytes = 0, functions = 0, functions_bytes = 0, names = 0, names_bytes = 0;
+	uintptr_t symbols = 0, versions = UINTPTR_MAX, symbols_end, unwind = 0, unwind_bytes = 0;
+
+	for (int i = 0; i < object->dlpi_phnum; i++) {
+		const ElfW(Phdr) *part = &object->dlpi_phdr[i];
+
+		if (part->p_type == PT_DYNAMIC)
+			entry = (const void *)(object->dlpi_addr + part->p_vaddr);
+		if (part->p_type == PT_GNU_EH_FRAME) {
+			unwind = object->dlpi_addr + part->p_vaddr;
+			unwind_bytes = part->p_memsz;
+		}
+	}
+	for (int i = 0; i < object->dlpi_phnum; i++) {
+		const ElfW(Phdr) *part = &object->dlpi_phdr[i];
+		uintptr_t start = object->dlpi_addr + part->p_vaddr, end = start + part->p_memsz;
+
+		if (part->p_type == PT_LOAD && part->p_flags == PF_R && start <= unwind && unwind < end &&
+		    add_unwind_tables(found, unwind, unwind_bytes, end) != 0)
+			return -1;
+	}
+	for (; entry != NULL && entry->d_tag != DT_NULL; entry++) {
+		switch (entry->d_tag) {
+		case DT_REL:
+		case DT_RELA: data = entry->d_un.d_ptr; break;
+		case DT_RELSZ:
+		case DT_RELASZ: data_bytes = entry->d_un.d_val; break;
+		case DT_JMPREL: functions = entry->d_un.d_ptr; break;
+		case DT_PLTRELSZ: functions_bytes = entry->d_un.d_val; break;
+		case DT_STRTAB: names = entry->d_un.d_ptr; break;
+		case DT_STRSZ: names_bytes = entry->d_un.d_val; break;
+		case DT_SYMTAB: symbols = entry->d_un.d_ptr; break;
+		case DT_VERSYM: versions = entry->d_un.d_ptr; break;
+		}
+	}
+	symbols_end = versions > symbols && (names < symbols || versions < names) ? versions : names;
+	if (symbols_end > symbols && symbols_end != UINTPTR_MAX &&
+	    add_table(found, object->dlpi_addr, symbols, symbols_end - symbols) != 0)
+		return -1;
+	return add_table(found, object->dlpi_addr, data, data_bytes) != 0 ||
+	       add_table(found, object->dlpi_addr, functions, functions_bytes) != 0 ||
+	       add_table(found, object->dlpi_addr, names, names_bytes) != 0;
+}
+
+static PyObject *linker_tables(PyObject *module, PyObject *unused)
+{
+	PyObject *found = PyList_New(0);
+
+	if (found != NULL && dl_iterate_phdr(add_tables, found) != 0)
+		Py_CLEAR(found);
+	return found;
+}
+
 static PyObject *set_io_flusher(PyObject *module, PyObject *unused)
 {
 	return none_or_errno(prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0 ? 0 : errno);
@@ -141,6 +250,25 @@ static PyObject *forbid_hibernation(PyObject *module, PyObject *unused)
 	return none_or_errno(syscall(SYS_memfd_secret, O_CLOEXEC) >= 0 ? 0 : errno);
 }
 
+/* capset(2) and prctl(PR_SET_NO_NEW_PRIVS): of this thread and those it starts. */
+static PyObject *keep_capabilities(PyObject *module, PyObject *args)
+{
+	unsigned long long permitted, effective;
+	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
+	struct __user_cap_data_struct found[_LINUX_CAPABILITY_U32S_3];
+
+	if (!PyArg_ParseTuple(args, "KK", &permitted, &effective))
+		return NULL;
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || syscall(SYS_capget, &header, found) != 0)
+		return none_or_errno(errno);
+	for (unsigned word = 0; word < _LINUX_CAPABILITY_U32S_3; word++) {
+		found[word].permitted &= (__u32)(permitted >> (32 * word));
+		found[word].effective = found[word].permitted & (__u32)(effective >> (32 * word));
+		found[word].inheritable = 0;
+	}
+	return none_or_errno(syscall(SYS_capset, &header, found) == 0 ? 0 : errno);
+}
+
 static PyMethodDef methods[] = {
 	{ "lock_on_fault", lock_on_fault, METH_NOARGS,
 	  "mlockall(2): lock all memory, now and later, as soon as it is touched" },
@@ -153,12 +281,16 @@ static PyMethodDef methods[] = {
 	{ "populate", populate, METH_VARARGS, "populate(start, length): read a mapping's pages in, madvise(2)" },
 	{ "drop", drop, METH_VARARGS,
 	  "drop(start, length): drop a file mapping's pages, which are read again when touched" },
+	{ "linker_tables", linker_tables, METH_NOARGS,
+	  "linker_tables() -> [(start, length)]: whole pages that are read only to load a library, or to unwind" },
 	{ "set_io_flusher", set_io_flusher, METH_NOARGS,
 	  "prctl(PR_SET_IO_FLUSHER): for this thread and those it starts" },
 	{ "outlive_parent", outlive_parent, METH_NOARGS,
 	  "prctl(PR_SET_PDEATHSIG, 0): no signal when the parent ends" },
 	{ "forbid_hibernation", forbid_hibernation, METH_NOARGS,
 	  "memfd_secret(2): the kernel does not hibernate while this process lives" },
+	{ "keep_capabilities", keep_capabilities, METH_VARARGS,
+	  "keep_capabilities(permitted, effective): give up all others, capabilities(7), for good; masks of bits" },
 	{ NULL, NULL, 0, NULL },
 };
 

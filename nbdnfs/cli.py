@@ -139,6 +139,8 @@ def _add_files(commands: Subparsers) -> None:
     claim.add_argument("--size", metavar="SIZE")
     claim.add_argument("--holder", metavar="HOLDER")
     claim.add_argument("--steal", action="store_true")
+    claim.add_argument("--wait", action="store_true")
+    claim.add_argument("--new-file-after", default="0s", metavar="TIME")
     claim.set_defaults(run=_command("claim"))
 
 
@@ -181,6 +183,16 @@ def _add_reports(commands: Subparsers) -> None:
     status.add_argument("--json", action="store_true", help="print JSON, with all counters")
     status.set_defaults(run=_command("status"))
 
+    metrics = _add(commands, "metrics", "print what status knows as Prometheus has it, or write it for node_exporter")
+    metrics.add_argument("name", metavar="NAME", nargs="?", help=f"{_NAME_HELP} (default: all devices)")
+    metrics.add_argument(
+        "--textfile",
+        type=Path,
+        metavar="PATH",
+        help="write this file of node_exporter's folder, NAME.prom, in one step",
+    )
+    metrics.set_defaults(run=_command("metrics"))
+
     check = _add(commands, "check", "check configuration files, and nothing else; exit status 0 if they are valid")
     check.add_argument("name", metavar="NAME", nargs="?", help=f"{_NAME_HELP} (default: all files)")
     check.set_defaults(run=_command("check"))
@@ -192,7 +204,7 @@ def _add_reports(commands: Subparsers) -> None:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_command("doctor"))
 
-    top = _add(commands, "top", "show the traffic of each device, with an update every second")
+    top = _add(commands, "top", "show the traffic of each device, on a terminal as a screen that q ends")
     top.add_argument("name", metavar="NAME", nargs="?", help=f"{_NAME_HELP} (default: all devices)")
     top.add_argument("--interval", default="1s", metavar="TIME", help="time between updates (default: 1s)")
     top.add_argument("--count", type=int, metavar="N", help="end after N updates (default: at Ctrl-C)")

@@ -44,6 +44,12 @@ _TABLES = ("LC_CTYPE",)
 REALTIME_PRIORITY = 1
 _OOM_IMMUNE = -1000
 
+# Start and length of what is read only to load a library or to unwind, in order; known from `lock` on.
+_linker_tables: list[tuple[int, int]] = []
+
+# include/uapi/linux/capability.h
+_CAP_DAC_READ_SEARCH, _CAP_NET_BIND_SERVICE, _CAP_IPC_LOCK = 2, 10, 14
+
 NAMES = ("malloc", "stacks", "core dump", "gc", "code", "heap", "lock", "io flusher", "oom", "realtime", "awake")
 
 
@@ -92,6 +98,24 @@ def lock(code: Iterable[str], *, skip: Iterable[str] = (), one_cpu: bool = False
 def settle(code: Iterable[str], *, heap_bytes: int = HEAP_BYTES, skip: Iterable[str] = ()) -> list[Measure]:
     """Once everything that stays is loaded and allocated: touch the memory that will be needed on top."""
     return list(_run({"gc": _gc, "code": lambda: _code(code), "heap": lambda: _heap(heap_bytes)}, skip))
+
+
+def drop_privileges() -> None:
+    """Give up, for good, what a worker does not need any more. It parses what a server answers.
+
+    What stays: CAP_NET_BIND_SERVICE, for connections from a reserved port; CAP_IPC_LOCK, where there is a limit on
+    locked memory; CAP_DAC_READ_SEARCH, where root cannot read this program without it (a checkout in a home directory),
+    because what explains an error is loaded then. Of this thread and those that it starts, so before there are others.
+    OSError: the kernel refuses.
+    """
+    keep = 1 << _CAP_NET_BIND_SERVICE
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
+        keep |= 1 << _CAP_IPC_LOCK
+    readable = 1 << _CAP_DAC_READ_SEARCH
+    _memlock.keep_capabilities(keep | readable, keep)
+    if os.access(__file__, os.R_OK, effective_ids=True):
+        readable = 0
+    _memlock.keep_capabilities(keep | readable, keep | readable)
 
 
 def outlive_parent() -> None:
@@ -175,9 +199,12 @@ def _gc() -> Measure:
 def _lock(code: Iterable[str]) -> Measure:
     """mlockall(2), for what is touched. First drop the pages that only the dynamic linker has touched."""
     names = (*code, *_TABLES)
+    _linker_tables.extend(sorted(_memlock.linker_tables()))  # first: it touches each library
     for mapping in list(_file_mappings()):
         if not mapping.name.startswith(names) and mapping.permissions in ("r-xp", "r--p") and mapping.is_clean:
             _memlock.drop(mapping.start, mapping.length)
+    for start, length in _linker_tables:
+        _memlock.drop(start, length)
     _memlock.lock_on_fault()
     locked = _read("/proc/self/status").partition("\nVmLck:")[2].split(maxsplit=1)[0]
     return Measure("lock", locked != "0", f"{locked} KiB mapped, locked once touched")
@@ -212,15 +239,30 @@ def _file_mappings() -> Iterator[_Mapping]:
 def _code(names: Iterable[str]) -> Measure:
     """Read in the code and the constants of every mapped file whose name begins with one of `names`.
 
-    Under MCL_ONFAULT code that never ran is still on the disk, and on an NFS root that is a deadlock.
+    Under MCL_ONFAULT code that never ran is still on the disk, and on an NFS root that is a deadlock. Not the tables of
+    relocations and symbols, which the dynamic linker has read to load a library and to bind its functions
+    (LD_BIND_NOW), and not those of how functions are unwound, which C++ needs: together 1.3 MiB of libpython.
     """
     names = (*names, *_TABLES)
     total_bytes = 0
     for mapping in list(_file_mappings()):
         if mapping.name.startswith(names) and mapping.permissions[0] == "r":
-            _memlock.populate(mapping.start, mapping.length)
-            total_bytes += mapping.length
+            for start, length in _without(mapping.start, mapping.length, _linker_tables):
+                _memlock.populate(start, length)
+                total_bytes += length
     return Measure("code", total_bytes > 0, f"{total_bytes // 1024} KiB of code and constants read in")
+
+
+def _without(start: int, length: int, holes: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The parts (start, length) of a range that are in none of the `holes`, which are in order and do not overlap."""
+    end = start + length
+    for hole_start, hole_length in holes:
+        if start < hole_start + hole_length and hole_start < end:
+            if start < hole_start:
+                yield start, hole_start - start
+            start = hole_start + hole_length
+    if start < end:
+        yield start, end - start
 
 
 def _heap(heap_bytes: int) -> Measure:

@@ -77,6 +77,8 @@ CONNECTIONS, REQUESTS = 16, 16
 HEADER_BYTES = WAITS_OFFSET + _COUNTER_BYTES * (2 + CONNECTIONS + REQUESTS)
 # The keys come next. They are never read here.
 KEYS_OFFSET, KEYS_BYTES = HEADER_BYTES, 64
+# Where the backing file was last found (engine/region/last_place.h), twice.
+LAST_PLACE_OFFSET, LAST_PLACE_BYTES = 2048, 256
 _DISCONNECTED_OFFSET = COUNTERS_OFFSET + _COUNTER_BYTES * COUNTERS.index("disconnected")
 
 # The counter `file_state`: enum region_file.
@@ -160,20 +162,32 @@ def read_waits(descriptor: int) -> tuple[int, int, int] | None:
     Of a region that is_made. None where its worker is of a version that does not write these. OSError where it cannot
     be read.
     """
-    header = os.pread(descriptor, HEADER_BYTES, 0).ljust(HEADER_BYTES, b"\0")
-    numbers = [
-        int.from_bytes(header[offset : offset + _COUNTER_BYTES], sys.byteorder)
-        for offset in range(WAITS_OFFSET, HEADER_BYTES, _COUNTER_BYTES)
-    ]
-    generation = header[GENERATION_OFFSET : GENERATION_OFFSET + _COUNTER_BYTES]
-    writer, last_received_ms, *since_ms = numbers
-    if writer != int.from_bytes(generation, sys.byteorder) or not writer:
+    found = _waits(descriptor)
+    if found is None:
         return None
+    last_received_ms, *since_ms = found
 
     def earliest_ms(found: list[int]) -> int:
         return min((at_ms for at_ms in found if at_ms), default=0)
 
     return last_received_ms, earliest_ms(since_ms[:CONNECTIONS]), earliest_ms(since_ms[CONNECTIONS:])
+
+
+def read_connection_waits(descriptor: int) -> list[int]:
+    """Since when each connection has waited for answers, as in `read_waits`; none where that is None."""
+    found = _waits(descriptor)
+    return found[1 : 1 + CONNECTIONS] if found is not None else []
+
+
+def _waits(descriptor: int) -> list[int] | None:
+    """struct region_waits less its writer; None where another version wrote it."""
+    header = os.pread(descriptor, HEADER_BYTES, 0).ljust(HEADER_BYTES, b"\0")
+    writer, *numbers = (
+        int.from_bytes(header[offset : offset + _COUNTER_BYTES], sys.byteorder)
+        for offset in range(WAITS_OFFSET, HEADER_BYTES, _COUNTER_BYTES)
+    )
+    generation = header[GENERATION_OFFSET : GENERATION_OFFSET + _COUNTER_BYTES]
+    return numbers if writer and writer == int.from_bytes(generation, sys.byteorder) else None
 
 
 def is_disconnected(mapping: mmap.mmap) -> bool:

@@ -13,7 +13,7 @@ say() { echo "bootstrap: $*"; }
 die() { say "$1" >&2; shift; for hint; do say "$hint" >&2; done; exit 1; }
 
 case "${1:-}" in
-    test) packages_for_mode="strace systemd mandoc" ;;
+    test) packages_for_mode="strace systemd mandoc prometheus" ;; # prometheus: for its promtool
     demo) packages_for_mode="" ;;
     bench) packages_for_mode="qemu-block-extra" ;;
     deb) packages_for_mode="" ;;
@@ -60,12 +60,13 @@ install_packages() {
     [ "$(id -u)" = 0 ] || command -v sudo >/dev/null || die \
         "installing packages needs root, and sudo is not installed" "run this as root"
 
-    # The tests start NFS servers of their own. The package would start one on all addresses, now and at every boot:
-    # its units are masked during the installation and disabled afterwards. (dpkg's helper warns about masked units
-    # and goes on.)
+    # The tests start servers of their own, or none. These packages would start one on all addresses, now and at every
+    # boot: their units are masked during the installation and disabled afterwards. (dpkg's helper warns about masked
+    # units and goes on.)
     keep_off=""
-    if [ -d /run/systemd/system ] && ! is_installed nfs-ganesha; then
-        case "$missing" in *nfs-ganesha*) keep_off="nfs-ganesha.service nfs-ganesha-lock.service" ;; esac
+    if [ -d /run/systemd/system ]; then
+        case " $missing " in *" nfs-ganesha "*) keep_off="nfs-ganesha.service nfs-ganesha-lock.service" ;; esac
+        case " $missing " in *" prometheus "*) keep_off="$keep_off prometheus.service" ;; esac
     fi
     # shellcheck disable=SC2086 # lists of words
     {

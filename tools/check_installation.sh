@@ -51,6 +51,8 @@ echo 'url = "nfs://nas.example/export/swap"' >/etc/nbdnfs/swap0.toml
 mkdir -p /etc/nbdnfs/swap0.toml.d /etc/systemd/system/multi-user.target.wants /etc/systemd/system/nbdnfs@swap0.service.d
 touch /etc/nbdnfs/swap0.toml.d/50-size.toml /etc/systemd/system/nbdnfs@swap0.service.d/override.conf
 ln -s /usr/lib/systemd/system/nbdnfs@.service /etc/systemd/system/multi-user.target.wants/nbdnfs@swap0.service
+mkdir -p /etc/systemd/system/timers.target.wants
+ln -s /usr/lib/systemd/system/nbdnfs-metrics.timer /etc/systemd/system/timers.target.wants/nbdnfs-metrics.timer
 
 $apt remove nbdnfs >/dev/null
 [ -e /etc/nbdnfs/swap0.toml ] || fail "remove takes the configuration along"

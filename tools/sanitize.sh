@@ -46,7 +46,8 @@ fi
 first="tests/engine/test_faults.py tests/engine/test_owner.py tests/engine/test_waiting_reader.py
     tests/engine/test_waking.py tests/engine/test_short_writes.py tests/engine/test_encryption.py"
 second="tests/engine/test_transport.py tests/engine/test_conformance.py tests/engine/test_wire.py
-    tests/engine/test_liveness.py tests/engine/test_reconnecting.py tests/engine/test_finding_again.py"
+    tests/engine/test_liveness.py tests/engine/test_reconnecting.py tests/engine/test_finding_again.py
+    tests/engine/test_next_worker.py"
 # A run of minutes that ThreadSanitizer would make an hour.
 [ "$kind" != address ] || first="$first tests/hostile/test_hostile.py"
 

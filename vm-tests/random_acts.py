@@ -37,6 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 31), help="fixes the acts")
     parser.add_argument("--acts", type=int, default=200, metavar="N", help="how many (200)")
+    parser.add_argument("--minutes", type=float, default=0.0, metavar="M", help="begin no act after so long (no limit)")
     parser.add_argument("--only", default="", metavar="ACT,…", help="choose among these alone")
     parser.add_argument("--without", default="", metavar="ACT,…", help="leave these out")
     parser.add_argument("--stop", action="store_true", help="stop at the first act that ends otherwise")
@@ -52,25 +53,28 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="nbdnfs-acts-"))
     print(f"--seed {options.seed} --acts {options.acts}; the guest's logs are in {folder}", flush=True)
     try:
-        failures = run(folder, options.seed, options.acts, names, stop=options.stop)
+        limit_s = 60 * options.minutes or float("inf")
+        done, failures = run(folder, options.seed, options.acts, names, stop=options.stop, limit_s=limit_s)
     except (HarnessError, ServerError, GuestFailedError, LostGuestError) as error:
         print(f"the run broke off: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 2
-    print(f"--seed {options.seed}: {options.acts} acts, {len(failures)} of them ended otherwise than they must")
+    print(f"--seed {options.seed}: {done} acts, {len(failures)} of them ended otherwise than they must")
     print("\n".join(failures))
     if not failures:
         shutil.rmtree(folder, ignore_errors=True)
     return 1 if failures else 0
 
 
-def run(folder: Path, seed: int, acts: int, names: list[str], *, stop: bool) -> list[str]:
-    """The failures, a text each."""
+def run(folder: Path, seed: int, acts: int, names: list[str], *, stop: bool, limit_s: float) -> tuple[int, list[str]]:
+    """How many acts were done, and the failures, a text each."""
     built = image.image(image.default_suite())
     initramfs.initrd(built)
     with Ganesha(folder / "nas") as server:
         guest = Guest(built, payload(built, project=True), folder, memory_mib=GUEST_MIB, allow=EXPECTED)
         with guest:
-            return Run(guest, server, wheel, seed, names).do(acts, stop=stop)
+            acting = Run(guest, server, wheel, seed, names)
+            failures = acting.do(acts, stop=stop, limit_s=limit_s)
+            return acting.done, failures
 
 
 if __name__ == "__main__":

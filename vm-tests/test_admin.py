@@ -17,6 +17,9 @@ _UNIT = "nbdnfs@swap0"
 _TRAP = "/root/trap"
 # For one command, under an emulated CPU of a busy machine.
 _SLOW_S = 400
+# Drop-ins for printf(1): the wait for a start ends after 20 s, and a stop takes longer than that.
+_SOON = r"[Service]\nExecStart=\nExecStart=/bin/sh /usr/local/lib/nbdnfs/start-timeout nbdnfs@%%i.service 20\n"
+_SLOW_STOP = r"[Service]\nExecStop=\nExecStop=/bin/sleep 40\nExecStop=/usr/local/bin/nbdnfs down --service %%i\n"
 _DM = "/dev/mapper/crypt0"
 # dm-crypt's own self-test is the kernel's business: any key will do
 _TABLE = "crypt aes-cbc-plain64 000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f 0 /dev/nbd0 0"
@@ -152,7 +155,8 @@ def test_dm_crypt_on_top(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
 @pytest.mark.timeout(4800)
 def test_up(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
     """Without systemd: `up` lets a pipe go, shows progress, and turns swap on again after `swapoff -a`. With systemd,
-    where the start takes longer than systemd waits: status 75, and the start goes on until the server is there."""
+    where the start takes longer than systemd waits: status 75, and the start goes on until the server is there. A stop
+    may take longer than that."""
     url = ganesha.url("swap0.swap")
     with boot(project=True, allow={"nbd", "slow"}) as guest:
         guest.settle()
@@ -174,9 +178,9 @@ def test_up(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
         assert swaps(guest) == []
 
         guest.run(
-            "nbdnfs install-units && mkdir -p /run/systemd/system/nbdnfs@.service.d"
-            " && printf '[Unit]\\nJobRunningTimeoutSec=20\\n' > /run/systemd/system/nbdnfs@.service.d/soon.conf"
-            " && systemctl daemon-reload",
+            "nbdnfs install-units && cd /run/systemd/system && mkdir nbdnfs-start-timeout@.service.d nbdnfs@.service.d"
+            f" && printf '{_SOON}' > nbdnfs-start-timeout@.service.d/soon.conf"
+            f" && printf '{_SLOW_STOP}' > nbdnfs@.service.d/slow.conf && systemctl daemon-reload",
             _SLOW_S,
         )
         ganesha.kill()

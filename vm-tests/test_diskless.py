@@ -33,6 +33,13 @@ _SEQUENTIAL = ",".join(["fill", *["sequential"] * 63])
 # Which units stop, and when, in the kernel's log: the journal of such a machine ends with it.
 _TELL = ("systemd.log_level=info", "systemd.log_target=kmsg", "printk.devkmsg=on")
 
+# What keeper and worker say is in the kernel's log, which survives the guest.
+_FORWARD = (
+    "systemd.journald.forward_to_kmsg=1",
+    "systemd.journald.max_level_kmsg=info",
+    "printk.devkmsg=on",
+)
+
 # The initramfs has set up the card, and no other hardware is needed: an emulated CPU loads drivers from an NFS
 # root for minutes.
 _LEAN = tuple(
@@ -122,7 +129,9 @@ def boot_nfs(boot_diskless: BootDiskless) -> BootDiskless:
 
     def boot(*, project: bool, allow: set[str], **options: object) -> Guest:
         assert project
-        return boot_diskless("nfs", memory_mib=_GUEST_MIB, allow={*allow, "hung"}, arguments=_LEAN, **options)
+        return boot_diskless(
+            "nfs", memory_mib=_GUEST_MIB, allow={*allow, "hung"}, arguments=(*_LEAN, *_FORWARD), **options
+        )
 
     return boot
 

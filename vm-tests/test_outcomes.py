@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,19 @@ def test_lost_by_panic(boot: Callable[..., Guest]) -> None:
         with pytest.raises(GuestFailedError, match=r"\[panic\]"):
             guest.check_kernel_log()
         guest.allow = frozenset({"panic", "oops", "warning"})
+
+
+def _lose(guest: Guest) -> None:
+    guest.start("exec sleep 9999")
+    guest.wait_until(lambda: False, 1, "what never happens")
+
+
+def test_lost_with_what_its_tasks_do(boot: Callable[..., Guest]) -> None:
+    """The kernel log of a guest that is lost, though it lives, ends with what each task waits for."""
+    guest = boot()
+    with pytest.raises(LostGuestError), guest:
+        _lose(guest)
+    assert re.search(r"task:sleep .*\n(?:(?!.*task:).*\n)+?.*nanosleep", guest.kernel_log)
 
 
 def test_lost_by_silence(boot: Callable[..., Guest]) -> None:

@@ -12,6 +12,7 @@ from test_keeper import finish, start_hog, swapped_out
 from vmtest.guest import Guest, seen_from_guest
 
 _HIBERNATION = ("hibernate", "hybrid-sleep", "suspend-then-hibernate")
+_DROP_IN = "/run/systemd/sleep.conf.d/nbdnfs@swap0.conf"
 _SWAPPED_PAGES = (64 << 20) // 4096
 # At once: no job was started that freezes anything. An emulated CPU takes seconds for systemctl itself.
 _AT_ONCE_S = 30.0
@@ -22,10 +23,33 @@ def _first_word(guest: Guest, method: str) -> str:
     return guest.run(f"busctl call {bus} {method}").stdout.split()[1].strip('"')
 
 
+def _drop_in_decides(guest: Guest) -> None:
+    """logind's answer with and without the drop-in, everything else being as on a machine that can hibernate to the
+    device. Neither Debian's cloud kernel nor one with secret memory can: a /sys/power made for this test says that they
+    can. Nothing hibernates, since nobody is asked to."""
+    guest.run(
+        "mount -t tmpfs power /sys/power && cd /sys/power && echo freeze mem disk > state"
+        " && echo '[platform] shutdown' > disk && echo 's2idle [deep]' > mem_sleep"
+        " && cp /sys/block/nbd0/dev resume && echo 0 > resume_offset"
+    )
+    aside = "/root/drop-in"
+    try:
+        assert _first_word(guest, "CanHibernate") == "na"
+        refused = guest.run("systemctl hibernate", 60, check=False)
+        assert refused.status != 0
+        guest.run(f"mv {_DROP_IN} {aside}")
+        assert _first_word(guest, "CanHibernate") == "yes"
+        guest.run(f"mv {aside} {_DROP_IN}")
+        assert _first_word(guest, "CanHibernate") == "na"
+    finally:
+        guest.run(f"[ ! -e {aside} ] || mv {aside} {_DROP_IN}; umount /sys/power")
+
+
 @pytest.mark.timeout(2400)
 def test_sleep(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
-    """With 64 MiB swapped out, each way to hibernation is refused at once, and the machine goes on. The kernel refuses
-    by itself where it has secret memory. A suspend to RAM ends, either way. After `down` all is as it was."""
+    """The drop-in is what makes systemd refuse. With 64 MiB swapped out, each way to hibernation is refused at once,
+    and the machine goes on. The kernel refuses by itself where it has secret memory. A suspend to RAM ends, either way.
+    After `down` all is as it was."""
     url = seen_from_guest(ganesha.url("swap0.swap"))
     with boot(project=True, memory_mib=384, allow={"slow", "nbd"}) as guest:
         guest.settle()
@@ -33,6 +57,7 @@ def test_sleep(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
         guest.run(f'printf \'url = "{url}"\\nsize = "96M"\\n\' > /etc/nbdnfs/swap0.toml')
         before = [_first_word(guest, method) for method in ("CanHibernate", "CanSuspend")]
         guest.run("systemctl start nbdnfs@swap0", 300)
+        _drop_in_decides(guest)
         hog = start_hog(guest, 80, 12, 1800, "fill," + ",".join(["sequential"] * 63))
         guest.wait_until(lambda: swapped_out(guest) > _SWAPPED_PAGES, 300, "64 MiB in swap")
         for verb in _HIBERNATION:

@@ -67,6 +67,24 @@ def of_worker(
         os.close(descriptor)
 
 
+def connection_waits_s(
+    pid: int, root: Path = Path("/"), clock_ms: Callable[[], int] = lambda: time.monotonic_ns() // 1_000_000
+) -> list[float]:
+    """For how long each connection of the worker `pid` has waited for answers, without a pause; 0.0 for one that does
+    not. As many as the region has room for; none where `of_worker` would return None."""
+    descriptor = region.take_from(pid, root)
+    if descriptor is None:
+        return []
+    try:
+        since_ms = region.read_connection_waits(descriptor) if region.is_made(descriptor) else []
+    except OSError:  # truncated meanwhile
+        return []
+    finally:
+        os.close(descriptor)
+    now_ms = clock_ms()
+    return [max(0, now_ms - at_ms) / 1000 if at_ms else 0.0 for at_ms in since_ms]
+
+
 def _waits(found_ms: tuple[int, int, int] | None, now_ms: int) -> Waits | None:
     if found_ms is None:
         return None

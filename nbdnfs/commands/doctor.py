@@ -13,9 +13,10 @@ from pathlib import Path
 
 from nbdnfs import config
 from nbdnfs.commands import file_checks, installation_checks, json_output, machine_checks, process_checks, status
-from nbdnfs.commands.findings import Finding
+from nbdnfs.commands.findings import Finding, judge
 from nbdnfs.config import Config
 from nbdnfs.errors import NbdnfsError
+from nbdnfs.keeper import last_good
 from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import nbd_device
 from nbdnfs.kernel import state as kernel_state
@@ -59,14 +60,16 @@ def exit_status(findings: list[Finding]) -> int:
 def _device(name: str, root: Path) -> Iterator[Finding]:
     realtime = True
     settings = None
+    is_attached = nbd_device.find(nbd_device.backend_of(name), root) is not None
     try:
-        settings = config.load(name, root)
+        settings, problem = last_good.load(Records(name, root), is_attached=is_attached)
         realtime = settings.realtime
-        yield Finding(f"{name}: configuration", True, "valid")
+        yield judge(f"{name}: configuration", not problem, problem or "valid", f"correct it: nbdnfs check {name}")
     except NbdnfsError as error:
         yield Finding(f"{name}: configuration", False, error.message, error.hint)
-    if (refusal := Records.refusal(name, root)) is not None:
-        yield Finding(f"{name}: owner of the file", False, refusal, "run nbdnfs down there, or nbdnfs up --steal here")
+    if (refused := Records(name, root).read(Records.REFUSED)) is not None and not is_attached:
+        what, _, advice = refused.partition("\n")
+        yield Finding(f"{name}: last start", False, what, advice or f"see: journalctl -u nbdnfs@{name}")
     if settings is not None:
         yield from _backing_file(settings, root)
     records = _records(name, root)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from nbdnfs import nfs_url, quantities
+from nbdnfs import nfs_url, quantities, swap_header
 from nbdnfs.commands.findings import Finding, judge
 from nbdnfs.config import Config
 from nbdnfs.errors import NbdnfsError, UnavailableError
@@ -136,10 +136,15 @@ def _size(settings: Config, found: FileFacts, attached_bytes: int | None) -> Fin
 
 def _swap_header(settings: Config, found: FileFacts) -> Finding:
     """Of another kernel's pages, it cannot be used; the start makes it again where the file has an owner."""
-    from nbdnfs.nas import swap_header
-
     subject = f"{settings.name}: swap area"
     made_for = swap_header.page_bytes(found.head)
+    if made_for is None and any(found.head):
+        return Finding(
+            subject,
+            False,
+            "the file begins with neither zeros nor a swap area: the start refuses it",
+            "name another file; or overwrite this one with zeros: nbdnfs create --force",
+        )
     if made_for is None:
         return Finding(subject, True, "none yet; the first start makes it")
     size = quantities.format_size
@@ -184,7 +189,7 @@ def _owner(settings: Config, found: FileFacts, *, is_up: bool) -> Finding:
 def _look(url: str) -> FileFacts | None:
     """None where the file does not exist. NbdnfsError: the server or the file does not answer as it should."""
     from nbdnfs.engine import libnfs_version
-    from nbdnfs.nas import explain, owner_record, remote_file, swap_header
+    from nbdnfs.nas import explain, owner_record, remote_file
     from nbdnfs.nas.record_file import RecordFile
 
     target = nfs_url.parse(url)

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _grow(url: str, size_bytes: int) -> None:
+    where.adopt_old_name(url)
     show = progress.reporter()
     before_bytes = claiming.run_until_signal(lambda stop: existing_file.grow(url, size_bytes, progress=show, stop=stop))
     size = quantities.format_size

@@ -32,6 +32,7 @@ _LIST = f"{_LIB}/nbdnfs/installed.sha256"
 _PROGRAM = "/usr/local/bin/nbdnfs"
 _SCRIPTS = "/usr/local/lib/nbdnfs"
 _UNIT = "nbdnfs@.service"
+_TIMER = "nbdnfs-metrics.timer"
 _RELOAD_TIMEOUT_S = 90.0
 _SYSTEMD_SYSCTL = (Path("/usr/lib/systemd/systemd-sysctl"), Path("/lib/systemd/systemd-sysctl"))
 # Drop-ins with settings that only later versions of systemd know: older ones would warn at each start.
@@ -56,10 +57,14 @@ class Layout:
         unit = f"{self.systemd}/system/{_UNIT}"
         found = {
             _UNIT: unit,
+            "nbdnfs-start-timeout@.service": f"{self.systemd}/system/nbdnfs-start-timeout@.service",
             "nbdnfs.slice": f"{self.systemd}/system/nbdnfs.slice",
+            "nbdnfs-metrics.service": f"{self.systemd}/system/nbdnfs-metrics.service",
+            _TIMER: f"{self.systemd}/system/{_TIMER}",
             "nbdnfs-generator": f"{self.systemd}/system-generators/nbdnfs-generator",
             "reserve": f"{self.lib}/nbdnfs/reserve",
             "pace": f"{self.lib}/nbdnfs/pace",
+            "start-timeout": f"{self.lib}/nbdnfs/start-timeout",
             "modules-load.conf": f"{self.lib}/modules-load.d/nbdnfs.conf",
             "sysctl.conf": f"{self.lib}/sysctl.d/60-nbdnfs.conf",
             "tmpfiles.conf": f"{self.lib}/tmpfiles.d/nbdnfs.conf",
@@ -75,7 +80,7 @@ LOCAL = Layout()
 # As a merged /usr shows it, whatever the package calls it.
 PACKAGE = Layout(lib="usr/lib", systemd="usr/lib/systemd", udev="usr/lib/udev")
 _EXAMPLE = "etc/nbdnfs/example.toml.disabled"
-_EXECUTABLE = frozenset({"nbdnfs-generator", "reserve", "pace"})
+_EXECUTABLE = frozenset({"nbdnfs-generator", "reserve", "pace", "start-timeout"})
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,8 @@ def uninstall(root: Path = Path("/"), *, force: bool = False) -> list[Path]:
         _refuse_devices(root)
     _refuse_changed(root, before, [], before, force, "uninstall-units")
     links = _enabled_links(root) if before and packaged is None else []
+    if links and _is_running_system(root):
+        _stop_timer()
     try:
         removed = [root / path for path in sorted(before) if _remove(root, path)]
         removed += [link for link in links if _remove(root, str(link.relative_to(root)))]
@@ -170,6 +177,13 @@ def uninstall(root: Path = Path("/"), *, force: bool = False) -> list[Path]:
     if removed and _is_running_system(root):
         _reload()
     return removed
+
+
+def _stop_timer() -> None:
+    """Which would otherwise start a unit every minute that is no longer there."""
+    systemctl = programs.find_program("systemctl", "systemd")
+    with contextlib.suppress(NbdnfsError):  # it does not run
+        programs.run([systemctl, "stop", _TIMER], what=f"stopping {_TIMER}", timeout_s=_RELOAD_TIMEOUT_S)
 
 
 def is_shadowing_package(root: Path = Path("/")) -> bool:
@@ -304,9 +318,10 @@ def _refuse_devices(root: Path) -> None:
 
 
 def _enabled_links(root: Path) -> list[Path]:
-    """The links that `systemctl enable nbdnfs@NAME` made."""
-    found = (root / _ENABLED).glob("*.wants/nbdnfs@*.service")
-    return sorted(path for path in found if path.is_symlink())
+    """The links that `systemctl enable` of a device, or of the timer, made."""
+    # not Path.glob with a whole name: it follows the link, which points to where it will be on the machine
+    found = (path for path in (root / _ENABLED).glob("*.wants/nbdnfs*") if path.is_symlink())
+    return sorted(path for path in found if path.name == _TIMER or path.match("nbdnfs@*.service"))
 
 
 def _remove(root: Path, path: str) -> bool:

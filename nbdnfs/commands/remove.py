@@ -19,6 +19,7 @@ def run(args: argparse.Namespace) -> int:
     target = nfs_url.parse(url)
     again = f"nbdnfs remove {args.where}"
     where.refuse_if_attached(url, again)
+    where.adopt_old_name(url, limit_s=_LIMIT_S)
     size_bytes = claiming.run_until_signal(
         lambda stop: existing_file.refuse_unless_swap(target, target.resolve()), limit_s=_LIMIT_S
     )

@@ -56,7 +56,7 @@ class _Shown:
 def with_systemd(name: str) -> None:
     """Start the unit of the device, and return when it has started.
 
-    UnavailableError when it fails; with the exit status EX_TEMPFAIL when it goes on after JobRunningTimeoutSec=.
+    UnavailableError when it fails; with the exit status EX_TEMPFAIL when it goes on after the wait's limit.
     """
     shown = _Shown(name)
     unit = systemd_unit.name_of(name)

@@ -186,7 +186,7 @@ def read(
     if attached is None:
         if unit_state is None:
             unit_state = systemd_unit.why_not_running if root == Path("/") else lambda name: None
-        problems += _why_not_up(records, keeper, root, unit_state, is_stolen=bool(problems))
+        problems += _why_not_up(records, keeper, unit_state, is_stolen=bool(problems))
     else:
         problems += _what_is_missing(attached, swap, keeper, worker, reading)
     if (wrong := records.read(Records.CONFIG_ERROR)) and attached is not None:
@@ -240,13 +240,13 @@ def _what_is_missing(
 def _why_not_up(
     records: Records,
     keeper: ProcessRecord | None,
-    root: Path,
     unit_state: Callable[[str], str | None],
     *,
     is_stolen: bool,
 ) -> list[Problem]:
-    """The reason, as far as there is one: what refused the file, what the keeper waits for, what systemd says."""
-    reasons = [Records.refusal(records.name, root), records.read(Records.WAITING)]
+    """The reason, as far as there is one: why the last start failed, what the keeper waits for, what systemd says."""
+    refused = (records.read(Records.REFUSED) or "").partition("\n")[0]
+    reasons = [refused, records.read(Records.WAITING)]
     if keeper is None and not is_stolen and not any(reasons):
         reasons.append(unit_state(records.name))
     texts = [*([] if is_stolen else ["not up"]), *(reason for reason in reasons if reason)]

@@ -4,101 +4,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from nbdnfs import config, quantities, region
+from nbdnfs import config, quantities
 from nbdnfs.commands import counters, status
-from nbdnfs.commands.counters import Counters, number
-from nbdnfs.errors import NoInputError, UsageError
+from nbdnfs.commands.counters import Counters
+from nbdnfs.commands.frame import Frame
+from nbdnfs.errors import NbdnfsError, NoInputError, UsageError
 from nbdnfs.keeper.records import Records
-from nbdnfs.sizes import SLOT_BYTES
 
-_MIB = 1 << 20
 # Of the JSON, as status.SCHEMA.
 SCHEMA = 1
-# The counters that it has: those that grow, and those that say "now".
-_NOW = (
-    *("unstable_pages", "nfs_in_flight", "write_back_error", "disconnected", "file_state", "owner_state"),
-    *("generation", "slots"),
-)
-_RATES = tuple(key for key in region.COUNTERS if key not in (*_NOW, "twins_until_ms"))
-
-_CLEAR = "\x1b[H\x1b[2J"
-
-
-@dataclass(frozen=True)
-class Frame:
-    """The activity of one device during `seconds`: its counters `before` and `after`."""
-
-    name: str
-    seconds: float
-    before: Counters
-    after: Counters
-
-    def rate(self, key: str) -> float:
-        """How much the counter grew, per second."""
-        return (number(self.after, key) - number(self.before, key)) / self.seconds
-
-    def ratio(self, key: str, of: str) -> float:
-        """The growth of the counter `key` for each unit that `of` grew; 0.0 when `of` did not grow."""
-        total = self.rate(of)
-        return self.rate(key) / total if total else 0.0
-
-    def median_us(self, key: str) -> int:
-        """The upper bound, in microseconds, of the histogram bucket that holds the median of this time span.
-
-        `key` names a log2 histogram. 0 when nothing was counted.
-        """
-        before, after = self.before.get(key), self.after.get(key)
-        if not isinstance(after, list):
-            return 0
-        earlier = before if isinstance(before, list) else [0] * len(after)
-        counts = [now - then for now, then in zip(after, earlier, strict=True)]
-        below = 0
-        for bucket, count in enumerate(counts):
-            below += count
-            if count and 2 * below >= sum(counts):
-                return 1 << bucket
-        return 0
-
-    def text(self) -> str:
-        """A few lines for a terminal."""
-        hits, misses = self.rate("hit_pages"), self.rate("missed_pages")
-        share = 100 * hits / (hits + misses) if hits + misses else 0.0
-        unstable_mib = number(self.after, "unstable_pages") * SLOT_BYTES / _MIB
-        away = "" if not number(self.after, "disconnected") else "   THE SERVER DOES NOT ANSWER"
-        read_ahead = 100 * self.ratio("read_ahead_hits", "read_ahead_pages")
-        each_kib = self.ratio("nfs_written_bytes", "nfs_writes") / 1024
-        in_flight = number(self.after, "nfs_in_flight")
-        rows = [
-            f"{self.name}: {unstable_mib:.1f} MiB not on the NAS yet, {in_flight} requests in flight{away}",
-            f"  swap-in   {self._flow('reads', 'read_bytes', 'read_us')}   {share:.0f}% from the region",
-            f"  swap-out  {self._flow('writes', 'written_bytes', 'write_us')}"
-            f"   {self.rate('stalls'):.0f}/s had to wait",
-            f"  NFS read  {self._flow('nfs_reads', 'nfs_read_bytes', 'nfs_read_us')}"
-            f"   {read_ahead:.0f}% of the read-ahead was used",
-            f"  NFS write {self._flow('nfs_writes', 'nfs_written_bytes', 'nfs_write_us')}"
-            f"   {each_kib:.0f} KiB each, {self.rate('nfs_commits'):.1f} commits/s",
-        ]
-        return "\n".join(rows)
-
-    def to_json(self) -> dict[str, object]:
-        """As docs/monitoring.md has it: what grew, per second; the medians; and what there is now."""
-        rates = {f"{key}_per_s": round(self.rate(key), 3) for key in _RATES}
-        medians = {f"{key.removesuffix('_us')}_median_us": self.median_us(key) for key in region.HISTOGRAMS}
-        now = {key: number(self.after, key) for key in _NOW}
-        return {"name": self.name, "seconds": round(self.seconds, 3), **rates, **medians, **now}
-
-    def _flow(self, count: str, size: str, duration: str) -> str:
-        return (
-            f"{self.rate(count):>8,.0f}/s {self.rate(size) / _MIB:>8.1f} MiB/s"
-            f"   median below {self.median_us(duration):>7,} us"
-        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -140,20 +61,39 @@ def watch(
 def show(
     names: Sequence[str], *, interval_s: float, count: int | None, root: Path = Path("/"), as_json: bool = False
 ) -> None:
-    """Print the activity until Ctrl-C, or `count` times; on a terminal each time in the place of the last one.
+    """Show the activity until Ctrl-C, or `count` times: as a screen on a terminal, as lines elsewhere.
 
     Without `names`, of all devices. `as_json`: an object on a line of its own each time. Errors as `watch`.
     """
     wanted = names or status.names(root)
-    on_terminal = sys.stdout.isatty()
+    if not as_json and count != 1 and sys.stdout.isatty() and sys.stdin.isatty():
+        import curses  # a terminal's only
+
+        from nbdnfs.commands import top_screen
+
+        with contextlib.suppress(curses.error):  # not one that has a screen: lines do
+            top_screen.run(
+                lambda wait: watch(wanted, interval_s=interval_s, root=root, sleep=wait),
+                lambda name: _describe(name, root),
+                count=count,
+            )
+            return
     for shown, frames in enumerate(watch(wanted, interval_s=interval_s, root=root), 1):
         if as_json:
             print(json.dumps({"schema": SCHEMA, "devices": [frame.to_json() for frame in frames]}), flush=True)
         else:
-            text = "\n".join(frame.text() for frame in frames)
-            print(_CLEAR + text if on_terminal and count != 1 else text, flush=True)
+            print("\n".join(frame.text() for frame in frames), flush=True)
         if shown == count:
             return
+
+
+def _describe(name: str, root: Path) -> tuple[status.Status | None, Sequence[float]]:
+    """The state of a device that is up, and how long each connection has waited for answers. None: just went."""
+    try:
+        found = status.read(name, root, unit_state=lambda name: None)
+    except (NbdnfsError, OSError, ValueError):
+        return None, ()
+    return found, counters.connection_waits_s(found.worker_pid, root) if found.worker_pid is not None else ()
 
 
 def _read(names: Sequence[str], root: Path) -> dict[str, Counters]:

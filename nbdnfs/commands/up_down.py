@@ -19,7 +19,7 @@ from nbdnfs import config, name_lock
 from nbdnfs.commands import progress, starting, systemd_unit
 from nbdnfs.config import Config
 from nbdnfs.errors import BusyError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError
-from nbdnfs.keeper import hibernation, only_keeper
+from nbdnfs.keeper import hibernation, last_good, only_keeper
 from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import device_in_use, nbd_device, openers, swap_area
 from nbdnfs.kernel import state as kernel_state
@@ -29,7 +29,7 @@ from nbdnfs.kernel.state import Swap
 from nbdnfs.kernel.waiting import wait_until
 from nbdnfs.proc_stat import start_time_ticks
 
-# How long `up` waits without systemd; the start goes on. As JobRunningTimeoutSec= of the unit.
+# How long `up` waits without systemd; the start goes on. As nbdnfs-start-timeout@.service.
 UP_TIMEOUT_S = 180.0
 # The keeper ends at once when it is asked to; a worker ends when the kernel disconnects.
 _PROCESS_ENDS_S = 10.0
@@ -63,21 +63,26 @@ def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> No
     `steal` takes the file from another machine first, in this process: the keeper then finds that it owns the file.
     `timeout_s` bounds the wait where systemd does not run.
 
-    A device that is up, and whose swap was turned off by hand, swaps again.
+    A device that is up, and whose swap was turned off by hand, swaps again. One that is attached, and whose
+    configuration file is wrong or missing, runs with the last good one, as its keeper does; a line says so.
 
     PermissionDeniedError: not root. BusyError: the device is up, or something other than swap uses it.
     UnavailableError: it did not come up, with the exit status of the keeper, which has reported why; EX_TEMPFAIL where
-    the start goes on. Others as `config.load`, and with `steal` as `ownership.claim`.
+    the start goes on. Others as `last_good.load`, and with `steal` as `ownership.claim`.
     """
-    settings = config.load(name)
+    config.check_name(name)
+    records = Records(name)
+    is_attached = nbd_device.find(nbd_device.backend_of(name)) is not None
+    settings, problem = last_good.load(records, is_attached=is_attached)
     _require_root(f"nbdnfs up {name}")
+    if problem:
+        print(f"nbdnfs: {name}: {problem}", file=sys.stderr)
     if steal and settings.owner:
         from nbdnfs.commands import claiming
         from nbdnfs.nas import owner_record, ownership  # only here: it loads libnfs
 
         holder, me = owner_record.keeper_holder(name), owner_record.identity()
         claiming.run_until_signal(lambda stop: ownership.claim(settings.url, holder, me, steal=True, stop=stop))
-    records = Records(name)
     keeper = only_keeper.keeper_of(records)
     if keeper is not None and records.read(Records.STATE) == "watch" and _turn_on_again(settings):
         return
@@ -298,9 +303,9 @@ def _end(record: ProcessRecord | None, number: int, what: str) -> None:
 
 
 def _must_fit(name: str) -> bool:
-    """The configuration's reclaim_check; True without a valid configuration."""
+    """The reclaim_check of the configuration, or of the last good one; True without either."""
     try:
-        return config.load(name).reclaim_check
+        return last_good.load(Records(name), is_attached=True)[0].reclaim_check
     except NbdnfsError:
         return True
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from nbdnfs import config, nfs_url
+from nbdnfs.commands import claiming
 from nbdnfs.errors import BusyError, NbdnfsError, UsageError
 from nbdnfs.keeper.records import Records
 from nbdnfs.kernel import nbd_device
@@ -19,6 +20,14 @@ def is_url(text: str) -> bool:
 def url_of(name_or_url: str) -> str:
     """The URL as it was given, or that of the configuration NAME. Errors as `config.load`."""
     return name_or_url if is_url(name_or_url) else config.load(name_or_url).url
+
+
+def adopt_old_name(url: str, *, limit_s: float | None = None) -> None:
+    """Rename a file that an earlier version named with the machine id, as `create` and a start do. Errors as
+    `old_name.adopt`, and UnavailableError after `limit_s`."""
+    from nbdnfs.nas import old_name, ownership  # here: `list` of this machine's devices needs no engine
+
+    claiming.run_until_signal(lambda stop: old_name.adopt(url, ownership.serve_holder(), stop=stop), limit_s=limit_s)
 
 
 def refuse_if_attached(url: str, then: str, root: Path = Path("/")) -> None:

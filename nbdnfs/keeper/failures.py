@@ -36,6 +36,8 @@ MISSING_STATUS, FORBIDDEN_STATUS = os.EX_NOINPUT, os.EX_NOPERM
 # How `nbdnfs claim` exits where another machine, or another device of this one, owns the file: not a status of
 # sysexits(3), so that it is not taken for a server that forbids something. The keeper then ends with EX_NOPERM.
 OWNED_STATUS = 81
+# How a line of a helper begins that says what it waits for.
+WAITING = "waiting: "
 # Exit statuses that another try may mend, sysexits(3). So may any signal.
 _TEMPORARY = frozenset({os.EX_UNAVAILABLE, os.EX_TEMPFAIL, os.EX_NOHOST, os.EX_IOERR})
 _TEMPORARY_ON_SERVER = _TEMPORARY | {MISSING_STATUS, FORBIDDEN_STATUS}
@@ -55,7 +57,8 @@ def is_final(status: int, *, on_server: bool) -> bool:
 
 
 def waiting_for(status: int, error: str) -> str:
-    """What the keeper waits for, after a process that has exited with `status` and said `error`; one sentence."""
+    """What the keeper waits for: a process has exited with `status` and said `error`, or would do so if it did not try
+    again; one sentence."""
     text = error.removeprefix("nbdnfs: ") or f"the server cannot be used (exit status {status})"
     if status == MISSING_STATUS:
         return f"{text} (a typo, or the server's disks are not mounted yet)"
@@ -64,9 +67,11 @@ def waiting_for(status: int, error: str) -> str:
     return text
 
 
-def failed(what: str, status: int) -> NbdnfsError:
-    """A process has printed what is wrong on the same stderr: this error adds its exit status, and no details."""
-    error = NbdnfsError(f"{what.replace('_', ' ')} failed, see above")
+def failed(what: str, status: int, lines: list[str] | None = None) -> NbdnfsError:
+    """Of a process that has exited with `status`. `lines`: the last ones that it has printed, which are as of
+    NbdnfsError.lines; without them, they are in the journal."""
+    text, *hints = [line.removeprefix("nbdnfs: ") for line in lines or ()] or [f"exit status {status}; see its journal"]
+    error = NbdnfsError(f"{what.replace('_', ' ')} failed: {text}", hints[0] if hints else "")
     error.exit_code = os.EX_NOPERM if status == OWNED_STATUS else status
     return error
 

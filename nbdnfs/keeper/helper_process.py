@@ -15,7 +15,10 @@ _LINE_BYTES_MAX = 2000
 
 
 class HelperProcess:
-    """Used by the keeper's loop alone."""
+    """Used by the keeper's loop alone.
+
+    last_lines  of those that `lines` has returned, the last two at most: of one that has failed, NbdnfsError.lines
+    """
 
     def __init__(self, argv: list[str], environment: dict[str, str], *, stdout: int | None = None) -> None:
         """Begin to start it. Its stderr is read by `lines`, and so is its stdout unless it goes to the descriptor
@@ -43,7 +46,7 @@ class HelperProcess:
         self.pidfd = -1
         self._status = 0
         self._unfinished = b""
-        self._last_lines: list[str] = []
+        self.last_lines: list[str] = []
 
     def status(self) -> int | None:
         """Its exit status, or minus the signal; None until it has ended. OSError when it cannot be started."""
@@ -82,14 +85,14 @@ class HelperProcess:
         if self.has_ended:
             self._close_output()
         lines = [line.decode(errors="replace") for line in whole if line]
-        self._last_lines = [*self._last_lines, *lines][-2:]
+        self.last_lines = [*self.last_lines, *lines][-2:]
         return lines
 
     @property
     def error_line(self) -> str:
         """Of one that has failed, what is wrong: the last line but one that `lines` has returned. The last one says
         what to do (NbdnfsError.lines)."""
-        return self._last_lines[0] if self._last_lines else ""
+        return self.last_lines[0] if self.last_lines else ""
 
     def descriptors(self) -> list[int]:
         """What to poll for input: it has started, has ended, or has printed something."""

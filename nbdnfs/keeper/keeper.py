@@ -19,7 +19,7 @@ import time
 
 from nbdnfs import __version__, region
 from nbdnfs.errors import BusyError, NbdnfsError, OwnedError
-from nbdnfs.keeper import failures
+from nbdnfs.keeper import events, failures
 from nbdnfs.keeper.serving import Serving
 from nbdnfs.keeper.standby import STORED_NAME as _STORED_STANDBY
 from nbdnfs.keeper.standby import Standby
@@ -96,7 +96,6 @@ class Keeper:
         self._helper: HelperProcess | None = None
         self._helper_failures = 0
         self._helper_due_s = 0.0
-        self._missing_since_s: float | None = None  # the file on the server
         self._records_due_s = 0.0
         self._resolver: HelperProcess | None = None
         self._resolve_due_s: float | None = None
@@ -123,7 +122,7 @@ class Keeper:
             self._enter("provision" if self.serving.device is None else "attach")
             while self._stop is None:
                 self._turn()
-            self._reporter.say(f"{self._stop}: the keeper exits, the device and its worker stay")
+            self._reporter.say(f"{self._stop}: the keeper exits, the device and its worker stay", events.HANDED_OVER)
             self._notifier.send("STOPPING=1", f"STATUS={self._stop}: handed over")
         except BaseException as error:
             if isinstance(error, OwnedError):  # there is nothing that a next keeper could go on with
@@ -202,9 +201,9 @@ class Keeper:
     # Steps: each returns the next one
 
     def _provision(self, now: float) -> str:
-        """A helper creates the backing file where it is missing and the configuration has a size, and claims it."""
-        missing_s = now - self._missing_since_s if self._missing_since_s is not None else 0.0
-        return self._await_helper(now, lambda: self._work.provision(missing_s), following="attach", on_server=True)
+        """A helper creates the backing file where it is missing and the configuration has a size, and claims it. It
+        waits by itself for what a server's return ends."""
+        return self._await_helper(now, self._work.provision, following="attach", on_server=True)
 
     def _attach(self, now: float) -> str:
         if not self.serving.is_connected:
@@ -250,7 +249,7 @@ class Keeper:
             text = f"swap is on: {device.path}"
             if not self._work.is_swapped_on(device):
                 text = f"its own swap is off: {self._other_use(device)}"
-            self._reporter.say(text)
+            self._reporter.say(text, events.SWAP_ON, device=device.path)
             self._notifier.send("READY=1", f"STATUS={text}")
         self._look_for_server(now)
         successor = self.standby.worker
@@ -274,7 +273,7 @@ class Keeper:
             self._resolver = None
             if address := self._work.resolved():
                 self.serving.address = address
-                self._reporter.say(f"the server's address is now {address}")
+                self._reporter.say(f"the server's address is now {address}", events.SERVER_MOVED, address=address)
                 if self.serving.worker is not None:
                     self.serving.worker.kill()
         is_connected = self.serving.is_connected and self._mapping is not None
@@ -298,7 +297,7 @@ class Keeper:
         if is_silent:
             goes_on = "swap goes on" if self.serving.is_connected else "swap waits"
             text = f"the root file system does not answer, so no program starts: {goes_on} until it does"
-        self._reporter.say(text)
+        self._reporter.say(text, events.ROOT_SILENT if is_silent else events.ROOT_ANSWERS)
         self._notifier.send(f"STATUS={text}")
 
     def _await_helper(
@@ -322,23 +321,28 @@ class Keeper:
             return self._step
         self._reporter.pass_on(self._helper.lines())
         if status is None:
-            progress = self._work.progress()
-            self._notifier.send(_MORE_TIME, *([f"STATUS={progress}"] if progress else []))
+            self._notifier.send(_MORE_TIME)
+            self._show(self._work.progress())
             return self._step
-        error_line = self._helper.error_line
-        self._helper = None
+        ended, self._helper = self._helper, None
         if status == 0:
             self._helper_failures, self._helper_due_s = 0, 0.0
             self._reporter.wait_for("")
             return following
         if failures.is_final(status, on_server=on_server):
-            raise failures.failed(self._step, status)
+            raise failures.failed(self._step, status, ended.last_lines)
         if on_server:
-            is_missing = status == failures.MISSING_STATUS
-            self._missing_since_s = (self._missing_since_s or now) if is_missing else None
-            self._reporter.wait_for(failures.waiting_for(status, error_line))
+            self._reporter.wait_for(failures.waiting_for(status, ended.error_line))
         self._helper_failed(now)
         return self._step
+
+    def _show(self, line: str) -> None:
+        """What a helper that runs has to say, "" for nothing new: what it waits for, or how far it has got."""
+        if line.startswith(failures.WAITING):
+            self._reporter.wait_for(line.removeprefix(failures.WAITING))
+        elif line:
+            self._reporter.wait_for("")
+            self._notifier.send(f"STATUS={line}")
 
     def _helper_failed(self, now: float) -> None:
         self._helper_failures += 1

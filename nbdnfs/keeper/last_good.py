@@ -50,7 +50,7 @@ def load(records: Records, *, is_attached: bool) -> tuple[Config, str]:
     says what the device runs with.
     """
     try:
-        return config.load(records.name), ""
+        return config.load(records.name, records.root), ""
     except (NbdnfsError, OSError) as error:
         if not is_attached:
             raise

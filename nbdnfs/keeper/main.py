@@ -15,13 +15,14 @@ import time
 
 from nbdnfs import config, memlock, nfs_url, proc_stat, programs
 from nbdnfs.errors import NbdnfsError, NoHostError, OwnedError, PermissionDeniedError, UnavailableError, UsageError
-from nbdnfs.keeper import failures, hibernation, last_good, only_keeper, sd_notify
+from nbdnfs.keeper import failures, hibernation, journal, last_good, only_keeper, sd_notify
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.reporter import Reporter
 from nbdnfs.kernel import nbd_device, nbd_driver
 from nbdnfs.nas import owner_record
+from nbdnfs.own_root import OwnRoot
 from nbdnfs.worker import nbdkit
 
 TYPE_CHECKING = False  # typing's own, without typing
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 # How the names of the files begin whose code the keeper runs.
 CODE = (
     *("python3", "libpython3", "libc.so", "ld-linux"),
-    *("_memlock.", "_spawner.", "_socket.", "_struct.", "select.", "mmap."),
+    *("_memlock.", "_own_root.", "_spawner.", "_socket.", "_struct.", "select.", "mmap."),
 )
 
 # At boot: a server that has lost its power as well may answer before its disks are mounted, and a new file would land
@@ -58,7 +59,7 @@ def run(name: str, *, steal: bool = False) -> int:
     if os.environ.get("PYTHONMALLOC") != "malloc":
         _start_again(name, ["--steal"] if steal else [])
     records = Records(name)
-    reporter = Reporter(records, sd_notify.Notifier())
+    reporter = Reporter(records, sd_notify.Notifier(), journal.Journal())
     try:
         _require_kernel_files()
         only_keeper.become(records)  # before anything that another keeper of the device could notice
@@ -76,6 +77,7 @@ def run(name: str, *, steal: bool = False) -> int:
             error.exit_code = os.EX_UNAVAILABLE  # nothing that is attached is given up
         if error.exit_code in failures.FINAL_STATUSES or not is_unit:
             reporter.all_is_well()  # the next one is started by a person, who wants to read why it ends
+            records.put(Records.REFUSED, "\n".join(text for text in (error.message, error.hint) if text))
             raise
         reporter.wait_for(error.message)
         is_new = reporter.complain(error.message, error.message)
@@ -103,6 +105,7 @@ def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
     if problem:
         reporter.complain(problem, problem)
     records.put(Records.CONFIG_ERROR, problem)
+    records.put(Records.REFUSED, "")
     stored = sd_notify.listen_fds()
     if is_attached and records.read(Records.STATE) == Records.STOLEN:
         raise failures.stolen(name)
@@ -121,14 +124,21 @@ def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
     new_file_after_s = _NEW_FILE_AFTER_S if not is_attached and settings.size_bytes and _is_booting() else 0.0
     work = RealWork(settings, text, address, steal=steal, new_file_after_s=new_file_after_s)
 
+    own_root = OwnRoot(reporter.say)
+
     def warm_up() -> None:
         if settings.lock != "off":
             _apply(settings, memlock.settle(CODE, heap_bytes=_HEAP_BYTES))
+        own_root.enter()
 
     config_text = last_good.to_text(settings)
     hibernation.forbid(name)
     try:
-        return Keeper(kernel, work, records, reporter, stored=stored, config_text=config_text, warm_up=warm_up).run()
+        keeper = Keeper(kernel, work, records, reporter, stored=stored, config_text=config_text, warm_up=warm_up)
+        try:
+            return keeper.run()
+        finally:
+            own_root.leave()
     except NbdnfsError:
         if nbd_device.find(backend) is None:
             hibernation.permit(name)

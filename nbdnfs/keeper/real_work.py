@@ -88,14 +88,13 @@ class RealWork:
     def take_worker(self, parked: int) -> WorkerHandle | None:
         return WorkerHandle.take(parked, recipe(self._argv))
 
-    def provision(self, missing_s: float) -> HelperProcess:
-        """`nbdnfs claim`: the file is created where it is missing and the configuration has a size, and claimed.
-
-        `missing_s` is for how long the server has answered that there is no such file.
-        """
+    def provision(self) -> HelperProcess:
+        """`nbdnfs claim`: the file is created where it is missing and the configuration has a size, and claimed. It
+        goes on while the server has no such file, or none that this machine may use, and says so: see `progress`."""
         settings = self._settings
-        may_create = settings.size_bytes and missing_s >= self._new_file_after_s
-        options = [f"--size={settings.size_bytes}"] if may_create else []
+        options = ["--wait"]
+        if settings.size_bytes:
+            options += [f"--size={settings.size_bytes}", f"--new-file-after={self._new_file_after_s:g}s"]
         if settings.owner:
             options += [f"--holder={owner_record.keeper_holder(settings.name)}", *(["--steal"] if self._steal else [])]
         return self._answering("nbdnfs", "claim", settings.url, *options, status="creating the backing file")

@@ -61,10 +61,14 @@ class Records:
     CONFIG_ERROR = "config_error"
     # a sentence: what the keeper waits for before the device can come up
     WAITING = "waiting"
-    # what the keeper has reported already: keeper/reporter.py. It stays beside the folder when that goes
+    # These two stay beside the folder when that goes.
+    # what the keeper has reported already: keeper/reporter.py
     SAID = "said"
+    # why the last keeper ended for good, in one line, and in another what to do
+    REFUSED = "refused"
 
-    KEYS = (KEEPER, WORKER, STANDBY, DEVICE, ADDRESS, OWNER, STATE, CONFIG, CONFIG_ERROR, WAITING, SAID)
+    KEYS = (KEEPER, WORKER, STANDBY, DEVICE, ADDRESS, OWNER, STATE, CONFIG, CONFIG_ERROR, WAITING, SAID, REFUSED)
+    _BESIDE = (SAID, REFUSED)
 
     # The state that a keeper leaves behind when another machine has taken the file.
     STOLEN = "stolen"
@@ -126,8 +130,7 @@ class Records:
                 self._pending[key] = text
         for key, text in list(self._pending.items()):
             try:
-                if not self.path.is_dir():
-                    self.make()
+                self._file(key).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
                 self.write(key, text)
             except OSError as error:
                 if key not in self._reported:
@@ -167,12 +170,12 @@ class Records:
         return record if record is not None and record.is_alive(self.root) else None
 
     def remove(self, *, keep_said: bool = False) -> None:
-        """All of them, with `keep_said` but SAID, and their folder; as far as possible."""
+        """All of them, with `keep_said` but those beside the folder, and the folder; as far as possible."""
         self._latest.clear()
         self._pending.clear()
-        if not keep_said:
+        for key in () if keep_said else self._BESIDE:
             with contextlib.suppress(OSError):
-                self._file(self.SAID).unlink()
+                self._file(key).unlink()
         with contextlib.suppress(OSError):
             for name in os.listdir(self.path):
                 with contextlib.suppress(OSError):
@@ -180,7 +183,7 @@ class Records:
             self.path.rmdir()
 
     def _file(self, key: str) -> Path:
-        return self.path.parent / f"{self.name}.{key}" if key == self.SAID else self.path / key
+        return self.path.parent / f"{self.name}.{key}" if key in self._BESIDE else self.path / key
 
     def _read(self, key: str) -> bytes:
         """Twice the same, so that it is not half of one text and half of the next."""
@@ -203,30 +206,8 @@ class Records:
         names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
         return [Records(name, self.root, run=self.run) for name in sorted(names) if name != self.name]
 
-    # All devices. A refusal lies beside the records, which go when a device fails.
-
     @staticmethod
     def names(root: Path = Path("/")) -> list[str]:
         """The devices that have records."""
         folder = root / _FOLDER
         return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-
-    @staticmethod
-    def write_refusal(name: str, text: str | None, root: Path = Path("/")) -> None:
-        """Why the device did not get its file, for `status`; None: it did."""
-        path = root / _FOLDER / f"{name}.refused"
-        try:
-            if text is None:
-                path.unlink(missing_ok=True)
-            else:
-                path.write_text(text + "\n")
-        except OSError:  # then it is in the journal only
-            pass
-
-    @staticmethod
-    def refusal(name: str, root: Path = Path("/")) -> str | None:
-        """What `write_refusal` has written."""
-        try:
-            return (root / _FOLDER / f"{name}.refused").read_text(errors="replace").strip()
-        except OSError:
-            return None

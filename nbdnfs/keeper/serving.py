@@ -12,7 +12,7 @@ import time
 
 from nbdnfs import __version__, region
 from nbdnfs.errors import NbdnfsError, UnavailableError
-from nbdnfs.keeper import failures
+from nbdnfs.keeper import events, failures
 from nbdnfs.keeper.worker_handle import WorkerHandle
 from nbdnfs.kernel import nbd_handshake
 from nbdnfs.worker.protocol import PROCESS_NAME, STOLEN_STATUS
@@ -80,7 +80,8 @@ class Serving:
         if worker is None or not region.is_held_by(region_fd, worker.pid):
             return False
         self.worker, self.connected_since_s = worker, time.monotonic()
-        self._reporter.say(f"{self.device.path}: worker {worker.pid} of the previous keeper still serves")
+        text = f"{self.device.path}: worker {worker.pid} of the previous keeper still serves"
+        self._reporter.say(text, events.WORKER_ADOPTED, pid=worker.pid, device=self.device.path)
         return record is None or record.version != __version__
 
     def keep(self, now: float) -> None:
@@ -106,7 +107,8 @@ class Serving:
     def replace(self, successor: WorkerHandle) -> None:
         """End the worker, so that the standby takes its place."""
         assert self.worker is not None
-        self._reporter.say(f"replacing worker {self.worker.pid} with {successor.pid}")
+        text = f"replacing worker {self.worker.pid} with {successor.pid}"
+        self._reporter.say(text, events.WORKER_REPLACED, pid=self.worker.pid)
         self.worker.kill()
 
     def _connect(self, worker: WorkerHandle) -> None:
@@ -133,10 +135,12 @@ class Serving:
         self.connected_since_s = time.monotonic()
         self._suspect_since_s = None
         self._reporter.all_is_well()
-        outage = ""
+        fields, text = {"pid": worker.pid}, f"{self.device.path}: worker {worker.pid} serves"
         if self._disconnected_since_s is not None:
-            outage = f", after {(self.connected_since_s - self._disconnected_since_s) * 1000:.0f} ms without a worker"
-        self._reporter.say(f"{self.device.path}: worker {worker.pid} serves{outage}")
+            # not round(): that reads libm, which is not in locked memory, from the root
+            fields["outage_ms"] = int((self.connected_since_s - self._disconnected_since_s) * 1000)
+            text += f", after {fields['outage_ms']} ms without a worker"
+        self._reporter.say(text, events.WORKER_SERVES, device=self.device.path, **fields)
         self._record_worker(worker)  # a file needs memory: now there is some
 
     def _give_up(self, worker: WorkerHandle, reason: str) -> None:
@@ -151,7 +155,8 @@ class Serving:
             self._reporter.complain("start", f"cannot start a worker: {worker.start_error}")
         elif worker is not self._given_up:
             how = worker.how_it_ended
-            self._reporter.complain(f"ended{how}", f"{worker.label} has ended{how}")
+            fields = {"pid": worker.pid, "status": status}
+            self._reporter.complain(f"ended{how}", f"{worker.label} has ended{how}", events.WORKER_ENDED, **fields)
         if status == STOLEN_STATUS:
             raise self._stolen()
         if self.device is None and failures.is_final(status, on_server=True):

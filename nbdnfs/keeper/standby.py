@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 
 from nbdnfs import __version__, region
+from nbdnfs.keeper import events
 from nbdnfs.keeper.failures import pause_s
 
 TYPE_CHECKING = False  # typing's own, without typing
@@ -70,7 +71,8 @@ class Standby:
         if worker is not None and is_attached and region.is_held_by(region_fd, worker.pid):
             self.worker = worker
             self.is_parked = True
-            self._reporter.say(f"standby {worker.pid} of the previous keeper is ready: taking it over")
+            text = f"standby {worker.pid} of the previous keeper is ready: taking it over"
+            self._reporter.say(text, events.STANDBY_ADOPTED, pid=worker.pid)
             return
         self._notifier.remove(STORED_NAME)
         if worker is not None:
@@ -86,7 +88,8 @@ class Standby:
                 if self.worker.start_error:
                     self._reporter.complain("start", f"cannot start a worker: {self.worker.start_error}")
                 elif self._failures == 0:
-                    self._reporter.say(f"standby {self.worker.pid} has ended{self.worker.how_it_ended}")
+                    text = f"standby {self.worker.pid} has ended{self.worker.how_it_ended}"
+                    self._reporter.say(text, events.STANDBY_ENDED, pid=self.worker.pid, status=self.worker.status)
                 self.unpark()
                 self.worker = None
                 self._fail(now)

@@ -159,13 +159,15 @@ def nbd_module(root: Path = ROOT) -> NbdModule:
 
 
 def mounts(root: Path = ROOT) -> list[Mount]:
-    """What is mounted in this mount namespace, /proc/self/mountinfo."""
-    found = []
-    for line in (read_text(root / "proc/self/mountinfo") or "").splitlines():
-        before, _, after = line.partition(" - ")
-        fields, (_, source, *_) = before.split(), after.split()
-        found.append(Mount(fields[2], _unescape(fields[4]), _unescape(source)))
-    return found
+    """What is mounted in this process's mount namespace, and in the first process's: a keeper has one of its own
+    (own_root.py). Without root, the first process's cannot be seen."""
+    found: dict[Mount, None] = {}
+    for process in ("self", "1"):
+        for line in (read_text(root / "proc" / process / "mountinfo") or "").splitlines():
+            before, _, after = line.partition(" - ")
+            fields, (_, source, *_) = before.split(), after.split()
+            found[Mount(fields[2], _unescape(fields[4]), _unescape(source))] = None
+    return list(found)
 
 
 def loops(root: Path = ROOT) -> dict[str, str]:

@@ -10,19 +10,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from nbdnfs import programs, quantities
+from nbdnfs import programs, quantities, swap_header
 from nbdnfs.errors import BusyError, CannotCreateError, IOFailureError, UnavailableError
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.state import Swap
 from nbdnfs.sizes import KERNEL_PAGE_BYTES
 
-# include/linux/swap.h: union swap_header fills the first page of the kernel that it is for. The signature is its end,
-# the version follows the boot loader's 1024 bytes, in the byte order of the machine that made it.
-_SIGNATURE = b"SWAPSPACE2"
-_VERSION_AT = 1024
-_VERSIONS = (b"\1\0\0\0", b"\0\0\0\1")
-# Of the kernels that Linux has nbd for: powerpc and some others may have up to 64 KiB.
-PAGE_SIZES_BYTES = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10)
 _PIECE_BYTES = 1 << 20
 _MKSWAP_TIMEOUT_S = 300.0
 
@@ -85,21 +78,16 @@ def enable(
 def swap_page_bytes(path: Path, page_bytes: int = KERNEL_PAGE_BYTES) -> int | None:
     """The page size that the device's swap area is for; None where it has none. IOFailureError when it cannot be read.
 
-    `page_bytes` is the kernel's: an area for it is found before one for another, which may be a remnant.
+    `page_bytes` is the kernel's, as in swap_header.page_bytes.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        start = os.pread(descriptor, PAGE_SIZES_BYTES[-1], 0)
+        start = os.pread(descriptor, swap_header.HEAD_BYTES, 0)
     except OSError as error:
         raise IOFailureError(f"{path} cannot be read: {error.strerror}", "see the journal of the worker") from None
     finally:
         os.close(descriptor)
-    if not start.startswith(_VERSIONS, _VERSION_AT):
-        return None
-    for size_bytes in (page_bytes, *PAGE_SIZES_BYTES):
-        if start[:size_bytes].endswith(_SIGNATURE) and len(start) >= size_bytes:
-            return size_bytes
-    return None
+    return swap_header.page_bytes(start, page_bytes)
 
 
 def _replace(path: Path, made_for: int, page_bytes: int, *, is_owned: bool) -> None:

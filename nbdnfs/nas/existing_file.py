@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from nbdnfs import backing_size, nfs_url, quantities
+from nbdnfs import backing_size, nfs_url, quantities, swap_header
 from nbdnfs.engine import NfsFile, libnfs_version
 from nbdnfs.errors import CannotCreateError, ConfigError
 from nbdnfs.nas import (
@@ -20,7 +20,6 @@ from nbdnfs.nas import (
     part_file,
     patience,
     remote_file,
-    swap_header,
     zeros,
 )
 from nbdnfs.nas.zeros import Progress

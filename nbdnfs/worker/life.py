@@ -15,6 +15,7 @@ import time
 from nbdnfs import memlock, region
 from nbdnfs.engine import Engine, forget_services, keep_thread_states, libnfs_version, warm_cipher
 from nbdnfs.errors import ConfigError
+from nbdnfs.own_root import OwnRoot
 from nbdnfs.sizes import KERNEL_PAGE_BYTES, SLOT_BYTES
 from nbdnfs.worker import protocol
 
@@ -36,7 +37,7 @@ PUT_OFF_LIMIT_S = 120.0
 
 # How the names of the files begin whose code a worker runs. nbdkit's TLS libraries are not among them: they are
 # most of what it maps, and a Unix socket needs none.
-CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", "_memlock.")
+CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", "_memlock.", "_own_root.")
 # Of libsodium a worker runs a few pages, and only to encrypt: warm_cipher() touches these, and no others are locked.
 
 
@@ -57,6 +58,7 @@ class Worker:
         self._settings = settings
         self._url = settings.url
         self._address = settings.address or ""
+        self._own_root = OwnRoot(lambda reason: None)  # the keeper has said it
 
     def prepare(self) -> None:
         """Before there are threads: check the URL, tune malloc and stacks. Raises NbdnfsError.
@@ -82,13 +84,20 @@ class Worker:
             forget_services()
         if self._settings.lock != "off":
             self._apply(memlock.lock(CODE, skip=self._settings.without, one_cpu=True))
+        try:
+            memlock.drop_privileges()
+        except OSError as error:
+            raise ConfigError(
+                f"capabilities cannot be given up: {error.strerror}", "run it without a sandbox"
+            ) from None
 
     def wait_until_activated(self) -> None:
         """As a standby: say READY, and wait for the keeper's ACTIVATE. Without a control socket, return at once.
 
-        All memory is in place by then, so that taking over needs next to none. The keeper that activates may be the
-        next one, which finds the standby parked. The process exits when no process has the other end of the control
-        socket. Raises ConfigError.
+        All memory is in place by then, so that taking over needs next to none. No path that is looked up from then on
+        leads to the root, which may be on a server that is away: glibc looks for nscd(8), for one. The keeper that
+        activates may be the next one, which finds the standby parked. The process exits when no process has the other
+        end of the control socket. Raises ConfigError.
         """
         control_fd = self._settings.control_fd
         if control_fd is None:
@@ -102,6 +111,7 @@ class Worker:
             self._apply(memlock.settle(CODE, heap_bytes=heap_bytes, skip=self._settings.without))
         # nbdkit -s asks for a SIGTERM when its parent ends; a standby ends by the control socket, or goes on
         memlock.outlive_parent()
+        self._own_root.enter()  # the threads to come inherit it
         try:
             os.write(control_fd, protocol.READY)
             message = os.read(control_fd, protocol.MESSAGE_BYTES_MAX)
@@ -128,6 +138,7 @@ class Worker:
                     control_fd is not None or time.monotonic() < gives_up_at_s
                 )
                 if not is_put_off and (control_fd is None or getattr(error, "phase", "") != "connect"):
+                    self._own_root.leave()  # the engine's threads have ended
                     from nbdnfs.nas import explain
 
                     raise explain.open_error(error, self._parsed_url(), self._address) from None

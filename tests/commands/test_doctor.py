@@ -8,7 +8,9 @@ import pytest
 
 from nbdnfs.commands import doctor, machine_checks
 from nbdnfs.commands.findings import Finding
+from nbdnfs.config import Config
 from nbdnfs.errors import UsageError
+from nbdnfs.keeper import last_good
 
 ALL_CAPABILITIES = "000001ffffffffff"
 ROLLUP = "00400000-7fff0000 ---p 00000000 00:00 0 [rollup]\nRss:  {rss} kB\nPss:  1 kB\nLocked:  {locked} kB\n"
@@ -189,6 +191,27 @@ def test_a_device(tmp_path: Path) -> None:
     assert {"swap0: worker, memory", "swap0: keeper, memory", "swap0: configuration"} <= subjects
 
 
+def test_a_bad_configuration_of_a_device_that_is_up(tmp_path: Path) -> None:
+    """It is one bad finding. The rest is judged by what the device runs with."""
+    write(
+        tmp_path,
+        {
+            **MACHINE,
+            **process(300, policy=0),
+            "etc/nbdnfs/swap0.toml": "siez = 1\n",
+            "run/nbdnfs/swap0/worker": "300 7476 0.1.0\n",
+            "run/nbdnfs/swap0/config": last_good.to_text(Config("swap0", "nfs://nas/export/swap", realtime=False)),
+            "sys/block/nbd0/size": "16\n",
+            "sys/block/nbd0/pid": "300\n",
+            "sys/block/nbd0/backend": "nbdnfs:swap0\n",
+            "run/systemd/sleep.conf.d/nbdnfs@swap0.conf": "x",
+        },
+    )
+    found = bad(tmp_path, "swap0")
+    assert list(found) == ["swap0: configuration"]
+    assert "unknown key 'siez'; the device runs with the last good one" in found["swap0: configuration"].found
+
+
 @pytest.mark.parametrize(
     ("states", "drop_in", "good"),
     [
@@ -213,12 +236,15 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
         doctor.examine("../etc", tmp_path)
 
 
-def test_a_refused_file(tmp_path: Path) -> None:
-    """A file that another machine owns makes a bad finding, with the refusal as its text."""
+def test_a_start_that_failed(tmp_path: Path) -> None:
+    """Why the last keeper ended for good makes a bad finding, with its own advice, while the device is not up."""
     write(tmp_path, {**MACHINE, "etc/nbdnfs/swap0.toml": 'url = "nfs://nas/export/swap"\n'})
     assert bad(tmp_path, "swap0") == {}
-    write(tmp_path, {"run/nbdnfs/swap0.refused": "x is in use as swap by box2\n"})
-    assert list(bad(tmp_path, "swap0")) == ["swap0: owner of the file"]
+    refused = "x is in use as swap by box2\nrun nbdnfs down there\n"
+    write(tmp_path, {"run/nbdnfs/swap0.refused": refused})
+    assert bad(tmp_path, "swap0") == {
+        "swap0: last start": Finding("swap0: last start", False, *refused.splitlines()),
+    }
 
 
 def test_this_machine() -> None:

@@ -26,8 +26,11 @@ OTHER = Identity(machine="c" * 32, boot="d" * 32, hardware="-", host="box2")
 SETTINGS = Config("swap0", "nfs://nas/export/x.swap", size_bytes=MIB)
 
 
-def header(page_bytes: int) -> bytes:
-    return bytes(page_bytes - 10) + b"SWAPSPACE2" + bytes(65536 - page_bytes)
+def header(page_bytes: int, version: int = 1) -> bytes:
+    content = bytearray(65536)
+    content[1024:1028] = version.to_bytes(4, "little")
+    content[page_bytes - 10 : page_bytes] = b"SWAPSPACE2"
+    return bytes(content)
 
 
 def facts(owner: Identity | None = ME, state: str = "held", **changes: object) -> FileFacts:
@@ -94,6 +97,12 @@ def test_settings_decide() -> None:
     before = dataclasses.replace(ME, boot="e" * 32)
     assert bad(findings(facts(before))) == {}
     assert list(bad(findings(facts(before), attached_bytes=MIB))) == ["swap0: owner record"]
+
+
+@pytest.mark.parametrize("head", [header(4096, version=0), b"LUKS\xba\xbe" + bytes(65530), b"\1" * 100])
+def test_a_file_that_the_start_would_refuse(head: bytes) -> None:
+    """What is no swap area for the keeper is none for doctor: ten letters without the version, and other data."""
+    assert list(bad(findings(facts(head=head)))) == ["swap0: swap area"]
 
 
 def test_a_server_that_hangs() -> None:

@@ -18,7 +18,7 @@ from support.fake_nas import FakeNas
 from support.nfs_server import Ganesha
 from support.owner_records import HOLDER, machine
 
-from nbdnfs import backing_size, cli, nfs_url
+from nbdnfs import backing_size, cli, nfs_url, specifiers
 from nbdnfs.commands import gc as gc_command
 from nbdnfs.commands import grow as grow_command
 from nbdnfs.commands import list as list_command
@@ -204,6 +204,21 @@ def test_the_answer_counts(place: Folder, run: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(where, "confirm", lambda question, yes: "a.swap" not in question)
     assert run("remove", place.url("a.swap"))[0] == 1
     assert place.names() == {"a.swap"}
+
+
+@pytest.mark.parametrize("command", [("remove", "--yes"), ("grow", "2M")])
+def test_a_file_with_the_old_name(
+    place: Folder, run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, str]
+) -> None:
+    """What an earlier version named with the machine id is the file that %m names now."""
+    before, now = "3d1219c7c4c5404aaa1f6d2a48adfda4", "b9e750d45d3b47a2b82a46fe5dd6e8df"
+    monkeypatch.setattr(specifiers, "machine_id", lambda root: now)
+    monkeypatch.setattr(specifiers, "raw_machine_id", lambda root: before)
+    place.create(f"{before}.swap")
+    name, argument = command
+    status, _, _ = run(name, place.url(f"{now}.swap"), argument)
+    assert status == 0
+    assert place.names() == (set() if name == "remove" else {f"{now}.swap"})
 
 
 # gc

@@ -15,8 +15,8 @@ import pytest
 from nbdnfs import config, programs
 from nbdnfs.commands import starting, systemd_unit, up_down
 from nbdnfs.config import Config
-from nbdnfs.errors import BusyError, UnavailableError
-from nbdnfs.keeper import only_keeper
+from nbdnfs.errors import BusyError, ConfigError, NbdnfsError, NoInputError, UnavailableError
+from nbdnfs.keeper import last_good, only_keeper
 from nbdnfs.kernel import nbd_device, swap_area
 from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.kernel.state import Swap
@@ -142,10 +142,12 @@ class Machine:
         self.swap: Swap | None = None
         self.attached: Attached | None = Attached(0, 4096)
         self.keeper: int | None = 4711
-        monkeypatch.setattr(config, "load", lambda name: Config(name, "nfs://nas/export/f"))
+        self.problem: NbdnfsError | None = None
+        monkeypatch.setattr(config, "load", self.load)
         monkeypatch.setattr(os, "geteuid", lambda: 0)
         monkeypatch.setattr(only_keeper, "keeper_of", lambda records: self.keeper)
-        monkeypatch.setattr(up_down.Records, "read", lambda records, key: "watch")
+        self.records = {"state": "watch"}
+        monkeypatch.setattr(up_down.Records, "read", lambda records, key: self.records.get(key))
         monkeypatch.setattr(nbd_device, "find", lambda backend: self.attached)
         monkeypatch.setattr(swap_area, "find", lambda path: self.swap)
         monkeypatch.setattr(up_down.kernel_state, "nbd_device", lambda name: None)
@@ -155,6 +157,33 @@ class Machine:
         monkeypatch.setattr(starting, "in_background", lambda name, timeout_s: self.calls.append("start"))
         monkeypatch.setattr(systemd_unit, "is_loaded", lambda name: True)
         monkeypatch.setattr(systemd_unit, "is_active", lambda name: True)
+
+    def load(self, name: str, root: Path) -> Config:
+        if self.problem is not None:
+            raise self.problem
+        return Config(name, "nfs://nas/export/f")
+
+
+@pytest.mark.parametrize("problem", [ConfigError("swap0.toml:1: unknown key 'siez'"), NoInputError("there is no file")])
+def test_a_bad_configuration(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], problem: NbdnfsError
+) -> None:
+    """With the device attached, `up` goes on with the last good one, as its keeper does, and says so on one line;
+    without the device, or without a good one, the error is the file's."""
+    machine = Machine(monkeypatch)
+    machine.problem = problem
+    with pytest.raises(UnavailableError, match="there is no record of what the device runs with"):
+        up_down.up("swap0")
+    machine.records["config"] = last_good.to_text(Config("swap0", "nfs://nas/export/f"))
+    up_down.up("swap0")
+    assert machine.calls == ["swapon /dev/nbd0"]
+    assert capsys.readouterr().err == (
+        f"nbdnfs: swap0: the configuration file is wrong: {problem.message}; the device runs with the last good one\n"
+    )
+    machine.attached = None
+    with pytest.raises(type(problem)):
+        up_down.up("swap0")
+    assert machine.calls == ["swapon /dev/nbd0"]
 
 
 @pytest.mark.parametrize("has_unit", [True, False])

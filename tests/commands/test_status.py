@@ -119,13 +119,14 @@ def test_owner_state(root: Path, monkeypatch: pytest.MonkeyPatch, state: int, pr
     assert problem in problems[0] if problem else not problems
 
 
-def test_a_refusal(root: Path) -> None:
-    """The reason why a device did not get its file is shown until it gets it."""
+def test_why_the_last_start_failed(root: Path) -> None:
+    """What a keeper that ended for good has left is shown, without what to do, until the next one starts."""
     (root / "sys/block/nbd3/pid").unlink()
-    Records.write_refusal("swap0", "x is in use as swap by box2", root)
+    records = Records("swap0", root)
+    records.write(Records.REFUSED, "x is in use as swap by box2\nrun nbdnfs down there")
     assert status.read("swap0", root).texts == ["not up", "x is in use as swap by box2"]
     assert status.names(root) == ["swap0"]
-    Records.write_refusal("swap0", None, root)
+    records.write(Records.REFUSED, "")
     assert status.read("swap0", root).texts == ["not up"]
 
 

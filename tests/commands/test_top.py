@@ -11,6 +11,7 @@ import pytest
 
 from nbdnfs.commands import top
 from nbdnfs.commands.counters import Counters
+from nbdnfs.commands.frame import Frame
 from nbdnfs.errors import NoInputError
 
 BEFORE: Counters = {"reads": 100, "read_bytes": 0, "nfs_writes": 5, "nfs_written_bytes": 0, "read_us": [1, 1, 0, 0]}
@@ -30,17 +31,18 @@ AFTER: Counters = {
 
 def test_rates_and_medians() -> None:
     """Rates are per second; a median is that of the time span alone; missing counters count as 0."""
-    frame = top.Frame("swap0", 2.0, BEFORE, AFTER)
+    frame = Frame("swap0", 2.0, BEFORE, AFTER)
     assert frame.rate("reads") == 100
     assert frame.ratio("nfs_written_bytes", "nfs_writes") == 128 * 1024
     assert frame.ratio("read_ahead_hits", "read_ahead_pages") == 0
     assert frame.median_us("read_us") == 8
     assert frame.median_us("write_us") == 0
+    assert [frame.percentile_us("read_us", share) for share in (0.1, 0.2, 0.99)] == [2, 8, 8]
 
 
 def test_text() -> None:
     """The lines show what is not on the NAS yet, how writes coalesce, and a server that does not answer."""
-    text = top.Frame("swap0", 2.0, BEFORE, AFTER).text()
+    text = Frame("swap0", 2.0, BEFORE, AFTER).text()
     assert text.startswith("swap0: 2.0 MiB not on the NAS yet")
     assert "THE SERVER DOES NOT ANSWER" in text
     assert "75% from the region" in text
@@ -49,7 +51,7 @@ def test_text() -> None:
 
 def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A line for each update, with a schema, and with the keys that docs/monitoring.md has."""
-    frame = top.Frame("swap0", 2.0, BEFORE, AFTER)
+    frame = Frame("swap0", 2.0, BEFORE, AFTER)
     monkeypatch.setattr(top, "watch", lambda names, **options: itertools.repeat([frame]))
     top.show(["swap0"], interval_s=1.0, count=2, as_json=True)
     first, second = capsys.readouterr().out.splitlines()

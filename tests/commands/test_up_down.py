@@ -58,7 +58,7 @@ def test_up_steals_before_it_starts_anything(swap_file: FileOnServer, monkeypatc
     """With --steal, this machine owns the file before the keeper starts."""
     ownership.claim(swap_file.url(), HOLDER, machine("box2"), timing=QUICK)
     monkeypatch.setattr(ownership.claim, "__kwdefaults__", {**(ownership.claim.__kwdefaults__ or {}), "timing": QUICK})
-    monkeypatch.setattr(config, "load", lambda name: config.Config(name, swap_file.url()))
+    monkeypatch.setattr(config, "load", lambda name, root: config.Config(name, swap_file.url()))
     monkeypatch.setattr(systemd_unit, "is_loaded", lambda name: False)
     started: list[Record] = []
     monkeypatch.setattr(starting, "in_background", lambda name, timeout_s: started.append(record_of(swap_file)))

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from support.engines import PAGE, OpenEngine, opening
+from support.engines import PAGE, OpenEngine, opening, read_pages
 from support.fake_nas import FakeNas, NasCall
 from support.fake_nfs import (
     NFS3ERR_ACCES,
@@ -195,12 +195,21 @@ def test_a_look_that_is_refused(
     asked = len(nas.calls("LOOKUP"))
     wait_until(lambda: len(nas.calls("LOOKUP")) >= asked + 2, "it looks again")
     assert not write.done()
+    assert len([line for line in said.lines if "has not been refreshed" in line]) == 1
     nas.end_faults()
-    write.result(SLACK_S)
+    write.result(DEADLINE_S)
     wait_for_state(engine, HELD)
     said.wait_for("is refreshed again: writes go on")
     assert reconnects(engine) <= 1  # not with each look; one, where a loaded machine answers too late
-    assert len([line for line in said.lines if "has not been refreshed" in line]) == 1
+
+
+def test_a_first_look_that_takes_too_long(nas: FakeNas, open_engine: OpenEngine) -> None:
+    """It permits nothing by then, and ends no worker: the next one may be in time."""
+    nas.delay("READ", 2 * REFRESH_MS / 1000 + 0.05)
+    engine = own(open_engine, nas, connect_timeout_s=60)
+    assert state(engine) == HELD
+    assert nas.struck("READ")
+    in_background(write_stably, engine).result(DEADLINE_S)
 
 
 # RFC 1813, nfsstat3, and two numbers that are none.
@@ -216,7 +225,7 @@ def states_while_refused(op: str, status: int) -> set[int]:
     with FakeNas() as nas, opening() as open_engine:
         nas.add(FILE, bytes(MIB))
         nas.add(RECORD, owner_record.new(me, HOLDER, None, "held").to_bytes())
-        engine = own(open_engine, nas, connect_timeout_s=15)  # there are many at once
+        engine = own(open_engine, nas, connect_timeout_s=60)  # there are many at once
         nas.fail(op, status, times=4)
         seen = {state(engine)}
         while not nas.struck(op):
@@ -457,3 +466,27 @@ def test_operations_without_a_server(nas: FakeNas, file: NfsFile, capfd: pytest.
             in_background(call).result(DEADLINE_S)
         assert caught.value.errno in (errno.ENOTCONN, errno.ECONNRESET)
     assert time.monotonic() - nas_is_gone_s < 2 * 4 * SILENCE_MS / 1000 + SLACK_S
+
+
+def test_connections_that_are_down(nas: FakeNas, open_engine: OpenEngine) -> None:
+    """Three of four wait for an answer that was lost: reads go over the fourth, whichever that is."""
+    engine = open_engine(nas.url(FILE), connections=4, connect_timeout_s=4 * int(DEADLINE_S))
+
+    def reconnects() -> int:
+        return int(engine.counters()["reconnects"])
+
+    nas.drop("FSINFO", times=3)
+    nas.disconnect()
+    wait_until(lambda: reconnects() == 1, "one is connected again")
+    for page in range(8):
+        in_background(read_pages, engine, page).result(DEADLINE_S)
+    assert reconnects() == 1
+
+
+def test_lost_answers_to_attempts_to_connect(nas: FakeNas, open_engine: OpenEngine) -> None:
+    """Each costs connect_timeout_s: what earlier ones have cost is forgotten. With twice the time each it is 63 s."""
+    engine = open_engine(nas.url(FILE), connect_timeout_s=1)
+    for page in range(6):
+        nas.drop("GETATTR")
+        nas.disconnect()
+        in_background(read_pages, engine, page).result(DEADLINE_S / 2)

@@ -24,7 +24,7 @@ LOOPBACK = "127.0.0.1"
 # Prints what region.py knows of the header, as JSON.
 PROGRAM = """
 #include <stdio.h>
-#include "region.h"
+#include "region/last_place.h"
 
 #define AT(member) offsetof(struct region_header, member)
 #define X(name) printf("%s[\\"" #name "\\", %zu]", separator, AT(counters.name)), separator = ", ";
@@ -36,6 +36,7 @@ int main(void)
     printf("{\\"versions\\": [%u, %u], ", REGION_PLAIN, REGION_ENCRYPTED);
     printf("\\"header\\": %zu, \\"buckets\\": %d, ", sizeof(struct region_header), HISTOGRAM_BUCKETS);
     printf("\\"keys\\": [%zu, %zu], ", AT(keys), sizeof(struct cipher_keys));
+    printf("\\"last_place\\": [%d, %zu], ", LAST_PLACE_OFFSET, sizeof(struct last_place));
     printf("\\"offsets\\": {\\"magic\\": %zu, \\"version\\": %zu, ", AT(magic), AT(version));
     printf("\\"slots\\": %zu, \\"region_bytes\\": %zu, ", AT(slot_count), AT(region_bytes));
     printf("\\"generation\\": %zu, \\"waits\\": %zu}, ", AT(generation), AT(waits));
@@ -66,6 +67,7 @@ def test_layout(tmp_path: Path) -> None:
     found = json.loads(subprocess.run([program], check=True, capture_output=True).stdout)
     assert found["versions"] == list(region.VERSIONS)
     assert found["keys"] == [region.KEYS_OFFSET, region.KEYS_BYTES]
+    assert found["last_place"] == [region.LAST_PLACE_OFFSET, region.LAST_PLACE_BYTES]
     assert region.KEYS_OFFSET == region.HEADER_BYTES, "what is read ends before the keys"
     assert found["buckets"] == region.HISTOGRAM_BUCKETS
     assert found["offsets"] == {

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 from typing import Any
@@ -59,6 +61,13 @@ def read(task: dict[str, Any]) -> None:
     say(buffer.hex())
 
 
+def show_stacks() -> None:
+    """Where each thread of this process is: to the log, where there is a debugger."""
+    if shutil.which("gdb") is not None:
+        command = ["gdb", "-p", str(os.getpid()), "-batch", "-ex", "thread apply all backtrace"]
+        subprocess.run(command, stdout=sys.stderr, stderr=subprocess.DEVNULL, timeout=60, check=False)
+
+
 def load(task: dict[str, Any]) -> None:
     engine = Engine(task["url"], LOOPBACK, **task["options"])
     say("open")
@@ -74,6 +83,8 @@ def load(task: dict[str, Any]) -> None:
     errors_before = dict(run.errors)
     run.errors.clear()
     run.verify(task["deadline_s"])
+    if run.hung:
+        show_stacks()
     counters = engine.counters()
     result = {
         "requests": run.requests,

@@ -130,11 +130,13 @@ class Client:
             self.process.stdin.flush()
 
     def said(self) -> str:
-        """The last lines of its log, and why requests fail."""
+        """The last lines of its log, why requests fail, and the stacks of one that hangs."""
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").splitlines()
+        stacks = [line for line in lines if line.startswith(("#", "Thread "))]
+        lines = [line for line in lines if line.startswith("nbdnfs:")] if stacks else lines
         final = [line for line in lines[:-8] if "from now on" in line]
-        return "\n".join(f"  | {line}" for line in (*final, *lines[-8:]))
+        return "\n".join(f"  | {line}" for line in (*final, *lines[-8:], *stacks))
 
     def end(self) -> int:
         """Kill it if it runs, and return its status."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.fake_journal import FakeJournal
 from support.fake_kernel import FakeKernel
 from support.keeper_run import run_keeper
 from support.small_filesystem import fill, small_tmpfs
@@ -21,10 +22,11 @@ from support.waiting import wait_until
 
 from nbdnfs import proc_stat
 from nbdnfs.errors import BusyError, NbdnfsError, OwnedError, PermissionDeniedError, UnavailableError
-from nbdnfs.keeper import failures
+from nbdnfs.keeper import events, failures
 from nbdnfs.keeper import keeper as keeper_module
 from nbdnfs.keeper import serving as serving_module
 from nbdnfs.keeper.helper_process import HelperProcess
+from nbdnfs.keeper.journal import Journal
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.reporter import Reporter
@@ -44,7 +46,6 @@ class FakeWork:
         self.behaviours = ["serve"]
         self.provisions: list[int] = []
         self.provision_again = False
-        self.missing_s: list[float] = []
         self.says: tuple[str, ...] = ()
         self.progresses: list[str] = []
         self.swap_ons = [0]
@@ -71,8 +72,7 @@ class FakeWork:
     def take_worker(self, parked: int) -> WorkerHandle | None:
         return WorkerHandle.take(parked, recipe(["@fake", FAKE_WORKER, self.behaviours[0]]))
 
-    def provision(self, missing_s: float) -> HelperProcess | None:
-        self.missing_s.append(missing_s)
+    def provision(self) -> HelperProcess | None:
         if self.provision_again and len(self.provisions) == 1:
             return self._exits(self.provisions[0])
         return self._exits(self.provisions.pop(0)) if self.provisions else None
@@ -115,8 +115,8 @@ class Setup:
         self.turns = 0
         self.over = threading.Event()
 
-    def make(self, stored: dict[str, int] | None = None) -> Keeper:
-        reporter = Reporter(self.records, Notifier({}))
+    def make(self, stored: dict[str, int] | None = None, journal: Journal | None = None) -> Keeper:
+        reporter = Reporter(self.records, Notifier({}), journal)
         return Keeper(self.kernel, self.work, self.records, reporter, stored=stored or {})
 
     def run(self, scenario: Callable[[Keeper], None] | None, keeper: Keeper | None = None) -> int:
@@ -165,12 +165,51 @@ def test_all_steps(setup: Setup) -> None:
     assert setup.kernel.read(0, 4096) == bytes(4096)
 
 
+def test_each_change_of_state_is_an_event(setup: Setup, tmp_path: Path) -> None:
+    """In the journal, in order: the steps, swap on, a worker that is killed, and the one that takes its place."""
+    journal = FakeJournal(tmp_path)
+    found: list[dict[str, str]] = []
+
+    def has_come(event: str) -> bool:
+        found.extend(journal.entries())
+        return any(one.get("MESSAGE_ID") == event for one in found)
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        until(lambda: has_come(events.SWAP_ON))
+        before, killed = len(found), setup.work.started[0].pid
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: has_come(events.WORKER_ENDED) and sum(is_serving(one) for one in found) == 2)
+        changes = [
+            one for one in found[before:] if one.get("MESSAGE_ID") in (events.WORKER_ENDED, events.WORKER_SERVES)
+        ]
+        ended, serves = changes
+        assert (ended["NBDNFS_PID"], ended["NBDNFS_STATUS"]) == (str(killed), "-9")
+        assert serves["NBDNFS_PID"] == str(setup.work.started[1].pid)
+        assert int(serves["NBDNFS_OUTAGE_MS"]) >= 0
+
+    def is_serving(one: dict[str, str]) -> bool:
+        return one.get("MESSAGE_ID") == events.WORKER_SERVES
+
+    opened = journal.open()
+    assert setup.run(scenario, setup.make(journal=opened)) == 0
+    found.extend(journal.entries())
+    steps = [one["NBDNFS_STATE"] for one in found if one.get("MESSAGE_ID") == events.STEP]
+    assert steps == ["provision", "attach", "warm_up", "swap_on", "watch"]
+    assert found[-1]["MESSAGE_ID"] == events.HANDED_OVER
+    assert {one["NBDNFS_NAME"] for one in found} == {"t"}
+    opened.close()
+    journal.close()
+
+
 @pytest.mark.parametrize("status", [os.EX_CANTCREAT, os.EX_CONFIG, failures.OWNED_STATUS])
 def test_provision_fails_for_good(setup: Setup, status: int) -> None:
-    """Its exit status is the keeper's; nothing was attached."""
+    """Its exit status is the keeper's, and so are the two lines of its error; nothing was attached."""
     setup.work.provisions = [status]
+    setup.work.says = ("nbdnfs: 10%", "nbdnfs: the server has no room", "nbdnfs: ask for less")
     with pytest.raises(NbdnfsError) as caught:
         setup.run(None)
+    assert (caught.value.message, caught.value.hint) == ("provision failed: the server has no room", "ask for less")
     assert caught.value.exit_code == (os.EX_NOPERM if status == failures.OWNED_STATUS else status)
     assert setup.kernel.attaches == 0
     assert not setup.records.path.exists()
@@ -183,8 +222,8 @@ def test_provision_fails_for_now(setup: Setup) -> None:
 
 
 def test_a_server_whose_disks_are_not_mounted_yet(setup: Setup, capfd: pytest.CaptureFixture[str]) -> None:
-    """No file, then no permission: shown while it lasts, each reason said once, and swap is on when the file is back.
-    The helper is given the time for which the file was missing."""
+    """No file, then no permission, from helpers that have ended: shown while it lasts, each reason said once, and swap
+    is on when the file is back."""
     error = ("nbdnfs: there is no file /export/swap on nas", "nbdnfs: create it")
     setup.work.provisions = [os.EX_NOINPUT] * 3 + [os.EX_NOPERM]
     setup.work.says = error
@@ -200,8 +239,6 @@ def test_a_server_whose_disks_are_not_mounted_yet(setup: Setup, capfd: pytest.Ca
     setup.work.provision_again = True
     assert setup.run(scenario) == 0
     assert setup.records.read(Records.WAITING) is None
-    assert setup.work.missing_s[0] == setup.work.missing_s[-1] == 0.0
-    assert 0.0 < setup.work.missing_s[2] < 15.0
     said = capfd.readouterr().err.splitlines()
     assert [said.count(line) for line in error] == [1, 1]
 
@@ -220,6 +257,38 @@ def test_the_progress_of_a_helper_is_shown(setup: Setup, monkeypatch: pytest.Mon
 
     setup.run(scenario)
     assert "STATUS=provision" in sent
+
+
+def test_what_a_helper_waits_for_is_shown(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one helper, which goes on: as the record and the unit's status, until it does something else."""
+    sent: list[str] = []
+    monkeypatch.setattr(Notifier, "send", lambda self, *lines, descriptors=(): sent.extend(lines))
+    setup.work.provisions = [0]
+    setup.work.progresses = ["waiting: there is no file"]
+    go_on = setup.records.path / "go_on"
+    script = f"while [ ! -e {go_on} ]; do sleep 0.1; done"
+    helpers: list[HelperProcess] = []
+
+    def helper() -> HelperProcess:
+        helpers.append(HelperProcess(["/bin/sh", "-c", script], {}))
+        return helpers[-1]
+
+    monkeypatch.setattr(setup.work, "provision", helper)
+
+    def scenario(keeper: Keeper) -> None:
+        until(lambda: setup.records.read(Records.WAITING) == "there is no file")
+        assert "STATUS=waiting: there is no file" in sent
+        setup.work.progresses = ["creating the backing file: 0%"]
+        until(lambda: "STATUS=creating the backing file: 0%" in sent)
+        assert setup.records.read(Records.WAITING) is None
+        setup.work.progresses = ["waiting: the server is away"]
+        until(lambda: setup.records.read(Records.WAITING) == "the server is away")
+        go_on.touch()
+        watches(keeper)
+
+    assert setup.run(scenario) == 0
+    assert setup.records.read(Records.WAITING) is None
+    assert len(helpers) == 1
 
 
 def test_first_worker_fails_for_good(setup: Setup) -> None:

@@ -321,7 +321,7 @@ def test_a_server_that_is_away_is_waited_for(setup: Setup) -> None:
     def scenario(keeper: Keeper) -> None:
         ready(keeper)
         setup.kernel.write(0, page_of(0, 1))
-        setup.server.hold("MNT")
+        setup.server.hold("NULL")  # what a worker that knows the file asks first
         setup.kill_worker()
         setup.server.wait_for(1, timeout_s=20)
         assert setup.kernel.links == 1

@@ -27,7 +27,7 @@ def records(tmp_path: Path) -> Records:
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str) -> Config:
+    def load(name: str, root: Path) -> Config:
         raise ConfigError("/etc/nbdnfs/swap0.toml:1: unknown key 'siez'", "did you mean 'size'?")
 
     monkeypatch.setattr(config, "load", load)
@@ -91,7 +91,7 @@ def test_nothing_is_known(records: Records, address: bytes) -> None:
 def test_any_error(records: Records, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """Missing, unreadable, or on a disk that fails."""
 
-    def load(name: str) -> Config:
+    def load(name: str, root: Path) -> Config:
         raise error
 
     monkeypatch.setattr(config, "load", load)

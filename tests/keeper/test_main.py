@@ -12,7 +12,7 @@ from support.nfs_server import LOOPBACK, FileOnServer
 from support.owner_records import HOLDER, beside, record_path
 
 from nbdnfs import programs
-from nbdnfs.errors import BusyError, ConfigError, NbdnfsError, NoHostError, UnavailableError
+from nbdnfs.errors import BusyError, CannotCreateError, ConfigError, NbdnfsError, NoHostError, UnavailableError
 from nbdnfs.keeper import failures, main
 from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.reporter import Reporter
@@ -81,6 +81,20 @@ def test_who_reports_an_end(slept_s: list[float], monkeypatch: pytest.MonkeyPatc
         with pytest.raises(UnavailableError):
             main.run("swap0")
     assert slept_s == []
+
+
+@pytest.mark.usefixtures("run_folder", "slept_s")
+def test_why_it_ended_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands in a record for `status` and doctor, beside the folder, which a device that is not up does not have."""
+    records = Records("swap0")
+    fail_with(monkeypatch, CannotCreateError("the server has no room", "ask for less"))
+    with pytest.raises(CannotCreateError):
+        main.run("swap0")
+    assert records.read(Records.REFUSED) == "the server has no room\nask for less"
+    assert not records.path.exists()
+    fail_with(monkeypatch, UnavailableError("it is away"))
+    main.run("swap0")
+    assert records.read(Records.WAITING) == "it is away"
 
 
 def test_beside_another_keeper(

@@ -177,7 +177,7 @@ from nbdnfs import cli, config
 from nbdnfs.keeper import keeper, main, records
 
 load = config.load
-config.load = lambda name: load(name, root)
+config.load = lambda name, _: load(name, root)
 os.geteuid = lambda: 0
 main._lock_memory = lambda settings: None
 main._survive_shutdown = lambda: None

@@ -29,18 +29,19 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 def test_a_new_file_only_after_a_while(asked: list[tuple[str, ...]]) -> None:
     """At boot it must have been missing for long; otherwise it is created at once."""
     settings = Config("swap0", URL, size_bytes=1 << 20, owner=False)
-    work = RealWork(settings, URL, "192.0.2.1", new_file_after_s=150.0)
-    for missing_s in (0.0, 149.0, 150.0):
-        work.provision(missing_s)
-    RealWork(settings, URL, "192.0.2.1").provision(0.0)
-    assert [words[3:] for words in asked] == [(), (), ("--size=1048576",), ("--size=1048576",)]
+    for new_file_after_s in (150.0, 0.0):
+        RealWork(settings, URL, "192.0.2.1", new_file_after_s=new_file_after_s).provision()
+    assert [words[3:] for words in asked] == [
+        ("--wait", "--size=1048576", "--new-file-after=150s"),
+        ("--wait", "--size=1048576", "--new-file-after=0s"),
+    ]
 
 
 def test_the_file_is_looked_for_in_any_case(asked: list[tuple[str, ...]]) -> None:
     """Also where it is neither to be created nor to be claimed."""
-    RealWork(Config("swap0", URL, owner=False), URL, "192.0.2.1").provision(0.0)
-    RealWork(Config("swap0", URL), URL, "192.0.2.1").provision(0.0)
-    assert asked == [("nbdnfs", "claim", URL), ("nbdnfs", "claim", URL, "--holder=keeper:swap0")]
+    RealWork(Config("swap0", URL, owner=False), URL, "192.0.2.1").provision()
+    RealWork(Config("swap0", URL), URL, "192.0.2.1").provision()
+    assert asked == [("nbdnfs", "claim", URL, "--wait"), ("nbdnfs", "claim", URL, "--wait", "--holder=keeper:swap0")]
 
 
 def run(program: str) -> tuple[list[str], HelperProcess]:

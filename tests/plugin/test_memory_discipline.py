@@ -21,7 +21,7 @@ from support.worker_process import Worker, serving
 MIB = 1 << 20
 PAGE = 4096
 DEVICE_BYTES = 64 * MIB
-BUDGET_KIB = 36 * 1024
+BUDGET_KIB, LARGE_BUDGET_KIB = 36 * 1024, 38 * 1024
 TRACED_CALLS = "mmap,munmap,mremap,brk,madvise,clone,clone3"
 
 
@@ -84,6 +84,17 @@ def test_real_time_threads_stay_together(quick_server: Ganesha, tmp_path: Path) 
     else:
         assert found[0] == anywhere
     assert found[1] == anywhere
+
+
+def test_a_large_encrypted_device(quick_server: Ganesha, tmp_path: Path) -> None:
+    """2 GiB, with 8 bytes for each page: 38 MiB at most."""
+    with (quick_server.export_path / "large").open("wb") as file:
+        file.truncate(2048 * MIB)
+    url = quick_server.url("large")
+    with serving(url, tmp_path, "--plugin-setting=encrypt=1") as worker, NbdClient(worker.socket) as client:
+        run_requests(client, 2_000, seed=1)
+        print(f"resident {worker.memory_kib('Rss')} KiB, locked {worker.memory_kib('Locked')} KiB")
+        assert worker.memory_kib("Rss") <= LARGE_BUDGET_KIB
 
 
 @pytest.mark.timeout(600)

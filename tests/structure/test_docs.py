@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The documentation is true of the repository: each path that it names exists, each link leads somewhere."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from nbdnfs import errors
+from nbdnfs.keeper import failures
+from nbdnfs.worker import protocol
+
 ROOT = Path(__file__).resolve().parents[2]
 DECISIONS = ROOT / "docs" / "decisions"
 # Where documentation lies, besides the top: what is built or fetched (build/, .venv/) has pages of its own.
-WITH_PAGES = ("docs", "tests", "vm-tests", "bench", "nbdnfs")
+WITH_PAGES = ("docs", "contrib", "tests", "vm-tests", "bench", "nbdnfs")
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(path for folder in WITH_PAGES for path in (ROOT / folder).rglob("*.md"))]
 # A decision says what was so when it was made: only what was added since must be true of today's files.
 SINCE = re.compile(r"(?:\*\*Since then\.\*\*|^## Since then$)(.*)", re.DOTALL | re.MULTILINE)
@@ -21,7 +26,7 @@ FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # What looks like a path of this repository: one of its folders, then a file. The kernel's paths begin otherwise, and
 # what is made later (build/, .venv/) is not in it.
-FOLDERS = ("nbdnfs", "plugin", "systemd", "docs", "tests", "vm-tests", "bench", "tools", "debian")
+FOLDERS = ("nbdnfs", "plugin", "systemd", "docs", "tests", "vm-tests", "bench", "tools", "debian", "contrib")
 PATH = re.compile(rf"(?:{'|'.join(FOLDERS)})/[\w./@-]*")
 FUNCTION = re.compile(r"([a-z_][a-z0-9_]*)\(\)")
 
@@ -117,3 +122,25 @@ def test_paths_are_found() -> None:
     assert slug("Locks, in order") == "locks-in-order"
     assert not exists("nbdnfs/no_such_file.py")
     assert exists("nbdnfs/*.py")
+
+
+def test_exit_statuses() -> None:
+    """docs/troubleshooting.md has those of the exception tree, of the unit, and of workers and helpers."""
+    text = (ROOT / "docs/troubleshooting.md").read_text()
+    rows = {int(row[1]): row[2] for row in re.finditer(r"^\| (\d+) \| *(\w*) *\|", text, re.MULTILINE)}
+    for error in errors.NbdnfsError.__subclasses__():
+        assert getattr(os, rows[error.exit_code]) == error.exit_code
+    assert {protocol.STOLEN_STATUS, failures.OWNED_STATUS} <= rows.keys()
+    (final,) = re.findall(r"not started again after ([0-9, and]+),", text)
+    assert {int(word) for word in re.findall(r"\d+", final)} == failures.FINAL_STATUSES
+
+
+def test_pages_are_listed() -> None:
+    """The index of the documentation names each page, or the index of its folder."""
+    index = (ROOT / "docs/README.md").read_text()
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/how-to").glob("*.md")]
+    missing = [str(page.relative_to(ROOT / "docs")) for page in pages if page.name != "README.md"]
+    assert [name for name in missing if f"({name})" not in index] == []
+    recipes = (ROOT / "docs/recipes/README.md").read_text()
+    names = {page.name for page in (ROOT / "docs/recipes").glob("*.md")}
+    assert {name for name in names if f"({name})" not in recipes} == {"README.md"}

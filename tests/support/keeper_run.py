@@ -58,7 +58,7 @@ class FakeSwap(RealWork):
         self.starts += 1
         return super().start_worker(region_fd)
 
-    def provision(self, missing_s: float) -> HelperProcess:
+    def provision(self) -> HelperProcess:
         return HelperProcess(["/bin/true"], {})
 
     def swap_on(self, attached: Attached) -> HelperProcess:

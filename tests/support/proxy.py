@@ -49,6 +49,7 @@ class _Direction:
         self.bytes_per_s = math.inf
         self.reset_after_bytes = math.inf
         self.passed_bytes = 0
+        self.recorded: list[bytes] | None = None
 
 
 class _Flow:
@@ -100,6 +101,8 @@ class _Flow:
                 return math.inf
             self.next_send_s = now + sent / self.direction.bytes_per_s
             self.direction.passed_bytes += sent
+            if self.direction.recorded is not None:
+                self.direction.recorded.append(bytes(data[:sent]))
             self.queued_bytes -= sent
             if sent == len(data):
                 self.chunks.popleft()
@@ -311,6 +314,18 @@ class TcpProxy:
     def passed_bytes(self) -> tuple[int, int]:
         """Bytes (to the server, to the client) so far."""
         return self._do(lambda: (self._requests.passed_bytes, self._replies.passed_bytes))
+
+    def record(self) -> None:
+        """From here on, keep everything that passes, for `recorded`."""
+
+        def begin() -> None:
+            self._requests.recorded, self._replies.recorded = [], []
+
+        self._do(begin)
+
+    def recorded(self) -> tuple[bytes, bytes]:
+        """What has passed since `record`: (to the server, to the client)."""
+        return self._do(lambda: (b"".join(self._requests.recorded or ()), b"".join(self._replies.recorded or ())))
 
     def close(self) -> None:
         """Reset every connection and end the thread. May be called twice."""

@@ -4,7 +4,7 @@
 // Static, locked in memory and without an allocation after its start, so that it answers while the machine
 // around it is short of memory. It depends on nothing else in the guest: not on udev, not on the network.
 //
-// host -> agent    RUN id deadline_ms bytes\n<command>     KILL id\n       PING id\n
+// host -> agent    RUN id deadline_ms bytes\n<command>     KILL id\n       PING id\n      SYSRQ keys\n
 // agent -> host    READY boot_id\n      PONG id\n          OUT id bytes\n<bytes>     ERR id bytes\n<bytes>
 //                  EXIT id wait_status timed_out\n         STUCK id\n (killed, and still there after GRACE_MS)
 #include <dirent.h>
@@ -44,6 +44,7 @@ static struct job jobs[MAX_JOBS];
 static char input[MAX_COMMAND + 256];
 static size_t input_length;
 static int port;
+static int sysrq; // /proc/sysrq-trigger, opened while there is memory for it
 
 static long now_ms(void)
 {
@@ -209,6 +210,14 @@ static void look_after_jobs(void)
     }
 }
 
+// What the kernel prints goes to its log: Documentation/admin-guide/sysrq.rst.
+static void press_sysrq(const char *keys)
+{
+    for (; *keys >= 'a' && *keys <= 'z'; keys++)
+        if (write(sysrq, keys, 1) < 0)
+            perror("/proc/sysrq-trigger");
+}
+
 // Carries out the complete requests at the start of the input.
 static void take_requests(void)
 {
@@ -236,6 +245,8 @@ static void take_requests(void)
                     kill_job(job);
                     job->deadline_ms = now_ms();
                 }
+        } else if (strncmp(input, "SYSRQ ", 6) == 0) {
+            press_sysrq(input + 6);
         }
         input_length -= used;
         memmove(input, input + used, input_length);
@@ -274,6 +285,8 @@ int main(void)
     setenv("LANG", "C.UTF-8", 1);
     setenv("HOME", "/root", 1);
     signal(SIGPIPE, SIG_IGN);
+    if ((sysrq = open("/proc/sysrq-trigger", O_WRONLY | O_CLOEXEC)) < 0)
+        perror("/proc/sysrq-trigger");
     if (mlockall(MCL_CURRENT | MCL_FUTURE) < 0)
         perror("mlockall");
 

@@ -7,8 +7,9 @@
 Started before the load, it prints "ready", and "now" once pages go out, at which the server is to go. At the end it
 prints one line of JSON: requests that the device completed before and after the kill, and how long after the kill it
 completed the first one ("resumed_s"; null: none in time), and how often the keeper's loop went to sleep from then on
-("keeper_turns"; it does so once in a second at the least). It locks its memory, and opens what it reads beforehand:
-neither server is needed, and no memory.
+("keeper_turns"; it does so once in a second at the least). Where nothing is completed for some seconds, it has the
+kernel log what all tasks that are blocked wait for. It locks its memory, and opens what it reads beforehand: neither
+server is needed, and no memory.
 """
 
 import ctypes
@@ -19,6 +20,7 @@ import sys
 import time
 
 _GRACE_S = 0.3
+_STANDSTILL_S = 12.0
 _PAGES_OUT = 1000
 _LOAD_TIMEOUT_S = 600.0
 
@@ -53,6 +55,7 @@ def main() -> None:
         device = record.read().strip()
     with open(f"/run/nbdnfs/{name}/worker") as record:
         worker = os.pidfd_open(int(record.read().split()[0]))
+    sysrq = os.open("/proc/sysrq-trigger", os.O_WRONLY)
     stat = os.open(f"/sys/block/{device}/stat", os.O_RDONLY)
     with open(f"/run/nbdnfs/{name}/keeper") as record:
         keeper = int(record.read().split()[0])
@@ -79,7 +82,12 @@ def main() -> None:
     killed_s = time.monotonic()
     time.sleep(_GRACE_S)
     before, slept = completed(stat), sleeps(keeper_status)
+    logs_at_s = killed_s + _STANDSTILL_S
     while time.monotonic() < ends_s:
+        if result["resumed_s"] is None and time.monotonic() > logs_at_s:
+            logs_at_s = ends_s
+            for key in (b"w", b"m", b"t"):  # Documentation/admin-guide/sysrq.rst
+                os.write(sysrq, key)
         if result["resumed_s"] is None and completed(stat) > before:
             result["resumed_s"] = round(time.monotonic() - killed_s, 3)
         time.sleep(0.01)

@@ -106,6 +106,7 @@ class Run:
         self.server = server
         self.model = Model()
         self.said: list[str] = []
+        self.done = 0
         self._wheel = wheel
         self._random = random.Random(seed)
         self._names = names
@@ -113,13 +114,14 @@ class Run:
         self._started_s = time.monotonic()
         self.url = seen_from_guest(server.url(f"{NAME}.swap"))
 
-    def do(self, count: int, *, stop: bool) -> list[str]:
-        """That many acts. The failures, a text each; with `stop` one at most."""
+    def do(self, count: int, *, stop: bool, limit_s: float = float("inf")) -> list[str]:
+        """That many acts, or those that begin within `limit_s`. The failures, a text each; with `stop` one at most."""
         host.nbdnfs_create(self.server.url(f"{NAME}.swap"), DEVICE_MIB, timeout_s=120)
         self._set_up()
         failures: list[str] = []
-        for number in range(1, count + 1):
-            failure = self._act(number, "start" if number == 1 else "")
+        while self.done < count and time.monotonic() - self._started_s < limit_s:
+            self.done += 1
+            failure = self._act(self.done, "start" if self.done == 1 else "")
             if failure is None:
                 continue
             failures.append(failure)

@@ -67,6 +67,10 @@ class Channel:
         """Ask for a sign of life; the answer updates `last_received_s`."""
         self._send(b"PING 0\n")
 
+    def press_sysrq(self, keys: str) -> None:
+        """Have the kernel print what these keys stand for to its log. OSError when the guest has died."""
+        self._send(b"SYSRQ %s\n" % keys.encode())
+
     def _send(self, data: bytes) -> None:
         self._connection.sendall(data)
 

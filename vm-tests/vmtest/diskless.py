@@ -20,6 +20,10 @@ _PROGRAM = "/usr/local/bin/nbdnfs"
 
 KINDS = ("nfs", "squashfs")
 
+# Replaces udev's own file of that name, which loads a driver for each piece of hardware: an emulated CPU takes minutes
+# for it from an NFS root. The initramfs has loaded all that the guest needs.
+_NO_DRIVERS = "etc/udev/rules.d/80-drivers.rules"
+
 
 @dataclass(frozen=True)
 class NetworkRoot:
@@ -58,6 +62,9 @@ def export(kind: str, image: Image, payload: Path, server: Ganesha) -> NetworkRo
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(file.data)
             path.chmod(file.mode)
+        no_drivers = top / _NO_DRIVERS
+        no_drivers.parent.mkdir(parents=True, exist_ok=True)
+        no_drivers.touch()
         if kind == "nfs":
             for source in (image.root, top):
                 host.run(["cp", "-a", f"{source}/.", folder], what="copying a root", timeout_s=600)

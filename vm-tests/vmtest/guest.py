@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
+from nbdnfs import proc_stat
 from vmtest import host, initramfs, klog, verdict
 from vmtest.channel import Channel, JobState
 from vmtest.diskless import NetworkRoot
@@ -31,6 +32,13 @@ SILENCE_S = 120.0
 _PING_EVERY_S = 5.0
 _TICK_S = 0.1
 _LOG_TAIL_LINES = 25
+# proc_pid_stat(5), fields 14 and 15
+_USER_TICKS, _SYSTEM_TICKS = 14, 15
+
+# Memory, blocked tasks, all tasks: Documentation/admin-guide/sysrq.rst.
+_SYSRQ_TASKS = "mwt"
+_SYSRQ_TIMEOUT_S = 60.0
+_SYSRQ_QUIET_S = 5.0
 
 # A panic ends QEMU (-no-reboot), a hung task is a line in the log after a minute. The watchdogs are given the
 # time that an emulated CPU on a busy host needs. The stock mitigations cost an emulated CPU a third of its speed.
@@ -251,13 +259,28 @@ class Guest:
             self._channel = None
 
     def _close(self, error: BaseException | None) -> None:
-        """End it for good. An error gets the end of the kernel log as a note."""
+        """End it for good. An error gets the end of the kernel log as a note. A lost guest logs what its tasks do."""
+        tail = self.kernel_log.splitlines()[-_LOG_TAIL_LINES:] if self._boots else []
+        if isinstance(error, LostGuestError):
+            self._log_tasks()
         self._end_process()
         if error is None:
             self._overlay.unlink(missing_ok=True)
         elif self._boots:
-            tail = "\n".join(self.kernel_log.splitlines()[-_LOG_TAIL_LINES:])
-            error.add_note(f"the end of {self.kernel_log_path}:\n{tail}")
+            error.add_note("\n".join([f"the end of {self.kernel_log_path}:", *tail]))
+
+    def _log_tasks(self) -> None:
+        """Have a guest that lives, though it is lost, log what each of its tasks waits for."""
+        if self._channel is None or self._process is None or self._process.poll() is not None:
+            return
+        with contextlib.suppress(OSError):
+            self._channel.press_sysrq(_SYSRQ_TASKS)
+        deadline = time.monotonic() + _SYSRQ_TIMEOUT_S
+        size, changed_s = self.kernel_log_path.stat().st_size, time.monotonic()
+        while time.monotonic() < min(deadline, changed_s + _SYSRQ_QUIET_S):
+            time.sleep(_TICK_S)
+            if (found := self.kernel_log_path.stat().st_size) != size:
+                size, changed_s = found, time.monotonic()
 
     def _qemu(self, channel_fd: int) -> list[str | Path]:
         arguments = [
@@ -309,6 +332,13 @@ class Guest:
     def verdict_path(self) -> Path:
         """What came over the verdict port in the last boot."""
         return self.workdir / f"{self.name}.{self._boots}.verdict.jsonl"
+
+    @property
+    def cpu_s(self) -> float:
+        """The CPU time that this boot has taken of the host. Inside, a CPU that the host gives to others looks busy."""
+        assert self._process is not None
+        found = proc_stat.fields(Path(f"/proc/{self._process.pid}/stat").read_text())
+        return (int(found[_USER_TICKS]) + int(found[_SYSTEM_TICKS])) / os.sysconf("SC_CLK_TCK")
 
     def check_kernel_log(self) -> None:
         """GuestFailedError when the kernel log holds what the test does not allow."""

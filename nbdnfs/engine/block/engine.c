@@ -6,99 +6,21 @@
 #include "base/thread.h"
 
 #include <errno.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 _Static_assert(ENGINE_CONNECTIONS_MAX <= REGION_CONNECTIONS, "each connection has its place in the region");
 
-static int fail(struct nfsio_failure *why, int error, const char *message)
-{
-	*why = (struct nfsio_failure){ .phase = NFSIO_OPEN, .error = error };
-	snprintf(why->message, sizeof(why->message), "%s", message);
-	return error;
-}
-
-/* FNV-1a of the URL up to its options: the server and the path. */
-static uint64_t hash_path(const char *url)
-{
-	uint64_t hash = 0xcbf29ce484222325u;
-
-	for (; *url != '\0' && *url != '?'; url++)
-		hash = (hash ^ (uint8_t)*url) * 0x100000001b3u;
-	return hash;
-}
-
-static enum region_version new_region_version(const struct engine *engine)
-{
-	return engine->options.encrypt ? REGION_ENCRYPTED : REGION_PLAIN;
-}
-
-/*
- * Its size is what the server says, and so is what the region locks. A region that a worker has left is taken over
- * whatever its size: it is in memory already, with acknowledged pages. Returns 0, or -EFBIG and *why.
- */
-static int check_memory(const struct engine *engine, struct nfsio_failure *why)
-{
-	uint64_t bytes = region_size_bytes(engine->size_bytes, engine->options.region_pages,
-					   new_region_version(engine));
-	uint64_t memory_bytes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGE_SIZE);
-	uint64_t limit_bytes = memory_bytes / ENGINE_MEMORY_SHARE;
-	char message[sizeof(why->message)];
-	struct stat st;
-
-	if (limit_bytes < ENGINE_MEMORY_MIN_BYTES)
-		limit_bytes = ENGINE_MEMORY_MIN_BYTES;
-	if (bytes <= limit_bytes)
-		return 0;
-	if (engine->options.region_fd >= 0 && fstat(engine->options.region_fd, &st) == 0 && st.st_size > 0)
-		return 0;
-	snprintf(message, sizeof(message),
-		 "its %llu GiB and a region of %llu MiB need %llu MiB of locked memory, and at most %llu MiB may be"
-		 " locked on this machine (an eighth of its memory, or 64 MiB)",
-		 (unsigned long long)(engine->size_bytes >> 30),
-		 (unsigned long long)engine->options.region_pages * SLOT_BYTES >> 20, (unsigned long long)(bytes >> 20),
-		 (unsigned long long)(limit_bytes >> 20));
-	return fail(why, -EFBIG, message);
-}
-
-static int map_region(struct engine *engine, const struct nfsio_stat *st, struct nfsio_failure *why)
-{
-	struct region_identity identity = {
-		.device_bytes = engine->size_bytes,
-		.fileid = st->fileid,
-		.path_hash = hash_path(engine->options.nfs.url),
-	};
-	const struct region_plan plan = {
-		.slot_count = engine->options.region_pages,
-		.version = new_region_version(engine),
-		.clear_bytes = engine->options.clear_bytes,
-	};
-	char message[128];
-	int error;
-
-	error = region_map(&engine->region, engine->options.region_fd, &identity, &plan, message, sizeof(message));
-	if (error != 0)
-		return fail(why, error, message[0] != '\0' ? message : strerror(-error));
-	if (engine_is_encrypted(engine) && cipher_init() != 0)
-		return fail(why, -ENOSYS, "libsodium cannot be used on this machine");
-	if (engine_is_encrypted(engine) != engine->options.encrypt)
-		log_line("pages are%s encrypted, as when the device started; the setting counts when it starts again",
-			 engine_is_encrypted(engine) ? "" : " not");
-	return 0;
-}
-
-static int make_buffers(struct engine *engine)
+/* Returns 0, or -errno and *why. */
+static int make_buffers(struct engine *engine, struct nfsio_failure *why)
 {
 	size_t long_bytes = (size_t)RUN_PAGES_MAX * SLOT_BYTES, short_bytes = (size_t)SHORT_RUN_PAGES * SLOT_BYTES;
 	unsigned long_buffers = nfsio_has_names(engine->ios[0]) ? LIBNFS_LONG_BUFFERS : LONG_BUFFERS;
-	size_t bytes = long_buffers * long_bytes + SHORT_WRITE_BACKS * short_bytes + engine->io_count * SLOT_BYTES;
+	size_t bytes = long_buffers * long_bytes + SHORT_WRITE_BACKS * short_bytes;
 	uint8_t *at = aligned_alloc(SLOT_BYTES, bytes);
 
 	if (at == NULL)
-		return -ENOMEM;
+		return engine_fail(why, -ENOMEM, "");
 	memset(at, 0, bytes); /* faults the pages in now, not when memory is short */
 	engine->buffers = at;
 	for (; engine->spare_count < long_buffers; at += long_bytes)
@@ -110,8 +32,7 @@ static int make_buffers(struct engine *engine)
 			(struct write_back){ .engine = engine, .pages_max = SHORT_RUN_PAGES, .data = at };
 	for (struct fetch *fetch = engine->fetches; fetch < engine->fetches + FETCHES; fetch++)
 		*fetch = (struct fetch){ .engine = engine };
-	engine->samples = at;
-	assert(at + engine->io_count * SLOT_BYTES == engine->buffers + bytes);
+	assert(at == engine->buffers + bytes);
 	return 0;
 }
 
@@ -133,26 +54,6 @@ static void close_connections(struct engine *engine)
 		nfsio_destroy(engine->ios[--engine->io_count]);
 }
 
-/* A READ that is refused fails after so long, where there is no soft limit. */
-#define REFUSED_READ_MS 30000
-
-static int open_connections(struct engine *engine, struct nfsio_failure *why)
-{
-	struct nfsio_options options = engine->options.nfs;
-	int error = 0;
-
-	options.looks = engine->owner_watch != NULL;
-	options.refused_read_ms = options.soft_limit_ms > 0 ? options.soft_limit_ms : REFUSED_READ_MS;
-	while (error == 0 && engine->io_count < engine->options.connections) {
-		error = nfsio_create(&options, &engine->ios[engine->io_count], why);
-		if (error == 0)
-			engine->io_count++;
-		options.quiet = true; /* the first one logs what there is to say about the server */
-		options.like = engine->ios[0];
-	}
-	return error;
-}
-
 /* For owner_watch. No lock held. */
 static void owner_state_changed(void *context, enum owner_state state)
 {
@@ -168,23 +69,6 @@ static void owner_state_changed(void *context, enum owner_state state)
 	engine->changed = true;
 	pthread_cond_signal(&engine->work);
 	engine_unlock(engine);
-}
-
-/* What the connections tell about the file and the server. Returns 0, or -errno and *why. */
-static int take_file_facts(struct engine *engine, struct nfsio_stat *st, struct nfsio_failure *why)
-{
-	char message[128];
-
-	nfsio_opened_stat(engine->ios[0], st);
-	engine->size_bytes = st->size_bytes;
-	engine->piece_bytes = nfsio_max_transfer_bytes(engine->ios[0]);
-	if (!nfsio_has_commit(engine->ios[0]))
-		engine->options.stable_writes = true;
-	if (st->size_bytes > 0 && st->size_bytes % SLOT_BYTES == 0)
-		return 0;
-	snprintf(message, sizeof(message), "its size, %llu bytes, is not a positive multiple of %u",
-		 (unsigned long long)st->size_bytes, SLOT_BYTES);
-	return fail(why, -EINVAL, message);
 }
 
 /* Begin to note what is waited for: what the last worker has left there is out of date. */
@@ -240,7 +124,7 @@ static int start_threads(struct engine *engine, struct nfsio_failure *why)
 	if (error != 0)
 		return error;
 	error = thread_start(&engine->flusher, flusher_thread, engine);
-	return error == 0 ? 0 : fail(why, error, "");
+	return error == 0 ? 0 : engine_fail(why, error, "");
 }
 
 /* Free what engine_create() has made so far. No thread of the engine's runs. */
@@ -250,6 +134,7 @@ static void free_engine(struct engine *engine)
 	if (engine->cache != NULL)
 		cache_destroy(engine->cache);
 	free(engine->buffers);
+	free(engine->samples);
 	if (engine->region.header != NULL && engine->own_region)
 		region_discard(&engine->region);
 	else if (engine->region.header != NULL)
@@ -266,7 +151,7 @@ static int create_owner_watch(struct engine *engine, struct nfsio_failure *why)
 		return 0;
 	engine->owner_watch = owner_watch_create(&engine->options.owner);
 	if (engine->owner_watch == NULL)
-		return fail(why, -ENOMEM, "");
+		return engine_fail(why, -ENOMEM, "");
 	engine->options.nfs.may_write = owner_watch_may_write;
 	engine->options.nfs.may_write_context = engine->owner_watch;
 	return 0;
@@ -275,37 +160,27 @@ static int create_owner_watch(struct engine *engine, struct nfsio_failure *why)
 int engine_create(const struct engine_options *options, struct engine **out, struct nfsio_failure *why)
 {
 	struct engine *engine = calloc(1, sizeof(*engine));
-	struct nfsio_stat st;
 	int error;
 
 	if (engine == NULL)
-		return fail(why, -ENOMEM, "");
+		return engine_fail(why, -ENOMEM, "");
 	engine->options = *options;
 	engine->own_region = options->region_fd < 0;
 	init_locks(engine);
 	error = create_owner_watch(engine, why);
 	if (error == 0)
-		error = open_connections(engine, why);
+		error = engine_open(engine, why);
 	if (error == 0)
-		error = take_file_facts(engine, &st, why);
-	if (error == 0)
-		error = check_memory(engine, why);
-	if (error == 0)
-		error = map_region(engine, &st, why);
+		error = make_buffers(engine, why);
 	if (error != 0)
 		goto fail;
-	engine->cache = cache_create(&engine->region);
-	if (engine->cache == NULL || make_buffers(engine) != 0) {
-		error = fail(why, -ENOMEM, "");
-		goto fail;
-	}
 	take_over_region(engine);
 	streams_init(&engine->streams, options->read_ahead_pages);
 	error = start_threads(engine, why);
 	if (error != 0)
 		goto fail;
 	for (unsigned i = 0; i < engine->io_count; i++)
-		file_watch(engine, engine->ios[i], engine->samples + (size_t)i * SLOT_BYTES);
+		file_watch(engine, i);
 	*out = engine;
 	return 0;
 fail:

@@ -75,17 +75,18 @@ void file_look(struct engine *engine)
 	engine_unlock(engine);
 }
 
-/* A page by which nfsio recognises the file (nfsio_recognise()). In nfsio's threads, without a lock. */
+/* A page by which nfsio recognises the file. In nfsio's threads, without a lock. */
 static bool sample_page(void *context, unsigned number, uint64_t *offset_bytes, uint64_t *proof)
 {
 	struct engine *engine = context;
 	uint64_t page = 0;
-	bool found;
+	bool found = false;
 
 	engine_lock(engine);
 	/* spread over the device: where one page is wrong, its neighbours may be, too */
-	found = cache_known_page(engine->cache, number * 0x9e3779b97f4a7c15u % engine->region.page_count, &page,
-				 proof);
+	if (engine->cache != NULL)
+		found = cache_known_page(engine->cache, number * 0x9e3779b97f4a7c15u % engine->region.page_count, &page,
+					 proof);
 	engine_unlock(engine);
 	*offset_bytes = page * SLOT_BYTES;
 	return found;
@@ -99,22 +100,38 @@ static bool is_sample(void *context, uint64_t offset_bytes, uint64_t proof, uint
 	return proof_open(&engine->region, offset_bytes / SLOT_BYTES, proof, data);
 }
 
+const struct nfsio_samples file_samples = { .choose = sample_page, .is_right = is_sample };
+
+/* The next worker is to find the file where this connection has found it. Lock held. */
+static void keep_place(struct engine *engine, const struct nfsio_known *known)
+{
+	_Static_assert(sizeof(*known) <= LAST_PLACE_DATA_BYTES, "it fits");
+	assert_locked(&engine->lock);
+	last_place_keep(&engine->region, known, sizeof(*known));
+}
+
 /* The condition of a connection has changed: sum up all of them. In nfsio's threads, without a lock. */
 static void condition_changed(void *context)
 {
-	struct engine *engine = context;
+	const struct watched *watched = context;
+	struct engine *engine = watched->engine;
+	struct nfsio_known known;
+	bool is_known = nfsio_known(watched->io, &known);
 	enum nfsio_condition worst = NFSIO_UP;
 	uint64_t connects = 0;
 	int64_t silent_since_ms = 0;
 	bool link_down = false;
 
 	engine_lock(engine);
+	if (is_known)
+		keep_place(engine, &known);
 	engine->gone_too_long = false;
 	for (unsigned i = 0; i < engine->io_count; i++) {
 		struct nfsio_state state;
 
 		nfsio_state(engine->ios[i], &state);
 		connects += state.connects;
+		engine->is_down[i] = state.condition != NFSIO_UP;
 		engine->gone_too_long |= state.gone_too_long;
 		link_down |= state.condition == NFSIO_LINK_DOWN;
 		if (state.condition > worst)
@@ -132,10 +149,10 @@ static void condition_changed(void *context)
 		nfsio_suspect(engine->ios[i], silent_since_ms);
 }
 
-void file_watch(struct engine *engine, struct nfsio *io, uint8_t *page)
+void file_watch(struct engine *engine, unsigned number)
 {
-	static const struct nfsio_samples samples = { .choose = sample_page, .is_right = is_sample };
+	struct watched *watched = &engine->watched[number];
 
-	nfsio_recognise(io, &samples, engine, page);
-	nfsio_watch(io, condition_changed, engine);
+	*watched = (struct watched){ .engine = engine, .io = engine->ios[number] };
+	nfsio_watch(watched->io, condition_changed, watched);
 }

@@ -9,6 +9,7 @@
  * flusher.c           write-backs and COMMITs, and the thread that starts them
  * read_ahead.c        fetches of what a reader will want next
  * requests.c          read, write, flush and trim
+ * opening.c           the file and the region, and which comes first
  * engine.c            create and destroy
  */
 #ifndef NBDNFS_ENGINE_INTERNAL_H
@@ -16,6 +17,7 @@
 
 #include "base/assert.h"
 #include "region/cache.h"
+#include "region/last_place.h"
 #include "region/proof.h"
 #include "block/engine.h"
 #include "block/streams.h"
@@ -64,6 +66,12 @@ struct fetch {
 	bool busy;              /* guarded by engine->lock */
 };
 
+/* A connection whose condition file.c is told. */
+struct watched {
+	struct engine *engine;
+	struct nfsio *io;
+};
+
 struct engine {
 	/* constant after engine_create() */
 	struct engine_options options;
@@ -78,8 +86,11 @@ struct engine {
 	uint64_t reconnects_before; /* of workers before this one */
 	uint32_t piece_bytes;
 	bool own_region;
-	uint8_t *buffers;       /* of write-backs, fetches and samples */
+	bool adopted;           /* the region is an earlier worker's */
+	struct nfsio_known known; /* what that knew of the file; its handle has no length: nothing */
+	uint8_t *buffers;       /* of write-backs and fetches */
 	uint8_t *samples;       /* a page for each connection's thread */
+	struct watched watched[ENGINE_CONNECTIONS_MAX];
 	pthread_t flusher;
 	struct owner_watch *owner_watch; /* NULL: ownership is not looked at */
 
@@ -95,7 +106,7 @@ struct engine {
 	pthread_cond_t progress; /* what a request waits for may have come; progress.c alone uses it */
 	uint32_t waiting;       /* the number of threads that wait for `progress` */
 	bool changed;           /* the state of the file or of ownership has changed: wake those that wait */
-	struct cache *cache;
+	struct cache *cache;    /* NULL at first: no page is known */
 	struct streams streams;
 	struct write_back write_backs[WRITE_BACKS]; /* the long ones first */
 	uint8_t *spare[LONG_BUFFERS]; /* buffers that are not in use */
@@ -112,6 +123,7 @@ struct engine {
 	uint32_t waiting_for_stable; /* the number of requests that wait for the NAS */
 	uint32_t waiting_for_slot;
 	bool lent[ENGINE_CONNECTIONS_MAX]; /* ios that a reader has */
+	bool is_down[ENGINE_CONNECTIONS_MAX]; /* ios that have told so */
 	uint64_t fetch_number;
 	uint64_t aged_sequence; /* writes up to it are old enough to be written back */
 	uint64_t refused_until_ms; /* until when pages that the server refused are held */
@@ -194,8 +206,20 @@ uint64_t file_truncated_bytes(const struct engine *engine);
 void file_look(struct engine *engine);
 /* The same with the lock held. */
 void file_look_locked(struct engine *engine);
-/* Have nfsio recognise the file (`page` is for a sample) and report its condition. Takes the lock. */
-void file_watch(struct engine *engine, struct nfsio *io, uint8_t *page);
+/* By which nfsio recognises the file, with the engine as their context. In nfsio's threads; they take the lock. */
+extern const struct nfsio_samples file_samples;
+/* Have connection `number` report its condition. Takes the lock. */
+void file_watch(struct engine *engine, unsigned number);
+
+/* opening.c */
+
+/* Returns `error`, and *why says so. */
+int engine_fail(struct nfsio_failure *why, int error, const char *message);
+/*
+ * Open the connections, and map the region with its cache. Returns 0, or -errno and *why; what has been made by then is
+ * the caller's.
+ */
+int engine_open(struct engine *engine, struct nfsio_failure *why);
 
 /* flusher.c */
 

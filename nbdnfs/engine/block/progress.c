@@ -15,7 +15,7 @@ void engine_lock(struct engine *engine)
 
 static void wake_waiting(struct engine *engine)
 {
-	bool changed = cache_take_changed(engine->cache) || engine->changed;
+	bool changed = (engine->cache != NULL && cache_take_changed(engine->cache)) || engine->changed;
 
 	assert_locked(&engine->lock);
 	engine->changed = false;

@@ -116,11 +116,11 @@ static int verify_request(struct engine *engine, const struct nfsio_req *req)
 	return error;
 }
 
-/* Lend a connection to a reader. Returns its number; 0 is shared and is not lent. Lock held. */
+/* Lend a connection that is up to a reader. Returns its number; 0 is shared and is not lent. Lock held. */
 static unsigned lend(struct engine *engine)
 {
 	for (unsigned i = 1; i < engine->io_count; i++)
-		if (!engine->lent[i]) {
+		if (!engine->lent[i] && !engine->is_down[i]) {
 			engine->lent[i] = true;
 			return i;
 		}

@@ -191,16 +191,6 @@ static bool go_up(const struct nfsio *io, char *path)
 	return true;
 }
 
-/* Remember what was mounted, for reconnects, and what of the directory is below it. */
-static bool remember_mount(struct nfsio *io, const char *path)
-{
-	const char *rest = io->url_directory + (strcmp(path, "/") == 0 ? 0 : strlen(path));
-
-	io->mount_path = strdup(path);
-	io->prefix = strdup(strcmp(rest, "/") == 0 ? "" : rest);
-	return io->prefix != NULL && io->mount_path != NULL;
-}
-
 /*
  * Mount the URL's directory or, where the server exports only a parent of it, the longest parent that it exports.
  * Remember the choice for reconnects. Returns false and *why: that there was no answer, or the first refusal; *nfs may
@@ -234,7 +224,7 @@ static bool mount_directory(struct nfsio *io, struct nfs_context **nfs, int64_t 
 		if (*nfs == NULL)
 			return false;
 	}
-	if (!chosen && !remember_mount(io, path)) {
+	if (!chosen && !remember_mount(io, strlen(path))) {
 		set_failure(why, NFSIO_MOUNT, -ENOMEM, NULL);
 		return false;
 	}

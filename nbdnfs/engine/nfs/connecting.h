@@ -53,8 +53,15 @@ bool connect_to_name(struct nfsio *io, struct connection *made, struct nfsio_fai
 /* The URL's directory ("/" at least) and file, decoded, for free(). Returns 0, -ENOMEM, or -EINVAL: it has none. */
 int url_take_path(const char *url, char **directory, char **file);
 
-/* recognise.c, for the I/O thread. is_same_file() waits, and takes the lock. */
+/* recognise.c, for the I/O thread and without the lock. It waits. */
 int is_same_file(struct nfsio *io, const struct connection *made);
+
+/* known.c, before the I/O thread runs, or in it. They return false without memory. */
+
+/* The first `mount_bytes` of the URL's directory are what is mounted, the rest is below it. */
+bool remember_mount(struct nfsio *io, size_t mount_bytes);
+/* Begin with what nfsio_options.like or .known say of the file. */
+bool begin_with(struct nfsio *io, const struct nfsio_options *options);
 
 /* connect.c, for the I/O thread and without the lock. */
 void connection_close(struct nfsio *io, struct connection *made);

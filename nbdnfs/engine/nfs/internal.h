@@ -26,6 +26,7 @@
  * names.c              what callers wait for: stat, link, rename, unlink, and what a directory has
  * look.c               a look at a small file beside the one that is open
  * io_thread.c          the I/O thread: receiving, and connecting again
+ * known.c              what an earlier connection, or an earlier worker, knew of the file
  * open.c               open and close
  *
  * A submitting thread writes its calls to the socket itself; the I/O thread receives, reconnects, and sends what did
@@ -127,6 +128,7 @@ struct nfsio {
 	struct nfsio_stat opened;
 	uint32_t max_transfer_bytes;
 	int version;
+	bool was_known;         /* nfsio_was_known() */
 	bool opened_once;       /* the I/O thread's own: `opened` is valid */
 	enum nfsio_transport transport_kind; /* of all connections: options.transport over NFSv3, libnfs over NFSv4 */
 	int backoff_ms;         /* the I/O thread's own: the pause before the next attempt to connect, 0: none */
@@ -182,10 +184,6 @@ struct nfsio {
 	struct nfsio_state state;
 	nfsio_changed_fn changed; /* of nfsio_watch(); NULL: not called yet */
 	void *changed_context;
-	/* of nfsio_recognise(); samples NULL: another handle is the file's if number and size fit */
-	const struct nfsio_samples *samples;
-	void *sample_context;
-	uint8_t *sample_page;
 	bool broken;            /* the connection met an error: the I/O thread throws it away */
 	int refused;            /* why wire_receive() ended the connection: -EPROTO, -EACCES; 0: something else did */
 	bool useful;            /* a transfer was answered over it */

@@ -24,7 +24,7 @@
 #define FIRST_RETRY_MS 200
 /* How much of the time the first attempt has: an answer that was lost is not waited for any longer. */
 #define FIRST_ATTEMPT_PART 3
-/* The time for mounting and opening doubles each time that it was too short, up to this. */
+/* The time for connecting doubles each time that it was too short, up to this. */
 #define PATIENCE_LIMIT_MS (10 * 60 * 1000)
 /* How long after a waiter has received the I/O thread receives again. */
 #define QUIET_MS 100
@@ -164,6 +164,17 @@ static enum nfsio_condition condition_of(const struct nfsio_failure *why)
 	}
 }
 
+/*
+ * An attempt has succeeded after `took_ms`: what the next ones may take. Not what the attempts before it were given: a
+ * server that loses an answer now and then is not slow, and the next one that it loses is waited for as long.
+ */
+static int64_t patience_after(const struct nfsio *io, int64_t took_ms)
+{
+	int64_t first_ms = (int64_t)io->options.connect_timeout_s * 1000;
+
+	return 2 * took_ms > first_ms ? 2 * took_ms : first_ms;
+}
+
 /* Connect again, for as long as it takes. Lock held; dropped meanwhile. */
 static void reconnect(struct nfsio *io)
 {
@@ -191,6 +202,7 @@ static void reconnect(struct nfsio *io)
 	while (!atomic_load(&io->stop)) {
 		struct connection made;
 		enum nfsio_condition condition;
+		int64_t attempt_ms;
 
 		/* jitter: the clients of a server should not all come back in the same moment */
 		if (io->backoff_ms > 0)
@@ -198,7 +210,9 @@ static void reconnect(struct nfsio *io)
 		io->backoff_ms = io->backoff_ms == 0 ? BACKOFF_FIRST_MS : io->backoff_ms * 2;
 		if (io->backoff_ms > BACKOFF_LIMIT_MS)
 			io->backoff_ms = BACKOFF_LIMIT_MS;
+		attempt_ms = now_ms();
 		if (connect_once(io, &made, &why)) {
+			io->patience_ms = patience_after(io, now_ms() - attempt_ms);
 			if (!io->options.quiet && !repeats)
 				log_line("server %s: connected again after %.1f s", io->address,
 					 (double)(now_ms() - since_ms) / 1000);

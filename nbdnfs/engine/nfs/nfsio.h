@@ -68,6 +68,26 @@ struct nfsio_handle {
 	uint8_t bytes[WIRE_HANDLE_BYTES_MAX];
 };
 
+/* What is known of a file, for another nfsio that opens it later, perhaps in another process: plain bytes. */
+struct nfsio_known {
+	uint64_t size_bytes, fsid, fileid;
+	uint32_t port;          /* where the NFS server listens */
+	uint32_t mount_bytes;   /* so much of the URL's directory, decoded, is what is mounted */
+	struct nfsio_handle file, directory; /* the directory's may be unknown */
+};
+
+/*
+ * How the file is recognised when the server has another handle for it (its disk has another number after a boot), as
+ * opposed to a new file that has the old one's number: by pages whose bytes are known. Called in nfsio's thread,
+ * without a lock.
+ */
+struct nfsio_samples {
+	/* With the number of the try. False when no page is known, else its place, and what is_right() is given. */
+	bool (*choose)(void *context, unsigned number, uint64_t *offset_bytes, uint64_t *proof);
+	/* Is the page that the server returned the one that is known? It may change `data`. */
+	bool (*is_right)(void *context, uint64_t offset_bytes, uint64_t proof, uint8_t *data);
+};
+
 /* One request. The caller's, which keeps it in place, with its data, until `done` is called. */
 struct nfsio_req {
 	/* set by the caller */
@@ -122,6 +142,15 @@ struct nfsio_options {
 	 * Not used after nfsio_create().
 	 */
 	struct nfsio *like;
+	/*
+	 * NULL, or what an earlier nfsio knew of the file: over a wire, it is opened by its handle, whatever has become
+	 * of its name or of mountd, and recognised as after a reconnect. Not used after nfsio_create().
+	 */
+	const struct nfsio_known *known;
+	/* NULL: another handle is the file's if number and size fit. */
+	const struct nfsio_samples *samples;
+	void *sample_context;
+	uint8_t *sample_page;   /* room for 4096 bytes; the I/O thread's own */
 	bool quiet;             /* log nothing that another connection to the same server logs */
 	uint32_t mode;          /* permission bits of a new file */
 	unsigned connect_timeout_s; /* of the first attempt; it doubles each time that it was too short */
@@ -182,6 +211,12 @@ void nfsio_destroy(struct nfsio *io);
 /* The file as it was opened. */
 void nfsio_opened_stat(const struct nfsio *io, struct nfsio_stat *st);
 
+/* The file as it was last recognised. False, and nothing, where it has no handle: not over a wire. */
+bool nfsio_known(struct nfsio *io, struct nfsio_known *known);
+
+/* Was it opened as the file that nfsio_options.known says? */
+bool nfsio_was_known(const struct nfsio *io);
+
 /* How things stand. */
 struct nfsio_state {
 	enum nfsio_condition condition;
@@ -214,28 +249,15 @@ void nfsio_watch(struct nfsio *io, nfsio_changed_fn changed, void *context);
 void nfsio_note_waits(struct nfsio *io, _Atomic uint64_t *last_received_ms, _Atomic uint64_t *waiting_since_ms);
 
 /*
- * Keep up to date from now on, for a process after this one, until when the server may still carry out a WRITE that was
- * sent twice: NFSIO_TWINS_UNDER_WAY from before the connection is closed that such a WRITE went over, until all of them
- * are answered over another; then the time of that answer by CLOCK_MONOTONIC, and limit_ms. Outlives nfsio_join().
+ * Keep up to date from now on until when the server may still carry out a WRITE that was sent twice, for a process
+ * after this one: NFSIO_TWINS_UNDER_WAY from before the connection is closed that such a WRITE went over, until all of
+ * them are answered over another; then the time of that answer by CLOCK_MONOTONIC, and limit_ms. Outlives nfsio_join().
  */
 #define NFSIO_TWINS_UNDER_WAY UINT64_MAX
 void nfsio_note_twins(struct nfsio *io, _Atomic uint64_t *twins_until_ms, uint32_t limit_ms);
 
 /* Has the last answer shown that the file has no name any more? The server may keep it while it is open. */
 bool nfsio_is_unlinked(const struct nfsio *io);
-
-/*
- * How the file is recognised when the server has another handle for it (its disk has another number after a boot), as
- * opposed to a new file that has the old one's number: by pages whose bytes are known. Both are called in nfsio's
- * thread, without a lock. `samples` is constant; `page` is room for 4096 bytes.
- */
-struct nfsio_samples {
-	/* With the number of the try. False when no page is known, else its place, and what is_right() is given. */
-	bool (*choose)(void *context, unsigned number, uint64_t *offset_bytes, uint64_t *proof);
-	/* Is the page that the server returned the one that is known? It may change `data`. */
-	bool (*is_right)(void *context, uint64_t offset_bytes, uint64_t proof, uint8_t *data);
-};
-void nfsio_recognise(struct nfsio *io, const struct nfsio_samples *samples, void *context, uint8_t *page);
 
 /*
  * The least size that the file has had since it was opened; UINT64_MAX while that is what it had then. Beyond it, the

@@ -28,22 +28,6 @@ static void free_all(struct nfsio *io)
 	free(io);
 }
 
-/* The file is known already: it need not be looked up again. Returns false when there is no memory. */
-static bool begin_like(struct nfsio *io, struct nfsio *like)
-{
-	pthread_mutex_lock(&like->lock);
-	if (like->place.peer.address_bytes > 0)
-		io->place = like->place;
-	io->fsid = like->fsid;
-	io->fileid = like->fileid;
-	io->directory = like->directory;
-	pthread_mutex_unlock(&like->lock);
-	io->opened = like->opened;
-	io->mount_path = strdup(like->mount_path);
-	io->prefix = strdup(like->prefix);
-	return io->mount_path != NULL && io->prefix != NULL;
-}
-
 int nfsio_create(const struct nfsio_options *options, struct nfsio **out, struct nfsio_failure *why)
 {
 	struct nfsio *io = calloc(1, sizeof(*io));
@@ -59,9 +43,8 @@ int nfsio_create(const struct nfsio_options *options, struct nfsio **out, struct
 	io->address = strdup(options->address);
 	io->version = (int)url_number(options->url, "version=", 3);
 	io->transport_kind = io->version == 3 ? options->transport : NFSIO_OVER_LIBNFS;
-	if (options->like != NULL && io->transport_kind == NFSIO_OVER_WIRE && !begin_like(io, options->like))
-		error = -ENOMEM;
 	io->options.like = NULL;
+	io->options.known = NULL;
 	wire_init(&io->wire);
 	io->patience_ms = (int64_t)options->connect_timeout_s * 1000;
 	if (io->options.silence_ms == 0)
@@ -83,8 +66,10 @@ int nfsio_create(const struct nfsio_options *options, struct nfsio **out, struct
 		error = -ENOMEM;
 	else if (io->wake_fd < 0)
 		error = -errno;
-	else if (error == 0)
+	else
 		error = url_take_path(io->url, &io->url_directory, &io->url_file);
+	if (error == 0 && !begin_with(io, options))
+		error = -ENOMEM;
 	if (error == 0)
 		error = thread_start(&io->thread, io_thread, io);
 	if (error != 0) {

@@ -325,15 +325,20 @@ int owner_watch_start(struct owner_watch *watch, struct nfsio *io, uint32_t limi
 		      void *context, struct nfsio_failure *why)
 {
 	struct timespec pause = { .tv_nsec = RETRY_MS * 1000000L };
+	int64_t end_ms = boottime_ms() + limit_ms;
 	int error;
 
 	watch->io = io;
 	watch->changed = changed;
 	watch->context = context;
-	while ((error = look(watch, limit_ms, why)) == -ENOENT)
-		nanosleep(&pause, NULL); /* a few times: MISSING_LOOKS */
-	if (error != 0 && why->error == 0)
+	/* a missing record a few times (MISSING_LOOKS), and for a while one whose look took longer than it permits */
+	while ((error = look(watch, limit_ms, why)) == -ENOENT ||
+	       (error == -ETIMEDOUT && why->error == 0 && boottime_ms() < end_ms))
+		nanosleep(&pause, NULL);
+	if (error != 0 && why->error == 0) {
 		*why = (struct nfsio_failure){ .phase = NFSIO_NAME, .error = error };
+		snprintf(why->message, sizeof(why->message), "%s", strerror(-error));
+	}
 	if (is_about_the_connection(error))
 		why->phase = NFSIO_CONNECT;
 	if (error != 0 || atomic_load(&watch->state) == OWNER_STOLEN)

@@ -80,16 +80,11 @@ static bool was_compared(const struct samples *samples, uint64_t offset)
 /* Compare the file with what is known of its bytes. Returns 0, or -errno when that could not be done. */
 static int compare_samples(struct nfsio *io, const struct connection *made, struct samples *found)
 {
-	const struct nfsio_samples *samples;
-	void *context;
-	uint8_t *page;
+	const struct nfsio_samples *samples = io->options.samples;
+	void *context = io->options.sample_context;
+	uint8_t *page = io->options.sample_page;
 
 	*found = (struct samples){ 0 };
-	pthread_mutex_lock(&io->lock);
-	samples = io->samples;
-	context = io->sample_context;
-	page = io->sample_page;
-	pthread_mutex_unlock(&io->lock);
 	for (unsigned number = 0; number < SAMPLES; number++) {
 		uint64_t offset;
 		uint64_t proof;
@@ -137,13 +132,4 @@ int is_same_file(struct nfsio *io, const struct connection *made)
 	if (same_number)
 		return found.known == 0 || found.right > 0;
 	return found.right >= SURE_SAMPLES && found.right == found.known;
-}
-
-void nfsio_recognise(struct nfsio *io, const struct nfsio_samples *samples, void *context, uint8_t *page)
-{
-	pthread_mutex_lock(&io->lock);
-	io->samples = samples;
-	io->sample_context = context;
-	io->sample_page = page;
-	pthread_mutex_unlock(&io->lock);
 }

@@ -16,9 +16,9 @@ static const char MAGIC[8] = "nbdnfs\0";
 
 _Static_assert(sizeof(off_t) == 8, "build with -D_FILE_OFFSET_BITS=64");
 
-/* Is it a region, of this version, for this backing file? Returns 0, or -errno and `message`. */
-static int check(const struct region_header *header, uint64_t bytes, const struct region_identity *identity,
-		 char *message, size_t message_bytes)
+/* Is it a region, of this version, for this path, and whole? Returns 0, or -errno and `message`. */
+static int check(const struct region_header *header, uint64_t bytes, uint64_t path_hash, char *message,
+		 size_t message_bytes)
 {
 	if (memcmp(header->magic, MAGIC, sizeof(MAGIC)) != 0) {
 		snprintf(message, message_bytes, "the file is not a region");
@@ -29,12 +29,13 @@ static int check(const struct region_header *header, uint64_t bytes, const struc
 			 REGION_PLAIN, REGION_ENCRYPTED);
 		return -EPROTO;
 	}
-	if (memcmp(&header->identity, identity, sizeof(*identity)) != 0) {
-		snprintf(message, message_bytes, "the region belongs to another backing file");
+	if (header->identity.path_hash != path_hash) {
+		snprintf(message, message_bytes, REGION_OF_ANOTHER_FILE);
 		return -EINVAL;
 	}
-	if (header->region_bytes != bytes ||
-	    region_size_bytes(identity->device_bytes, header->slot_count, header->version) != bytes) {
+	if (header->region_bytes != bytes || header->identity.device_bytes > REGION_DEVICE_BYTES_MAX ||
+	    header->slot_count > REGION_SLOTS_MAX ||
+	    region_size_bytes(header->identity.device_bytes, header->slot_count, header->version) != bytes) {
 		snprintf(message, message_bytes, "the region has %llu bytes, and its header says otherwise",
 			 (unsigned long long)bytes);
 		return -EPROTO;
@@ -138,6 +139,44 @@ static void set_parts(struct region *region)
 	region->data = (uint8_t *)header + (size_t)at.data;
 }
 
+/* It is locked, mapped and whole: begin to use it. */
+static void begin(struct region *region)
+{
+	protect(region);
+	set_parts(region);
+	count(&region->header->generation, 1);
+}
+
+int region_adopt(struct region *region, int fd, uint64_t path_hash, char *message, size_t message_bytes)
+{
+	struct stat st;
+	int error;
+
+	message[0] = '\0';
+	*region = (struct region){ .fd = -1 };
+	if (fstat(fd, &st) < 0)
+		return -errno;
+	if (st.st_size == 0)
+		return -ENOENT;
+	region->fd = reopen(fd);
+	if (region->fd < 0)
+		return region->fd;
+	error = lock_and_map(region, 0, message, message_bytes);
+	if (error == 0 && region->bytes < sizeof(struct region_header)) {
+		snprintf(message, message_bytes, "the file is not a region");
+		error = -EPROTO;
+	}
+	if (error == 0 && region->header->magic[0] == '\0')
+		error = -ENOENT;
+	if (error == 0)
+		error = check(region->header, region->bytes, path_hash, message, message_bytes);
+	if (error == 0)
+		begin(region);
+	else
+		region_unmap(region);
+	return error;
+}
+
 int region_map(struct region *region, int fd, const struct region_identity *identity, const struct region_plan *plan,
 	       char *message, size_t message_bytes)
 {
@@ -162,15 +201,16 @@ int region_map(struct region *region, int fd, const struct region_identity *iden
 	if (error == 0 && region->header->magic[0] == '\0' && region->bytes == new_bytes)
 		error = make_header(region, identity, plan);
 	else if (error == 0)
-		error = check(region->header, region->bytes, identity, message, message_bytes);
-	if (error != 0) {
-		region_unmap(region);
-		return error;
+		error = check(region->header, region->bytes, identity->path_hash, message, message_bytes);
+	if (error == 0 && memcmp(&region->header->identity, identity, sizeof(*identity)) != 0) {
+		snprintf(message, message_bytes, REGION_OF_ANOTHER_FILE);
+		error = -EINVAL;
 	}
-	protect(region);
-	set_parts(region);
-	count(&region->header->generation, 1);
-	return 0;
+	if (error == 0)
+		begin(region);
+	else
+		region_unmap(region);
+	return error;
 }
 
 void region_unmap(struct region *region)

@@ -44,7 +44,9 @@ enum region_version { REGION_PLAIN = 2, REGION_ENCRYPTED = 3 };
 /* What a slot holds, as the next worker finds it. FETCHING and WRITING exist in the worker's own memory only. */
 enum slot_content { SLOT_FREE = 0, SLOT_CLEAN = 1, SLOT_DIRTY = 2 };
 
-/* The backing file that a region belongs to. */
+#define REGION_OF_ANOTHER_FILE "the region belongs to another backing file"
+
+/* The backing file that a region belongs to: as it was when the region was laid out (last_place.h: since then). */
 struct region_identity {
 	uint64_t device_bytes;
 	uint64_t fileid;
@@ -223,6 +225,11 @@ struct region_plan {
  */
 int region_map(struct region *region, int fd, const struct region_identity *identity, const struct region_plan *plan,
 	       char *message, size_t message_bytes);
+/*
+ * The same for a region that another worker has laid out, for whatever file; path_hash must be as it was. The caller
+ * compares the rest of region->header->identity. -ENOENT: nothing has been laid out.
+ */
+int region_adopt(struct region *region, int fd, uint64_t path_hash, char *message, size_t message_bytes);
 void region_unmap(struct region *region);
 /* The same of a region that is not needed again: its keys are overwritten first. */
 void region_discard(struct region *region);
