@@ -10,6 +10,8 @@
 /* So many that match, and none that does not, are more than a file number can say. */
 #define SURE_SAMPLES 2
 #define SAMPLE_BYTES 4096
+/* A page that is not right is read so often: one wrong READ does not make it another file. */
+#define SAMPLE_TRIES 3
 
 /* At most a page of a file. */
 static void step_read3_done(struct rpc_context *rpc, int status, void *data, void *arg)
@@ -63,6 +65,21 @@ static int read_sample(struct nfsio *io, const struct connection *made, uint64_t
 	return error != 0 ? error : step->count == SAMPLE_BYTES ? 0 : -ENODATA;
 }
 
+/* Returns 1, 0 or -errno. A page beyond the end of the file is not right. */
+static int is_sample_right(struct nfsio *io, const struct connection *made, uint64_t offset, uint64_t proof)
+{
+	for (unsigned number = 0; number < SAMPLE_TRIES; number++) {
+		int error = read_sample(io, made, offset, io->options.sample_page);
+
+		if (error != 0 && error != -ENODATA)
+			return error;
+		if (error == 0 && io->options.samples->is_right(io->options.sample_context, offset, proof,
+								io->options.sample_page))
+			return 1;
+	}
+	return 0;
+}
+
 struct samples {
 	unsigned known, right;  /* pages that were compared, and those that are as they should be */
 	uint64_t offsets[SAMPLES]; /* of the pages that were compared */
@@ -81,25 +98,22 @@ static bool was_compared(const struct samples *samples, uint64_t offset)
 static int compare_samples(struct nfsio *io, const struct connection *made, struct samples *found)
 {
 	const struct nfsio_samples *samples = io->options.samples;
-	void *context = io->options.sample_context;
-	uint8_t *page = io->options.sample_page;
 
 	*found = (struct samples){ 0 };
 	for (unsigned number = 0; number < SAMPLES; number++) {
 		uint64_t offset;
 		uint64_t proof;
-		int error;
+		int right;
 
-		if (samples == NULL || !samples->choose(context, number, &offset, &proof))
+		if (samples == NULL || !samples->choose(io->options.sample_context, number, &offset, &proof))
 			break;
 		if (was_compared(found, offset))
 			continue;
-		error = read_sample(io, made, offset, page);
-		if (error != 0 && error != -ENODATA)
-			return error;
+		right = is_sample_right(io, made, offset, proof);
+		if (right < 0)
+			return right;
 		found->offsets[found->known++] = offset;
-		if (error == 0 && samples->is_right(context, offset, proof, page))
-			found->right++;
+		found->right += (unsigned)right;
 	}
 	return 0;
 }
