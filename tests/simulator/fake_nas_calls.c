@@ -547,7 +547,7 @@ static void take_call(struct sim_conn *conn, const uint8_t *at, int64_t sent_at_
 	spare = call->next;
 	call->conn = conn_hold(conn);
 	call->epoch = nas.epoch;
-	/* what a thread was about to send when the machine fell asleep leaves after it: decision 0029 */
+	/* what a thread was about to send when the machine fell asleep leaves after it: decision 0030 */
 	call->sent_at_ns = now_ns - woke_at_ns < 50 * MS ? 0 : sent_at_ns;
 	call->taken = true;
 	call->object = OBJECT_NONE;

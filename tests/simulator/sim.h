@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The simulator: the engine's own C (nbdnfs/engine/{base,region,nfs,block}) on a simulated machine. docs/decisions/0029
+ * The simulator: the engine's own C (nbdnfs/engine/{base,region,nfs,block}) on a simulated machine. docs/decisions/0030
  * has the reasons. One process, one real thread; everything that happens follows from the seed.
  *
  * world.c      clock, events, threads (coroutines), who runs next, the trace's hash
