@@ -7,7 +7,6 @@ imported where it is needed, when nbdkit is run by hand without an address, or t
 
 from __future__ import annotations
 
-import _thread
 import errno
 import os
 import sys
@@ -16,16 +15,14 @@ import time
 from nbdnfs import memlock, region
 from nbdnfs.engine import Engine, forget_services, keep_thread_states, libnfs_version, warm_cipher
 from nbdnfs.errors import ConfigError
-from nbdnfs.own_root import OwnRoot
 from nbdnfs.sizes import KERNEL_PAGE_BYTES, SLOT_BYTES
 from nbdnfs.worker import protocol
 
 TYPE_CHECKING = False  # typing's own, without typing
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from nbdnfs.errors import NbdnfsError
     from nbdnfs.nfs_url import NfsUrl
+    from nbdnfs.own_root import Outside
     from nbdnfs.worker.reference_engine import Engine as ReferenceEngine
     from nbdnfs.worker.settings import WorkerSettings
 
@@ -55,53 +52,6 @@ def check_url(text: str) -> tuple[str, str]:
     return parsed.text, parsed.resolve()
 
 
-class _Outside:
-    """A thread that keeps the root that a standby leaves, for the one thing that is imported later: what explains an
-    error. OSError where it cannot give up its privileges: it has none that the others have not."""
-
-    def __init__(self) -> None:
-        self._wanted, self._done = _thread.allocate_lock(), _thread.allocate_lock()
-        self._work: Callable[[], NbdnfsError] | None = None
-        self._result: NbdnfsError | None = None
-        self._failure: BaseException | None = None
-        self._wanted.acquire()
-        self._done.acquire()
-        _thread.start_new_thread(self._wait, ())
-        self._done.acquire()  # it has given up its privileges, or has failed to; each is soon
-        if self._failure is not None:
-            raise self._failure
-
-    def run(self, work: Callable[[], NbdnfsError]) -> NbdnfsError:
-        """Call `work` there. Once; it takes as long as `work` does."""
-        self._work = work
-        self.end()
-        self._done.acquire()
-        if self._failure is not None:
-            raise self._failure
-        assert self._result is not None
-        return self._result
-
-    def end(self) -> None:
-        """It is not needed any more."""
-        self._wanted.release()
-
-    def _wait(self) -> None:
-        try:
-            memlock.drop_privileges()
-        except OSError as error:
-            self._failure = error
-            self._done.release()
-            return
-        self._done.release()
-        self._wanted.acquire()  # for ever: until there is an error to explain, or the engine is open
-        try:
-            if self._work is not None:
-                self._result = self._work()
-        except BaseException as error:
-            self._failure = error
-        self._done.release()
-
-
 class Worker:
     """One worker. Its methods are called once each, in the order in which they stand, by the main thread."""
 
@@ -109,7 +59,7 @@ class Worker:
         self._settings = settings
         self._url = settings.url
         self._address = settings.address or ""
-        self._outside: _Outside | None = None
+        self._outside: Outside | None = None
 
     def prepare(self) -> None:
         """Before there are threads: check the URL, tune malloc and stacks. Raises NbdnfsError.
@@ -137,7 +87,9 @@ class Worker:
             self._apply(memlock.lock(CODE, skip=self._settings.without, one_cpu=True))
         try:
             if self._settings.control_fd is not None:
-                self._outside = _Outside()
+                from nbdnfs.own_root import Outside, OwnRoot  # not for a worker without a keeper
+
+                self._outside = Outside()
                 OwnRoot(lambda reason: None).enter()  # the threads to come inherit it; the keeper says where it cannot
             memlock.drop_privileges()
         except OSError as error:
