@@ -12,7 +12,8 @@ IN_PARALLEL := -n 4 --dist loadfile --max-worker-restart 0
 PROGRAM := $(AS_ROOT) env PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/vm-tests:$(CURDIR)/bench $(PYTHON)
 C_FILES = $(wildcard nbdnfs/*.c nbdnfs/engine/*.[ch] nbdnfs/engine/*/*.[ch] bench/*.c vm-tests/inside/*.c)
 
-.PHONY: help release demo test unit faults hostile odd-servers vm-test bench bench-vm lint format clean deb check-deb dist check-dist
+.PHONY: help release demo test unit faults hostile odd-servers prove vm-test bench bench-vm lint format clean deb
+.PHONY: check-deb dist check-dist
 help:
 	@echo 'make demo         a Debian guest swaps onto a file on an NFS server; a table at the end'
 	@echo 'make demo HERE=1  the same on this machine, without a guest (needs the kernel module nbd)'
@@ -21,6 +22,7 @@ help:
 	@echo 'make unit         the tests that need no server, no root and no nbdkit: less than a minute'
 	@echo 'make faults       ten minutes of verified reads and writes while faults strike; ARGS="--seed 7 --version 4"'
 	@echo 'make hostile      a million answers of a server that mutates them, under a sanitizer; ARGS="--answers 1000"'
+	@echo 'make prove        the data path on a simulated machine: seeds, crash points, failing calls, seeded faults'
 	@echo 'make odd-servers  serve from odd servers, and write the table of docs/servers.md'
 	@echo 'make vm-test      all tests in guests; SUITE=trixie, KERNEL=generic, ARGS="--memory-rounds 3"'
 	@echo 'make bench        our worker beside qemu-nbd, the reference engine and bare libnfs'
@@ -64,6 +66,11 @@ faults:
 hostile:
 	@tools/bootstrap.sh test
 	tools/sanitize.sh address --program tests/hostile/run.py $(ARGS)
+
+# SECONDS_EACH=3600 for more seeds; ARGS="--first-seed 5000" for others, ARGS="--shrink 7" to make one smaller.
+prove:
+	@tools/bootstrap.sh test
+	PYTHONPATH=tests $(PYTHON) -m simulator.prove --seconds $(or $(SECONDS_EACH),300) --write $(ARGS)
 
 odd-servers:
 	@tools/bootstrap.sh test

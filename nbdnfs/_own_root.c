@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * A root for the calling thread in which there is nothing but the kernel's own file systems: for keeper/own_root.py.
+ * A root for the calling thread in which there is nothing but the kernel's own file systems: for own_root.py.
  * Limited API of CPython 3.11.
  */
 #define PY_SSIZE_T_CLEAN
@@ -117,7 +117,7 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef module_def = {
 	PyModuleDef_HEAD_INIT,
 	.m_name = "nbdnfs._own_root",
-	.m_doc = "A root of the kernel's own file systems. Use nbdnfs.keeper.own_root.",
+	.m_doc = "A root of the kernel's own file systems. Use nbdnfs.own_root.",
 	.m_size = -1,
 	.m_methods = methods,
 };

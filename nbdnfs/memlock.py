@@ -171,34 +171,21 @@ def _stacks() -> Measure:
     return Measure("stacks", found == THREAD_STACK_BYTES, f"{found // 1024} KiB for each thread")
 
 
-# /proc/self of the process with this pid, opened at its first use: later on, a path that begins at "/" would wait for
-# the server of the root.
-_own_folder = (0, -1)
-
-
-def _open_own(name: str, flags: int) -> int:
-    global _own_folder
-    if _own_folder[0] != os.getpid():
-        _own_folder = (os.getpid(), os.open("/proc/self", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-    return os.open(name, flags | os.O_CLOEXEC, dir_fd=_own_folder[1])
-
-
-def _read(name: str) -> str:
-    """A file of /proc/self, in the final process."""
-    with open(name, opener=_open_own) as file:
+def _read(path: str) -> str:
+    with open(path) as file:
         return file.read()
 
 
-def _write(name: str, text: str) -> None:
-    with open(name, "w", opener=_open_own) as file:
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
         file.write(text)
 
 
 def _core_dump() -> Measure:
     """The pages that pass through are the memory of other processes: no dump may contain them, not even a piped one."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _write("coredump_filter", "0")
-    found = int(_read("coredump_filter"), 16)
+    _write("/proc/self/coredump_filter", "0")
+    found = int(_read("/proc/self/coredump_filter"), 16)
     return Measure("core dump", found == 0, "holds no memory" if found == 0 else f"filter is {found:#x}")
 
 
@@ -219,7 +206,7 @@ def _lock(code: Iterable[str]) -> Measure:
     for start, length in _linker_tables:
         _memlock.drop(start, length)
     _memlock.lock_on_fault()
-    locked = _read("status").partition("\nVmLck:")[2].split(maxsplit=1)[0]
+    locked = _read("/proc/self/status").partition("\nVmLck:")[2].split(maxsplit=1)[0]
     return Measure("lock", locked != "0", f"{locked} KiB mapped, locked once touched")
 
 
@@ -239,7 +226,7 @@ class _Mapping:
 
 def _file_mappings() -> Iterator[_Mapping]:
     mapping = None
-    for line in _read("smaps").splitlines():
+    for line in _read("/proc/self/smaps").splitlines():
         fields = line.split(maxsplit=5)
         if not fields[0].endswith(":"):
             mapping = _Mapping(fields) if len(fields) == 6 and fields[5].startswith("/") else None
@@ -285,13 +272,13 @@ def _heap(heap_bytes: int) -> Measure:
 
 def _io_flusher() -> Measure:
     _memlock.set_io_flusher()
-    ok = proc_stat.is_io_flusher(int(proc_stat.fields(_read("stat"))[proc_stat.FLAGS]))
+    ok = proc_stat.is_io_flusher(int(proc_stat.fields(_read("/proc/self/stat"))[proc_stat.FLAGS]))
     return Measure("io flusher", ok, "set" if ok else "not set")
 
 
 def _oom() -> Measure:
-    _write("oom_score_adj", str(_OOM_IMMUNE))
-    found = int(_read("oom_score_adj"))
+    _write("/proc/self/oom_score_adj", str(_OOM_IMMUNE))
+    found = int(_read("/proc/self/oom_score_adj"))
     return Measure("oom", found == _OOM_IMMUNE, f"oom_score_adj {found}")
 
 

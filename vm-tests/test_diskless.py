@@ -34,7 +34,11 @@ _SEQUENTIAL = ",".join(["fill", *["sequential"] * 63])
 _TELL = ("systemd.log_level=info", "systemd.log_target=kmsg", "printk.devkmsg=on")
 
 # What keeper and worker say is in the kernel's log, which survives the guest.
-_FORWARD = ("systemd.journald.forward_to_kmsg=1", "printk.devkmsg=on")
+_FORWARD = (
+    "systemd.journald.forward_to_kmsg=1",
+    "systemd.journald.max_level_kmsg=info",
+    "printk.devkmsg=on",
+)
 
 # The initramfs has set up the card, and no other hardware is needed: an emulated CPU loads drivers from an NFS
 # root for minutes.

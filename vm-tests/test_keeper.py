@@ -122,14 +122,14 @@ def kill_under_load(
 ) -> None:
     """Kill `count` times while the hog runs, and print how long swap stood still: how fast it goes on is up to the
     machine. GuestFailedError for a page that is lost, or swap that does not move again."""
-    hog = start_hog(guest, size_mib, limit_mib, timeout_s, passes)
-    guest.wait_until(lambda: swapped_out(guest) > 1000, 120, "the first pages to go out")
     killer = guest.start(f"exec python3 {_KILLER} {_NAME} {what} {count} {every_s}", timeout_s)
+    guest.wait_until(lambda: "ready" in killer.stdout, 120, "the killer")
+    hog = start_hog(guest, size_mib, limit_mib, timeout_s, passes)
     done = killer.wait()
     print(done.stdout)
     assert done.status == 0, done.stderr
     verdict = finish(guest, hog, timeout_s)
-    kills = [json.loads(line) for line in done.stdout.splitlines()]
+    kills = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(kills) == count
     lost = [kill for kill in kills if kill["resumed_s"] is None]
     if lost:

@@ -17,12 +17,12 @@ from nbdnfs import config, memlock, nfs_url, proc_stat, programs
 from nbdnfs.errors import NbdnfsError, NoHostError, OwnedError, PermissionDeniedError, UnavailableError, UsageError
 from nbdnfs.keeper import failures, hibernation, journal, last_good, only_keeper, sd_notify
 from nbdnfs.keeper.keeper import Keeper
-from nbdnfs.keeper.own_root import OwnRoot
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.reporter import Reporter
 from nbdnfs.kernel import nbd_device, nbd_driver
 from nbdnfs.nas import owner_record
+from nbdnfs.own_root import OwnRoot
 from nbdnfs.worker import nbdkit
 
 TYPE_CHECKING = False  # typing's own, without typing

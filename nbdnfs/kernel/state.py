@@ -160,7 +160,7 @@ def nbd_module(root: Path = ROOT) -> NbdModule:
 
 def mounts(root: Path = ROOT) -> list[Mount]:
     """What is mounted in this process's mount namespace, and in the first process's: a keeper has one of its own
-    (keeper/own_root.py). Without root, the first process's cannot be seen."""
+    (own_root.py). Without root, the first process's cannot be seen."""
     found: dict[Mount, None] = {}
     for process in ("self", "1"):
         for line in (read_text(root / "proc" / process / "mountinfo") or "").splitlines():

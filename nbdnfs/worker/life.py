@@ -7,19 +7,24 @@ imported where it is needed, when nbdkit is run by hand without an address, or t
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
 import sys
 import time
 
 from nbdnfs import memlock, region
-from nbdnfs.engine import Engine, forget_services, hold_descriptors, keep_thread_states, libnfs_version, warm_cipher
+from nbdnfs.engine import Engine, forget_services, keep_thread_states, libnfs_version, warm_cipher
 from nbdnfs.errors import ConfigError
+from nbdnfs.own_root import OwnRoot
 from nbdnfs.sizes import KERNEL_PAGE_BYTES, SLOT_BYTES
 from nbdnfs.worker import protocol
 
 TYPE_CHECKING = False  # typing's own, without typing
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nbdnfs.errors import NbdnfsError
     from nbdnfs.nfs_url import NfsUrl
     from nbdnfs.worker.reference_engine import Engine as ReferenceEngine
     from nbdnfs.worker.settings import WorkerSettings
@@ -36,7 +41,7 @@ PUT_OFF_LIMIT_S = 120.0
 
 # How the names of the files begin whose code a worker runs. nbdkit's TLS libraries are not among them: they are
 # most of what it maps, and a Unix socket needs none.
-CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", "_memlock.")
+CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", "_memlock.", "_own_root.")
 # Of libsodium a worker runs a few pages, and only to encrypt: warm_cipher() touches these, and no others are locked.
 
 
@@ -50,6 +55,53 @@ def check_url(text: str) -> tuple[str, str]:
     return parsed.text, parsed.resolve()
 
 
+class _Outside:
+    """A thread that keeps the root that a standby leaves, for the one thing that is imported later: what explains an
+    error. OSError where it cannot give up its privileges: it has none that the others have not."""
+
+    def __init__(self) -> None:
+        self._wanted, self._done = _thread.allocate_lock(), _thread.allocate_lock()
+        self._work: Callable[[], NbdnfsError] | None = None
+        self._result: NbdnfsError | None = None
+        self._failure: BaseException | None = None
+        self._wanted.acquire()
+        self._done.acquire()
+        _thread.start_new_thread(self._wait, ())
+        self._done.acquire()  # it has given up its privileges, or has failed to; each is soon
+        if self._failure is not None:
+            raise self._failure
+
+    def run(self, work: Callable[[], NbdnfsError]) -> NbdnfsError:
+        """Call `work` there. Once; it takes as long as `work` does."""
+        self._work = work
+        self.end()
+        self._done.acquire()
+        if self._failure is not None:
+            raise self._failure
+        assert self._result is not None
+        return self._result
+
+    def end(self) -> None:
+        """It is not needed any more."""
+        self._wanted.release()
+
+    def _wait(self) -> None:
+        try:
+            memlock.drop_privileges()
+        except OSError as error:
+            self._failure = error
+            self._done.release()
+            return
+        self._done.release()
+        self._wanted.acquire()  # for ever: until there is an error to explain, or the engine is open
+        try:
+            if self._work is not None:
+                self._result = self._work()
+        except BaseException as error:
+            self._failure = error
+        self._done.release()
+
+
 class Worker:
     """One worker. Its methods are called once each, in the order in which they stand, by the main thread."""
 
@@ -57,6 +109,7 @@ class Worker:
         self._settings = settings
         self._url = settings.url
         self._address = settings.address or ""
+        self._outside: _Outside | None = None
 
     def prepare(self) -> None:
         """Before there are threads: check the URL, tune malloc and stacks. Raises NbdnfsError.
@@ -75,15 +128,17 @@ class Worker:
     def lock_memory(self) -> None:
         """In the process that serves, before its threads start: they inherit some of it. Raises ConfigError.
 
-        Also the last time that glibc reads nsswitch.conf: a standby that takes over opens no file by a path, since the
-        root may be on a server that does not answer.
+        Also the last time that glibc reads nsswitch.conf: a standby that takes over opens no file, since the root may
+        be on a server that does not answer.
         """
         if self._settings.engine == "c":
             forget_services()
-            hold_descriptors()
         if self._settings.lock != "off":
             self._apply(memlock.lock(CODE, skip=self._settings.without, one_cpu=True))
         try:
+            if self._settings.control_fd is not None:
+                self._outside = _Outside()
+                OwnRoot(lambda reason: None).enter()  # the threads to come inherit it; the keeper says where it cannot
             memlock.drop_privileges()
         except OSError as error:
             raise ConfigError(
@@ -93,9 +148,10 @@ class Worker:
     def wait_until_activated(self) -> None:
         """As a standby: say READY, and wait for the keeper's ACTIVATE. Without a control socket, return at once.
 
-        All memory is in place by then, so that taking over needs next to none. The keeper that activates may be the
-        next one, which finds the standby parked. The process exits when no process has the other end of the control
-        socket. Raises ConfigError.
+        All memory is in place by then, so that taking over needs next to none. No path that is looked up from then on
+        leads to the root, which may be on a server that is away: glibc looks for nscd(8), for one. The keeper that
+        activates may be the next one, which finds the standby parked. The process exits when no process has the other
+        end of the control socket. Raises ConfigError.
         """
         control_fd = self._settings.control_fd
         if control_fd is None:
@@ -135,10 +191,10 @@ class Worker:
                     control_fd is not None or time.monotonic() < gives_up_at_s
                 )
                 if not is_put_off and (control_fd is None or getattr(error, "phase", "") != "connect"):
-                    from nbdnfs.nas import explain
-
-                    raise explain.open_error(error, self._parsed_url(), self._address) from None
+                    raise self._explained(error) from None
             else:
+                if self._outside is not None:
+                    self._outside.end()
                 if control_fd is not None:
                     os.close(control_fd)  # from here on the NBD connection says whether this worker lives
                 return engine
@@ -154,6 +210,14 @@ class Worker:
         """When the engine is open. Raises ConfigError."""
         if self._settings.lock != "off":
             self._apply(memlock.settle(CODE, heap_bytes=self._heap_bytes(), skip=self._settings.without))
+
+    def _explained(self, error: OSError) -> NbdnfsError:
+        def explain_it() -> NbdnfsError:
+            from nbdnfs.nas import explain
+
+            return explain.open_error(error, self._parsed_url(), self._address)
+
+        return explain_it() if self._outside is None else self._outside.run(explain_it)
 
     def _parsed_url(self) -> NfsUrl:
         from nbdnfs import nfs_url

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* What the two parts of the fake NAS share: fake_nas.c (disk, power, faults) and fake_nas_calls.c (calls and answers). */
+/* What the parts of the fake NAS share: fake_nas.c (disk, power, faults), fake_nas_calls.c (calls and answers). */
 #ifndef NBDNFS_SIM_FAKE_NAS_H
 #define NBDNFS_SIM_FAKE_NAS_H
 

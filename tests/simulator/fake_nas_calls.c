@@ -177,6 +177,16 @@ static void do_read(struct call *call, uint8_t **at)
 	*at += padded(count);
 }
 
+static void tell(const struct call *call, const char *what, uint32_t stable)
+{
+	if (options.verbose)
+		fprintf(stderr, "%14.6f server %s %llu+%u, %u, verifier %llx, due %.6f%s, begins %016llx\n",
+			(double)now_ns / 1e9, what, (unsigned long long)call->offset / PAGE_BYTES,
+			call->count / PAGE_BYTES, stable, (unsigned long long)nas.verifier, (double)call->due_ns / 1e9,
+			conn_has_client(call->conn) ? "" : ", late",
+			(unsigned long long)*(const uint64_t *)(const void *)call->data);
+}
+
 static void do_write(struct call *call, uint8_t **at)
 {
 	uint32_t count = moved(call->count), committed = call->stable;
@@ -194,11 +204,8 @@ static void do_write(struct call *call, uint8_t **at)
 		disk_write(call->offset, call->data, count, committed == 2);
 	else
 		memcpy(nas.record + call->offset, call->data, count);
-	if (options.verbose && call->object == OBJECT_FILE)
-		fprintf(stderr, "%14.6f server WRITE %llu+%u, %u bytes, committed %u, verifier %llx%s, begins %016llx\n", (double)now_ns / 1e9,
-			(unsigned long long)call->offset / PAGE_BYTES, call->count / PAGE_BYTES, count, committed,
-			(unsigned long long)nas.verifier, conn_has_client(call->conn) ? "" : ", late",
-			(unsigned long long)*(uint64_t *)(void *)call->data);
+	if (call->object == OBJECT_FILE)
+		tell(call, "WRITE", committed);
 	put32(at, NFS3_OK);
 	put_wcc(at, call->object);
 	put32(at, count);
@@ -310,9 +317,7 @@ static void put_results(struct call *call, uint8_t **at)
 		break;
 	case PROC_COMMIT:
 		disk_commit();
-		if (options.verbose)
-			fprintf(stderr, "%14.6f server COMMIT, verifier %llx\n", (double)now_ns / 1e9,
-				(unsigned long long)nas.verifier);
+		tell(call, "COMMIT", 2);
 		put32(at, NFS3_OK);
 		put_wcc(at, call->object);
 		put64(at, verifier_now());
@@ -422,7 +427,7 @@ static void carry_out(void *a, uint64_t b, uint64_t c)
 	if (call->epoch == nas.epoch)
 		answer(call);
 	if (call->answer_bytes > 0)
-		event_at(now_ns + rng_between(&nas.calls, 0, options.latency_ns), send_answer, call, b, 0);
+		event_at(now_ns + rng_between(&nas.calls, 0, 4 * options.latency_ns), send_answer, call, b, 0);
 	else
 		let_go(call);
 }
@@ -542,7 +547,7 @@ static void take_call(struct sim_conn *conn, const uint8_t *at, int64_t sent_at_
 	spare = call->next;
 	call->conn = conn_hold(conn);
 	call->epoch = nas.epoch;
-	/* what a thread was about to send when the machine fell asleep leaves after it: decision 0029 */
+	/* what a thread was about to send when the machine fell asleep leaves after it: decision 0030 */
 	call->sent_at_ns = now_ns - woke_at_ns < 50 * MS ? 0 : sent_at_ns;
 	call->taken = true;
 	call->object = OBJECT_NONE;
@@ -563,10 +568,8 @@ static void take_call(struct sim_conn *conn, const uint8_t *at, int64_t sent_at_
 	if (!conn_has_client(conn) && call->due_ns > now_ns + HURRY_NS)
 		call->due_ns = now_ns + rng_between(&nas.calls, 0, HURRY_NS);
 	call->serial = ++serials;
-	if (options.verbose && call->procedure == PROC_WRITE && call->object == OBJECT_FILE)
-		fprintf(stderr, "%14.6f server takes %llu+%u, due %f, begins %016llx\n", (double)now_ns / 1e9,
-			(unsigned long long)call->offset / PAGE_BYTES, call->count / PAGE_BYTES, (double)call->due_ns / 1e9,
-			(unsigned long long)*(uint64_t *)(void *)call->data);
+	if (call->procedure == PROC_WRITE && call->object == OBJECT_FILE)
+		tell(call, "takes WRITE", call->stable);
 	event_at(call->due_ns, carry_out, call, call->serial, 0);
 }
 

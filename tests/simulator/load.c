@@ -169,7 +169,8 @@ static void check_disk(uint32_t page, uint32_t version, const char *after)
 static void check_newer(uint32_t page, uint32_t lowest)
 {
 	if (!options.encrypt && !is_mix(nas_stable_page(page), page, lowest, issued[page]))
-		sim_fail("after FLUSH the server's disk has bytes of page %u that are older than version %u", page, lowest);
+		sim_fail("after FLUSH the server's disk has bytes of page %u that are older than version %u", page,
+			 lowest);
 }
 
 /* ---- requests ---- */
@@ -444,9 +445,8 @@ void load_interrupted(void)
 
 		if (request->kind == KIND_NONE)
 			continue;
-		for (uint32_t page = request->page; request->kind == KIND_WRITE && page < request->page + request->count;
-		     page++)
-			torn[page] = true;
+		for (uint32_t at = 0; request->kind == KIND_WRITE && at < request->count; at++)
+			torn[request->page + at] = true;
 		again[again_count++] = *request;
 		request->kind = KIND_NONE;
 	}
@@ -466,6 +466,19 @@ const char *load_oldest(void)
 	snprintf(text, sizeof(text), "%s of %u pages at page %u waits since %.3f s", kind_names[oldest->now.kind],
 		 oldest->now.count, oldest->now.page, (double)oldest->since_ns / 1e9);
 	return text;
+}
+
+/* Pages whose write was cut off have bytes of that write and of the one before, and none of another page. */
+void load_check_torn(void)
+{
+	struct requester *me = &requesters[0];
+
+	for (uint32_t page = 0; page < options.pages; page++) {
+		if (!torn[page])
+			continue;
+		me->now = (struct request){ .kind = KIND_READ, .page = page, .count = 1 };
+		carry_out(me);
+	}
 }
 
 void load_flush(void)

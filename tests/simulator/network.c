@@ -371,6 +371,7 @@ int __wrap_eventfd(unsigned value, int flags)
 int __wrap_connect(int fd, const struct sockaddr *address, socklen_t bytes)
 {
 	static const int errors[] = { 0, EINTR, ENETUNREACH, EADDRNOTAVAIL, ECONNREFUSED };
+	struct sockaddr_in peer;
 	struct fd *socket = fd_of(fd, FD_SOCKET);
 	uint32_t failure;
 
@@ -378,7 +379,8 @@ int __wrap_connect(int fd, const struct sockaddr *address, socklen_t bytes)
 	crash_point();
 	if ((failure = call_fails(4)) != 0)
 		return fails_with(errors[failure]);
-	socket->conn = conn_new((uint32_t)(socket - fds), ntohs(((const struct sockaddr_in *)(const void *)address)->sin_port));
+	memcpy(&peer, address, sizeof(peer));
+	socket->conn = conn_new((uint32_t)(socket - fds), ntohs(peer.sin_port));
 	event_at(now_ns + travel_ns(), syn_arrives, socket->conn, socket->conn->number, 0);
 	return fails_with(EINPROGRESS);
 }

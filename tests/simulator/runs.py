@@ -11,9 +11,28 @@ from typing import Any
 
 # The names on the simulator's command line, in the order in which the shrinker tries to do without them.
 FAULTS = (
-    "thief suspend owner_refused fragments limits corrupt_read stale verifier_flutter stability short_transfer refuse "
-    "jukebox drop_request drop_answer slow blackhole reset partition nas_restart nas_crash worker_crash"
-).split()
+    "thief",
+    "suspend",
+    "owner_refused",
+    "fragments",
+    "limits",
+    "corrupt_read",
+    "stale",
+    "verifier_flutter",
+    "stability",
+    "short_transfer",
+    "refuse",
+    "jukebox",
+    "drop_request",
+    "drop_answer",
+    "slow",
+    "blackhole",
+    "reset",
+    "partition",
+    "nas_restart",
+    "nas_crash",
+    "worker_crash",
+)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The simulator: the engine's own C (nbdnfs/engine/{base,region,nfs,block}) on a simulated machine. docs/decisions/0029
+ * The simulator: the engine's own C (nbdnfs/engine/{base,region,nfs,block}) on a simulated machine. docs/decisions/0030
  * has the reasons. One process, one real thread; everything that happens follows from the seed.
  *
  * world.c      clock, events, threads (coroutines), who runs next, the trace's hash
@@ -107,8 +107,8 @@ struct sim_result {
 	char why[512];
 	uint64_t trace;         /* equal for equal runs */
 	int64_t time_ns;
-	uint64_t page_ops, requests, worker_crashes, nas_crashes, connections, calls_nfs, points, failable, failed_calls,
-		stores;
+	uint64_t page_ops, requests, worker_crashes, nas_crashes, connections;
+	uint64_t calls_nfs, points, failable, failed_calls, stores;
 	uint64_t faults[FAULT_COUNT];
 };
 
@@ -243,6 +243,7 @@ void *load_thread(void *argument);
 /* The worker was killed: what was under way is asked again. */
 void load_interrupted(void);
 void load_check_all(void);
+void load_check_torn(void);
 void load_flush(void);
 void *load_requester(uint32_t number);
 /* What waits for longest, as text. */

@@ -6,16 +6,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from simulator.build import ENGINE, build
 from simulator.mutants import KNOWN, SEEDED, Mutant
 from simulator.runs import FAULTS, shrink, simulate
 
 # Of the processor's time. `make prove` takes as long as it is told.
-SEEDS_S = 15
+SEEDS_S = 10
 KNOWN_FAULT_S = 600
 
 # Small enough to be stopped everywhere: an encrypted region, and a plain one with four connections.
-BOUNDED = ({"seed": 1, "requests": 8, "threads": 2}, {"seed": 3, "requests": 12, "threads": 3})
+BOUNDED = ({"seed": 1, "requests": 4, "threads": 2}, {"seed": 3, "requests": 8, "threads": 3})
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -41,7 +42,7 @@ def test_a_seed_replays(program: Path) -> None:
 
 def test_every_fault_strikes(program: Path) -> None:
     """In a few hundred seeds each kind of fault happens."""
-    summary = simulate(program, 1, seeds=300).summary
+    summary = simulate(program, 1, seeds=300, requests=60).summary
     assert set(summary["faults"]) == set(FAULTS)
     assert [name for name, times in summary["faults"].items() if times == 0] == []
     assert summary["worker_crashes"] > 0
@@ -81,7 +82,7 @@ def test_every_call_fails_once(program: Path, words: dict[str, int]) -> None:
 @pytest.mark.parametrize("mutant", KNOWN, ids=lambda mutant: mutant.name.replace(" ", "-"))
 def test_known_faults_are_found(mutant: Mutant) -> None:
     """A fault that the engine had, put back in, is found within ten minutes."""
-    outcome = simulate(build(changed=mutant.apply(ENGINE), name="known"), 1, seconds=KNOWN_FAULT_S)
+    outcome = simulate(build(changed=mutant.apply(ENGINE), name="known"), 1, seconds=KNOWN_FAULT_S, **mutant.words)
     assert outcome.failures != []
 
 

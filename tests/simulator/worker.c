@@ -38,7 +38,9 @@ void worker_requester_ended(void)
 /* Errors of a start that a keeper answers with another one. */
 static void check_start(int error, const struct nfsio_failure *why)
 {
-	static const int expected[] = { ENOTCONN, ETIMEDOUT, EAGAIN, ECONNREFUSED, ECONNRESET, ENOENT, ESTALE, ECANCELED };
+	static const int expected[] = { ENOTCONN,     ETIMEDOUT,  EAGAIN, ECONNREFUSED,
+					ECONNRESET, ENOENT, ESTALE, ECANCELED };
+	uint32_t refusing = 1u << FAULT_owner_refused | 1u << FAULT_refuse;
 
 	if (live_allocations != 0)
 		sim_fail("a start that failed (%d) leaves %llu allocations", -error,
@@ -46,7 +48,7 @@ static void check_start(int error, const struct nfsio_failure *why)
 	for (unsigned i = 0; i < sizeof(expected) / sizeof(expected[0]); i++)
 		if (error == -expected[i])
 			return;
-	if (options.fail_at == 0 && !(options.faults >> FAULT_owner_refused & 1) && !(options.faults >> FAULT_refuse & 1))
+	if (options.fail_at == 0 && (options.faults & refusing) == 0)
 		sim_fail("a worker does not start: error %d, %s", -error, why->message);
 }
 
@@ -99,6 +101,8 @@ static void *worker_main(void *argument)
 	(void)argument;
 	start_engine();
 	if (phase == PHASE_LOAD) {
+		if (rng_chance(&workers, 512))
+			load_check_torn();
 		run_load();
 		phase = PHASE_FLUSH;
 	}
@@ -115,7 +119,8 @@ static void *worker_main(void *argument)
 		}
 		engine_destroy(worker_engine);
 		if (live_allocations != 0)
-			sim_fail("an engine that has ended leaves %llu allocations", (unsigned long long)live_allocations);
+			sim_fail("an engine that has ended leaves %llu allocations",
+				 (unsigned long long)live_allocations);
 		start_engine();
 	}
 	load_check_all();

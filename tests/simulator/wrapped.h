@@ -20,6 +20,7 @@
 
 bool close_region(int fd);
 
+ssize_t __real_write(int fd, const void *buffer, size_t bytes);
 void *__real_memcpy(void *to, const void *from, size_t bytes);
 void *__wrap_memcpy(void *to, const void *from, size_t bytes);
 

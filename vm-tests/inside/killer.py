@@ -4,9 +4,13 @@
 
     killer.py NAME worker|keeper|both COUNT SECONDS
 
-One line of JSON for each kill: {"killed": [pids], "resumed_s": seconds, or null when nothing moved in time}. Swap moves
-again when the device completes a request, by its counters in /sys/block: without requests
-nothing completes, so it needs a load. It locks its memory: it must not be part of what it measures.
+Started before the load, it prints "ready" when all that it needs is in its memory: under the load, a program takes
+minutes to start from a root on NFS. The kills begin when pages go out. One line of JSON for each:
+
+    {"killed": [pids], "resumed_s": seconds, or null when nothing moved in time}
+
+Swap moves again when the device completes a request, by its counters in /sys/block: without requests nothing completes.
+It locks its memory: it must not be part of what it measures.
 """
 
 import ctypes
@@ -19,6 +23,8 @@ import time
 RESUME_TIMEOUT_S = 60.0
 # Replies that were on their way when the worker died do not count. An emulated CPU needs long to take them in.
 GRACE_S = 0.3
+PAGES_OUT = 1000
+LOAD_TIMEOUT_S = 600.0
 
 libc = ctypes.CDLL(None, use_errno=True)
 # MCL_CURRENT | MCL_FUTURE
@@ -39,6 +45,22 @@ def completed(device: str) -> int:
     return int(fields[0]) + int(fields[4])
 
 
+def pages_out() -> int:
+    """Since boot: mm/vmstat.c."""
+    with open("/proc/vmstat") as vmstat:
+        return next(int(line.split()[1]) for line in vmstat if line.startswith("pswpout "))
+
+
+def wait_for_load() -> None:
+    begun_at, gives_up_at_s = pages_out(), time.monotonic() + LOAD_TIMEOUT_S
+    json.dumps({"killed": [1], "resumed_s": 0.5})
+    print("ready", flush=True)
+    while pages_out() < begun_at + PAGES_OUT:
+        if time.monotonic() > gives_up_at_s:
+            sys.exit("killer: there is no load")
+        time.sleep(0.1)
+
+
 def living_pid_of(name: str, what: str) -> int:
     """Of a process that is there: a record may be that of the last one, which was killed."""
     deadline = time.monotonic() + RESUME_TIMEOUT_S
@@ -57,6 +79,7 @@ def main() -> None:
     name, what, count, every_s = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
     with open(f"/run/nbdnfs/{name}/device") as record:
         device = record.read().strip()
+    wait_for_load()
     targets = ["worker", "keeper"] if what == "both" else [what]
     for _ in range(count):
         time.sleep(every_s)

@@ -3,7 +3,6 @@
 #include "binding/binding.h"
 
 #include "base/cipher.h"
-#include "region/region.h"
 
 #include <errno.h>
 #ifdef __GLIBC__
@@ -26,11 +25,6 @@ static PyObject *forget_services(PyObject *module, PyObject *unused)
 	Py_RETURN_NONE;
 }
 
-static PyObject *hold_descriptors(PyObject *module, PyObject *unused)
-{
-	return none_or_errno(region_prepare());
-}
-
 static PyObject *warm_cipher(PyObject *module, PyObject *unused)
 {
 	return none_or_errno(cipher_init());
@@ -41,8 +35,6 @@ static PyMethodDef module_methods[] = {
 	  "keep_thread_states(): keep a state for each thread that Python did not start (nbdkit's)" },
 	{ "forget_services", forget_services, METH_NOARGS,
 	  "forget_services(): from now on, looking up the name of a port reads no file and finds nothing" },
-	{ "hold_descriptors", hold_descriptors, METH_NOARGS,
-	  "hold_descriptors(): in the final process, from now on, no path is needed to open an engine" },
 	{ "warm_cipher", warm_cipher, METH_NOARGS,
 	  "warm_cipher(): run all code that encrypting pages needs, so that locked memory has it" },
 	{ NULL, NULL, 0, NULL },

@@ -71,7 +71,7 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 
 		engine_lock(engine);
 		proof = cache_proof(engine->cache, page);
-		if (proof == NO_PROOF) /* filled since, perhaps: then the server's bytes cannot be checked, nor decrypted */
+		if (proof == NO_PROOF) /* filled since, perhaps: the server's bytes cannot be checked, nor decrypted */
 			newer = cache_read(engine->cache, page, data);
 		engine_unlock(engine);
 		if (newer == CACHE_HIT)

@@ -43,23 +43,13 @@ static int check(const struct region_header *header, uint64_t bytes, uint64_t pa
 	return 0;
 }
 
-/* /proc/self/fd, or -1 until region_prepare(). Written before there are threads. */
-static int own_descriptors = -1;
-
-int region_prepare(void)
-{
-	if (own_descriptors < 0)
-		own_descriptors = open("/proc/self/fd", O_PATH | O_DIRECTORY | O_CLOEXEC);
-	return own_descriptors < 0 ? -errno : 0;
-}
-
 /* Open the region's file once more: flock(2) belongs to the open file, which dup(2) would share with the caller. */
 static int reopen(int fd)
 {
 	char path[64];
 
-	snprintf(path, sizeof(path), own_descriptors < 0 ? "/proc/self/fd/%d" : "%d", fd);
-	fd = openat(own_descriptors < 0 ? AT_FDCWD : own_descriptors, path, O_RDWR | O_CLOEXEC);
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	fd = open(path, O_RDWR | O_CLOEXEC);
 	return fd < 0 ? -errno : fd;
 }
 

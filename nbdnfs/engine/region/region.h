@@ -83,7 +83,7 @@ enum region_file {
 	X(write_back_error)                         /* now: errno of the last refusal, 0 when none */ \
 	X(disconnected)                             /* now: 1 while a connection is link_down */    \
 	X(file_state)                               /* now: an enum region_file */                  \
-	X(twins_until_ms)                           /* CLOCK_MONOTONIC: until when pages are held; nfsio_note_twins() */ \
+	X(twins_until_ms)                           /* CLOCK_MONOTONIC; see nfsio_note_twins() */ \
 	X(owner_state)                              /* now: enum owner_state */
 
 /* Bucket n counts what took less than 2^n microseconds. */
@@ -216,12 +216,6 @@ struct region_plan {
 	enum region_version version;
 	uint64_t clear_bytes;   /* with REGION_ENCRYPTED: what is not encrypted from the device's start */
 };
-
-/*
- * In the process that will call region_map(), before it has threads: from then on region_map() gives the kernel no path
- * that begins at "/", because the root may be on a server that is away. Returns 0 or -errno.
- */
-int region_prepare(void);
 
 /*
  * Map the region behind `fd`, which remains the caller's; with fd -1, make a memfd of the region's own. An empty one is

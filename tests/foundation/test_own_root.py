@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from nbdnfs import _own_root
-from nbdnfs.keeper.own_root import OwnRoot
 from nbdnfs.kernel import state
+from nbdnfs.own_root import OwnRoot
 
 FOLDERS = {"dev", "proc", "run", "sys"}
 
@@ -99,7 +99,7 @@ def test_it_keeps_no_mount_busy() -> None:
 def test_what_is_mounted_outside_is_seen() -> None:
     """A keeper must not take down a device that is mounted, though the mount is not in its own namespace."""
     program = (
-        "from nbdnfs.kernel import state; from nbdnfs.keeper.own_root import OwnRoot; own = OwnRoot(print);"
+        "from nbdnfs.kernel import state; from nbdnfs.own_root import OwnRoot; own = OwnRoot(print);"
         " before = {mount.mount_point for mount in state.mounts()}; own.enter();"
         " print(sorted(before - {mount.mount_point for mount in state.mounts()}))"
     )

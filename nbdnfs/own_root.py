@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A root without the root's server, for the thread of the keeper's loop, while swap is on.
+"""A root without the root's server: for the thread of a keeper's loop while swap is on, and for a worker.
 
 Each path begins at "/". Where that is an NFS mount, the kernel asks its server, when what it knows is some seconds old,
 whether the process may pass "/" and whether "proc" is still there (fs/nfs/dir.c: nfs_permission and
@@ -7,7 +7,7 @@ nfs_lookup_revalidate): a look at /proc/swaps waits for a root whose server is a
 namespace of its own, with a tmpfs as "/" that has /dev, /proc, /run and /sys, and nothing else. Other mounts are not in
 it, so it keeps none busy.
 
-Other threads keep the root: the one that starts programs among them (nbdnfs/_spawner.c).
+Threads that were there before keep the root: the one that starts programs among them (nbdnfs/_spawner.c).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class OwnRoot:
             self._before = _own_root.enter()
         except OSError as error:
             self._say(
-                f"the keeper cannot leave the root file system ({error.strerror}): where that is on NFS, and its"
-                " server does not answer, a worker that dies is not replaced"
+                f"cannot leave the root file system ({error.strerror}): where that is on NFS, and its server does not"
+                " answer, a worker that dies is not replaced"
             )
 
     def leave(self) -> None:
