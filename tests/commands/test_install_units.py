@@ -334,11 +334,13 @@ def job(number: int, kind: str, state: str = "running") -> str:
     return f"{OTHERS}{number} nbdnfs@swap0.service {kind} {state}\\n"
 
 
-def canceled(folder: Path, looks: list[str]) -> tuple[str, int]:
-    """The jobs that start-timeout cancels with a limit of 30 s, a look every ten, and how many pauses it makes."""
+def canceled(folder: Path, looks: list[str], step_s: int = 10) -> tuple[str, int]:
+    """The jobs that start-timeout cancels with a limit of 30 s, and how many pauses it makes. `step_s`: the time from
+    one look to the next."""
     for name, text in {
         "systemctl": FAKE_SYSTEMCTL,
         "sleep": '#!/bin/sh\necho >>"${0%/*}/pauses"\n',
+        "cut": f'#!/bin/sh\necho $(($(wc -l <"${{0%/*}}/pauses") * {step_s} + 77))\n',
         "queue": "".join(f"{look}\n" for look in looks),
         "canceled": "",
         "pauses": "",
@@ -360,6 +362,7 @@ def test_a_start_is_waited_for_so_long(tmp_path: Path) -> None:
     assert canceled(tmp_path, [job(5, "restart")]) == ("5", 3)
     assert canceled(tmp_path, [*[job(5, "start", "waiting")] * 9, job(5, "start")]) == ("5", 12)
     assert canceled(tmp_path, [*[job(5, "start")] * 3, job(6, "start")]) == ("6", 6)
+    assert canceled(tmp_path, [job(5, "start")], step_s=30) == ("5", 1)  # a busy machine, where each look takes long
 
 
 def test_what_is_not_a_start_is_never_canceled(tmp_path: Path) -> None:
