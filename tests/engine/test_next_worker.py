@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from support.engines import PAGE, OpenEngine, opening, read_pages, write_pages, write_pages_and_flush
-from support.fake_nas import FakeNas, Oddities
+from support.fake_nas import FakeNas, NasCall, Oddities
 
 from nbdnfs.engine import Engine, NfsError
 from nbdnfs.region import LAST_PLACE_BYTES, LAST_PLACE_OFFSET
@@ -188,3 +188,26 @@ def test_a_worker_that_was_killed_while_it_kept_the_place(open_engine: OpenEngin
             check(engine, content)
             engine.close()
             os.pwrite(region_fd, places[newer], at)
+
+
+def test_a_page_that_is_read_wrong(open_engine: OpenEngine, region_fd: int) -> None:
+    """One wrong answer to the only page that is known does not make it another file."""
+    with FakeNas(Oddities(new_handles=True)) as nas:
+        content = os.urandom(PAGES * PAGE)
+        nas.add("/export/swap", content)
+        engine = open_engine(nas.url("/export/swap"), region_fd=region_fd)
+        write_pages_and_flush(engine, 9, content[9 * PAGE : 10 * PAGE])
+        engine.close()
+        nas.restart()
+        wrong = []
+
+        def change(call: NasCall, message: bytes) -> bytes:
+            if call.op != "READ" or wrong:
+                return message
+            wrong.append(call)
+            return message[:-1] + bytes([message[-1] ^ 1])
+
+        nas.mutate(change)
+        engine = open_engine(nas.url("/export/swap"), region_fd=region_fd)
+        assert wrong
+        assert read_pages(engine, 9) == content[9 * PAGE : 10 * PAGE]
