@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 from support.engines import PAGE, OpenEngine, opening, read_pages, write_pages, write_pages_and_flush
 from support.fake_nas import FakeNas, NasCall, Oddities
+from support.sunrpc import record
 
 from nbdnfs.engine import Engine, NfsError
 from nbdnfs.region import LAST_PLACE_BYTES, LAST_PLACE_OFFSET
@@ -201,11 +202,11 @@ def test_a_page_that_is_read_wrong(open_engine: OpenEngine, region_fd: int) -> N
         nas.restart()
         wrong = []
 
-        def change(call: NasCall, message: bytes) -> bytes:
+        def change(call: NasCall, message: bytes) -> bytes | None:
             if call.op != "READ" or wrong:
-                return message
+                return None
             wrong.append(call)
-            return message[:-1] + bytes([message[-1] ^ 1])
+            return record(message[:-1] + bytes([message[-1] ^ 1]))
 
         nas.mutate(change)
         engine = open_engine(nas.url("/export/swap"), region_fd=region_fd)
