@@ -84,7 +84,7 @@ def serving(*, with_owner: bool) -> Iterator[tuple[FakeNas, Engine]]:
             region_pages=256,
             read_ahead_pages=0,
             silence_ms=SILENCE_MS,
-            connect_timeout_s=1,
+            connect_timeout_s=2,  # of a busy machine
             **(owner if with_owner else {}),  # type: ignore[arg-type]
         )
         write_pages_and_flush(engine, 0, os.urandom(PAGE))

@@ -196,9 +196,15 @@ def test_a_keeper_that_ends_leaves_nothing_behind(setup: Setup) -> None:
     setup.kernel.close()
     children = Path(f"/proc/{os.getpid()}/task")
 
+    def is_worker(pid: int) -> bool:
+        try:
+            return "(@nbdkit)" in Path(f"/proc/{pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return False  # it has just ended
+
     def living() -> list[int]:
         found = [int(word) for task in children.iterdir() for word in (task / "children").read_text().split()]
-        return [pid for pid in found if "(@nbdkit)" in Path(f"/proc/{pid}/stat").read_text()]
+        return [pid for pid in found if is_worker(pid)]
 
     until(lambda: os.waitpid(pids[0], os.WNOHANG)[0] == pids[0])
     until(lambda: living() == [])
