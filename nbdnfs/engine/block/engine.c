@@ -211,7 +211,7 @@ void engine_destroy(struct engine *engine)
 
 bool engine_is_encrypted(const struct engine *engine)
 {
-	return engine->region.keys != NULL;
+	return is_encrypted(engine);
 }
 
 uint64_t engine_size_bytes(const struct engine *engine)

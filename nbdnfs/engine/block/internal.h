@@ -162,6 +162,12 @@ static inline struct region_waits *waits(struct engine *engine)
 	return &engine->region.header->waits;
 }
 
+/* engine_is_encrypted(), for opening.c as well. */
+static inline bool is_encrypted(const struct engine *engine)
+{
+	return engine->region.keys != NULL;
+}
+
 /* Count what the NAS does not have stably. Lock held. */
 static inline void note_unstable(struct engine *engine)
 {

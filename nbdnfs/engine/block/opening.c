@@ -11,7 +11,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 int engine_fail(struct nfsio_failure *why, int error, const char *message)
@@ -47,13 +46,10 @@ static int check_memory(const struct engine *engine, struct nfsio_failure *why)
 	uint64_t memory_bytes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGE_SIZE);
 	uint64_t limit_bytes = memory_bytes / ENGINE_MEMORY_SHARE;
 	char message[sizeof(why->message)];
-	struct stat st;
 
 	if (limit_bytes < ENGINE_MEMORY_MIN_BYTES)
 		limit_bytes = ENGINE_MEMORY_MIN_BYTES;
-	if (bytes <= limit_bytes)
-		return 0;
-	if (engine->options.region_fd >= 0 && fstat(engine->options.region_fd, &st) == 0 && st.st_size > 0)
+	if (bytes <= limit_bytes || engine->adopted)
 		return 0;
 	snprintf(message, sizeof(message),
 		 "its %llu GiB and a region of %llu MiB need %llu MiB of locked memory, and at most %llu MiB may be"
@@ -83,11 +79,6 @@ static int make_cache(struct engine *engine, struct nfsio_failure *why)
 static int fail_region(struct nfsio_failure *why, int error, const char *message)
 {
 	return engine_fail(why, error, message[0] != '\0' ? message : strerror(-error));
-}
-
-static bool is_encrypted(const struct engine *engine)
-{
-	return engine->region.keys != NULL;
 }
 
 /* The region is mapped. Returns 0, or -errno and *why. */
