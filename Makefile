@@ -3,7 +3,7 @@
 
 PYTHON := .venv/bin/python
 # A throwaway NFS server, guests' images and kernel devices need root.
-AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,KERNEL,HERE,NBDNFS_CACHE,NBDNFS_VM_ACCEL)
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,ARCH,KERNEL,HERE,NBDNFS_CACHE,NBDNFS_VM_ACCEL)
 PYTEST := $(AS_ROOT) $(PYTHON) -m pytest
 # Most tests wait for a server, so there are more processes than processors. A file's tests stay together. A process
 # that crashes ends the run: pytest-xdist 3.8 starts another, and then was seen to wait for ever.
@@ -24,7 +24,7 @@ help:
 	@echo 'make hostile      a million answers of a server that mutates them, under a sanitizer; ARGS="--answers 1000"'
 	@echo 'make prove        the data path on a simulated machine: seeds, crash points, failing calls, seeded faults'
 	@echo 'make odd-servers  serve from odd servers, and write the table of docs/servers.md'
-	@echo 'make vm-test      all tests in guests; SUITE=trixie, KERNEL=generic, ARGS="--memory-rounds 3"'
+	@echo 'make vm-test      all tests in guests; SUITE=trixie, ARCH=arm64, KERNEL=generic, ARGS="--memory-rounds 3"'
 	@echo 'make bench        our worker beside qemu-nbd, the reference engine and bare libnfs'
 	@echo 'make bench-vm     a guest swaps to zram, kernel nbd, kernel NFS and nbdnfs; ARGS="--size 64 --rounds 1"'
 	@echo 'make lint         ruff, mypy, and the C compiler with warnings as errors'

@@ -162,9 +162,8 @@ def _without_a_disk(tell: Teller, workdir: Path, server: Ganesha) -> swap.Measur
 
 def _prepare(tell: Teller) -> tuple[image.Image, Path]:
     """The guest's image, and nbdnfs for it."""
-    suite, kernel = image.default_suite(), image.default_kernel()
-    tell(f"preparing a guest image of Debian {suite}, {kernel} kernel (about two minutes the first time, then cached)")
-    built = image.image(suite, kernel)
+    tell(f"preparing a guest image, {image.default_name()} (about two minutes the first time, then cached)")
+    built = image.default_image()
     initramfs.initrd(built)
     tell("building nbdnfs for the guest")
     return built, payload(built, project=True)

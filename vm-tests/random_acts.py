@@ -67,7 +67,7 @@ def main() -> int:
 
 def run(folder: Path, seed: int, acts: int, names: list[str], *, stop: bool, limit_s: float) -> tuple[int, list[str]]:
     """How many acts were done, and the failures, a text each."""
-    built = image.image(image.default_suite())
+    built = image.default_image()
     initramfs.initrd(built)
     with Ganesha(folder / "nas") as server:
         guest = Guest(built, payload(built, project=True), folder, memory_mib=GUEST_MIB, allow=EXPECTED)

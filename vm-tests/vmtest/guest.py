@@ -43,15 +43,10 @@ _SYSRQ_QUIET_S = 5.0
 # A panic ends QEMU (-no-reboot), a hung task is a line in the log after a minute. The watchdogs are given the
 # time that an emulated CPU on a busy host needs. The stock mitigations cost an emulated CPU a third of its speed.
 _KERNEL_ARGUMENTS = (
-    *("console=ttyS0", "loglevel=7", "oops=panic", "panic=-1", "sysctl.kernel.hung_task_timeout_secs=60"),
+    *("loglevel=7", "oops=panic", "panic=-1", "sysctl.kernel.hung_task_timeout_secs=60"),
     *("watchdog_thresh=30", "rcupdate.rcu_cpu_stall_timeout=90", "mitigations=off", "net.ifnames=0"),
     *("systemd.show_status=no", "systemd.log_level=notice", "audit=0"),
 )
-
-
-# All that an emulated CPU can do, less what costs it time and is of no use here. With erms or fsrm the kernel copies by
-# "rep movsb", which TCG runs byte by byte: 20 us for each page instead of 1 to 4, where a CPU needs a fraction of one.
-_CPU = "max,la57=off,svm=off,smap=off,smep=off,pku=off,erms=off,fsrm=off"
 
 
 def seen_from_guest(url: str) -> str:
@@ -283,7 +278,9 @@ class Guest:
                 size, changed_s = found, time.monotonic()
 
     def _qemu(self, channel_fd: int) -> list[str | Path]:
+        kind = self.image.architecture
         arguments = [
+            f"console={kind.console}",
             *_KERNEL_ARGUMENTS,
             *(f"systemd.hostname={self.name}", f"systemd.machine_id={machine_id(self.name)}"),
         ]
@@ -299,9 +296,9 @@ class Guest:
             ports = "".join(f",hostfwd=tcp:127.0.0.1:{ours}-:{its}" for ours, its in self._forwards.items())
             network = ["-netdev", f"user,id=net{ports}", "-device", "virtio-net-pci,netdev=net,romfile="]
         return [
-            host.find_program("qemu-system-x86_64", "qemu-system-x86"),
+            host.find_program(*kind.qemu),
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
-            *("-machine", "q35", "-cpu", _CPU, "-smp", str(self._cpus), "-m", f"{self._memory_mib}M"),
+            *("-machine", kind.machine, "-cpu", kind.cpu, "-smp", str(self._cpus), "-m", f"{self._memory_mib}M"),
             *("-accel", os.environ.get("NBDNFS_VM_ACCEL", "tcg,thread=multi")),
             *("-kernel", self.image.kernel, "-initrd", initrd),
             *("-append", " ".join([*arguments, *self._arguments])),

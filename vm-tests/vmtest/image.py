@@ -7,17 +7,13 @@ Nothing of the project is in it, and nothing of the harness: what is under test 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmtest import cache, host
-from vmtest.outcome import HarnessError
+from vmtest.architecture import Architecture, chosen, default_architecture
 
 SUITES = ("bookworm", "trixie")
-
-KERNELS = {"cloud": "linux-image-cloud-amd64", "generic": "linux-image-amd64"}
-"""Kernels by name, with Debian's package. The cloud one is small; the generic one has dm-crypt, zswap and ublk too."""
 
 _PACKAGES = (
     # the machine
@@ -41,6 +37,7 @@ _MASKED = (
         "systemd-timesyncd.service",
         "getty@tty1.service",
         "serial-getty@ttyS0.service",
+        "serial-getty@ttyAMA0.service",
     ),
     *("systemd-tmpfiles-clean.timer", "systemd-pcrphase.service"),
     *("systemd-pcrphase-sysinit.service",),
@@ -64,16 +61,20 @@ _DISK_SIZE = "4G"
 
 @dataclass(frozen=True)
 class Image:
-    """A built image. `folder` holds `root/`, `root.raw` and `vmlinuz`; all are read-only. `kernel_name` as KERNELS."""
+    """A built image. `folder` holds `root/`, `root.raw` and `vmlinuz`; all are read-only.
+
+    `kernel_name` is one of `architecture.kernels`.
+    """
 
     suite: str
     kernel_name: str
+    architecture: Architecture
     folder: Path
 
     @property
     def name(self) -> str:
         """Tells it from the other images, in names of the cache's entries and for people."""
-        return f"{self.suite}-{self.kernel_name}"
+        return _name(self.suite, self.kernel_name, self.architecture)
 
     @property
     def root(self) -> Path:
@@ -104,35 +105,42 @@ class Image:
 
 def default_suite() -> str:
     """$SUITE, or Debian 12. HarnessError for a suite that nothing is known about."""
-    return _chosen("SUITE", SUITES)
-
-
-def default_kernel() -> str:
-    """$KERNEL, or the cloud one. HarnessError for another name than those of KERNELS."""
-    return _chosen("KERNEL", tuple(KERNELS))
-
-
-def _chosen(variable: str, names: tuple[str, ...]) -> str:
-    found = os.environ.get(variable) or names[0]
-    if found not in names:
-        raise HarnessError(f"{variable}={found} is not supported", f"choose one of: {', '.join(names)}")
-    return found
-
-
-def image(suite: str, kernel: str = "cloud") -> Image:
-    """The image of `suite` with one of KERNELS, built when it is not in the cache yet (root, some two minutes)."""
-    key = cache.digest(suite, kernel, Path(__file__).read_bytes())
-    name = f"image-{suite}-{kernel}"
-    return Image(suite, kernel, cache.cached(name, key, lambda folder: _build(suite, kernel, folder)))
+    return chosen("SUITE", SUITES)
 
 
 def default_image() -> Image:
-    """The image that the environment asks for: $SUITE and $KERNEL."""
-    return image(default_suite(), default_kernel())
+    """The image that the environment asks for: $SUITE, $ARCH and $KERNEL."""
+    return image(*_defaults())
 
 
-def _build(suite: str, kernel_name: str, folder: Path) -> None:
+def default_name() -> str:
+    """What `default_image().name` will be, without building it."""
+    return _name(*_defaults())
+
+
+def _defaults() -> tuple[str, str, Architecture]:
+    architecture = default_architecture()
+    return default_suite(), chosen("KERNEL", tuple(architecture.kernels)), architecture
+
+
+def image(suite: str, kernel: str, architecture: Architecture) -> Image:
+    """The image of `suite` with one of the architecture's kernels, built when it is not in the cache yet.
+
+    Needs root, and takes some two minutes; a quarter of an hour for another architecture than the host's.
+    """
+    key = cache.digest(suite, architecture.name, architecture.kernels[kernel], Path(__file__).read_bytes())
+    name = f"image-{_name(suite, kernel, architecture)}"
+    found = cache.cached(name, key, lambda folder: _build(suite, kernel, architecture, folder))
+    return Image(suite, kernel, architecture, found)
+
+
+def _name(suite: str, kernel: str, architecture: Architecture) -> str:
+    return f"{suite}-{architecture.name}-{kernel}"
+
+
+def _build(suite: str, kernel: str, architecture: Architecture, folder: Path) -> None:
     host.need_root("building a guest image")
+    architecture.need_to_run_programs()
     mmdebstrap = host.find_program("mmdebstrap", "mmdebstrap")
     mke2fs = host.find_program("mke2fs", "e2fsprogs")
     root = folder / "root"
@@ -142,18 +150,19 @@ def _build(suite: str, kernel_name: str, folder: Path) -> None:
         [
             *(host.find_program("unshare", "util-linux"), "--mount", mmdebstrap),
             "--variant=minbase",
-            f"--include={','.join((KERNELS[kernel_name], *_PACKAGES))}",
+            f"--architectures={architecture.name}",
+            f"--include={','.join((architecture.kernels[kernel], *_PACKAGES))}",
             "--dpkgopt=path-exclude=/usr/share/doc/*",
             "--dpkgopt=path-exclude=/usr/share/locale/*",
             suite,
             root,
         ],
         what=f"installing Debian {suite} in a folder",
-        timeout_s=1800,
+        timeout_s=3600,
     )
     _configure(root)
-    (kernel,) = (root / "boot").glob("vmlinuz-*")
-    kernel.rename(folder / "vmlinuz")
+    (file,) = (root / "boot").glob("vmlinuz-*")
+    file.rename(folder / "vmlinuz")
     for initrd in (root / "boot").glob("initrd*"):
         initrd.unlink()
     host.run(
