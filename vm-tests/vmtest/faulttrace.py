@@ -2,7 +2,7 @@
 """Which page faults some threads of a process take, and in which of its mappings.
 
 From exceptions:page_fault_user and page_fault_kernel (arch/x86/include/asm/trace/exceptions.h), in a trace instance of
-its own: other architectures have no such tracepoints.
+its own. Other architectures have no such tracepoints: there, nothing is kept.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def start(machine: Machine, tids: Collection[int]) -> None:
     condition = " || ".join(f"common_pid == {tid}" for tid in sorted(tids))
     machine.run(
         "mountpoint -q /sys/kernel/tracing || mount -t tracefs nodev /sys/kernel/tracing;"
-        f" mkdir -p {_INSTANCE} && cd {_INSTANCE}/events/exceptions"
-        f" && for event in page_fault_user page_fault_kernel; do"
+        f" mkdir -p {_INSTANCE} && cd {_INSTANCE}/events || exit 1; [ -d exceptions ] || exit 0;"
+        f" cd exceptions && for event in page_fault_user page_fault_kernel; do"
         f" echo '{condition}' > $event/filter && echo 1 > $event/enable; done"
     )
 
