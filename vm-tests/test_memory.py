@@ -100,7 +100,7 @@ def press(
 ) -> Pressure:
     """Swap with nothing but the machine's memory as the limit. The verdict is unchecked."""
     # as the units set it: touching a locked page while compaction moves it is a page fault
-    guest.run("sysctl -q vm.compact_unevictable_allowed=0")
+    guest.run("sysctl -q vm.compact_unevictable_allowed=0 vm.watermark_boost_factor=0")
     with swap.serving(guest, url, settings=settings) as worker, swap.swapping(guest, worker):
         pids = worker.nbdkit_pid, worker.serve_pid
         before = [faults(guest, pid) for pid in pids]

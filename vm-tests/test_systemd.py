@@ -95,6 +95,7 @@ def test_enable_reboot_power_off(boot: Callable[..., Guest], ganesha: Ganesha, m
         guest.settle()
         _wait_for_swap(guest, "swap0")
         assert guest.run("cat /proc/sys/vm/watermark_scale_factor").stdout.strip() == "100"
+        assert guest.run("cat /proc/sys/vm/watermark_boost_factor").stdout.strip() == "0"
         _check_journal(guest, -1)
         _check_journal(guest, 0)
         _swap_out(guest, _SWAPPED_MIB)

@@ -156,6 +156,15 @@ def _reserve(root: Path) -> Iterator[Finding]:
         "kswapd starts too late for swap that takes milliseconds: nbdnfs install-units (sysctl.d), or "
         f"sysctl vm.watermark_scale_factor={_WATERMARK_SCALE}",
     )
+    boost = read_number(root / "proc/sys/vm/watermark_boost_factor")
+    if boost is not None:
+        yield judge(
+            "vm.watermark_boost_factor",
+            boost == 0,
+            f"{boost / 100:g} % of the high watermark",
+            "with its memory in small pieces the kernel keeps the reserve from the worker, and swap may stop for ever:"
+            " nbdnfs install-units (sysctl.d), or sysctl vm.watermark_boost_factor=0",
+        )
     dropped = _dropped_packets(root)
     if dropped is not None:
         yield judge(

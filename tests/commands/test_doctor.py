@@ -27,6 +27,7 @@ MACHINE = {
     "proc/meminfo": "MemTotal: 1000000 kB\nMemFree: 1 kB\nMemAvailable: 1 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n",
     "proc/sys/vm/min_free_kbytes": "8192\n",
     "proc/sys/vm/watermark_scale_factor": "100\n",
+    "proc/sys/vm/watermark_boost_factor": "0\n",
     "proc/sys/vm/overcommit_memory": "0\n",
     "proc/sys/vm/swappiness": "60\n",
     "proc/sys/vm/compact_unevictable_allowed": "0\n",
@@ -88,7 +89,7 @@ def test_a_machine_that_is_set_up(tmp_path: Path) -> None:
     assert [finding for finding in findings if not finding.good or finding.advice] == []
     assert doctor.exit_status(findings) == 0
     assert all(finding.text().startswith("ok   ") for finding in findings)
-    assert len({finding.subject for finding in findings}) == len(findings) == 15
+    assert len({finding.subject for finding in findings}) == len(findings) == 16
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,7 @@ def test_a_machine_that_is_set_up(tmp_path: Path) -> None:
         ("proc/self/status", "CapEff:\t0\nCapBnd:\t0000000000800000\n", "capabilities", "container"),
         ("proc/sys/vm/min_free_kbytes", "1848\n", "vm.min_free_kbytes", "sysctl vm.min_free_kbytes=8192"),
         ("proc/sys/vm/watermark_scale_factor", "10\n", "vm.watermark_scale_factor", "=100"),
+        ("proc/sys/vm/watermark_boost_factor", "15000\n", "vm.watermark_boost_factor", "=0"),
         ("proc/sys/vm/overcommit_memory", "2\n", "vm.overcommit_memory", "=0"),
         ("proc/sys/vm/swappiness", "0\n", "vm.swappiness", "60"),
         ("proc/sys/vm/compact_unevictable_allowed", "1\n", "vm.compact_unevictable_allowed", "=0"),

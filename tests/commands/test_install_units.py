@@ -91,7 +91,12 @@ def test_settings_are_put_into_force(tmp_path: Path, monkeypatch: pytest.MonkeyP
     install_units._put_into_force()
     assert started == [
         ["systemctl", "daemon-reload"],
-        [str(program), "--prefix=/vm/watermark_scale_factor", "--prefix=/vm/compact_unevictable_allowed"],
+        [
+            str(program),
+            "--prefix=/vm/watermark_scale_factor",
+            "--prefix=/vm/compact_unevictable_allowed",
+            "--prefix=/vm/watermark_boost_factor",
+        ],
     ]
 
 
