@@ -39,6 +39,11 @@ def take_all(*, wait_s: float, root: Path = Path("/"), run: Path | None = None) 
     return _take(_folder(root, run) / ".all", wait_s, "other devices are being started")
 
 
+def open_file(name: str, what: str, *, root: Path = Path("/"), run: Path | None = None) -> int:
+    """The file of `take`, open and not locked, for another process to lock. OSError as `take`."""
+    return _open(_path(name, what, root, run))
+
+
 def holder(name: str, what: str, *, root: Path = Path("/"), run: Path | None = None) -> int | None:
     """The process that has the lock; None when none has. 0: one that this process cannot see (pid_namespaces(7))."""
     try:

@@ -127,6 +127,36 @@ def attach(
     return attached
 
 
+class Reconnection:
+    """What another process needs to give a device another socket, without opening anything: a context manager that
+    closes it here.
+
+    netlink        a generic-netlink socket of its own. The kernel asks for CAP_SYS_ADMIN of who has opened it and of
+                   who sends (net/netlink/af_netlink.c: netlink_ns_capable)
+    request        what to send on it, with the socket's descriptor at `descriptor_at`
+    backend        the identifier, which `backend_file` reads as one line for as long as this attachment lasts
+    """
+
+    def __init__(self, attached: Attached, backend: str, root: Path = kernel_state.ROOT) -> None:
+        """UnavailableError, PermissionDeniedError: as NbdNetlink.open. OSError: the device is not attached."""
+        from nbdnfs.kernel.nbd_netlink import NbdNetlink  # `status` has this module too
+
+        self.backend = backend
+        with contextlib.ExitStack() as stack:
+            netlink = stack.enter_context(NbdNetlink.open())
+            self.netlink = netlink.fileno()
+            self.request, self.descriptor_at = netlink.reconfigure_request(attached.index, backend=backend)
+            self.backend_file = os.open(root / "sys/block" / attached.name / "backend", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, self.backend_file)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Reconnection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
 def check(export: Export, source: str) -> None:
     """UsageError where the kernel cannot take the export: it makes whole requests of 4 KiB and more."""
     if export.size_bytes == 0 or export.size_bytes % SLOT_BYTES:

@@ -126,8 +126,7 @@ def negotiate(sock: socket.socket, export_name: str = "", *, timeout_s: float = 
     deadline = time.monotonic() + timeout_s
     try:
         _greet(sock, deadline)
-        request = struct.pack(">I", len(name)) + name + struct.pack(">HH", 1, _INFO_BLOCK_SIZE)
-        _send(sock, deadline, _option(_OPT_GO, request))
+        _send(sock, deadline, _go(name))
         export = _read_export(sock, deadline, export_name)
         sock.settimeout(None)
     except TimeoutError:
@@ -138,6 +137,15 @@ def negotiate(sock: socket.socket, export_name: str = "", *, timeout_s: float = 
     except OSError as error:
         raise _closed(error.strerror or str(error)) from None
     return export
+
+
+def go_option() -> bytes:
+    """What a client sends after its flags for the default export, NBD_OPT_GO: for nbdnfs/heir/handshake.c."""
+    return _go(b"")
+
+
+def _go(name: bytes) -> bytes:
+    return _option(_OPT_GO, struct.pack(">I", len(name)) + name + struct.pack(">HH", 1, _INFO_BLOCK_SIZE))
 
 
 def _greet(sock: socket.socket, deadline: float) -> None:

@@ -70,6 +70,8 @@ _CTRL_CMD_GETFAMILY = 3
 _CTRL_VERSION = 1
 
 _HEADER_BYTES = 16
+# Stands for a descriptor that is not known yet: no other number in a message has these bytes.
+_PLACEHOLDER = 0x7FA1B2C3
 _RECEIVE_BYTES = 32 * 1024
 
 
@@ -241,6 +243,22 @@ class NbdNetlink:
         _add_backend(message, backend)
         self._order(message, f"reconnect /dev/nbd{index}")
 
+    def reconfigure_request(self, index: int, *, backend: str) -> tuple[bytes, int]:
+        """`reconfigure` as bytes for another process to send on a socket of its own, and where in them the descriptor
+        of the new socket belongs: four bytes in the machine's order."""
+        message = self._message(_CMD_RECONFIGURE)
+        _add(message, "INDEX", index)
+        _add_sockets(message, [_PLACEHOLDER])
+        _add_backend(message, backend)
+        _finish(message, self._family_id, 0, _NLM_F_REQUEST | _NLM_F_ACK)
+        data = bytes(message.data)
+        wanted = _PLACEHOLDER.to_bytes(4, sys.byteorder)
+        assert data.count(wanted) == 1
+        return data, data.index(wanted)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
     def disconnect(self, index: int) -> None:
         """Take a device down; requests in flight fail. It stays attached until the last process that has it open closes
         it.
@@ -406,11 +424,7 @@ def _exchange(
 
     Answers to earlier requests, whose deadline had passed, are dropped by their sequence number.
     """
-    message["header"]["type"] = message_type
-    message["header"]["flags"] = flags
-    message["header"]["sequence_number"] = sequence
-    message["header"]["pid"] = 0
-    message.encode()
+    _finish(message, message_type, sequence, flags)
     try:
         sock.settimeout(timeout_s)
         sock.send(message.data)
@@ -435,6 +449,14 @@ def _exchange(
         raise UnavailableError(f"cannot {what}: the kernel did not answer within {timeout_s:g} s") from None
     except OSError as error:
         raise to_error(error.errno or 0, what) from None
+
+
+def _finish(message: Any, message_type: int, sequence: int, flags: int) -> None:
+    message["header"]["type"] = message_type
+    message["header"]["flags"] = flags
+    message["header"]["sequence_number"] = sequence
+    message["header"]["pid"] = 0
+    message.encode()
 
 
 def _header(data: bytes) -> dict[str, int]:

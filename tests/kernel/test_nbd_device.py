@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from support.nbd_tree import SIZE_BYTES, FakeNetlink, make_machine
 
 from nbdnfs.errors import BusyError, UnavailableError, UsageError
-from nbdnfs.kernel import device_in_use, nbd_device
+from nbdnfs.kernel import device_in_use, nbd_device, nbd_netlink
 from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.kernel.nbd_handshake import Export, TransmissionFlags
 
@@ -186,3 +187,28 @@ def test_imports() -> None:
     code = "import sys, nbdnfs.kernel.nbd_device;print([m for m in sys.modules if 'netlink' in m or m == 'queue'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "[]\n"
+
+
+def test_what_another_process_needs_to_reconnect(
+    kernel: FakeNetlink, sock: socket.socket, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that is complete but for the socket, and a file by which the attachment is known. All is closed here,
+    also where the device is not there."""
+    attached = attach(kernel, sock)
+    opened: list[socket.socket] = []
+
+    def open_netlink() -> nbd_netlink.NbdNetlink:
+        opened.append(sock.dup())
+        return nbd_netlink.NbdNetlink(opened[-1], 42)
+
+    monkeypatch.setattr(nbd_netlink.NbdNetlink, "open", open_netlink)
+    with nbd_device.Reconnection(attached, "nbdnfs:swap0", root) as prepared:
+        assert prepared.netlink == opened[0].fileno()
+        assert b"nbdnfs:swap0\0" in prepared.request
+        assert len(prepared.request) >= prepared.descriptor_at + 4
+        assert os.pread(prepared.backend_file, 64, 0).decode().strip() == prepared.backend
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(prepared.backend_file)
+    with pytest.raises(FileNotFoundError):
+        nbd_device.Reconnection(Attached(9, SIZE_BYTES), "nbdnfs:swap0", root)
+    assert [one.fileno() for one in opened] == [-1, -1]
