@@ -10,7 +10,7 @@ PYTEST := $(AS_ROOT) $(PYTHON) -m pytest
 IN_PARALLEL := -n 4 --dist loadfile --max-worker-restart 0
 # Programs that use what tests share; pytest has the same folders from pyproject.toml.
 PROGRAM := $(AS_ROOT) env PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/vm-tests:$(CURDIR)/bench $(PYTHON)
-C_FILES = $(wildcard nbdnfs/*.c nbdnfs/engine/*.[ch] nbdnfs/engine/*/*.[ch] bench/*.c vm-tests/inside/*.c)
+C_FILES = $(wildcard nbdnfs/*.c nbdnfs/engine/*.[ch] nbdnfs/engine/*/*.[ch] nbdnfs/heir/*.[ch] bench/*.c vm-tests/inside/*.c)
 
 .PHONY: help release demo test unit faults hostile odd-servers prove vm-test bench bench-vm lint format clean deb
 .PHONY: check-deb dist check-dist

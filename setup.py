@@ -49,13 +49,13 @@ def atomic_library() -> list[str]:
     return []  # the build itself shows what is wrong with the compiler
 
 
-def extension(name: str, sources: list[str], *, libraries: bool) -> Extension:
+def extension(name: str, sources: list[str], *, libraries: bool = False, headers: str = "") -> Extension:
     """A limited-API extension: one build serves every CPython from 3.11 on, nbdkit's included."""
     return Extension(
         name,
         sources=sorted(sources),
-        depends=sorted(glob.glob("nbdnfs/engine/**/*.h", recursive=True)) if libraries else [],
-        include_dirs=["nbdnfs/engine"] if libraries else [],
+        depends=sorted(glob.glob(f"{headers}/**/*.h", recursive=True)) if headers else [],
+        include_dirs=[headers] if headers else [],
         define_macros=[
             ("Py_LIMITED_API", "0x030B0000"),
             ("_FILE_OFFSET_BITS", "64"),  # off_t of 32-bit machines
@@ -82,6 +82,7 @@ def extension(name: str, sources: list[str], *, libraries: bool) -> Extension:
             *(word for library in LIBRARIES if libraries for word in pkg_config("--libs", library=library)),
             *(atomic_library() if libraries else []),
             "-pthread",
+            *([] if libraries else ["-Wl,-z,now"]),  # all functions are bound at the start: nbdnfs/heir/life.c
             *shlex.split(os.environ.get("NBDNFS_LDFLAGS", "")),
         ],
         py_limited_api=True,
@@ -90,10 +91,16 @@ def extension(name: str, sources: list[str], *, libraries: bool) -> Extension:
 
 setup(
     ext_modules=[
-        extension("nbdnfs.engine._engine", glob.glob("nbdnfs/engine/**/*.c", recursive=True), libraries=True),
-        extension("nbdnfs._memlock", ["nbdnfs/_memlock.c"], libraries=False),
-        extension("nbdnfs._own_root", ["nbdnfs/_own_root.c"], libraries=False),
-        extension("nbdnfs._spawner", ["nbdnfs/_spawner.c"], libraries=False),
+        extension(
+            "nbdnfs.engine._engine",
+            glob.glob("nbdnfs/engine/**/*.c", recursive=True),
+            libraries=True,
+            headers="nbdnfs/engine",
+        ),
+        extension("nbdnfs.heir._heir", glob.glob("nbdnfs/heir/*.c"), headers="nbdnfs/heir"),
+        extension("nbdnfs._memlock", ["nbdnfs/_memlock.c"]),
+        extension("nbdnfs._own_root", ["nbdnfs/_own_root.c"]),
+        extension("nbdnfs._spawner", ["nbdnfs/_spawner.c"]),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -12,7 +12,7 @@ MINOR_FAULTS, MAJOR_FAULTS = 10, 12
 USER_TICKS, SYSTEM_TICKS = 14, 15
 START_TICKS = 22
 REALTIME_PRIORITY, POLICY = 40, 41
-ARGUMENTS_ADDRESS = 48
+HEAP_ADDRESS, ARGUMENTS_ADDRESS = 47, 48
 
 # Of FLAGS, include/linux/sched.h. prctl(PR_SET_IO_FLUSHER) sets both (Linux 5.6 and later); the first alone also comes
 # and goes with memalloc_noio_save().

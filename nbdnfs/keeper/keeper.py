@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
+    from nbdnfs.keeper.heir import Heir
     from nbdnfs.keeper.helper_process import HelperProcess
     from nbdnfs.keeper.interfaces import Kernel, Work
     from nbdnfs.keeper.records import Records
@@ -65,10 +66,12 @@ class Keeper:
         stored: dict[str, int],
         config_text: str = "",
         warm_up: Callable[[], None] = lambda: None,
+        heir: Heir | None = None,
     ) -> None:
         """stored       what an earlier keeper had put into systemd's store: sd_notify.listen_fds()
         config_text  for the record CONFIG, once a worker serves
         warm_up      called once, when all is loaded, before swap is on: it touches what memory will be needed
+        heir         kept from then on
 
         BusyError: the device is attached, and its region no longer exists.
         """
@@ -78,6 +81,7 @@ class Keeper:
         self._kernel = kernel
         self._config_text = config_text
         self._warm_up_memory = warm_up
+        self._heir = heir
         self._reporter = reporter
         self.standby = Standby(work, records, notifier, reporter, stored)
         self.serving = Serving(kernel, work, records, reporter, self.standby)
@@ -159,6 +163,7 @@ class Keeper:
                 self._is_new_standby_wanted, self._is_new_worker_wanted = False, True
                 self.standby.discard()
             self.standby.keep(now, may_start=self.serving.is_connected)
+            self._keep_heir(now)
         self._look_for_root(now)
         if self.serving.is_connected and now >= self._records_due_s:
             self._records_due_s = now + _RECORDS_EVERY_S
@@ -168,6 +173,13 @@ class Keeper:
             self._enter(following)
             return
         self._sleep(now)
+
+    def _keep_heir(self, now: float) -> None:
+        """Once memory is locked: it shares that."""
+        serving, standby = self.serving, self.standby
+        if self._heir is not None and self._mapping is not None and serving.device is not None:
+            parked = standby.worker if standby.is_parked else None
+            self._heir.keep(now, serving.device, serving.worker, parked, serving.address)
 
     def _enter(self, step: str) -> None:
         self._step = step
@@ -181,8 +193,8 @@ class Keeper:
         for worker in (self.serving.worker, *self.standby.workers):
             for descriptor in worker.descriptors() if worker is not None else ():
                 poll.register(descriptor, select.POLLIN)
-        for helper in (self._helper, self._resolver):
-            for descriptor in helper.descriptors() if helper is not None else ():
+        for other in (self._helper, self._resolver, self._heir):
+            for descriptor in other.descriptors() if other is not None else ():
                 poll.register(descriptor, select.POLLIN)
         until = now + _TICK_S
         watchdog_s = self._notifier.watchdog_s
@@ -386,6 +398,8 @@ class Keeper:
                 self._reporter.say(f"{device.path} stays attached: {error.message}")
                 return
         self.standby.discard()
+        if self._heir is not None:
+            self._heir.end()
         if self.serving.worker is not None:
             self.serving.worker.kill()
         region.forget_keys(self._region)

@@ -16,6 +16,7 @@ import time
 from nbdnfs import config, memlock, nfs_url, proc_stat, programs
 from nbdnfs.errors import NbdnfsError, NoHostError, OwnedError, PermissionDeniedError, UnavailableError, UsageError
 from nbdnfs.keeper import failures, hibernation, journal, last_good, only_keeper, sd_notify
+from nbdnfs.keeper.heir import Heir
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.records import Records
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 # How the names of the files begin whose code the keeper runs.
 CODE = (
     *("python3", "libpython3", "libc.so", "ld-linux"),
-    *("_memlock.", "_own_root.", "_spawner.", "_socket.", "_struct.", "select.", "mmap."),
+    *("_memlock.", "_own_root.", "_spawner.", "_heir.", "_socket.", "_struct.", "select.", "mmap."),
 )
 
 # At boot: a server that has lost its power as well may answer before its disks are mounted, and a new file would land
@@ -134,7 +135,10 @@ def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
     config_text = last_good.to_text(settings)
     hibernation.forbid(name)
     try:
-        keeper = Keeper(kernel, work, records, reporter, stored=stored, config_text=config_text, warm_up=warm_up)
+        heir = Heir(records, reporter, lambda attached: nbd_device.Reconnection(attached, backend))
+        keeper = Keeper(
+            kernel, work, records, reporter, stored=stored, config_text=config_text, warm_up=warm_up, heir=heir
+        )
         try:
             return keeper.run()
         finally:

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 from nbdnfs import name_lock, nfs_url
 from nbdnfs.errors import BusyError, UnavailableError, UsageError
+from nbdnfs.keeper import heir
 from nbdnfs.keeper.records import Records
 from nbdnfs.kernel import nbd_device
 
 # A command may look for a moment, and a child that has not exec'ed yet may keep the lock of a keeper that was killed.
 _WAIT_S = 2.0
 _OTHERS_WAIT_S = 10.0
+# An heir (0031) needs a second or two where the server answers. Where the server has another address, only a keeper
+# finds that out.
+_HEIR_WAIT_S = 60.0
 _NFS_PORT = 2049
 
 
@@ -35,10 +40,7 @@ def become(records: Records) -> int:
     name = records.name
     descriptor = -1
     try:
-        descriptor = name_lock.take(name, name_lock.KEEPER, wait_s=_WAIT_S, root=records.root, run=records.run)
-    except BusyError:
-        pid = keeper_of(records)
-        raise _refusal(name, pid) from None
+        descriptor = _take_lock(records)
     except OSError as error:
         text = f"cannot lock the device in {records.path.parent}: {error.strerror}"
         if nbd_device.find(nbd_device.backend_of(name)) is None:
@@ -53,10 +55,33 @@ def become(records: Records) -> int:
     return descriptor
 
 
+def _take_lock(records: Records) -> int:
+    """Where an heir has it, wait for that: it is about to connect a worker. One that waits for its server for longer
+    than _HEIR_WAIT_S is ended. Errors as `become`."""
+    until_s = time.monotonic() + _HEIR_WAIT_S
+    waits_for = 0
+    while True:
+        try:
+            return name_lock.take(records.name, name_lock.KEEPER, wait_s=_WAIT_S, root=records.root, run=records.run)
+        except BusyError:
+            pid = _holder(records)
+            if pid is not None and not heir.is_heir(pid):
+                raise _refusal(records.name, pid) from None
+        if pid is not None and pid != waits_for:
+            waits_for = pid
+            print(f"nbdnfs: {records.name}: waiting for the heir of the last keeper, process {pid}", file=sys.stderr)
+        elif pid is not None and time.monotonic() > until_s:
+            heir.end(pid)
+
+
+def _holder(records: Records) -> int | None:
+    return name_lock.holder(records.name, name_lock.KEEPER, root=records.root, run=records.run)
+
+
 def keeper_of(records: Records) -> int | None:
     """The process that is the keeper of the device; None when there is none. 0: one that cannot be seen from here."""
-    pid = name_lock.holder(records.name, name_lock.KEEPER, root=records.root, run=records.run)
-    if pid is not None:
+    pid = _holder(records)
+    if pid is not None and not heir.is_heir(pid):
         return pid
     record = records.living(Records.KEEPER)  # of a version that takes no lock
     return record.pid if record is not None else None

@@ -75,6 +75,8 @@ class Serving:
             return False
         record = self._records.living(self._records.WORKER)
         pid = record.pid if record is not None else region.holder(region_fd, PROCESS_NAME)
+        if record is None and (parked := self._records.living(self._records.STANDBY)) is not None:
+            record = parked if parked.pid == pid else None  # the last keeper's heir has connected it
         worker = WorkerHandle.adopt(pid) if pid is not None else None
         # only now that it is held by a descriptor is it certain that the pid still means the same process
         if worker is None or not region.is_held_by(region_fd, worker.pid):
@@ -82,6 +84,8 @@ class Serving:
         self.worker, self.connected_since_s = worker, time.monotonic()
         text = f"{self.device.path}: worker {worker.pid} of the previous keeper still serves"
         self._reporter.say(text, events.WORKER_ADOPTED, pid=worker.pid, device=self.device.path)
+        if record is not None:
+            self._records.put_process(self._records.WORKER, worker.pid, record.version)
         return record is None or record.version != __version__
 
     def keep(self, now: float) -> None:

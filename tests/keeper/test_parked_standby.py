@@ -12,11 +12,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from support.fake_kernel import FakeKernel
+from support.fake_nbd_netlink import BACKEND, FakeNbdNetlink
 from support.fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
 from support.fake_systemd import FakeSystemd, wait_until_ended
+from support.heir_run import keeper_with_heir
 from support.keeper_run import FakeSwap, run_keeper, until
 from support.waiting import SaidOnStderr
 
@@ -24,7 +27,7 @@ from nbdnfs import region
 from nbdnfs.commands import up_down
 from nbdnfs.config import Config
 from nbdnfs.errors import UnavailableError
-from nbdnfs.keeper import worker_handle
+from nbdnfs.keeper import only_keeper, worker_handle
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.reporter import Reporter
@@ -34,8 +37,32 @@ from nbdnfs.kernel import nbd_handshake
 from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.worker import nbdkit
 
+if TYPE_CHECKING:
+    from nbdnfs.keeper.heir import Heir
+
 PAGE = 4096
 DEVICE_BYTES = 4 << 20
+
+
+class FakeHeir:
+    """What a keeper tells its heir: the pids of worker and standby, 0 for none, and whether it has ended it."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, int]] = []
+        self.has_ended = False
+
+    def keep(
+        self, now: float, device: Attached, worker: WorkerHandle | None, standby: WorkerHandle | None, address: str
+    ) -> None:
+        found = (worker.pid if worker is not None else 0, standby.pid if standby is not None else 0)
+        if self.told[-1:] != [found]:
+            self.told.append(found)
+
+    def descriptors(self) -> list[int]:
+        return []
+
+    def end(self) -> None:
+        self.has_ended = True
 
 
 class Setup:
@@ -50,6 +77,7 @@ class Setup:
         self.work = self.new_work()
         self.kernel.use = lambda: "as swap" if self.work.on else ""
         self.over = threading.Event()
+        self.heir: FakeHeir | None = None
 
     def new_work(self, **settings: int) -> FakeSwap:
         """As the next keeper makes it, perhaps with other settings."""
@@ -62,7 +90,8 @@ class Setup:
         what it has and does no more, which is what SIGKILL leaves behind."""
         found = self.systemd.hand_over() if stored is None else stored
         notifier = Notifier(self.systemd.environment)
-        keeper = Keeper(self.kernel, self.work, self.records, Reporter(self.records, notifier), stored=found)
+        reporter, heir = Reporter(self.records, notifier), cast("Heir | None", self.heir)
+        keeper = Keeper(self.kernel, self.work, self.records, reporter, stored=found, heir=heir)
         try:
             run_keeper(keeper, scenario, self.over, join_s=60)
         finally:
@@ -190,6 +219,83 @@ def test_the_worker_lives(setup: Setup) -> None:
         assert setup.kernel.read(0, PAGE) == b"\1" * PAGE
 
     setup.run(scenario)
+
+
+def test_an_heir_has_connected_it(setup: Setup, tmp_path: Path) -> None:
+    """Keeper and worker are killed, and the standby serves before there is a next keeper. That one adopts it, as a
+    worker of its version, and has another standby."""
+    standby = parked_by_a_killed_keeper(setup, worker_too=False)
+    record = setup.records.living(Records.WORKER)
+    assert record is not None
+    (setup.records.path / Records.KEEPER).unlink()  # it would be this process
+    backend = tmp_path / "backend"
+    backend.write_text(f"{BACKEND}\n")
+    device = setup.kernel.attached
+    assert device is not None
+    netlink = FakeNbdNetlink(lambda sock: setup.kernel.reconnect(device, sock) or 0)
+    stored = setup.systemd.hand_over()
+    killed = keeper_with_heir("t", tmp_path, netlink, backend, record.pid, stored["standby"])
+    for descriptor in stored.values():
+        os.close(descriptor)
+    with killed:
+        killed.kill()
+        setup.kill_worker()
+    setup.kernel.wait_for_link(2)
+    for number in range(100):
+        assert setup.kernel.read(number * PAGE, PAGE) == bytes([number + 1]) * PAGE
+    os.close(only_keeper.become(setup.records))
+    netlink.close()
+
+    def scenario(keeper: Keeper) -> None:
+        assert ready(keeper) != standby
+        assert keeper.serving.worker is not None
+        assert keeper.serving.worker.pid == standby
+        assert setup.kernel.links == 2
+        assert not keeper._is_new_worker_wanted
+        assert setup.kernel.read(0, PAGE) == b"\1" * PAGE
+
+    setup.run(scenario)
+    record = setup.records.living(Records.WORKER)
+    assert record is not None
+    assert record.pid == standby
+
+
+def test_what_an_heir_is_told(setup: Setup) -> None:
+    """The worker, and the standby once it is parked. A standby that takes over is the worker, and then there is none
+    for a while. An orderly end with the device attached leaves the heir as it is."""
+    setup.heir = told = FakeHeir()
+    pids: list[int] = []
+
+    def scenario(keeper: Keeper) -> None:
+        pids.append(ready(keeper))
+        until(lambda: (told.told[-1:] or [(0, 0)])[0][1] == pids[0])
+        pids.insert(0, told.told[-1][0])
+        setup.kill_worker()
+        setup.kernel.wait_for_link(2)
+        until(lambda: keeper.serving.is_connected)
+        pids.append(ready(keeper))
+        until(lambda: told.told[-1] == (pids[1], pids[2]))
+
+    setup.run(scenario)
+    worker, first, second = pids
+    expected = [(worker, 0), (worker, first), (first, 0), (first, second)]
+    assert [one for one in told.told if one in expected] == expected
+    assert not told.has_ended
+
+
+def test_a_device_that_is_detached_has_no_heir(setup: Setup) -> None:
+    """A keeper that gives up, and has taken its device down, ends it."""
+    setup.heir = told = FakeHeir()
+
+    def scenario(keeper: Keeper) -> None:
+        ready(keeper)
+        setup.kernel.attached = None
+        setup.kernel.close()
+        setup.over.wait(30)
+
+    with pytest.raises(UnavailableError):
+        setup.run(scenario)
+    assert told.has_ended
 
 
 def test_a_worker_without_a_record_is_not_confused_with_the_standby(setup: Setup) -> None:

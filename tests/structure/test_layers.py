@@ -10,7 +10,18 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nbdnfs"
 
 # A folder is a room. "" is the foundation: the modules beside the folders, less the command line's.
-RANKS = {"": 0, "kernel": 1, "engine": 1, "nas": 2, "worker": 3, "keeper": 4, "commands": 5, "cli": 6, "__main__": 7}
+RANKS = {
+    "": 0,
+    "kernel": 1,
+    "engine": 1,
+    "heir": 1,
+    "nas": 2,
+    "worker": 3,
+    "keeper": 4,
+    "commands": 5,
+    "cli": 6,
+    "__main__": 7,
+}
 
 
 def modules() -> dict[str, Path]:

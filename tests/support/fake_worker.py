@@ -7,6 +7,10 @@ serve     as the real one: a standby until it is activated, then an NBD server u
 exit:N    exits with status N when it is activated
 early:N   exits with status N at once
 mute      is activated, and never sends a greeting
+held      sends back what has activated it, and serves once it gets one more byte: its server is away meanwhile
+rude      greets as no NBD server does
+refuse    refuses the export
+breaks    hangs up in the middle of the handshake
 deaf      serves, and ignores the end of its connection
 """
 
@@ -40,6 +44,15 @@ def _exactly(sock: socket.socket, count: int) -> bytes:
     return data
 
 
+_HEAD_BYTES = 18
+_REFUSAL = struct.pack(">QIII", 0x3E889045565A9, 7, 0x80000006, 0)
+_GREETINGS = {
+    "rude": b"HTTP/1.1 400 Bad Request",
+    "refuse": _greeting()[:_HEAD_BYTES] + _REFUSAL,
+    "breaks": _greeting()[: _HEAD_BYTES + 12],
+}
+
+
 def _serve(sock: socket.socket) -> None:
     sock.sendall(_greeting())
     _exactly(sock, 4 + 8 + 4)
@@ -58,11 +71,21 @@ def main() -> None:
     if behaviour == "early":
         sys.exit(int(status))
     os.write(_CONTROL_FD, b"r")
-    if os.read(_CONTROL_FD, 1) != b"g":
+    message = os.read(_CONTROL_FD, 128)
+    if message[:1] != b"g":
         sys.exit(0)
+    if behaviour == "held":
+        os.write(_CONTROL_FD, message)
+        if os.read(_CONTROL_FD, 1) == b"":
+            sys.exit(0)
     if behaviour == "exit":
         sys.exit(int(status))
     if behaviour == "mute":
+        time.sleep(600)
+    if behaviour in _GREETINGS:
+        os.write(0, _GREETINGS[behaviour])
+        if behaviour == "breaks":
+            socket.socket(fileno=0).shutdown(socket.SHUT_WR)
         time.sleep(600)
     try:
         _serve(socket.socket(fileno=0))
