@@ -7,7 +7,7 @@
 Started before the load, it prints "ready" when all that it needs is in its memory: under the load, a program takes
 minutes to start from a root on NFS. The kills begin when pages go out. One line of JSON for each:
 
-    {"killed": [pids], "resumed_s": seconds, or null when nothing moved in time}
+    {"killed": [pids], "waited_s": until all were there, "resumed_s": seconds, or null when nothing moved in time}
 
 Swap moves again when the device completes a request, by its counters in /sys/block: without requests nothing completes.
 It locks its memory: it must not be part of what it measures.
@@ -21,6 +21,7 @@ import sys
 import time
 
 RESUME_TIMEOUT_S = 60.0
+NEXT_TIMEOUT_S = 1800.0
 # Replies that were on their way when the worker died do not count. An emulated CPU needs long to take them in.
 GRACE_S = 0.3
 PAGES_OUT = 1000
@@ -62,17 +63,20 @@ def wait_for_load() -> None:
 
 
 def living_pid_of(name: str, what: str) -> int:
-    """Of a process that is there: a record may be that of the last one, which was killed."""
-    deadline = time.monotonic() + RESUME_TIMEOUT_S
+    """Of a process that is there: a record may be that of the last one, which was killed, and which systemd has not
+    collected yet. Under a load of all memory it takes a while until there is another keeper."""
+    deadline = time.monotonic() + NEXT_TIMEOUT_S
     while True:
         try:
             pid = pid_of(name, what)
-            os.kill(pid, 0)
-            return pid
+            with open(f"/proc/{pid}/stat") as stat:
+                if stat.read().rpartition(")")[2].split()[0] not in "ZX":
+                    return pid
         except (OSError, ValueError):
-            if time.monotonic() > deadline:
-                sys.exit(f"killer: no {what} of {name}")
-            time.sleep(0.1)
+            pass
+        if time.monotonic() > deadline:
+            sys.exit(f"killer: no {what} of {name}")
+        time.sleep(0.1)
 
 
 def main() -> None:
@@ -83,7 +87,9 @@ def main() -> None:
     targets = ["worker", "keeper"] if what == "both" else [what]
     for _ in range(count):
         time.sleep(every_s)
+        asked_s = time.monotonic()
         pids = [living_pid_of(name, one) for one in targets]
+        waited_s = round(time.monotonic() - asked_s, 3)
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         killed_s = time.monotonic()
@@ -95,7 +101,7 @@ def main() -> None:
                 resumed_s = round(time.monotonic() - killed_s, 3)
                 break
             time.sleep(0.01)
-        print(json.dumps({"killed": pids, "resumed_s": resumed_s}), flush=True)
+        print(json.dumps({"killed": pids, "waited_s": waited_s, "resumed_s": resumed_s}), flush=True)
 
 
 main()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from nbdnfs.keeper.heir import COMMAND
 from vmtest.machine import Machine
 
 NAME = "swap0"
@@ -19,6 +20,7 @@ _LOOK = f"""\
 cat /proc/swaps; echo ---
 for d in /sys/block/nbd*; do if [ -e $d/pid ]; then read -r b < $d/backend && echo ${{d##*/}} $b; fi; done; echo ---
 pgrep -af 'nbdnfs [r]un {NAME}|nbdnfs_[p]lugin.py'; echo ---
+pgrep -x {COMMAND}; echo ---
 systemctl show -p ActiveState,MainPID {UNIT}; echo ---
 ls /dev/mapper; echo ---
 journalctl -b -q --no-pager -o cat | grep -c '^Traceback'
@@ -57,9 +59,12 @@ class Observed:
 
 def look(machine: Machine) -> Observed:
     """GuestFailedError when the machine does not answer."""
-    swaps, devices, processes, unit, mapper, tracebacks = machine.run(_LOOK, 120, check=False).stdout.split("---\n")
+    swaps, devices, processes, heirs, unit, mapper, tracebacks = machine.run(_LOOK, 120, check=False).stdout.split(
+        "---\n"
+    )
     swap_names = [line.split()[0].rpartition("/")[2].removesuffix("\\040(deleted)") for line in swaps.splitlines()[1:]]
     running = [line.split(maxsplit=1) for line in processes.splitlines()]
+    running = [words for words in running if words[0] not in heirs.split()]  # they have their keeper's command line
     state = dict(line.split("=", 1) for line in unit.splitlines())
     return Observed(
         swaps=tuple(swap_names),
