@@ -382,11 +382,15 @@ def test_it_has_nothing_of_its_keeper(scene: Scene) -> None:
     """No descriptor but its own: others wait for a keeper's to be closed. It catches no signal but SIGKILL, has no
     place in the load average, and is told from a keeper by its name."""
     scene.all_there()
-    found = [os.readlink(one) for one in Path(f"/proc/{scene.heir}/fd").iterdir()]
-    assert {str(scene.folder / "backend"), str(scene.folder / ".t.keeper")} <= set(found)
-    assert len([name for name in found if "pidfd" in name]) == 2  # keeper and worker
-    assert len([name for name in found if name.startswith("socket:")]) == 3  # keeper, netlink, standby
-    assert len(found) == 2 + 2 + 3 + 1  # and stderr
+
+    def has_all() -> bool:
+        found = [os.readlink(one) for one in Path(f"/proc/{scene.heir}/fd").iterdir()]
+        assert {str(scene.folder / "backend"), str(scene.folder / ".t.keeper")} <= set(found)
+        pidfds = len([name for name in found if "pidfd" in name])  # keeper and worker
+        sockets = len([name for name in found if name.startswith("socket:")])  # keeper, netlink, standby
+        return (pidfds, sockets, len(found)) == (2, 3, 2 + 2 + 3 + 1)  # and stderr
+
+    wait_until(has_all, "the heir has read what it was told")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(scene.heir, number)
     assert heir.is_heir(scene.heir)
