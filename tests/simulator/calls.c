@@ -532,6 +532,7 @@ void *__wrap_memcpy(void *to, const void *from, size_t bytes)
 
 	if (current == THREADS_MAX || !is_in_region(to))
 		return __real_memcpy(to, from, bytes);
+	result.copied_pages += bytes == PAGE_BYTES;
 	if (has_store_hooks) {
 		copy_to_region(to, from, bytes);
 		return to;

@@ -100,6 +100,16 @@ uint32_t nas_file_handle(uint8_t *handle)
 	return nas_handle(OBJECT_FILE, handle);
 }
 
+uint32_t nas_other_handle(uint8_t *handle)
+{
+	return nas_handle(OBJECT_OTHER, handle);
+}
+
+uint64_t nas_other_id(void)
+{
+	return nas.other_has_number ? NAS_FILE_ID : 5000u + OBJECT_OTHER;
+}
+
 uint32_t nas_root_handle(uint8_t *handle)
 {
 	return nas_handle(OBJECT_ROOT, handle);
@@ -186,7 +196,12 @@ static void steal(void)
 	if (stolen_at_ns != NEVER)
 		return;
 	nas.generations[OBJECT_RECORD]++;
-	write_record("them");
+	if (rng_chance(&nas.faults, 768))
+		write_record("them");
+	else if (rng_chance(&nas.faults, 512))
+		nas.record_is_gone = true;
+	else
+		memset(nas.record, 0, sizeof(nas.record)); /* it is damaged */
 	stolen_at_ns = servers_ns();
 	/* while the owner cannot look: the network is cut, or the machine sleeps */
 	if (rng_chance(&nas.faults, 340))
@@ -215,6 +230,12 @@ void nas_fault(enum fault fault, bool begins)
 	case FAULT_owner_refused:
 		if (begins)
 			choose_refusal();
+		break;
+	case FAULT_replaced:
+		nas.is_replaced = begins;
+		nas.generations[OBJECT_OTHER] += begins;
+		nas.other_has_number = rng_chance(&nas.faults, 512);
+		nas.other_byte = rng_chance(&nas.faults, 512) ? 0 : (uint8_t)rng_next(&nas.faults);
 		break;
 	case FAULT_thief:
 		if (begins)

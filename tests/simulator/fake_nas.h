@@ -9,7 +9,7 @@
 #define HANDLE_BYTES_MAX 64u
 #define SECTOR_BYTES 512u
 
-enum nas_object { OBJECT_NONE, OBJECT_FILE, OBJECT_RECORD, OBJECT_DIRECTORY, OBJECT_ROOT, OBJECT_COUNT };
+enum nas_object { OBJECT_NONE, OBJECT_FILE, OBJECT_RECORD, OBJECT_DIRECTORY, OBJECT_ROOT, OBJECT_OTHER, OBJECT_COUNT };
 
 struct nas {
 	bool has_power, is_serving;
@@ -20,6 +20,11 @@ struct nas {
 	uint32_t read_max_bytes, write_max_bytes;
 	uint32_t refusal;       /* the nfsstat3 of this window of FAULT_refuse */
 	bool refuses_reads;
+	bool is_replaced;       /* OBJECT_OTHER has the file's name, and the file's handle is stale */
+	bool other_has_number;  /* and its number */
+	uint8_t other_byte;     /* all that is in it */
+	bool record_is_gone;
+	unsigned missing;       /* so often in a row the record was said to be missing */
 	uint8_t record[RECORD_BYTES];
 	struct rng calls, faults, power;
 };

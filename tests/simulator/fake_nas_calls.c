@@ -32,6 +32,7 @@ struct call {
 	uint8_t data[DATA_BYTES_MAX];
 	struct call *next;
 	bool taken;             /* and not carried out yet */
+	bool was_read;          /* `data` is what was in the file when it was taken */
 	uint64_t serial;
 	int64_t due_ns;
 	int64_t sent_at_ns;     /* by the server's clock */
@@ -94,18 +95,19 @@ static uint32_t padded(uint32_t bytes)
 
 static void put_attributes(uint8_t **at, enum nas_object object)
 {
-	bool is_file = object == OBJECT_FILE || object == OBJECT_RECORD;
+	bool is_pages = object == OBJECT_FILE || object == OBJECT_OTHER, is_file = is_pages || object == OBJECT_RECORD;
+	uint64_t id = object == OBJECT_FILE ? NAS_FILE_ID : object == OBJECT_OTHER ? nas_other_id() : 5000u + object;
 
 	put32(at, is_file ? 1 : 2);
 	put32(at, 0600);
 	put32(at, is_file ? 1 : 2);
 	put32(at, 0);
 	put32(at, 0);
-	put64(at, object == OBJECT_FILE ? disk_bytes() : RECORD_BYTES);
-	put64(at, object == OBJECT_FILE ? disk_bytes() : RECORD_BYTES);
+	put64(at, is_pages ? disk_bytes() : RECORD_BYTES);
+	put64(at, is_pages ? disk_bytes() : RECORD_BYTES);
 	put64(at, 0);
 	put64(at, nas.fsid);
-	put64(at, object == OBJECT_FILE ? NAS_FILE_ID : 5000u + object);
+	put64(at, id);
 	memset(*at, 0, 24);
 	*at += 24;
 }
@@ -151,9 +153,38 @@ static uint32_t moved(uint32_t count)
 	return 1 + rng_below(&nas.faults, count - 1);
 }
 
+/* What is in the file or the record. */
+static void read_bytes(const struct call *call, uint8_t *data, uint32_t count)
+{
+	if (call->object == OBJECT_OTHER)
+		memset(data, nas.other_byte, count);
+	else if (call->was_read)
+		memcpy(data, call->data, count);
+	else
+		memcpy(data, call->object == OBJECT_FILE ? disk_current(call->offset) : nas.record + call->offset,
+		       count);
+}
+
+/* Change a byte, or answer with what a page was before, or with another page. */
+static void spoil(const struct call *call, uint8_t *data, uint32_t count)
+{
+	uint32_t wrong = rng_below(&nas.faults, count), at = wrong / PAGE_BYTES * PAGE_BYTES;
+	uint64_t page = (call->offset + wrong) / PAGE_BYTES, other = rng_below(&nas.faults, options.pages);
+	const uint8_t *instead = rng_chance(&nas.faults, 512) ? nas_stable_page((uint32_t)page)
+							      : disk_current(other * PAGE_BYTES);
+	bool is_whole = call->offset % PAGE_BYTES == 0 && at + PAGE_BYTES <= count;
+
+	if (!disk_read_is_wrong(page))
+		return;
+	if (is_whole && rng_chance(&nas.faults, 512))
+		memcpy(data + at, instead, PAGE_BYTES);
+	else
+		data[wrong] ^= (uint8_t)(1 + rng_below(&nas.faults, 255));
+}
+
 static void do_read(struct call *call, uint8_t **at)
 {
-	bool is_page = call->object == OBJECT_FILE;
+	bool is_page = call->object == OBJECT_FILE || call->object == OBJECT_OTHER;
 	uint64_t size = is_page ? disk_bytes() : RECORD_BYTES;
 	uint32_t count = call->offset < size ? moved(call->count) : 0;
 	uint8_t *data;
@@ -166,13 +197,10 @@ static void do_read(struct call *call, uint8_t **at)
 	put32(at, call->offset + count == size);
 	put32(at, count);
 	data = *at;
-	memcpy(data, is_page ? disk_current(call->offset) : nas.record + call->offset, count);
-	if (is_page && count > 0 && fault_is_active(FAULT_corrupt_read) && rng_chance(&nas.faults, 128)) {
-		uint32_t wrong = rng_below(&nas.faults, count);
-
-		if (disk_read_is_wrong((call->offset + wrong) / PAGE_BYTES))
-			data[wrong] ^= (uint8_t)(1 + rng_below(&nas.faults, 255));
-	}
+	read_bytes(call, data, count);
+	if (call->object == OBJECT_FILE && count > 0 && fault_is_active(FAULT_corrupt_read) &&
+	    rng_chance(&nas.faults, 128))
+		spoil(call, data, count);
 	memset(data + count, 0, padded(count) - count);
 	*at += padded(count);
 }
@@ -187,10 +215,31 @@ static void tell(const struct call *call, const char *what, uint32_t stable)
 			(unsigned long long)*(const uint64_t *)(const void *)call->data);
 }
 
+/* Another file has the name. */
+static void check_other(const struct call *call)
+{
+	if (call->object != OBJECT_OTHER)
+		return;
+	if (load_is_recognisable())
+		sim_fail("another file that has the name is written to");
+	else
+		world_stop(); /* nothing was known by which it could be told: from now on it is the file */
+}
+
+static void check_pages(const struct call *call)
+{
+	if (call->object != OBJECT_FILE || !options.encrypt || call->offset % PAGE_BYTES != 0)
+		return;
+	for (uint32_t at = 0; at + PAGE_BYTES <= call->count; at += PAGE_BYTES)
+		load_check_sealed((uint32_t)((call->offset + at) / PAGE_BYTES), call->data + at);
+}
+
 static void do_write(struct call *call, uint8_t **at)
 {
 	uint32_t count = moved(call->count), committed = call->stable;
 
+	check_other(call);
+	check_pages(call);
 	if (stolen_at_ns != NEVER && call->sent_at_ns > stolen_at_ns + FENCE_NS && call->object == OBJECT_FILE)
 		sim_fail("a page was sent %.3f s after the file was stolen",
 			 (double)(call->sent_at_ns - stolen_at_ns) / 1e9);
@@ -202,8 +251,10 @@ static void do_write(struct call *call, uint8_t **at)
 	/* DATA_SYNC: where the data lies may be lost */
 	if (call->object == OBJECT_FILE)
 		disk_write(call->offset, call->data, count, committed == 2);
-	else
+	else if (call->object == OBJECT_RECORD)
 		memcpy(nas.record + call->offset, call->data, count);
+	if (call->object == OBJECT_RECORD)
+		nas.missing = 0; /* whoever writes has found it */
 	if (call->object == OBJECT_FILE)
 		tell(call, "WRITE", committed);
 	put32(at, NFS3_OK);
@@ -213,6 +264,17 @@ static void do_write(struct call *call, uint8_t **at)
 	put64(at, verifier_now());
 }
 
+/* Is the record said to be missing although it is there? Not three times in a row: that is a theft. */
+static bool record_is_missing(void)
+{
+	if (nas.record_is_gone)
+		return true;
+	if (!fault_is_active(FAULT_owner_refused) || nas.missing >= 2 || !rng_chance(&nas.faults, 256))
+		return false;
+	nas.missing++;
+	return true;
+}
+
 static void do_lookup(const struct call *call, uint8_t **at)
 {
 	enum nas_object found = OBJECT_NONE;
@@ -220,8 +282,9 @@ static void do_lookup(const struct call *call, uint8_t **at)
 	if (call->object == OBJECT_ROOT && strcmp(call->name, "dir") == 0)
 		found = OBJECT_DIRECTORY;
 	else if (call->object == OBJECT_DIRECTORY && strcmp(call->name, "swap") == 0)
-		found = OBJECT_FILE;
-	else if (call->object == OBJECT_DIRECTORY && strcmp(call->name, OWNER_PATH + 1) == 0 && options.owner)
+		found = nas.is_replaced ? OBJECT_OTHER : OBJECT_FILE;
+	else if (call->object == OBJECT_DIRECTORY && strcmp(call->name, OWNER_PATH + 1) == 0 && options.owner &&
+		 !record_is_missing())
 		found = OBJECT_RECORD;
 	put32(at, found != OBJECT_NONE ? NFS3_OK : NFS3ERR_NOENT);
 	if (found != OBJECT_NONE) {
@@ -316,7 +379,8 @@ static void put_results(struct call *call, uint8_t **at)
 		do_fsinfo(at);
 		break;
 	case PROC_COMMIT:
-		disk_commit();
+		if (call->object == OBJECT_FILE)
+			disk_commit();
 		tell(call, "COMMIT", 2);
 		put32(at, NFS3_OK);
 		put_wcc(at, call->object);
@@ -465,6 +529,8 @@ static enum nas_object object_of(const uint8_t *handle, uint32_t bytes)
 	for (enum nas_object object = OBJECT_FILE; object < OBJECT_COUNT; object++) {
 		uint8_t known[HANDLE_BYTES_MAX];
 
+		if (object == (nas.is_replaced ? OBJECT_FILE : OBJECT_OTHER))
+			continue;
 		if (nas_handle(object, known) == bytes && memcmp(known, handle, bytes) == 0)
 			return object;
 	}
@@ -532,6 +598,39 @@ static int64_t service_ns(void)
 	return (int64_t)(rng_next(&nas.calls) % (uint64_t)most_ns);
 }
 
+/* mountd is for the first worker, and for a handle that is stale. */
+static void check_mountd(void)
+{
+	uint32_t reasons = 1u << FAULT_stale | 1u << FAULT_replaced | 1u << FAULT_refuse | 1u << FAULT_owner_refused;
+
+	if (worker_place_is_known && (options.faults & reasons) == 0 && options.fail_at == 0)
+		sim_fail("mountd is asked, although the directory's handle is known and the server knows it");
+}
+
+/* Of 1024 READs of a walk, those that take very long: a fetch outlives what is written meanwhile. */
+#define LONG_READS 100u
+
+static int64_t read_factor(void)
+{
+	if (faults_are_over())
+		return 1;
+	if (options.habit == HABIT_WALKS && rng_chance(&nas.calls, LONG_READS))
+		return 32 << rng_below(&nas.calls, 6);
+	return options.read_factor;
+}
+
+/* A server may read at once, and answer after what was written meanwhile. */
+static void read_early(struct call *call)
+{
+	uint64_t end = call->offset + call->count;
+
+	call->was_read = call->procedure == PROC_READ && call->object == OBJECT_FILE && end <= disk_bytes() &&
+			 call->count <= sizeof(call->data) &&
+			 rng_chance(&nas.calls, options.habit == HABIT_WALKS ? 768 : 32);
+	if (call->was_read)
+		memcpy(call->data, disk_current(call->offset), call->count);
+}
+
 static void take_call(struct sim_conn *conn, const uint8_t *at, int64_t sent_at_ns)
 {
 	struct call *call = spare;
@@ -558,13 +657,16 @@ static void take_call(struct sim_conn *conn, const uint8_t *at, int64_t sent_at_
 	get32(&at);
 	procedure = get32(&at);
 	call->procedure = program == 100005 ? PROC_MNT : procedure;
+	if (call->procedure == PROC_MNT)
+		check_mountd();
 	get32(&at);
 	at += padded(get32(&at)); /* credentials */
 	get32(&at);
 	at += padded(get32(&at)); /* verifier */
 	call->count = 0;
 	get_arguments(call, at);
-	call->due_ns = now_ns + service_ns() * (call->procedure == PROC_READ ? options.read_factor : 1);
+	read_early(call);
+	call->due_ns = now_ns + service_ns() * (call->procedure == PROC_READ ? read_factor() : 1);
 	if (!conn_has_client(conn) && call->due_ns > now_ns + HURRY_NS)
 		call->due_ns = now_ns + rng_between(&nas.calls, 0, HURRY_NS);
 	call->serial = ++serials;

@@ -61,6 +61,8 @@ bool connect_to_name(struct nfsio *io, struct connection *made, struct nfsio_fai
 		return false;
 	}
 	thread_sleep(OPEN_NS);
+	if (worker_place_is_known && (options.faults >> FAULT_refuse & 1) == 0 && options.fail_at == 0)
+		sim_fail("the file is looked for by its name, although its handle is known");
 	if (!nas_is_listening() || fault_is_active(FAULT_partition)) {
 		set_failure(why, NFSIO_MOUNT, -ENOTCONN, "no answer");
 		return false;
@@ -68,9 +70,18 @@ bool connect_to_name(struct nfsio *io, struct connection *made, struct nfsio_fai
 	made->nfs = (struct nfs_context *)(void *)&context;
 	made->st = (struct nfsio_stat){ .size_bytes = (uint64_t)options.pages * PAGE_BYTES, .fileid = NAS_FILE_ID,
 					.nlink = 1, .mode = S_IFREG | 0600 };
+	if (fault_is_active(FAULT_replaced) && region_memory[0] == 0) {
+		set_failure(why, NFSIO_OPEN, -ENOENT, "there is no such file");
+		return false; /* what has the name when the device starts is the file */
+	}
 	memcpy(&made->place.peer.address, &peer, sizeof(peer));
 	made->place.peer.address_bytes = sizeof(peer);
-	made->place.handle_bytes = nas_file_handle(made->place.handle);
+	if (fault_is_active(FAULT_replaced)) {
+		made->st.fileid = nas_other_id();
+		made->place.handle_bytes = nas_other_handle(made->place.handle);
+	} else {
+		made->place.handle_bytes = nas_file_handle(made->place.handle);
+	}
 	made->root.length_bytes = nas_root_handle(made->root.bytes);
 	made->read_max_bytes = made->write_max_bytes = transfer_limit(0);
 	return true;

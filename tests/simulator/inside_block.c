@@ -4,8 +4,26 @@
 
 #include "sim.h"
 
+#include <string.h>
+
+/* Eight bytes of zeros in a row are not from a random number generator. */
+static bool has_zeros(const struct cipher_keys *keys)
+{
+	static const uint8_t zeros[8];
+	uint8_t bytes[sizeof(keys->tag) + sizeof(keys->stream)];
+
+	memcpy(bytes, keys->tag, sizeof(keys->tag));
+	memcpy(bytes + sizeof(keys->tag), keys->stream, sizeof(keys->stream));
+	for (size_t at = 0; at < sizeof(bytes); at += 8)
+		if (memcmp(bytes + at, zeros, 8) == 0)
+			return true;
+	return false;
+}
+
 void check_idle_block(struct engine *engine)
 {
+	if (options.encrypt && (engine->region.keys == NULL || has_zeros(engine->region.keys)))
+		sim_fail("pages are to be encrypted, and the keys are not random");
 	if (engine->waiting != 0 || engine->waiting_for_stable != 0 || engine->waiting_for_slot != 0)
 		sim_fail("no request is under way, and the engine counts %u that wait, %u for the NAS, %u for a slot",
 			 engine->waiting, engine->waiting_for_stable, engine->waiting_for_slot);

@@ -151,14 +151,14 @@ static void check_read(const struct requester *me, uint32_t number)
 		 (long long)version, lowest, issued[page], me->torn[number] ? " (torn)" : "");
 }
 
-/* The server's disk, which must have exactly this version. */
+/* The server's disk, which must have exactly this version. What is encrypted is read in the end. */
 static void check_disk(uint32_t page, uint32_t version, const char *after)
 {
 	int64_t found;
 
-	if (options.encrypt || on_disk[page] == version)
+	if (on_disk[page] == version)
 		return;
-	found = version_of(nas_stable_page(page), page);
+	found = options.encrypt ? version : version_of(nas_stable_page(page), page);
 	if (found != version)
 		sim_fail("after %s the server's disk has version %lld of page %u instead of %u", after,
 			 (long long)found, page, version);
@@ -171,6 +171,60 @@ static void check_newer(uint32_t page, uint32_t lowest)
 	if (!options.encrypt && !is_mix(nas_stable_page(page), page, lowest, issued[page]))
 		sim_fail("after FLUSH the server's disk has bytes of page %u that are older than version %u", page,
 			 lowest);
+}
+
+bool load_is_recognisable(void)
+{
+	for (uint32_t page = 0; page < options.pages; page++)
+		if (!busy[page] && completed[page] != 0 && on_disk[page] == completed[page])
+			return true;
+	return false;
+}
+
+/*
+ * The first 16 bytes of a page's key stream, for each version that the page may be. Where two versions or two pages
+ * have the same, one key stream was used twice. A wrong guess of the version gives bytes that no other guess gives.
+ */
+#define STREAMS (1u << 14)
+#define VERSIONS_TRIED 3u
+
+static struct key_stream {
+	uint64_t words[2];
+	uint32_t page, version;
+} streams[STREAMS];
+
+static void note_stream(uint32_t page, uint32_t version, const uint8_t *data)
+{
+	static _Alignas(8) uint8_t plain[PAGE_BYTES];
+	struct key_stream found = { .page = page, .version = version }, *known;
+
+	fill_page(plain, page, version);
+	for (unsigned i = 0; i < 2; i++)
+		found.words[i] = ((const uint64_t *)(const void *)data)[i] ^ ((uint64_t *)(void *)plain)[i];
+	known = &streams[found.words[0] % STREAMS];
+	if (known->words[0] == found.words[0] && known->words[1] == found.words[1] &&
+	    (known->page != page || known->version != version))
+		sim_fail("version %u of page %u and version %u of page %u have the same key stream", version, page,
+			 known->version, known->page);
+	*known = found;
+}
+
+void load_check_sealed(uint32_t page, const uint8_t *data)
+{
+	static _Alignas(8) uint8_t copy[PAGE_BYTES];
+	int64_t version;
+
+	memcpy(copy, data, PAGE_BYTES);
+	version = version_of(copy, page);
+	if (page < 1) { /* worker.c: clear_bytes */
+		if (version < 0 && !is_mix(copy, page, 0, issued[page]))
+			sim_fail("page %u is not to be encrypted, and is sent as something else", page);
+		return;
+	}
+	if (version > 0)
+		sim_fail("version %lld of page %u is sent in the clear", (long long)version, page);
+	for (uint32_t i = 0; i < VERSIONS_TRIED && i < issued[page]; i++)
+		note_stream(page, issued[page] - i, copy);
 }
 
 /* ---- requests ---- */
@@ -257,6 +311,19 @@ static void tell(const struct requester *me, const char *what)
 			me->now.page, me->now.count, me->now.fua ? " FUA" : "", (unsigned)(me - requesters));
 }
 
+/*
+ * A calm run keeps nobody waiting: a FLUSH has a write-back and a COMMIT to wait for, a few times for each region full
+ * of pages, however often they are written again meanwhile.
+ */
+static void check_time(const struct requester *me)
+{
+	int64_t limit_ns = 5 * S + (options.pages / options.slots + 1) * 24 * options.latency_ns * options.read_factor;
+
+	if (run_is_calm(0) && options.habit != HABIT_WALKS && now_ns - me->since_ns > limit_ns)
+		sim_fail("%s of %u pages at page %u took %.3f s, and nothing was in its way", kind_names[me->now.kind],
+			 me->now.count, me->now.page, (double)(now_ns - me->since_ns) / 1e9);
+}
+
 static void carry_out(struct requester *me)
 {
 	me->since_ns = now_ns;
@@ -278,6 +345,7 @@ static void carry_out(struct requester *me)
 		break;
 	}
 	tell(me, "has ended");
+	check_time(me);
 	result.requests++;
 	result.page_ops += me->now.kind == KIND_FLUSH ? 1 : me->now.count;
 	me->now.kind = KIND_NONE;
@@ -287,6 +355,10 @@ static void carry_out(struct requester *me)
 
 static uint32_t choose_count(void)
 {
+	if (options.habit == HABIT_REWRITES)
+		return 1;
+	if (options.habit == HABIT_WALKS)
+		return 1 + rng_below(&load, 4);
 	switch (rng_below(&load, 16)) {
 	case 0:
 		return 1 + rng_below(&load, COUNT_MAX);
@@ -306,6 +378,10 @@ static uint32_t choose_count(void)
 
 static uint32_t choose_page(struct requester *me)
 {
+	if (options.habit == HABIT_REWRITES)
+		return rng_below(&load, options.hot_pages);
+	if (options.habit == HABIT_WALKS && rng_chance(&load, 960))
+		return me->next_page % options.pages;
 	switch (rng_below(&load, 8)) {
 	case 0:
 		return rng_below(&load, options.pages);
@@ -356,9 +432,11 @@ static void generate(struct requester *me)
 	struct request *request = &me->now;
 
 	request->kind = choose_kind();
+	if (options.habit == HABIT_REWRITES) /* one flushes, and the others do not wait for it */
+		request->kind = me == requesters ? KIND_FLUSH : rng_chance(&load, 900) ? KIND_WRITE : KIND_READ;
 	request->page = choose_page(me);
 	request->count = choose_count();
-	request->fua = request->kind == KIND_WRITE && rng_chance(&load, 64);
+	request->fua = request->kind == KIND_WRITE && options.habit != HABIT_REWRITES && rng_chance(&load, 64);
 	if (request->count > options.pages - request->page)
 		request->count = options.pages - request->page;
 	me->next_page = request->page + request->count;
@@ -411,7 +489,7 @@ static void pause(void)
 {
 	if (!rng_chance(&pauses, options.pause_chance))
 		return;
-	if (rng_chance(&pauses, 8))
+	if (options.habit != HABIT_REWRITES && rng_chance(&pauses, 8))
 		thread_sleep(rng_between(&pauses, 0, 12 * S));
 	else
 		thread_sleep(rng_between(&pauses, 0, rng_chance(&pauses, 512) ? 5 * MS : options.latency_ns));
@@ -521,4 +599,8 @@ void load_reset(void)
 	weights[1] = 10 + rng_below(&load, 60);
 	weights[2] = rng_below(&load, 8);
 	weights[3] = rng_below(&load, 6);
+	if (options.habit == HABIT_WALKS)
+		weights[2] = 8;
+	if (options.encrypt)
+		memset(streams, 0, sizeof(streams));
 }

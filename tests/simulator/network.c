@@ -33,6 +33,7 @@ struct sim_conn {
 	bool server_gone;       /* the server does not know it any more */
 	bool eof;
 	int error;              /* what the client's next call gets */
+	bool is_timed;          /* the first thing that is sent into the hole begins the time of its silence */
 	unsigned refs;          /* events and calls that have yet to be done */
 	uint64_t number;        /* no other connection has it */
 	uint16_t port;
@@ -54,12 +55,20 @@ static struct sim_conn conns[CONNS_MAX];
 static struct fd fds[FDS_MAX];
 static uint64_t conn_number;
 static struct rng net, cuts;
+/* Silent connections that the worker has given up; each doubles the limits, up to eight times. */
+static uint32_t given_up;
+
+/* Decision 0011: 15 s of silence, an answered probe, 5 s more; and a second for all that is in between. */
+#define SILENT_NS (15 * S)
+#define SILENT_GRACE_NS (6 * S)
+#define SILENT_DOUBLED 3u
 
 void network_reset(void)
 {
 	memset(conns, 0, sizeof(conns));
 	memset(fds, 0, sizeof(fds));
 	conn_number = 0;
+	given_up = 0;
 	net.state = options.seed ^ 0x4e7;
 	cuts.state = options.seed ^ 0xc075;
 }
@@ -103,6 +112,12 @@ static void notify(struct sim_conn *conn)
 {
 	if (conn->client_open)
 		threads_wake(fds[conn->fd].pollers);
+}
+
+static void tell(const struct sim_conn *conn, const char *what)
+{
+	if (options.verbose)
+		fprintf(stderr, "%14.6f connection %llu %s\n", (double)now_ns / 1e9, (unsigned long long)conn->number, what);
 }
 
 static struct sim_conn *conn_new(uint32_t fd, uint16_t port)
@@ -181,10 +196,46 @@ void conns_server_down(bool silently)
 	}
 }
 
+/*
+ * An event: connection number b has swallowed what was asked over it for as long as a connection may while the server
+ * answers. Only where it is the one thing that happens: a second hole may swallow the probe.
+ */
+static void check_silence(void *a, uint64_t b, uint64_t c)
+{
+	const struct sim_conn *conn = a;
+
+	if (conn->used && conn->number == b && conn->client_open && conn->is_timed)
+		sim_fail("a silent connection is still in use after %.3f s, and the server answers",
+			 (double)(now_ns - (int64_t)c) / 1e9);
+}
+
+/* Something is sent over a connection. */
+static void time_silence(struct sim_conn *conn)
+{
+	uint32_t doubled = given_up < SILENT_DOUBLED ? given_up : SILENT_DOUBLED;
+
+	if (!conn->blackhole || conn->is_timed || !run_is_calm(1u << FAULT_blackhole))
+		return;
+	for (unsigned i = 0; i < CONNS_MAX; i++)
+		if (&conns[i] != conn && conns[i].used && conns[i].client_open && conns[i].blackhole)
+			return;
+	conn->is_timed = true;
+	tell(conn, "is silent");
+	event_at(now_ns + (SILENT_NS << doubled) + SILENT_GRACE_NS, check_silence, conn, conn->number, (uint64_t)now_ns);
+}
+
+static void forget_times(void)
+{
+	for (unsigned i = 0; i < CONNS_MAX; i++)
+		conns[i].is_timed = false;
+}
+
 void network_fault(enum fault fault, bool begins)
 {
 	if (!begins)
 		return;
+	if (fault == FAULT_blackhole)
+		forget_times();
 	for (unsigned i = 0; i < CONNS_MAX; i++) {
 		struct sim_conn *conn = &conns[i];
 
@@ -323,6 +374,7 @@ static void syn_arrives(void *a, uint64_t b, uint64_t c)
 		conn_error(conn, ECONNREFUSED);
 	} else if (conn->client_open) {
 		conn->established = conn->server_open = true;
+		tell(conn, "is made");
 		result.connections++;
 		notify(conn);
 	}
@@ -482,7 +534,8 @@ ssize_t __wrap_sendmsg(int fd, const struct msghdr *message, int flags)
 	if (room == 0)
 		return fails_with(EAGAIN);
 	bytes = total < room ? total : room;
-	if (bytes > 1 && (failure == 4 || rng_chance(&net, 4)))
+	/* the kernel takes a few bytes whole (net/ipv4/tcp.c: an skb has room for a page), unless the call fails so */
+	if (bytes > 1 && (failure == 4 || (bytes > 64 && rng_chance(&net, 4))))
 		bytes = 1 + rng_below(&net, (uint32_t)bytes - 1);
 	at = stream_room(&conn->up, (uint32_t)bytes);
 	left = bytes;
@@ -494,6 +547,7 @@ ssize_t __wrap_sendmsg(int fd, const struct msghdr *message, int flags)
 		left -= part;
 	}
 	deliver(conn, &conn->up, arrive_up, (uint32_t)bytes);
+	time_silence(conn);
 	return (ssize_t)bytes;
 }
 
@@ -586,7 +640,9 @@ ssize_t __wrap_read(int fd, void *buffer, size_t bytes)
 static void conn_close(struct sim_conn *conn)
 {
 	conn->deliver_rest = rng_chance(&cuts, 512);
+	given_up += conn->blackhole;
 	conn->client_open = false;
+	tell(conn, "is closed");
 	if (conn->refs == 0)
 		conn->used = false;
 }

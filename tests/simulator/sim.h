@@ -68,13 +68,26 @@ static inline int64_t rng_between(struct rng *rng, int64_t least, int64_t most)
 #define FAULTS(X)                                                                                                      \
 	X(worker_crash) X(nas_crash) X(nas_restart) X(partition) X(reset) X(blackhole) X(slow) X(drop_answer)          \
 	X(drop_request) X(jukebox) X(refuse) X(short_transfer) X(verifier_flutter) X(stale) X(corrupt_read) X(limits)  \
-	X(fragments) X(stability) X(suspend) X(thief) X(owner_refused)
+	X(fragments) X(stability) X(suspend) X(thief) X(owner_refused) X(replaced)
 
 enum fault {
 #define X(name) FAULT_##name,
 	FAULTS(X)
 #undef X
 	FAULT_COUNT
+};
+
+/* What does not make a request wait: a run that has nothing else is *calm*, and is held to limits of time. */
+#define CALM_FAULTS                                                                                                    \
+	(1u << FAULT_short_transfer | 1u << FAULT_corrupt_read | 1u << FAULT_limits | 1u << FAULT_fragments)
+
+/* How requests are chosen. */
+enum habit {
+	HABIT_MIXED,
+	HABIT_REWRITES, /* a page or two, again and again, while others flush */
+	HABIT_WALKS,    /* over a small device, reading ahead, with READs of which some take very long */
+	HABIT_HOLES,    /* as mixed, and connections that fall silent are all that happens */
+	HABIT_COUNT
 };
 
 /* ---- options: what a seed means, and what the command line changes of it ---- */
@@ -95,6 +108,7 @@ struct sim_options {
 	uint32_t words_of_8;    /* of 8 pages, how many repeat one word */
 	uint32_t read_factor;   /* how much longer READs take */
 	bool encrypt, stable_writes, owner;
+	enum habit habit;
 	uint64_t crash_at;      /* the worker is killed at this point; 0: not */
 	uint64_t fail_at;       /* this call fails; 0: none */
 	uint32_t fail_variant;
@@ -109,6 +123,7 @@ struct sim_result {
 	int64_t time_ns;
 	uint64_t page_ops, requests, worker_crashes, nas_crashes, connections;
 	uint64_t calls_nfs, points, failable, failed_calls, stores;
+	uint64_t copied_pages;  /* whole pages that were copied into the region */
 	uint64_t faults[FAULT_COUNT];
 };
 
@@ -218,6 +233,9 @@ void nas_hurry(void);
 const uint8_t *nas_stable_page(uint32_t page);
 uint32_t nas_file_handle(uint8_t *handle);
 uint32_t nas_root_handle(uint8_t *handle);
+/* The file that has the name while the real one is replaced. */
+uint32_t nas_other_handle(uint8_t *handle);
+uint64_t nas_other_id(void);
 #define NAS_FILE_ID 4711u
 #define NAS_PORT 2049u
 #define MOUNT_PORT 20048u
@@ -228,6 +246,8 @@ extern int64_t stolen_at_ns;    /* by the server's clock, which does not sleep; 
 /* ---- faults, in simulate.c ---- */
 
 bool fault_is_active(enum fault fault);
+/* Is nothing else in this run than calm faults and those of `besides`, as bits? */
+bool run_is_calm(uint32_t besides);
 bool faults_are_over(void);
 void faults_end(void);
 /* The network is cut for so long, whatever else strikes. */
@@ -246,6 +266,10 @@ void load_check_all(void);
 void load_check_torn(void);
 void load_flush(void);
 void *load_requester(uint32_t number);
+/* A page of the file as the server receives it: encrypted as it should be. */
+void load_check_sealed(uint32_t page, const uint8_t *data);
+/* Does the engine know a page by which it can recognise the file? False where that is not certain. */
+bool load_is_recognisable(void);
 /* What waits for longest, as text. */
 const char *load_oldest(void);
 
@@ -253,6 +277,8 @@ const char *load_oldest(void);
 
 struct engine;
 extern struct engine *worker_engine;
+/* A worker has started: from then on the region says where the file and its directory are. */
+extern bool worker_place_is_known;
 void worker_reset(void);
 void worker_start(void);
 /* Kill it as soon as no thread runs. */

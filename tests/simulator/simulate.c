@@ -38,6 +38,11 @@ bool fault_is_active(enum fault fault)
 	return are_active[fault] || (fault == FAULT_partition && is_cut);
 }
 
+bool run_is_calm(uint32_t besides)
+{
+	return (options.faults & ~(CALM_FAULTS | besides)) == 0 && options.fail_at == 0 && options.crash_at == 0;
+}
+
 bool faults_are_over(void)
 {
 	return are_over;
@@ -141,6 +146,51 @@ static void faults_reset(void)
 
 /* ---- a seed ---- */
 
+static enum habit forced_habit = HABIT_COUNT; /* by the command line */
+
+/* Some seeds have a habit, and what brings it out. */
+static void apply_habit(struct rng *rng)
+{
+	uint32_t any = rng_below(rng, 16);
+
+	options.habit = forced_habit < HABIT_COUNT ? forced_habit : any < HABIT_COUNT ? any : HABIT_MIXED;
+	switch (options.habit) {
+	case HABIT_REWRITES:
+		options.faults &= CALM_FAULTS;
+		options.threads = 4 + rng_below(rng, 5);
+		options.hot_pages = 1 + rng_below(rng, 2);
+		options.words_of_8 = options.round = options.read_ahead_pages = 0;
+		options.slots = options.slots < 64 ? 64 : options.slots;
+		options.latency_ns = 20 * MS;
+		options.pages = 64;
+		options.pause_chance = 1024;
+		options.read_factor = 1;
+		options.requests = 12800;
+		break;
+	case HABIT_WALKS:
+		if (rng_chance(rng, 512))
+			options.faults &= CALM_FAULTS;
+		options.pages = 64;
+		options.slots = 16 + 8 * rng_below(rng, 3);
+		options.threads = 2 + rng_below(rng, 5);
+		options.hot_pages = options.pages;
+		options.read_ahead_pages = 8u << rng_below(rng, 3);
+		options.words_of_8 = 0;
+		options.latency_ns = rng_chance(rng, 512) ? 300 * US : 2 * MS;
+		options.requests = 3200;
+		break;
+	case HABIT_HOLES:
+		options.faults = (options.faults & CALM_FAULTS) | 1u << FAULT_blackhole;
+		options.fault_gap_ns = 60 * S;
+		options.fault_length_ns = S;
+		options.pause_chance = 1024;
+		options.requests = 800;
+		break;
+	default:
+		break;
+	}
+}
+
 static void options_of(uint64_t seed)
 {
 	struct rng rng = { seed * 0x9e3779b97f4a7c15u ^ 0x0975 };
@@ -173,6 +223,7 @@ static void options_of(uint64_t seed)
 	if (!options.owner)
 		options.faults &= ~(1u << FAULT_owner_refused);
 	options.late_ns = 4500 * MS; /* what was sent twice is held back for five seconds (0011) */
+	apply_habit(&rng);
 }
 
 static void run_seed(void)
@@ -282,6 +333,7 @@ static void add(struct sim_result *sum, const struct sim_result *one)
 	sum->failable += one->failable;
 	sum->failed_calls += one->failed_calls;
 	sum->stores += one->stores;
+	sum->copied_pages += one->copied_pages;
 	sum->trace = (sum->trace ^ one->trace) * 0x9e3779b97f4a7c15u;
 	for (unsigned i = 0; i < FAULT_COUNT; i++)
 		sum->faults[i] += one->faults[i];
@@ -298,6 +350,7 @@ static void print(const struct sim_result *sum, uint64_t first, uint64_t seeds, 
 		{ "connections", sum->connections },     { "nfs_calls", sum->calls_nfs },
 		{ "points", sum->points },               { "failable", sum->failable },
 		{ "failed_calls", sum->failed_calls },   { "stores", sum->stores },
+		{ "copied_pages", sum->copied_pages },
 	};
 
 	printf("{\"first_seed\": %llu, \"seeds\": %llu, \"seconds\": %.3f, \"simulated_s\": %.3f",
@@ -355,7 +408,7 @@ static bool next_of_enumeration(struct overrides *overrides)
 
 /*
  * simulate FIRST_SEED [seeds=N] [seconds=T of the processor's] [requests=N] [threads=N] [pages=N] [slots=N]
- *   [connections=N] [owner=0|1] [without=FAULT,...] [only=FAULT,...] [crash_at=N [crash_end=N]]
+ *   [connections=N] [owner=0|1] [habit=N] [without=FAULT,...] [only=FAULT,...] [crash_at=N [crash_end=N]]
  *   [fail_at=N [fail_variant=N] [fail_end=N]] [keep=1] [each=1] [verbose=1]
  *
  * With crash_end, the seed is run once for each point from crash_at to crash_end; with fail_end, once for each way in
@@ -388,6 +441,7 @@ int main(int count, char **words)
 		OPTION("slots", overrides.slots = number);
 		OPTION("connections", overrides.connections = number);
 		OPTION("owner", overrides.owner = number);
+		OPTION("habit", forced_habit = (enum habit)number);
 		OPTION("without", overrides.without = fault_bits(value));
 		OPTION("only", (overrides.only = fault_bits(value), overrides.has_only = true));
 		OPTION("crash_at", overrides.crash_at = (uint64_t)number);

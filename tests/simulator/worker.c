@@ -12,6 +12,7 @@
 enum phase { PHASE_LOAD, PHASE_FLUSH, PHASE_CHECK };
 
 struct engine *worker_engine;
+bool worker_place_is_known;
 
 static bool kill_is_due;
 static uint32_t requesters_running;
@@ -40,7 +41,7 @@ static void check_start(int error, const struct nfsio_failure *why)
 {
 	static const int expected[] = { ENOTCONN,     ETIMEDOUT,  EAGAIN, ECONNREFUSED,
 					ECONNRESET, ENOENT, ESTALE, ECANCELED };
-	uint32_t refusing = 1u << FAULT_owner_refused | 1u << FAULT_refuse;
+	uint32_t refusing = 1u << FAULT_owner_refused | 1u << FAULT_refuse | 1u << FAULT_replaced;
 
 	if (live_allocations != 0)
 		sim_fail("a start that failed (%d) leaves %llu allocations", -error,
@@ -80,6 +81,7 @@ static void start_engine(void)
 		memory_rewind();
 		thread_sleep(rng_between(&workers, 50 * MS, 500 * MS));
 	}
+	worker_place_is_known = true;
 }
 
 static void run_load(void)
@@ -158,7 +160,7 @@ void worker_killed(void)
 
 void worker_reset(void)
 {
-	kill_is_due = false;
+	kill_is_due = worker_place_is_known = false;
 	phase = PHASE_LOAD;
 	workers.state = options.seed ^ 0x303c;
 	memory_reset();
