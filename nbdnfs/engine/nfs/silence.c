@@ -52,6 +52,8 @@ int silence_sleep_ms(const struct nfsio *io)
 {
 	int64_t ms = io->silence_ms;
 
+	if (io->inflight.head != NULL || io->name_ops != NULL)
+		ms -= now_ms() - io->silent_since_ms; /* it may have begun while this thread slept for other reasons */
 	if (io->deadline_ms != INT64_MAX && io->deadline_ms - now_ms() < ms)
 		ms = io->deadline_ms - now_ms();
 	if (io->probe.state != PROBE_NONE || ms < SILENCE_TICK_MS)
