@@ -156,6 +156,15 @@ bool counts_as_answer(struct nfsio *io, int rpc_status)
 }
 
 /*
+ * A verifier says what the server has lost, and not of which file. What was written UNSTABLE by another handle may lie
+ * in another file, which a COMMIT by this one does not cover although the server has not restarted.
+ */
+static uint64_t verifier_of(const struct nfsio *io, uint64_t verifier)
+{
+	return verifier ^ io->handles * 0x9e3779b97f4a7c15u;
+}
+
+/*
  * A short WRITE is followed by others for the rest, and the server may restart between two of the pieces. What it had
  * answered UNSTABLE or DATA_SYNC before is lost then, whatever it says of the pieces after: the write is done only when
  * all of its pieces that are not FILE_SYNC have one verifier, and no piece has come under another one since the first
@@ -166,6 +175,7 @@ void note_written3(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool
 {
 	bool is_first = req->moved_bytes == 0;
 
+	verifier = verifier_of(io, verifier);
 	if (count > req->length_bytes - req->moved_bytes) {
 		note_moved(io, req, count, false); /* out of step: nothing in that answer counts */
 	} else if (req->op == NFSIO_WRITE && !stable) {
@@ -185,6 +195,6 @@ void note_written3(struct nfsio *io, struct nfsio_req *req, uint32_t count, bool
 
 void note_committed3(struct nfsio *io, struct nfsio_req *req, uint64_t verifier)
 {
-	req->verifier = verifier;
+	req->verifier = verifier_of(io, verifier);
 	req_finish(&io->inflight, req, 0);
 }

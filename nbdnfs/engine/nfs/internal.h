@@ -168,6 +168,7 @@ struct nfsio {
 	/* the file as it was last recognised; changed by the I/O thread alone, while there is no connection */
 	struct place place;
 	uint64_t fsid, fileid;  /* fsid 0 over libnfs */
+	uint64_t handles;       /* how often the handle has changed: see verifier_of() */
 
 	/* over a wire: for nfsio_look(), and to find the file again; changed like `place` */
 	struct nfsio_handle directory; /* the URL's directory; length 0: not known */

@@ -72,6 +72,9 @@ static void publish(struct nfsio *io, const struct connection *made)
 	io->fh = made->fh;
 	io->fh3 = made->fh3;
 	io->transport = made->nfs != NULL ? &transport_libnfs : &transport_wire;
+	if (made->place.handle_bytes != io->place.handle_bytes ||
+	    memcmp(made->place.handle, io->place.handle, made->place.handle_bytes) != 0)
+		io->handles++;
 	io->place = made->place;
 	io->fsid = made->fsid;
 	io->fileid = made->st.fileid;
