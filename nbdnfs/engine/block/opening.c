@@ -149,13 +149,15 @@ static bool refuses_handle(const struct nfsio_failure *why)
  */
 static int open_first(struct engine *engine, struct nfsio_options *options, struct nfsio_failure *why)
 {
+	struct nfsio_known by_name = engine->known;
 	int error;
 
 	options->sample_page = engine->samples;
 	options->known = knows_file(engine) ? &engine->known : NULL;
 	error = nfsio_create(options, &engine->ios[0], why);
 	if (error != 0 && options->known != NULL && refuses_handle(why)) {
-		options->known = NULL;
+		by_name.file.length_bytes = 0; /* another file may have the name, and even the number */
+		options->known = &by_name;
 		error = nfsio_create(options, &engine->ios[0], why);
 	}
 	options->known = NULL;

@@ -32,6 +32,15 @@ static bool begin_like(struct nfsio *io, struct nfsio *like)
 	return remember_mount(io, strlen(like->mount_path));
 }
 
+/* What is opened must be the file that an earlier nfsio knew. */
+static void expect(struct nfsio *io, const struct nfsio_known *known)
+{
+	io->fsid = known->fsid;
+	io->fileid = known->fileid;
+	io->opened = (struct nfsio_stat){ .size_bytes = known->size_bytes, .fileid = known->fileid };
+	io->was_known = true;
+}
+
 /* An earlier nfsio knew the file; what cannot be used of that is as if it had not. Returns false without memory. */
 static bool begin_known(struct nfsio *io, const struct nfsio_known *known)
 {
@@ -40,7 +49,11 @@ static bool begin_known(struct nfsio *io, const struct nfsio_known *known)
 	struct addrinfo *found;
 	char port[16];
 
-	if (known->file.length_bytes == 0 || known->file.length_bytes > WIRE_HANDLE_BYTES_MAX ||
+	if (known->file.length_bytes == 0) {
+		expect(io, known);
+		return true;
+	}
+	if (known->file.length_bytes > WIRE_HANDLE_BYTES_MAX ||
 	    known->directory.length_bytes > WIRE_HANDLE_BYTES_MAX || known->mount_bytes == 0 ||
 	    known->mount_bytes > strlen(io->url_directory))
 		return true;
@@ -53,10 +66,7 @@ static bool begin_known(struct nfsio *io, const struct nfsio_known *known)
 	io->place.handle_bytes = known->file.length_bytes;
 	memcpy(io->place.handle, known->file.bytes, known->file.length_bytes);
 	io->directory = known->directory;
-	io->fsid = known->fsid;
-	io->fileid = known->fileid;
-	io->opened = (struct nfsio_stat){ .size_bytes = known->size_bytes, .fileid = known->fileid };
-	io->was_known = true;
+	expect(io, known);
 	return remember_mount(io, known->mount_bytes);
 }
 
