@@ -7,9 +7,14 @@ device is attached, and nothing that a server answers before its disks are mount
 
 from __future__ import annotations
 
+import contextlib
 import os
 
-from nbdnfs.errors import NbdnfsError, OwnedError
+from nbdnfs.errors import NbdnfsError, OwnedError, UnavailableError
+
+TYPE_CHECKING = False  # typing's own, without typing
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # How long to wait before the next try, after so many failures in a row. There is no last try.
 PAUSES_S = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -74,6 +79,19 @@ def failed(what: str, status: int, lines: list[str] | None = None) -> NbdnfsErro
     error = NbdnfsError(f"{what.replace('_', ' ')} failed: {text}", hints[0] if hints else "")
     error.exit_code = os.EX_NOPERM if status == OWNED_STATUS else status
     return error
+
+
+@contextlib.contextmanager
+def of_machine(name: str) -> Iterator[None]:
+    """UnavailableError in place of an OSError: a call has failed that the keeper cannot do without, for want of memory
+    or descriptors. What is attached and in use stays."""
+    try:
+        yield
+    except OSError as error:
+        raise UnavailableError(
+            f"{name}: the keeper cannot go on: {error.strerror or error}",
+            "a device that is in use stays, with its worker; the unit starts the next keeper",
+        ) from None
 
 
 def stolen(name: str) -> OwnedError:

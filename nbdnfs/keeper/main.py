@@ -135,14 +135,15 @@ def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
     config_text = last_good.to_text(settings)
     hibernation.forbid(name)
     try:
-        heir = Heir(records, reporter, lambda attached: nbd_device.Reconnection(attached, backend))
-        keeper = Keeper(
-            kernel, work, records, reporter, stored=stored, config_text=config_text, warm_up=warm_up, heir=heir
-        )
-        try:
-            return keeper.run()
-        finally:
-            own_root.leave()
+        with failures.of_machine(name):
+            heir = Heir(records, reporter, lambda attached: nbd_device.Reconnection(attached, backend))
+            keeper = Keeper(
+                kernel, work, records, reporter, stored=stored, config_text=config_text, warm_up=warm_up, heir=heir
+            )
+            try:
+                return keeper.run()
+            finally:
+                own_root.leave()
     except NbdnfsError:
         if nbd_device.find(backend) is None:
             hibernation.permit(name)

@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A keeper that is killed at each of its calls, or of which each call fails, and the next one after it.
+
+A keeper runs in a process of its own (keeper_program.py). What outlives it is here: the kernel's device, systemd's
+store, the workers. What must hold in the end is the same in all cases (`Stage.check`).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import json
+import os
+import queue
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nbdnfs.errors import NbdnfsError
+from nbdnfs.keeper.records import Records
+from nbdnfs.kernel.nbd_handshake import Export, TransmissionFlags
+from support.fake_kernel import FakeKernel
+from support.fake_systemd import FakeSystemd, wait_until_ended
+from support.waiting import wait_until
+
+HERE = Path(__file__).resolve().parent
+LIBRARY = HERE.parents[1] / "build" / "failing_calls.so"
+PAGE = b"\x5a" * 4096
+_TIMEOUT_S = 60.0
+_EXPLAINED = 10
+
+
+def library() -> Path:
+    """failing_calls.c, compiled."""
+    source = HERE / "failing_calls.c"
+    LIBRARY.parent.mkdir(exist_ok=True)
+    if not LIBRARY.exists() or LIBRARY.stat().st_mtime < source.stat().st_mtime:
+        part = LIBRARY.with_suffix(f".{os.getpid()}")
+        command = ["gcc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        subprocess.run([*command, "-o", part, source, "-ldl"], check=True)
+        part.rename(LIBRARY)
+    return LIBRARY
+
+
+class Template:
+    """keeper_program.py, which forks keepers. One at a time. Used as a context."""
+
+    def __init__(self) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        built = library()
+        # as `nbdnfs run` is started: main.py
+        environment = {**os.environ, "LD_PRELOAD": str(built), "PYTHONMALLOC": "malloc", "LD_BIND_NOW": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])
+        command = [sys.executable, str(HERE / "keeper_program.py"), str(theirs.fileno()), str(built)]
+        self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+        theirs.close()
+        self._control.settimeout(_TIMEOUT_S)
+
+    def __enter__(self) -> Template:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._control.close()
+        self._process.wait(10)
+
+    def start(self, wanted: dict[str, Any], descriptors: list[int]) -> int:
+        """The pid of a new keeper."""
+        socket.send_fds(self._control, [json.dumps(wanted).encode()], descriptors)
+        return int(json.loads(self._control.recv(4096))["pid"])
+
+    def result(self) -> dict[str, Any]:
+        """Of the keeper, which ends soon. TimeoutError: it does not."""
+        return dict(json.loads(self._control.recv(4096)))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to happen to a keeper. Nothing, by default."""
+
+    kill_at: int = 0
+    fail_at: int = 0
+    way: int = 0
+    at_once: bool = True  # counting begins with the keeper, and not with SIGUSR2
+
+
+class Stage:
+    """One device from its beginning to its end, and the keepers that come and go."""
+
+    def __init__(self, template: Template, folder: Path) -> None:
+        self._template = template
+        self.folder = folder
+        self.pids = folder / "pids"
+        self.pids.mkdir()
+        self.kernel = FakeKernel(timeout_s=20)
+        self.kernel.use = lambda: "as swap" if (folder / "swap-is-on").exists() else ""
+        self.systemd = FakeSystemd(folder)
+        self.records = Records("t", run=folder)
+        self.records.make()
+        self._log = open(folder / "log", "ab", buffering=0)  # noqa: SIM115
+        self._pidfd = -1  # of the keeper that runs; -1: none does
+        self._log_begins = 0
+        self._answering: threading.Thread | None = None
+        self.disconnects_in_use = 0
+
+    # keepers
+
+    def start(self, wanted: Wanted) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        stored = self.systemd.hand_over()
+        self._log_begins = len(self.log())
+        message = {
+            "folder": str(self.folder),
+            "notify": self.systemd.environment["NOTIFY_SOCKET"],
+            "worker": [sys.executable, "@nbdkit", "-I", "-S", str(HERE / "page_worker.py"), str(self.pids)],
+            "kill_at": wanted.kill_at,
+            "fail_at": wanted.fail_at,
+            "way": wanted.way,
+            "at_once": wanted.at_once,
+            "stored": list(stored),
+            "is_attached": self.kernel.attached is not None,
+        }
+        descriptors = [theirs.fileno(), self.kernel.fileno(), self._log.fileno(), *stored.values()]
+        pid = self._template.start(message, descriptors)
+        with contextlib.suppress(ProcessLookupError):  # it has been killed already
+            self._pidfd = os.pidfd_open(pid)
+        theirs.close()
+        for descriptor in stored.values():
+            os.close(descriptor)
+        self._answering = threading.Thread(target=self._answer, args=(ours,), daemon=True)
+        self._answering.start()
+
+    def wait(self) -> dict[str, Any]:
+        """What has become of the keeper, once it has ended."""
+        found = self._template.result()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        assert self._answering is not None
+        self._answering.join(10)
+        return found
+
+    def signal(self, number: int) -> None:
+        """To the keeper, if it has not ended yet."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    @property
+    def has_ended(self) -> bool:
+        if self._pidfd < 0:
+            return True
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def _answer(self, link: socket.socket) -> None:
+        """The kernel's part, until the keeper has ended."""
+        with link:
+            while True:
+                try:
+                    data, descriptors, _, _ = socket.recv_fds(link, 4096, 4)
+                except ConnectionResetError:  # it has not read an answer
+                    return
+                if not data:
+                    return
+                name, *words = json.loads(data)
+                error, answer = "", None
+                try:
+                    answer = self._call(name, words, descriptors)
+                except NbdnfsError as failed:
+                    error = failed.message
+                with contextlib.suppress(OSError):
+                    link.send(json.dumps([error, answer]).encode())
+
+    def _call(self, name: str, words: list[Any], descriptors: list[int]) -> Any:
+        kernel, device = self.kernel, self.kernel.attached
+        if name == "find":
+            return [device.index, device.size_bytes] if device is not None else None
+        if name == "dead_links":
+            return kernel.dead_links()
+        if descriptors:
+            with socket.socket(fileno=descriptors[0]) as sock:
+                if name == "attach":
+                    made = kernel.attach(sock, Export(words[0], TransmissionFlags(0)))
+                    return [made.index, made.size_bytes]
+                assert device is not None
+                return kernel.reconnect(device, sock)
+        assert device is not None
+        self.disconnects_in_use += name == "fail_requests" and kernel.use() != ""
+        return getattr(kernel, name)(device)
+
+    # what is there
+
+    def workers(self) -> set[int]:
+        """The living ones."""
+        found = set()
+        for path in self.pids.iterdir():
+            with contextlib.suppress(OSError):
+                state = (Path("/proc") / path.name / "stat").read_text().rpartition(")")[2].split()[0]
+                if state not in "ZX":
+                    found.add(int(path.name))
+        return found
+
+    def is_up(self) -> bool:
+        """Swap is on, a worker serves, and a standby is parked."""
+        record = self.records.living(Records.STANDBY)
+        return (
+            "swap is on" in self.log()[self._log_begins :]
+            and self.records.read(Records.STATE) == "watch"
+            and self.kernel.use() != ""
+            and self.systemd.names() == {"region", "standby"}
+            and record is not None
+            and record.pid in self.workers()
+            and len(self.workers()) == 2
+            and self.records.living(Records.WORKER) is not None
+        )
+
+    def kill_worker(self) -> int:
+        record = self.records.living(Records.WORKER)
+        assert record is not None
+        os.kill(record.pid, signal.SIGKILL)
+        return record.pid
+
+    def goes_on(self) -> None:
+        """It runs until the device is up, unless something else is to happen to it."""
+        wait_until(lambda: self.is_up() or self.has_ended, "the device is up", _TIMEOUT_S)
+
+    def check(self) -> None:
+        """A keeper that comes now has the device up, with the page that was written, one worker and one standby; and
+        nothing has been taken away from swap meanwhile."""
+        self.start(Wanted())
+        try:
+            self.goes_on()
+            assert self.is_up()
+            if (self.folder / "written").exists():
+                assert self.kernel.read(4096, len(PAGE)) == PAGE
+            assert self.kernel.attaches == 1 + self.kernel.disconnects
+            assert self.disconnects_in_use == 0
+        finally:
+            self.signal(signal.SIGTERM)
+            result = self.wait()
+        assert result["status"] == 0
+        assert "Traceback" not in self.log()
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def end(self) -> None:
+        self.kernel.destroy()
+        self.systemd.close()
+        self._log.close()
+        for pid in self.workers():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            wait_until_ended(pid)
+
+
+def _brought_up(stage: Stage, wanted: Wanted) -> None:
+    stage.start(wanted)
+    stage.goes_on()
+    assert stage.is_up()
+    stage.kernel.write(4096, PAGE)
+    (stage.folder / "written").touch()
+
+
+def attach(stage: Stage, wanted: Wanted) -> None:
+    """From nothing to a device with swap on it and a parked standby, and its end by SIGTERM."""
+    stage.start(wanted)
+    stage.goes_on()
+
+
+def hand_over(stage: Stage, wanted: Wanted) -> None:
+    """The worker is killed: the standby takes its place, and another one is made ready."""
+    _brought_up(stage, Wanted(wanted.kill_at, wanted.fail_at, wanted.way, at_once=False))
+    stage.signal(signal.SIGUSR2)
+    killed = stage.kill_worker()
+    wait_until_ended(killed)
+    stage.goes_on()
+
+
+def replace(stage: Stage, wanted: Wanted) -> None:
+    """SIGHUP: the standby is replaced, and then the worker."""
+    _brought_up(stage, Wanted(wanted.kill_at, wanted.fail_at, wanted.way, at_once=False))
+    before = stage.workers()
+    stage.signal(signal.SIGUSR2)
+    stage.signal(signal.SIGHUP)
+    wait_until(lambda: stage.has_ended or (not before & stage.workers() and stage.is_up()), "all are new", _TIMEOUT_S)
+
+
+def adoption(stage: Stage, wanted: Wanted) -> None:
+    """A keeper after one that was killed: it takes the worker and the standby over."""
+    _brought_up(stage, Wanted())
+    stage.signal(signal.SIGKILL)
+    stage.wait()
+    stage.start(wanted)
+    stage.goes_on()
+
+
+def adoption_without_worker(stage: Stage, wanted: Wanted) -> None:
+    """A keeper after one that was killed with its worker: the standby that was parked serves."""
+    _brought_up(stage, Wanted())
+    stage.signal(signal.SIGKILL)
+    stage.wait()
+    wait_until_ended(stage.kill_worker())
+    stage.start(wanted)
+    stage.goes_on()
+
+
+SCENES: dict[str, Callable[[Stage, Wanted], None]] = {
+    "attach": attach,
+    "hand-over": hand_over,
+    "replace": replace,
+    "adoption": adoption,
+    "adoption without its worker": adoption_without_worker,
+}
+
+
+@contextlib.contextmanager
+def new_stage(template: Template) -> Iterator[Stage]:
+    with tempfile.TemporaryDirectory() as folder:
+        stage = Stage(template, Path(folder))
+        try:
+            yield stage
+        finally:
+            stage.end()
+
+
+def play(template: Template, name: str, wanted: Wanted) -> dict[str, Any]:
+    """One scene, and the keeper after it. What the first one's steps were; AssertionError where what is said in `check`
+    does not hold, or the keeper has ended in a way that it cannot explain."""
+    with new_stage(template) as stage:
+        try:
+            try:
+                SCENES[name](stage, wanted)
+            finally:
+                stage.signal(signal.SIGTERM)
+                result = stage.wait()
+            expected = (0, -signal.SIGKILL) if wanted.kill_at else (0, _EXPLAINED)
+            assert result["status"] in expected
+            stage.check()
+        except (AssertionError, NbdnfsError, OSError, ValueError) as error:
+            raise AssertionError(f"{name}, {wanted}: {error}\n{stage.log()}") from error
+    return result
+
+
+@dataclass
+class Enumeration:
+    """`tried` of them, of which `wrong` did not end as they should."""
+
+    tried: int = 0
+    wrong: list[str] = field(default_factory=list)
+    names: collections.Counter[str] = field(default_factory=collections.Counter)
+
+
+def _one(templates: queue.SimpleQueue[Template], name: str, wanted: Wanted, found: Enumeration) -> bool:
+    """Whether there was such a step."""
+    template = templates.get()
+    try:
+        result = play(template, name, wanted)
+        reached = result["status"] == -signal.SIGKILL if wanted.kill_at else result["failed"]
+        found.tried += reached
+        found.names[result["name"]] += reached
+        return bool(reached)
+    except AssertionError as error:
+        found.tried += 1
+        found.wrong.append(str(error))
+        return True
+    finally:
+        templates.put(template)
+
+
+def _everywhere(
+    names: Sequence[str], jobs: int, every: int, wanted: Callable[[int, int], Wanted], *, by_points: bool
+) -> Enumeration:
+    """Each `every`-th step of the scenes, in `jobs` processes at once."""
+    found = Enumeration()
+    with contextlib.ExitStack() as stack:
+        templates: queue.SimpleQueue[Template] = queue.SimpleQueue()
+        for _ in range(jobs):
+            templates.put(stack.enter_context(Template()))
+        pool = stack.enter_context(ThreadPoolExecutor(jobs))
+
+        def at(name: str, number: int) -> None:
+            way = 0
+            while _one(templates, name, wanted(number, way), found) and not by_points:
+                way += 1
+
+        for name in names:
+            template = templates.get()
+            steps = play(template, name, Wanted())["points" if by_points else "calls"]
+            templates.put(template)
+            # another part of them each time that it is called for a part
+            list(pool.map(functools.partial(at, name), range(1 + os.getpid() % every, steps + 1, every)))
+    return found
+
+
+def stop_everywhere(names: Sequence[str] = tuple(SCENES), *, jobs: int = 2, every: int = 1) -> Enumeration:
+    """The keeper is killed before and after each of its calls."""
+    return _everywhere(names, jobs, every, lambda number, _: Wanted(kill_at=number), by_points=True)
+
+
+def fail_everywhere(names: Sequence[str] = tuple(SCENES), *, jobs: int = 2, every: int = 1) -> Enumeration:
+    """Each of its calls fails once, in each way that it can."""
+    return _everywhere(names, jobs, every, lambda number, way: Wanted(fail_at=number, way=way), by_points=False)
