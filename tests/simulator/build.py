@@ -29,7 +29,7 @@ VARIANTS: dict[str, tuple[list[str], list[str]]] = {
     "plain": (COPY_BY_CALL, ["-O2"]),
     # every store calls a function (stores.c): gcc's hooks for ThreadSanitizer, without its library
     "stores": (["-fsanitize=thread", *COPY_BY_CALL], ["-O1"]),
-    "coverage": (["--coverage"], ["-O0"]),
+    "coverage": (["--coverage", *COPY_BY_CALL], ["-O0"]),
 }
 
 
@@ -57,15 +57,18 @@ def engine_sources() -> list[str]:
 
 
 def compile_one(text: str, name: str, include: list[Path], flags: list[str], headers: str, variant: str) -> Path:
-    """An object for this text, made once. Coverage's objects lie where gcov(1) looks for their notes."""
+    """An object for this text, made once. Coverage's are made of the file itself, which is what gcov(1) names, and lie
+    where it looks for their notes."""
     key = hashlib.sha256("\0".join([text, name, headers, *flags, *map(str, include)]).encode()).hexdigest()[:20]
     folder = BUILD / "objects" / (variant if variant == "coverage" else "") / key
     target = folder / (name.replace("/", "_")[:-2] + ".o")
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    source = folder / name.replace("/", "_")
-    source.write_text(f'#line 1 "{name}"\n{text}' if variant != "coverage" else text)
+    source = ENGINE / name
+    if variant != "coverage":
+        source = folder / name.replace("/", "_")
+        source.write_text(f'#line 1 "{name}"\n{text}')
     part = target.with_suffix(f".{os.getpid()}.o") if variant != "coverage" else target
     includes = [f"-I{path}" for path in include]
     subprocess.run(["gcc", *FLAGS, *flags, *includes, "-c", "-o", part, source], check=True, text=True)
@@ -99,8 +102,12 @@ def build(variant: str = "plain", changed: Mapping[str, str] | None = None, *, n
         objects = list(pool.map(lambda job: compile_one(*job), jobs))
     program = BUILD / (name or f"simulate-{variant}")
     part = program.with_suffix(f".{os.getpid()}.part")
-    link = ["gcc", *(["--coverage"] if variant == "coverage" else []), "-o", str(part), *map(str, objects)]
-    subprocess.run([*link, *wrapped(), *pkg_config("--libs"), "-pthread"], check=True, text=True)
+    # in two steps: gcov's own calls, at the end of the process, are not for the simulated machine
+    whole = part.with_suffix(".o")
+    subprocess.run(["gcc", "-r", "-o", whole, *map(str, objects), *wrapped()], check=True, text=True)
+    flags = ["--coverage"] if variant == "coverage" else []
+    subprocess.run(["gcc", *flags, "-o", part, whole, *pkg_config("--libs"), "-pthread"], check=True, text=True)
+    whole.unlink()
     part.rename(program)
     return program
 

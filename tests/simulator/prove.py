@@ -4,21 +4,20 @@
 from __future__ import annotations
 
 import argparse
-import collections
-import datetime
-import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from simulator.build import BUILD, ENGINE, PROJECT, ROOMS, build, engine_sources
+from support.keeper_steps import fail_everywhere as fail_everywhere_in_keeper
+from support.keeper_steps import stop_everywhere as stop_everywhere_in_keeper
+
+from simulator import coverage
+from simulator.build import ENGINE, PROJECT, build
 from simulator.mutants import KNOWN, SEEDED, Mutant
+from simulator.page import Proof, page_of, put_page, seed_rows
 from simulator.runs import shrink, simulate
 
-PAGE = PROJECT / "docs" / "proof.md"
 # Each of these is stopped at every point, and each of its calls fails.
 BOUNDED: tuple[tuple[int, dict[str, object]], ...] = (
     (1, {"requests": 20, "threads": 3, "only": ""}),
@@ -27,22 +26,6 @@ BOUNDED: tuple[tuple[int, dict[str, object]], ...] = (
 )
 # A mutant is looked for first with all faults, then with a kill at each store to the region.
 STORES_FAULTS = "worker_crash,nas_crash"
-
-
-@dataclass
-class Proof:
-    """What was seen."""
-
-    seconds: float = 0
-    seeds: list[tuple[int, int]] = field(default_factory=list)
-    sums: collections.Counter[str] = field(default_factory=collections.Counter)
-    failures: list[dict[str, Any]] = field(default_factory=list)
-    points: tuple[int, int] = (0, 0)
-    calls: tuple[int, int] = (0, 0)
-    caught: list[tuple[Mutant, float]] = field(default_factory=list)
-    survived: list[Mutant] = field(default_factory=list)
-    known: list[tuple[Mutant, float]] = field(default_factory=list)
-    coverage: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def run_seeds(proof: Proof, program: Path, first: int, seconds: int, jobs: int) -> None:
@@ -108,93 +91,21 @@ def find_mutants(proof: Proof, seconds: int) -> None:
             proof.caught.append((mutant, used))
 
 
+def step_keepers(proof: Proof, every: int, jobs: int) -> None:
+    """The keeper is killed before and after each of its calls, and each of them fails."""
+    proof.keeper_points = stop_everywhere_in_keeper(jobs=jobs, every=every)
+    proof.keeper_calls = fail_everywhere_in_keeper(jobs=jobs, every=every)
+    for found in (proof.keeper_points, proof.keeper_calls):
+        proof.failures += [{"keeper": text} for text in found.wrong]
+
+
 def measure_coverage(proof: Proof, seconds: int) -> None:
-    """Branches of each room that a few seeds take, by gcov(1)."""
-    program = build("coverage")
-    for notes in BUILD.glob("objects/coverage/**/*.gcda"):
-        notes.unlink()
-    proof.failures += simulate(program, 1, seconds=seconds).failures
-    for name in engine_sources():
-        room = name.partition("/")[0]
-        stem = name.replace("/", "_")[:-2]
-        data = max(BUILD.glob(f"objects/coverage/*/{stem}.gcda"), default=None, key=lambda path: path.stat().st_mtime)
-        taken, branches = branches_of(data) if data else (0, 0)
-        before = proof.coverage.get(room, (0, 0))
-        proof.coverage[room] = (before[0] + taken, before[1] + branches)
-
-
-def branches_of(data: Path) -> tuple[int, int]:
-    """Taken at least once, and all of them."""
-    text = subprocess.run(
-        ["gcov", "-b", "-c", "-n", data.name], cwd=data.parent, capture_output=True, text=True, check=True
-    ).stdout
-    for part in text.split("\n\n"):
-        head = part.splitlines()[0] if part.strip() else ""
-        if head.startswith("File") and ".h'" not in head:
-            found = re.search(r"Taken at least once:([\d.]+)% of (\d+)", part)
-            if found:
-                return round(float(found[1]) * int(found[2]) / 100), int(found[2])
-    return 0, 0
-
-
-def bound(count: int) -> str:
-    """0 in `count` gives at most 3 in `count` at 95%."""
-    return f"{3 / count:.1e}" if count else "-"
-
-
-def page_of(proof: Proof, commit: str) -> str:
-    """The page, in Markdown."""
-    sums = proof.sums
-    promises = collections.Counter(mutant.promise for mutant, _ in proof.caught)
-    missed = collections.Counter(mutant.promise for mutant in proof.survived)
-    seeded = len(proof.caught) + sum(mutant in SEEDED for mutant in proof.survived)
-    lines = [
-        f"Printed by `make prove` on {datetime.date.today().isoformat()}, commit {commit}.",
-        "",
-        "| | |",
-        "| --- | ---: |",
-        f"| simulated time | {sums['simulated_s'] / 3600:,.0f} h |",
-        f"| seeds | {sum(count for _, count in proof.seeds):,}: "
-        + ", ".join(f"{first} to {first + count - 1}" for first, count in proof.seeds)
-        + " |",
-        f"| requests | {sums['requests']:,} |",
-        f"| page operations | {sums['page_ops']:,} |",
-        f"| workers killed | {sums['worker_crashes']:,} |",
-        f"| times that the NAS lost its cache | {sums['nas_crashes']:,} |",
-        f"| connections made | {sums['connections']:,} |",
-        f"| the processor's time | {proof.seconds:,.0f} s, {sums['page_ops'] / max(proof.seconds, 1):,.0f} page"
-        " operations a second |",
-        f"| wrong, lost or hung | {len(proof.failures)} |",
-        f"| at most, at 95%: for a page operation | {bound(sums['page_ops'])} |",
-        f"| for a kill of the worker | {bound(sums['worker_crashes'])} |",
-        f"| killed at a store or call, and taken over | {proof.points[0]:,} of {proof.points[1]:,} |",
-        f"| calls that failed once, in each way | {proof.calls[0]:,} of {proof.calls[1]:,} |",
-        f"| faults put in on purpose that were found | {len(proof.caught)} of {seeded} |",
-        "",
-    ]
-    if proof.failures:
-        lines += ["Failures:", "", *(f"- `{failure}`" for failure in proof.failures[:20]), ""]
-    lines += ["| faults put in: promise | found | not found |", "| --- | ---: | ---: |"]
-    lines += [f"| {name} | {promises[name]} | {missed[name]} |" for name in sorted({*promises, *missed})]
-    lines += ["", "| a fault that the engine had | found after, s of the processor's time |", "| --- | ---: |"]
-    lines += [f"| {mutant.name} | {used:.2f} |" for mutant, used in proof.known]
-    if proof.survived:
-        lines += ["", "Not found:", "", *(f"- {mutant.name} ({mutant.promise})" for mutant in proof.survived)]
-    if proof.coverage:
-        lines += ["", "| room | branches taken | of |", "| --- | ---: | ---: |"]
-        lines += [
-            f"| {room} | {taken} | {of} ({100 * taken / max(of, 1):.0f}%) |"
-            for room, (taken, of) in sorted(proof.coverage.items())
-            if room in ROOMS
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def put_page(text: str) -> None:
-    """In docs/proof.md, between the two marks."""
-    before, _, rest = PAGE.read_text().partition("<!-- begin: make prove -->\n")
-    _, end, after = rest.partition("<!-- end: make prove -->")
-    PAGE.write_text(f"{before}<!-- begin: make prove -->\n{text}{end}{after}")
+    coverage.forget()
+    coverage.run_simulator(seconds)
+    for name, status in (("engine", coverage.run_engine_tests()), ("keeper and kernel", coverage.run_python())):
+        if status != 0:
+            proof.notes.append(f"Some tests failed while the coverage of {name} was measured (pytest: {status}).")
+    proof.coverage = coverage.page_of(coverage.read_engine(), coverage.read_python())
 
 
 def main() -> int:
@@ -203,8 +114,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="seeds are run in so many processes")
     parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--mutant-seconds", type=int, default=20, help="for each fault that is put in; 0: none is")
+    parser.add_argument("--keeper-every", type=int, default=1, help="only one of so many steps of the keeper; 0: none")
     parser.add_argument("--coverage-seconds", type=int, default=30, help="0: it is not measured")
     parser.add_argument("--shrink", type=int, metavar="SEED", help="only make this failing seed smaller")
+    parser.add_argument("--only-seeds", action="store_true", help="run seeds, and print what was seen")
     parser.add_argument("--write", action="store_true", help="write docs/proof.md")
     options = parser.parse_args()
     program = build()
@@ -214,8 +127,13 @@ def main() -> int:
         return 0
     proof = Proof()
     run_seeds(proof, program, options.first_seed, options.seconds, options.jobs)
+    if options.only_seeds:
+        print(*proof.failures, *seed_rows(proof), sep="\n")
+        return 1 if proof.failures else 0
     stop_everywhere(proof, build("stores"))
     fail_everything(proof, program)
+    if options.keeper_every > 0:
+        step_keepers(proof, options.keeper_every, options.jobs)
     if options.mutant_seconds > 0:
         find_mutants(proof, options.mutant_seconds)
     if options.coverage_seconds > 0:

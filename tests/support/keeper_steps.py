@@ -355,9 +355,10 @@ def play(template: Template, name: str, wanted: Wanted) -> dict[str, Any]:
 
 @dataclass
 class Enumeration:
-    """`tried` of them, of which `wrong` did not end as they should."""
+    """`tried` of them, of which `wrong` did not end as they should, and with `ended` the keeper said why it ended."""
 
     tried: int = 0
+    ended: int = 0
     wrong: list[str] = field(default_factory=list)
     names: collections.Counter[str] = field(default_factory=collections.Counter)
 
@@ -369,6 +370,7 @@ def _one(templates: queue.SimpleQueue[Template], name: str, wanted: Wanted, foun
         result = play(template, name, wanted)
         reached = result["status"] == -signal.SIGKILL if wanted.kill_at else result["failed"]
         found.tried += reached
+        found.ended += result["status"] == _EXPLAINED
         found.names[result["name"]] += reached
         return bool(reached)
     except AssertionError as error:
