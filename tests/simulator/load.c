@@ -59,9 +59,15 @@ static bool is_word(uint32_t page, uint32_t version)
 	return ((page * 0x9e3779b1u ^ version * 0x85ebca77u) >> 9) % 8 < options.words_of_8;
 }
 
+/* What a version says of its page. One of eight says the same of two neighbours: equal pages are not equal on the NAS. */
+static uint64_t first_word(uint32_t page, uint32_t version)
+{
+	return (uint64_t)(version % 8 == 7 ? page & ~1u : page) << 32 | version;
+}
+
 static void fill_page(uint8_t *data, uint32_t page, uint32_t version)
 {
-	uint64_t *words = (uint64_t *)(void *)data, first = (uint64_t)page << 32 | version;
+	uint64_t *words = (uint64_t *)(void *)data, first = first_word(page, version);
 	uint32_t word = page << 22 | version;
 
 	if (version == 0) {
@@ -94,7 +100,7 @@ static int64_t version_of(const uint8_t *data, uint32_t page)
 	}
 	for (unsigned i = 0; i < PAGE_BYTES / 8; i++)
 		differs |= words[i] ^ (first + i * 0x9e3779b97f4a7c15u);
-	return differs == 0 && first >> 32 == page && !is_word(page, version) ? (int64_t)version : -1;
+	return differs == 0 && first == first_word(page, version) && !is_word(page, version) ? (int64_t)version : -1;
 }
 
 /* ---- what may be ---- */
