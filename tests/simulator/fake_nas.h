@@ -24,6 +24,7 @@ struct nas {
 	bool other_has_number;  /* and its number */
 	uint8_t other_byte;     /* all that is in it */
 	bool record_is_gone;
+	int64_t signed_at_ns;   /* when the last sign of life was written, by the server's clock */
 	unsigned missing;       /* so often in a row the record was said to be missing */
 	uint8_t record[RECORD_BYTES];
 	struct rng calls, faults, power;

@@ -226,6 +226,14 @@ static void check_other(const struct call *call)
 		world_stop(); /* nothing was known by which it could be told: from now on it is the file */
 }
 
+/* Who sends pages has given a sign of life not long before: others may take the file without one. */
+static void check_sign(const struct call *call)
+{
+	if (options.owner && call->object == OBJECT_FILE && call->sent_at_ns > nas.signed_at_ns + FENCE_NS)
+		sim_fail("a page was sent %.3f s after the last sign of life",
+			 (double)(call->sent_at_ns - nas.signed_at_ns) / 1e9);
+}
+
 static void check_pages(const struct call *call)
 {
 	if (call->object != OBJECT_FILE || !options.encrypt || call->offset % PAGE_BYTES != 0)
@@ -239,6 +247,7 @@ static void do_write(struct call *call, uint8_t **at)
 	uint32_t count = moved(call->count), committed = call->stable;
 
 	check_other(call);
+	check_sign(call);
 	check_pages(call);
 	if (stolen_at_ns != NEVER && call->sent_at_ns > stolen_at_ns + FENCE_NS && call->object == OBJECT_FILE)
 		sim_fail("a page was sent %.3f s after the file was stolen",
@@ -253,8 +262,10 @@ static void do_write(struct call *call, uint8_t **at)
 		disk_write(call->offset, call->data, count, committed == 2);
 	else if (call->object == OBJECT_RECORD)
 		memcpy(nas.record + call->offset, call->data, count);
-	if (call->object == OBJECT_RECORD)
+	if (call->object == OBJECT_RECORD) {
 		nas.missing = 0; /* whoever writes has found it */
+		nas.signed_at_ns = servers_ns();
+	}
 	if (call->object == OBJECT_FILE)
 		tell(call, "WRITE", committed);
 	put32(at, NFS3_OK);

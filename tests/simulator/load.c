@@ -325,7 +325,7 @@ static void check_time(const struct requester *me)
 {
 	int64_t limit_ns = 5 * S + (options.pages / options.slots + 1) * 24 * options.latency_ns * options.read_factor;
 
-	if (run_is_calm(0) && options.habit != HABIT_WALKS && now_ns - me->since_ns > limit_ns)
+	if (run_is_calm(1u << FAULT_suspend) && options.habit != HABIT_WALKS && now_ns - me->since_ns > limit_ns)
 		sim_fail("%s of %u pages at page %u took %.3f s, and nothing was in its way", kind_names[me->now.kind],
 			 me->now.count, me->now.page, (double)(now_ns - me->since_ns) / 1e9);
 }

@@ -99,12 +99,14 @@ static void fault_turns(void *a, uint64_t b, uint64_t c)
 {
 	enum fault fault = (enum fault)b;
 	struct rng *times = &fault_times[fault];
+	/* a permission lasts for 20 s, and looks are refused for longer than that */
+	int64_t length_ns = options.fault_length_ns * (fault == FAULT_owner_refused ? 8 : 1);
 
 	(void)a;
 	if (are_over)
 		return;
 	set_fault(fault, c != 0);
-	event_at(now_ns + some_ns(times, c != 0 ? options.fault_length_ns : options.fault_gap_ns), fault_turns, NULL, b,
+	event_at(now_ns + some_ns(times, c != 0 ? length_ns : options.fault_gap_ns), fault_turns, NULL, b,
 		 c == 0);
 }
 
