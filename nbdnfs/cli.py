@@ -226,6 +226,9 @@ def _add_reports(commands: Subparsers) -> None:
     bench.add_argument(
         "--time", default="3s", metavar="TIME", help="longest duration of each kind of load (default: 3s)"
     )
+    bench.add_argument(
+        "--no-encrypt", action="store_true", help="measure pages as a device has them with encrypt = false"
+    )
     bench.add_argument("--json", action="store_true", help="print JSON")
     bench.set_defaults(run=_command("bench"))
 
