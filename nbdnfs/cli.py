@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="store_true", help="log each step, and each program that is started")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_files(commands)
+    _add_serve(commands)
     _add_devices(commands)
     _add_reports(commands)
     _add_installation(commands)
@@ -111,6 +112,18 @@ def _add_files(commands: Subparsers) -> None:
     gc.add_argument("--yes", action="store_true", help="do not ask")
     gc.set_defaults(run=_command("gc"))
 
+    # without help, so that the manual does not list it: keepers start it
+    claim = commands.add_parser("claim", description="create a missing backing file, and make this machine its owner")
+    claim.add_argument("url", metavar="URL")
+    claim.add_argument("--size", metavar="SIZE")
+    claim.add_argument("--holder", metavar="HOLDER")
+    claim.add_argument("--steal", action="store_true")
+    claim.add_argument("--wait", action="store_true")
+    claim.add_argument("--new-file-after", default="0s", metavar="TIME")
+    claim.set_defaults(run=_command("claim"))
+
+
+def _add_serve(commands: Subparsers) -> None:
     serve = _add(commands, "serve", "serve a backing file over NBD, in the foreground, without root")
     serve.add_argument("url", metavar="URL", help=_URL_HELP)
     serve.add_argument(
@@ -129,19 +142,15 @@ def _add_files(commands: Subparsers) -> None:
         action="store_true",
         help="ignore the owner of the file; two machines that use one file corrupt it",
     )
+    serve.add_argument(
+        "--encrypt",
+        action="store_true",
+        help="encrypt the pages with keys that end with this command, as swap needs them; what the file holds from"
+        " before, but for its first page, reads as zeros",
+    )
     # for measurements, the plugin's own check applies: --plugin-setting "without=io flusher"
     serve.add_argument("--plugin-setting", action="append", default=[], metavar="KEY=VALUE", help=argparse.SUPPRESS)
     serve.set_defaults(run=_command("serve"))
-
-    # without help, so that the manual does not list it: keepers start it
-    claim = commands.add_parser("claim", description="create a missing backing file, and make this machine its owner")
-    claim.add_argument("url", metavar="URL")
-    claim.add_argument("--size", metavar="SIZE")
-    claim.add_argument("--holder", metavar="HOLDER")
-    claim.add_argument("--steal", action="store_true")
-    claim.add_argument("--wait", action="store_true")
-    claim.add_argument("--new-file-after", default="0s", metavar="TIME")
-    claim.set_defaults(run=_command("claim"))
 
 
 def _add_devices(commands: Subparsers) -> None:
@@ -216,6 +225,9 @@ def _add_reports(commands: Subparsers) -> None:
     bench.add_argument("--size", default="64M", metavar="SIZE", help="size of the file (default: 64M)")
     bench.add_argument(
         "--time", default="3s", metavar="TIME", help="longest duration of each kind of load (default: 3s)"
+    )
+    bench.add_argument(
+        "--no-encrypt", action="store_true", help="measure pages as a device has them with encrypt = false"
     )
     bench.add_argument("--json", action="store_true", help="print JSON")
     bench.set_defaults(run=_command("bench"))

@@ -58,7 +58,7 @@ class Config:
     soft_limit_ms: int = 60_000
     gone_limit_ms: int = 300_000
     owner: bool = True
-    encrypt: bool = False
+    encrypt: bool = True
 
     @property
     def region_bytes(self) -> int:

@@ -294,11 +294,11 @@ KEYS = {
     "encrypt": Key(
         "encrypt",
         _boolean,
-        "false",
+        "true",
         "Encrypt pages on the network and on the server, and check that the server returns what was written. The keys"
-        " are random, in this machine's memory alone, and new each time the device is started. It costs 1 MiB more of"
-        " locked memory for each GiB of the file, and a few microseconds of processor time for each page. A device"
-        " that is up keeps what it was started with.",
+        " are random, in this machine's memory alone, and new each time the device is started. false, for a network"
+        " and a server that are trusted, saves 1 MiB of locked memory for each GiB of the file, and a few microseconds"
+        " of processor time for each page. A device that is up keeps what it was started with.",
     ),
 }
 

@@ -220,7 +220,8 @@ def test_restart_and_upgrade(boot: Callable[..., Guest], ganesha: Ganesha, image
         systemctl(guest, "reload")
         guest.wait_until(lambda: worker_of(guest).pid not in (0, upgraded.pid), 120, "another worker")
         moved = swapped_out(guest)
-        guest.wait_until(lambda: swapped_out(guest) > moved + 1000, 120, "pages that go out to the new version")
+        # a random pass on a busy machine takes out ten pages a second, or fewer
+        guest.wait_until(lambda: swapped_out(guest) > moved + 500, 480, "pages that go out to the new version")
         verdict = finish(guest, hog, 900)
         print(f"{verdict.checked} pages checked, {verdict.wrong} wrong")
         systemctl(guest, "stop", 300)

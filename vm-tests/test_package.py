@@ -79,7 +79,9 @@ def test_install_boot_upgrade_remove(boot: Callable[..., Guest], ganesha: Ganesh
         guest.reboot(150)
         guest.settle()
         wait_for_swap(guest)
-        print(guest.run(f"nbdnfs doctor {_NAME}").stdout)
+        doctor = guest.run(f"nbdnfs doctor {_NAME}").stdout
+        print(doctor)
+        assert f"ok   {_NAME}: pages: encrypted on the NAS\n" in doctor
         guest.run(
             "grep -qw memory /sys/fs/cgroup/cgroup.subtree_control"
             " || echo +memory > /sys/fs/cgroup/cgroup.subtree_control;"

@@ -127,6 +127,7 @@ def test_quick_start_and_a_silent_nas(boot: Callable[..., Guest], ganesha: Ganes
         doctor = guest.run("nbdnfs doctor swap0", 240, check=False)
         print(doctor.stdout)
         assert doctor.status == 0, [line for line in doctor.stdout.splitlines() if line.startswith("BAD")]
+        assert "ok   swap0: pages: encrypted on the NAS\n" in doctor.stdout
         ganesha.pause()
         try:
             guest.wait_until(lambda: guest.run("nbdnfs status swap0", 120, check=False).status == 2, 240, "critical")

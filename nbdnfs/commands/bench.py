@@ -97,15 +97,24 @@ class _Device:
 def run(args: argparse.Namespace) -> int:
     """Print a row for each kind of load as it ends. Errors as `measure`."""
     size_bytes, seconds = quantities.parse_size_bytes(args.size), quantities.parse_duration_s(args.time)
+    encrypt = not args.no_encrypt
     if args.json:
-        json_output.print_list([row.to_json() for row in measure(args.url, size_bytes, seconds)])
+        json_output.print_list([row.to_json() for row in measure(args.url, size_bytes, seconds, encrypt=encrypt)])
     else:
-        measure(args.url, size_bytes, seconds, lambda row: print(row.text(), flush=True))
+        measure(args.url, size_bytes, seconds, lambda row: print(row.text(), flush=True), encrypt=encrypt)
     return 0
 
 
-def measure(url: str, size_bytes: int, seconds: float, report: Callable[[Row], None] = lambda row: None) -> list[Row]:
-    """Run each load for about `seconds`, on a new file of `size_bytes` that is removed at the end.
+def measure(
+    url: str,
+    size_bytes: int,
+    seconds: float,
+    report: Callable[[Row], None] = lambda row: None,
+    *,
+    encrypt: bool = True,
+) -> list[Row]:
+    """Run each load for about `seconds`, on a new file of `size_bytes` that is removed at the end. Pages are encrypted,
+    as a device's are by default, unless that is not wanted.
 
     A smaller file than four times the region is made that large, which is reported on stderr.
 
@@ -126,16 +135,16 @@ def measure(url: str, size_bytes: int, seconds: float, report: Callable[[Row], N
     backing_file.create(url, size_bytes)
     address = target.resolve()
     rows = []
-    with _removed_at_the_end(target, address), contextlib.closing(_open(target, address)) as engine:
+    with _removed_at_the_end(target, address), contextlib.closing(_open(target, address, encrypt)) as engine:
         for row in _loads(_Device(engine), seconds):
             report(row)
             rows.append(row)
     return rows
 
 
-def _open(target: nfs_url.NfsUrl, address: str) -> Engine:
+def _open(target: nfs_url.NfsUrl, address: str, encrypt: bool) -> Engine:
     try:
-        return Engine(target.text, address, connections=CONNECTIONS, region_pages=REGION_PAGES)
+        return Engine(target.text, address, connections=CONNECTIONS, region_pages=REGION_PAGES, encrypt=encrypt)
     except OSError as error:
         raise explain.open_error(error, target, address) from None
 

@@ -12,7 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nbdnfs import config
-from nbdnfs.commands import file_checks, installation_checks, json_output, machine_checks, process_checks, status
+from nbdnfs.commands import (
+    counters,
+    file_checks,
+    installation_checks,
+    json_output,
+    machine_checks,
+    process_checks,
+    status,
+)
 from nbdnfs.commands.findings import Finding, judge
 from nbdnfs.config import Config
 from nbdnfs.errors import NbdnfsError
@@ -77,6 +85,22 @@ def _device(name: str, root: Path) -> Iterator[Finding]:
         yield Finding(f"{name}: processes", True, "not up, nothing to check")
     for role, record in records.items():
         yield from process_checks.process(f"{name}: {role}", record.pid, root, realtime=realtime)
+    if settings is not None and Records.WORKER in records:
+        yield from _pages(settings, records[Records.WORKER].pid, root)
+
+
+def _pages(settings: Config, worker_pid: int, root: Path) -> Iterator[Finding]:
+    """What the device was started with may be no longer what its configuration says."""
+    reading = counters.of_worker(worker_pid, root)
+    if reading is None:
+        return
+    yield judge(
+        f"{settings.name}: pages",
+        reading.is_encrypted or not settings.encrypt,
+        f"{'' if reading.is_encrypted else 'not '}encrypted on the NAS",
+        "the device was started without encryption, and the configuration asks for it: boot, or nbdnfs down"
+        f" {settings.name} and nbdnfs up {settings.name}; or set encrypt = false, where network and server are trusted",
+    )
 
 
 def _backing_file(settings: Config, root: Path) -> Iterator[Finding]:

@@ -85,5 +85,5 @@ def _locked(subject: str, process: Process, root: Path) -> Finding:
         resident <= _BUDGET_BYTES,
         f"{size(locked)} of {size(resident)} resident are locked (VmLck {size(process.locked_bytes)})",
         f"more than the {size(_BUDGET_BYTES)} that it should need: configure a smaller region, fewer threads,"
-        " or a smaller file (each GiB of it takes a little over 1 MiB)",
+        " or a smaller file (each GiB of it takes a little over 2 MiB, half of that with encrypt = false)",
     )

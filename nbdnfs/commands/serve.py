@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until the worker ends; its exit status. UsageError, or as `serve`."""
     if not 1 <= args.threads <= 64:
         raise UsageError(f"--threads {args.threads} is out of range", "give 1 to 64; more than 16 are hardly faster")
-    settings = {}
+    settings = {"encrypt": "1"} if args.encrypt else {}
     for setting in args.plugin_setting:
         key, equals, value = setting.partition("=")
         if not equals:

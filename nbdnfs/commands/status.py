@@ -16,6 +16,7 @@ from nbdnfs.commands import counters, health, json_output, systemd_unit
 from nbdnfs.commands.counters import Counters, Reading, Waits, number
 from nbdnfs.commands.health import Level, Problem
 from nbdnfs.errors import NbdnfsError, NoInputError, PermissionDeniedError, UsageError
+from nbdnfs.keeper import last_good
 from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import nbd_device, swap_area
 from nbdnfs.kernel import state as kernel_state
@@ -35,6 +36,7 @@ class Status:
     server          the server's numeric address
     unstable_bytes  acknowledged to the kernel, and not on the NAS yet
     encrypted       whether pages are encrypted on the NAS
+    encrypt         the setting, as the keeper has read it: what they are from the next start on
     waits           how long the server and the oldest request have been waited for
     counters        the region's, by the engine's names; empty where they cannot be read
     problems        empty when the device is healthy
@@ -51,6 +53,7 @@ class Status:
     server: str | None = None
     unstable_bytes: int | None = None
     encrypted: bool | None = None
+    encrypt: bool | None = None
     waits: Waits | None = None
     counters: Counters = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
@@ -106,8 +109,16 @@ class Status:
                 f"  region   {size(self.unstable_bytes)} not on the NAS yet, served by worker number {generation}"
             )
         if self.encrypted is not None:
-            lines.append(f"  pages    {'' if self.encrypted else 'not '}encrypted on the NAS")
+            lines.append(f"  pages    {_pages(self.encrypted, self.encrypt)}")
         return "\n".join(lines)
+
+
+def _pages(is_encrypted: bool, setting: bool | None) -> str:
+    words = {True: "encrypted", False: "not encrypted"}
+    now = f"{words[is_encrypted]} on the NAS"
+    if setting is None or setting == is_encrypted:
+        return now
+    return f"{now}; {words[setting]} from the next start on (nbdnfs down and up, or a boot)"
 
 
 def _process(pid: int | None) -> str:
@@ -205,10 +216,17 @@ def read(
         server=(records.read(Records.ADDRESS) or "").partition("\n")[2] or None,
         unstable_bytes=number(found, "unstable_pages") * SLOT_BYTES if found else None,
         encrypted=reading.is_encrypted if reading is not None else None,
+        encrypt=_setting(records),
         waits=reading.waits if reading is not None else None,
         counters=found,
         problems=tuple(problems),
     )
+
+
+def _setting(records: Records) -> bool | None:
+    """None where no keeper has left what it runs with."""
+    settings = last_good.from_text(records.read(Records.CONFIG) or "=")
+    return settings.encrypt if settings is not None else None
 
 
 def _is_stolen(reading: Reading | None) -> bool:

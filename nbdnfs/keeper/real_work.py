@@ -48,10 +48,10 @@ def plugin_settings(settings: Config, text: str, address: str) -> dict[str, str]
 
 
 def swap_on_command(settings: Config, path: str) -> list[str]:
-    """helpers/swap_on.py: mkswap where the device has no swap area for this kernel, and swapon."""
+    """helpers/swap_on.py: mkswap where the file has no swap area for this kernel, and swapon."""
     priority = "-" if settings.priority is None else str(settings.priority)
     flags = [*(["--discard"] if settings.discard else []), *(["--owned"] if settings.owner else [])]
-    return programs.python("nbdnfs.keeper.helpers.swap_on", path, priority, settings.name, *flags)
+    return programs.python("nbdnfs.keeper.helpers.swap_on", path, priority, settings.name, settings.url, *flags)
 
 
 class RealWork:

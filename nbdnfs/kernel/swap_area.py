@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import signal
 import sys
@@ -16,7 +15,6 @@ from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.state import Swap
 from nbdnfs.sizes import KERNEL_PAGE_BYTES
 
-_PIECE_BYTES = 1 << 20
 _MKSWAP_TIMEOUT_S = 300.0
 
 # Memory that must stay available once everything that is swapped out is back: for the kernel, and for the worker
@@ -37,20 +35,23 @@ def enable(
     label: str,
     discard: bool,
     is_owned: bool,
+    look: Callable[[], int | None],
     page_bytes: int = KERNEL_PAGE_BYTES,
 ) -> None:
     """Swap to a device. First make a swap area of it where it has none that this kernel can use, and warm it up.
 
     is_owned    this machine has the owner record of the file: then a swap area of another page size may be replaced
+    look        what the file holds by then: the page size of its swap area, None for zeros, CannotCreateError for data
     page_bytes  the kernel's page
+
+    The device itself does not say what the file holds: where pages are encrypted, all that an earlier boot or another
+    program has left there reads as zeros, less the kernel's first page.
 
     CannotCreateError: it holds something else. NbdnfsError: the warm-up, mkswap or swapon fails.
     """
-    made_for = swap_page_bytes(path, page_bytes)
-    if made_for != page_bytes:
-        if made_for is None:
-            refuse_data(path)
-        else:
+    if swap_page_bytes(path, page_bytes) != page_bytes:
+        made_for = look()
+        if made_for is not None:
             _replace(path, made_for, page_bytes, is_owned=is_owned)
         programs.run(
             [
@@ -99,27 +100,6 @@ def _replace(path: Path, made_for: int, page_bytes: int, *, is_owned: bool) -> N
             "another machine may use it: name another file, or let nbdnfs see to that with owner = true",
         )
     print(f"nbdnfs: {path} was a swap area for {pages}: it is made again", file=sys.stderr, flush=True)
-
-
-def refuse_data(path: Path) -> None:
-    """CannotCreateError unless every byte is zero. Reads all of it, once in the life of a backing file."""
-    # O_DIRECT: whole pieces, past a page cache that reads single pages of a device without read-ahead
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-    try:
-        offset = 0
-        zeros = bytes(_PIECE_BYTES)
-        with mmap.mmap(-1, _PIECE_BYTES) as piece:
-            while count := os.preadv(descriptor, [piece], offset):
-                if piece[:count] != zeros[:count]:
-                    raise CannotCreateError(
-                        f"{path} is neither swap nor empty: there is data at {quantities.format_size(offset)}",
-                        "swap would overwrite it: name another file, or replace this one: nbdnfs create --force",
-                    )
-                offset += count
-    except OSError as error:
-        raise IOFailureError(f"{path} cannot be read: {error.strerror}", "see the journal of the worker") from None
-    finally:
-        os.close(descriptor)
 
 
 def find(path: str, root: Path = kernel_state.ROOT) -> Swap | None:

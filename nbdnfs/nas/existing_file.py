@@ -161,5 +161,27 @@ def _head(file: NfsFile) -> bytes:
     return bytes(head[: file.pread(head, 0)])
 
 
+def swap_page_bytes(url: str) -> int | None:
+    """The page size of the kernel that the file's swap area is for; None where every byte is zero, which takes reading
+    all of it: once in the life of a backing file.
+
+    CannotCreateError: it holds something else. Others as `explain.open_error`.
+    """
+    target = nfs_url.parse(url)
+    address = target.resolve()
+    with (
+        remote_file.explained(target, address),
+        remote_file.closing(remote_file.open_file(target.text, address, read_only=True)) as file,
+    ):
+        found = swap_header.page_bytes(_head(file))
+        if found is None and (offset := zeros.find_other(file)) is not None:
+            raise CannotCreateError(
+                f"{target.path} on {target.host} is neither swap nor empty: there is data at"
+                f" {quantities.format_size(offset)}",
+                "swap would overwrite it: name another file, or replace this one: nbdnfs create --force",
+            )
+    return found
+
+
 def _exactly(size_bytes: int) -> str:
     return f"{quantities.format_size(size_bytes)} ({size_bytes} bytes)"

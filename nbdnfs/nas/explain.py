@@ -95,7 +95,8 @@ def open_error(error: OSError, url: NfsUrl, address: str) -> NbdnfsError:
     if number == errno.EFBIG:
         return ConfigError(
             f"{path} on {url.host} is too large for this machine: {words(error)}",
-            "use a smaller file, or a smaller region; each GiB of the file needs a little over 1 MiB of locked memory",
+            "use a smaller file, or a smaller region; each GiB of the file needs a little over 2 MiB of locked memory,"
+            " half of that with encrypt = false",
         )
     if number == errno.EBUSY:
         return BusyError(f"{path} on {url.host} is in use", "try again later")

@@ -37,6 +37,17 @@ _POLL_S = 0.2
 Progress = Callable[[int, int], None]
 
 
+def find_other(file: NfsFile) -> int | None:
+    """Where the first chunk begins that has other bytes than zeros; None where there is none. Reads all of it."""
+    chunk, nothing = bytearray(CHUNK_BYTES), bytes(CHUNK_BYTES)
+    offset = 0
+    while count := file.pread(chunk, offset):
+        if memoryview(chunk)[:count] != memoryview(nothing)[:count]:
+            return offset
+        offset += count
+    return None
+
+
 def write_zeros(file: NfsFile, start: int, end: int, target: NfsUrl, report: Progress) -> None:
     """Write zeros to the bytes from `start` up to `end`, in order but for the window.
 

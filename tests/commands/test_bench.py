@@ -12,6 +12,7 @@ from support.nfs_server import FileOnServer, Ganesha
 
 from nbdnfs import cli
 from nbdnfs.commands import bench
+from nbdnfs.engine import Engine
 from nbdnfs.errors import CannotCreateError, IOFailureError, UsageError
 
 MIB = 1 << 20
@@ -34,6 +35,25 @@ def test_rows(ganesha: Ganesha, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert all(0 < row["pages"] <= 1024 and row["pages_per_second"] > 0 for row in rows)
     assert not (ganesha.export_path / "bench.swap").exists()
+
+
+@pytest.mark.parametrize(("options", "encrypt"), [([], True), (["--no-encrypt"], False)])
+def test_pages_are_as_those_of_a_device(
+    ganesha: Ganesha, monkeypatch: pytest.MonkeyPatch, options: list[str], encrypt: bool
+) -> None:
+    """Encrypted by default, as a device's are."""
+    found = []
+    opened = bench._open
+
+    def noting(*arguments: object) -> Engine:
+        engine = opened(*arguments)  # type: ignore[arg-type]
+        found.append(engine.is_encrypted)
+        return engine
+
+    monkeypatch.setattr(bench, "_open", noting)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["bench", ganesha.url("kind.swap"), "--size", "4M", "--time", "10ms", *options])
+    assert (caught.value.code, found) == (0, [encrypt])
 
 
 def test_wrong_page(ganesha: Ganesha, monkeypatch: pytest.MonkeyPatch) -> None:

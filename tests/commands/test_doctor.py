@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdnfs.commands import doctor, machine_checks
+from nbdnfs.commands import counters, doctor, machine_checks
+from nbdnfs.commands.counters import Reading
 from nbdnfs.commands.findings import Finding
 from nbdnfs.config import Config
 from nbdnfs.errors import UsageError
@@ -191,6 +192,28 @@ def test_a_device(tmp_path: Path) -> None:
     assert bad(tmp_path, "swap0") == {}
     subjects = {one.subject for one in doctor.examine("swap0", tmp_path)}
     assert {"swap0: worker, memory", "swap0: keeper, memory", "swap0: configuration"} <= subjects
+
+
+@pytest.mark.parametrize(
+    ("encrypted", "line", "good"),
+    [(True, "", True), (True, "encrypt = false", True), (False, "encrypt = false", True), (False, "", False)],
+)
+def test_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encrypted: bool, line: str, good: bool) -> None:
+    """Whether pages are encrypted is said. It is bad where the configuration asks for it and they are not."""
+    monkeypatch.setattr(counters, "of_worker", lambda pid, root: Reading(is_encrypted=encrypted))
+    write(
+        tmp_path,
+        {
+            **MACHINE,
+            **process(300),
+            "etc/nbdnfs/swap0.toml": f'url = "nfs://nas/export/swap"\n{line}\n',
+            "run/nbdnfs/swap0/worker": "300 7476 0.1.0\n",
+        },
+    )
+    (found,) = (one for one in doctor.examine("swap0", tmp_path) if one.subject == "swap0: pages")
+    assert found.good is good
+    assert found.found == f"{'' if encrypted else 'not '}encrypted on the NAS"
+    assert ("nbdnfs down swap0 and nbdnfs up swap0" in found.advice) is not good
 
 
 def test_a_bad_configuration_of_a_device_that_is_up(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ PROGRAM = "/usr/local/bin/nbdnfs"
 LIB = "usr/local/lib"
 UNIT = f"{LIB}/systemd/system/nbdnfs@.service"
 URL = "nfs://nas/export/swap/%m.swap?version=3&uid=0"
+YES, NO = ("1", "yes", "true", "on"), ("0", "no", "false", "off")
 
 
 def make_systemd(root: Path, version: int) -> None:
@@ -562,6 +563,11 @@ def test_generator_link_leads_to_the_unit(tmp_path: Path) -> None:
         (f"nbdnfs.url={URL} nbdnfs.priority=high", {"url": URL}, "nbdnfs.priority is ignored"),
         (f"nbdnfs.url={URL} nbdnfs.priority=-", {"url": URL}, "nbdnfs.priority is ignored"),
         (f"nbdnfs.url={URL} nbdnfs.priority=0", {"url": URL, "priority": 0}, ""),
+        *((f"nbdnfs.url={URL} nbdnfs.encrypt={no}", {"url": URL, "encrypt": False}, "") for no in NO),
+        *((f"nbdnfs.url={URL} nbdnfs.encrypt={yes}", {"url": URL, "encrypt": True}, "") for yes in YES),
+        (f"nbdnfs.url={URL} nbdnfs.encrypt=never", {"url": URL}, "nbdnfs.encrypt is ignored"),
+        (f"nbdnfs.url={URL} nbdnfs.encrypt=", {"url": URL}, "nbdnfs.encrypt is ignored"),
+        ("nbdnfs.encrypt=no", {}, "there is no nbdnfs.url"),
     ],
 )
 def test_generator_refuses_what_needs_quoting(
@@ -577,8 +583,8 @@ def test_generator_refuses_what_needs_quoting(
 @given(
     words=st.lists(
         st.tuples(
-            st.sampled_from(["nbdnfs.url=", "nbdnfs.size=", "nbdnfs.priority=", "nbdnfs.", ""]),
-            st.sampled_from(["nfs://h/a/", "2", "-", '"', ""]),
+            st.sampled_from(["nbdnfs.url=", "nbdnfs.size=", "nbdnfs.priority=", "nbdnfs.encrypt=", "nbdnfs.", ""]),
+            st.sampled_from(["nfs://h/a/", "2", "-", "no", '"', ""]),
             st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=12),
         ).map("".join),
         max_size=5,
@@ -587,5 +593,5 @@ def test_generator_refuses_what_needs_quoting(
 def test_generator_never_breaks_out(tmp_path: Path, words: list[str]) -> None:
     """Any command line gives valid TOML with known keys, and no file anywhere else."""
     made = Generated(tmp_path, " ".join(words))
-    assert set(made.values) <= {"url", "size", "priority"}
+    assert set(made.values) <= {"url", "size", "priority", "encrypt"}
     assert {path.name for path in tmp_path.iterdir()} <= {"normal", "run"}

@@ -14,7 +14,9 @@ import pytest
 from nbdnfs.commands import counters, health, status
 from nbdnfs.commands.counters import Counters, Reading, Waits
 from nbdnfs.commands.health import Level
+from nbdnfs.config import Config
 from nbdnfs.errors import NoInputError, UnavailableError, UsageError
+from nbdnfs.keeper import last_good
 from nbdnfs.keeper.records import Records
 
 CALM = Waits(unheard_s=0.0, oldest_request_s=0.0, last_heard_s=0.5)
@@ -60,6 +62,29 @@ def test_green(root: Path) -> None:
     assert "\n  pages    not encrypted on the NAS" in found.text()
     assert found.to_json()["encrypted"] is False
     assert json.loads(json.dumps(found.to_json()))["green"] is True
+
+
+@pytest.mark.parametrize(
+    ("encrypted", "setting", "line"),
+    [
+        (True, True, "encrypted on the NAS"),
+        (False, False, "not encrypted on the NAS"),
+        (False, True, "not encrypted on the NAS; encrypted from the next start on (nbdnfs down and up, or a boot)"),
+        (True, False, "encrypted on the NAS; not encrypted from the next start on (nbdnfs down and up, or a boot)"),
+    ],
+)
+def test_what_pages_are_and_will_be(
+    root: Path, monkeypatch: pytest.MonkeyPatch, encrypted: bool, setting: bool, line: str
+) -> None:
+    """After an upgrade, or a change of the configuration, a device stays as it was started. That is no problem."""
+    monkeypatch.setattr(counters, "of_worker", lambda pid, root: Reading({}, CALM, encrypted))
+    Records("swap0", root).write(
+        Records.CONFIG, last_good.to_text(Config("swap0", "nfs://nas/export/x.swap", encrypt=setting))
+    )
+    found = status.read("swap0", root)
+    assert found.text().endswith(f"\n  pages    {line}")
+    assert (found.to_json()["encrypted"], found.to_json()["encrypt"]) == (encrypted, setting)
+    assert found.is_green
 
 
 @pytest.mark.parametrize(

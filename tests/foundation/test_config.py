@@ -47,10 +47,11 @@ def error_of(root: Path, text: str | bytes) -> NbdnfsError:
 
 
 def test_one_line_suffices(root: Path) -> None:
-    """A url alone gives the defaults."""
+    """A url alone gives the defaults, encryption among them."""
     write(root, 'url = "nfs://nas/export/swap/%H.swap"')
     loaded = config.load("swap0", root)
     assert loaded == Config(name="swap0", url=f"nfs://nas/export/swap/{socket.gethostname()}.swap")
+    assert loaded.encrypt
     assert loaded.region_bytes == 16 << 20
 
 
@@ -78,7 +79,7 @@ def test_every_key(root: Path) -> None:
         gone_limit = "10min"
         reclaim_check = false
         owner = false
-        encrypt = true
+        encrypt = false
         """,
     )
     assert config.load("swap0", root) == Config(
@@ -102,7 +103,7 @@ def test_every_key(root: Path) -> None:
         gone_limit_ms=600_000,
         reclaim_check=False,
         owner=False,
-        encrypt=True,
+        encrypt=False,
     )
 
 

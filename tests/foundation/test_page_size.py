@@ -49,15 +49,16 @@ def test_swap_comes_up_at_each_boot(tmp_path: Path) -> None:
     area.write_bytes(bytes(1 << 20))
     program = (
         "from nbdnfs import programs\nfrom nbdnfs.keeper.helpers import swap_on\nfrom nbdnfs.kernel import warm_up\n"
+        "from nbdnfs.nas import existing_file\nexisting_file.swap_page_bytes = lambda url: None\n"  # zeros on the NAS
         "warm_up.warm_up = lambda path, *, timeout_s: None\n"
         "find = programs.find_program\n"
         "programs.find_program = lambda name, package: '/bin/true' if name == 'swapon' else find(name, package)\n"
         "sys.exit(swap_on.main(sys.argv[1:]))\n"
     )
-    first = run(program, str(area), "-", "swap0")
+    first = run(program, str(area), "-", "swap0", "nfs://nas/export/area")
     assert (first.returncode, first.stderr) == (0, "")
     made = area.read_bytes()
     assert made[16374:16384] == b"SWAPSPACE2"
-    second = run(program, str(area), "-", "swap0", "--owned")
+    second = run(program, str(area), "-", "swap0", "nfs://nas/export/area", "--owned")
     assert (second.returncode, second.stderr) == (0, "")
     assert area.read_bytes() == made

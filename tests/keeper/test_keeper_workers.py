@@ -187,6 +187,68 @@ def test_the_keys_outlive_worker_and_keeper(encrypted: Setup) -> None:
     assert not [at for at in range(PAGE, len(content), PAGE) if content[at : at + PAGE] in clear]
 
 
+def test_an_upgrade_to_encryption(setup: Setup) -> None:
+    """A device that runs unencrypted, and a next keeper whose configuration asks for encryption, which is the default
+    by then: the pages stay readable, through the next worker too, and are not encrypted. The device's next start is,
+    on the same file, with the swap header that is there. And the other way round."""
+    pages = {number: page_of(number, 1) for number in range(1600)}
+
+    def configured(encrypt: bool) -> None:
+        setup.work._argv = [
+            f"encrypt={int(encrypt)}" if word.startswith("encrypt=") else word for word in setup.work._argv
+        ]
+
+    def write_all(keeper: Keeper) -> None:
+        ready(keeper)
+        for number, data in pages.items():
+            setup.kernel.write(number * PAGE, data)
+        setup.kernel.flush()
+
+    def read_all(keeper: Keeper) -> None:
+        ready(keeper)
+        links = setup.kernel.links
+        for number in range(0, 1600, 2):
+            pages[number] = page_of(number, 2)
+            setup.kernel.write(number * PAGE, pages[number])
+        setup.kill_worker()
+        setup.kernel.wait_for_link(links + 1)
+        setup.kernel.flush()
+        for number, data in pages.items():
+            assert setup.kernel.read(number * PAGE, PAGE) == data, number
+
+    def is_encrypted() -> bool:
+        return region.version_of(setup.parked["region"]) == region.ENCRYPTED
+
+    def clear_pages() -> int:
+        content = bytes(setup.server.on_disk)
+        return sum(content[number * PAGE :][:PAGE] == data for number, data in pages.items())
+
+    def take_down() -> None:
+        assert setup.kernel.attached is not None
+        setup.work.on = False
+        setup.kernel.disconnect(setup.kernel.attached)
+
+    configured(False)
+    assert setup.run(write_all) == 0
+    configured(True)
+    assert setup.run(read_all) == 0
+    assert (is_encrypted(), clear_pages()) == (False, 1600)
+    take_down()
+
+    def first_page_only(keeper: Keeper) -> None:
+        ready(keeper)
+        assert setup.kernel.read(0, 3 * PAGE) == pages[0] + bytes(2 * PAGE)
+        write_all(keeper)
+
+    assert setup.run(first_page_only) == 0
+    configured(False)
+    assert setup.run(read_all) == 0
+    assert (is_encrypted(), clear_pages()) == (True, 1)
+    take_down()
+    assert setup.run(write_all) == 0
+    assert (is_encrypted(), clear_pages()) == (False, 1600)
+
+
 @pytest.mark.timeout(300)
 def test_fifty_kills_with_a_dirty_region(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifty times the worker dies with nine tenths of the region dirty and requests under way: no wrong page."""

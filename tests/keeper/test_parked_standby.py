@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -80,9 +81,10 @@ class Setup:
         self.heir: FakeHeir | None = None
 
     def new_work(self, **settings: int) -> FakeSwap:
-        """As the next keeper makes it, perhaps with other settings."""
+        """As the next keeper makes it, perhaps with other settings. Not encrypted: the server is to show its pages."""
         url = self.server.url()
-        config = Config("t", url, lock="off", owner=False, region_pages=1024, **settings)  # type: ignore[arg-type]
+        plain = Config("t", url, lock="off", owner=False, region_pages=1024, encrypt=False)
+        config = dataclasses.replace(plain, **settings)  # type: ignore[arg-type]
         return FakeSwap(config, url, "127.0.0.1")
 
     def run(self, scenario: Callable[[Keeper], None], *, stored: dict[str, int] | None = None) -> None:

@@ -10,7 +10,7 @@ from support.waiting import wait_until
 
 from nbdnfs.config import Config
 from nbdnfs.keeper.helper_process import HelperProcess
-from nbdnfs.keeper.real_work import RealWork
+from nbdnfs.keeper.real_work import RealWork, plugin_settings
 
 # finds nbdkit
 pytestmark = pytest.mark.server
@@ -24,6 +24,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     arguments: list[tuple[str, ...]] = []
     monkeypatch.setattr(RealWork, "_answering", lambda self, *words, status="": arguments.append(words))
     return arguments
+
+
+@pytest.mark.parametrize(("settings", "encrypt"), [({}, "1"), ({"encrypt": False}, "0")])
+def test_pages_are_encrypted_unless_that_is_not_wanted(settings: dict[str, bool], encrypt: str) -> None:
+    """What the worker is told."""
+    assert plugin_settings(Config("swap0", URL, owner=False, **settings), URL, "192.0.2.1")["encrypt"] == encrypt
 
 
 def test_a_new_file_only_after_a_while(asked: list[tuple[str, ...]]) -> None:

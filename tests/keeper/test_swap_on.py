@@ -14,6 +14,7 @@ from nbdnfs.keeper import real_work
 from nbdnfs.keeper.helpers import swap_on
 from nbdnfs.kernel import swap_area
 from nbdnfs.kernel.nbd_device import Attached
+from nbdnfs.nas import existing_file
 
 
 @pytest.mark.parametrize("priority", [None, 7])
@@ -30,9 +31,13 @@ def test_arguments(monkeypatch: pytest.MonkeyPatch, priority: int | None, discar
     asked: list[tuple[Path, dict[str, Any]]] = []
     monkeypatch.setattr(swap_area, "enable", lambda path, **settings: asked.append((path, settings)))
     assert swap_on.main(arguments) == 0
-    assert asked == [
-        (Path("/dev/nbd0"), {"priority": priority, "label": "swap0", "discard": discard, "is_owned": is_owned})
-    ]
+    ((path, settings),) = asked
+    looked: list[str] = []
+    monkeypatch.setattr(existing_file, "swap_page_bytes", looked.append)
+    assert settings.pop("look")() is None
+    assert looked == [config.url]
+    assert path == Path("/dev/nbd0")
+    assert settings == {"priority": priority, "label": "swap0", "discard": discard, "is_owned": is_owned}
 
 
 def test_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,5 +47,5 @@ def test_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         raise BusyError("in use", "wait")
 
     monkeypatch.setattr(swap_area, "enable", enable)
-    assert swap_on.main(["/dev/nbd0", "-", "swap0"]) == BusyError.exit_code
+    assert swap_on.main(["/dev/nbd0", "-", "swap0", "nfs://nas/x/y"]) == BusyError.exit_code
     assert capsys.readouterr().err == "nbdnfs: in use\nnbdnfs: wait\n"

@@ -52,8 +52,17 @@ def turned_on(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def enable(area: Path, page_bytes: int, *, is_owned: bool = True) -> None:
-    """As the helper does on a kernel with pages of that size."""
-    swap_area.enable(area, priority=None, label="swap0", discard=False, is_owned=is_owned, page_bytes=page_bytes)
+    """As the helper does on a kernel with pages of that size, where the device shows what the file holds."""
+
+    def look() -> int | None:
+        found = swap_area.swap_page_bytes(area, page_bytes)
+        if found is None and any(area.read_bytes()):
+            raise CannotCreateError("data")
+        return found
+
+    swap_area.enable(
+        area, priority=None, label="swap0", discard=False, is_owned=is_owned, look=look, page_bytes=page_bytes
+    )
 
 
 @pytest.mark.parametrize("made_for", PAGE_SIZES)
@@ -136,29 +145,30 @@ def test_the_swap_area_of_another_machine(area: Path, turned_on: list[list[str]]
 
 
 def test_data_is_not_made_a_swap_area(area: Path, turned_on: list[list[str]]) -> None:
-    """The owner record does not change that: the file may hold something else."""
-    area.write_bytes(bytes(70000) + b"data" + bytes(MIB))
+    """The owner record does not change that: the file may hold something else. The device need not show it: where pages
+    are encrypted, what was there before reads as zeros."""
+
+    def look() -> int | None:
+        raise CannotCreateError("neither swap nor empty")
+
     before = area.read_bytes()
+    assert not any(before)
     with pytest.raises(CannotCreateError, match="neither swap nor empty"):
-        enable(area, 16384)
+        swap_area.enable(area, priority=None, label="swap0", discard=False, is_owned=True, look=look)
     assert area.read_bytes() == before
     assert turned_on == []
 
 
-@pytest.mark.parametrize("offset", [0, 4095, 3 * MIB - 1, 5 * MIB + 8191])
-def test_data_is_refused(tmp_path: Path, offset: int) -> None:
-    """A single byte anywhere counts as data; nothing is written."""
-    area = tmp_path / "area"
-    area.write_bytes(bytes(5 * MIB + 8192))
-    swap_area.refuse_data(area)
-    with area.open("r+b") as file:
-        file.seek(offset)
-        file.write(b"x")
-    before = area.read_bytes()
-    with pytest.raises(CannotCreateError, match="neither swap nor empty") as caught:
-        swap_area.refuse_data(area)
-    assert caught.value.hint
-    assert area.read_bytes() == before
+def test_a_swap_area_that_the_device_does_not_show(area: Path, turned_on: list[list[str]]) -> None:
+    """One for larger pages ends behind the kernel's first page, and reads as zeros where pages are encrypted: it is
+    made again all the same, where it is ours."""
+    enabling = {"priority": None, "label": "swap0", "discard": False, "look": lambda: 65536}
+    with pytest.raises(CannotCreateError, match="for pages of 64 KiB"):
+        swap_area.enable(area, is_owned=False, page_bytes=4096, **enabling)  # type: ignore[arg-type]
+    assert not any(area.read_bytes())
+    swap_area.enable(area, is_owned=True, page_bytes=4096, **enabling)  # type: ignore[arg-type]
+    assert swap_area.swap_page_bytes(area, 4096) == 4096
+    assert len(turned_on) == 1
 
 
 def machine(tmp_path: Path, available_mib: int, other_free_mib: int = 0) -> Path:

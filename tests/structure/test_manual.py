@@ -92,7 +92,7 @@ def test_words_of_the_kernel_command_line() -> None:
     """The page of the generator has the words that the generator knows."""
     script = (ROOT / "systemd/nbdnfs-generator").read_text()
     known = set(re.findall(r"nbdnfs\.\w+(?==\*)", script))
-    assert known == {"nbdnfs.url", "nbdnfs.size", "nbdnfs.priority"}
+    assert known == {"nbdnfs.url", "nbdnfs.size", "nbdnfs.priority", "nbdnfs.encrypt"}
     assert set(re.findall(r"^\.BI (nbdnfs\.\w+)=", PAGES["nbdnfs-generator.8"], re.MULTILINE)) == known
 
 

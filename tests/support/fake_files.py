@@ -185,6 +185,11 @@ class FakeNfsFile:
     def space(self) -> dict[str, int]:
         return {"total": self._server.total_bytes, "available": self._server.available_bytes}
 
+    def pread(self, buffer: bytearray, offset: int) -> int:
+        found = self._inode.data[offset : offset + len(buffer)]
+        buffer[: len(found)] = found
+        return len(found)
+
     def pwrite(self, data: memoryview, offset: int) -> int:
         return self._server.write(self._inode, bytes(data), offset)
 

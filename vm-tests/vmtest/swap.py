@@ -68,11 +68,15 @@ class Measured:
 
 
 @contextlib.contextmanager
-def serving(machine: Machine, url: str, name: str = "swap", settings: Sequence[str] = ()) -> Iterator[Worker]:
-    """`nbdnfs serve` in the background, ended in order afterwards. `settings`: more of the plugin's, "key=value"."""
+def serving(
+    machine: Machine, url: str, name: str = "swap", settings: Sequence[str] = (), *, encrypt: bool = True
+) -> Iterator[Worker]:
+    """`nbdnfs serve` in the background, ended in order afterwards; encrypted, as a device is by default. `settings`:
+    more of the plugin's, "key=value"."""
     socket, pid_file = f"{_RUN}/{name}.sock", f"{_RUN}/{name}.pid"
     machine.run(f"mkdir -p {_RUN}; rm -f {pid_file}")  # not to take the last one's for this one's
     options = "".join(f" --plugin-setting {shlex.quote(setting)}" for setting in settings)
+    options += " --encrypt" if encrypt else ""
     serve = machine.start(f"echo $$ > {pid_file}; exec nbdnfs serve {shlex.quote(url)} --socket {socket}{options}")
     with _tidy(machine, f"pid=$(cat {pid_file}); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done", 60):
         # The socket alone proves little: it is bound before nbdkit runs. Its plugin connects to the NAS first.
