@@ -9,6 +9,8 @@ minutes to start from a root on NFS. The kills begin when pages go out. One line
 
     {"killed": [pids], "waited_s": until all were there, "resumed_s": seconds, or null when nothing moved in time}
 
+Both at once are survived by a keeper's heir and its parked standby, so that the next such kill waits for the next pair.
+
 Swap moves again when the device completes a request, by its counters in /sys/block: without requests nothing completes.
 It locks its memory: it must not be part of what it measures.
 """
@@ -79,6 +81,12 @@ def living_pid_of(name: str, what: str) -> int:
         time.sleep(0.1)
 
 
+def wait_for_standby(name: str) -> None:
+    """Until there is one beside the worker: the keeper tells its heir of it in the same turn."""
+    while living_pid_of(name, "standby") == living_pid_of(name, "worker"):
+        time.sleep(0.1)
+
+
 def main() -> None:
     name, what, count, every_s = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
     with open(f"/run/nbdnfs/{name}/device") as record:
@@ -86,10 +94,13 @@ def main() -> None:
     wait_for_load()
     targets = ["worker", "keeper"] if what == "both" else [what]
     for _ in range(count):
-        time.sleep(every_s)
         asked_s = time.monotonic()
-        pids = [living_pid_of(name, one) for one in targets]
+        if what == "both":
+            living_pid_of(name, "keeper")
+            wait_for_standby(name)
         waited_s = round(time.monotonic() - asked_s, 3)
+        time.sleep(every_s)
+        pids = [living_pid_of(name, one) for one in targets]
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         killed_s = time.monotonic()
