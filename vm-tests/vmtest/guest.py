@@ -116,6 +116,9 @@ class Guest:
     workdir         for its overlay disk and its logs
     root            where it has no disk: what it boots from instead, which holds the payload
     memory_mib      its memory
+    time_shift      None: its time is the host's. Else it is *virtual* (QEMU's -icount): each instruction that it
+                    executes is 2**time_shift ns of it, however long the host needs for that, and while it idles its
+                    time goes on with the host's. One CPU then.
     arguments       more kernel arguments
     disks           more raw disks, as /dev/vdc and on
     forwards        TCP ports of the guest by those of the host's loopback that lead there, also after another boot
@@ -139,6 +142,7 @@ class Guest:
         root: NetworkRoot | None = None,
         memory_mib: int = 512,
         cpus: int = 2,
+        time_shift: int | None = None,
         network: bool = True,
         arguments: Sequence[str] = (),
         disks: Sequence[Path] = (),
@@ -156,7 +160,8 @@ class Guest:
         self._payload = payload
         self._root = root
         self._memory_mib = memory_mib
-        self._cpus = cpus
+        self._cpus = cpus if time_shift is None else 1  # with -icount a second one was seen to hang as it came up
+        self._time_shift = time_shift
         self._network = network
         self._arguments = tuple(arguments)
         self._disks = tuple(disks)
@@ -277,6 +282,11 @@ class Guest:
             if (found := self.kernel_log_path.stat().st_size) != size:
                 size, changed_s = found, time.monotonic()
 
+    def _accelerator(self) -> list[str]:
+        if self._time_shift is None:
+            return ["-accel", os.environ.get("NBDNFS_VM_ACCEL", "tcg,thread=multi")]
+        return ["-accel", "tcg,thread=single", "-icount", f"shift={self._time_shift},sleep=on"]
+
     def _qemu(self, channel_fd: int) -> list[str | Path]:
         kind = self.image.architecture
         arguments = [
@@ -299,7 +309,7 @@ class Guest:
             host.find_program(*kind.qemu),
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
             *("-machine", kind.machine, "-cpu", kind.cpu, "-smp", str(self._cpus), "-m", f"{self._memory_mib}M"),
-            *("-accel", os.environ.get("NBDNFS_VM_ACCEL", "tcg,thread=multi")),
+            *self._accelerator(),
             *("-kernel", self.image.kernel, "-initrd", initrd),
             *("-append", " ".join([*arguments, *self._arguments])),
             *(word for disk in disks for word in ("-drive", f"if=virtio,cache=unsafe,{disk}")),
