@@ -3,7 +3,7 @@
 
 PYTHON := .venv/bin/python
 # A throwaway NFS server, guests' images and kernel devices need root.
-AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,ARCH,KERNEL,HERE,NBDNFS_CACHE,NBDNFS_VM_ACCEL)
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=SUITE,ARCH,KERNEL,HERE,NBDNFS_CACHE,NBDNFS_VM_ACCEL,TIME)
 PYTEST := $(AS_ROOT) $(PYTHON) -m pytest
 # Most tests wait for a server, so there are more processes than processors. A file's tests stay together. A process
 # that crashes ends the run: pytest-xdist 3.8 starts another, and then was seen to wait for ever.
@@ -30,6 +30,7 @@ help:
 	@echo 'make vm-test      all tests in guests; SUITE=trixie, ARCH=arm64, KERNEL=generic, ARGS="--memory-rounds 3"'
 	@echo 'make bench        our worker beside qemu-nbd, the reference engine and bare libnfs'
 	@echo 'make bench-vm     a guest swaps to zram, kernel nbd, kernel NFS and nbdnfs; ARGS="--size 64 --rounds 1"'
+	@echo '                  in virtual time; TIME=real for the clock of this machine'
 	@echo 'make lint         ruff, mypy, and the C compiler with warnings as errors'
 	@echo 'make deb          the Debian package for this Debian, in build/deb'
 	@echo 'make check-deb    build it in a fresh Debian, install, use and purge it in others; SUITE=trixie for Debian 13'

@@ -2,11 +2,13 @@
 """make bench-vm: one guest swaps to zram, to the kernel's nbd, to the kernel's NFS and to nbdnfs, in turn.
 
 The same stress program each time, in a cgroup of a quarter of its pages: fill, sequential, random, sequential, by one
-process and then by several; every page is checked, and a wrong one fails the benchmark. All with no added round trip
-and with 1 ms (netem in the guest). Each round begins with another peer; the table has medians, the JSON all samples.
-`--continue` adds rounds to those of an earlier run with the same sizes.
+process and then by several; every page is checked, and a wrong one fails the benchmark. In virtual time (vm_time.py),
+with servers that answer after 0.2 and after 1 ms; `--time real`: by this machine's clock, with no added round trip and
+with 1 ms. Each round begins with another peer; the table has medians, the JSON all samples. `--continue` adds rounds to
+those of an earlier run with the same sizes. `--repeat` does the rounds on an idle host, then on a busy one, and prints
+how far the figures are from each other.
 
-The server and the guest share this machine: ratios count, seconds do not travel.
+Ratios count, seconds do not travel.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import vm_time
 from support.nfs_server import Ganesha, ServerError, free_ports
 from svg import Group, bars
 from vm_peers import FLOOR, KERNEL_NBD, KERNEL_NFS, OURS, PEERS, Files
@@ -38,7 +43,8 @@ def main() -> int:
     options = _options()
     logging.basicConfig(level=logging.DEBUG if options.verbose else logging.WARNING, format="%(message)s")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left behind
-    load = Load(options.size, options.size // 4, options.processes, options.timeout)
+    shift = options.time_shift if options.time == "virtual" else None
+    load = Load(options.size, options.size // 4, options.processes, options.timeout, shift)
     try:
         if options.continued and options.json is None:
             raise HarnessError("--continue needs --json, the file of the earlier run")
@@ -56,6 +62,8 @@ def main() -> int:
         print("bench: interrupted; nothing is left running", file=sys.stderr)
         return 130
     print(tables(results))
+    if options.repeat:
+        print(repeatability(results))
     if options.svg:
         options.svg.parent.mkdir(parents=True, exist_ok=True)
         options.svg.write_text(picture(results))
@@ -65,20 +73,39 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
+        "--time",
+        choices=("virtual", "real"),
+        default=os.environ.get("TIME") or "virtual",
+        help="what a second is (default virtual, or what TIME in the environment says)",
+    )
+    parser.add_argument(
+        "--time-shift",
+        type=int,
+        default=vm_time.SHIFT,
+        metavar="N",
+        help=f"in virtual time, 2**N ns of the guest's clock for each instruction (default {vm_time.SHIFT})",
+    )
+    parser.add_argument(
+        "--repeat", action="store_true", help="do the rounds again on a busy host, and print how much differs"
+    )
+    parser.add_argument(
         "--rounds", type=int, default=5, metavar="N", help="default 5, for medians; one takes many minutes"
     )
     parser.add_argument(
         "--size",
         type=int,
-        default=96,
+        default=128,
         metavar="MIB",
-        help="size of the pages; the cgroup has a quarter of it (default 96)",
+        help="size of the pages; the cgroup has a quarter of it (default 128, eight times the region)",
     )
     parser.add_argument(
         "--processes", type=int, default=4, metavar="N", help="how many the second run on each peer has (default 4)"
     )
     parser.add_argument(
-        "--delays-ms", type=_numbers, default=[0.0, 1.0], metavar="N,N", help="round trips to add (default 0,1)"
+        "--delays-ms",
+        type=_numbers,
+        metavar="N,N",
+        help="in virtual time, when a server answers (default 0.2,1); in real time, round trips to add (default 0,1)",
     )
     parser.add_argument("--peers", type=_peers, default=list(PEERS), metavar="A,B", help=",".join(PEERS))
     parser.add_argument(
@@ -90,7 +117,10 @@ def _options() -> argparse.Namespace:
         "--continue", dest="continued", action="store_true", help="add rounds to those in the JSON file"
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="show the programs that are started")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.delays_ms is None:
+        options.delays_ms = [0.2, 1.0] if options.time == "virtual" else [0.0, 1.0]
+    return options
 
 
 def _numbers(text: str) -> list[float]:
@@ -115,6 +145,7 @@ def _measure(options: argparse.Namespace, load: Load, earlier: Results) -> Resul
     built = image.default_image()
     initramfs.initrd(built)
     disk = payload(built, project=True)
+    vm_time.go_first()
     results = earlier
     # rounds that were there count: the next one begins with the next peer
     first = max((len(earlier.of(peer, options.delays_ms[0], 1)) for peer in options.peers), default=0)
@@ -124,15 +155,29 @@ def _measure(options: argparse.Namespace, load: Load, earlier: Results) -> Resul
         files = _files(server, load.device_mib)
         # a request is "stuck" after two seconds, which a busy machine may take; what is killed is counted elsewhere
         guest = stack.enter_context(
-            Guest(built, disk, workdir / "guest", memory_mib=_GUEST_MIB, allow={"slow", "oom"}, name="bench")
+            Guest(
+                built,
+                disk,
+                workdir / "guest",
+                memory_mib=_GUEST_MIB,
+                time_shift=load.time_shift,
+                allow={"slow", "oom"},
+                name="bench",
+            )
         )
         guest.settle()
+        clock = vm_time.RealTime() if load.time_shift is None else vm_time.virtual(workdir, load.time_shift)
         tell(f"a guest with Linux {guest.run('uname -r').stdout.strip()}")
-        for number in range(first, first + options.rounds):
+        for number in range(first, first + options.rounds * (2 if options.repeat else 1)):
             turn = number % len(options.peers)
             order = options.peers[turn:] + options.peers[:turn]
-            tell(f"round {number + 1}: {', '.join(order)}")
-            samples = one_round(guest, files, load, peers=order, delays_ms=options.delays_ms, tell=tell)
+            is_busy = number >= first + options.rounds
+            tell(f"round {number + 1}{', on a busy host' if is_busy else ''}: {', '.join(order)}")
+            with vm_time.busy(os.cpu_count() or 1) if is_busy else contextlib.nullcontext():
+                samples = one_round(
+                    guest, files, load, peers=order, delays_ms=options.delays_ms, clock=clock, tell=tell
+                )
+            samples = [replace(sample, host_was_busy=is_busy) for sample in samples]
             results = Results(load, (*results.samples, *samples))
             if options.json:
                 results.save(options.json)
@@ -148,18 +193,23 @@ def _files(server: Ganesha, size_mib: int) -> Files:
             what=f"writing {name}",
             timeout_s=300,
         )
+    (nbd_port,) = free_ports(1)
     return Files(
         ours_url=seen_from_guest(server.url("ours.swap")),
         kernel_url=seen_from_guest(server.url("kernel.swap")),
+        nfs_port=server.nfs_port,
         nbd_file=server.export_path / "nbd.swap",
-        nbd_port=free_ports(1)[0],
+        nbd_port=nbd_port,
+        nbd_seen_port=nbd_port,
     )
 
 
 def tables(results: Results) -> str:
     """Medians: seconds of each pass and in all, and ours as a multiple of each other peer's."""
     load = results.load
-    lines = [f"{load.size_mib} MiB of pages in a cgroup of {load.limit_mib} MiB; seconds, medians; no page wrong"]
+    clock = "real" if load.time_shift is None else "virtual"
+    title = f"{load.size_mib} MiB of pages in a cgroup of {load.limit_mib} MiB"
+    lines = [f"{title}; seconds of {clock} time, medians; no page wrong"]
     for delay_ms, processes in _cells(results):
         rounds = max(len(results.of(peer, delay_ms, processes)) for peer in PEERS)
         lines += ["", f"{delay_ms:g} ms added, {processes} process{'es' if processes > 1 else ''}, {rounds} rounds"]
@@ -167,6 +217,23 @@ def tables(results: Results) -> str:
         lines += [_line(results, peer, delay_ms, processes) for peer in PEERS if results.of(peer, delay_ms, processes)]
         if found := our_figures(results, delay_ms, processes):
             lines.append("  " + found)
+    return "\n".join(lines)
+
+
+def repeatability(results: Results) -> str:
+    """How far the seconds in all of each cell are from their median on an idle host, in per cent."""
+    lines = ["", "the median of the rounds on an idle host; how far its rounds are from that, and those on a busy host"]
+    for delay_ms, processes in _cells(results):
+        for peer in PEERS:
+            middle = results.median(peer, delay_ms, processes, lambda sample: sample.seconds)
+            if middle is None:
+                continue
+            furthest = [
+                max((abs(sample.seconds / middle - 1) for sample in found), default=0.0)
+                for found in (results.of(peer, delay_ms, processes, host_was_busy=is_busy) for is_busy in (False, True))
+            ]
+            name = f"{peer}, {delay_ms:g} ms, {processes} process{'es' if processes > 1 else ''}"
+            lines.append(f"{name:38}{middle:>12.2f}" + "".join(f"{100 * value:>11.1f}%" for value in furthest))
     return "\n".join(lines)
 
 

@@ -42,12 +42,18 @@ class Swapping:
 
 @dataclass(frozen=True)
 class Files:
-    """The server's side: URLs of two files as seen from a guest, and the file that `nbdkit file` serves."""
+    """The server's side: URLs of two files as seen from a guest, and the file that `nbdkit file` serves.
+
+    nfs_port, nbd_port  where the servers listen
+    nbd_seen_port       where the guest finds nbdkit; the URLs say where it finds the NFS server
+    """
 
     ours_url: str
     kernel_url: str
+    nfs_port: int
     nbd_file: Path
     nbd_port: int
+    nbd_seen_port: int
 
 
 Peer = Callable[[Guest, Files, int], AbstractContextManager[Swapping]]
@@ -68,7 +74,7 @@ def kernel_nbd(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
     with _nbdkit(files):
         guest.push(_ATTACH_TCP, "/root/attach_tcp.py")
         guest.run("modprobe nbd")
-        device = guest.run(f"python3 /root/attach_tcp.py {HOST_ADDRESS} {files.nbd_port}").stdout.strip()
+        device = guest.run(f"python3 /root/attach_tcp.py {HOST_ADDRESS} {files.nbd_seen_port}").stdout.strip()
         with _swap_on(guest, device) as swapping:
             yield swapping
         # udev may still have it open for a moment, which detach waits for

@@ -6,14 +6,14 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from vm_peers import OURS, PEERS, Files
+from vm_time import RealTime, VirtualTime
 from vmtest import swap, verdict
 from vmtest.counters import Counters
 from vmtest.guest import Guest
-from vmtest.netem import delayed
 from vmtest.outcome import GuestFailedError, HarnessError
 
 # inside/hog.c
@@ -26,12 +26,16 @@ class NotFinishedError(GuestFailedError):
 
 @dataclass(frozen=True)
 class Load:
-    """What is run: `size_mib` of pages, a cgroup of `limit_mib`; once by one process, once by `processes` at once."""
+    """What is run: `size_mib` of pages, a cgroup of `limit_mib`; once by one process, once by `processes` at once.
+
+    `time_shift` is of virtual time; None: in real time.
+    """
 
     size_mib: int
     limit_mib: int
     processes: int
     timeout_s: float
+    time_shift: int | None = None
 
     @property
     def device_mib(self) -> int:
@@ -42,6 +46,7 @@ class Load:
 @dataclass(frozen=True)
 class Sample:
     """One verified run. `passes` are the seconds of each, in order: fill, sequential, random, sequential.
+    `host_was_busy`: other programs kept all CPUs of the host busy meanwhile.
 
     `counters` are what the region counted during the run; peers that are not ours have none. `swap_out` is what it
     counted in a run before that, which does nothing but fill: swap-out in sequence, and no swap-in.
@@ -56,6 +61,7 @@ class Sample:
     pages_in: int
     counters: Mapping[str, int] = field(default_factory=dict)
     swap_out: Mapping[str, int] = field(default_factory=dict)
+    host_was_busy: bool = False
 
     @property
     def sequential_s(self) -> float:
@@ -70,10 +76,10 @@ class Results:
     load: Load
     samples: tuple[Sample, ...]
 
-    def of(self, peer: str, delay_ms: float, processes: int) -> list[Sample]:
+    def of(self, peer: str, delay_ms: float, processes: int, *, host_was_busy: bool = False) -> list[Sample]:
         """Those of one cell of the table."""
-        wanted = (peer, delay_ms, processes)
-        return [one for one in self.samples if (one.peer, one.delay_ms, one.processes) == wanted]
+        wanted = (peer, delay_ms, processes, host_was_busy)
+        return [one for one in self.samples if (one.peer, one.delay_ms, one.processes, one.host_was_busy) == wanted]
 
     def median(self, peer: str, delay_ms: float, processes: int, value: Callable[[Sample], float]) -> float | None:
         """None where there is no sample."""
@@ -103,6 +109,7 @@ def one_round(
     *,
     peers: Sequence[str],
     delays_ms: Sequence[float],
+    clock: RealTime | VirtualTime,
     tell: Callable[[str], None],
 ) -> list[Sample]:
     """Each peer in that order, with each delay, by one process and by several.
@@ -113,10 +120,14 @@ def one_round(
     samples = []
     for delay_ms in delays_ms:
         for peer in peers:
-            with delayed(guest, delay_ms), PEERS[peer](guest, files, load.device_mib) as swapping:
-                for processes in (1, load.processes):
+            with (
+                clock.line(guest, files, delay_ms) as seen,
+                PEERS[peer](guest, seen, load.device_mib) as swapping,
+            ):
+                for processes in sorted({1, load.processes}):
                     try:
                         sample = _run(guest, load, peer, delay_ms, processes, swapping.counters)
+                        sample = in_model_time(sample, clock.scale)
                     except NotFinishedError as error:
                         if peer == OURS:
                             raise
@@ -126,6 +137,13 @@ def one_round(
                     tell(f"{peer}, {delay_ms:g} ms, {processes} process(es): {sample.seconds:.1f} s ({passes})")
                     samples.append(sample)
     return samples
+
+
+def in_model_time(sample: Sample, scale: int) -> Sample:
+    """With the seconds of the model, where the guest counts `scale` times as many."""
+    counters = {**sample.counters, "cpu_ms": sample.counters.get("cpu_ms", 0) // scale} if sample.counters else {}
+    passes = tuple(seconds / scale for seconds in sample.passes)
+    return replace(sample, seconds=sample.seconds / scale, passes=passes, counters=counters)
 
 
 def _run(guest: Guest, load: Load, peer: str, delay_ms: float, processes: int, read: Callable[[], Counters]) -> Sample:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import vm
 from vm_peers import KERNEL_NBD, KERNEL_NFS, OURS
-from vm_rounds import Load, Results, Sample
+from vm_rounds import Load, Results, Sample, in_model_time
 from vmtest.outcome import HarnessError
 
 LOAD = Load(size_mib=96, limit_mib=24, processes=4, timeout_s=60)
@@ -58,3 +59,20 @@ def test_picture(results: Results) -> None:
     """Well-formed, with a bar for each peer that ran."""
     texts = [element.text for element in ElementTree.fromstring(vm.picture(results)).iter() if element.text]
     assert {"30.0", "40.0", "20.0", "none"} <= set(texts)
+
+
+def test_repeatability() -> None:
+    """The furthest sample from the median on an idle host, of the rounds there and of those on a busy one."""
+    idle = [sample(OURS, seconds) for seconds in (10.0, 10.1, 9.8)]
+    busy = [replace(sample(OURS, seconds), host_was_busy=True) for seconds in (10.0, 10.5)]
+    results = Results(LOAD, (*idle, *busy))
+    (line,) = [line for line in vm.repeatability(results).splitlines() if line.startswith(OURS)]
+    assert line.split()[-3:] == ["10.00", "2.0%", "5.0%"]
+    assert vm.tables(results).count(" 10.0") == vm.tables(Results(LOAD, tuple(idle))).count(" 10.0"), "idle ones only"
+
+
+def test_model_time() -> None:
+    """What the guest counted in slow motion is divided by that; what are not seconds stays."""
+    found = in_model_time(sample(OURS, 80.0, cpu_ms=4000, nfs_writes=7), 8)
+    assert (found.seconds, found.passes) == (10.0, (1.0, 2.0, 5.0, 2.0))
+    assert found.counters == {"cpu_ms": 500, "nfs_writes": 7}
