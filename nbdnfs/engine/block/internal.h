@@ -8,6 +8,7 @@
  * file.c              the state of the file and of the connections, for counters and log
  * flusher.c           write-backs and COMMITs, and the thread that starts them
  * read_ahead.c        fetches of what a reader will want next
+ * common.c            what all requests have in common
  * requests.c          read, write, flush and trim
  * opening.c           the file and the region, and which comes first
  * engine.c            create and destroy
@@ -240,5 +241,36 @@ void flusher_hold_replay(struct engine *engine);
 
 /* These pages are being read: fetch what their reader will want next. Takes the lock. */
 void readahead_follow(struct engine *engine, uint64_t page, uint32_t pages);
+
+/* common.c */
+
+/* Pages of a request that are looked up, checksummed and fetched in one go. */
+#define BATCH_PAGES 64
+
+int check_range(const struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes);
+/*
+ * A request begins. Returns its place in the region, where other processes see how long it takes; NULL where all are
+ * taken. Takes no lock.
+ */
+_Atomic uint64_t *request_began(struct engine *engine);
+void request_ended(_Atomic uint64_t *place);
+/* What a request returns that has met no error. */
+int result_of(struct engine *engine);
+/*
+ * May a request that waits for the NAS since `since_ms` go on waiting, and until when? No: the file is stolen or gone
+ * too long, or the mount is soft and the NAS has taken nothing for too long. Lock held.
+ */
+bool may_wait(struct engine *engine, uint64_t since_ms, uint64_t *end_ms);
+/*
+ * May the page be kept as a word alone? Not with FUA, and not where a request may wait for an older write to it: that
+ * one would never reach the NAS, nor would this one before the next FLUSH. It has a slot then, which takes this write.
+ * Lock held.
+ */
+bool may_fill(const struct engine *engine, uint64_t page, bool fua);
+/*
+ * Is a page that the NAS returned what was written to it? 0, -EIO, or -EAGAIN: it is not, since a write after the READ
+ * was sent makes them differ (its bytes are in a slot, or on the NAS already), or the server is wrong. Takes the lock.
+ */
+int check_page(struct engine *engine, uint64_t page, uint8_t *data);
 
 #endif

@@ -7,56 +7,12 @@
 #include <errno.h>
 #include <sched.h>
 
-/* Pages of a request that are looked up, checksummed and fetched in one go. */
-#define BATCH_PAGES 64
 /* Pages that are forgotten in one go: a TRIM may be of a million. */
 #define TRIM_PAGES 1024
 /* How often a page that does not agree with its proof is read again. */
 #define CHECKSUM_TRIES 3
 
-static int check_range(const struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes)
-{
-	if (offset_bytes % SLOT_BYTES != 0 || length_bytes % SLOT_BYTES != 0 || length_bytes == 0 ||
-	    offset_bytes > engine->size_bytes || length_bytes > engine->size_bytes - offset_bytes)
-		return -EINVAL;
-	return 0;
-}
-
-/*
- * A request begins. Returns its place in the region, where other processes see how long it takes; NULL where all are
- * taken. Takes no lock.
- */
-static _Atomic uint64_t *request_began(struct engine *engine)
-{
-	uint64_t since_ms = now_ms();
-
-	for (unsigned i = 0; i < REGION_REQUESTS; i++) {
-		_Atomic uint64_t *place = &waits(engine)->request_since_ms[i];
-		uint64_t none = 0;
-
-		if (atomic_compare_exchange_strong_explicit(place, &none, since_ms, memory_order_relaxed,
-							    memory_order_relaxed))
-			return place;
-	}
-	return NULL;
-}
-
-static void request_ended(_Atomic uint64_t *place)
-{
-	if (place != NULL)
-		set_counter(place, 0);
-}
-
-/* What a request returns that has met no error. */
-static int result_of(struct engine *engine)
-{
-	return atomic_load(&engine->stolen) ? -EIO : 0;
-}
-
-/*
- * Check that a page that the NAS returned is what was written to it. A write since the READ was sent makes them differ:
- * its bytes are in a slot, or on the NAS already, which is why the page is read again.
- */
+/* Check that a page that the NAS returned is what was written to it. */
 static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 {
 	struct region_counters *c = counters(engine);
@@ -65,23 +21,11 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 		struct nfsio_req req = {
 			.op = NFSIO_READ, .offset_bytes = page * SLOT_BYTES, .length_bytes = SLOT_BYTES, .data = data
 		};
-		enum cache_lookup newer = CACHE_MISS;
-		uint64_t proof;
-		int error;
+		enum cache_lookup newer;
+		int error = check_page(engine, page, data);
 
-		engine_lock(engine);
-		proof = cache_proof(engine->cache, page);
-		if (proof == NO_PROOF) /* filled since, perhaps: the server's bytes cannot be checked, nor decrypted */
-			newer = cache_read(engine->cache, page, data);
-		engine_unlock(engine);
-		if (newer == CACHE_HIT)
-			return 0;
-		if (proof_open(&engine->region, page, proof, data)) {
-			if (proof != NO_PROOF)
-				return 0;
-			/* beyond a truncation the file may have zeros again, which are not what was written */
-			return (page + 1) * SLOT_BYTES <= file_truncated_bytes(engine) ? 0 : -EIO;
-		}
+		if (error != -EAGAIN)
+			return error;
 		engine_lock(engine);
 		while ((newer = cache_read(engine->cache, page, data)) == CACHE_WAIT)
 			engine_wait(engine, NO_END); /* until the fetch ends, as every READ does */
@@ -221,27 +165,16 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 }
 
 /*
- * Wait for `progress`. Returns false when waiting is an error: the file is stolen or gone too long, or the mount is
- * soft and the NAS has taken nothing for too long since `since_ms`. Lock held; dropped while waiting.
+ * Wait for `progress`. Returns false when waiting is an error, for a request that waits since `since_ms`. Lock held;
+ * dropped while waiting.
  */
 static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
 {
-	uint64_t limit_ms = engine->options.nfs.soft_limit_ms, end_ms = since_ms;
+	uint64_t end_ms;
 
-	if (engine->gone_too_long || atomic_load(&engine->stolen))
+	if (!may_wait(engine, since_ms, &end_ms))
 		return false;
 	flusher_call(engine);
-	if (limit_ms == 0) {
-		engine_wait(engine, NO_END); /* a hard mount: for as long as the server takes */
-		return true;
-	}
-	if (engine->progress_at_ms > end_ms)
-		end_ms = engine->progress_at_ms;
-	if (engine->held_until_ms > end_ms)
-		end_ms = engine->held_until_ms; /* the holds are the engine's doing, not the server's */
-	end_ms += limit_ms;
-	if (now_ms() >= end_ms)
-		return false;
 	engine_wait(engine, end_ms);
 	return true;
 }
@@ -264,16 +197,6 @@ static int wait_pages_stable(struct engine *engine, uint64_t page, uint64_t page
 			}
 	engine->waiting_for_stable--;
 	return error;
-}
-
-/*
- * May the page be kept as a word alone? Not with FUA, and not where a request may wait for an older write to it: that
- * one would never reach the NAS, nor would this one before the next FLUSH. It has a slot then, which takes this write.
- * Lock held.
- */
-static bool may_fill(const struct engine *engine, uint64_t page, bool fua)
-{
-	return !fua && (engine->waiting_for_stable == 0 || cache_page_is_stable(engine->cache, page, UINT64_MAX));
 }
 
 /* Write at most BATCH_PAGES pages. After an error, some of them may be written. */

@@ -1,0 +1,83 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* What all requests have in common. */
+#include "block/internal.h"
+
+#include <errno.h>
+
+int check_range(const struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes)
+{
+	if (offset_bytes % SLOT_BYTES != 0 || length_bytes % SLOT_BYTES != 0 || length_bytes == 0 ||
+	    offset_bytes > engine->size_bytes || length_bytes > engine->size_bytes - offset_bytes)
+		return -EINVAL;
+	return 0;
+}
+
+_Atomic uint64_t *request_began(struct engine *engine)
+{
+	uint64_t since_ms = now_ms();
+
+	for (unsigned i = 0; i < REGION_REQUESTS; i++) {
+		_Atomic uint64_t *place = &waits(engine)->request_since_ms[i];
+		uint64_t none = 0;
+
+		if (atomic_compare_exchange_strong_explicit(place, &none, since_ms, memory_order_relaxed,
+							    memory_order_relaxed))
+			return place;
+	}
+	return NULL;
+}
+
+void request_ended(_Atomic uint64_t *place)
+{
+	if (place != NULL)
+		set_counter(place, 0);
+}
+
+int result_of(struct engine *engine)
+{
+	return atomic_load(&engine->stolen) ? -EIO : 0;
+}
+
+bool may_fill(const struct engine *engine, uint64_t page, bool fua)
+{
+	return !fua && (engine->waiting_for_stable == 0 || cache_page_is_stable(engine->cache, page, UINT64_MAX));
+}
+
+bool may_wait(struct engine *engine, uint64_t since_ms, uint64_t *end_ms)
+{
+	uint64_t limit_ms = engine->options.nfs.soft_limit_ms;
+
+	if (engine->gone_too_long || atomic_load(&engine->stolen))
+		return false;
+	if (limit_ms == 0) {
+		*end_ms = NO_END; /* a hard mount: for as long as the server takes */
+		return true;
+	}
+	*end_ms = since_ms;
+	if (engine->progress_at_ms > *end_ms)
+		*end_ms = engine->progress_at_ms;
+	if (engine->held_until_ms > *end_ms)
+		*end_ms = engine->held_until_ms; /* the holds are the engine's doing, not the server's */
+	*end_ms += limit_ms;
+	return now_ms() < *end_ms;
+}
+
+int check_page(struct engine *engine, uint64_t page, uint8_t *data)
+{
+	enum cache_lookup newer = CACHE_MISS;
+	uint64_t proof;
+
+	engine_lock(engine);
+	proof = cache_proof(engine->cache, page);
+	if (proof == NO_PROOF) /* filled since, perhaps: the server's bytes cannot be checked, nor decrypted */
+		newer = cache_read(engine->cache, page, data);
+	engine_unlock(engine);
+	if (newer == CACHE_HIT)
+		return 0;
+	if (!proof_open(&engine->region, page, proof, data))
+		return -EAGAIN;
+	if (proof != NO_PROOF)
+		return 0;
+	/* beyond a truncation the file may have zeros again, which are not what was written */
+	return (page + 1) * SLOT_BYTES <= file_truncated_bytes(engine) ? 0 : -EIO;
+}
