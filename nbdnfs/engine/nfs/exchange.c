@@ -128,35 +128,25 @@ static int sleep_ms(const struct nfsio *io)
 	return (int)ms;
 }
 
-/*
- * Wait until something can be received, and receive it. Called by the thread that is io->receiver; if another one is
- * when the wait is over, that one receives. Lock held; dropped while waiting, and while callbacks run.
- */
-void receive(struct nfsio *io)
+int before_poll(struct nfsio *io, struct pollfd fds[NFSIO_POLLED])
 {
-	enum receiver me = io->receiver;
-	struct pollfd fds[3] = {
-		{ .fd = io->transport->socket(io), .events = io->transport->events(io) },
-		{ .fd = io->wake_fd, .events = POLLIN },
-		{ .fd = io->probe.fd, .events = probe_events(&io->probe) },
-	};
 	int timeout_ms = sleep_ms(io);
-	uint64_t kicks;
 
+	assert_locked(&io->lock);
+	fds[0] = (struct pollfd){ .fd = io->transport->socket(io), .events = io->transport->events(io) };
+	fds[1] = (struct pollfd){ .fd = io->wake_fd, .events = POLLIN };
+	fds[2] = (struct pollfd){ .fd = io->probe.fd, .events = probe_events(&io->probe) };
 	if (io->finished.head != NULL)
 		timeout_ms = 0; /* give back at once what failed before it was sent */
-	if (me == RECEIVER_IO_THREAD)
-		io->io_thread_polls = true;
 	io->polls_until_ms = now_ms() + timeout_ms;
-	pthread_mutex_unlock(&io->lock);
-	poll(fds, 3, timeout_ms);
-	pthread_mutex_lock(&io->lock);
-	io->polls_until_ms = 0;
-	if (me == RECEIVER_IO_THREAD)
-		io->io_thread_polls = false;
-	if (io->receiver != me)
-		return;
-	assert(is_up(io)); /* only the I/O thread throws a connection away, and not while a waiter receives */
+	return timeout_ms;
+}
+
+void after_poll(struct nfsio *io, const struct pollfd fds[NFSIO_POLLED])
+{
+	uint64_t kicks;
+
+	assert(is_up(io)); /* only the I/O thread throws a connection away, and not while another thread receives */
 	if (fds[1].revents != 0)
 		(void)!read(io->wake_fd, &kicks, sizeof(kicks));
 	if (fds[0].revents != 0)
@@ -176,4 +166,26 @@ void receive(struct nfsio *io)
 	touch_lease(io);
 	issue_pending(io);
 	give_back(io);
+}
+
+/*
+ * Wait until something can be received, and receive it. Called by the thread that is io->receiver; if another one is
+ * when the wait is over, that one receives. Lock held; dropped while waiting, and while callbacks run.
+ */
+void receive(struct nfsio *io)
+{
+	enum receiver me = io->receiver;
+	struct pollfd fds[NFSIO_POLLED];
+	int timeout_ms = before_poll(io, fds);
+
+	if (me == RECEIVER_IO_THREAD)
+		io->io_thread_polls = true;
+	pthread_mutex_unlock(&io->lock);
+	poll(fds, NFSIO_POLLED, timeout_ms);
+	pthread_mutex_lock(&io->lock);
+	io->polls_until_ms = 0;
+	if (me == RECEIVER_IO_THREAD)
+		io->io_thread_polls = false;
+	if (io->receiver == me)
+		after_poll(io, fds);
 }

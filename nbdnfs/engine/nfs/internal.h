@@ -21,6 +21,7 @@
  * silence.c            the time-outs: what is sent again over a new connection, and when
  * name_calls.c         operations on names over libnfs: calls and answers
  * exchange.c           sending what waits, and receiving
+ * attend.c             receiving by a thread that polls more than this
  * requests.c           what callers submit and wait for
  * state.c              what is known of the file and of the way to it
  * names.c              what callers wait for: stat, link, rename, unlink, and what a directory has
@@ -30,7 +31,7 @@
  * open.c               open and close
  *
  * A submitting thread writes its calls to the socket itself; the I/O thread receives, reconnects, and sends what did
- * not fit into the socket. A thread that waits for a batch, with nothing else in flight, receives in the I/O thread's
+ * not fit into the socket. Where there is an attendant (nfsio_attend()), that one receives and sends. A thread that waits for a batch, with nothing else in flight, receives in the I/O thread's
  * place: its answer needs no other thread to wake it. libnfs is not thread-safe: every call on a published context is
  * made under `lock`.
  */
@@ -116,7 +117,7 @@ struct place {
 };
 
 /* Which thread polls the connection and receives. */
-enum receiver { RECEIVER_NONE, RECEIVER_IO_THREAD, RECEIVER_WAITER };
+enum receiver { RECEIVER_NONE, RECEIVER_IO_THREAD, RECEIVER_WAITER, RECEIVER_ATTENDANT };
 
 struct nfsio {
 	/* constant after nfsio_create() */
@@ -153,6 +154,7 @@ struct nfsio {
 	pthread_cond_t io_work; /* the I/O thread has something to do, and is not in poll() */
 	enum receiver receiver;
 	bool io_thread_polls;
+	int attendant_fd;       /* nfsio_attend(): written to have it look again; -1: there is none */
 	unsigned batches;       /* threads in nfsio_batch_wait() */
 	unsigned detached;      /* requests and name operations in flight that no batch waits for */
 	int64_t waited_at_ms;   /* when a waiter last received */
@@ -316,6 +318,12 @@ int name_call(struct nfsio *io, struct name_op *op, enum name_call call, const c
 void issue_pending(struct nfsio *io);
 void note_waiting(struct nfsio *io);
 void receive(struct nfsio *io);
+/* Its two halves, for a thread that polls more than this: what to poll, and for how many ms; what to do then. */
+int before_poll(struct nfsio *io, struct pollfd fds[NFSIO_POLLED]);
+void after_poll(struct nfsio *io, const struct pollfd fds[NFSIO_POLLED]);
+
+/* attend.c, with the lock held. */
+void call_attendant(struct nfsio *io);
 
 /* requests.c: nfsio_submit() with the lock held. */
 void submit(struct nfsio *io, struct nfsio_req *req);

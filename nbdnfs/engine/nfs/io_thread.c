@@ -28,6 +28,8 @@
 #define PATIENCE_LIMIT_MS (10 * 60 * 1000)
 /* How long after a waiter has received the I/O thread receives again. */
 #define QUIET_MS 100
+/* With an attendant, it is called where there is something to do. */
+#define ATTENDED_MS 10000
 
 /*
  * Have close(2) reset the connection: else the kernel goes on sending what is left in the socket, which may reach the
@@ -94,6 +96,7 @@ static void publish(struct nfsio *io, const struct connection *made)
 	io->state.connects++;
 	io->gone_since_ms = 0;
 	issue_pending(io);
+	call_attendant(io);
 }
 
 /* Call nfsio_watch()'s callback. Lock held; dropped during the call. */
@@ -238,12 +241,13 @@ static void reconnect(struct nfsio *io)
 }
 
 /*
- * Should the I/O thread receive now? It leaves that to a single waiter, and for a moment to the next one, which may
- * come soon. But it must receive what no waiter waits for, and notice a connection that ends while it is idle.
+ * Should the I/O thread receive now? It leaves that to the attendant, to a single waiter, and for a moment to the next
+ * waiter, which may come soon. But it must receive what no waiter waits for, and notice a connection that ends while it
+ * is idle.
  */
 static bool is_mine_to_receive(const struct nfsio *io)
 {
-	if (io->receiver != RECEIVER_NONE || io->broken)
+	if (io->receiver != RECEIVER_NONE || io->broken || io->attendant_fd >= 0)
 		return false;
 	return io->detached > 0 || io->batches > 0 || io->finished.head != NULL ||
 	       now_ms() - io->waited_at_ms >= QUIET_MS;
@@ -252,14 +256,7 @@ static bool is_mine_to_receive(const struct nfsio *io)
 /* Lock held; dropped while waiting. */
 static void wait_for_io_work(struct nfsio *io)
 {
-	struct timespec until;
-
-	clock_gettime(CLOCK_MONOTONIC, &until);
-	until.tv_nsec += QUIET_MS * 1000000L;
-	if (until.tv_nsec >= 1000000000L) {
-		until.tv_nsec -= 1000000000L;
-		until.tv_sec++;
-	}
+	struct timespec until = time_after_ms(io->attendant_fd < 0 ? QUIET_MS : ATTENDED_MS);
 	pthread_cond_timedwait(&io->io_work, &io->lock, &until);
 }
 

@@ -15,6 +15,7 @@
 #ifndef NBDNFS_NFSIO_H
 #define NBDNFS_NFSIO_H
 
+#include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -292,6 +293,22 @@ void nfsio_batch_wait(struct nfsio_batch *batch);
  * and for everything with `names_only`.
  */
 int nfsio_transfer(struct nfsio *io, struct nfsio_req *req);
+
+/*
+ * The attendant: a thread that polls several connections, and more, and receives over all of them. It takes the I/O
+ * thread's place for as long as there is a connection; the I/O thread still makes new ones. The attendant never waits
+ * for a request: a `done` that is called in it may not, and nfsio_transfer() may be called by other threads only.
+ *
+ * nfsio_attend() makes the calling thread the attendant. `wake_fd`, an eventfd(2) of the caller's, is written to when
+ * there is a connection again. Before each poll(2), nfsio_before_poll() fills in what to poll, and returns for how many
+ * ms at most, -1: any time. After it, nfsio_after_poll() receives; callbacks run, in the attendant's thread.
+ */
+#define NFSIO_POLLED 3
+void nfsio_attend(struct nfsio *io, int wake_fd);
+int nfsio_before_poll(struct nfsio *io, struct pollfd fds[NFSIO_POLLED]);
+void nfsio_after_poll(struct nfsio *io, const struct pollfd fds[NFSIO_POLLED]);
+/* There is no attendant any more: the I/O thread receives. */
+void nfsio_leave(struct nfsio *io);
 
 /* Are there NFSIO_WRITE_UNSTABLE and NFSIO_COMMIT? Over NFSv3 only: libnfs hides the verifier of NFSv4. */
 bool nfsio_has_commit(const struct nfsio *io);

@@ -55,6 +55,7 @@ int nfsio_create(const struct nfsio_options *options, struct nfsio **out, struct
 	io->state.condition = NFSIO_LINK_DOWN;
 	atomic_init(&io->truncated_bytes, UINT64_MAX);
 	io->first_failure = why;
+	io->attendant_fd = -1;
 	io->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	pthread_mutex_init(&io->lock, NULL);
 	pthread_cond_init(&io->settled, NULL);

@@ -62,7 +62,7 @@ void nfsio_batch_wait(struct nfsio_batch *batch)
 	pthread_mutex_lock(&io->lock);
 	while (batch->waiting > 0) {
 		/* with other requests in flight the I/O thread receives: the role need not be handed over */
-		bool alone = io->batches == 1 && io->detached == 0;
+		bool alone = io->batches == 1 && io->detached == 0 && io->attendant_fd < 0;
 
 		if (alone && io->receiver != RECEIVER_WAITER && is_up(io) && !io->broken && !atomic_load(&io->stop)) {
 			received = true;

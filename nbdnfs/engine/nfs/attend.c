@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Receiving by a thread that polls more than this connection. */
+#include "nfs/internal.h"
+
+#include <unistd.h>
+
+/* There is a connection again, or the end is near: have the attendant look, which may poll other things only. */
+void call_attendant(struct nfsio *io)
+{
+	uint64_t one = 1;
+
+	assert_locked(&io->lock);
+	if (io->attendant_fd >= 0)
+		(void)!write(io->attendant_fd, &one, sizeof(one));
+}
+
+void nfsio_attend(struct nfsio *io, int wake_fd)
+{
+	pthread_mutex_lock(&io->lock);
+	assert(io->attendant_fd < 0);
+	io->attendant_fd = wake_fd;
+	pthread_mutex_unlock(&io->lock);
+}
+
+/* The attendant lets go of a connection that the I/O thread is to throw away. Lock held. */
+static void let_go(struct nfsio *io)
+{
+	if (io->receiver != RECEIVER_ATTENDANT)
+		return;
+	io->receiver = RECEIVER_NONE;
+	call_io_thread(io);
+}
+
+int nfsio_before_poll(struct nfsio *io, struct pollfd fds[NFSIO_POLLED])
+{
+	int timeout_ms = -1;
+
+	for (int i = 0; i < NFSIO_POLLED; i++)
+		fds[i] = (struct pollfd){ .fd = -1 };
+	pthread_mutex_lock(&io->lock);
+	assert(io->attendant_fd >= 0);
+	if (!is_up(io) || io->broken || atomic_load(&io->stop)) {
+		let_go(io); /* publish() calls the attendant again */
+	} else if (io->receiver != RECEIVER_WAITER) {
+		io->receiver = RECEIVER_ATTENDANT; /* the I/O thread notices when its poll() ends */
+		timeout_ms = before_poll(io, fds);
+	} else {
+		timeout_ms = 1; /* it waits for one answer still */
+	}
+	pthread_mutex_unlock(&io->lock);
+	return timeout_ms;
+}
+
+void nfsio_after_poll(struct nfsio *io, const struct pollfd fds[NFSIO_POLLED])
+{
+	pthread_mutex_lock(&io->lock);
+	if (io->receiver == RECEIVER_ATTENDANT) {
+		io->polls_until_ms = 0;
+		after_poll(io, fds);
+		if (io->broken || atomic_load(&io->stop))
+			let_go(io);
+	}
+	pthread_mutex_unlock(&io->lock);
+}
+
+void nfsio_leave(struct nfsio *io)
+{
+	pthread_mutex_lock(&io->lock);
+	io->attendant_fd = -1;
+	let_go(io);
+	call_io_thread(io);
+	pthread_mutex_unlock(&io->lock);
+}
