@@ -16,7 +16,7 @@ import pytest
 ENGINE = Path(__file__).resolve().parents[2] / "nbdnfs" / "engine"
 
 # Who may use what: a room includes and calls rooms of a lower rank, and itself. region and nfs do not know each other.
-RANKS = {"base": 0, "region": 1, "nfs": 1, "block": 2, "binding": 3}
+RANKS = {"base": 0, "region": 1, "nfs": 1, "block": 2, "nbd": 3, "binding": 4}
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+["<]([^">]+)[">]', re.MULTILINE)
 

@@ -2,6 +2,8 @@
 /* nbdnfs.engine.Engine */
 #include "binding/binding.h"
 
+#include "nbd/loop.h"
+
 #include <string.h>
 
 struct engine_object {
@@ -189,6 +191,31 @@ static PyObject *engine_trim_method(struct engine_object *self, PyObject *args)
 	return none_or_errno(error);
 }
 
+/* Create, run and destroy: without the GIL. */
+static int serve(struct engine *engine, int fd)
+{
+	struct nbd_loop *loop;
+	int error = nbd_loop_create(engine, fd, &loop);
+
+	if (error != 0)
+		return error;
+	error = nbd_loop_run(loop);
+	nbd_loop_destroy(loop);
+	return error;
+}
+
+static PyObject *engine_serve_method(struct engine_object *self, PyObject *args)
+{
+	int fd, error;
+
+	if (!PyArg_ParseTuple(args, "i", &fd))
+		return NULL;
+	if (self->engine == NULL)
+		return closed();
+	CALL_WITHOUT_GIL(self, error, serve(self->engine, fd));
+	return none_or_errno(error);
+}
+
 static PyObject *engine_get_size(struct engine_object *self, void *unused)
 {
 	if (self->engine == NULL)
@@ -217,6 +244,8 @@ static PyMethodDef engine_methods[] = {
 	{ "flush", (PyCFunction)engine_flush_method, METH_NOARGS,
 	  "flush(): everything that was written is on the NAS when it returns" },
 	{ "trim", (PyCFunction)engine_trim_method, METH_VARARGS, "trim(length, offset): the bytes may be forgotten" },
+	{ "serve", (PyCFunction)engine_serve_method, METH_VARARGS,
+	  "serve(fd): serve one NBD client on a connected socket until it disconnects; by one thread at a time" },
 	{ "counters", (PyCFunction)engine_counters, METH_NOARGS, "counters() -> the region's counters and histograms" },
 	{ "close", (PyCFunction)engine_close, METH_NOARGS, "close(): disconnect; no request may be running" },
 	{ NULL, NULL, 0, NULL },

@@ -166,6 +166,7 @@ int engine_create(const struct engine_options *options, struct engine **out, str
 		return engine_fail(why, -ENOMEM, "");
 	engine->options = *options;
 	engine->own_region = options->region_fd < 0;
+	engine->attendant_fd = -1;
 	init_locks(engine);
 	error = create_owner_watch(engine, why);
 	if (error == 0)

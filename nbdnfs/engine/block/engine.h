@@ -17,6 +17,8 @@
 #ifndef NBDNFS_ENGINE_H
 #define NBDNFS_ENGINE_H
 
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -85,5 +87,57 @@ int engine_flush(struct engine *engine);
  * its blocks: filling a hole again fails when the NAS is full.
  */
 int engine_trim(struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes);
+
+/*
+ * Reads and writes in steps, for a thread that serves many of them and may wait for none: the *attendant*. It also
+ * receives the NAS's answers (nfsio_attend()). There is one at most; the functions below are for its thread alone.
+ */
+
+/* A read or write in steps. The attendant's, which keeps it in place until it has ended. */
+struct engine_request {
+	/* set by the attendant; the rest zero */
+	uint8_t *data;          /* of a read */
+	const uint8_t *payload; /* of a write; it may lie elsewhere in the next step */
+	uint64_t offset_bytes, length_bytes;
+	struct nfsio_req *reqs; /* of a read: room for one for each page */
+	void (*answered)(struct engine_request *request); /* of a read: called once, in any thread, without locks */
+
+	/* the engine's own */
+	_Atomic uint64_t *place; /* in the region */
+	uint64_t started_us;
+	uint64_t asked_us;
+	uint64_t page;          /* the number of pages that are done with */
+	uint32_t missed, used;  /* pages that are in no slot; how many of `reqs` are for them */
+	atomic_uint outstanding; /* of these */
+	bool has_begun, needs_slot;
+};
+
+/*
+ * Begin a read, or go on. 0 or -errno: it has ended, see engine_read(). -EAGAIN: a page is being fetched, go on after
+ * engine_take_progress(). -EINPROGRESS: the NAS has been asked, and `answered` will be called; then engine_read_end().
+ */
+int engine_read_step(struct engine *engine, struct engine_request *request);
+/*
+ * 0 or -errno: it has ended. -EAGAIN: it has, without a result: something is not what was expected. engine_read(),
+ * which waits, finds out; in another thread.
+ */
+int engine_read_end(struct engine *engine, struct engine_request *request);
+/*
+ * Begin a write without FUA, or go on. 0 or -errno: it has ended. -EAGAIN: the region is full; go on after
+ * engine_take_progress(), and after a quarter of a second in any case: waiting may have become an error.
+ */
+int engine_write_step(struct engine *engine, struct engine_request *request);
+
+/* Make the calling thread the attendant. `wake_fd`, an eventfd(2) of its own, is written to when it should look. */
+void engine_attend(struct engine *engine, int wake_fd);
+/* What to poll, before poll(2); returns for how many ms at most, -1: any time. And what is to be done after it. */
+#define ENGINE_ATTENDED 2
+#define ENGINE_POLLED (ENGINE_ATTENDED * NFSIO_POLLED)
+int engine_before_poll(struct engine *engine, struct pollfd fds[ENGINE_POLLED]);
+void engine_after_poll(struct engine *engine, const struct pollfd fds[ENGINE_POLLED]);
+/* May what a step waits for have come since the last call? */
+bool engine_take_progress(struct engine *engine);
+/* There is no attendant any more. No request is under way. */
+void engine_leave(struct engine *engine);
 
 #endif

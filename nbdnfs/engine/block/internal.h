@@ -9,7 +9,9 @@
  * flusher.c           write-backs and COMMITs, and the thread that starts them
  * read_ahead.c        fetches of what a reader will want next
  * common.c            what all requests have in common
- * requests.c          read, write, flush and trim
+ * requests.c          read, write, flush and trim, which wait
+ * steps.c             read and write in steps, which do not
+ * attend.c            the thread that makes them, and receives
  * opening.c           the file and the region, and which comes first
  * engine.c            create and destroy
  */
@@ -95,6 +97,7 @@ struct engine {
 	pthread_t flusher;
 	struct owner_watch *owner_watch; /* NULL: ownership is not looked at */
 
+	atomic_bool attendant_progress; /* engine_take_progress(); set under `lock` */
 	atomic_bool stolen;     /* another machine owns the file: requests fail; set once, under `lock` */
 
 	/*
@@ -106,6 +109,9 @@ struct engine {
 	pthread_cond_t work;    /* the flusher has something to do */
 	pthread_cond_t progress; /* what a request waits for may have come; progress.c alone uses it */
 	uint32_t waiting;       /* the number of threads that wait for `progress` */
+	pthread_t attendant;    /* the thread, where attendant_fd is not -1 */
+	int attendant_fd;       /* written to when the attendant should look */
+	bool attendant_waits;   /* for `progress`, with some request */
 	bool changed;           /* the state of the file or of ownership has changed: wake those that wait */
 	struct cache *cache;    /* NULL at first: no page is known */
 	struct streams streams;

@@ -8,9 +8,22 @@
  */
 #include "block/internal.h"
 
+#include <unistd.h>
+
 void engine_lock(struct engine *engine)
 {
 	pthread_mutex_lock(&engine->lock);
+}
+
+/* What one of the attendant's requests waits for may have come. */
+static void call_attendant(struct engine *engine)
+{
+	uint64_t one = 1;
+
+	engine->attendant_waits = false;
+	atomic_store(&engine->attendant_progress, true);
+	if (!pthread_equal(engine->attendant, pthread_self())) /* else it looks before it polls */
+		(void)!write(engine->attendant_fd, &one, sizeof(one));
 }
 
 static void wake_waiting(struct engine *engine)
@@ -22,6 +35,8 @@ static void wake_waiting(struct engine *engine)
 	/* a request that is not waiting yet looks for itself first, under the lock */
 	if (changed && engine->waiting > 0)
 		pthread_cond_broadcast(&engine->progress);
+	if (changed && engine->attendant_waits)
+		call_attendant(engine);
 }
 
 void engine_unlock(struct engine *engine)

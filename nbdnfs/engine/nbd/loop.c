@@ -1,0 +1,155 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Create, poll, destroy. */
+#include "nbd/internal.h"
+
+#include "base/thread.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+/* How often what waits for the engine is looked at in any case: see engine_write_step(). */
+#define DUE_MS 250
+
+static uint64_t now_ms(void)
+{
+	struct timespec now = time_after_ms(0);
+
+	return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+}
+
+/* Memory that is there, not only promised. */
+static void *allocate(size_t bytes)
+{
+	size_t whole_pages = (bytes + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
+	void *memory = aligned_alloc(PAGE_BYTES, whole_pages);
+
+	if (memory != NULL)
+		memset(memory, 0, whole_pages);
+	return memory;
+}
+
+int nbd_loop_create(struct engine *engine, int fd, struct nbd_loop **out)
+{
+	struct nbd_loop *loop = allocate(sizeof(*loop));
+	int error = 0;
+
+	if (loop == NULL)
+		return -ENOMEM;
+	loop->engine = engine;
+	loop->fd = fd;
+	loop->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (loop->wake_fd < 0)
+		error = -errno;
+	pthread_mutex_init(&loop->lock, NULL);
+	pthread_cond_init(&loop->work, NULL);
+	loop->arena = allocate((size_t)PIECES * PIECE_BYTES);
+	loop->zeros = allocate(PIECE_BYTES);
+	loop->received = allocate(RECEIVED_BYTES);
+	loop->reqs = allocate(sizeof(struct nfsio_req) * PIECES * (PIECE_BYTES / PAGE_BYTES));
+	if (loop->arena == NULL || loop->zeros == NULL || loop->received == NULL || loop->reqs == NULL)
+		error = -ENOMEM;
+	nbd_places_init(loop);
+	if (error == 0)
+		error = nbd_waiters_start(loop);
+	if (error != 0)
+		nbd_loop_destroy(loop);
+	else
+		*out = loop;
+	return error;
+}
+
+void nbd_loop_destroy(struct nbd_loop *loop)
+{
+	nbd_waiters_stop(loop);
+	pthread_cond_destroy(&loop->work);
+	pthread_mutex_destroy(&loop->lock);
+	if (loop->wake_fd >= 0)
+		close(loop->wake_fd);
+	free(loop->arena);
+	free(loop->zeros);
+	free(loop->received);
+	free(loop->reqs);
+	free(loop);
+}
+
+/* For how long to poll, given that the engine allows for `timeout_ms`. */
+static int poll_ms(const struct nbd_loop *loop, int timeout_ms)
+{
+	bool waits = loop->fetches.head != NULL || loop->writes.head != NULL;
+
+	if (loop->answered.head != NULL)
+		return 0;
+	return waits && (timeout_ms < 0 || timeout_ms > DUE_MS) ? DUE_MS : timeout_ms;
+}
+
+static struct pollfd client_poll(const struct nbd_loop *loop)
+{
+	bool may_receive = !loop->ended && !loop->lacks_place, may_send = loop->replies.head != NULL;
+
+	return (struct pollfd){
+		.fd = loop->ended && !may_send ? -1 : loop->fd,
+		.events = (short)((may_receive ? POLLIN : 0) | (may_send ? POLLOUT : 0)),
+	};
+}
+
+/* Wait until there is something to do, and take in what has come. */
+static void take_in(struct nbd_loop *loop)
+{
+	struct pollfd fds[2 + ENGINE_POLLED];
+	int timeout_ms = engine_before_poll(loop->engine, fds + 2);
+	uint64_t kicks;
+
+	fds[0] = client_poll(loop);
+	fds[1] = (struct pollfd){ .fd = loop->wake_fd, .events = POLLIN };
+	if (poll(fds, sizeof(fds) / sizeof(fds[0]), poll_ms(loop, timeout_ms)) < 0)
+		return; /* by a signal, which is another thread's business */
+	engine_after_poll(loop->engine, fds + 2);
+	if (fds[1].revents != 0) {
+		(void)!read(loop->wake_fd, &kicks, sizeof(kicks));
+		nbd_end_requests(loop, nbd_take_ended_elsewhere(loop));
+	}
+	if (fds[0].revents & POLLIN)
+		nbd_receive(loop);
+	else if (fds[0].revents & (POLLHUP | POLLERR))
+		loop->gone = loop->ended = true; /* it is not received from now, and would never be seen to have left */
+}
+
+static void serve(struct nbd_loop *loop)
+{
+	/* all places are free: nothing is under way */
+	while (!loop->ended || loop->free_count < REQUESTS) {
+		struct request_queue answered;
+		uint64_t now;
+
+		take_in(loop);
+		answered = loop->answered;
+		loop->answered = (struct request_queue){ 0 };
+		nbd_end_requests(loop, answered);
+		now = now_ms();
+		if (engine_take_progress(loop->engine) || now >= loop->due_ms) {
+			loop->due_ms = now + DUE_MS;
+			nbd_go_on(loop);
+		}
+		do
+			nbd_send_replies(loop);
+		while (loop->lacks_place && nbd_take_requests(loop));
+	}
+}
+
+int nbd_loop_run(struct nbd_loop *loop)
+{
+	int error;
+
+	touch_stack();
+	loop->thread = pthread_self();
+	error = nbd_handshake(loop->fd, engine_size_bytes(loop->engine));
+	if (error != 0)
+		return error == -EPROTO ? error : 0;
+	engine_attend(loop->engine, loop->wake_fd);
+	serve(loop);
+	engine_leave(loop->engine);
+	return loop->broke_protocol ? -EPROTO : 0;
+}

@@ -1,0 +1,144 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* The bytes of the client, and the requests in them. */
+#include "nbd/internal.h"
+#include "nbd/protocol.h"
+
+#include "base/log.h"
+
+#include <errno.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+static size_t received_bytes(const struct nbd_loop *loop)
+{
+	return loop->received_end - loop->received_begin;
+}
+
+static void end(struct nbd_loop *loop, bool broke_protocol)
+{
+	if (broke_protocol)
+		log_line("the NBD client broke the protocol: serving ends");
+	loop->broke_protocol |= broke_protocol;
+	loop->ended = true;
+	if (loop->filling != NULL)
+		nbd_place_free(loop, loop->filling); /* the rest of it does not come any more */
+	loop->filling = NULL;
+}
+
+/* The data of a write, as far as it has come. Returns whether all of it has. */
+static bool fill(struct nbd_loop *loop)
+{
+	struct request *request = loop->filling;
+	size_t wanted = request->length_bytes - loop->filled_bytes, have = received_bytes(loop);
+	size_t now = have < wanted ? have : wanted;
+
+	memcpy(request->data + loop->filled_bytes, loop->received + loop->received_begin, now);
+	loop->received_begin += now;
+	loop->filled_bytes += (uint32_t)now;
+	if (now < wanted)
+		return false;
+	loop->filling = NULL;
+	nbd_begin_request(loop, request, NULL);
+	return true;
+}
+
+/* Returns whether there is nothing left to skip. */
+static bool skip(struct nbd_loop *loop)
+{
+	size_t have = received_bytes(loop), now = have < loop->skip_bytes ? have : loop->skip_bytes;
+
+	loop->received_begin += now;
+	loop->skip_bytes -= (uint32_t)now;
+	return loop->skip_bytes == 0;
+}
+
+/* A request whose head has come. Returns false where it finds no place: it stays where it is. */
+static bool take_request(struct nbd_loop *loop)
+{
+	const uint8_t *at = loop->received + loop->received_begin;
+	uint16_t type = be16_at(at + 6);
+	uint32_t length_bytes = be32_at(at + 24);
+	bool has_data = type == NBD_CMD_READ || type == NBD_CMD_WRITE;
+	bool too_large = has_data && length_bytes > REQUEST_BYTES_MAX;
+	struct request *request;
+
+	if (be32_at(at) != NBD_REQUEST_MAGIC || type == NBD_CMD_DISC) {
+		end(loop, type != NBD_CMD_DISC || be32_at(at) != NBD_REQUEST_MAGIC);
+		return true;
+	}
+	request = nbd_place_take(loop, has_data && !too_large ? length_bytes : 0);
+	loop->lacks_place = request == NULL;
+	if (request == NULL)
+		return false;
+	request->type = type;
+	request->flags = be16_at(at + 4);
+	memcpy(&request->cookie, at + 8, sizeof(request->cookie));
+	request->offset_bytes = be64_at(at + 16);
+	request->length_bytes = length_bytes;
+	loop->received_begin += NBD_REQUEST_BYTES;
+	if (too_large) {
+		loop->skip_bytes = type == NBD_CMD_WRITE ? length_bytes : 0;
+		nbd_reply(loop, request, -EINVAL);
+	} else if (type != NBD_CMD_WRITE) {
+		nbd_begin_request(loop, request, NULL);
+	} else if (received_bytes(loop) >= length_bytes) {
+		nbd_begin_request(loop, request, loop->received + loop->received_begin);
+		loop->received_begin += length_bytes;
+	} else {
+		loop->filling = request;
+		loop->filled_bytes = 0;
+	}
+	return true;
+}
+
+bool nbd_take_requests(struct nbd_loop *loop)
+{
+	unsigned places_before = loop->free_count;
+
+	while (!loop->ended) {
+		if (loop->filling != NULL && !fill(loop))
+			break;
+		if (loop->skip_bytes > 0 && !skip(loop))
+			break;
+		if (received_bytes(loop) < NBD_REQUEST_BYTES || !take_request(loop))
+			break;
+	}
+	if (received_bytes(loop) == 0)
+		loop->received_begin = loop->received_end = 0;
+	return loop->free_count < places_before;
+}
+
+void nbd_receive(struct nbd_loop *loop)
+{
+	struct iovec pieces[2];
+	struct msghdr message = { .msg_iov = pieces };
+	size_t wanted = 0;
+	ssize_t got;
+
+	if (loop->received_begin > 0) {
+		memmove(loop->received, loop->received + loop->received_begin, received_bytes(loop));
+		loop->received_end -= loop->received_begin;
+		loop->received_begin = 0;
+	}
+	if (loop->filling != NULL) {
+		assert(loop->received_end == 0); /* all of it has gone into the request */
+		wanted = loop->filling->length_bytes - loop->filled_bytes;
+		pieces[message.msg_iovlen++] = (struct iovec){ loop->filling->data + loop->filled_bytes, wanted };
+	}
+	pieces[message.msg_iovlen++] =
+		(struct iovec){ loop->received + loop->received_end, RECEIVED_BYTES - loop->received_end };
+	got = recvmsg(loop->fd, &message, MSG_DONTWAIT);
+	if (got < 0 && (errno == EAGAIN || errno == EINTR))
+		return;
+	if (got <= 0) {
+		end(loop, false);
+		return;
+	}
+	if ((size_t)got > wanted) {
+		loop->filled_bytes += (uint32_t)wanted;
+		loop->received_end += (size_t)got - wanted;
+	} else {
+		loop->filled_bytes += (uint32_t)got;
+	}
+	nbd_take_requests(loop);
+}
