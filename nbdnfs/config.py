@@ -59,6 +59,7 @@ class Config:
     gone_limit_ms: int = 300_000
     owner: bool = True
     encrypt: bool = True
+    loop: bool = False
 
     @property
     def region_bytes(self) -> int:

@@ -300,6 +300,14 @@ KEYS = {
         " and a server that are trusted, saves 1 MiB of locked memory for each GiB of the file, and a few microseconds"
         " of processor time for each page. A device that is up keeps what it was started with.",
     ),
+    "loop": Key(
+        "loop",
+        _boolean,
+        "false",
+        "Serve the kernel's requests in one loop of the worker, in place of nbdkit's threads: less processor time for"
+        " each request. `threads` does not matter then, and max_sectors is at most 1M. New: off until it has been in"
+        " use for longer.",
+    ),
 }
 
 

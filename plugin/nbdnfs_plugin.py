@@ -73,6 +73,7 @@ def after_fork() -> None:
     _or_exit(_worker.wait_until_activated)
     _engine = _or_exit(_worker.open_engine)
     _or_exit(_worker.settle_memory)
+    _worker.serve(_engine)
 
 
 def cleanup() -> None:

@@ -44,6 +44,7 @@ def plugin_settings(settings: Config, text: str, address: str) -> dict[str, str]
         "soft_limit_ms": str(settings.soft_limit_ms if settings.recovery == "soft" else 0),
         "gone_limit_ms": str(settings.gone_limit_ms),
         **(nbdkit.owner_settings(text) if settings.owner else {}),
+        **({"loop": "1"} if settings.loop else {}),
     }
 
 
@@ -73,7 +74,7 @@ class RealWork:
         self._steal = steal
         self._new_file_after_s = new_file_after_s
         self._program, self._argv = nbdkit.standby_command(
-            plugin_settings(settings, text, address), threads=settings.threads
+            plugin_settings(settings, text, address), threads=1 if settings.loop else settings.threads
         )
         # less $NOTIFY_SOCKET and the like: only the keeper notifies systemd
         self._environment = {

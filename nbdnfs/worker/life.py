@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 import time
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 # What the engine allocates when it opens, on top of memlock.HEAP_BYTES: a standby touches it beforehand.
 ENGINE_HEAP_BYTES = 5 * 1024 * 1024 // 2
+
+# What the loop takes (nbdnfs/engine/nbd/loop.c) beyond the buffers of nbdkit's threads, in whose place it has its own.
+LOOP_HEAP_BYTES = 1024 * 1024
 
 _RETRY_PAUSES_S = (0.2, 0.5, 1)
 # How long an attempt to connect may take: each that was too short makes the next one longer.
@@ -60,12 +64,15 @@ class Worker:
         self._url = settings.url
         self._address = settings.address or ""
         self._outside: Outside | None = None
+        self._client_fd = -1
 
     def prepare(self) -> None:
         """Before there are threads: check the URL, tune malloc and stacks. Raises NbdnfsError.
 
         ConfigError: a measure is required and cannot be had.
         """
+        if self._settings.loop:
+            self._client_fd = _client_of_nbdkit()
         if self._settings.address is None:
             self._url, self._address = check_url(self._url)
         elif self._settings.is_nfs4:
@@ -163,6 +170,23 @@ class Worker:
         if self._settings.lock != "off":
             self._apply(memlock.settle(CODE, heap_bytes=self._heap_bytes(), skip=self._settings.without))
 
+    def serve(self, engine: Engine | ReferenceEngine) -> None:
+        """With `loop`: serve the client of `nbdkit -s` here, until it disconnects, and end the process.
+
+        nbdkit would begin to serve where this returns. It does not count on that: this process serves one client.
+        """
+        if not self._settings.loop:
+            return
+        assert isinstance(engine, Engine)
+        status = 0
+        try:
+            engine.serve(self._client_fd)
+        except OSError as error:
+            print(f"nbdnfs: serving ended: {error.strerror}", file=sys.stderr, flush=True)
+            status = 1
+        engine.close()
+        os._exit(status)
+
     def _explained(self, error: OSError) -> NbdnfsError:
         def explain_it() -> NbdnfsError:
             from nbdnfs.nas import explain
@@ -178,7 +202,8 @@ class Worker:
 
     def _heap_bytes(self) -> int:
         """nbdkit's own, and what libnfs takes for calls and answers where transfers go through it."""
-        return memlock.HEAP_BYTES + (memlock.LIBNFS_HEAP_BYTES if self._settings.is_through_libnfs else 0)
+        more = memlock.LIBNFS_HEAP_BYTES if self._settings.is_through_libnfs else 0
+        return memlock.HEAP_BYTES + more + (LOOP_HEAP_BYTES if self._settings.loop else 0)
 
     def _apply(self, measures: list[memlock.Measure]) -> None:
         """Raise or report what does not hold, as the setting `lock` says."""
@@ -203,6 +228,13 @@ class Worker:
             **self._settings.numbers,  # type: ignore[arg-type]
             **self._settings.owner,  # type: ignore[arg-type]
         )
+
+
+def _client_of_nbdkit() -> int:
+    """A copy of the socket that `nbdkit -s` has on its stdin; before it puts it elsewhere. Raises ConfigError."""
+    if not stat.S_ISSOCK(os.fstat(0).st_mode):
+        raise ConfigError("loop=1 serves the one client of nbdkit -s, and stdin is no socket", "leave loop out")
+    return os.dup(0)
 
 
 def _is_closed(control_fd: int) -> bool:

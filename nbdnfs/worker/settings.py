@@ -40,6 +40,7 @@ KEYS = (
     "owner",
     "owner_record",
     "control_fd",
+    "loop",
     "transport",
     *ENGINE_NUMBERS,
 )
@@ -55,11 +56,12 @@ class WorkerSettings:
     without     names of measures (memlock.NAMES) to skip
     numbers     nbdnfs.engine.Engine's numeric arguments
     control_fd  the control socket of a keeper's worker; None without a keeper
+    loop        whether the engine serves the one client of nbdkit -s, in nbdkit's place
     transport   one of TRANSPORTS, for NFSv3
     owner       nbdnfs.engine.Engine's arguments about the owner record; empty where none is kept
     """
 
-    __slots__ = ("address", "control_fd", "engine", "lock", "numbers", "owner", "transport", "url", "without")
+    __slots__ = ("address", "control_fd", "engine", "lock", "loop", "numbers", "owner", "transport", "url", "without")
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class WorkerSettings:
         control_fd: int | None,
         owner: dict[str, str | int],
         transport: str,
+        loop: bool,
     ) -> None:
         self.url = url
         self.address = address
@@ -82,6 +85,7 @@ class WorkerSettings:
         self.control_fd = control_fd
         self.owner = owner
         self.transport = transport
+        self.loop = loop
 
     @property
     def is_nfs4(self) -> bool:
@@ -112,13 +116,16 @@ def parse(settings: Mapping[str, str]) -> WorkerSettings:
         without += ("realtime",)
     numbers = {key: _number(key, settings[key], ENGINE_NUMBERS[key]) for key in ENGINE_NUMBERS if key in settings}
     numbers.setdefault("connections", defaults.CONNECTIONS)
+    loop = bool(_number("loop", settings.get("loop", "0"), range(2)))
+    if engine != "c" and loop:
+        raise ConfigError(f"the engine '{engine}' has no loop", "leave loop out, or use the standard engine")
     if engine != "c" and numbers.get("encrypt"):
         raise ConfigError(f"the engine '{engine}' cannot encrypt", "leave encrypt out, or use the standard engine")
     control_fd = _number("control_fd", settings["control_fd"], DESCRIPTORS) if "control_fd" in settings else None
     owner = _owner(settings.get("owner", "off"), settings.get("owner_record", ""))
     transport = _one_of("transport", settings.get("transport", TRANSPORTS[0]), TRANSPORTS)
     return WorkerSettings(
-        settings["url"], settings.get("address"), engine, lock, without, numbers, control_fd, owner, transport
+        settings["url"], settings.get("address"), engine, lock, without, numbers, control_fd, owner, transport, loop
     )
 
 

@@ -17,7 +17,7 @@ def test_defaults() -> None:
     """The URL alone: the C engine, memory locked where that is possible, and neither a keeper nor an owner record."""
     found = settings.parse({"url": URL})
     assert (found.url, found.address, found.engine, found.lock) == (URL, None, "c", "wanted")
-    assert (found.without, found.control_fd, found.owner) == ((), None, {})
+    assert (found.without, found.control_fd, found.owner, found.loop) == ((), None, {}, False)
     assert found.numbers == {"connections": defaults.CONNECTIONS}
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 from support.fake_kernel import FakeKernel
 from support.fake_nfs import FakeNfsServer
 from support.keeper_run import until
@@ -18,12 +19,13 @@ from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.kernel import nbd_handshake
 
 
-def test_it_opens_no_file_and_binds_no_function(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loop", [False, True])
+def test_it_opens_no_file_and_binds_no_function(tmp_path: Path, loop: bool) -> None:
     """From READY until it greets: no path but the region's in /proc, and nothing that ld.so looks up in libraries. Its
     "/" has the kernel's own file systems alone: an NFS root's server is asked whether "/" may be passed, for any path,
     and glibc looks for nscd(8) by connect(2)."""
     with FakeNfsServer(bytes(1 << 20)) as server:
-        settings = Config("t", server.url(), region_pages=256, lock="wanted", realtime=False, owner=False)
+        settings = Config("t", server.url(), region_pages=256, lock="wanted", realtime=False, owner=False, loop=loop)
         work = RealWork(settings, server.url(), "127.0.0.1")
         work._environment.update(LD_DEBUG="bindings", LD_DEBUG_OUTPUT=str(tmp_path / "ld"))
         region_fd = region.create()
@@ -52,12 +54,13 @@ def test_it_opens_no_file_and_binds_no_function(tmp_path: Path) -> None:
         assert bindings.read_text(errors="replace").removeprefix(bound) == ""
 
 
-def test_it_reads_no_library_for_the_first_time() -> None:
+@pytest.mark.parametrize("loop", [False, True])
+def test_it_reads_no_library_for_the_first_time(loop: bool) -> None:
     """From READY on, through the takeover, 600 pages each way, a server that disconnects and one that crashes: of none
     of the files that it has mapped, those for TLS, XML and compression included, is a page more in memory than before.
     Its code is, and what of the others it has touched after mlockall(2) dropped them."""
     with FakeNfsServer(bytes(4 << 20)) as server:
-        settings = Config("t", server.url(), region_pages=256, lock="wanted", realtime=False, owner=False)
+        settings = Config("t", server.url(), region_pages=256, lock="wanted", realtime=False, owner=False, loop=loop)
         work = RealWork(settings, server.url(), "127.0.0.1")
         region_fd = region.create()
         kernel = FakeKernel()

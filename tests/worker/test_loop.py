@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A keeper's worker with loop = true: nbdkit starts it, and the engine serves the kernel in nbdkit's place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.fake_nfs import FakeNfsServer
+from support.keeper_run import until
+from support.nbd_client import READ, WRITE, NbdClient, Request
+
+from nbdnfs import proc_stat, region
+from nbdnfs.config import Config
+from nbdnfs.errors import ConfigError
+from nbdnfs.keeper.real_work import RealWork
+from nbdnfs.keeper.worker_handle import WorkerHandle
+from nbdnfs.kernel import nbd_handshake
+from nbdnfs.worker import nbdkit, settings
+
+PAGE = 4096
+PAGES = 1024
+
+
+@pytest.fixture
+def server() -> Iterator[FakeNfsServer]:
+    """A server with 4 MiB of random bytes."""
+    with FakeNfsServer(os.urandom(PAGES * PAGE)) as fake:
+        yield fake
+
+
+@contextlib.contextmanager
+def worker(server: FakeNfsServer, region_fd: int) -> Iterator[tuple[WorkerHandle, NbdClient]]:
+    """One that serves, and its client."""
+    config = Config("t", server.url(), region_pages=256, lock="wanted", realtime=False, owner=False, loop=True)
+    handle = RealWork(config, server.url(), "127.0.0.1").start_worker(region_fd)
+    try:
+        until(handle.check_ready)
+        handle.activate()
+        until(handle.has_greeted)
+        assert handle.socket is not None
+        nbd_handshake.negotiate(handle.socket, timeout_s=20)
+        yield handle, NbdClient.over(handle.socket)
+    finally:
+        handle.kill()
+        until(handle.has_ended)
+
+
+@pytest.fixture
+def region_fd() -> Iterator[int]:
+    """The keeper's."""
+    descriptor = region.create()
+    yield descriptor
+    os.close(descriptor)
+
+
+def threads(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
+def minor_faults(pid: int) -> int:
+    fields = proc_stat.fields(Path(f"/proc/{pid}/stat").read_text())
+    return int(fields[proc_stat.MINOR_FAULTS])
+
+
+def test_it_serves_and_ends(server: FakeNfsServer, region_fd: int) -> None:
+    """It has none of nbdkit's threads, returns what was written, and exits in order when its client disconnects."""
+    data = os.urandom(PAGE)
+    with worker(server, region_fd) as (handle, client):
+        # the loop, its two waiters, the flusher, and one for each connection to the server
+        assert threads(handle.pid) == 1 + 2 + 1 + 4
+        client.write(5 * PAGE, data)
+        assert client.read(5 * PAGE, PAGE) == data
+        client.flush()
+        client.close()
+        handle._close_socket_peer()
+        until(handle.has_ended)
+        assert handle.status == 0
+    assert server.on_disk[5 * PAGE : 6 * PAGE] == data
+
+
+def test_the_next_worker_finds_what_it_acknowledged(server: FakeNfsServer, region_fd: int) -> None:
+    """Killed with pages that the server does not have: the next one writes them."""
+    data = os.urandom(PAGE)
+    server.hold("WRITE")
+    with worker(server, region_fd) as (handle, client):
+        client.write(7 * PAGE, data)
+        handle.kill()
+        until(handle.has_ended)
+    server.release()
+    with worker(server, region_fd) as (_, client):
+        assert client.read(7 * PAGE, PAGE) == data
+        client.flush()
+    assert server.on_disk[7 * PAGE : 8 * PAGE] == data
+
+
+def test_it_faults_no_page(server: FakeNfsServer, region_fd: int) -> None:
+    """Once it has served each kind of request, also after a connection that broke, and with many under way."""
+
+    def load(client: NbdClient) -> None:
+        requests = [Request(WRITE, page * PAGE, PAGE, os.urandom(PAGE)) for page in range(PAGES)]
+        requests += [Request(READ, page * PAGE, PAGE) for page in range(PAGES)]
+        requests += [Request(READ, page * PAGE, 32 * PAGE) for page in range(0, PAGES, 32)]
+        assert all(reply.error == 0 for reply in client.run(requests, depth=16))
+        client.flush()
+
+    with worker(server, region_fd) as (handle, client):
+        load(client)
+        before = minor_faults(handle.pid)
+        load(client)
+        server.disconnect()
+        load(client)
+        assert minor_faults(handle.pid) == before
+
+
+def test_not_without_nbdkit_s(server: FakeNfsServer) -> None:
+    """nbdkit that listens has many clients: it says so, and does not start."""
+    argv = nbdkit.serve_argv({"url": server.url(), "address": "127.0.0.1", "lock": "off", "loop": "1"})
+    done = subprocess.run(
+        argv, env=nbdkit.worker_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == ConfigError.exit_code
+    assert "loop=1 serves the one client of nbdkit -s" in done.stderr
+
+
+def test_not_with_the_reference_engine() -> None:
+    """It has nothing but calls that wait."""
+    with pytest.raises(ConfigError, match="no loop"):
+        settings.parse({"url": "nfs://nas/export/box.swap", "engine": "libnfs-python", "loop": "1"})
