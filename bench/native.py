@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """make bench: our worker beside its peers, on one NFS-Ganesha, one file, one machine, in turn.
 
-Peers: qemu-nbd with its libnfs driver, the reference engine (PyPI's libnfs under the same plugin), and the limit:
-libnfs's asynchronous API in a loop and nothing else. Rounds rotate the order; the table has medians, the JSON has
-everything. Then once more with a round trip that is longer by 1 ms (bench/delay.c).
+Peers: the same with the engine's loop in place of nbdkit's threads, qemu-nbd with its libnfs driver, the reference
+engine (PyPI's libnfs under the same plugin), and the limit: libnfs's asynchronous API in a loop and nothing else.
+Rounds rotate the order; the table has medians, the JSON has everything. Then once more with a round trip that is longer
+by 1 ms (bench/delay.c).
 
 Everything runs in a network and a mount namespace of its own, with its own rpcbind: qemu-nbd finds servers through
 that only. Root, quiet machine, some ten minutes.
@@ -25,7 +26,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from native_report import Result, Row, Sample, as_json, missed_goals, picture, table
+from native_report import LIMIT, LOOP, OURS, QEMU, Result, Row, Sample, as_json, missed_goals, picture, table
 from portmap import register
 from support.nfs_server import Ganesha, program, rpc_null_answers
 
@@ -33,7 +34,7 @@ from nbdnfs import proc_stat
 
 HERE = Path(__file__).resolve().parent
 DEVICE_BYTES = 256 << 20
-PEERS = ("nbdnfs", "qemu-nbd", "libnfs-python", "limit")
+PEERS = (OURS, LOOP, QEMU, "libnfs-python", LIMIT)
 DEADLINE_S = 30.0
 
 
@@ -81,8 +82,10 @@ def serving(peer: str, server: Ganesha, nfs_port: int, directory: Path) -> Itera
         image = "driver=raw,file.driver=nfs,file.server.type=inet,file.server.host=127.0.0.1"
         argv = ["qemu-nbd", "--image-opts", "-t", "-k", str(path), "--cache=none", "--shared=2"]
         argv.append(f"{image},file.path={server.export_path}/device")
+    elif peer == LOOP:
+        argv = [sys.executable, "-P", str(HERE / "loop_server.py"), str(path), url]
     else:
-        engine = "c" if peer == "nbdnfs" else peer
+        engine = "c" if peer == OURS else peer
         argv = [sys.executable, "-P", "-m", "nbdnfs", "serve", url, "--socket", str(path), "--engine", engine]
     process = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from svg import Group, bars
 
-OURS, QEMU, LIMIT = "nbdnfs", "qemu-nbd", "limit"
+OURS, LOOP, QEMU, LIMIT = "nbdnfs", "nbdnfs-loop", "qemu-nbd", "limit"
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,12 @@ def table(title: str, results: dict[Row, dict[str, Result]]) -> str:
     """Requests a second of each peer, and ours as a multiple; CPU seconds for a gigabyte; the size."""
     peers = list(next(iter(results.values())))
     lines = [title, "", f"{'requests/s':38}" + "".join(f"{peer:>16}" for peer in peers) + "     ours / each other"]
+    lines[-1] += "; the loop's / each other" if LOOP in peers else ""
     for row, by_peer in results.items():
-        ours = by_peer["nbdnfs"].median("per_second")
-        ratios = [f"{ours / by_peer[peer].median('per_second'):.2f}" for peer in peers if peer != "nbdnfs"]
         lines.append(
             f"{row.title:38}"
             + "".join(f"{by_peer[peer].median('per_second'):>16,.0f}" for peer in peers)
-            + "     "
-            + "  ".join(ratios)
+            + "".join("     " + "  ".join(_ratios(by_peer, ours)) for ours in (OURS, LOOP) if ours in peers)
         )
     lines += ["", f"{'CPU seconds/GB':38}" + "".join(f"{peer:>16}" for peer in peers)]
     for row, by_peer in results.items():
@@ -79,6 +77,12 @@ def table(title: str, results: dict[Row, dict[str, Result]]) -> str:
         sizes = [max((by_peer[peer].largest_kib(key) for by_peer in results.values()), default=0) for peer in peers]
         lines.append(f"{title:38}" + "".join(f"{size or '-':>16}" for size in sizes))
     return "\n".join(lines)
+
+
+def _ratios(by_peer: Mapping[str, Result], ours: str) -> list[str]:
+    """Of `ours` to each peer that is not ours."""
+    mine = by_peer[ours].median("per_second")
+    return [f"{mine / result.median('per_second'):.2f}" for peer, result in by_peer.items() if peer not in (OURS, LOOP)]
 
 
 def as_json(results: dict[Row, dict[str, Result]]) -> list[dict[str, object]]:

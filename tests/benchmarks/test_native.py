@@ -33,6 +33,13 @@ def test_table() -> None:
     assert "36000" in text
 
 
+def test_loop() -> None:
+    """Its ratios stand behind ours; neither has one to the other."""
+    results = {READ: {"nbdnfs": result(100), "nbdnfs-loop": result(300), "qemu-nbd": result(200)}}
+    line = next(line for line in native_report.table("", results).splitlines() if "300" in line)
+    assert line.split()[-2:] == ["0.50", "1.50"]
+
+
 def test_goals() -> None:
     """Three times where a page waits for the one before, 0.7 of the limit; what is missed is named with its figure."""
     assert native_report.missed_goals(parts(1500, 300)) == ["no goal is missed"]
