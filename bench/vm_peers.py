@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What `make bench-vm` compares: four things that a machine can swap to, set up and taken down in a guest.
+"""What `make bench-vm` compares: five things that a machine can swap to, set up and taken down in a guest.
 
 zram        compressed memory, without a network: the floor
 kernel-nbd  the kernel's nbd over TCP to `nbdkit file` on the server: what the 2012 patches compared with
 kernel-nfs  the kernel's swap file on an NFSv3 mount
 nbdnfs      ours
+nbdnfs-loop  ours, served by the engine's loop
 
-The last two use files on the same NFS server, and `nbdkit file` serves one beside them.
+All but the first two use files on the same NFS server, and `nbdkit file` serves one beside them.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from vmtest.counters import Counters, read
 from vmtest.guest import HOST_ADDRESS, Guest
 from vmtest.outcome import GuestFailedError, HarnessError
 
-OURS, KERNEL_NFS, KERNEL_NBD, FLOOR = "nbdnfs", "kernel-nfs", "kernel-nbd", "zram"
+OURS, LOOP, KERNEL_NFS, KERNEL_NBD, FLOOR = "nbdnfs", "nbdnfs-loop", "kernel-nfs", "kernel-nbd", "zram"
 
+_LOOP_SERVER = Path(__file__).parent / "loop_server.py"
 _ATTACH_TCP = Path(__file__).parent / "attach_tcp.py"
 _MOUNT = "/mnt/bench"
 _PRIORITY = 32767
@@ -110,7 +112,38 @@ def ours(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
             yield Swapping(counters)
 
 
-PEERS: Mapping[str, Peer] = {FLOOR: zram, KERNEL_NBD: kernel_nbd, KERNEL_NFS: kernel_nfs, OURS: ours}
+@contextlib.contextmanager
+def loop(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
+    """The same, served as by a keeper's worker with `loop = true`: loop_server.py."""
+    socket, pid_file = "/run/nbdnfs/loop.sock", "/run/nbdnfs/loop.pid"
+    guest.push(_LOOP_SERVER, "/root/loop_server.py")
+    guest.run(f"mkdir -p /run/nbdnfs; rm -f {socket} {pid_file}")
+    server = guest.start(
+        f"echo $$ > {pid_file}; exec python3 /root/loop_server.py {socket} {shlex.quote(files.ours_url)}"
+    )
+    waiting = f"until [ -S {socket} ]; do [ ! -s {pid_file} ] || kill -0 $(cat {pid_file}) || exit 1; sleep 0.1; done"
+    if guest.run(waiting, 90, check=False).status != 0:
+        raise GuestFailedError(f"loop_server.py did not start:\n{server.stderr}")
+    pid = int(guest.run(f"cat {pid_file}").stdout)
+
+    def counters() -> Counters:
+        found = read(guest, pid)
+        found["locked_kib"], found["resident_kib"] = swap.memory_of(guest, pid)
+        return found
+
+    with swap.swapping(guest, swap.Worker(socket, pid, pid)):
+        yield Swapping(counters)
+    server.kill()
+    server.wait()
+
+
+PEERS: Mapping[str, Peer] = {
+    FLOOR: zram,
+    KERNEL_NBD: kernel_nbd,
+    KERNEL_NFS: kernel_nfs,
+    OURS: ours,
+    LOOP: loop,
+}
 
 
 @contextlib.contextmanager
