@@ -305,7 +305,7 @@ KEYS = {
         _boolean,
         "false",
         "Serve the kernel's requests in one loop of the worker, in place of nbdkit's threads: less processor time for"
-        " each request. `threads` does not matter then, and max_sectors is at most 1M. New: off until it has been in"
+        " each request. threads does not matter then, and max_sectors is at most 1M. New: off until it has been in"
         " use for longer.",
     ),
 }

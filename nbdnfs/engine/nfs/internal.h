@@ -31,9 +31,9 @@
  * open.c               open and close
  *
  * A submitting thread writes its calls to the socket itself; the I/O thread receives, reconnects, and sends what did
- * not fit into the socket. Where there is an attendant (nfsio_attend()), that one receives and sends. A thread that waits for a batch, with nothing else in flight, receives in the I/O thread's
- * place: its answer needs no other thread to wake it. libnfs is not thread-safe: every call on a published context is
- * made under `lock`.
+ * not fit into the socket. Where there is an attendant (nfsio_attend()), that one receives and sends. A thread that
+ * waits for a batch, with nothing else in flight, receives in the I/O thread's place: its answer needs no other thread
+ * to wake it. libnfs is not thread-safe: every call on a published context is made under `lock`.
  */
 #ifndef NBDNFS_NFSIO_INTERNAL_H
 #define NBDNFS_NFSIO_INTERNAL_H
