@@ -36,7 +36,9 @@ def server() -> Iterator[FakeNfsServer]:
 @contextlib.contextmanager
 def worker(server: FakeNfsServer, region_fd: int) -> Iterator[tuple[WorkerHandle, NbdClient]]:
     """One that serves, and its client."""
-    config = Config("t", server.url(), region_pages=256, lock="wanted", realtime=False, owner=False, loop=True)
+    config = Config(
+        "t", server.url(), region_pages=256, lock="wanted", realtime=False, owner=False, encrypt=False, loop=True
+    )
     handle = RealWork(config, server.url(), "127.0.0.1").start_worker(region_fd)
     try:
         until(handle.check_ready)
