@@ -59,7 +59,7 @@ static bool is_word(uint32_t page, uint32_t version)
 	return ((page * 0x9e3779b1u ^ version * 0x85ebca77u) >> 9) % 8 < options.words_of_8;
 }
 
-/* What a version says of its page. One of eight says the same of two neighbours: equal pages are not equal on the NAS. */
+/* What a version says of its page. One of eight says the same of two neighbours: they must differ on the NAS. */
 static uint64_t first_word(uint32_t page, uint32_t version)
 {
 	return (uint64_t)(version % 8 == 7 ? page & ~1u : page) << 32 | version;

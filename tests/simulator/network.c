@@ -117,7 +117,8 @@ static void notify(struct sim_conn *conn)
 static void tell(const struct sim_conn *conn, const char *what)
 {
 	if (options.verbose)
-		fprintf(stderr, "%14.6f connection %llu %s\n", (double)now_ns / 1e9, (unsigned long long)conn->number, what);
+		fprintf(stderr, "%14.6f connection %llu %s\n", (double)now_ns / 1e9, (unsigned long long)conn->number,
+			what);
 }
 
 static struct sim_conn *conn_new(uint32_t fd, uint16_t port)
@@ -221,7 +222,8 @@ static void time_silence(struct sim_conn *conn)
 			return;
 	conn->is_timed = true;
 	tell(conn, "is silent");
-	event_at(now_ns + (SILENT_NS << doubled) + SILENT_GRACE_NS, check_silence, conn, conn->number, (uint64_t)now_ns);
+	event_at(now_ns + (SILENT_NS << doubled) + SILENT_GRACE_NS, check_silence, conn, conn->number,
+		 (uint64_t)now_ns);
 }
 
 static void forget_times(void)

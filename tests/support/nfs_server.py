@@ -44,6 +44,7 @@ _LOG_TAIL_LINES = 15
 # Below net.ipv4.ip_local_port_range (32768-60999): while the server is stopped, no outgoing connection can take its
 # ports, so that it can return on them.
 _PORT_RANGE = range(20000, 32000)
+_BLOCK_PORTS = 200
 
 
 class ServerError(RuntimeError):
@@ -106,11 +107,39 @@ def ensure_rpcbind(pid_file: Path) -> None:
         time.sleep(_POLL_S)
 
 
+# The ports that this process takes its own from, in blocks, each with the abstract Unix socket that it holds as long
+# as it lives: a port that nothing listens on yet, or just now, is not given to another process of the tests.
+_blocks: dict[range, socket.socket] = {}
+
+
+def _claim_block() -> None:
+    for first in random.sample(_PORT_RANGE[::_BLOCK_PORTS], len(_PORT_RANGE) // _BLOCK_PORTS):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0nbdnfs-tests-ports-{first}")
+        except OSError:
+            claim.close()
+            continue
+        _blocks[range(first, first + _BLOCK_PORTS)] = claim
+        return
+    raise ServerError("no free TCP ports")
+
+
 def free_ports(count: int, address: str = LOOPBACK) -> list[int]:
     """Unused TCP ports of `address`, found by binding all of them at once."""
+    while True:
+        ports = [port for block in _blocks for port in block]
+        if len(found := _unused(random.sample(ports, len(ports)), count, address)) == count:
+            return found
+        _claim_block()
+
+
+def _unused(candidates: list[int], count: int, address: str) -> list[int]:
     with contextlib.ExitStack() as held:
         ports: list[int] = []
-        for port in random.sample(_PORT_RANGE, len(_PORT_RANGE)):
+        for port in candidates:
+            if len(ports) == count:
+                break
             listener = held.enter_context(socket.socket())
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -118,9 +147,7 @@ def free_ports(count: int, address: str = LOOPBACK) -> list[int]:
             except OSError:
                 continue
             ports.append(port)
-            if len(ports) == count:
-                return ports
-    raise ServerError("no free TCP port")
+        return ports
 
 
 # The kernel signals a child when the *thread* that started it ends (prctl(2), PR_SET_PDEATHSIG), and a test

@@ -145,8 +145,8 @@ struct nfsio_options {
 	struct nfsio *like;
 	/*
 	 * NULL, or what an earlier nfsio knew of the file: over a wire, it is opened by its handle, whatever has become
-	 * of its name or of mountd, and recognised as after a reconnect. Where its handle has no length, it is opened by
-	 * its name, and recognised all the same. Not used after nfsio_create().
+	 * of its name or of mountd, and recognised as after a reconnect. Where its handle has no length, it is opened
+	 * by its name, and recognised all the same. Not used after nfsio_create().
 	 */
 	const struct nfsio_known *known;
 	/* NULL: another handle is the file's if number and size fit. */
