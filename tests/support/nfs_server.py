@@ -7,7 +7,8 @@ It must run as root: FSAL VFS opens files by handle (CAP_DAC_READ_SEARCH), and r
 
 from __future__ import annotations
 
-import contextlib
+import atexit
+import collections
 import dataclasses
 import os
 import random
@@ -15,6 +16,7 @@ import signal
 import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +46,8 @@ _LOG_TAIL_LINES = 15
 # Below net.ipv4.ip_local_port_range (32768-60999): while the server is stopped, no outgoing connection can take its
 # ports, so that it can return on them.
 _PORT_RANGE = range(20000, 32000)
-_BLOCK_PORTS = 200
+_BLOCK_PORTS = 500
+_BLOCKS_MAX = 4
 
 
 class ServerError(RuntimeError):
@@ -107,9 +110,11 @@ def ensure_rpcbind(pid_file: Path) -> None:
         time.sleep(_POLL_S)
 
 
-# The ports that this process takes its own from, in blocks, each with the abstract Unix socket that it holds as long
-# as it lives: a port that nothing listens on yet, or just now, is not given to another process of the tests.
-_blocks: dict[range, socket.socket] = {}
+# The ports of this process, in blocks, each with the abstract Unix socket that it holds as long as it lives: a port
+# that nothing listens on yet, or just now, is not given to another process of the tests. Within a process, a port comes
+# again after all others.
+_ports_lock = threading.Lock()  # of _ports
+_ports: collections.deque[int] = collections.deque()
 
 
 def _claim_block() -> None:
@@ -120,34 +125,35 @@ def _claim_block() -> None:
         except OSError:
             claim.close()
             continue
-        _blocks[range(first, first + _BLOCK_PORTS)] = claim
+        atexit.register(claim.close)
+        _ports.extendleft(reversed(range(first, first + _BLOCK_PORTS)))
         return
     raise ServerError("no free TCP ports")
 
 
 def free_ports(count: int, address: str = LOOPBACK) -> list[int]:
-    """Unused TCP ports of `address`, found by binding all of them at once."""
-    while True:
-        ports = [port for block in _blocks for port in block]
-        if len(found := _unused(random.sample(ports, len(ports)), count, address)) == count:
-            return found
-        _claim_block()
+    """Unused TCP ports of `address`."""
+    found: list[int] = []
+    with _ports_lock:
+        for _ in range(_BLOCKS_MAX):
+            for _ in range(len(_ports)):
+                _ports.rotate(-1)
+                if _is_unused(_ports[-1], address):
+                    found.append(_ports[-1])
+                if len(found) == count:
+                    return found
+            _claim_block()
+    raise ServerError("no free TCP ports")
 
 
-def _unused(candidates: list[int], count: int, address: str) -> list[int]:
-    with contextlib.ExitStack() as held:
-        ports: list[int] = []
-        for port in candidates:
-            if len(ports) == count:
-                break
-            listener = held.enter_context(socket.socket())
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind((address, port))
-            except OSError:
-                continue
-            ports.append(port)
-        return ports
+def _is_unused(port: int, address: str) -> bool:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((address, port))
+        except OSError:
+            return False
+    return True
 
 
 # The kernel signals a child when the *thread* that started it ends (prctl(2), PR_SET_PDEATHSIG), and a test
