@@ -12,8 +12,10 @@ IN_PARALLEL := -n 4 --dist loadfile --max-worker-restart 0
 PROGRAM := $(AS_ROOT) env PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/vm-tests:$(CURDIR)/bench $(PYTHON)
 C_FILES = $(wildcard nbdnfs/*.c nbdnfs/engine/*.[ch] nbdnfs/engine/*/*.[ch] nbdnfs/heir/*.[ch] bench/*.c vm-tests/inside/*.c)
 
-# Of the processor's time: so long new seeds of the simulator are tried beside the tests, most of which wait.
-SEEDS_S := 600
+# So long, of the processor's time, the simulator runs beside the tests, most of which wait. Always the same seeds: what is
+# green stays green, and `make prove` tries others.
+SEEDS_S := 300
+FIRST_SEED := 1
 
 .PHONY: help release demo test unit faults hostile odd-servers prove vm-test bench bench-vm lint format clean deb
 .PHONY: check-deb dist check-dist
@@ -54,7 +56,7 @@ else
 	$(MAKE) --no-print-directory run-lint
 	@mkdir -p build
 	nice -n 19 env PYTHONPATH=tests $(PYTHON) -m simulator.prove --only-seeds --jobs 1 --seconds $(SEEDS_S) \
-	    --first-seed $$(date +%s)000000 >build/seeds.log 2>&1 & seeds=$$!; status=0; \
+	    --first-seed $(FIRST_SEED) >build/seeds.log 2>&1 & seeds=$$!; status=0; \
 	$(PYTEST) $(IN_PARALLEL) tests && $(AS_ROOT) tools/sanitize.sh both -q || status=$$?; \
 	[ $$status = 0 ] || kill $$seeds; wait $$seeds || [ $$status != 0 ] || status=1; cat build/seeds.log; exit $$status
 	$(PYTEST) vm-tests -m "smoke or meta"
