@@ -14,7 +14,7 @@ C_FILES = $(wildcard nbdnfs/*.c nbdnfs/engine/*.[ch] nbdnfs/engine/*/*.[ch] nbdn
 
 # So long, of the processor's time, the simulator runs beside the tests, most of which wait. Always the same seeds: what is
 # green stays green, and `make prove` tries others.
-SEEDS_S := 120
+SEEDS_S := 30
 FIRST_SEED := 1
 
 .PHONY: help release demo test unit faults hostile odd-servers prove vm-test bench bench-vm lint format clean deb

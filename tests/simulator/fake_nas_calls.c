@@ -15,6 +15,8 @@
 #define NFS3ERR_JUKEBOX 10008u
 /* How long the thief waits before it writes: what is under way must have arrived (decision 0009). */
 #define FENCE_NS (50 * S)
+/* When others take an owner for gone that has given no sign of life (gone_limit_ms). Signs alone may be refused. */
+#define GONE_NS (300 * S)
 /* What a killed worker had under way is held back for a second (decision 0011). */
 #define HURRY_NS (900 * MS)
 /* A COMMIT that is refused is sent again after a pause, of half a second at least. */
@@ -229,12 +231,7 @@ static void check_other(const struct call *call)
 /* Who sends pages has given a sign of life not long before: others may take the file without one. */
 static void check_sign(const struct call *call)
 {
-	/* what keeps bytes from leaving that were permitted to; else 20 s, and some for a buffer that is full */
-	uint32_t delays = 1u << FAULT_partition | 1u << FAULT_nas_crash | 1u << FAULT_nas_restart |
-			  1u << FAULT_blackhole | 1u << FAULT_suspend | 1u << FAULT_thief;
-	int64_t limit_ns = (options.faults & delays) != 0 ? FENCE_NS : 25 * S;
-
-	if (options.owner && call->object == OBJECT_FILE && call->sent_at_ns > nas.signed_at_ns + limit_ns)
+	if (options.owner && call->object == OBJECT_FILE && call->sent_at_ns > nas.signed_at_ns + GONE_NS)
 		sim_fail("a page was sent %.3f s after the last sign of life",
 			 (double)(call->sent_at_ns - nas.signed_at_ns) / 1e9);
 }
