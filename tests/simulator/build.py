@@ -67,7 +67,8 @@ def compile_one(text: str, name: str, include: list[Path], flags: list[str], hea
     folder.mkdir(parents=True, exist_ok=True)
     source = ENGINE / name
     if variant != "coverage":
-        source = folder / name.replace("/", "_")
+        # of this process: another one may build the same, and gcc would read what is half written
+        source = folder / f"{os.getpid()}-{name.replace('/', '_')}"
         source.write_text(f'#line 1 "{name}"\n{text}')
     part = target.with_suffix(f".{os.getpid()}.o") if variant != "coverage" else target
     includes = [f"-I{path}" for path in include]
