@@ -12,8 +12,8 @@ IN_PARALLEL := -n 4 --dist loadfile --max-worker-restart 0
 PROGRAM := $(AS_ROOT) env PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/vm-tests:$(CURDIR)/bench $(PYTHON)
 C_FILES = $(wildcard nbdnfs/*.c nbdnfs/engine/*.[ch] nbdnfs/engine/*/*.[ch] nbdnfs/heir/*.[ch] bench/*.c vm-tests/inside/*.c)
 
-# So long, of the processor's time, the simulator runs beside the tests, most of which wait. Always the same seeds: what is
-# green stays green, and `make prove` tries others.
+# Processor time that the simulator gets beside the tests, most of which wait. The seeds are always the same, so that
+# the result is, too; `make prove` tries others.
 SEEDS_S := 30
 FIRST_SEED := 1
 

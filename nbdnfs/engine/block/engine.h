@@ -137,7 +137,7 @@ int engine_before_poll(struct engine *engine, struct pollfd fds[ENGINE_POLLED]);
 void engine_after_poll(struct engine *engine, const struct pollfd fds[ENGINE_POLLED]);
 /* May what a step waits for have come since the last call? */
 bool engine_take_progress(struct engine *engine);
-/* There is no attendant any more. No request is under way. */
+/* The attendant stops. No request is under way. */
 void engine_leave(struct engine *engine);
 
 #endif

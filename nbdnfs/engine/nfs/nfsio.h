@@ -307,7 +307,7 @@ int nfsio_transfer(struct nfsio *io, struct nfsio_req *req);
 void nfsio_attend(struct nfsio *io, int wake_fd);
 int nfsio_before_poll(struct nfsio *io, struct pollfd fds[NFSIO_POLLED]);
 void nfsio_after_poll(struct nfsio *io, const struct pollfd fds[NFSIO_POLLED]);
-/* There is no attendant any more: the I/O thread receives. */
+/* The attendant stops: the I/O thread receives again. */
 void nfsio_leave(struct nfsio *io);
 
 /* Are there NFSIO_WRITE_UNSTABLE and NFSIO_COMMIT? Over NFSv3 only: libnfs hides the verifier of NFSv4. */
