@@ -11,6 +11,8 @@ from support.nfs_server import Ganesha
 from test_keeper import finish, start_hog, swapped_out
 from vmtest.guest import Guest, seen_from_guest
 
+# systemd 252 does not tell a configuration from a machine that cannot; 257 does.
+_CANNOT = ("na", "no")
 _HIBERNATION = ("hibernate", "hybrid-sleep", "suspend-then-hibernate")
 _DROP_IN = "/run/systemd/sleep.conf.d/nbdnfs@swap0.conf"
 _SWAPPED_PAGES = (64 << 20) // 4096
@@ -34,13 +36,13 @@ def _drop_in_decides(guest: Guest) -> None:
     )
     aside = "/root/drop-in"
     try:
-        assert _first_word(guest, "CanHibernate") == "na"
+        assert _first_word(guest, "CanHibernate") in _CANNOT
         refused = guest.run("systemctl hibernate", 60, check=False)
         assert refused.status != 0
         guest.run(f"mv {_DROP_IN} {aside}")
         assert _first_word(guest, "CanHibernate") == "yes"
         guest.run(f"mv {aside} {_DROP_IN}")
-        assert _first_word(guest, "CanHibernate") == "na"
+        assert _first_word(guest, "CanHibernate") in _CANNOT
     finally:
         guest.run(f"[ ! -e {aside} ] || mv {aside} {_DROP_IN}; umount /sys/power")
 
@@ -68,7 +70,7 @@ def test_sleep(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
             assert "Sleep verb" in refused.stderr
             assert time.monotonic() - started_s < _AT_ONCE_S
         assert guest.run("/lib/systemd/systemd-sleep hibernate", 60, check=False).status != 0
-        assert _first_word(guest, "CanHibernate") in ("na", "no")
+        assert _first_word(guest, "CanHibernate") in _CANNOT
         if guest.run("cat /sys/module/secretmem/parameters/enable", check=False).stdout == "Y\n":
             assert guest.run("echo disk > /sys/power/state", check=False).status != 0
         assert "ok   hibernation" in guest.run("nbdnfs doctor swap0", 120, check=False).stdout
