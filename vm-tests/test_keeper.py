@@ -16,6 +16,7 @@ from support.nfs_server import Ganesha
 from vmtest import host
 from vmtest.guest import Guest, GuestJob, seen_from_guest
 from vmtest.image import Image
+from vmtest.journal import refuse_tracebacks
 from vmtest.outcome import GuestFailedError
 from vmtest.payload import wheel
 from vmtest.verdict import Verdict
@@ -39,7 +40,8 @@ _EXPECTED = {"nbd", "slow"}
 def swapping(
     boot: Callable[..., Guest], server: Ganesha, *, device_mib: int = _DEVICE_MIB, **options: object
 ) -> Iterator[Guest]:
-    """A guest whose nbdnfs@swap0 is up; its memory figures are printed, and all is well at the end."""
+    """A guest whose nbdnfs@swap0 is up; its memory figures are printed. At the end all is well, and the journal has no
+    traceback."""
     url = server.url("swap0.swap")
     host.nbdnfs_create(url, device_mib, timeout_s=120)
     # with a signature there the guest need not read all of it, which an emulated CPU takes minutes for
@@ -66,6 +68,7 @@ def swapping(
             status = guest.run(f"nbdnfs status {_NAME}", 60)
             print(status.stdout)
             print(memory_of(guest))
+            refuse_tracebacks(guest)
         finally:
             with contextlib.suppress(Exception):
                 print(guest.run(f"journalctl -u nbdnfs@{_NAME} --no-pager -o short-monotonic | tail -n 150").stdout)

@@ -35,6 +35,7 @@ _TROUBLE = [
     ("nbd", "[   60.0] block nbd0: Other side returned error (5)"),
     ("slow", "[   60.0] block nbd0: Possible stuck request 00000000b0: control (write@4096,4096B). Runtime 30 seconds"),
     ("swap", "[   61.0] get_swap_device: Bad swap file entry 58d5b4d8a2a1b2c3"),
+    ("traceback", "[   62.0] nbdnfs[311]: Traceback (most recent call last):"),
     ("lockdep", "[   70.0] WARNING: possible circular locking dependency detected"),
 ]
 

@@ -10,6 +10,7 @@ import pytest
 from support.nfs_server import Ganesha
 from test_keeper import finish, start_hog, swapped_out
 from vmtest.guest import Guest, seen_from_guest
+from vmtest.journal import refuse_tracebacks
 
 # systemd 252 does not tell a configuration from a machine that cannot; 257 does.
 _CANNOT = ("na", "no")
@@ -84,3 +85,4 @@ def test_sleep(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
         guest.run("systemctl stop nbdnfs@swap0", 300)
         assert _first_word(guest, "CanHibernate") == before[0]
         assert guest.run("ls /run/systemd/sleep.conf.d", check=False).stdout == ""
+        refuse_tracebacks(guest)

@@ -18,6 +18,7 @@ from support.nfs_server import Ganesha
 from vmtest import host
 from vmtest.guest import Guest, GuestJob, seen_from_guest
 from vmtest.image import Image
+from vmtest.journal import keep_on_disk
 from vmtest.machine import Result
 from vmtest.observed import NAME, TOP, UNIT, Observed, contradictions, look
 from vmtest.outcome import GuestFailedError, LostGuestError
@@ -228,6 +229,7 @@ class Run:
 
     def _set_up(self) -> None:
         self.guest.settle(_SETTLE_S * 3)
+        keep_on_disk(self.guest)
         self.guest.run("nbdnfs install-units && mkdir -p /etc/nbdnfs", 200)
         self.configure(self.good)
         self.guest.run(

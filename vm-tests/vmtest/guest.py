@@ -20,6 +20,7 @@ from vmtest import host, initramfs, klog, verdict
 from vmtest.channel import Channel, JobState
 from vmtest.diskless import NetworkRoot
 from vmtest.image import Image
+from vmtest.journal import TRACEBACK
 from vmtest.machine import Job, Result
 from vmtest.outcome import GuestFailedError, LostGuestError
 
@@ -400,8 +401,11 @@ class Guest:
         return GuestJob(self, command, number, state)
 
     def run(self, command: str, timeout_s: float = 60, *, check: bool = True) -> Result:
-        """Run a shell command to its end. GuestFailedError when it takes longer, or fails and `check` is set."""
+        """Run a shell command to its end. GuestFailedError when it takes longer, fails and `check` is set, or has a
+        traceback."""
         result = self.start(command, timeout_s).wait()
+        if TRACEBACK in result.stderr:
+            raise GuestFailedError(f"a traceback of: {command}\n{result.stderr}")
         if check and result.status != 0:
             raise GuestFailedError(f"exit status {result.status}: {command}\n{result.stdout}{result.stderr}")
         return result

@@ -27,6 +27,8 @@ _KINDS: dict[str, str] = {
     "slow": r"\bnbd\d*: Possible stuck request",
     # mm/swapfile.c, mm/memory.c: a page table that holds no page
     "swap": r"swap_info_get: |Bad swap (file|offset) entry|Bad page (map|state)|swap_free: ",
+    # what a keeper without systemd writes to /dev/kmsg
+    "traceback": r"Traceback \(most recent call last\)",
     # kernel/locking/lockdep.c
     "lockdep": r"(possible recursive|possible circular|inconsistent) lock|lock held when returning to user space",
 }

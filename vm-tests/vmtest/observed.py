@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 
 from nbdnfs.keeper.heir import COMMAND
+from vmtest.journal import COUNT_TRACEBACKS
 from vmtest.machine import Machine
 
 NAME = "swap0"
@@ -23,7 +24,7 @@ pgrep -af 'nbdnfs [r]un {NAME}|nbdnfs_[p]lugin.py'; echo ---
 pgrep -x {COMMAND}; echo ---
 systemctl show -p ActiveState,MainPID {UNIT}; echo ---
 ls /dev/mapper; echo ---
-journalctl -b -q --no-pager -o cat | grep -c '^Traceback'
+{COUNT_TRACEBACKS}
 """
 
 
