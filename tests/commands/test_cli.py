@@ -11,12 +11,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from nbdnfs import __version__, cli, errors
 from nbdnfs.commands import serve
 from nbdnfs.errors import NbdnfsError
+from nbdnfs.keeper.records import Records
 
 URL = "nfs://nas/export/swap"
 
@@ -281,6 +283,28 @@ def test_libnfs_is_missing(argv: list[str]) -> None:
     first, second = done.stderr.splitlines()
     assert first.startswith("nbdnfs: the engine cannot be loaded: ")
     assert "libnfs-dev" in second
+
+
+DOWN_WITHOUT_LIBNFS = """
+import sys
+from pathlib import Path
+sys.modules["nbdnfs.engine._engine"] = None
+from nbdnfs.commands import up_down
+from nbdnfs.keeper.records import Records
+up_down._take_down(Records("swap0", run=Path({run!r})), None, frozenset())
+"""
+
+
+def test_down_without_libnfs(tmp_path: Path) -> None:
+    """A device that has an owner is taken down to the end: the record on the server stays, and a line says so."""
+    records = Records("swap0", run=tmp_path)
+    records.make()
+    records.write(Records.ADDRESS, "nfs://192.0.2.1/export/a.swap\n192.0.2.1")
+    done = nbdnfs(DOWN_WITHOUT_LIBNFS.format(run=str(tmp_path)))
+    assert done.returncode == 0
+    assert done.stderr.startswith("nbdnfs: swap0: the owner record stays: the engine cannot be loaded: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not records.path.exists()
 
 
 @pytest.mark.parametrize("argv", [["--version"], ["--help"]])

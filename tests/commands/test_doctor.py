@@ -10,7 +10,7 @@ from nbdnfs.commands import counters, doctor, machine_checks
 from nbdnfs.commands.counters import Reading
 from nbdnfs.commands.findings import Finding
 from nbdnfs.config import Config
-from nbdnfs.errors import UsageError
+from nbdnfs.errors import UnavailableError, UsageError
 from nbdnfs.keeper import last_good
 
 ALL_CAPABILITIES = "000001ffffffffff"
@@ -270,6 +270,13 @@ def test_a_start_that_failed(tmp_path: Path) -> None:
     assert bad(tmp_path, "swap0") == {
         "swap0: last start": Finding("swap0: last start", False, *refused.splitlines()),
     }
+
+
+def test_without_proc(tmp_path: Path) -> None:
+    """One line, for which no finding stands."""
+    (tmp_path / "proc").mkdir()
+    with pytest.raises(UnavailableError, match="/proc is not mounted"):
+        doctor.examine(root=tmp_path)
 
 
 def test_this_machine() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from nbdnfs import name_lock
 from nbdnfs.commands import systemd_unit, up_down
-from nbdnfs.errors import BusyError, NbdnfsError
+from nbdnfs.errors import BusyError, NbdnfsError, UnavailableError
 from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import nbd_device, swap_area
 from nbdnfs.kernel.nbd_device import Attached
@@ -92,6 +92,16 @@ def test_what_is_in_use_stays_as_it_is(machine: Machine, service: bool) -> None:
     with pytest.raises(BusyError, match="dm-0"):
         up_down.down("swap0", report, service=service)
     assert machine.calls == (["start again"] if service else [])
+    assert (machine.run / "swap0").exists()
+
+
+def test_without_proc(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is in use as swap cannot be seen: nothing is done on a guess."""
+    monkeypatch.setattr(up_down.kernel_state.require_proc, "__defaults__", (tmp_path,))
+    machine.swap = None
+    with pytest.raises(UnavailableError, match="/proc is not mounted"):
+        up_down.down("swap0", report)
+    assert machine.calls == []
     assert (machine.run / "swap0").exists()
 
 
