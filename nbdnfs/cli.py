@@ -298,11 +298,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _prepare_output() -> None:
     """Have all output be possible: a host name or a file's may have any byte, and a caller may have closed stdout
-    (`>&-`) or stderr, which Python has as None then."""
+    (`>&-`) or stderr, which Python has as None then. With PYTHONUNBUFFERED, stdout forgets what it could not write, and
+    `_flushed` would find nothing: it gets a buffer again."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for as long as the process lives
+        elif name == "stdout" and isinstance(getattr(stream, "buffer", None), io.RawIOBase):
+            sys.stdout = open(  # noqa: SIM115  # for as long as the process lives
+                stream.fileno(), "w", buffering=1, encoding=stream.encoding, errors="backslashreplace", closefd=False
+            )
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 

@@ -210,14 +210,15 @@ def test_bugs_are_lines_too(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         cli.main(["serve", URL, "--socket", "s"])
 
 
-def nbdnfs(code: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """A Python of its own that runs `code`, as the entry point would."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+def nbdnfs(code: str, unbuffered: str = "", **options: object) -> subprocess.CompletedProcess[str]:
+    """A Python of its own that runs `code`, as the entry point would; `unbuffered` is PYTHONUNBUFFERED."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     return subprocess.run(  # type: ignore[call-overload,no-any-return]
         [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=30, env=environment, **options
     )
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     ("target", "status", "message"),
     [
@@ -225,14 +226,14 @@ def nbdnfs(code: str, **options: object) -> subprocess.CompletedProcess[str]:
         ("/dev/full", os.EX_IOERR, "nbdnfs: stdout: No space left on device"),
     ],
 )
-def test_stdout_that_takes_nothing(target: str | None, status: int, message: str) -> None:
-    """No traceback, and a status other than 0 where output is missing."""
+def test_stdout_that_takes_nothing(target: str | None, status: int, message: str, unbuffered: str) -> None:
+    """No traceback, and a status other than 0 where output is missing; whether Python has a buffer for it or not."""
     code = "from nbdnfs import cli; cli.main(['--version'])"
     if target is None:
-        done = nbdnfs(f"import os, sys; os.close(1); sys.stdout = None; {code}")
+        done = nbdnfs(f"import os, sys; os.close(1); sys.stdout = None; {code}", unbuffered)
     else:
         with open(target, "w") as file:
-            done = nbdnfs(code, stdout=file)
+            done = nbdnfs(code, unbuffered, stdout=file)
     assert done.returncode == status
     assert done.stderr.startswith(message)
     assert len(done.stderr.splitlines()) == (2 if message else 0)
