@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from nbdnfs import backing_size
-from nbdnfs.commands import claiming, progress
+from nbdnfs.commands import claiming, progress, where
 from nbdnfs.errors import ConfigError
 from nbdnfs.nas import backing_file, existing_file, old_name, ownership, patience
 
@@ -20,8 +20,11 @@ _GRACE_S = 5.0
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit status. Errors as `backing_file.create` and, with --if-missing, `existing_file.check`."""
+    """The exit status. Errors as `backing_file.create`; with --if-missing as `existing_file.check`, with --force as
+    `where.refuse_if_attached`."""
     size_bytes = backing_size.parse(args.size, Path("/"))
+    if args.force:
+        where.refuse_if_attached(args.url, f"nbdnfs create {args.url} --size {args.size} --force")
     claiming.run_until_signal(
         lambda stop: old_name.adopt(args.url, ownership.serve_holder(), stop=stop), grace_s=_GRACE_S
     )

@@ -9,8 +9,9 @@ from pathlib import Path
 from nbdnfs import config, nfs_url
 from nbdnfs.commands import claiming
 from nbdnfs.errors import BusyError, NbdnfsError, UsageError
+from nbdnfs.keeper import only_keeper
 from nbdnfs.keeper.records import Records
-from nbdnfs.kernel import nbd_device
+from nbdnfs.nfs_url import NfsUrl
 
 
 def is_url(text: str) -> bool:
@@ -31,21 +32,28 @@ def adopt_old_name(url: str, *, limit_s: float | None = None) -> None:
 
 
 def refuse_if_attached(url: str, then: str, root: Path = Path("/")) -> None:
-    """BusyError: a device of this machine is on the file. `then` is the command to run afterwards."""
+    """BusyError: a device of this machine is on the file, or is being started on it. `then` is the command to run
+    afterwards. NoHostError: the server is unknown, unless a device has the file by that very name."""
     target = nfs_url.parse(url)
     for name in Records.names(root):
-        if nbd_device.find(nbd_device.backend_of(name)) is None:
+        records = Records(name, root)
+        if not only_keeper.is_up(records, root):
             continue
-        recorded = (Records(name, root).read(Records.ADDRESS) or "").partition("\n")[0]
-        try:
-            used = nfs_url.parse_recorded(recorded)
-        except NbdnfsError:
-            continue
-        if (used.host, used.path) == (target.host, target.path):
+        if _is_named(records, target) or only_keeper.has_file(records, target.text, target.resolve()):
             raise BusyError(
                 f"{target.path} on {target.host} is in use on this machine, by {name}",
                 f"nbdnfs down {name}; {then}; nbdnfs up {name}",
             )
+
+
+def _is_named(records: Records, target: NfsUrl) -> bool:
+    """Whether the device's URL has the same host and path."""
+    recorded = (records.read(Records.ADDRESS) or "").partition("\n")[0]
+    try:
+        used = nfs_url.parse_recorded(recorded)
+    except NbdnfsError:
+        return False
+    return (used.host, used.path) == (target.host, target.path)
 
 
 def printable(name: str) -> str:

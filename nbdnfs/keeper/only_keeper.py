@@ -106,7 +106,7 @@ def _record_address(records: Records, text: str, address: str) -> None:
     descriptor = name_lock.take_all(wait_s=_OTHERS_WAIT_S, root=records.root, run=records.run)
     try:
         for other in records.others():
-            if _file_of(other.read(Records.ADDRESS) or "") == _file_of(f"{text}\n{address}") and is_up(other):
+            if has_file(other, text, address) and is_up(other):
                 raise BusyError(
                     f"{nfs_url.parse_recorded(text).path} on {address} is the file of {other.name} on this machine",
                     f"give {records.name} a file of its own, or take the other one down: nbdnfs down {other.name}",
@@ -114,6 +114,11 @@ def _record_address(records: Records, text: str, address: str) -> None:
         records.write(Records.ADDRESS, f"{text}\n{address}")
     finally:
         os.close(descriptor)
+
+
+def has_file(records: Records, text: str, address: str) -> bool:
+    """Whether the device's file is the one of the URL `text` on a server with that address, whatever names it."""
+    return _file_of(records.read(Records.ADDRESS) or "") == _file_of(f"{text}\n{address}")
 
 
 def is_up(records: Records, root: Path = Path("/")) -> bool:

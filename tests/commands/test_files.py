@@ -191,11 +191,39 @@ def test_remove_refuses(place: Folder, run: Run, monkeypatch: pytest.MonkeyPatch
     assert (status, "--yes" in err) == (os.EX_USAGE, True)
     monkeypatch.setattr(Records, "names", lambda root: ["swap7"])
     monkeypatch.setattr(Records, "read", lambda self, key: f"{place.url('c.swap')}\n127.0.0.1")
-    monkeypatch.setattr(nbd_device, "find", lambda backend: nbd_device.Attached(7, MIB))
+    monkeypatch.setattr(nbd_device, "find", lambda backend, root: nbd_device.Attached(7, MIB))
     status, _, err = run("remove", place.url("c.swap"), "--yes")
     assert status == os.EX_TEMPFAIL
     assert "in use on this machine, by swap7" in err
     assert place.names() == {"a.swap", ".a.swap.owner", "b.swap", ".b.swap.owner", "letter", "c.swap"}
+
+
+@pytest.mark.parametrize("command", [("remove", "--yes"), ("grow", "2M"), ("create", "--size=1M", "--force")])
+@pytest.mark.parametrize("is_attached", [True, False])
+def test_a_file_of_this_machine_by_another_name(
+    place: Folder,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: tuple[str, ...],
+    is_attached: bool,
+) -> None:
+    """The server's name instead of its address; attached, or with a keeper that is about to attach it. Without an owner
+    record."""
+    path = place.create("a.swap")
+    path.write_bytes(b"swapped out".ljust(MIB))
+    own = Records("swap7", tmp_path)
+    own.make()
+    own.write(Records.ADDRESS, f"{place.url('a.swap').replace('127.0.0.1', 'localhost')}\n127.0.0.1")
+    if not is_attached:
+        (tmp_path / "proc").symlink_to("/proc")
+        own.put_process(Records.KEEPER, os.getpid(), "1")
+    device = nbd_device.Attached(7, MIB) if is_attached else None
+    monkeypatch.setattr(nbd_device, "find", lambda backend, root: device)
+    monkeypatch.setattr(where.refuse_if_attached, "__defaults__", (tmp_path,))
+    status, _, err = run(command[0], place.url("a.swap"), *command[1:])
+    assert (status, "in use on this machine, by swap7" in err) == (os.EX_TEMPFAIL, True)
+    assert path.read_bytes() == b"swapped out".ljust(MIB)
 
 
 def test_the_answer_counts(place: Folder, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +353,7 @@ def test_grow_refuses(place: Folder, run: Run, monkeypatch: pytest.MonkeyPatch) 
     path = place.create("b.swap")
     monkeypatch.setattr(Records, "names", lambda root: ["swap7"])
     monkeypatch.setattr(Records, "read", lambda self, key: f"{place.url('b.swap')}\n127.0.0.1")
-    monkeypatch.setattr(nbd_device, "find", lambda backend: nbd_device.Attached(7, MIB))
+    monkeypatch.setattr(nbd_device, "find", lambda backend, root: nbd_device.Attached(7, MIB))
     url = place.url("b.swap")
     status, _, err = run("grow", url, "2M")
     assert status == os.EX_TEMPFAIL
