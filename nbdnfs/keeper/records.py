@@ -61,7 +61,7 @@ class Records:
     CONFIG_ERROR = "config_error"
     # a sentence: what the keeper waits for before the device can come up
     WAITING = "waiting"
-    # These two stay beside the folder when that goes.
+    # These two stay beside the folder when that goes. Their names begin with a dot, as no device's does.
     # what the keeper has reported already: keeper/reporter.py
     SAID = "said"
     # why the last keeper ended for good, in one line, and in another what to do
@@ -183,7 +183,7 @@ class Records:
             self.path.rmdir()
 
     def _file(self, key: str) -> Path:
-        return self.path.parent / f"{self.name}.{key}" if key in self._BESIDE else self.path / key
+        return self.path.parent / f".{self.name}.{key}" if key in self._BESIDE else self.path / key
 
     def _read(self, key: str) -> bytes:
         """Twice the same, so that it is not half of one text and half of the next."""

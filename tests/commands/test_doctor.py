@@ -266,7 +266,7 @@ def test_a_start_that_failed(tmp_path: Path) -> None:
     write(tmp_path, {**MACHINE, "etc/nbdnfs/swap0.toml": 'url = "nfs://nas/export/swap"\n'})
     assert bad(tmp_path, "swap0") == {}
     refused = "x is in use as swap by box2\nrun nbdnfs down there\n"
-    write(tmp_path, {"run/nbdnfs/swap0.refused": refused})
+    write(tmp_path, {"run/nbdnfs/.swap0.refused": refused})
     assert bad(tmp_path, "swap0") == {
         "swap0: last start": Finding("swap0: last start", False, *refused.splitlines()),
     }

@@ -129,6 +129,16 @@ def test_an_earlier_version_wrote_lost(records: Records) -> None:
     assert records.read(Records.DEVICE) == "lost"
 
 
+@pytest.mark.parametrize("key", [Records.SAID, Records.REFUSED])
+def test_no_record_has_the_name_of_another_device(tmp_path: Path, key: str) -> None:
+    """What stays beside a device's folder is not where a device called NAME.said has its own."""
+    Records("swap0", run=tmp_path).reserve()
+    other = Records(f"swap0.{key}", run=tmp_path)
+    other.reserve()
+    other.write(Records.STATE, "watch")
+    assert other.read(Records.STATE) == "watch"
+
+
 def test_process(records: Records) -> None:
     """A living process is found; an ended one is not, nor one with another start time, nor nonsense."""
     with subprocess.Popen(["/bin/sleep", "60"]) as sleep:

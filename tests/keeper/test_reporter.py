@@ -63,5 +63,5 @@ def test_two_reasons_in_turns(records: Records) -> None:
 @pytest.mark.parametrize("data", [b"\xff\xff", b"x", b"1e9 away", b"9" * 5000 + b" away", b"-5 away", b"99999999 away"])
 def test_a_damaged_record(records: Records, data: bytes) -> None:
     """It holds nothing back, also where it says that something was said in the future."""
-    (records.path.parent / "swap0.said").write_bytes(data)
+    (records.path.parent / ".swap0.said").write_bytes(data)
     assert reporter(records).complain("away", "away")
