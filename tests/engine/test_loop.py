@@ -20,6 +20,7 @@ from support.fake_nfs import NFS3ERR_ACCES, FakeNfsServer
 from support.nbd_client import FLAG_FUA, FLUSH, READ, TRIM, WRITE, NbdClient, Request
 from support.waiting import DEADLINE_S, in_background, wait_until
 
+from nbdnfs import region
 from nbdnfs.engine import Engine
 from nbdnfs.kernel import nbd_handshake
 
@@ -30,6 +31,8 @@ PIECE = 128 * 1024
 REQUEST_BYTES_MAX = MIB
 WRITE_ZEROES = 6
 DISCONNECT = 2
+# No test ends by it: what is not called for hangs, and fails its test.
+TICK_MS = 3_600_000
 _REQUEST = struct.Struct(">IHHQQI")
 _REPLY = struct.Struct(">IIQ")
 
@@ -52,7 +55,7 @@ class Served:
 
     def _serve(self) -> None:
         with self._theirs:
-            self.engine.serve(self._theirs.fileno())
+            self.engine.serve(self._theirs.fileno(), TICK_MS)
 
     def client(self) -> NbdClient:
         """After the handshake."""
@@ -116,6 +119,13 @@ def counter(served: Served, name: str) -> int:
     value = served.engine.counters()[name]
     assert isinstance(value, int)
     return value
+
+
+def requests_under_way(region_fd: int) -> int:
+    """How many requests a region has noted: struct region_waits."""
+    begin = region.WAITS_OFFSET + 8 * (2 + region.CONNECTIONS)
+    header = os.pread(region_fd, region.HEADER_BYTES, 0)
+    return sum(any(header[at : at + 8]) for at in range(begin, region.HEADER_BYTES, 8))
 
 
 # The handshake
@@ -351,6 +361,23 @@ def test_a_full_region(serve: Callable[..., Served], fake: FakeNfsServer) -> Non
     client.flush()
     assert fake.on_disk[701 * PAGE : 704 * PAGE] == data[0]
     assert fake.on_disk[801 * PAGE : 802 * PAGE] == data[1]
+
+
+def test_writes_that_wait_are_timed(serve: Callable[..., Served], fake: FakeNfsServer) -> None:
+    """Each from when it came, also one that waits behind another: health and a soft limit go by that."""
+    descriptor = region.create()
+    served = serve(region_fd=descriptor)
+    client = served.client()
+    fake.hold("WRITE")
+    for page in range(SLOTS):
+        client.write(2 * page * PAGE, os.urandom(PAGE))
+    for cookie in range(3):
+        served.send(WRITE, cookie, (701 + 2 * cookie) * PAGE, 0, os.urandom(PAGE))
+    wait_until(lambda: requests_under_way(descriptor) == 3, "three requests are noted")
+    fake.release()
+    assert [served.receive()[:2] for _ in range(3)] == [(0, 0), (1, 0), (2, 0)]
+    wait_until(lambda: requests_under_way(descriptor) == 0, "they are over")
+    os.close(descriptor)
 
 
 def test_read_ahead(serve: Callable[..., Served], fake: FakeNfsServer) -> None:

@@ -192,10 +192,10 @@ static PyObject *engine_trim_method(struct engine_object *self, PyObject *args)
 }
 
 /* Create, run and destroy: without the GIL. */
-static int serve(struct engine *engine, int fd)
+static int serve(struct engine *engine, int fd, unsigned tick_ms)
 {
 	struct nbd_loop *loop;
-	int error = nbd_loop_create(engine, fd, &loop);
+	int error = nbd_loop_create(engine, fd, tick_ms, &loop);
 
 	if (error != 0)
 		return error;
@@ -206,13 +206,14 @@ static int serve(struct engine *engine, int fd)
 
 static PyObject *engine_serve_method(struct engine_object *self, PyObject *args)
 {
+	unsigned tick_ms = NBD_LOOP_TICK_MS;
 	int fd, error;
 
-	if (!PyArg_ParseTuple(args, "i", &fd))
+	if (!PyArg_ParseTuple(args, "i|I", &fd, &tick_ms))
 		return NULL;
 	if (self->engine == NULL)
 		return closed();
-	CALL_WITHOUT_GIL(self, error, serve(self->engine, fd));
+	CALL_WITHOUT_GIL(self, error, serve(self->engine, fd, tick_ms));
 	return none_or_errno(error);
 }
 
@@ -245,7 +246,7 @@ static PyMethodDef engine_methods[] = {
 	  "flush(): everything that was written is on the NAS when it returns" },
 	{ "trim", (PyCFunction)engine_trim_method, METH_VARARGS, "trim(length, offset): the bytes may be forgotten" },
 	{ "serve", (PyCFunction)engine_serve_method, METH_VARARGS,
-	  "serve(fd): serve one NBD client on a connected socket until it disconnects; by one thread at a time" },
+	  "serve(fd, tick_ms=2000): serve one NBD client on a connected socket until it disconnects; by one thread at a time" },
 	{ "counters", (PyCFunction)engine_counters, METH_NOARGS, "counters() -> the region's counters and histograms" },
 	{ "close", (PyCFunction)engine_close, METH_NOARGS, "close(): disconnect; no request may be running" },
 	{ NULL, NULL, 0, NULL },

@@ -11,7 +11,7 @@ static unsigned attended(const struct engine *engine)
 	return engine->io_count < ENGINE_ATTENDED ? engine->io_count : ENGINE_ATTENDED;
 }
 
-void engine_attend(struct engine *engine, int wake_fd)
+void engine_attend(struct engine *engine, int wake_fd, uint32_t tick_ms)
 {
 	engine_lock(engine);
 	assert(engine->attendant_fd < 0);
@@ -21,7 +21,7 @@ void engine_attend(struct engine *engine, int wake_fd)
 		engine->lent[i] = true; /* to the attendant, for good */
 	engine_unlock(engine);
 	for (unsigned i = 0; i < attended(engine); i++)
-		nfsio_attend(engine->ios[i], wake_fd);
+		nfsio_attend(engine->ios[i], wake_fd, tick_ms);
 }
 
 int engine_before_poll(struct engine *engine, struct pollfd fds[ENGINE_POLLED])

@@ -106,12 +106,15 @@ struct engine_request {
 	_Atomic uint64_t *place; /* in the region */
 	uint64_t started_us;
 	uint64_t asked_us;
+	uint64_t wait_until_ms; /* of a write that waits: see engine_write_step() */
 	uint64_t page;          /* the number of pages that are done with */
 	uint32_t missed, used;  /* pages that are in no slot; how many of `reqs` are for them */
 	atomic_uint outstanding; /* of these */
 	bool has_begun, needs_slot;
 };
 
+/* A read or write has come: its time counts from now on, however late its first step is. Before that, once. */
+void engine_note_request(struct engine *engine, struct engine_request *request);
 /*
  * Begin a read, or go on. 0 or -errno: it has ended, see engine_read(). -EAGAIN: a page is being fetched, go on after
  * engine_take_progress(). -EINPROGRESS: the NAS has been asked, and `answered` will be called; then engine_read_end().
@@ -124,12 +127,15 @@ int engine_read_step(struct engine *engine, struct engine_request *request);
 int engine_read_end(struct engine *engine, struct engine_request *request);
 /*
  * Begin a write without FUA, or go on. 0 or -errno: it has ended. -EAGAIN: the region is full; go on after
- * engine_take_progress(), and after a quarter of a second in any case: waiting may have become an error.
+ * engine_take_progress(), or at request->wait_until_ms by CLOCK_MONOTONIC: waiting may have become an error by then.
  */
 int engine_write_step(struct engine *engine, struct engine_request *request);
 
-/* Make the calling thread the attendant. `wake_fd`, an eventfd(2) of its own, is written to when it should look. */
-void engine_attend(struct engine *engine, int wake_fd);
+/*
+ * Make the calling thread the attendant. `wake_fd`, an eventfd(2) of its own, is written to when it should look. Every
+ * `tick_ms` the engine's threads that have left their work to it look as well, in case a wake-up was lost.
+ */
+void engine_attend(struct engine *engine, int wake_fd, uint32_t tick_ms);
 /* What to poll, before poll(2); returns for how many ms at most, -1: any time. And what is to be done after it. */
 #define ENGINE_ATTENDED 2
 #define ENGINE_POLLED (ENGINE_ATTENDED * NFSIO_POLLED)

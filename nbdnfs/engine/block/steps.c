@@ -7,14 +7,19 @@
 /* Pages whose proofs are computed before the region is asked for room: those that find none are computed again. */
 #define PROOFS_AT_ONCE 8
 
+void engine_note_request(struct engine *engine, struct engine_request *request)
+{
+	request->place = request_began(engine);
+	request->started_us = now_us();
+}
+
 /* Returns whether this is the first step, and *error. */
 static bool begin(struct engine *engine, struct engine_request *request, int *error)
 {
 	if (request->has_begun)
 		return false;
+	assert(request->started_us != 0); /* engine_note_request() */
 	request->has_begun = true;
-	request->place = request_began(engine);
-	request->started_us = now_us();
 	*error = check_range(engine, request->offset_bytes, request->length_bytes);
 	if (*error == 0)
 		*error = result_of(engine);
@@ -151,7 +156,7 @@ static void set_needs_slot(struct engine *engine, struct engine_request *request
 static int write_pages(struct engine *engine, struct engine_request *request, uint32_t pages)
 {
 	const uint8_t *data = request->payload + request->page * SLOT_BYTES;
-	uint64_t first = request->offset_bytes / SLOT_BYTES + request->page, end_ms;
+	uint64_t first = request->offset_bytes / SLOT_BYTES + request->page;
 	uint64_t proofs[PROOFS_AT_ONCE];
 	uint32_t filled = 0, done = 0;
 	bool was_idle;
@@ -168,7 +173,7 @@ static int write_pages(struct engine *engine, struct engine_request *request, ui
 
 		filled += stored == CACHE_FILLED;
 		if (stored == CACHE_FULL)
-			error = may_wait(engine, request->started_us / 1000, &end_ms) ? -EAGAIN : -EIO;
+			error = may_wait(engine, request->started_us / 1000, &request->wait_until_ms) ? -EAGAIN : -EIO;
 	}
 	if (error == -EAGAIN) {
 		count(&counters(engine)->stalls, 1);

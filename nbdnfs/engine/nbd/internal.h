@@ -52,6 +52,7 @@ struct nbd_loop {
 	/* constant after nbd_loop_create() */
 	struct engine *engine;
 	int fd, wake_fd;
+	uint32_t tick_ms;
 	uint8_t *arena;         /* PIECES * PIECE_BYTES */
 	uint8_t *zeros;         /* PIECE_BYTES */
 	struct nfsio_req *reqs; /* one for each page of the arena */
@@ -75,7 +76,7 @@ struct nbd_loop {
 	size_t sent_bytes;      /* of the first */
 	struct request_queue fetches; /* reads that wait for read-ahead */
 	struct request_queue writes; /* writes that wait for room, in this order */
-	uint64_t due_ms;        /* when these two are to go on at the latest */
+	uint64_t looked_at_ms;  /* when these two were last looked at */
 	struct request_queue answered; /* reads that the NAS has answered */
 
 	pthread_mutex_t lock;   /* guards what follows */

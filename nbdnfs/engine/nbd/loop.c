@@ -10,9 +10,6 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-/* How often what waits for the engine is looked at in any case: see engine_write_step(). */
-#define DUE_MS 250
-
 static uint64_t now_ms(void)
 {
 	struct timespec now = time_after_ms(0);
@@ -31,7 +28,7 @@ static void *allocate(size_t bytes)
 	return memory;
 }
 
-int nbd_loop_create(struct engine *engine, int fd, struct nbd_loop **out)
+int nbd_loop_create(struct engine *engine, int fd, uint32_t tick_ms, struct nbd_loop **out)
 {
 	struct nbd_loop *loop = allocate(sizeof(*loop));
 	int error = 0;
@@ -40,6 +37,7 @@ int nbd_loop_create(struct engine *engine, int fd, struct nbd_loop **out)
 		return -ENOMEM;
 	loop->engine = engine;
 	loop->fd = fd;
+	loop->tick_ms = tick_ms;
 	loop->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (loop->wake_fd < 0)
 		error = -errno;
@@ -75,14 +73,27 @@ void nbd_loop_destroy(struct nbd_loop *loop)
 	free(loop);
 }
 
+/* When what waits for the engine is to be looked at, although that has not called: UINT64_MAX where nothing waits. */
+static uint64_t due_ms(const struct nbd_loop *loop)
+{
+	uint64_t due_ms = loop->looked_at_ms + loop->tick_ms;
+
+	if (loop->fetches.head == NULL && loop->writes.head == NULL)
+		return UINT64_MAX;
+	/* those behind the first came later, and may wait for longer */
+	if (loop->writes.head != NULL && loop->writes.head->step.wait_until_ms < due_ms)
+		due_ms = loop->writes.head->step.wait_until_ms;
+	return due_ms;
+}
+
 /* For how long to poll, given that the engine allows for `timeout_ms`. */
 static int poll_ms(const struct nbd_loop *loop, int timeout_ms)
 {
-	bool waits = loop->fetches.head != NULL || loop->writes.head != NULL;
+	uint64_t now = now_ms(), due = due_ms(loop);
 
-	if (loop->answered.head != NULL)
+	if (loop->answered.head != NULL || due <= now)
 		return 0;
-	return waits && (timeout_ms < 0 || timeout_ms > DUE_MS) ? DUE_MS : timeout_ms;
+	return timeout_ms < 0 || (uint64_t)timeout_ms > due - now ? (int)(due - now) : timeout_ms;
 }
 
 static struct pollfd client_poll(const struct nbd_loop *loop)
@@ -129,8 +140,8 @@ static void serve(struct nbd_loop *loop)
 		loop->answered = (struct request_queue){ 0 };
 		nbd_end_requests(loop, answered);
 		now = now_ms();
-		if (engine_take_progress(loop->engine) || now >= loop->due_ms) {
-			loop->due_ms = now + DUE_MS;
+		if (engine_take_progress(loop->engine) || now >= due_ms(loop)) {
+			loop->looked_at_ms = now;
 			nbd_go_on(loop);
 		}
 		do
@@ -148,7 +159,7 @@ int nbd_loop_run(struct nbd_loop *loop)
 	error = nbd_handshake(loop->fd, engine_size_bytes(loop->engine));
 	if (error != 0)
 		return error == -EPROTO ? error : 0;
-	engine_attend(loop->engine, loop->wake_fd);
+	engine_attend(loop->engine, loop->wake_fd, loop->tick_ms);
 	serve(loop);
 	engine_leave(loop->engine);
 	return loop->broke_protocol ? -EPROTO : 0;

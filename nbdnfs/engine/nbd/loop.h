@@ -18,10 +18,16 @@
 struct nbd_loop;
 
 /*
+ * How often what waits is looked at although nothing has called for it. Nothing needs that: a wake-up that is lost, by
+ * a fault in this code, costs so long and no more. Tests set another one, so that they find such a fault.
+ */
+#define NBD_LOOP_TICK_MS 2000
+
+/*
  * Allocate all that serving needs, and start the waiters. `fd` is a connected stream socket, which stays the caller's.
  * Returns 0 and *loop, or -errno.
  */
-int nbd_loop_create(struct engine *engine, int fd, struct nbd_loop **loop);
+int nbd_loop_create(struct engine *engine, int fd, uint32_t tick_ms, struct nbd_loop **loop);
 /*
  * Shake hands, and serve until the client disconnects or breaks the protocol, and what it had under way has ended. The
  * calling thread is the engine's attendant meanwhile. Returns 0; -EPROTO: the client broke the protocol.

@@ -14,11 +14,12 @@ void call_attendant(struct nfsio *io)
 		(void)!write(io->attendant_fd, &one, sizeof(one));
 }
 
-void nfsio_attend(struct nfsio *io, int wake_fd)
+void nfsio_attend(struct nfsio *io, int wake_fd, uint32_t tick_ms)
 {
 	pthread_mutex_lock(&io->lock);
 	assert(io->attendant_fd < 0);
 	io->attendant_fd = wake_fd;
+	io->attended_tick_ms = tick_ms;
 	pthread_mutex_unlock(&io->lock);
 }
 

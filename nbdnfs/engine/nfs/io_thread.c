@@ -28,8 +28,6 @@
 #define PATIENCE_LIMIT_MS (10 * 60 * 1000)
 /* How long after a waiter has received the I/O thread receives again. */
 #define QUIET_MS 100
-/* With an attendant, it is called where there is something to do. */
-#define ATTENDED_MS 10000
 
 /*
  * Have close(2) reset the connection: else the kernel goes on sending what is left in the socket, which may reach the
@@ -256,7 +254,7 @@ static bool is_mine_to_receive(const struct nfsio *io)
 /* Lock held; dropped while waiting. */
 static void wait_for_io_work(struct nfsio *io)
 {
-	struct timespec until = time_after_ms(io->attendant_fd < 0 ? QUIET_MS : ATTENDED_MS);
+	struct timespec until = time_after_ms(io->attendant_fd < 0 ? QUIET_MS : io->attended_tick_ms);
 	pthread_cond_timedwait(&io->io_work, &io->lock, &until);
 }
 
