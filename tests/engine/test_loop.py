@@ -425,6 +425,28 @@ def test_a_page_that_the_server_changed(serve: Callable[..., Served], fake: Fake
     assert client.read(0, PAGE) == data
 
 
+def test_a_thread_that_receives_when_serving_begins(serve: Callable[..., Served], fake: FakeNfsServer) -> None:
+    """It waits for its own answer over the connection that the loop wants, which is called once it has that."""
+    engine_alone, content = serve(connections=1), fake.content
+    page = bytearray(PAGE)
+    engine_alone.socket.close()
+    engine_alone.ended.result(DEADLINE_S)
+    fake.hold("READ")
+    reading = in_background(engine_alone.engine.pread, page, PAGE)
+    fake.wait_for(1, DEADLINE_S)
+    served = Served(engine_alone.engine)
+    client = served.client()
+    served.send(READ, 1, 2 * PAGE, PAGE)
+    fake.wait_for(2, DEADLINE_S)
+    fake.answer_held(1)
+    reading.result(DEADLINE_S)
+    fake.release()
+    assert served.receive(PAGE) == (1, 0, content[2 * PAGE : 3 * PAGE])
+    assert client.read(3 * PAGE, PAGE) == content[3 * PAGE : 4 * PAGE]
+    served.socket.close()
+    served.ended.result(DEADLINE_S)
+
+
 # The server's faults
 
 

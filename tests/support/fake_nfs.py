@@ -312,15 +312,15 @@ class FakeNfsServer(RpcServer):
             self._held.clear()
         self._wake()
 
-    def answer_held(self) -> None:
-        """Answer the calls that are held now. Those that come after are held as before."""
+    def answer_held(self, count: int | None = None) -> None:
+        """Answer the calls that are held now, or the first `count` of them. Others are held as before."""
         with self._lock:
-            for call, answer in self._held:
+            for call, answer in self._held[:count]:
                 if answer is None:
                     self._answer_at(call, time.monotonic())
                 else:
                     self._send_reply(call, SUCCESS, answer)
-            self._held.clear()
+            del self._held[:count]
         self._wake()
 
     def crash(self) -> None:

@@ -42,11 +42,9 @@ int nfsio_before_poll(struct nfsio *io, struct pollfd fds[NFSIO_POLLED])
 	assert(io->attendant_fd >= 0);
 	if (!is_up(io) || io->broken || atomic_load(&io->stop)) {
 		let_go(io); /* publish() calls the attendant again */
-	} else if (io->receiver != RECEIVER_WAITER) {
+	} else if (io->receiver != RECEIVER_WAITER) { /* one that waits for its answer still calls the attendant then */
 		io->receiver = RECEIVER_ATTENDANT; /* the I/O thread notices when its poll() ends */
 		timeout_ms = before_poll(io, fds);
-	} else {
-		timeout_ms = 1; /* it waits for one answer still */
 	}
 	pthread_mutex_unlock(&io->lock);
 	return timeout_ms;

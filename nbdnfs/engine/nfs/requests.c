@@ -19,6 +19,13 @@ static void wake_if_needed(struct nfsio *io)
 		call_io_thread(io);
 }
 
+/* A waiter receives no longer, and nobody does. */
+static void call_receiver(struct nfsio *io)
+{
+	call_io_thread(io); /* with an attendant it still throws a broken connection away */
+	call_attendant(io);
+}
+
 void submit(struct nfsio *io, struct nfsio_req *req)
 {
 	req_enqueue(io, req, NULL);
@@ -71,7 +78,7 @@ void nfsio_batch_wait(struct nfsio_batch *batch)
 			io->receiver = RECEIVER_NONE;
 		} else {
 			if (received && io->receiver == RECEIVER_NONE)
-				call_io_thread(io);
+				call_receiver(io);
 			batch->sleeping = true;
 			pthread_cond_wait(&batch->all_done, &io->lock);
 			batch->sleeping = false;
@@ -80,9 +87,9 @@ void nfsio_batch_wait(struct nfsio_batch *batch)
 	if (received)
 		io->waited_at_ms = now_ms();
 	assert(io->batches > 0);
-	if (--io->batches > 0 || io->detached > 0 || io->broken)
+	if (--io->batches > 0 || io->detached > 0 || io->broken || (received && io->attendant_fd >= 0))
 		if (io->receiver == RECEIVER_NONE)
-			call_io_thread(io);
+			call_receiver(io);
 	pthread_mutex_unlock(&io->lock);
 	pthread_cond_destroy(&batch->all_done);
 }
