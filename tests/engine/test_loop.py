@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engines import PAGE, opening
-from support.fake_nfs import NFS3ERR_ACCES, FakeNfsServer
+from support.fake_nfs import NFS3ERR_ACCES, NFS3ERR_NOSPC, FakeNfsServer
 from support.nbd_client import FLAG_FUA, FLUSH, READ, TRIM, WRITE, NbdClient, Request
 from support.waiting import DEADLINE_S, in_background, wait_until
 
@@ -445,6 +445,31 @@ def test_a_thread_that_receives_when_serving_begins(serve: Callable[..., Served]
     assert client.read(3 * PAGE, PAGE) == content[3 * PAGE : 4 * PAGE]
     served.socket.close()
     served.ended.result(DEADLINE_S)
+
+
+def test_a_read_that_needs_a_longer_look_while_the_server_is_full(
+    serve: Callable[..., Served], fake: FakeNfsServer
+) -> None:
+    """FLUSHes that wait for the server to take writes, more than there are waiters, do not hold it up."""
+    served, data = serve(), os.urandom(PAGE)
+    client = served.client()
+    client.write(0, data)
+    for page in range(1, 2 * SLOTS):  # so that page 0 is in no slot
+        client.write(page * PAGE, os.urandom(PAGE))
+    client.flush()
+    fake.fail("WRITE", NFS3ERR_NOSPC)
+    client.write(PAGE, os.urandom(PAGE))
+    for cookie in range(4):
+        served.send(FLUSH, cookie)
+    wait_until(lambda: counter(served, "write_errors") > 0, "the server has refused")
+    fake.overwrite(0, os.urandom(PAGE))
+    served.send(READ, 9, 0, PAGE)
+    assert served.receive(PAGE) == (9, errno.EIO, b"")
+    fake.overwrite(0, data)
+    served.send(READ, 10, 0, PAGE)
+    assert served.receive(PAGE) == (10, 0, data)
+    fake.fail("WRITE", 0)
+    assert sorted(served.receive()[:2] for _ in range(4)) == [(cookie, 0) for cookie in range(4)]
 
 
 # The server's faults

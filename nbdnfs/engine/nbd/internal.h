@@ -28,7 +28,8 @@
 /* The largest read or write. The kernel's are 128 KiB (drivers/block/nbd.c sets max_sectors to 256). */
 #define REQUEST_BYTES_MAX (32u * PIECE_BYTES)
 #define RECEIVED_BYTES (64u * 1024)
-#define WAITERS 2
+/* Threads that do what waits: one for reads, which go on while the NAS takes no writes, and the others for the rest. */
+#define WAITERS 3
 
 struct request {
 	struct engine_request step; /* first: the request is found from it */
@@ -82,6 +83,8 @@ struct nbd_loop {
 	pthread_mutex_t lock;   /* guards what follows */
 	pthread_cond_t work;    /* there is something in `waiting`, or `stop` is set */
 	struct request_queue waiting; /* for a waiter */
+	pthread_cond_t reads_work; /* the same for `waiting_reads` */
+	struct request_queue waiting_reads; /* for the first waiter */
 	struct request_queue ended_elsewhere; /* ended, or answered, in another thread */
 	bool stop;
 	pthread_t waiters[WAITERS];

@@ -43,6 +43,7 @@ int nbd_loop_create(struct engine *engine, int fd, uint32_t tick_ms, struct nbd_
 		error = -errno;
 	pthread_mutex_init(&loop->lock, NULL);
 	pthread_cond_init(&loop->work, NULL);
+	pthread_cond_init(&loop->reads_work, NULL);
 	loop->arena = allocate((size_t)PIECES * PIECE_BYTES);
 	loop->zeros = allocate(PIECE_BYTES);
 	loop->received = allocate(RECEIVED_BYTES);
@@ -63,6 +64,7 @@ void nbd_loop_destroy(struct nbd_loop *loop)
 {
 	nbd_waiters_stop(loop);
 	pthread_cond_destroy(&loop->work);
+	pthread_cond_destroy(&loop->reads_work);
 	pthread_mutex_destroy(&loop->lock);
 	if (loop->wake_fd >= 0)
 		close(loop->wake_fd);

@@ -5,7 +5,7 @@
  * The thread polls the client's socket and the NAS's. It takes in what requests there are with one receive, begins all
  * of them in steps (block/engine.h), takes in the NAS's answers, and sends the replies that are ready with one send. No
  * request has a thread of its own. What waits for long, and seldom comes (FLUSH, FUA, a large TRIM, a page that is not
- * what was expected), is done by the *waiters*, two threads beside it.
+ * what was expected), is done by the *waiters*, three threads beside it.
  *
  * A client that does not receive is never waited for: its replies stay where they are, and once all places for requests
  * are taken, nothing more is received from it.

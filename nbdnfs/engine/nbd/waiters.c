@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * The threads that do what waits, with the engine's functions that do. None of what they do waits for another request:
- * however many of them are busy, each ends when the NAS answers.
+ * however many of them are busy, each ends when the NAS answers. A full NAS does not take writes, for as long as it is
+ * full, but it answers reads: these have a waiter to themselves.
  */
 #include "nbd/internal.h"
 #include "nbd/protocol.h"
@@ -50,17 +51,16 @@ static void wake(struct nbd_loop *loop)
 	(void)!write(loop->wake_fd, &one, sizeof(one));
 }
 
-static void *waiter(void *arg)
+static void wait_on(struct nbd_loop *loop, struct request_queue *queue, pthread_cond_t *work)
 {
-	struct nbd_loop *loop = arg;
 	struct request *request;
 
 	touch_stack();
 	pthread_mutex_lock(&loop->lock);
 	for (;;) {
-		while (loop->waiting.head == NULL && !loop->stop)
-			pthread_cond_wait(&loop->work, &loop->lock); /* for the next one, or the end */
-		request = queue_pop(&loop->waiting);
+		while (queue->head == NULL && !loop->stop)
+			pthread_cond_wait(work, &loop->lock); /* for the next one, or the end */
+		request = queue_pop(queue);
 		if (request == NULL)
 			break;
 		pthread_mutex_unlock(&loop->lock);
@@ -70,13 +70,29 @@ static void *waiter(void *arg)
 		wake(loop);
 	}
 	pthread_mutex_unlock(&loop->lock);
+}
+
+static void *waiter(void *arg)
+{
+	struct nbd_loop *loop = arg;
+
+	wait_on(loop, &loop->waiting, &loop->work);
+	return NULL;
+}
+
+static void *reads_waiter(void *arg)
+{
+	struct nbd_loop *loop = arg;
+
+	wait_on(loop, &loop->waiting_reads, &loop->reads_work);
 	return NULL;
 }
 
 int nbd_waiters_start(struct nbd_loop *loop)
 {
 	for (; loop->waiter_count < WAITERS; loop->waiter_count++) {
-		int error = thread_start(&loop->waiters[loop->waiter_count], waiter, loop);
+		int error = thread_start(&loop->waiters[loop->waiter_count],
+					 loop->waiter_count == 0 ? reads_waiter : waiter, loop);
 
 		if (error != 0)
 			return error;
@@ -89,6 +105,7 @@ void nbd_waiters_stop(struct nbd_loop *loop)
 	pthread_mutex_lock(&loop->lock);
 	loop->stop = true;
 	pthread_cond_broadcast(&loop->work);
+	pthread_cond_broadcast(&loop->reads_work);
 	pthread_mutex_unlock(&loop->lock);
 	while (loop->waiter_count > 0)
 		pthread_join(loop->waiters[--loop->waiter_count], NULL);
@@ -96,9 +113,11 @@ void nbd_waiters_stop(struct nbd_loop *loop)
 
 void nbd_leave_to_waiter(struct nbd_loop *loop, struct request *request)
 {
+	bool is_read = request->type == NBD_CMD_READ;
+
 	pthread_mutex_lock(&loop->lock);
-	queue_push(&loop->waiting, request);
-	pthread_cond_signal(&loop->work);
+	queue_push(is_read ? &loop->waiting_reads : &loop->waiting, request);
+	pthread_cond_signal(is_read ? &loop->reads_work : &loop->work);
 	pthread_mutex_unlock(&loop->lock);
 }
 
