@@ -17,6 +17,7 @@
 #include "base/assert.h"
 #include "nbd/loop.h"
 
+#include <errno.h>
 #include <pthread.h>
 
 #define PAGE_BYTES SLOT_BYTES
@@ -69,6 +70,7 @@ struct nbd_loop {
 	struct request *filling; /* a write whose data is coming */
 	uint32_t filled_bytes;
 	uint32_t skip_bytes;    /* the data of a write that was refused is still to come */
+	bool lacks_memory;      /* the kernel had none for a send or a receive: again, in a moment */
 	bool lacks_place;       /* there is a request that finds no place */
 	bool ended;             /* nothing more is received: the client has disconnected, or broken the protocol */
 	bool gone;              /* nobody receives replies */
@@ -110,6 +112,15 @@ static inline struct request *queue_pop(struct request_queue *queue)
 	if (queue->head == NULL)
 		queue->tail = NULL;
 	return request;
+}
+
+/* Is that all that is wrong with a call? It is tried again soon. Not at once: who frees memory may need the processor. */
+static inline bool nbd_lacks_memory(struct nbd_loop *loop, int error)
+{
+	bool lacks_memory = error == ENOBUFS || error == ENOMEM;
+
+	loop->lacks_memory |= lacks_memory;
+	return lacks_memory;
 }
 
 /* handshake.c */

@@ -10,6 +10,9 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+/* How long to wait where the kernel has no memory. */
+#define MEMORY_PAUSE_MS 10
+
 static uint64_t now_ms(void)
 {
 	struct timespec now = time_after_ms(0);
@@ -95,16 +98,19 @@ static int poll_ms(const struct nbd_loop *loop, int timeout_ms)
 
 	if (loop->answered.head != NULL || due <= now)
 		return 0;
+	if (loop->lacks_memory && due - now > MEMORY_PAUSE_MS)
+		due = now + MEMORY_PAUSE_MS;
 	return timeout_ms < 0 || (uint64_t)timeout_ms > due - now ? (int)(due - now) : timeout_ms;
 }
 
 static struct pollfd client_poll(const struct nbd_loop *loop)
 {
-	bool may_receive = !loop->ended && !loop->lacks_place, may_send = loop->replies.head != NULL;
+	bool may_receive = !loop->ended && !loop->lacks_place && !loop->lacks_memory;
+	bool has_replies = loop->replies.head != NULL;
 
 	return (struct pollfd){
-		.fd = loop->ended && !may_send ? -1 : loop->fd,
-		.events = (short)((may_receive ? POLLIN : 0) | (may_send ? POLLOUT : 0)),
+		.fd = loop->ended && !has_replies ? -1 : loop->fd,
+		.events = (short)((may_receive ? POLLIN : 0) | (has_replies && !loop->lacks_memory ? POLLOUT : 0)),
 	};
 }
 
@@ -119,6 +125,7 @@ static void take_in(struct nbd_loop *loop)
 	fds[1] = (struct pollfd){ .fd = loop->wake_fd, .events = POLLIN };
 	if (poll(fds, sizeof(fds) / sizeof(fds[0]), poll_ms(loop, timeout_ms)) < 0)
 		return; /* by a signal, which is another thread's business */
+	loop->lacks_memory = false;
 	engine_after_poll(loop->engine, fds + 2);
 	if (fds[1].revents != 0) {
 		(void)!read(loop->wake_fd, &kicks, sizeof(kicks));

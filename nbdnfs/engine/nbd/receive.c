@@ -128,7 +128,7 @@ void nbd_receive(struct nbd_loop *loop)
 	pieces[message.msg_iovlen++] =
 		(struct iovec){ loop->received + loop->received_end, RECEIVED_BYTES - loop->received_end };
 	got = recvmsg(loop->fd, &message, MSG_DONTWAIT);
-	if (got < 0 && (errno == EAGAIN || errno == EINTR))
+	if (got < 0 && (errno == EAGAIN || errno == EINTR || nbd_lacks_memory(loop, errno)))
 		return;
 	if (got <= 0) {
 		end(loop, false);

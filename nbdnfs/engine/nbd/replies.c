@@ -105,9 +105,9 @@ void nbd_send_replies(struct nbd_loop *loop)
 
 		if (sent >= 0)
 			note_sent(loop, (size_t)sent);
-		else if (errno == EAGAIN)
+		else if (errno == EAGAIN || nbd_lacks_memory(loop, errno))
 			return;
-		else if (errno != EINTR && errno != ENOBUFS)
+		else if (errno != EINTR)
 			loop->gone = loop->ended = true;
 	}
 	if (loop->gone)

@@ -1,0 +1,79 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Fault tool, for LD_PRELOAD: a machine that has little memory. On Unix sockets every third send or receive of a message
+ * fails for want of it, and the others send and receive little.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <sys/socket.h>
+
+static atomic_uint calls;
+
+static int is_poor(int fd)
+{
+	struct sockaddr_storage address;
+	socklen_t length = sizeof(address);
+
+	return getsockname(fd, (struct sockaddr *)&address, &length) == 0 && address.ss_family == AF_UNIX;
+}
+
+/* At most so many bytes, of the first piece alone, so that nothing is copied here. */
+static void shorten(struct msghdr *message, size_t most)
+{
+	if (message->msg_iovlen > 1)
+		message->msg_iovlen = 1;
+	if (message->msg_iovlen == 1 && message->msg_iov->iov_len > most)
+		message->msg_iov->iov_len = most;
+}
+
+/* Which call this is; it fails where that is 0. */
+static unsigned next(void)
+{
+	unsigned number = atomic_fetch_add(&calls, 1);
+
+	errno = number % 2 ? ENOBUFS : ENOMEM;
+	return number % 3 == 0 ? 0 : number;
+}
+
+ssize_t sendmsg(int fd, const struct msghdr *message, int flags)
+{
+	static ssize_t (*real)(int, const struct msghdr *, int);
+	unsigned number = 1;
+	struct msghdr less = *message;
+	struct iovec piece;
+
+	if (real == NULL)
+		*(void **)&real = dlsym(RTLD_NEXT, "sendmsg");
+	if (is_poor(fd) && message->msg_iovlen > 0) {
+		number = next();
+		piece = message->msg_iov[0];
+		less.msg_iov = &piece;
+		shorten(&less, number * 37 % 5000 + 1);
+	}
+	return number == 0 ? -1 : real(fd, &less, flags);
+}
+
+ssize_t recvmsg(int fd, struct msghdr *message, int flags)
+{
+	static ssize_t (*real)(int, struct msghdr *, int);
+	struct iovec *pieces = message->msg_iov, piece;
+	size_t count = message->msg_iovlen;
+	unsigned number = 1;
+	ssize_t got;
+
+	if (real == NULL)
+		*(void **)&real = dlsym(RTLD_NEXT, "recvmsg");
+	if (is_poor(fd) && count > 0) {
+		number = next();
+		piece = pieces[0];
+		message->msg_iov = &piece;
+		shorten(message, number * 41 % 5000 + 1);
+	}
+	got = number == 0 ? -1 : real(fd, message, flags);
+	message->msg_iov = pieces;
+	message->msg_iovlen = count;
+	return got;
+}
