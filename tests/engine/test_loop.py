@@ -260,6 +260,8 @@ def test_requests(serve: Callable[..., Served], fake: FakeNfsServer) -> None:
         (TRIM, 0, SIZE + PAGE),
         (WRITE_ZEROES, 0, 0),
         (WRITE_ZEROES, 1, PAGE),
+        (FLUSH, 0, PAGE),
+        (FLUSH, PAGE, 0),
         (5, 0, PAGE),
         (77, 0, 0),
     ],
@@ -270,6 +272,22 @@ def test_what_is_not_valid(serve: Callable[..., Served], kind: int, offset: int,
     client = served.client()
     served.send(kind, 3, offset, length, bytes(length if kind == WRITE else 0))
     assert served.receive() == (3, errno.EINVAL, b"")
+    assert len(client.read(0, PAGE)) == PAGE
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "flags"),
+    [(READ, PAGE, 2), (READ, PAGE, 4), (WRITE, PAGE, 0x8000), (FLUSH, 0, 2), (TRIM, PAGE, 2), (WRITE_ZEROES, PAGE, 16)],
+)
+def test_flags_that_are_not_valid(serve: Callable[..., Served], kind: int, length: int, flags: int) -> None:
+    """EINVAL: a client that asks for what was not offered is not told that it got it. FUA is allowed everywhere."""
+    served = serve()
+    client = served.client()
+    data = bytes(length if kind == WRITE else 0)
+    served.send(kind, 3, 0, length, data, flags)
+    assert served.receive() == (3, errno.EINVAL, b"")
+    served.send(kind, 4, 0, length, data, FLAG_FUA)
+    assert served.receive(length if kind == READ else 0)[:2] == (4, 0)
     assert len(client.read(0, PAGE)) == PAGE
 
 

@@ -28,11 +28,24 @@ static void read_end(struct nbd_loop *loop, struct request *request)
 		nbd_reply(loop, request, error);
 }
 
+/* What the protocol allows of flags, and of a request without a range. The engine looks at all others' ranges. */
+static bool is_valid(const struct request *request)
+{
+	unsigned known = NBD_CMD_FLAG_FUA | (request->type == NBD_CMD_WRITE_ZEROES ? NBD_CMD_FLAG_NO_HOLE : 0);
+	bool has_range = request->offset_bytes != 0 || request->length_bytes != 0;
+
+	return (request->flags & ~known) == 0 && (request->type != NBD_CMD_FLUSH || !has_range);
+}
+
 void nbd_begin_request(struct nbd_loop *loop, struct request *request, const uint8_t *payload)
 {
 	bool is_plain_write = request->type == NBD_CMD_WRITE && (request->flags & NBD_CMD_FLAG_FUA) == 0;
 	int error = -EAGAIN;
 
+	if (!is_valid(request)) {
+		nbd_reply(loop, request, -EINVAL);
+		return;
+	}
 	request->step.data = request->data;
 	request->step.offset_bytes = request->offset_bytes;
 	request->step.length_bytes = request->length_bytes;
