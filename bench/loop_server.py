@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a keeper's worker with `loop = true` serves with, for clients one after the other: loop_server.py SOCKET URL
+"""What a keeper's worker with `loop = true` serves with, for clients one after the other.
+
+    loop_server.py SOCKET URL [the plugin's settings, KEY=VALUE ...]
 
 Such a worker serves one client and ends, and its start would count. Here the same engine, with its memory locked in the
 same way, serves each client that connects. nbdkit is left out: it has no part in a request.
@@ -17,8 +19,8 @@ from nbdnfs.worker import life, settings
 
 def main() -> None:
     """Until it is killed."""
-    path, url = sys.argv[1:]
-    worker = life.Worker(settings.parse({"url": url}))
+    path, url, *more = sys.argv[1:]
+    worker = life.Worker(settings.parse({"url": url, **dict(setting.split("=", 1) for setting in more)}))
     worker.prepare()
     worker.lock_memory()
     engine = worker.open_engine()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.nfs_server import Ganesha
-from vmtest import host
+from vmtest import host, more_settings
 from vmtest.guest import Guest, GuestJob, seen_from_guest
 from vmtest.image import Image
 from vmtest.journal import refuse_tracebacks
@@ -51,7 +51,8 @@ def swapping(
         guest.push(Path(__file__).parent / "inside/killer.py", _KILLER)
         guest.run(
             f"nbdnfs install-units && systemctl daemon-reload && mkdir -p /etc/nbdnfs"
-            f" && cat > /etc/nbdnfs/{_NAME}.toml <<'.'\nurl = \"{seen_from_guest(url)}\"\npriority = 100\n.",
+            f" && cat > /etc/nbdnfs/{_NAME}.toml <<'.'\nurl = \"{seen_from_guest(url)}\"\npriority = 100\n"
+            f"{more_settings.lines()}.",
             300,
         )
         try:

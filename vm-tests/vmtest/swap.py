@@ -7,7 +7,9 @@ import contextlib
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from vmtest import more_settings
 from vmtest.machine import Machine
 from vmtest.outcome import GuestFailedError
 from vmtest.verdict import Pass, Progress, Verdict
@@ -15,6 +17,7 @@ from vmtest.verdict import Pass, Progress, Verdict
 _RUN = "/run/nbdnfs"
 _CGROUP = "/sys/fs/cgroup/nbdnfs-hog"
 _SERVE_TIMEOUT_S = 90
+_LOOP_SERVER = Path(__file__).parents[2] / "bench/loop_server.py"
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,14 @@ def serving(
     machine: Machine, url: str, name: str = "swap", settings: Sequence[str] = (), *, encrypt: bool = True
 ) -> Iterator[Worker]:
     """`nbdnfs serve` in the background, ended in order afterwards; encrypted, as a device is by default. `settings`:
-    more of the plugin's, "key=value"."""
+    more of the plugin's, "key=value".
+
+    With `loop = true` in $NBDNFS_TEST_SETTINGS it is the engine's loop that serves, without nbdkit.
+    """
+    if more_settings.has_loop():
+        with _serving_by_loop(machine, url, name, [*settings, f"encrypt={int(encrypt)}"]) as worker:
+            yield worker
+        return
     socket, pid_file = f"{_RUN}/{name}.sock", f"{_RUN}/{name}.pid"
     machine.run(f"mkdir -p {_RUN}; rm -f {pid_file}")  # not to take the last one's for this one's
     options = "".join(f" --plugin-setting {shlex.quote(setting)}" for setting in settings)
@@ -93,6 +103,24 @@ def serving(
     result = serve.wait()
     if result.status != 0:
         raise GuestFailedError(f"nbdnfs serve ended with {result.status}:\n{result.stderr}")
+
+
+@contextlib.contextmanager
+def _serving_by_loop(machine: Machine, url: str, name: str, settings: Sequence[str]) -> Iterator[Worker]:
+    socket, pid_file = f"{_RUN}/{name}.sock", f"{_RUN}/{name}.pid"
+    machine.run(f"mkdir -p {_RUN}; rm -f {socket} {pid_file}")
+    argv = ["python3", "-c", _LOOP_SERVER.read_text(), socket, url, *settings]
+    server = machine.start(f"echo $$ > {pid_file}; exec {shlex.join(argv)}")
+    with _tidy(machine, f"pid=$(cat {pid_file}); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done", 60):
+        waiting = (
+            f"until [ -s {pid_file} ]; do sleep 0.1; done; pid=$(cat {pid_file});"
+            f" until [ -S {socket} ]; do kill -0 $pid || exit 1; sleep 0.2; done"
+        )
+        if machine.run(waiting, _SERVE_TIMEOUT_S, check=False).status != 0:
+            raise GuestFailedError(f"loop_server.py did not start:\n{server.stderr}")
+        pid = int(machine.run(f"cat {pid_file}").stdout)
+        yield Worker(socket, pid, pid)
+    server.wait()
 
 
 @contextlib.contextmanager
