@@ -52,10 +52,11 @@ class Setup:
         url: str | None = None,
         timing: Timing | None = None,
         encrypt: bool = False,
+        loop: bool = False,
     ) -> None:
         """With `timing` the file at `url` has been claimed, and the workers keep its record."""
         url = url or server.url()
-        settings = Config("t", url, region_pages=SLOTS, lock="off", owner=False, encrypt=encrypt)
+        settings = Config("t", url, region_pages=SLOTS, lock="off", owner=False, encrypt=encrypt, loop=loop)
         self.server = server
         self.kernel = FakeKernel()
         self.work = FakeSwap(settings, url, "127.0.0.1")
@@ -99,11 +100,15 @@ class Setup:
 
 
 @pytest.fixture
-def setup(tmp_path: Path) -> Iterator[Setup]:
+def setup(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Setup]:
+    """Workers with nbdkit's threads, or those that a test asks for with WITH_AND_WITHOUT_LOOP."""
     with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
-        made = Setup(server, tmp_path)
+        made = Setup(server, tmp_path, loop=getattr(request, "param", False))
         yield made
         made.end()
+
+
+WITH_AND_WITHOUT_LOOP = pytest.mark.parametrize("setup", [False, True], ids=["threads", "loop"], indirect=True)
 
 
 @pytest.fixture
@@ -124,6 +129,7 @@ def ready(keeper: Keeper) -> None:
     until(lambda: keeper.is_swap_on and keeper.standby.is_ready)
 
 
+@WITH_AND_WITHOUT_LOOP
 def test_nothing_is_lost_when_a_dirty_worker_is_killed(setup: Setup) -> None:
     """Pages that the server has refused so far come from the next worker, and reach the server through it."""
     pages = {number: page_of(number, 1) for number in range(800)}
@@ -249,7 +255,57 @@ def test_an_upgrade_to_encryption(setup: Setup) -> None:
     assert (is_encrypted(), clear_pages()) == (False, 1600)
 
 
+def test_a_change_to_the_loop_and_back(setup: Setup) -> None:
+    """A device that runs, and a next keeper whose configuration has another `loop`: the next worker is of that kind,
+    on the same connection and region, and nothing that the server has not taken yet is lost."""
+    pages: dict[int, bytes] = {}
+    setup.server.fail("WRITE", NFS3ERR_NOSPC)
+
+    def threads() -> int:
+        record = setup.records.living(Records.WORKER)
+        assert record is not None
+        return len(os.listdir(f"/proc/{record.pid}/task"))
+
+    def write(keeper: Keeper) -> None:
+        ready(keeper)
+        for number in range(600):
+            pages[number] = page_of(number, 1)
+            setup.kernel.write(number * PAGE, pages[number])
+
+    def replace(keeper: Keeper) -> None:
+        ready(keeper)
+        links, before = setup.kernel.links, threads()
+        setup.kill_worker()
+        setup.kernel.wait_for_link(links + 1)
+        until(lambda: (threads() < before) == has_loop())
+        for number in range(0, 600, 3):
+            assert setup.kernel.read(number * PAGE, PAGE) == pages[number]
+            pages[number] = page_of(number, links + 1)
+            setup.kernel.write(number * PAGE, pages[number])
+        for number, data in pages.items():
+            assert setup.kernel.read(number * PAGE, PAGE) == data, number
+
+    def has_loop() -> bool:
+        return "loop=1" in setup.work._argv
+
+    assert setup.run(write) == 0
+    setup.work._argv.append("loop=1")
+    assert setup.run(replace) == 0
+    setup.work._argv.remove("loop=1")
+    assert setup.run(replace) == 0
+    setup.server.fail("WRITE", NFS3_OK)
+
+    def flush(keeper: Keeper) -> None:
+        ready(keeper)
+        setup.kernel.flush()
+
+    assert setup.run(flush) == 0
+    content = bytes(setup.server.on_disk)
+    assert all(content[number * PAGE :][:PAGE] == data for number, data in pages.items())
+
+
 @pytest.mark.timeout(300)
+@WITH_AND_WITHOUT_LOOP
 def test_fifty_kills_with_a_dirty_region(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifty times the worker dies with nine tenths of the region dirty and requests under way: no wrong page."""
     dice = random.Random(1)
@@ -292,6 +348,7 @@ def test_fifty_kills_with_a_dirty_region(setup: Setup, monkeypatch: pytest.Monke
     print(f"resumed after {resumed_s[25] * 1000:.0f} ms (median), {resumed_s[-1] * 1000:.0f} ms (longest)")
 
 
+@WITH_AND_WITHOUT_LOOP
 def test_a_keeper_takes_over_from_a_killed_one(setup: Setup, capfd: pytest.CaptureFixture[str]) -> None:
     """The next keeper adopts the worker that lives; the device and its connection stay as they are. The exit status
     of an adopted worker is unknown."""
@@ -319,6 +376,7 @@ def test_a_keeper_takes_over_from_a_killed_one(setup: Setup, capfd: pytest.Captu
     assert f"worker {pids[0]} has ended\n" in capfd.readouterr().err
 
 
+@WITH_AND_WITHOUT_LOOP
 def test_both_at_once(setup: Setup) -> None:
     """With keeper and worker dead, the parked region and the device are enough to go on."""
 
@@ -339,6 +397,7 @@ def test_both_at_once(setup: Setup) -> None:
     setup.run(second)
 
 
+@WITH_AND_WITHOUT_LOOP
 def test_a_worker_without_a_record_is_found(setup: Setup) -> None:
     """A keeper that died before it had written the record leaves a worker that is found by its region."""
     pids = []
@@ -361,6 +420,7 @@ def test_a_worker_without_a_record_is_found(setup: Setup) -> None:
     setup.run(second)
 
 
+@WITH_AND_WITHOUT_LOOP
 def test_sighup_replaces_the_worker(setup: Setup) -> None:
     """A fresh standby first, then the worker goes, and no write is lost."""
 
@@ -377,6 +437,7 @@ def test_sighup_replaces_the_worker(setup: Setup) -> None:
     setup.run(scenario)
 
 
+@WITH_AND_WITHOUT_LOOP
 def test_a_server_that_is_away_is_waited_for(setup: Setup) -> None:
     """A worker that takes over while the server does not answer goes on trying; the kernel's requests wait."""
 
