@@ -19,6 +19,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <time.h>
 
 #define PAGE_BYTES SLOT_BYTES
 /* Requests under way at once. nbdnfs has the kernel send 16. */
@@ -72,6 +73,9 @@ struct nbd_loop {
 	uint32_t skip_bytes;    /* the data of a write that was refused is still to come */
 	bool lacks_memory;      /* the kernel had none for a send or a receive: again, in a moment */
 	bool lacks_place;       /* there is a request that finds no place */
+	uint64_t gather_until_us; /* the client is in the middle of a request, which is left to come: 0, or until */
+	uint32_t gather_us;     /* how long that was, for this request */
+	unsigned in_vain;       /* how often that brought nothing else for a last page; then, how many were not waited for */
 	bool ended;             /* nothing more is received: the client has disconnected, or broken the protocol */
 	bool gone;              /* nobody receives replies */
 	bool broke_protocol;    /* that is why it has ended */
@@ -79,7 +83,7 @@ struct nbd_loop {
 	size_t sent_bytes;      /* of the first */
 	struct request_queue fetches; /* reads that wait for read-ahead */
 	struct request_queue writes; /* writes that wait for room, in this order */
-	uint64_t looked_at_ms;  /* when these two were last looked at */
+	uint64_t looked_at_us;  /* when these two were last looked at */
 	struct request_queue answered; /* reads that the NAS has answered */
 
 	pthread_mutex_t lock;   /* guards what follows */
@@ -112,6 +116,21 @@ static inline struct request *queue_pop(struct request_queue *queue)
 	if (queue->head == NULL)
 		queue->tail = NULL;
 	return request;
+}
+
+#define NO_TIME UINT64_MAX
+
+static inline uint64_t nbd_now_us(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
+}
+
+static inline bool nbd_gathers(const struct nbd_loop *loop)
+{
+	return !loop->ended && loop->gather_until_us > 0;
 }
 
 /* Is that all that is wrong with a call? It is tried again soon. Not at once: who frees memory may need the processor. */

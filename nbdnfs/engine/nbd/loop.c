@@ -11,14 +11,7 @@
 #include <unistd.h>
 
 /* How long to wait where the kernel has no memory. */
-#define MEMORY_PAUSE_MS 10
-
-static uint64_t now_ms(void)
-{
-	struct timespec now = time_after_ms(0);
-
-	return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
-}
+#define MEMORY_PAUSE_US 10000
 
 /* Memory that is there, not only promised. */
 static void *allocate(size_t bytes)
@@ -78,34 +71,38 @@ void nbd_loop_destroy(struct nbd_loop *loop)
 	free(loop);
 }
 
-/* When what waits for the engine is to be looked at, although that has not called: UINT64_MAX where nothing waits. */
-static uint64_t due_ms(const struct nbd_loop *loop)
+/* When what waits for the engine is to be looked at, although that has not called: NO_TIME where nothing waits. */
+static uint64_t due_us(const struct nbd_loop *loop)
 {
-	uint64_t due_ms = loop->looked_at_ms + loop->tick_ms;
+	uint64_t due = loop->looked_at_us + (uint64_t)loop->tick_ms * 1000, until_ms;
 
 	if (loop->fetches.head == NULL && loop->writes.head == NULL)
-		return UINT64_MAX;
-	/* those behind the first came later, and may wait for longer */
-	if (loop->writes.head != NULL && loop->writes.head->step.wait_until_ms < due_ms)
-		due_ms = loop->writes.head->step.wait_until_ms;
-	return due_ms;
+		return NO_TIME;
+	if (loop->writes.head == NULL)
+		return due;
+	until_ms = loop->writes.head->step.wait_until_ms; /* those behind it came later, and may wait for longer */
+	return until_ms < due / 1000 ? until_ms * 1000 : due;
 }
 
-/* For how long to poll, given that the engine allows for `timeout_ms`. */
-static int poll_ms(const struct nbd_loop *loop, int timeout_ms)
+/* When poll(2) is to end at the latest, given that the engine allows for `timeout_ms`. */
+static uint64_t poll_until_us(const struct nbd_loop *loop, uint64_t now, int timeout_ms)
 {
-	uint64_t now = now_ms(), due = due_ms(loop);
+	uint64_t until = due_us(loop);
 
-	if (loop->answered.head != NULL || due <= now)
-		return 0;
-	if (loop->lacks_memory && due - now > MEMORY_PAUSE_MS)
-		due = now + MEMORY_PAUSE_MS;
-	return timeout_ms < 0 || (uint64_t)timeout_ms > due - now ? (int)(due - now) : timeout_ms;
+	if (loop->answered.head != NULL)
+		return now;
+	if (timeout_ms >= 0 && now + (uint64_t)timeout_ms * 1000 < until)
+		until = now + (uint64_t)timeout_ms * 1000;
+	if (loop->lacks_memory && now + MEMORY_PAUSE_US < until)
+		until = now + MEMORY_PAUSE_US;
+	if (nbd_gathers(loop) && loop->gather_until_us < until)
+		until = loop->gather_until_us;
+	return until;
 }
 
-static struct pollfd client_poll(const struct nbd_loop *loop)
+static struct pollfd client_poll(const struct nbd_loop *loop, bool gathers)
 {
-	bool may_receive = !loop->ended && !loop->lacks_place && !loop->lacks_memory;
+	bool may_receive = !loop->ended && !loop->lacks_place && !loop->lacks_memory && !gathers;
 	bool has_replies = loop->replies.head != NULL;
 
 	return (struct pollfd){
@@ -114,16 +111,25 @@ static struct pollfd client_poll(const struct nbd_loop *loop)
 	};
 }
 
+static int poll_until(struct pollfd *fds, nfds_t count, uint64_t now, uint64_t until)
+{
+	uint64_t us = until > now ? until - now : 0;
+	struct timespec time = { .tv_sec = (time_t)(us / 1000000), .tv_nsec = (long)(us % 1000000) * 1000 };
+
+	return ppoll(fds, count, until == NO_TIME ? NULL : &time, NULL);
+}
+
 /* Wait until there is something to do, and take in what has come. */
 static void take_in(struct nbd_loop *loop)
 {
 	struct pollfd fds[2 + ENGINE_POLLED];
 	int timeout_ms = engine_before_poll(loop->engine, fds + 2);
-	uint64_t kicks;
+	uint64_t kicks, now = nbd_now_us();
+	bool gathers = nbd_gathers(loop), has_left;
 
-	fds[0] = client_poll(loop);
+	fds[0] = client_poll(loop, gathers);
 	fds[1] = (struct pollfd){ .fd = loop->wake_fd, .events = POLLIN };
-	if (poll(fds, sizeof(fds) / sizeof(fds[0]), poll_ms(loop, timeout_ms)) < 0)
+	if (poll_until(fds, sizeof(fds) / sizeof(fds[0]), now, poll_until_us(loop, now, timeout_ms)) < 0)
 		return; /* by a signal, which is another thread's business */
 	loop->lacks_memory = false;
 	engine_after_poll(loop->engine, fds + 2);
@@ -131,9 +137,10 @@ static void take_in(struct nbd_loop *loop)
 		(void)!read(loop->wake_fd, &kicks, sizeof(kicks));
 		nbd_end_requests(loop, nbd_take_ended_elsewhere(loop));
 	}
-	if (fds[0].revents & POLLIN)
+	has_left = (fds[0].revents & (POLLHUP | POLLERR)) != 0;
+	if (fds[0].revents & POLLIN || (gathers && (has_left || nbd_now_us() >= loop->gather_until_us)))
 		nbd_receive(loop);
-	else if (fds[0].revents & (POLLHUP | POLLERR))
+	else if (has_left && !gathers)
 		loop->gone = loop->ended = true; /* it is not received from now, and would never be seen to have left */
 }
 
@@ -148,9 +155,9 @@ static void serve(struct nbd_loop *loop)
 		answered = loop->answered;
 		loop->answered = (struct request_queue){ 0 };
 		nbd_end_requests(loop, answered);
-		now = now_ms();
-		if (engine_take_progress(loop->engine) || now >= due_ms(loop)) {
-			loop->looked_at_ms = now;
+		now = nbd_now_us();
+		if (engine_take_progress(loop->engine) || now >= due_us(loop)) {
+			loop->looked_at_us = now;
 			nbd_go_on(loop);
 		}
 		do
