@@ -38,7 +38,7 @@
 #define SHORT_WRITE_BACKS 8
 #define WRITE_BACKS (LONG_WRITE_BACKS + SHORT_WRITE_BACKS)
 #define SHORT_RUN_PAGES 4
-#define FETCHES 4
+#define FETCHES 8
 #define FETCH_PAGES RUN_PAGES_MAX
 /* Buffers of RUN_PAGES_MAX pages, shared by long write-backs and fetches: there are seldom many of both. */
 #define LONG_BUFFERS 14

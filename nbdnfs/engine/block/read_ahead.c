@@ -33,8 +33,11 @@ static struct fetch *free_fetch(struct engine *engine)
 	return NULL;
 }
 
-/* Fetch pages into slots, as far as there is room for them. Lock held; dropped while a request is submitted. */
-static void fetch_pages(struct engine *engine, uint64_t first_page, uint32_t pages)
+/*
+ * Fetch pages into slots, as far as there is room for them. Returns how many are left. Lock held; dropped while a request
+ * is submitted.
+ */
+static uint32_t fetch_pages(struct engine *engine, uint64_t first_page, uint32_t pages)
 {
 	while (pages > 0) {
 		struct fetch *fetch = free_fetch(engine);
@@ -43,7 +46,7 @@ static void fetch_pages(struct engine *engine, uint64_t first_page, uint32_t pag
 		/* it must not take slots that writes will need soon */
 		if (fetch == NULL || engine->spare_count == 0 ||
 		    cache_unstable_count(engine->cache) >= engine->region.slot_count * 3 / 4)
-			return;
+			return pages;
 		fetch->number = ++engine->fetch_number;
 		fetch->count = cache_fetch_begin(engine->cache, first_page, most, fetch->number, fetch->proofs);
 		assert(fetch->count <= most);
@@ -73,6 +76,7 @@ static void fetch_pages(struct engine *engine, uint64_t first_page, uint32_t pag
 		nfsio_submit(engine->ios[0], &fetch->req);
 		engine_lock(engine);
 	}
+	return 0;
 }
 
 void readahead_follow(struct engine *engine, uint64_t page, uint32_t pages)
@@ -85,8 +89,13 @@ void readahead_follow(struct engine *engine, uint64_t page, uint32_t pages)
 	wasted = cache_take_wasted(engine->cache);
 	streams_judge(&engine->streams, used, wasted);
 	if (streams_note(&engine->streams, page, pages, engine->region.page_count, &prefetch))
-		for (uint32_t i = 0; i < prefetch.times; i++)
-			fetch_pages(engine, prefetch.first + (uint64_t)(prefetch.step * (int64_t)i), prefetch.count);
+		for (uint32_t i = 0; i < prefetch.times; i++) {
+			uint64_t first = prefetch.first + (uint64_t)(prefetch.step * (int64_t)i);
+			uint32_t left = fetch_pages(engine, first, prefetch.count);
+
+			if (left > 0)
+				streams_not_fetched(&engine->streams, &prefetch, left);
+		}
 	engine_unlock(engine);
 	count(&counters(engine)->read_ahead_hits, used);
 	count(&counters(engine)->read_ahead_wasted, wasted);

@@ -7,8 +7,10 @@
 #define STRIDE_AHEAD 4
 /* Requests of one reader arrive through several threads, out of order. */
 #define SLACK 32
-/* Two requests that are further apart belong to different readers. */
+/* The longest stride that is looked for. */
 #define REACH 1024
+/* A stream that was recognised keeps its place for so many requests, whatever others come. */
+#define KEEP 512
 #define STEPS_WANTED 2
 #define STRIDES_WANTED 3
 /* After so many requests, read-ahead is tried again. */
@@ -25,25 +27,63 @@ static uint64_t distance(uint64_t a, uint64_t b)
 	return a > b ? a - b : b - a;
 }
 
-/* The stream whose last request was nearest, or a new one in the place of the oldest. */
-static struct stream *stream_of(struct streams *streams, uint64_t page)
+/* Does the request begin about where the stream's last one ended? */
+static bool is_next(const struct stream *stream, uint64_t page)
 {
-	struct stream *nearest = NULL, *oldest = &streams->of[0];
+	return stream->used_at > 0 && distance(page, stream->next) <= SLACK;
+}
+
+/* Is it as far from the last one as that was from the one before? After the first of a stream, any stride will do. */
+static bool is_a_stride_on(const struct stream *stream, uint64_t page)
+{
+	if (stream->used_at == 0)
+		return false;
+	if (stream->is_new)
+		return distance(page, stream->last) <= REACH;
+	return stream->stride != 0 && page == stream->last + (uint64_t)stream->stride;
+}
+
+/* The stream whose place a new one takes: the one that was used longest ago, but those that were recognised. */
+static struct stream *oldest_stream(struct streams *streams)
+{
+	struct stream *oldest = NULL, *oldest_of_all = streams->of;
 
 	for (struct stream *stream = streams->of; stream < streams->of + STREAMS; stream++) {
-		if (stream->used_at < oldest->used_at)
-			oldest = stream;
-		if (stream->used_at == 0 || distance(page, stream->last) > REACH)
+		bool is_recognised = stream->steps > STEPS_WANTED || stream->strides >= STRIDES_WANTED;
+
+		if (stream->used_at < oldest_of_all->used_at)
+			oldest_of_all = stream;
+		if (is_recognised && streams->clock - stream->used_at < KEEP)
 			continue;
-		if (nearest == NULL || distance(page, stream->next) < distance(page, nearest->next))
-			nearest = stream;
+		if (oldest == NULL || stream->used_at < oldest->used_at)
+			oldest = stream;
 	}
-	if (nearest == NULL) {
-		nearest = oldest;
-		*nearest = (struct stream){ .last = page, .next = page, .ahead = page, .window = FIRST_WINDOW };
+	return oldest != NULL ? oldest : oldest_of_all;
+}
+
+/* The stream that the request goes on with, or a new one. */
+static struct stream *stream_of(struct streams *streams, uint64_t page)
+{
+	struct stream *found = NULL;
+
+	for (struct stream *stream = streams->of; stream < streams->of + STREAMS; stream++) {
+		bool is_nearer = found == NULL || distance(page, stream->next) < distance(page, found->next);
+
+		if (is_next(stream, page) && (is_nearer || !is_next(found, page)))
+			found = stream;
+		else if (found == NULL && is_a_stride_on(stream, page))
+			found = stream;
 	}
-	nearest->used_at = ++streams->clock;
-	return nearest;
+	if (found == NULL) {
+		found = oldest_stream(streams);
+		*found = (struct stream){
+			.last = page, .next = page, .ahead = page, .window = FIRST_WINDOW, .is_new = true
+		};
+	} else {
+		found->is_new = false;
+	}
+	found->used_at = ++streams->clock;
+	return found;
 }
 
 static uint32_t clipped(uint64_t first, uint64_t count, uint64_t device_pages)
@@ -66,6 +106,7 @@ static bool walk_on(struct streams *streams, struct stream *stream, uint64_t dev
 	prefetch->count = clipped(stream->ahead, window, device_pages);
 	prefetch->step = 0;
 	prefetch->times = 1;
+	prefetch->stream = (unsigned)(stream - streams->of);
 	stream->ahead += prefetch->count;
 	if (stream->window < streams->window_max)
 		stream->window *= 2;
@@ -75,16 +116,17 @@ static bool walk_on(struct streams *streams, struct stream *stream, uint64_t dev
 static bool stride_on(const struct streams *streams, const struct stream *stream, uint64_t page, uint32_t count,
 		      uint64_t device_pages, struct prefetch *prefetch)
 {
-	int64_t first = (int64_t)page + stream->stride * STRIDE_AHEAD;
+	int64_t last = (int64_t)page + stream->stride * STRIDE_AHEAD, first;
 
 	/* the first time everything up to there, later one more each time */
 	prefetch->times = stream->strides == STRIDES_WANTED ? STRIDE_AHEAD : 1;
-	first -= stream->stride * (int64_t)(prefetch->times - 1);
+	first = last - stream->stride * (int64_t)(prefetch->times - 1);
 	prefetch->step = stream->stride;
 	prefetch->first = (uint64_t)first;
 	prefetch->count = count;
-	return streams->window_limit >= FIRST_WINDOW && first >= 0 &&
-	       clipped((uint64_t)first, count, device_pages) == count;
+	return streams->window_limit >= FIRST_WINDOW && first >= 0 && last >= 0 &&
+	       clipped((uint64_t)first, count, device_pages) == count &&
+	       clipped((uint64_t)last, count, device_pages) == count;
 }
 
 bool streams_note(struct streams *streams, uint64_t page, uint32_t count, uint64_t device_pages,
@@ -119,6 +161,15 @@ bool streams_note(struct streams *streams, uint64_t page, uint32_t count, uint64
 	if (stream->strides >= STRIDES_WANTED)
 		return stride_on(streams, stream, page, count, device_pages, prefetch);
 	return false;
+}
+
+void streams_not_fetched(struct streams *streams, const struct prefetch *prefetch, uint32_t count)
+{
+	struct stream *stream = &streams->of[prefetch->stream];
+
+	/* unless it has gone on meanwhile, or is another one */
+	if (prefetch->step == 0 && stream->ahead == prefetch->first + prefetch->count)
+		stream->ahead -= count;
 }
 
 void streams_judge(struct streams *streams, uint32_t used, uint32_t wasted)

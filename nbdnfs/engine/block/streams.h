@@ -8,7 +8,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define STREAMS 8
+/* Readers that are followed at once. */
+#define STREAMS 16
 
 struct stream {
 	uint64_t last;          /* the first page of its newest request */
@@ -18,7 +19,8 @@ struct stream {
 	uint32_t steps;         /* requests in a row that began where the last one ended */
 	uint32_t strides;       /* requests in a row with the same stride */
 	uint32_t window;        /* pages to have ready */
-	uint64_t used_at;
+	uint64_t used_at;       /* 0: never */
+	bool is_new;            /* it has had one request */
 };
 
 struct streams {
@@ -34,6 +36,7 @@ struct prefetch {
 	uint32_t count;
 	int64_t step;
 	uint32_t times;
+	unsigned stream;        /* whose */
 };
 
 void streams_init(struct streams *streams, uint32_t window_max);
@@ -41,6 +44,9 @@ void streams_init(struct streams *streams, uint32_t window_max);
 /* A request for `count` pages from `page` on. Returns true and *prefetch when something is to be fetched. */
 bool streams_note(struct streams *streams, uint64_t page, uint32_t count, uint64_t device_pages,
 		  struct prefetch *prefetch);
+
+/* The last `count` of these pages could not be fetched now: they are named again. Of pages in a row only. */
+void streams_not_fetched(struct streams *streams, const struct prefetch *prefetch, uint32_t count);
 
 /* Of what was read ahead, `used` pages were read since the last call, and `wasted` were dropped unread. */
 void streams_judge(struct streams *streams, uint32_t used, uint32_t wasted);

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which readers are recognised, and what is read ahead for them: streams.c alone, with a NAS that answers at once."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import subprocess
+from collections.abc import Iterator, Sequence
+from ctypes import POINTER, Structure, byref, c_bool, c_int64, c_uint, c_uint32, c_uint64
+from pathlib import Path
+
+import pytest
+
+ENGINE = Path(__file__).parents[2] / "nbdnfs/engine"
+DEVICE_PAGES = 1 << 16
+WINDOW = 64
+STREAMS = 16
+
+
+class Stream(Structure):
+    """struct stream"""
+
+    _fields_ = (
+        ("last", c_uint64),
+        ("next", c_uint64),
+        ("ahead", c_uint64),
+        ("stride", c_int64),
+        ("steps", c_uint32),
+        ("strides", c_uint32),
+        ("window", c_uint32),
+        ("used_at", c_uint64),
+        ("is_new", c_bool),
+    )
+
+
+class Streams(Structure):
+    """struct streams"""
+
+    _fields_ = (
+        ("of", Stream * STREAMS),
+        ("clock", c_uint64),
+        ("window_max", c_uint32),
+        ("window_limit", c_uint32),
+    )
+
+
+class Prefetch(Structure):
+    """struct prefetch"""
+
+    _fields_ = (
+        ("first", c_uint64),
+        ("count", c_uint32),
+        ("step", c_int64),
+        ("times", c_uint32),
+        ("stream", c_uint),
+    )
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """streams.c as a shared library."""
+    path = tmp_path_factory.mktemp("streams") / "streams.so"
+    source = ENGINE / "block/streams.c"
+    subprocess.run(["cc", "-std=c11", "-O1", "-shared", "-fPIC", f"-I{ENGINE}", source, "-o", path], check=True)
+    loaded = ctypes.CDLL(str(path))
+    loaded.streams_init.argtypes = (POINTER(Streams), c_uint32)
+    loaded.streams_note.argtypes = (POINTER(Streams), c_uint64, c_uint32, c_uint64, POINTER(Prefetch))
+    loaded.streams_note.restype = c_bool
+    loaded.streams_not_fetched.argtypes = (POINTER(Streams), POINTER(Prefetch), c_uint32)
+    return loaded
+
+
+class Reader:
+    """A device: which reads found their page read ahead."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._streams = Streams()
+        library.streams_init(byref(self._streams), WINDOW)
+        self._ahead: set[int] = set()
+        self.fetched = 0
+
+    def hits(self, pages: Sequence[int], room: int = 1 << 20) -> float:
+        """The share of these reads, one page each, that hits. At most `room` pages are fetched at once."""
+        hits = 0
+        for page in pages:
+            hits += page in self._ahead
+            prefetch = Prefetch()
+            if self._library.streams_note(byref(self._streams), page, 1, DEVICE_PAGES, byref(prefetch)):
+                assert 0 < prefetch.count <= WINDOW
+                for turn in range(prefetch.times):
+                    first = prefetch.first + prefetch.step * turn
+                    assert 0 <= first
+                    assert first + prefetch.count <= DEVICE_PAGES
+                    count = min(prefetch.count, room)
+                    self._ahead.update(range(first, first + count))
+                    self.fetched += count
+                    if count < prefetch.count:
+                        self._library.streams_not_fetched(byref(self._streams), byref(prefetch), prefetch.count - count)
+        return hits / len(pages)
+
+
+@pytest.fixture
+def reader(library: ctypes.CDLL) -> Iterator[Reader]:
+    """Of whose device nothing has been read."""
+    yield Reader(library)
+
+
+def walks(starts: Sequence[int], length: int, step: int = 1) -> list[int]:
+    """Walkers that take turns, page by page."""
+    return [start + at * step for at in range(length) for start in starts]
+
+
+@pytest.mark.parametrize(
+    "starts",
+    [[0], [0, 8192], [0, 700], [0, 40], [0, 1024, 2048], [*range(0, 8000, 2000)], [*range(0, 16_000, 1000)]],
+    ids=lambda starts: f"{len(starts)} at {starts[-1]}",
+)
+def test_walkers(reader: Reader, starts: list[int]) -> None:
+    """Each walker has its own stream, wherever the others are: nineteen of twenty reads hit, and little is fetched in
+    vain."""
+    assert reader.hits(walks(starts, 400)) >= 0.95
+    assert reader.fetched <= len(starts) * (400 + WINDOW)
+
+
+def test_walkers_that_meet(reader: Reader) -> None:
+    """One that begins where another is later."""
+    assert reader.hits(walks([0, 300], 700)) >= 0.95
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_walkers_among_random_reads(reader: Reader, share: float) -> None:
+    """A walker that was recognised is not forgotten because of others: nine of ten of its reads hit."""
+    draw = random.Random(1)
+    at, pages, hits, steps = [0, 20_000], [], 0.0, 0
+    for _ in range(4000):
+        if draw.random() < share:
+            pages.append(draw.randrange(DEVICE_PAGES))
+            reader.hits(pages[-1:])
+        else:
+            walker = draw.randrange(2)
+            hits += reader.hits([at[walker]])
+            at[walker] += 1
+            steps += 1
+    assert hits / steps >= 0.9
+
+
+def test_random_reads(reader: Reader) -> None:
+    """Nothing is read ahead for them."""
+    draw = random.Random(2)
+    reader.hits([draw.randrange(DEVICE_PAGES) for _ in range(5000)])
+    assert reader.fetched <= 250
+
+
+@pytest.mark.parametrize("stride", [33, 100, 700, -50])
+def test_strides(reader: Reader, stride: int) -> None:
+    """A reader that leaves out as many pages each time, and two of them."""
+    assert reader.hits([30_000 + at * stride for at in range(40)]) >= 0.8
+    assert reader.hits(walks([0 if stride > 0 else 8000, 36_000], 30, stride)) >= 0.5
+
+
+def test_what_could_not_be_fetched(reader: Reader) -> None:
+    """There is room for some of it only: the rest is named again, and no walker loses pages for good."""
+    assert reader.hits(walks([0, 9000, 18_000, 27_000], 400), room=8) >= 0.85
+
+
+def test_many_threads(reader: Reader) -> None:
+    """Requests of one reader that come a little out of order."""
+    draw = random.Random(3)
+    pages = [page for at in range(0, 800, 8) for page in draw.sample(range(at, at + 8), 8)]
+    assert reader.hits(pages) >= 0.9
