@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A seeded fault-injection run: verified reads and writes through a real worker while faults strike at random.
 
-    make faults ARGS="--seconds 600 [--seed N] [--version 4] [--encrypt]"
+    make faults ARGS="--seconds 600 [--seed N] [--version 4] [--encrypt] [--loop]"
 
 The seed, which is printed, decides the faults with their times and each thread's requests; how they coincide is up
 to the machine. Exit status 0: no wrong byte, no error, no request that hung. Needs root, for the server and a small
@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from strikes import Strikes
+from support.nbd_client import NbdClient, SharedClient
 from support.nfs_server import Ganesha
 from support.proxy import TcpProxy
 from support.small_filesystem import small_filesystem
-from support.worker_process import serving
-from verified_load import VerifiedLoad
+from support.worker_process import serving, serving_by_loop
+from verified_load import PATIENCE_S, VerifiedLoad
 
 MIB = 1 << 20
 REGION_PAGES = 1024
@@ -41,6 +45,7 @@ def run(
     connections: int = 1,
     device_bytes: int = 512 * MIB,
     encrypt: bool = False,
+    loop: bool = False,
     workdir: Path,
 ) -> tuple[list[str], list[str]]:
     """One run. Returns the failures, as texts, and the lines that the worker logged."""
@@ -52,17 +57,22 @@ def run(
         path = server.export_path / "swap"
         with path.open("wb") as file:
             file.truncate(device_bytes)  # all holes, so that a full file system matters
-        worker = stack.enter_context(
-            serving(
-                server.url(path.name, version, nfsport=proxy.port),
-                workdir,
-                f"--plugin-setting=region_pages={REGION_PAGES}",
-                f"--plugin-setting=connections={connections}",
-                f"--plugin-setting=silence_ms={SILENCE_MS}",
-                f"--plugin-setting=encrypt={int(encrypt)}",
-            )
-        )
-        load = VerifiedLoad(worker.socket, device_bytes, seed=seed)
+        settings = [
+            f"region_pages={REGION_PAGES}",
+            f"connections={connections}",
+            f"silence_ms={SILENCE_MS}",
+            f"encrypt={int(encrypt)}",
+        ]
+        url = server.url(path.name, version, nfsport=proxy.port)
+        connect: Callable[[], AbstractContextManager[NbdClient | SharedClient]]
+        if loop:
+            worker = stack.enter_context(serving_by_loop(url, workdir, *settings))
+            shared = stack.enter_context(SharedClient(worker.socket, PATIENCE_S))
+            connect = functools.partial(contextlib.nullcontext, shared)
+        else:
+            worker = stack.enter_context(serving(url, workdir, *(f"--plugin-setting={one}" for one in settings)))
+            connect = functools.partial(NbdClient, worker.socket, PATIENCE_S)
+        load = VerifiedLoad(connect, device_bytes, seed=seed)
         strikes = Strikes(server, proxy, draw)
         load.start()
         _strike_until(time.monotonic() + seconds, strikes, load, draw)
@@ -105,6 +115,7 @@ def main() -> int:
     )
     parser.add_argument("--device-mib", type=int, default=512, help="size of the device")
     parser.add_argument("--encrypt", action="store_true", help="encrypt the pages on the server")
+    parser.add_argument("--loop", action="store_true", help="one client, served by the engine's loop without nbdkit")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="nbdnfs-faults-") as folder:
@@ -115,6 +126,7 @@ def main() -> int:
             connections=args.connections,
             device_bytes=args.device_mib * MIB,
             encrypt=args.encrypt,
+            loop=args.loop,
             workdir=Path(folder),
         )
     if failures:

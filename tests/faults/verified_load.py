@@ -8,26 +8,35 @@ import random
 import struct
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from support.nbd_client import NbdClient
+from support.nbd_client import NbdClient, SharedClient
 
 from nbdnfs.errors import NbdnfsError
 
 PAGE = 4096
 EXTENT_PAGES = 32
-_PATIENCE_S = 300.0
+PATIENCE_S = 300.0
 
 
 class VerifiedLoad:
-    """Threads with a connection each, from `start` until `stop`; all use may come from one other thread.
+    """Threads, each with what `connect` returns, from `start` until `stop`; all use may come from one other thread.
 
     A thread owns every n-th extent of 32 pages, so that it knows what must be read there, while the runs that travel to
     the server have pages of several. `failures` are texts: a wrong page, an error, a connection that ended.
     """
 
-    def __init__(self, socket_path: Path, device_bytes: int, *, seed: int, threads: int = 6) -> None:
-        self._socket_path = socket_path
+    def __init__(
+        self,
+        connect: Callable[[], AbstractContextManager[NbdClient | SharedClient]],
+        device_bytes: int,
+        *,
+        seed: int,
+        threads: int = 6,
+    ) -> None:
+        self._connect = connect
         self._device_bytes = device_bytes
         self._extents = device_bytes // (EXTENT_PAGES * PAGE)
         self._seed = seed
@@ -73,7 +82,7 @@ class VerifiedLoad:
     def verify(self) -> int:
         """Read all of the device, compare, and return the number of wrong pages."""
         wrong = 0
-        with NbdClient(self._socket_path, _PATIENCE_S) as client:
+        with self._connect() as client:
             client.flush()
             for extent in range(self._extents):
                 first = extent * EXTENT_PAGES
@@ -98,7 +107,7 @@ class VerifiedLoad:
     def _run(self, number: int, threads: int) -> None:
         draw = random.Random(f"{self._seed}/{number}")
         try:
-            with NbdClient(self._socket_path, _PATIENCE_S) as client:
+            with self._connect() as client:
                 while not self._stop.is_set() and not self.failures:
                     begun_s = time.monotonic()
                     self._request(client, draw, number, threads)
@@ -107,7 +116,7 @@ class VerifiedLoad:
         except (OSError, NbdnfsError, struct.error) as error:
             self.failures.append(f"thread {number}: {type(error).__name__}: {error}")
 
-    def _request(self, client: NbdClient, draw: random.Random, number: int, threads: int) -> None:
+    def _request(self, client: NbdClient | SharedClient, draw: random.Random, number: int, threads: int) -> None:
         extent = draw.randrange(number, self._extents, threads)
         count = draw.choice((1, 1, 1, 2, 4, 8, 16, 32))
         first = extent * EXTENT_PAGES + draw.randrange(EXTENT_PAGES - count + 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An NBD client for loads: many requests in flight on one connection, simple replies in any order."""
+"""NBD clients for loads: many requests in flight on one connection, simple replies in any order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import contextlib
 import select
 import socket
 import struct
+import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,3 +145,85 @@ class NbdClient:
                 raise ConnectionError("the server closed the connection")
             received += piece
         return bytes(received)
+
+
+class SharedClient:
+    """One connection for several threads, each with a request of its own under way, as the kernel has one.
+
+    Its methods are those of NbdClient, and wait for `timeout_s` at most.
+    """
+
+    def __init__(self, path: Path, timeout_s: float = 60.0) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.connect(str(path))
+            nbd_handshake.negotiate(self._socket, timeout_s=timeout_s)
+        except BaseException:
+            self._socket.close()
+            raise
+        self._socket.settimeout(None)
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()  # guards what follows, and sending
+        self._cookie = 0
+        self._under_way: dict[int, tuple[int, Future[bytes]]] = {}
+        self._failure: OSError | None = None
+        self._receiver = threading.Thread(target=self._receive, daemon=True)
+        self._receiver.start()
+
+    def __enter__(self) -> SharedClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._receiver.join()
+        self._socket.close()
+
+    def read(self, offset: int, length_bytes: int) -> bytes:
+        """One read; OSError with the protocol's errno."""
+        return self._one(Request(READ, offset, length_bytes))
+
+    def write(self, offset: int, data: bytes, *, fua: bool = False) -> None:
+        """One write; OSError with the protocol's errno."""
+        self._one(Request(WRITE, offset, len(data), data, FLAG_FUA if fua else 0))
+
+    def flush(self) -> None:
+        """OSError with the protocol's errno."""
+        self._one(Request(FLUSH, 0, 0))
+
+    def _one(self, request: Request) -> bytes:
+        answer: Future[bytes] = Future()
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            self._cookie += 1
+            self._under_way[self._cookie] = (request.length_bytes if request.op == READ else 0, answer)
+            header = _REQUEST.pack(
+                _REQUEST_MAGIC, request.flags, request.op, self._cookie, request.offset, request.length_bytes
+            )
+            self._socket.sendall(header + request.data)
+        return answer.result(self._timeout_s)
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                magic, error, cookie = _REPLY.unpack(self._receive_exactly(_REPLY.size))
+                if magic != _REPLY_MAGIC:
+                    raise ConnectionError(f"not a reply: its magic number is {magic:#x}")
+                with self._lock:
+                    length_bytes, answer = self._under_way.pop(cookie)
+                if error:
+                    answer.set_exception(OSError(error, "the server rejected the request"))
+                else:
+                    answer.set_result(self._receive_exactly(length_bytes))
+        except OSError as failure:
+            with self._lock:
+                self._failure = failure
+                for _, answer in self._under_way.values():
+                    answer.set_exception(failure)
+
+    def _receive_exactly(self, length_bytes: int) -> bytes:
+        received = self._socket.recv(length_bytes, socket.MSG_WAITALL) if length_bytes else b""
+        if len(received) < length_bytes:
+            raise ConnectionError("the server closed the connection")
+        return received

@@ -60,6 +60,33 @@ def _is_served(path: Path, deadline_s: float) -> bool:
     return True
 
 
+_LOOP_SERVER = Path(__file__).parents[2] / "bench/loop_server.py"
+
+
+@contextlib.contextmanager
+def serving_by_loop(url: str, directory: Path, *settings: str) -> Iterator[Worker]:
+    """The engine's loop for one client after the other, without nbdkit; the plugin's settings, KEY=VALUE. `serve` is
+    the process that serves, which is killed at the end: what the server does not have then is gone."""
+    socket_path, stderr_path = directory / "loop.sock", directory / "loop.err"
+    with stderr_path.open("wb") as stderr:
+        server = subprocess.Popen(
+            [sys.executable, str(_LOOP_SERVER), str(socket_path), url, *settings],
+            stdin=subprocess.DEVNULL,
+            stderr=stderr,
+        )
+    deadline = time.monotonic() + _DEADLINE_S
+    try:
+        while not socket_path.exists():
+            assert server.poll() is None, stderr_path.read_text()
+            assert time.monotonic() < deadline, stderr_path.read_text()
+            time.sleep(0.01)
+        yield Worker(socket_path, server, stderr_path)
+        assert server.poll() is None, stderr_path.read_text()
+    finally:
+        server.kill()
+        server.wait(_DEADLINE_S)
+
+
 @contextlib.contextmanager
 def serving(url: str, directory: Path, *options: str) -> Iterator[Worker]:
     """`nbdnfs serve URL --socket ...`, ended with SIGTERM; it serves when the block begins.
