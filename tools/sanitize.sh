@@ -45,7 +45,7 @@ fi
 # which run's test was the cause.
 first="tests/engine/test_faults.py tests/engine/test_owner.py tests/engine/test_waiting_reader.py
     tests/engine/test_waking.py tests/engine/test_short_writes.py tests/engine/test_encryption.py
-    tests/engine/test_loop.py"
+    tests/engine/test_loop.py tests/hostile/test_hostile_client.py"
 second="tests/engine/test_transport.py tests/engine/test_conformance.py tests/engine/test_wire.py
     tests/engine/test_liveness.py tests/engine/test_reconnecting.py tests/engine/test_finding_again.py
     tests/engine/test_next_worker.py"

@@ -20,7 +20,7 @@ def test_sockets_that_fail(tmp_path: Path) -> None:
     """The loop's own tests pass while every third message fails with ENOBUFS or ENOMEM, and others are cut short."""
     library = tmp_path / "poor_socket.so"
     source = HERE / "poor_socket.c"
-    subprocess.run(["cc", "-std=c11", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    subprocess.run(["cc", "-std=c11", "-Wall", "-shared", "-fPIC", source, "-o", library, "-ldl"], check=True)
     before = os.environ.get("LD_PRELOAD", "")  # a sanitizer's, which must be the first
     argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", TESTS, HERE / "test_loop.py"]
     done = subprocess.run(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import random
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_bool, c_int64, c_uint, c_uint32, c_uint64
 from pathlib import Path
 
@@ -91,7 +91,7 @@ class Reader:
                 assert 0 < prefetch.count <= WINDOW
                 for turn in range(prefetch.times):
                     first = prefetch.first + prefetch.step * turn
-                    assert 0 <= first
+                    assert first >= 0
                     assert first + prefetch.count <= DEVICE_PAGES
                     count = min(prefetch.count, room)
                     self._ahead.update(range(first, first + count))
@@ -102,9 +102,9 @@ class Reader:
 
 
 @pytest.fixture
-def reader(library: ctypes.CDLL) -> Iterator[Reader]:
+def reader(library: ctypes.CDLL) -> Reader:
     """Of whose device nothing has been read."""
-    yield Reader(library)
+    return Reader(library)
 
 
 def walks(starts: Sequence[int], length: int, step: int = 1) -> list[int]:

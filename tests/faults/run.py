@@ -68,7 +68,7 @@ def run(
         if loop:
             worker = stack.enter_context(serving_by_loop(url, workdir, *settings))
             shared = stack.enter_context(SharedClient(worker.socket, PATIENCE_S))
-            connect = functools.partial(contextlib.nullcontext, shared)
+            connect = functools.partial(_lent, shared)
         else:
             worker = stack.enter_context(serving(url, workdir, *(f"--plugin-setting={one}" for one in settings)))
             connect = functools.partial(NbdClient, worker.socket, PATIENCE_S)
@@ -86,6 +86,10 @@ def run(
         print(f"{load.requests} requests, the longest took {max(load.longest_s):.1f} s", flush=True)
         said = worker.stderr.read_text(errors="replace").splitlines()
     return failures, said
+
+
+def _lent(client: SharedClient) -> AbstractContextManager[SharedClient]:
+    return contextlib.nullcontext(client)
 
 
 def _strike_until(end_s: float, strikes: Strikes, load: VerifiedLoad, draw: random.Random) -> None:
