@@ -120,7 +120,7 @@ def replies(stream: bytes, lengths_by_cookie: dict[int, int]) -> list[int]:
 
 @pytest.mark.fake
 @given(requests, st.lists(slips, min_size=12, max_size=12), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_requests(
     engine: Engine, requests: list[tuple[int, int, int, int, int]], slips: list[int], cuts: random.Random
 ) -> None:
@@ -131,7 +131,7 @@ def test_requests(
         stream += struct.pack(">IHHQQI", magic, flag, kind, cookie, offset, length)
         data_lengths[cookie] = length if kind == READ else 0
         if kind == WRITE:
-            stream += cuts.randbytes(max(0, min(length, 2 * REQUEST_BYTES_MAX) + slips[cookie]))
+            stream += cuts.randbytes(max(0, min(length, REQUEST_BYTES_MAX + PAGE) + slips[cookie]))
             is_odd |= slips[cookie] != 0
     client = Client(engine)
     nbd_handshake.negotiate(client.socket)
@@ -148,7 +148,7 @@ def test_requests(
 
 @pytest.mark.fake
 @given(st.binary(max_size=64), st.integers(0, len(HELLO + GO)), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_handshakes(engine: Engine, junk: bytes, right_bytes: int, cuts: random.Random) -> None:
     """The beginning of a handshake, and then anything: serving ends when the client does."""
     client = Client(engine)
