@@ -24,7 +24,8 @@ from vmtest import image, initramfs
 from vmtest.acts import ACTS, Run
 from vmtest.guest import Guest
 from vmtest.outcome import GuestFailedError, HarnessError, LostGuestError
-from vmtest.payload import payload, wheel
+from vmtest.payload import payload
+from vmtest.wheels import wheel
 
 GUEST_MIB = 384
 # What a kill, a NAS that pauses and a swap area that goes away look like in the kernel's log. A task that waits for

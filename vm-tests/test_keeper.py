@@ -18,8 +18,8 @@ from vmtest.guest import Guest, GuestJob, seen_from_guest
 from vmtest.image import Image
 from vmtest.journal import refuse_tracebacks
 from vmtest.outcome import GuestFailedError
-from vmtest.payload import wheel
 from vmtest.verdict import Verdict
+from vmtest.wheels import wheel
 
 _NAME = "swap0"
 _CGROUP = "/sys/fs/cgroup/nbdnfs-hog"

@@ -10,7 +10,7 @@ from random_acts import EXPECTED, GUEST_MIB
 from support.nfs_server import Ganesha
 from vmtest.acts import ACTS, Run
 from vmtest.guest import Guest
-from vmtest.payload import wheel
+from vmtest.wheels import wheel
 
 _SEED = 14
 
