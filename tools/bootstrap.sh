@@ -29,8 +29,8 @@ packages="$packages nbdkit nbdkit-plugin-python libnbd-bin"
 packages="$packages nfs-ganesha nfs-ganesha-vfs rpcbind netbase e2fsprogs"
 # guests
 packages="$packages qemu-system-x86 qemu-utils ipxe-qemu mmdebstrap gpg iproute2 squashfs-tools"
-# guests of another architecture: their programs are built in their root folder, under user-mode emulation
-[ "${ARCH:-amd64}" != arm64 ] || packages="$packages qemu-system-arm qemu-user-static arch-test"
+# guests of another architecture: their image is installed under user-mode emulation, nbdnfs is cross-compiled for it
+[ "${ARCH:-amd64}" != arm64 ] || packages="$packages qemu-system-arm qemu-user-static arch-test gcc-aarch64-linux-gnu"
 packages="$packages $packages_for_mode"
 
 # Of two that run at once, the second waits.

@@ -24,6 +24,8 @@ class Architecture:
     console: str
     interpreter: str = ""
     """How binfmt_misc calls the user-mode emulator that runs its programs on this host; empty where none is needed."""
+    compiler_prefix: str = ""
+    """Of the compiler for it that runs on this host, which is in the package gcc-PREFIX; set where `interpreter` is."""
 
     def need_to_run_programs(self) -> None:
         """HarnessError where programs of this architecture do not run on this host."""
@@ -60,6 +62,7 @@ _ARM64 = Architecture(
     cpu="cortex-a76",
     console="ttyAMA0",
     interpreter="qemu-aarch64",
+    compiler_prefix="aarch64-linux-gnu",
 )
 
 ARCHITECTURES = {one.name: one for one in (_AMD64, _ARM64)}

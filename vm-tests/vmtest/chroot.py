@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Builds in the image's root folder: the guest's own compiler and libraries, at the speed of the host."""
+"""Builds in the image's root folder, with the guest's own compiler and libraries."""
 
 from __future__ import annotations
 

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The project as a wheel for an image: built with the image's compiler, Python and libnfs, without the network."""
+"""The project as a wheel for an image: built with the image's Python and libnfs, without the network."""
 
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
-from vmtest import cache
+from vmtest import cache, host
 from vmtest.chroot import Workspace, workspace
 from vmtest.image import Image
 
 _TREE = Path(__file__).parents[2]
+_CROSS = _TREE / "tools/cross.sh"
 
 # What setup.py and pyproject.toml build from.
 _SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "nbdnfs", "plugin", "systemd")
@@ -18,6 +20,9 @@ _NOT_SOURCES = frozenset({".so", ".pyc", ".o"})
 
 # The network is not to be asked for anything.
 _PIP_OPTIONS = ("--no-index", "--no-deps", "--no-build-isolation", "--quiet")
+
+# Some ten seconds; an emulated pip takes 25 of a processor, and minutes where others want it as well.
+_TIMEOUT_S = 900
 
 
 def wheel(image: Image, version: str) -> Path:
@@ -34,7 +39,7 @@ def wheel(image: Image, version: str) -> Path:
 
 def source_parts() -> list[str | bytes]:
     """What a wheel is made from, for cache.digest: the sources, and how it is built."""
-    paths = [*_source_files(), Path(__file__)]
+    paths = [*_source_files(), Path(__file__), _CROSS]
     return [part for path in paths for part in (str(path.relative_to(_TREE)), path.read_bytes())]
 
 
@@ -47,11 +52,13 @@ def build(work: Workspace, version: str = "") -> Path:
         shutil.copy(file, target)
     if version:
         (source / "nbdnfs/__init__.py").write_text(f'__version__ = "{version}"\n')
-    work.run(
-        ["python3", "-m", "pip", "wheel", *_PIP_OPTIONS, "--wheel-dir", ".", "./source"],
-        what=f"building nbdnfs for Debian {work.image.suite}",
-        timeout_s=600,
-    )
+    what = f"building nbdnfs for Debian {work.image.suite}"
+    pip = ("-m", "pip", "wheel", *_PIP_OPTIONS, "--wheel-dir")
+    if prefix := work.image.architecture.compiler_prefix:
+        cross = (_CROSS, prefix, work.image.root)
+        host.run([*cross, sys.executable, *pip, work.path, source], what=what, timeout_s=_TIMEOUT_S)
+    else:
+        work.run(["python3", *pip, ".", "./source"], what=what, timeout_s=_TIMEOUT_S)
     (built,) = work.path.glob("*.whl")
     return built
 
@@ -62,7 +69,7 @@ def install(work: Workspace, built: Path, tree: str) -> None:
     work.run(
         ["python3", "-m", "pip", "install", *_PIP_OPTIONS, "--root", f"{work.inside}/{tree}", f"./{built.name}"],
         what=f"installing nbdnfs for Debian {work.image.suite}",
-        timeout_s=600,
+        timeout_s=_TIMEOUT_S,
     )
 
 
