@@ -76,12 +76,14 @@ def swapping(
 
 
 def memory_of(guest: Guest) -> str:
-    """Locked and resident memory of keeper, worker and standby in KiB: proc_pid_status(5)."""
+    """Resident and locked memory of keeper, heir, worker and standby in KiB (swap.memory_of; Pss has a share of what is
+    mapped more than once), and the size of a page."""
     return guest.run(
-        f"for p in $(cat /sys/fs/cgroup/nbdnfs.slice/nbdnfs@{_NAME}.service/cgroup.procs"
-        f" || cat /sys/fs/cgroup/*/*/nbdnfs@{_NAME}.service/cgroup.procs);"
-        " do cut -c1-60 /proc/$p/cmdline | tr '\\0' ' '; grep -hE '^(VmLck|VmRSS|Rss.*):' /proc/$p/status"
-        " | tr -s '\\t\\n' ' '; echo; done",
+        "echo pages of $(getconf PAGESIZE) bytes;"
+        f" for p in $(cat /sys/fs/cgroup/nbdnfs.slice/nbdnfs@{_NAME}.service/cgroup.procs"
+        f" || cat /sys/fs/cgroup/*/*/nbdnfs@{_NAME}.service/cgroup.procs); do cd /run/nbdnfs/{_NAME};"
+        ' echo $(grep -lsE "^$p( |$)" keeper worker standby) $(cat /proc/$p/comm)'
+        " $(grep -hE '^(Rss|Pss|Locked):' /proc/$p/smaps_rollup) $(grep -hE '^Vm(RSS|Lck):' /proc/$p/status); done",
         check=False,
     ).stdout
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from support.nfs_server import Ganesha
+from vmtest import swap
 from vmtest.guest import Guest, seen_from_guest
 from vmtest.journal import keep_on_disk, refuse_tracebacks
 from vmtest.outcome import GuestFailedError
@@ -21,6 +22,7 @@ _FILE_ID = f"systemd-id128 machine-id --app-specific={APPLICATION_ID}"
 # measure: the figure is printed, and docs/decisions/0008 says where the time goes.
 _POWER_OFF_TIMEOUT_S = 150.0
 _SWAPPED_MIB = 200
+_LOAD_MIB, _LOAD_LIMIT_MIB = 64, 16
 # Of each unit, that it starts and stops.
 _TELL = "systemd.log_level=info"
 
@@ -76,10 +78,11 @@ def _swap_out(guest: Guest, mib: int) -> None:
     )
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(2700)
 @pytest.mark.parametrize("memory_mib", [512, 256])
 def test_enable_reboot_power_off(boot: Callable[..., Guest], ganesha: Ganesha, memory_mib: int) -> None:
-    """enable --now makes the file and swaps; a reboot swaps again; with 200 MiB swapped out it goes off in time."""
+    """enable --now makes the file and swaps; a reboot swaps again, and every page is right; with 200 MiB swapped out it
+    goes off in time."""
     url = seen_from_guest(ganesha.url("swap0.swap"))
     with boot(project=True, memory_mib=memory_mib, arguments=[_TELL], allow={"slow"}) as guest:
         guest.settle()
@@ -87,7 +90,8 @@ def test_enable_reboot_power_off(boot: Callable[..., Guest], ganesha: Ganesha, m
         guest.run("systemctl enable --now nbdnfs@swap0", 300, check=False)
         _wait_for_swap(guest, "swap0")
         assert (ganesha.export_path / "swap0.swap").stat().st_size == 256 << 20
-        assert _status(guest, "swap0")["swap_bytes"] == (256 << 20) - 4096
+        page_bytes = int(guest.run("getconf PAGESIZE").stdout)
+        assert _status(guest, "swap0")["swap_bytes"] == (256 << 20) - page_bytes
         assert guest.run("nbdnfs install-units").stdout == "everything is already installed\n"
         verify = guest.run("systemd-analyze verify --man=no nbdnfs@swap0.service nbdnfs.slice 2>&1", 120, check=False)
         assert (verify.status, verify.stdout) == (0, "")
@@ -99,6 +103,9 @@ def test_enable_reboot_power_off(boot: Callable[..., Guest], ganesha: Ganesha, m
         assert guest.run("cat /proc/sys/vm/watermark_boost_factor").stdout.strip() == "0"
         _check_journal(guest, -1)
         _check_journal(guest, 0)
+        with swap.limited(guest, _LOAD_LIMIT_MIB) as cgroup:
+            verdict = swap.stress(guest, size_mib=_LOAD_MIB, cgroup=cgroup, timeout_s=900).check()
+        print(f"pages of {page_bytes} bytes: {verdict.checked} checked, {verdict.wrong} wrong, {swap.counters(guest)}")
         _swap_out(guest, _SWAPPED_MIB)
         print(guest.run("cat /proc/swaps; free -m").stdout)
         seconds = guest.shutdown(_POWER_OFF_TIMEOUT_S)

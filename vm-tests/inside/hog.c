@@ -29,8 +29,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#define PAGE_BYTES 4096 // what is checked at a time, whatever the kernel's page is
-#define PAGE_WORDS (PAGE_BYTES / sizeof(uint64_t))
 #define MAX_PROCESSES 64
 #define MAX_PASSES 64    // less than the generations that a byte can count
 #define MAX_MESSAGES 16  // wrong pages that a process describes; the rest are counted
@@ -50,6 +48,8 @@ static unsigned pause_ms;
 static long spoiled_page = -1; // process 0 gets it wrong on purpose, to see the check at work
 static int report_fd = -1;
 static const char *until_path;
+static size_t page_bytes; // the kernel's: what is swapped at a time, and counted in /proc/vmstat
+static size_t page_words;
 
 // One for each process, which alone writes it; the parent reads.
 static struct counters {
@@ -108,7 +108,7 @@ static uint64_t page_key(uint64_t id, unsigned generation)
 static void write_page(uint64_t *page, uint64_t id, unsigned generation)
 {
     uint64_t key = page_key(id, generation);
-    for (size_t i = 0; i < PAGE_WORDS; i++)
+    for (size_t i = 0; i < page_words; i++)
         page[i] = word_at(key, i, id, generation);
 }
 
@@ -116,7 +116,7 @@ static void write_page(uint64_t *page, uint64_t id, unsigned generation)
 static int check_page(const uint64_t *page, uint64_t id, unsigned generation)
 {
     uint64_t key = page_key(id, generation);
-    for (size_t i = 0; i < PAGE_WORDS; i++)
+    for (size_t i = 0; i < page_words; i++)
         if (page[i] != word_at(key, i, id, generation))
             return (int)i;
     return -1;
@@ -137,7 +137,7 @@ static void shuffle(uint32_t *order, size_t count, uint64_t state)
 static void work(int process, size_t page_count, int go)
 {
     struct counters *mine = &counters[process];
-    uint64_t *pages = mmap(NULL, page_count * PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    uint64_t *pages = mmap(NULL, page_count * page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     uint8_t *generations = calloc(page_count, 1);
     uint32_t *order = malloc(page_count * sizeof *order);
     if (pages == MAP_FAILED || !generations || !order)
@@ -155,7 +155,7 @@ static void work(int process, size_t page_count, int go)
             shuffle(order, page_count, pass_seed);
         for (size_t i = 0; i < page_count; i++) {
             size_t number = passes[pass] == RANDOM ? order[i] : i;
-            uint64_t *page = pages + number * PAGE_WORDS;
+            uint64_t *page = pages + number * page_words;
             uint64_t id = (uint64_t)process << 40 | number;
             if (passes[pass] == FILL) {
                 write_page(page, id, ++generations[number]);
@@ -177,7 +177,7 @@ static void work(int process, size_t page_count, int go)
             atomic_store(&mine->done, i + 1);
         }
         if (pass == 0 && process == 0 && spoiled_page >= 0 && (size_t)spoiled_page < page_count)
-            pages[((size_t)spoiled_page + 1) * PAGE_WORDS - 1] ^= 1;
+            pages[((size_t)spoiled_page + 1) * page_words - 1] ^= 1;
         atomic_store(&mine->finished_s, now_s());
         atomic_store(&mine->passes_done, pass + 1);
     }
@@ -342,11 +342,13 @@ static double run_pass(int pass, size_t total_pages, double started_s)
 int main(int argc, char **argv)
 {
     parse_options(argc, argv);
+    page_bytes = (size_t)sysconf(_SC_PAGESIZE);
+    page_words = page_bytes / sizeof(uint64_t);
     size_t counters_bytes = sizeof *counters * (size_t)processes;
     counters = mmap(NULL, counters_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (counters == MAP_FAILED)
         die("no memory");
-    size_t page_count = size_mib * (1 << 20) / PAGE_BYTES / (size_t)processes;
+    size_t page_count = size_mib * (1 << 20) / page_bytes / (size_t)processes;
     size_t total_pages = page_count * (size_t)processes;
     start_processes(page_count);
     // The parent goes on reporting while its children wait for memory.
