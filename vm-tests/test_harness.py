@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from vmtest import cache
+from vmtest import cache, initramfs
 
 pytestmark = pytest.mark.meta
 
@@ -56,6 +56,19 @@ def test_digest_depends_on_every_part_and_its_borders() -> None:
     """Where one part ends and the next begins counts: ab+c is not a+bc."""
     assert cache.digest("ab", "c") != cache.digest("a", "bc")
     assert cache.digest("ab", "c") == cache.digest("ab", b"c")
+
+
+def test_modules_that_no_symbol_shows(tmp_path: Path) -> None:
+    """ext4 cannot mount without crc32c, which modules.dep does not know: Debian's arm64 kernels have it as a module."""
+    for name, text in {
+        "modules.dep": "fs/ext4.ko.xz: fs/jbd2.ko.xz\nfs/jbd2.ko.xz:\ncrypto/crc32c_generic.ko.xz:\nfs/other.ko:\n",
+        "modules.builtin": "kernel/drivers/virtio_blk.ko\n",
+        "modules.alias": "# Aliases\nalias crypto-crc32c crc32c_generic\nalias pci:v*d* other\n",
+        "modules.softdep": "# Soft dependencies\nsoftdep ext4 pre: crypto-crc32c not-here post: other\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    found = initramfs.load_order(tmp_path, ("virtio_blk", "ext4"))
+    assert [path.name for path in found] == ["jbd2.ko.xz", "crc32c_generic.ko.xz", "ext4.ko.xz"]
 
 
 def test_lost_is_neither_failed_nor_passed(tmp_path: Path) -> None:

@@ -28,22 +28,24 @@ def initrd(image: Image, root: Literal["disk", "network"] = "disk") -> Path:
         with workspace(image) as work:
             shutil.move(work.compile("init.c"), folder / "init")
         files = [("init", 0o100755, (folder / "init").read_bytes()), ("modules", 0o040755, b"")]
-        for number, module in enumerate(_load_order(image.modules, _ALWAYS + _ROOT[root])):
+        for number, module in enumerate(load_order(image.modules, _ALWAYS + _ROOT[root])):
             files.append((f"modules/{number:02}-{module.name.split('.')[0]}.ko", 0o100644, _module_bytes(module)))
         (folder / "initrd").write_bytes(_cpio(files))
 
     return cache.cached(f"initrd-{image.name}-{root}", key, build) / "initrd"
 
 
-def _load_order(modules: Path, names: tuple[str, ...]) -> list[Path]:
-    """The files of `names` and all they need, needs first, as modules.dep says; built-in ones are left out."""
+def load_order(modules: Path, names: tuple[str, ...]) -> list[Path]:
+    """The files of `names` and all they need, needs first, as modules.dep and modules.softdep say; built-in ones are
+    left out."""
     needs = dict(line.split(":", 1) for line in (modules / "modules.dep").read_text().splitlines())
-    files = {Path(file).name.split(".")[0].replace("-", "_"): file for file in needs}
+    files = {_name(file): file for file in needs}
     built_in = {Path(line).stem for line in (modules / "modules.builtin").read_text().splitlines()}
+    wishes = _needed_unnamed(modules)
     ordered: list[str] = []
 
     def add(file: str) -> None:
-        for need in needs[file].split():
+        for need in [*needs[file].split(), *(files[name] for name in wishes.get(_name(file), ()) if name in files)]:
             if need not in ordered:
                 add(need)
         if file not in ordered:
@@ -53,6 +55,23 @@ def _load_order(modules: Path, names: tuple[str, ...]) -> list[Path]:
         if name not in built_in:
             add(files[name])
     return [modules / file for file in ordered]
+
+
+def _needed_unnamed(modules: Path) -> dict[str, list[str]]:
+    """By module, those that it asks the kernel for by a name (ext4 for crc32c), which no symbol shows:
+    "softdep ext4 pre: crypto-crc32c", modprobe.d(5)."""
+    lines = (line.split() for line in (modules / "modules.alias").read_text().splitlines())
+    names = {words[1]: words[-1] for words in lines if words[0] == "alias"}
+    needed: dict[str, list[str]] = {}
+    for line in (modules / "modules.softdep").read_text().splitlines():
+        if line.startswith("softdep "):
+            _, module, *words = line.partition(" post:")[0].split()
+            needed[module] = [names.get(word, word.replace("-", "_")) for word in words if word != "pre:"]
+    return needed
+
+
+def _name(file: str) -> str:
+    return Path(file).name.split(".")[0].replace("-", "_")
 
 
 def _module_bytes(module: Path) -> bytes:
