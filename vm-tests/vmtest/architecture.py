@@ -22,6 +22,7 @@ class Architecture:
     machine: str
     cpu: str
     console: str
+    kernel_arguments: tuple[str, ...] = ()
     interpreter: str = ""
     """How binfmt_misc calls the user-mode emulator that runs its programs on this host; empty where none is needed."""
     compiler_prefix: str = ""
@@ -61,6 +62,8 @@ _ARM64 = Architecture(
     machine="virt,gic-version=3",
     cpu="cortex-a76",
     console="ttyAMA0",
+    # With a random address the kernel keeps page tables apart, and changes them at each system call: dear to emulate.
+    kernel_arguments=("nokaslr",),
     interpreter="qemu-aarch64",
     compiler_prefix="aarch64-linux-gnu",
 )

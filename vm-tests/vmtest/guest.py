@@ -293,6 +293,7 @@ class Guest:
         arguments = [
             f"console={kind.console}",
             *_KERNEL_ARGUMENTS,
+            *kind.kernel_arguments,
             *(f"systemd.hostname={self.name}", f"systemd.machine_id={machine_id(self.name)}"),
         ]
         disks = [f"format=raw,file={disk}" for disk in self._disks]
