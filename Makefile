@@ -18,7 +18,7 @@ SEEDS_S := 30
 FIRST_SEED := 1
 
 .PHONY: help release demo test unit faults hostile odd-servers prove vm-test bench bench-vm lint format clean deb
-.PHONY: check-deb dist check-dist
+.PHONY: check-deb dist check-dist check-arm
 help:
 	@echo 'make demo         a Debian guest swaps onto a file on an NFS server; a table at the end'
 	@echo 'make demo HERE=1  the same on this machine, without a guest (needs the kernel module nbd)'
@@ -36,6 +36,7 @@ help:
 	@echo 'make lint         ruff, mypy, and the C compiler with warnings as errors'
 	@echo 'make deb          the Debian package for this Debian, in build/deb'
 	@echo 'make check-deb    build it in a fresh Debian, install, use and purge it in others; SUITE=trixie for Debian 13'
+	@echo 'make check-arm    cross-compile, and run the unit tests emulated: armhf, or ARCH=arm64 with pages of 16 KiB'
 	@echo 'make dist         wheel and source distribution, in build/dist'
 	@echo 'make check-dist   the same twice, and what a user does with them'
 	@echo 'make release      wheel, source distribution and Debian packages from a clean clone of HEAD, all checked'
@@ -110,6 +111,12 @@ check-deb:
 	@tools/bootstrap.sh test
 	$(AS_ROOT) tools/check_deb.sh $(or $(SUITE),bookworm)
 	$(PYTEST) -m "" vm-tests/test_package.py $(ARGS)
+
+# 32 bits by default: all else about arm64 is the guests' business.
+check-arm: ARCH := $(or $(ARCH),armhf)
+check-arm:
+	@ARCH=$(ARCH) tools/bootstrap.sh test
+	$(AS_ROOT) tools/check_arm.sh $(ARCH) $(or $(SUITE),trixie) $(ARGS)
 
 dist:
 	@tools/bootstrap.sh test

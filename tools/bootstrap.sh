@@ -30,7 +30,10 @@ packages="$packages nfs-ganesha nfs-ganesha-vfs rpcbind netbase e2fsprogs"
 # guests
 packages="$packages qemu-system-x86 qemu-utils ipxe-qemu mmdebstrap gpg iproute2 squashfs-tools"
 # guests of another architecture: their image is installed under user-mode emulation, nbdnfs is cross-compiled for it
-[ "${ARCH:-amd64}" != arm64 ] || packages="$packages qemu-system-arm qemu-user-static arch-test gcc-aarch64-linux-gnu"
+case "${ARCH:-amd64}" in
+    arm64) packages="$packages qemu-system-arm qemu-user-static arch-test gcc-aarch64-linux-gnu" ;;
+    armhf) packages="$packages qemu-user-static arch-test gcc-arm-linux-gnueabihf" ;; # no guests
+esac
 packages="$packages $packages_for_mode"
 
 # Of two that run at once, the second waits.

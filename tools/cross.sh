@@ -14,10 +14,10 @@ command -v "$prefix-gcc" >/dev/null || {
     echo "cross: apt install gcc-$prefix" >&2
     exit 1
 }
-# before the headers of this machine's Python, which setuptools names
-headers=$(echo "$root"/usr/include/python3.*)
+# Both come before the folders of this machine's Python, which setuptools names.
+headers=$(echo "$root"/usr/include/python3.*) libraries=$root/usr/lib/$prefix
 export CC="$prefix-gcc --sysroot=$root -I$headers ${CROSS_CFLAGS:-}"
-export LDSHARED="$CC -shared"
-export PKG_CONFIG_SYSROOT_DIR=$root PKG_CONFIG_LIBDIR=$root/usr/lib/$prefix/pkgconfig
+export LDSHARED="$CC -shared -L$libraries"
+export PKG_CONFIG_SYSROOT_DIR=$root PKG_CONFIG_LIBDIR=$libraries/pkgconfig
 export _PYTHON_HOST_PLATFORM=linux-${prefix%%-*} # of the wheel: sysconfig.get_platform()
 exec "$@"
