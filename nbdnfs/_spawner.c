@@ -25,7 +25,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define STACK_BYTES (128 * 1024)
+#define STACK_BYTES (128 * 1024) /* less is refused on arm64: PTHREAD_STACK_MIN */
 #define MOVES_MAX 8
 
 /* A program to start. Made by submit(), then the thread's. */

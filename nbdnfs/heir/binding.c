@@ -23,7 +23,7 @@
 #include <unistd.h>
 
 #define STACK_BYTES (32 * 1024)
-#define THREAD_STACK_BYTES (64 * 1024)
+#define THREAD_STACK_BYTES (128 * 1024) /* less is refused on arm64: PTHREAD_STACK_MIN */
 
 static struct heir the_heir; /* the child's own while `alive` */
 static char stack[STACK_BYTES] __attribute__((aligned(64)));

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The engine on 32-bit machines, as far as a 64-bit one can tell: it compiles, and sizes do not wrap."""
+"""What this machine can tell about others: on 32-bit ones it compiles and sizes do not wrap, and arm64 has threads."""
 
 from __future__ import annotations
 
 import platform
+import re
 import runpy
 import shlex
 import subprocess
@@ -19,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "nbdnfs" / "engine"
 SOURCES = sorted(path for room in ("base", "region", "nfs", "block") for path in (ENGINE / room).glob("*.c"))
 SLOTS = 4096
+# PTHREAD_STACK_MIN of glibc on arm64 and ppc64; on x86 it is 16 KiB
+STACK_MIN_BYTES = 128 << 10
 GIB = 1 << 30
 
 # The compiler computes the size, and refuses to compile the call where it is another. Nothing runs.
@@ -119,3 +122,18 @@ def test_links_atomics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs_li
     runpy.run_path("setup.py")
     assert ("-latomic" in found["nbdnfs.engine._engine"]) == needs_library
     assert "-latomic" not in found["nbdnfs._memlock"]
+
+
+def test_stacks_are_large_enough_for_arm64() -> None:
+    """A thread with a smaller one is not made: EINVAL, which was a keeper without an heir."""
+    found: dict[str, int] = {}
+    for path in (ROOT / "nbdnfs").rglob("*.[ch]"):
+        text = path.read_text()
+        for name in re.findall(r"pthread_attr_setstacksize\(&\w+, ([A-Z_]+)\)", text):
+            header = path.with_suffix(".h")
+            defined = text if f"#define {name} " in text else header.read_text()
+            kib = re.search(rf"#define {name} \((\d+) \* 1024\)", defined)
+            assert kib, f"{path.name}: {name}"
+            found[path.name] = int(kib[1]) << 10
+    assert len(found) >= 3
+    assert min(found.values()) >= STACK_MIN_BYTES, found
