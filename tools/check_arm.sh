@@ -29,9 +29,9 @@ esac
 # Unpacked, not installed: the packages' own scripts would run for an hour under emulation.
 unpack_debian() {
     packages=gcc,libc6-dev,libnfs-dev,libsodium-dev,pkg-config,python3-dev,python3-setuptools
-    packages=$packages,python3-pytest,python3-pytest-timeout,python3-hypothesis,python3-pyroute2
+    packages=$packages,nbdkit,nbdkit-plugin-python,python3-pytest,python3-pytest-timeout,python3-hypothesis,python3-pyroute2
     # what every Debian has
-    packages=$packages,base-files,base-passwd,libc-bin,coreutils,dash,bash,util-linux,procps,sed,grep,mawk,findutils
+    packages=$packages,base-files,base-passwd,libc-bin,coreutils,dash,bash,util-linux,mount,procps,sed,grep,mawk,findutils
     rm -rf "$root.making"
     mkdir -p "$root.making"
     mmdebstrap --quiet --variant=extract --architectures="$arch" --include="$packages" \
@@ -74,9 +74,10 @@ echo "check_arm: running the unit tests on $(chroot "$root" env QEMU_PAGESIZE=$p
 import platform, os; print(platform.machine(), "with pages of", os.sysconf("SC_PAGE_SIZE"), "bytes")')"
 # The mounts end with the processes.
 # shellcheck disable=SC2016 # the shell inside expands it
-unshare --mount --pid --fork sh -euc '
+unshare --mount sh -euc '
     mount -t proc proc "$1/proc"
     mount --rbind /dev "$1/dev"
+    mount --rbind /sys "$1/sys"
     exec chroot "$@"
 ' sh "$root" env "QEMU_PAGESIZE=$page_bytes" sh -c 'cd /source && exec python3 -m pytest "$@"' sh \
     -q -p no:cacheprovider -m "not server and not fake and not long" --timeout 900 --hypothesis-profile ci \
