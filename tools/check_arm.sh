@@ -70,6 +70,7 @@ not_emulated=(
     tests/kernel/test_nbd_netlink.py::test_on_the_running_kernel
     tests/kernel/test_nbd_netlink.py::test_a_resident_process_pays_little
     tests/nas/test_explain.py
+    tests/engine/test_finding_again.py::test_a_server_on_other_ports
     # posix_spawn(3) does not tell that exec failed
     tests/foundation/test_programs.py::test_run
     tests/foundation/test_programs.py::test_a_program_that_cannot_be_started
