@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Fault tool, for LD_PRELOAD: a machine that has little memory. On Unix sockets every third send or receive of a message
- * fails for want of it, and the others send and receive little.
+ * Fault tool, for LD_PRELOAD: a machine that has little memory. On Unix sockets every third send or receive of a
+ * message fails for want of it, and the others send and receive little.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -246,7 +246,7 @@ static PyMethodDef engine_methods[] = {
 	  "flush(): everything that was written is on the NAS when it returns" },
 	{ "trim", (PyCFunction)engine_trim_method, METH_VARARGS, "trim(length, offset): the bytes may be forgotten" },
 	{ "serve", (PyCFunction)engine_serve_method, METH_VARARGS,
-	  "serve(fd, tick_ms=2000): serve one NBD client on a connected socket until it disconnects; by one thread at a time" },
+	  "serve(fd, tick_ms=2000): serve one NBD client on a socket until it disconnects; by one thread at a time" },
 	{ "counters", (PyCFunction)engine_counters, METH_NOARGS, "counters() -> the region's counters and histograms" },
 	{ "close", (PyCFunction)engine_close, METH_NOARGS, "close(): disconnect; no request may be running" },
 	{ NULL, NULL, 0, NULL },

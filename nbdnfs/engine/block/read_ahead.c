@@ -34,8 +34,8 @@ static struct fetch *free_fetch(struct engine *engine)
 }
 
 /*
- * Fetch pages into slots, as far as there is room for them. Returns how many are left. Lock held; dropped while a request
- * is submitted.
+ * Fetch pages into slots, as far as there is room for them. Returns how many are left. Lock held; dropped while a
+ * request is submitted.
  */
 static uint32_t fetch_pages(struct engine *engine, uint64_t first_page, uint32_t pages)
 {

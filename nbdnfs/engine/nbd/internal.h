@@ -75,7 +75,7 @@ struct nbd_loop {
 	bool lacks_place;       /* there is a request that finds no place */
 	uint64_t gather_until_us; /* the client is in the middle of a request, which is left to come: 0, or until */
 	uint32_t gather_us;     /* how long that was, for this request */
-	unsigned in_vain;       /* how often that brought nothing else for a last page; then, how many were not waited for */
+	unsigned in_vain;       /* how often that brought nothing for a last page; then, how many had no wait */
 	bool ended;             /* nothing more is received: the client has disconnected, or broken the protocol */
 	bool gone;              /* nobody receives replies */
 	bool broke_protocol;    /* that is why it has ended */
@@ -133,7 +133,7 @@ static inline bool nbd_gathers(const struct nbd_loop *loop)
 	return !loop->ended && loop->gather_until_us > 0;
 }
 
-/* Is that all that is wrong with a call? It is tried again soon. Not at once: who frees memory may need the processor. */
+/* Is that all that is wrong with a call? It is tried again soon; not at once, as who frees memory may need the CPU. */
 static inline bool nbd_lacks_memory(struct nbd_loop *loop, int error)
 {
 	bool lacks_memory = error == ENOBUFS || error == ENOMEM;

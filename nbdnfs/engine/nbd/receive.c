@@ -13,8 +13,8 @@
  * The kernel sends a request in pieces, its head and each page with a send of its own, and each wakes this thread,
  * which takes the processor from the kernel where both have the same one: 33 times for 128 KiB. Therefore the rest of a
  * request is left to come for as long as the kernel may need to send it; with it come more requests. Where that was too
- * short, because the machine is slow, it is twice as long the next time, until the request is complete. The last page is
- * one send only: it is left to come while others come with it. Where none did so often, that is tried now and then.
+ * short, because the machine is slow, it is twice as long the next time, until the request is complete. The last page
+ * is one send only: it is left to come while others come with it. Where none did so often, that is tried now and then.
  */
 #define GATHER_US 20
 #define GATHER_BYTES_PER_US 2000

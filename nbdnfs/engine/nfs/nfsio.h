@@ -300,9 +300,9 @@ int nfsio_transfer(struct nfsio *io, struct nfsio_req *req);
  * for a request: a `done` that is called in it may not, and nfsio_transfer() may be called by other threads only.
  *
  * nfsio_attend() makes the calling thread the attendant. `wake_fd`, an eventfd(2) of the caller's, is written to when
- * there is a connection again. Every `tick_ms` the I/O thread looks whether it has something to do, although it is called
- * then. Before each poll(2), nfsio_before_poll() fills in what to poll, and returns for how many
- * ms at most, -1: any time. After it, nfsio_after_poll() receives; callbacks run, in the attendant's thread.
+ * there is a connection again. Every `tick_ms` the I/O thread looks whether it has something to do, although it is
+ * called then. Before each poll(2), nfsio_before_poll() fills in what to poll, and returns for how many ms at most, -1:
+ * any time. After it, nfsio_after_poll() receives; callbacks run, in the attendant's thread.
  */
 #define NFSIO_POLLED 3
 void nfsio_attend(struct nfsio *io, int wake_fd, uint32_t tick_ms);
