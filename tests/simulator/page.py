@@ -117,8 +117,9 @@ def mutant_tables(found: dict[str, Any]) -> list[str]:
     lines += [f"| {name} | {caught[name]} | {missed[name]} |" for name in sorted({*caught, *missed})]
     lines += ["", "| a fault that the engine had | found after, s of the processor's time |", "| --- | ---: |"]
     for mutant in KNOWN:
-        used = found.get(mutant.name, {"found_s": None})["found_s"]
-        lines.append(f"| {mutant.name} | {'-' if used is None else f'{used:.2f}'} |")
+        if mutant.name in found:
+            used = found[mutant.name]["found_s"]
+            lines.append(f"| {mutant.name} | {'not found' if used is None else f'{used:.2f}'} |")
     survivors = [mutant for mutant in SEEDED if found.get(mutant.name, {"found_s": 0})["found_s"] is None]
     if survivors:
         lines += ["", "Not found:", "", *(f"- {mutant.name} ({mutant.promise})" for mutant in survivors)]

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
 import re
 import subprocess
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,18 @@ class Part:
         part = path_of(self.name).with_suffix(".part")
         part.write_text(json.dumps(asdict(self), indent=1) + "\n")
         part.rename(path_of(self.name))
+
+
+@contextlib.contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Nobody else runs this part meanwhile. SystemExit: somebody does."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / f"{name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"make prove: another process runs {name}\nmake prove: wait for it, or choose others with PARTS=")
+        yield
 
 
 def path_of(name: str) -> Path:

@@ -23,7 +23,7 @@ from simulator import coverage
 from simulator.build import ENGINE, build
 from simulator.mutants import KNOWN, SEEDED, Mutant
 from simulator.page import page_of, put_page, seed_rows
-from simulator.parts import PARTS, Part, load
+from simulator.parts import PARTS, Part, alone, load
 from simulator.runs import Outcome, shrink, simulate
 
 # Seeds are kept in pieces of so many.
@@ -207,7 +207,8 @@ def main() -> int:
     if options.only_seeds:
         return try_seeds(build(), options)
     for name in options.parts:
-        RUNNERS[name](load(name), options)
+        with alone(name):
+            RUNNERS[name](load(name), options)
     text, is_right = page_of({name: load(name) for name in PARTS})
     print(text)
     if options.write:
