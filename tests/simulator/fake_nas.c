@@ -91,6 +91,8 @@ uint32_t nas_handle(enum nas_object object, uint8_t *handle)
 	uint32_t words[HANDLE_BYTES_MAX / 4] = { 0x6e617321, object, nas.generations[object] };
 	uint32_t bytes = 16 + 4 * ((object + nas.generations[object]) % 13);
 
+	for (uint32_t i = 3; i < bytes / 4; i++)
+		words[i] = ~i; /* no byte of it may be left out */
 	memcpy(handle, words, bytes);
 	return bytes;
 }
