@@ -7,7 +7,7 @@ from __future__ import annotations
 import signal
 
 import pytest
-from support.keeper_steps import SCENES, Template, Wanted, fail_everywhere, play, stop_everywhere
+from support.keeper_steps import SCENES, Template, Wanted, everywhere, failing_at, killed_at, play
 
 # One step of so many.
 EVERY = 40
@@ -41,12 +41,12 @@ def test_a_call_fails_in_each_way() -> None:
 
 
 def test_killed_at_a_part_of_its_steps() -> None:
-    found = stop_everywhere(every=EVERY)
+    found = everywhere(killed_at, every=EVERY)
     assert found.wrong == []
     assert found.tried > 50
 
 
 def test_a_part_of_its_calls_fails() -> None:
-    found = fail_everywhere(every=EVERY)
+    found = everywhere(failing_at, every=EVERY)
     assert found.wrong == []
     assert found.tried > 50

@@ -91,6 +91,8 @@ uint32_t nas_handle(enum nas_object object, uint8_t *handle)
 	uint32_t words[HANDLE_BYTES_MAX / 4] = { 0x6e617321, object, nas.generations[object] };
 	uint32_t bytes = 16 + 4 * ((object + nas.generations[object]) % 13);
 
+	for (uint32_t i = 3; i < bytes / 4; i++)
+		words[i] = ~i; /* no byte of it may be left out */
 	memcpy(handle, words, bytes);
 	return bytes;
 }
@@ -135,6 +137,14 @@ static void choose_limits(void)
 	nas.write_max_bytes = limits[rng_below(&nas.faults, 6)];
 }
 
+/* The handle that workers know is of no use any more. */
+static void forget_use(void)
+{
+	nas.forgotten++;
+	nas.used_since_ns = NEVER;
+	nas.is_handed_on = false;
+}
+
 static void lose_power(void)
 {
 	nas.has_power = false;
@@ -145,8 +155,10 @@ static void lose_power(void)
 	result.nas_crashes++;
 	if (options.faults >> FAULT_limits & 1 && !faults_are_over())
 		choose_limits();
-	if (options.faults >> FAULT_stale & 1 && rng_chance(&nas.faults, 256))
+	if (options.faults >> FAULT_stale & 1 && rng_chance(&nas.faults, 256)) {
 		nas.fsid++;
+		forget_use();
+	}
 }
 
 /* The service ends and begins again; the machine and its cache stay. */
@@ -164,6 +176,7 @@ static void restart(bool begins)
 static void forget_handles(void)
 {
 	nas.generations[OBJECT_FILE]++;
+	forget_use();
 	if (rng_chance(&nas.faults, 512)) {
 		nas.generations[OBJECT_DIRECTORY]++;
 		if (rng_chance(&nas.faults, 512))
@@ -233,9 +246,12 @@ void nas_fault(enum fault fault, bool begins)
 		break;
 	case FAULT_replaced:
 		nas.is_replaced = begins;
+		forget_use();
 		nas.generations[OBJECT_OTHER] += begins;
 		nas.other_has_number = rng_chance(&nas.faults, 512);
 		nas.other_byte = rng_chance(&nas.faults, 512) ? 0 : (uint8_t)rng_next(&nas.faults);
+		/* with the number, one page would be enough: a server that lost some writes still has the file */
+		nas.other_page = nas.other_has_number ? UINT32_MAX : rng_below(&nas.faults, options.pages);
 		break;
 	case FAULT_thief:
 		if (begins)
@@ -255,7 +271,7 @@ void nas_reset(void)
 	memset(unstable_pages, 0, sizeof(unstable_pages));
 	memset(wrong_reads, 0, sizeof(wrong_reads));
 	nas = (struct nas){ .has_power = true, .is_serving = true, .fsid = 77, .read_max_bytes = 1u << 20,
-			    .write_max_bytes = 1u << 20 };
+			    .write_max_bytes = 1u << 20, .used_since_ns = NEVER };
 	nas.calls.state = options.seed ^ 0xca115;
 	nas.faults.state = options.seed ^ 0xfa017;
 	nas.power.state = options.seed ^ 0x90e5;

@@ -22,7 +22,11 @@ struct nas {
 	bool refuses_reads;
 	bool is_replaced;       /* OBJECT_OTHER has the file's name, and the file's handle is stale */
 	bool other_has_number;  /* and its number */
-	uint8_t other_byte;     /* all that is in it */
+	uint8_t other_byte;     /* all that is in it, but for one page that is the file's; UINT32_MAX: not even that */
+	uint32_t other_page;
+	uint32_t forgotten;     /* how often the file's handle, or what goes with it, has changed */
+	int64_t used_since_ns;  /* a worker has used the file's handle since then; NEVER: not the one that it has now */
+	bool is_handed_on;      /* and the worker that runs has it from another one */
 	bool record_is_gone;
 	int64_t signed_at_ns;   /* when the last sign of life was written, by the server's clock */
 	unsigned missing;       /* so often in a row the record was said to be missing */

@@ -13,12 +13,16 @@
 #define NFS3ERR_NOENT 2u
 #define NFS3ERR_STALE 70u
 #define NFS3ERR_JUKEBOX 10008u
-/* How long the thief waits before it writes: what is under way must have arrived (decision 0009). */
-#define FENCE_NS (50 * S)
-/* When others take an owner for gone that has given no sign of life (gone_limit_ms). Signs alone may be refused. */
-#define GONE_NS (300 * S)
+/*
+ * A look permits pages for 20 s from its beginning (decision 0009), up to the last byte of each; and some time, for a
+ * thread that others keep from running between the question and the call. The other 30 s that a new owner waits are for
+ * what is on its way.
+ */
+#define PERMITTED_NS (20 * S + 500 * MS)
 /* What a killed worker had under way is held back for a second (decision 0011). */
 #define HURRY_NS (900 * MS)
+/* The handle that a worker has used for so long is in the region. */
+#define KEPT_NS (1 * S)
 /* A COMMIT that is refused is sent again after a pause, of half a second at least. */
 #define REFUSED_COMMITS_MAX 8u
 
@@ -27,7 +31,7 @@ enum procedure { PROC_NULL = 0, PROC_GETATTR = 1, PROC_LOOKUP = 3, PROC_READ = 6
 
 struct call {
 	struct sim_conn *conn;
-	uint32_t epoch, xid, procedure, count, stable;
+	uint32_t epoch, forgotten, xid, procedure, count, stable;
 	uint64_t offset;
 	enum nas_object object; /* OBJECT_NONE: the handle is stale */
 	char name[64];
@@ -155,11 +159,21 @@ static uint32_t moved(uint32_t count)
 	return 1 + rng_below(&nas.faults, count - 1);
 }
 
+/* All of another file is one byte, but for one page, which it may have in common with the real one. */
+static void read_other(const struct call *call, uint8_t *data, uint32_t count)
+{
+	uint64_t page_at = (uint64_t)nas.other_page * PAGE_BYTES;
+
+	memset(data, nas.other_byte, count);
+	if (nas.other_page < options.pages && call->offset <= page_at && page_at + PAGE_BYTES <= call->offset + count)
+		memcpy(data + (page_at - call->offset), disk_current(page_at), PAGE_BYTES);
+}
+
 /* What is in the file or the record. */
 static void read_bytes(const struct call *call, uint8_t *data, uint32_t count)
 {
 	if (call->object == OBJECT_OTHER)
-		memset(data, nas.other_byte, count);
+		read_other(call, data, count);
 	else if (call->was_read)
 		memcpy(data, call->data, count);
 	else
@@ -228,12 +242,17 @@ static void check_other(const struct call *call)
 		world_stop(); /* nothing was known by which it could be told: from now on it is the file */
 }
 
-/* Who sends pages has given a sign of life not long before: others may take the file without one. */
-static void check_sign(const struct call *call)
+/* Who sends pages has given a sign of life not long before, and has not lost the file. */
+static void check_owner(const struct call *call)
 {
-	if (options.owner && call->object == OBJECT_FILE && call->sent_at_ns > nas.signed_at_ns + GONE_NS)
+	if (call->object != OBJECT_FILE)
+		return;
+	if (options.owner && call->sent_at_ns > nas.signed_at_ns + PERMITTED_NS)
 		sim_fail("a page was sent %.3f s after the last sign of life",
 			 (double)(call->sent_at_ns - nas.signed_at_ns) / 1e9);
+	if (stolen_at_ns != NEVER && call->sent_at_ns > stolen_at_ns + PERMITTED_NS)
+		sim_fail("a page was sent %.3f s after the file was stolen",
+			 (double)(call->sent_at_ns - stolen_at_ns) / 1e9);
 }
 
 static void check_pages(const struct call *call)
@@ -249,11 +268,8 @@ static void do_write(struct call *call, uint8_t **at)
 	uint32_t count = moved(call->count), committed = call->stable;
 
 	check_other(call);
-	check_sign(call);
+	check_owner(call);
 	check_pages(call);
-	if (stolen_at_ns != NEVER && call->sent_at_ns > stolen_at_ns + FENCE_NS && call->object == OBJECT_FILE)
-		sim_fail("a page was sent %.3f s after the file was stolen",
-			 (double)(call->sent_at_ns - stolen_at_ns) / 1e9);
 	if (committed == 0 && fault_is_active(FAULT_stability) && rng_chance(&nas.faults, 512))
 		committed = 1 + rng_below(&nas.faults, 2);
 	else if (committed == 2 && call->object == OBJECT_FILE && fault_is_active(FAULT_stability) &&
@@ -288,15 +304,35 @@ static bool record_is_missing(void)
 	return true;
 }
 
+/*
+ * A worker whose predecessor used the file goes on with the handle that is in the region, for as long as the server
+ * knows it: a look-up would find another file, or none, where the name is not the file's any more. Of several
+ * connections, one that has not noticed yet that a handle is stale may be the last to say where the file is.
+ */
+static void check_lookup(void)
+{
+	uint32_t reasons = 1u << FAULT_replaced | 1u << FAULT_refuse;
+
+	if (nas.is_handed_on && options.connections == 1 && (options.faults & reasons) == 0 &&
+	    options.fail_at == 0)
+		sim_fail("the file is looked up by its name, although its handle is known and the server knows it");
+}
+
+void nas_worker_starts(void)
+{
+	nas.is_handed_on = nas.used_since_ns != NEVER;
+}
+
 static void do_lookup(const struct call *call, uint8_t **at)
 {
 	enum nas_object found = OBJECT_NONE;
 
 	if (call->object == OBJECT_ROOT && strcmp(call->name, "dir") == 0)
 		found = OBJECT_DIRECTORY;
-	else if (call->object == OBJECT_DIRECTORY && strcmp(call->name, "swap") == 0)
+	else if (call->object == OBJECT_DIRECTORY && strcmp(call->name, "swap") == 0) {
+		check_lookup();
 		found = nas.is_replaced ? OBJECT_OTHER : OBJECT_FILE;
-	else if (call->object == OBJECT_DIRECTORY && strcmp(call->name, OWNER_PATH + 1) == 0 && options.owner &&
+	} else if (call->object == OBJECT_DIRECTORY && strcmp(call->name, OWNER_PATH + 1) == 0 && options.owner &&
 		 !record_is_missing())
 		found = OBJECT_RECORD;
 	put32(at, found != OBJECT_NONE ? NFS3_OK : NFS3ERR_NOENT);
@@ -366,6 +402,15 @@ static void put_refusal(const struct call *call, uint32_t status, uint8_t **at)
 		put_optional_attributes(at, call->object);
 }
 
+/* A connection that writes has recognised the file, and has told the engine so. */
+static void note_use(const struct call *call)
+{
+	bool is_write = call->procedure == PROC_WRITE || call->procedure == PROC_COMMIT;
+
+	if (is_write && call->object == OBJECT_FILE && call->forgotten == nas.forgotten && nas.used_since_ns == NEVER)
+		nas.used_since_ns = now_ns;
+}
+
 static void put_results(struct call *call, uint8_t **at)
 {
 	uint32_t status = refusal_of(call);
@@ -374,6 +419,7 @@ static void put_results(struct call *call, uint8_t **at)
 		put_refusal(call, status, at);
 		return;
 	}
+	note_use(call);
 	switch (call->procedure) {
 	case PROC_GETATTR:
 		put32(at, NFS3_OK);
@@ -511,6 +557,8 @@ static void carry_out(void *a, uint64_t b, uint64_t c)
 
 void nas_hurry(void)
 {
+	if (now_ns - nas.used_since_ns < KEPT_NS)
+		nas.used_since_ns = NEVER;
 	for (unsigned i = 0; i < CALLS_MAX; i++) {
 		struct call *call = &calls[i];
 
@@ -611,12 +659,13 @@ static int64_t service_ns(void)
 	return (int64_t)(rng_next(&nas.calls) % (uint64_t)most_ns);
 }
 
-/* mountd is for the first worker, and for a handle that is stale. */
+/* mountd is for the first worker, and for a directory whose handle is stale. */
 static void check_mountd(void)
 {
-	uint32_t reasons = 1u << FAULT_stale | 1u << FAULT_replaced | 1u << FAULT_refuse | 1u << FAULT_owner_refused;
+	uint32_t reasons = 1u << FAULT_replaced | 1u << FAULT_refuse | 1u << FAULT_owner_refused;
+	bool is_stale = nas.generations[OBJECT_DIRECTORY] + nas.generations[OBJECT_ROOT] > 0;
 
-	if (worker_place_is_known && (options.faults & reasons) == 0 && options.fail_at == 0)
+	if (worker_place_is_known && !is_stale && (options.faults & reasons) == 0 && options.fail_at == 0)
 		sim_fail("mountd is asked, although the directory's handle is known and the server knows it");
 }
 
@@ -659,6 +708,7 @@ static void take_call(struct sim_conn *conn, const uint8_t *at, int64_t sent_at_
 	spare = call->next;
 	call->conn = conn_hold(conn);
 	call->epoch = nas.epoch;
+	call->forgotten = nas.forgotten;
 	/* what a thread was about to send when the machine fell asleep leaves after it: decision 0030 */
 	call->sent_at_ns = now_ns - woke_at_ns < 50 * MS ? 0 : sent_at_ns;
 	call->taken = true;

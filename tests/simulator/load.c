@@ -128,7 +128,10 @@ static bool is_mix(const uint8_t *data, uint32_t page, uint32_t lowest, uint32_t
 	static _Alignas(8) uint8_t right[PAGE_BYTES];
 	static bool found[PAGE_BYTES];
 	uint32_t missing = PAGE_BYTES;
+	int64_t whole = version_of(data, page);
 
+	if (whole >= lowest && whole <= highest)
+		return true; /* as most are */
 	memset(found, 0, sizeof(found));
 	for (uint32_t version = lowest; version <= highest && missing > 0; version++) {
 		fill_page(right, page, version);

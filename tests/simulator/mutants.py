@@ -17,6 +17,8 @@ class Mutant:
     promise: str
     edits: tuple[tuple[str, str, str], ...]
     words: dict[str, str]
+    bounded: tuple[int, dict[str, str]] | None = None  # a seed and words of a run that is stopped everywhere
+    why: str = ""  # of one that breaks nothing
 
     def apply(self, engine: Path) -> dict[str, str]:
         """The texts of the changed files, by their path in the engine's folder. AssertionError: the code changed."""
@@ -28,13 +30,19 @@ class Mutant:
         return changed
 
 
+def _words(text: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in text.split())
+
+
 def _mutant(table: dict[str, Any]) -> Mutant:
     edits = tuple((edit["file"], edit["old"], edit["new"]) for edit in table["edits"])
-    words = dict(word.split("=", 1) for word in table.get("words", "").split())
-    return Mutant(table["name"], table["promise"], edits, words)
+    seed, _, rest = table.get("bounded", "").partition(" ")
+    bounded = (int(seed), _words(rest)) if seed else None
+    return Mutant(table["name"], table["promise"], edits, _words(table.get("words", "")), bounded, table.get("why", ""))
 
 
 _TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
-# Faults that the engine had once, and faults that are made up.
+# Faults that the engine had once, faults that are made up, and changes that turned out to be none.
 KNOWN = tuple(map(_mutant, _TABLES["known"]))
 SEEDED = tuple(map(_mutant, _TABLES["seeded"]))
+EQUIVALENT = tuple(map(_mutant, _TABLES.get("equivalent", ())))

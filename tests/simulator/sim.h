@@ -230,6 +230,7 @@ void nas_fault(enum fault fault, bool begins);
 void nas_lose_cache(void);
 /* The worker has been killed: what it had under way is done soon, or never (0011). */
 void nas_hurry(void);
+void nas_worker_starts(void);
 const uint8_t *nas_stable_page(uint32_t page);
 uint32_t nas_file_handle(uint8_t *handle);
 uint32_t nas_root_handle(uint8_t *handle);

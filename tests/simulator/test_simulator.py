@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from simulator.build import ENGINE, build
-from simulator.mutants import KNOWN, SEEDED, Mutant
+from simulator.mutants import EQUIVALENT, KNOWN, SEEDED, Mutant
 from simulator.runs import FAULTS, shrink, simulate
 
 # `make prove` runs more.
@@ -89,8 +89,8 @@ def test_known_faults_are_found(mutant: Mutant) -> None:
 
 def test_mutants_fit_the_code() -> None:
     """Each of the others still has its place in the engine."""
-    assert all(mutant.apply(ENGINE) for mutant in SEEDED)
-    names = [mutant.name for mutant in (*KNOWN, *SEEDED)]
+    assert all(mutant.apply(ENGINE) for mutant in (*SEEDED, *EQUIVALENT))
+    names = [mutant.name for mutant in (*KNOWN, *SEEDED, *EQUIVALENT)]
     assert len(names) == len(set(names))
 
 

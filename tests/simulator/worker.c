@@ -140,6 +140,7 @@ static void start_again(void *a, uint64_t b, uint64_t c)
 void worker_start(void)
 {
 	memory_reset();
+	nas_worker_starts();
 	main_thread = thread_new(worker_main, NULL);
 }
 

@@ -7,7 +7,6 @@ store, the workers. What must hold in the end is the same in all cases (`Stage.c
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import json
@@ -354,63 +353,119 @@ def play(template: Template, name: str, wanted: Wanted) -> dict[str, Any]:
 
 
 @dataclass
-class Enumeration:
-    """`tried` of them, of which `wrong` did not end as they should, and with `ended` the keeper said why it ended."""
+class Steps:
+    """Of one scene: how many there are, the numbers of those that were tried, and how often something was done to one
+    of them. `wrong` did not end as they should; `ended` are those after which the keeper said why it ended."""
 
+    there_are: int = 0
+    done: list[int] = field(default_factory=list)
     tried: int = 0
     ended: int = 0
     wrong: list[str] = field(default_factory=list)
-    names: collections.Counter[str] = field(default_factory=collections.Counter)
 
 
-def _one(templates: queue.SimpleQueue[Template], name: str, wanted: Wanted, found: Enumeration) -> bool:
-    """Whether there was such a step."""
-    template = templates.get()
-    try:
-        result = play(template, name, wanted)
-        reached = result["status"] == -signal.SIGKILL if wanted.kill_at else result["failed"]
-        found.tried += reached
-        found.ended += result["status"] == _EXPLAINED
-        found.names[result["name"]] += reached
-        return bool(reached)
-    except AssertionError as error:
-        found.tried += 1
-        found.wrong.append(str(error))
-        return True
-    finally:
-        templates.put(template)
+@dataclass
+class Enumeration:
+    """By scene. It may be that of an earlier process: what was tried then is not tried again."""
+
+    scenes: dict[str, Steps] = field(default_factory=dict)
+
+    @property
+    def tried(self) -> int:
+        return sum(scene.tried for scene in self.scenes.values())
+
+    @property
+    def ended(self) -> int:
+        return sum(scene.ended for scene in self.scenes.values())
+
+    @property
+    def wrong(self) -> list[str]:
+        return [text for scene in self.scenes.values() for text in scene.wrong]
+
+    @property
+    def left(self) -> int:
+        """Steps that were not tried yet."""
+        return sum(len(set(range(1, scene.there_are + 1)) - set(scene.done)) for scene in self.scenes.values())
 
 
-def _everywhere(
-    names: Sequence[str], jobs: int, every: int, wanted: Callable[[int, int], Wanted], *, by_points: bool
+class _Enumerator:
+    """Goes through steps with several keepers at once."""
+
+    def __init__(self, found: Enumeration, wanted: Callable[[int, int], Wanted], *, by_points: bool) -> None:
+        self.found = found
+        self._wanted, self._by_points = wanted, by_points
+        self._templates: queue.SimpleQueue[Template] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards `found`
+
+    def _one(self, scene: Steps, name: str, wanted: Wanted) -> bool:
+        """Whether there was such a step."""
+        template = self._templates.get()
+        ended, wrong = False, ""
+        try:
+            result = play(template, name, wanted)
+            reached = bool(result["status"] == -signal.SIGKILL if wanted.kill_at else result["failed"])
+            ended = result["status"] == _EXPLAINED
+        except AssertionError as error:
+            reached, wrong = True, str(error)
+        finally:
+            self._templates.put(template)
+        with self._lock:
+            scene.tried += reached
+            scene.ended += ended
+            scene.wrong += [wrong] if wrong else []
+        return reached
+
+    def _at(self, name: str, number: int) -> None:
+        scene, way = self.found.scenes[name], 0
+        while self._one(scene, name, self._wanted(number, way)) and not self._by_points:
+            way += 1
+        with self._lock:
+            scene.done.append(number)
+
+    def _count(self, name: str) -> Steps:
+        scene = self.found.scenes.setdefault(name, Steps())
+        if scene.there_are == 0:
+            template = self._templates.get()
+            scene.there_are = play(template, name, Wanted())["points" if self._by_points else "calls"]
+            self._templates.put(template)
+        return scene
+
+    def run(self, names: Sequence[str], jobs: int, every: int, keep: Callable[[], None]) -> None:
+        with contextlib.ExitStack() as stack:
+            for _ in range(jobs):
+                self._templates.put(stack.enter_context(Template()))
+            pool = stack.enter_context(ThreadPoolExecutor(jobs))
+            for name in names:
+                scene = self._count(name)
+                # another part of them each time that it is called for a part
+                numbers = range(1 + os.getpid() % every, scene.there_are + 1, every)
+                left = [number for number in numbers if number not in scene.done]
+                for _ in pool.map(functools.partial(self._at, name), left):
+                    with self._lock:
+                        keep()
+
+
+def killed_at(number: int, _way: int) -> Wanted:
+    """For `everywhere`: the keeper is killed before and after each of its calls."""
+    return Wanted(kill_at=number)
+
+
+def failing_at(number: int, way: int) -> Wanted:
+    """For `everywhere`: each of its calls fails once, in each way that it can."""
+    return Wanted(fail_at=number, way=way)
+
+
+def everywhere(
+    wanted: Callable[[int, int], Wanted],
+    names: Sequence[str] = tuple(SCENES),
+    *,
+    jobs: int = 2,
+    every: int = 1,
+    found: Enumeration | None = None,
+    keep: Callable[[], None] = lambda: None,
 ) -> Enumeration:
-    """Each `every`-th step of the scenes, in `jobs` processes at once."""
-    found = Enumeration()
-    with contextlib.ExitStack() as stack:
-        templates: queue.SimpleQueue[Template] = queue.SimpleQueue()
-        for _ in range(jobs):
-            templates.put(stack.enter_context(Template()))
-        pool = stack.enter_context(ThreadPoolExecutor(jobs))
-
-        def at(name: str, number: int) -> None:
-            way = 0
-            while _one(templates, name, wanted(number, way), found) and not by_points:
-                way += 1
-
-        for name in names:
-            template = templates.get()
-            steps = play(template, name, Wanted())["points" if by_points else "calls"]
-            templates.put(template)
-            # another part of them each time that it is called for a part
-            list(pool.map(functools.partial(at, name), range(1 + os.getpid() % every, steps + 1, every)))
-    return found
-
-
-def stop_everywhere(names: Sequence[str] = tuple(SCENES), *, jobs: int = 2, every: int = 1) -> Enumeration:
-    """The keeper is killed before and after each of its calls."""
-    return _everywhere(names, jobs, every, lambda number, _: Wanted(kill_at=number), by_points=True)
-
-
-def fail_everywhere(names: Sequence[str] = tuple(SCENES), *, jobs: int = 2, every: int = 1) -> Enumeration:
-    """Each of its calls fails once, in each way that it can."""
-    return _everywhere(names, jobs, every, lambda number, way: Wanted(fail_at=number, way=way), by_points=False)
+    """Each `every`-th step of these scenes, in `jobs` processes at once. `keep` is called after each of them, when
+    `found` has what is new."""
+    steps = _Enumerator(found or Enumeration(), wanted, by_points=wanted is killed_at)
+    steps.run(names, jobs, every, keep)
+    return steps.found

@@ -20,9 +20,15 @@ static void give_up_on_slow(struct nfsio *io)
 		io->broken = is_hopeless(io, req, now) != 0;
 }
 
-static bool is_write(const struct nfsio_req *req)
+/* Is it a WRITE to the file that is open? */
+static bool writes_pages(const struct nfsio_req *req)
 {
-	return req->op == NFSIO_WRITE || req->op == NFSIO_WRITE_UNSTABLE;
+	return (req->op == NFSIO_WRITE || req->op == NFSIO_WRITE_UNSTABLE) && req->handle == NULL;
+}
+
+static int may_write(struct nfsio *io)
+{
+	return io->options.may_write != NULL ? io->options.may_write(io->options.may_write_context) : 0;
 }
 
 /* 0: send it; -EAGAIN: not yet; another -errno: it fails. */
@@ -32,9 +38,20 @@ static int may_send(struct nfsio *io, const struct nfsio_req *req)
 		return -ETIMEDOUT;
 	if (req->op == NFSIO_LOOKUP && req->handle->length_bytes == 0)
 		return seek_directory(io) ? -EAGAIN : -EACCES;
-	if (!is_write(req) || req->handle != NULL || io->options.may_write == NULL)
-		return 0;
-	return io->options.may_write(io->options.may_write_context);
+	return writes_pages(req) ? may_write(io) : 0;
+}
+
+/*
+ * What is left of a WRITE leaves while that is permitted, as its beginning did: the machine may have slept since. If it
+ * is not, the connection ends: a server does nothing with a call that does not come whole.
+ */
+static void check_rest(struct nfsio *io)
+{
+	if (!io->rest_has_pages)
+		return;
+	io->rest_has_pages = (io->transport->events(io) & POLLOUT) != 0;
+	if (io->rest_has_pages && may_write(io) != 0)
+		io->broken = true;
 }
 
 /* Note whether anything waits for the server, and since when, for other processes. Lock held. */
@@ -58,6 +75,7 @@ void issue_pending(struct nfsio *io)
 	note_waiting(io);
 	if (!is_up(io) || io->broken)
 		return;
+	check_rest(io);
 	if ((io->pending.head != NULL || io->waiting_names != NULL) && io->inflight.head == NULL &&
 	    io->name_ops == NULL)
 		io->silent_since_ms = now_ms(); /* there was nothing to wait for */
@@ -74,11 +92,12 @@ void issue_pending(struct nfsio *io)
 		}
 		req_list_remove(&io->pending, req);
 		req_list_push(&io->inflight, req);
+		io->rest_has_pages |= writes_pages(req);
 		req->give_up_at_ms = note_outstanding(io, req->repeat_after_ms,
 						      req->fail_at_ms != 0 ? req->fail_at_ms : INT64_MAX);
 	}
 	issue_names(io);
-	if (io->transport->push != NULL)
+	if (io->transport->push != NULL && !io->broken)
 		io->transport->push(io);
 }
 
@@ -149,7 +168,8 @@ void after_poll(struct nfsio *io, const struct pollfd fds[NFSIO_POLLED])
 	assert(is_up(io)); /* only the I/O thread throws a connection away, and not while another thread receives */
 	if (fds[1].revents != 0)
 		(void)!read(io->wake_fd, &kicks, sizeof(kicks));
-	if (fds[0].revents != 0)
+	check_rest(io);
+	if (fds[0].revents != 0 && !io->broken)
 		io->transport->serve(io, fds[0].revents);
 	if (io->later.head != NULL && now_ms() >= io->later_at_ms)
 		req_list_prepend(&io->pending, &io->later);

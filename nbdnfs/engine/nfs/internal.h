@@ -189,6 +189,7 @@ struct nfsio {
 	nfsio_changed_fn changed; /* of nfsio_watch(); NULL: not called yet */
 	void *changed_context;
 	bool broken;            /* the connection met an error: the I/O thread throws it away */
+	bool rest_has_pages;    /* of what the socket has not taken yet, some may be a WRITE's: check_rest() */
 	int refused;            /* why wire_receive() ended the connection: -EPROTO, -EACCES; 0: something else did */
 	bool useful;            /* a transfer was answered over it */
 	bool discarding;        /* a context is being destroyed: its callbacks mean nothing */

@@ -59,6 +59,7 @@ static void discard(struct nfsio *io)
 	io->discarding = false;
 	io->transport = NULL;
 	io->broken = false;
+	io->rest_has_pages = false;
 	probe_end(&io->probe);
 	req_list_prepend(&io->pending, &io->inflight);
 	name_ops_interrupted(io);
