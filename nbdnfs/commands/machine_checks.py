@@ -74,25 +74,15 @@ def _nbd(root: Path) -> Finding:
     module = kernel_state.nbd_module(root)
     if not module.loaded and not module.available:
         return Finding("nbd driver", False, "missing", "use a kernel with CONFIG_BLK_DEV_NBD")
-    return judge(
-        "nbd driver",
-        module.loaded,
-        "loaded" if module.loaded else "not loaded",
-        "modprobe nbd"
-        if _has_package(root)
-        else "now: modprobe nbd; at each boot: nbdnfs install-units (modules-load.d)",
-    )
-
-
-def _has_package(root: Path) -> bool:
-    """Whether a distribution's package has brought our settings along. `install-units` is not for its machines."""
-    return install_units.packaged_unit(root) is not None
+    always = "" if install_units.is_installed("modules-load.conf", root) else "; at each boot: nbdnfs install-units"
+    return judge("nbd driver", module.loaded, "loaded" if module.loaded else "not loaded", f"now: modprobe nbd{always}")
 
 
 def _set(root: Path, setting: str, value: int) -> str:
     """What gives a kernel setting that is in our sysctl.d its value."""
-    all_of_ours = "systemctl restart systemd-sysctl" if _has_package(root) else "nbdnfs install-units"
-    return f"{all_of_ours} (sysctl.d), or sysctl {setting}={value}"
+    is_there = install_units.is_installed("sysctl.conf", root)
+    all_of_ours = "systemctl restart systemd-sysctl" if is_there else "nbdnfs install-units (sysctl.d)"
+    return f"{all_of_ours}, or sysctl {setting}={value}"
 
 
 def _cgroup(root: Path) -> Finding:
