@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 #
 # What is published of a version: release.sh SUITE[/ARCHITECTURE]... makes build/release from a clean clone of HEAD: the
-# wheel, the source distribution, a Debian package for each suite, and their checksums. Each is built twice or in a fresh
-# root, and installed and used in another one, by tools/check_dist.sh and tools/check_deb.sh. Nothing is published or
-# tagged. Needs root, the network, and about half an hour for each suite; several times that for another architecture.
+# wheel, the source distribution, a Debian package for each suite, and their checksums. Each is built twice or in a
+# fresh root, and installed and used in another one, by tools/check_dist.sh and tools/check_deb.sh. Nothing is published
+# or tagged. Needs root, the network, and about half an hour for each suite; for another architecture several times
+# that.
 set -eu
 cd "$(dirname "$0")/.."
 source=$PWD
