@@ -5,7 +5,7 @@
 #   check_deb.sh bookworm|trixie [ARCHITECTURE]
 # The packages are in build/deb/SUITE-ARCHITECTURE afterwards: this version, and in `next` a later one for tests of an
 # upgrade. Needs root, the network and some minutes; for another architecture than this machine's also qemu-user-static
-# and arch-test, and an hour. The two Debians are kept beside the guests' images, for a week.
+# and arch-test, and an hour. The two Debians are kept beside the guests' images, until they were unused for a week.
 set -eu
 cd "$(dirname "$0")/.."
 suite=${1:-bookworm}
@@ -35,8 +35,9 @@ fresh_debian() { # FOLDER KIND FILE MMDEBSTRAP-OPTION...
             # What it mounts is in a namespace that ends with it.
             unshare --mount mmdebstrap "${options[@]}" "$entry.building"
             mv "$entry.building" "$entry"
-            find "$cache" -maxdepth 1 -name "$kind-*" -not -path "$entry" -mtime +7 -exec rm -rf {} +
         fi
+        touch "$entry"
+        find "$cache" -maxdepth 1 -name "$kind-*" -mtime +7 -exec rm -rf {} +
     ) 9>"$cache/.$kind.lock"
     cp --archive --reflink=auto "$entry" "$folder"
     cp --remove-destination /etc/resolv.conf "$folder/etc/resolv.conf"
