@@ -112,7 +112,7 @@ deb:
 # The last one boots the guest of vm-tests/test_package.py: an upgrade under load, and the removal.
 check-deb:
 	@tools/bootstrap.sh test
-	$(AS_ROOT) tools/check_deb.sh $(or $(SUITE),bookworm)
+	$(AS_ROOT) tools/check_deb.sh $(or $(SUITE),bookworm) $(ARCH)
 	$(PYTEST) -m "" vm-tests/test_package.py $(ARGS)
 
 # 32 bits by default: all else about arm64 is the guests' business.
@@ -129,7 +129,8 @@ check-dist:
 	@tools/bootstrap.sh test
 	tools/check_dist.sh
 
-# From what is committed, in a folder of its own. SUITES names the Debians; it needs root, the network, and an hour.
+# From what is committed, in a folder of its own. SUITES names the Debians, for example "trixie trixie/arm64"; it needs
+# root, the network, and an hour.
 release:
 	$(AS_ROOT) tools/release.sh $(or $(SUITES),bookworm trixie)
 

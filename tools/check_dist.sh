@@ -1,8 +1,10 @@
 #!/bin/bash
 # SPDX-License-Identifier: LGPL-2.1-or-later
 #
-# Wheel and source distribution: the same from two builds, and of use by themselves.
+# Wheel and source distribution: the same from two builds, and of use by themselves: check_dist.sh [FOLDER]
+# They are in FOLDER afterwards, where one is given.
 set -eu
+folder=${1:+$(realpath -m "$1")}
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -40,4 +42,5 @@ export PYTHONPATH=$PWD
     fail "the tests would import another nbdnfs"
 "$python" -m pytest -q -p no:cacheprovider tests/foundation tests/structure tests/commands ||
     fail "the tests of the source distribution fail"
+[ -z "$folder" ] || cp -r "$work/one" "$folder"
 echo "check_dist: wheel and source distribution are fine"

@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: LGPL-2.1-or-later
 #
-# In a minimal Debian without systemd as process 1: install /root/nbdnfs.deb, try it, remove it, purge it.
+# In a minimal Debian without systemd as process 1, which has what the package depends on or recommends: install
+# /root/nbdnfs.deb, try it, remove it, purge it.
 set -eu
 export DEBIAN_FRONTEND=noninteractive
 apt="apt-get -q -y -o Dpkg::Use-Pty=0"
@@ -17,10 +18,6 @@ files() {
         -o -path /var/lib/dpkg -o -path /var/lib/apt -o -path /var/cache -o -path /var/log \) -prune -o -print | sort
 }
 
-$apt update >/dev/null
-# What it depends on, or recommends, stays when it goes.
-$apt install man-db bash-completion systemd >/dev/null
-$apt satisfy "$(dpkg-deb -f /root/nbdnfs.deb Depends)" >/dev/null
 files >/tmp/before
 
 $apt install /root/nbdnfs.deb >/dev/null

@@ -1,10 +1,11 @@
 #!/bin/bash
 # SPDX-License-Identifier: LGPL-2.1-or-later
 #
-# What is published of a version: release.sh SUITE... makes build/release from a clean clone of HEAD: the wheel, the
-# source distribution, a Debian package for each suite, and their checksums. Each is built twice or in a fresh root, and
-# installed and used in another one, by tools/check_dist.sh and tools/check_deb.sh. Nothing is published or tagged.
-# Needs root, the network, and about half an hour for each suite.
+# What is published of a version: release.sh SUITE[/ARCHITECTURE]... makes build/release from a clean clone of HEAD: the
+# wheel, the source distribution, a Debian package for each suite, and their checksums. Each is built twice or in a
+# fresh root, and installed and used in another one, by tools/check_dist.sh and tools/check_deb.sh. Nothing is published
+# or tagged. Needs root, the network, and about half an hour for each suite; for another architecture several times
+# that.
 set -eu
 cd "$(dirname "$0")/.."
 source=$PWD
@@ -17,7 +18,7 @@ fail() {
     exit 1
 }
 
-[ $# -gt 0 ] || fail "no suite is named" "tools/release.sh bookworm trixie"
+[ $# -gt 0 ] || fail "no suite is named" "tools/release.sh bookworm trixie bookworm/arm64 trixie/arm64"
 [ -z "$(git status --porcelain)" ] || fail "there are changes that are not committed" "commit them, or put them aside"
 git clone --quiet --no-hardlinks "$source" "$work/nbdnfs"
 cd "$work/nbdnfs"
@@ -31,11 +32,11 @@ head -n 1 debian/changelog | grep -qF "nbdnfs ($version) " ||
 echo "release: $version, from $(git log -1 --format='%h %s')"
 
 tools/bootstrap.sh test
-tools/check_dist.sh
-tools/build_dist.sh "$work/release"
+tools/check_dist.sh "$work/release"
 for suite; do
-    tools/check_deb.sh "$suite"
-    cp "build/deb/$suite"/nbdnfs_*.deb "$work/release"
+    # shellcheck disable=SC2086 # two words, or one
+    tools/check_deb.sh ${suite/\// }
+    cp "build/deb/${suite%/*}"-*/nbdnfs_*.deb "$work/release"
 done
 
 cd "$work/release"

@@ -63,7 +63,8 @@ def swapped_out(guest: Guest) -> int:
 def test_install_boot_upgrade_remove(boot: Callable[..., Guest], ganesha: Ganesha, image: Image) -> None:
     """One line of configuration and a reboot turn swap on, and doctor has no complaint. An upgrade under load replaces
     keeper and worker, with no wrong page. Removal is refused while swap is on; a purge leaves nothing."""
-    first, following = package(_PACKAGES / image.suite), package(_PACKAGES / image.suite / "next")
+    built = _PACKAGES / f"{image.suite}-{image.architecture.name}"
+    first, following = package(built), package(built / "next")
     url = ganesha.url("swap0.swap")
     host.nbdnfs_create(url, _DEVICE_MIB, timeout_s=120)
     # with a signature there the guest need not read all of it, which an emulated CPU takes minutes for

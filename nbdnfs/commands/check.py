@@ -12,6 +12,11 @@ from nbdnfs.errors import ConfigError, NbdnfsError, NoInputError
 
 _DROP_INS = ".toml.d"
 
+NO_DEVICE = (
+    "nbdnfs: no device is configured\n"
+    'nbdnfs: write /etc/nbdnfs/NAME.toml, with a line like url = "nfs://nas/export/swap/%H.swap": man nbdnfs.toml'
+)
+
 
 def run(args: argparse.Namespace) -> int:
     """Print a line for each device, and another one where something is to be done. The exit status is 0 when all is
@@ -26,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     for name, error in problems.items():
         print(f"{name}: {error.message}", *([f"     {error.hint}"] if error.hint else []), sep="\n")
     if not names and not problems:
-        print("nbdnfs: no device is configured")
+        print(NO_DEVICE)
     return os.EX_CONFIG if problems else os.EX_OK
 
 

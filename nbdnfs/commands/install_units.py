@@ -191,6 +191,11 @@ def is_shadowing_package(root: Path = Path("/")) -> bool:
     return packaged_unit(root) is not None and (root / LOCAL.paths(0)[_UNIT]).exists()
 
 
+def is_installed(name: str, root: Path = Path("/")) -> bool:
+    """Whether a file of systemd/ is in its place, by `install` or by a package."""
+    return any((root / layout.paths(0)[name]).exists() for layout in (LOCAL, PACKAGE))
+
+
 def packaged_unit(root: Path = Path("/")) -> Path | None:
     """The unit of a distribution's package; None where there is none."""
     candidates = (root / folder / _UNIT for folder in _PACKAGED)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nbdnfs import quantities
+from nbdnfs.commands import install_units
 from nbdnfs.commands.findings import Finding, judge, read_number, read_text
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.sizes import KERNEL_PAGE_BYTES
@@ -73,12 +74,15 @@ def _nbd(root: Path) -> Finding:
     module = kernel_state.nbd_module(root)
     if not module.loaded and not module.available:
         return Finding("nbd driver", False, "missing", "use a kernel with CONFIG_BLK_DEV_NBD")
-    return judge(
-        "nbd driver",
-        module.loaded,
-        "loaded" if module.loaded else "not loaded",
-        "now: modprobe nbd; at each boot: nbdnfs install-units (modules-load.d)",
-    )
+    always = "" if install_units.is_installed("modules-load.conf", root) else "; at each boot: nbdnfs install-units"
+    return judge("nbd driver", module.loaded, "loaded" if module.loaded else "not loaded", f"now: modprobe nbd{always}")
+
+
+def _set(root: Path, setting: str, value: int) -> str:
+    """What gives a kernel setting that is in our sysctl.d its value."""
+    is_there = install_units.is_installed("sysctl.conf", root)
+    all_of_ours = "systemctl restart systemd-sysctl" if is_there else "nbdnfs install-units (sysctl.d)"
+    return f"{all_of_ours}, or sysctl {setting}={value}"
 
 
 def _cgroup(root: Path) -> Finding:
@@ -153,8 +157,8 @@ def _reserve(root: Path) -> Iterator[Finding]:
         "vm.watermark_scale_factor",
         scale >= _WATERMARK_SCALE,
         f"{scale / 100:g} % of memory",
-        "kswapd starts too late for swap that takes milliseconds: nbdnfs install-units (sysctl.d), or "
-        f"sysctl vm.watermark_scale_factor={_WATERMARK_SCALE}",
+        "kswapd starts too late for swap that takes milliseconds: "
+        + _set(root, "vm.watermark_scale_factor", _WATERMARK_SCALE),
     )
     boost = read_number(root / "proc/sys/vm/watermark_boost_factor")
     if boost is not None:
@@ -162,8 +166,8 @@ def _reserve(root: Path) -> Iterator[Finding]:
             "vm.watermark_boost_factor",
             boost == 0,
             f"{boost / 100:g} % of the high watermark",
-            "with its memory in small pieces the kernel keeps the reserve from the worker, and swap may stop for ever:"
-            " nbdnfs install-units (sysctl.d), or sysctl vm.watermark_boost_factor=0",
+            "with its memory in small pieces the kernel keeps the reserve from the worker, and swap may stop for ever: "
+            + _set(root, "vm.watermark_boost_factor", 0),
         )
     dropped = _dropped_packets(root)
     if dropped is not None:
@@ -221,8 +225,8 @@ def _vm(root: Path) -> Iterator[Finding]:
             "vm.compact_unevictable_allowed",
             moves == 0,
             str(moves),
-            "the kernel moves the worker's locked pages, and the worker waits for that:"
-            " nbdnfs install-units (sysctl.d), or sysctl vm.compact_unevictable_allowed=0",
+            "the kernel moves the worker's locked pages, and the worker waits for that: "
+            + _set(root, "vm.compact_unevictable_allowed", 0),
         )
     cluster = read_number(vm / "page-cluster") or 0
     yield judge(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nbdnfs import config, quantities
-from nbdnfs.commands import counters, health, json_output, systemd_unit
+from nbdnfs.commands import check, counters, health, json_output, systemd_unit
 from nbdnfs.commands.counters import Counters, Reading, Waits, number
 from nbdnfs.commands.health import Level, Problem
 from nbdnfs.errors import NbdnfsError, NoInputError, PermissionDeniedError, UsageError
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         json_output.print_list([one.to_json() for one in found])
     else:
-        print("\n".join(one.text() for one in found) or "nbdnfs: no device is configured")
+        print("\n".join(one.text() for one in found) or check.NO_DEVICE)
     return int(health.worst(one.level for one in found))
 
 

@@ -105,6 +105,7 @@ def _read(names: Sequence[str], root: Path) -> dict[str, Counters]:
     if not found:
         which = f" of {', '.join(names)}" if names else ""
         raise NoInputError(
-            f"no worker{which} is running, or its region cannot be read", "run this as root; see: nbdnfs status"
+            f"no worker{which} is running, or its region cannot be read",
+            "see why: nbdnfs status; only root can read a region",
         )
     return found

@@ -69,3 +69,11 @@ def test_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert check.run(argparse.Namespace(name="good")) == 0
     with pytest.raises(UsageError):
         check.run(argparse.Namespace(name="good.toml"))
+
+
+def test_no_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a file there is nothing wrong, and the output says how to write one."""
+    monkeypatch.setattr(check, "find_problems", lambda name: {})
+    monkeypatch.setattr(config, "names", list)
+    assert check.run(argparse.Namespace(name=None)) == 0
+    assert "write /etc/nbdnfs/NAME.toml" in capsys.readouterr().out

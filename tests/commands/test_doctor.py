@@ -118,6 +118,19 @@ def test_what_is_wrong_is_named(tmp_path: Path, file: str, text: str, subject: s
     assert doctor.exit_status(list(findings.values())) == os.EX_CONFIG
 
 
+@pytest.mark.parametrize("lib", ["usr/lib", "usr/local/lib"])
+def test_advice_where_the_settings_are_installed(tmp_path: Path, lib: str) -> None:
+    """Where a package or `install-units` has brought the settings along, nothing advises `install-units` for them: it
+    would refuse, or change nothing."""
+    write(tmp_path, {name: text for name, text in MACHINE.items() if "nbd" not in name})
+    write(tmp_path, {"lib/modules/6.1.0-38-cloud-amd64/modules.dep": "kernel/drivers/block/nbd.ko:\n"})
+    write(tmp_path, {f"proc/sys/vm/{name}": "1\n" for name in ("watermark_scale_factor", "watermark_boost_factor")})
+    write(tmp_path, {"proc/sys/vm/compact_unevictable_allowed": "1\n"})
+    assert ["install-units" in finding.advice for finding in bad(tmp_path).values()] == [True] * 4
+    write(tmp_path, {f"{lib}/sysctl.d/60-nbdnfs.conf": "", f"{lib}/modules-load.d/nbdnfs.conf": ""})
+    assert ["install-units" in finding.advice for finding in bad(tmp_path).values()] == [False] * 4
+
+
 def test_the_driver(tmp_path: Path) -> None:
     """A driver that is not loaded and a driver that is missing get different advice."""
     files = {name: text for name, text in MACHINE.items() if "nbd" not in name}

@@ -83,4 +83,4 @@ def test_nothing_to_watch(tmp_path: Path) -> None:
     with pytest.raises(NoInputError) as caught:
         next(top.watch(["swap0"], root=tmp_path))
     assert "swap0" in caught.value.message
-    assert caught.value.hint == "run this as root; see: nbdnfs status"
+    assert caught.value.hint == "see why: nbdnfs status; only root can read a region"
