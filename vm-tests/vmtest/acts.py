@@ -242,7 +242,6 @@ class Run:
     def _boot_anew(self) -> None:
         self.tell("booting anew")
         self._load = None
-        self.server.resume()
         self.guest.crash()
         self.guest.boot()
         self._set_up()
@@ -462,8 +461,10 @@ def pause_nas(run: Run, _: random.Random) -> None:
     """the NAS stands still for some seconds"""
     run.said.append(f"for {_PAUSE_S:g} s")
     run.server.pause()
-    time.sleep(_PAUSE_S)  # what it is about
-    run.server.resume()
+    try:
+        time.sleep(_PAUSE_S)  # what it is about
+    finally:
+        run.server.resume()
 
 
 def detach(run: Run, _: random.Random) -> None:
