@@ -32,8 +32,7 @@ def _on(place: Place, kind: str) -> Part:
             )
             bench.guest.run(
                 f"modprobe {kind}; mkdir -p /mnt/test /mnt/scratch && mkfs.{kind} -q {test}"
-                f" && echo '{settings}' > /opt/xfstests/local.config && useradd -m fsgqa && useradd -m fsgqa2"
-                " && useradd -m 123456-fsgqa",
+                f" && echo '{settings}' > /opt/xfstests/local.config && useradd -m fsgqa && useradd -m fsgqa2",
                 600,
             )
             yield bench
