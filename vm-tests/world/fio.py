@@ -9,7 +9,7 @@ from world.benches import WHERE, Place, checked
 from world.suite import Bench, Part, Suite, Test, last_words, limited
 
 _DEVICE_MIB = 384
-_SIZE_MIB = 96
+_SIZE_MIB = 48
 _MEMORY_MIB = 512
 _TIMEOUT_S = 1200.0
 _COMMON = "--ioengine=libaio --verify=crc32c --verify_fatal=1 --randseed=7"
@@ -21,7 +21,7 @@ _JOBS = {
     "sequential 1 MiB": "--direct=1 --rw=write --bs=1m --iodepth=4",
     "two jobs, each its half": "--direct=1 --rw=randwrite --bs=8k --iodepth=8 --numjobs=2 --group_reporting",
     "fsync after each 8": "--direct=1 --rw=randwrite --bs=4k --iodepth=4 --fsync=8 --io_size=8m",
-    "through the page cache": "--direct=0 --rw=randwrite --bs=4k --iodepth=1 --invalidate=1",
+    "through the page cache": "--direct=0 --rw=randwrite --bs=4k --iodepth=1 --invalidate=1 --io_size=16m",
 }
 _KEPT = "--direct=1 --rw=randwrite --bs=4k --iodepth=32 --do_verify=0"
 

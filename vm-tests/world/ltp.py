@@ -11,11 +11,11 @@ from world.benches import Place
 from world.suite import Bench, Part, Suite, Test, last_words
 from world.supplied import missing
 
-_SWAP_MIB = 1024
+_SWAP_MIB = 512
 # For the tests that make file systems, and swap files on them.
-_SECOND_MIB = 512
+_SECOND_MIB = 448
 _MEMORY_MIB = 384
-_TIMEOUT_S = 2400.0
+_TIMEOUT_S = 1200.0
 # Their own deadlines are for a processor that is not emulated.
 _SLOWER = 20
 # Of runtest/mm and runtest/syscalls.
