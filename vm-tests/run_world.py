@@ -15,10 +15,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import signal
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from support.nfs_server import Ganesha
 from vmtest import image, initramfs
@@ -49,7 +53,7 @@ def main() -> int:
     """0: nothing failed and no guest was lost. 1: something did; 2: the run broke off."""
     options = _options()
     if options.table:
-        print(outcomes.page_of(outcomes.load(_RESULTS)))
+        print(outcomes.page_of(outcomes.load(_RESULTS), _SUITES))
         return 0
     try:
         bad = _run(options)
@@ -57,7 +61,7 @@ def main() -> int:
         print(f"world: {error}", file=sys.stderr)
         return 2
     if options.write:
-        outcomes.put_page(outcomes.page_of(outcomes.load(_RESULTS)))
+        outcomes.put_page(outcomes.page_of(outcomes.load(_RESULTS), _SUITES))
     return 1 if bad else 0
 
 
@@ -85,6 +89,7 @@ def _run(options: argparse.Namespace) -> int:
     def tell(text: str) -> None:
         print(f"[{time.monotonic() - started:7.1f} s] {text}", flush=True)
 
+    over = _asked_to_end(tell)
     tell("preparing an image with fio and stress-ng")
     built = with_packages(image.default_image(), "world", _PACKAGES)
     initramfs.initrd(built)
@@ -98,11 +103,26 @@ def _run(options: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory(prefix="nbdnfs-world-") as folder, Ganesha(Path(folder) / "nas") as server:
             suite = _SUITES[name](Place(built, server, Path(folder), extras))
             until = time.monotonic() + 60 * options.minutes
-            for one in run_suite(suite, patterns=options.tests, deadline_s=until, tell=tell):
+            is_over = lambda until=until: over.is_set() or time.monotonic() > until  # noqa: E731
+            for one in run_suite(suite, patterns=options.tests, is_over=is_over, tell=tell):
                 new.append(dataclasses.replace(one, on=on, date=date))
                 outcomes.save(_RESULTS, outcomes.merged(old, new, whole=not options.tests))
         bad += sum(one.result in ("failed", "lost") for one in new)
     return bad
+
+
+def _asked_to_end(tell: Callable[[str], None]) -> threading.Event:
+    """Set by the first SIGINT or SIGTERM: no test begins any more, and none goes missing. The second one kills."""
+    over = threading.Event()
+
+    def ask(number: int, _: FrameType | None) -> None:
+        over.set()
+        signal.signal(number, signal.SIG_DFL)
+        tell("no test begins any more; once more to end at once")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+    return over
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_an_end_that_fails_is_told() -> None:
 def test_what_does_not_apply_and_what_has_no_time_is_not_run() -> None:
     """Each with its reason."""
     assert ran("a b", inapplicable={"b": "no such"})[0] == [("b", "not run"), ("a", "passed")]
-    found, why, boots = ran("a", deadline_s=0.0)
+    found, why, boots = ran("a", is_over=lambda: True)
     assert (found, why, boots) == ([("all", "not run")], ["time was up"], 0)
     assert ran("a", missing="no folder")[:2] == ([("all", "not run")], ["no folder"])
     assert ran("a1 b1", patterns=["b*"])[0] == [("b1", "passed")]
@@ -143,7 +143,8 @@ def test_the_page_has_every_reason_once(tmp_path: Path) -> None:
         Outcome("ltp", "swap", "b", "not run", why="too | little", date="2026-01-02"),
         Outcome("ltp", "swap", "c", "not run", why="too | little", date="2026-01-02"),
     ]
-    text = page_of(found)
+    text = page_of(found, ["ltp", "fio"])
+    assert "| fio, not run |  | all | it has not been run yet |" in text
     assert "| ltp | swap |  | 2026-01-02 | 3 | 1 | 0 | 0 | 2 | 1,200 |" in text
     assert "| ltp, not run | swap | b, c | too \\| little |" in text
     page = tmp_path / "proof.md"

@@ -64,8 +64,9 @@ def merged(old: Iterable[Outcome], new: Sequence[Outcome], *, whole: bool) -> li
     return [one for one in old if key(one) not in again] + list(new)
 
 
-def page_of(outcomes: Sequence[Outcome]) -> str:
-    """Two tables: each part of a suite with its counts, and what did not pass, with the reason."""
+def page_of(outcomes: Sequence[Outcome], suites: Iterable[str] = ()) -> str:
+    """Two tables: each part of a suite with its counts, and what did not pass, with the reason. Of `suites`, those that
+    never ran are among the latter."""
     parts = list(dict.fromkeys((one.suite, one.part, one.on) for one in outcomes))
     lines = [
         "| suite | on | guest | date | tests | passed | failed | lost | not run | pages to swap |",
@@ -85,6 +86,8 @@ def page_of(outcomes: Sequence[Outcome]) -> str:
         f"| {suite}, {result} | {part} | {', '.join(dict.fromkeys(tests))} | {_one_line(why)} |"
         for (suite, part, result, why), tests in reasons.items()
     ]
+    known = {one.suite for one in outcomes}
+    lines += [f"| {suite}, not run |  | all | it has not been run yet |" for suite in suites if suite not in known]
     return "\n".join(lines) + "\n"
 
 

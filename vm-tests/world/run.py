@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import fnmatch
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 from vmtest.outcome import GuestFailedError, LostGuestError
@@ -20,13 +19,13 @@ def run_suite(
     suite: Suite,
     *,
     patterns: Sequence[str] = (),
-    deadline_s: float = float("inf"),
+    is_over: Callable[[], bool] = lambda: False,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Outcome]:
     """An outcome for each of its tests, or one for the suite where it cannot run.
 
-    patterns    run the tests whose names match one of these alone, all if there are none
-    deadline_s  of time.monotonic(): no test begins later, and those that are left are "not run"
+    patterns  run the tests whose names match one of these alone, all if there are none
+    is_over   asked before each test; once it holds, those that are left are "not run"
     """
     if suite.missing:
         yield Outcome(suite.name, "", "all", "not run", why=suite.missing)
@@ -34,16 +33,16 @@ def run_suite(
     for part in suite.parts:
         for name, why in part.inapplicable.items():
             yield Outcome(suite.name, part.name, name, "not run", why=why)
-        yield from _run_part(suite, part, patterns, deadline_s, tell)
+        yield from _run_part(suite, part, patterns, is_over, tell)
 
 
 def _run_part(
-    suite: Suite, part: Part, patterns: Sequence[str], deadline_s: float, tell: Callable[[str], None]
+    suite: Suite, part: Part, patterns: Sequence[str], is_over: Callable[[], bool], tell: Callable[[str], None]
 ) -> Iterator[Outcome]:
     left: list[Test] | None = None
     setbacks = 0
     while left is None or left:
-        if time.monotonic() > deadline_s:
+        if is_over():
             yield from _not_run(suite, part, left, "time was up")
             return
         done, running = 0, ""
@@ -52,7 +51,7 @@ def _run_part(
             with part.prepare() as bench:
                 if left is None:
                     left = _chosen(part.tests(bench), patterns, part.inapplicable)
-                while done < len(left) and time.monotonic() <= deadline_s:
+                while done < len(left) and not is_over():
                     running = left[done].name
                     found = _run_test(suite, part, bench, left[done])
                     done, running = done + 1, ""
