@@ -52,16 +52,15 @@ _RESULTS = Path(__file__).parents[1] / "build/world.json"
 def main() -> int:
     """0: nothing failed and no guest was lost. 1: something did; 2: the run broke off."""
     options = _options()
-    if options.table:
-        print(outcomes.page_of(outcomes.load(_RESULTS), _SUITES))
-        return 0
     try:
-        bad = _run(options)
+        bad = 0 if options.table else _run(options)
     except HarnessError as error:
         print(f"world: {error}", file=sys.stderr)
         return 2
+    text = outcomes.page_of(outcomes.load(_RESULTS), _SUITES)
+    print(text)
     if options.write:
-        outcomes.put_page(outcomes.page_of(outcomes.load(_RESULTS), _SUITES))
+        outcomes.put_page(text)
     return 1 if bad else 0
 
 
@@ -72,7 +71,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=240.0, help="a suite begins no test after so long (240)")
     for name in ("ltp", "xfstests", "blktests"):
         parser.add_argument(f"--{name}", type=Path, metavar="FOLDER", help=f"where {name} was built or installed")
-    parser.add_argument("--table", action="store_true", help="print the table of what is known, and run nothing")
+    parser.add_argument("--table", action="store_true", help="print what is known, and run nothing")
     parser.add_argument("--write", action="store_true", help="put the table into docs/proof.md")
     options = parser.parse_args()
     options.only = [name for name in options.only.split(",") if name]
