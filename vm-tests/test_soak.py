@@ -55,7 +55,11 @@ def test_each_fault_is_mended() -> None:
 def test_a_server_that_is_not_back_ends_the_round() -> None:
     """It is not taken for a guest that hangs."""
     strikes = FakeStrikes(ServerError("it does not start"))
-    with pytest.raises(ServerError, match="does not start"), soak.striking(strikes, random.Random(1), Counter()):  # type: ignore[arg-type]
+    draw = random.Random(1)
+    with (
+        pytest.raises(ServerError, match="does not start"),
+        soak.striking(strikes, draw, Counter()),  # type: ignore[arg-type]
+    ):
         assert strikes.enough.wait(30)
 
 
