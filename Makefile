@@ -18,7 +18,6 @@ SEEDS_S := 30
 FIRST_SEED := 1
 
 .PHONY: help release demo test unit faults hostile odd-servers prove vm-test bench bench-vm lint format clean deb
-.PHONY: help release demo test unit faults hostile odd-servers prove vm-test bench bench-vm lint format clean deb
 .PHONY: world soak check-deb dist check-dist check-arm
 help:
 	@echo 'make demo         a Debian guest swaps onto a file on an NFS server; a table at the end'

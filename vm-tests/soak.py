@@ -36,7 +36,8 @@ from vmtest.architecture import default_architecture
 from vmtest.guest import Guest
 from vmtest.image import SUITES
 from vmtest.outcome import GuestFailedError, HarnessError, LostGuestError
-from vmtest.payload import payload, wheel
+from vmtest.payload import payload
+from vmtest.wheels import wheel
 
 REPORT = Path(__file__).parents[1] / "build/soak.md"
 # The strikes have it, too, and two of one kind at once would undo each other.
