@@ -19,7 +19,7 @@ SEEDS_AT_LEAST_S := 30
 FIRST_SEED := 1
 
 .PHONY: help release demo test unit faults hostile odd-servers prove vm-test bench bench-vm lint format clean deb
-.PHONY: check-deb dist check-dist check-arm
+.PHONY: world soak check-deb dist check-dist check-arm
 help:
 	@echo 'make demo         a Debian guest swaps onto a file on an NFS server; a table at the end'
 	@echo 'make demo HERE=1  the same on this machine, without a guest (needs the kernel module nbd)'
@@ -32,6 +32,8 @@ help:
 	@echo '                  goes on where it was ended. PARTS=seeds,mutants for some of it, SECONDS_EACH=3600'
 	@echo 'make odd-servers  serve from odd servers, and write the table of docs/servers.md'
 	@echo 'make vm-test      all tests in guests; SUITE=trixie, ARCH=arm64, KERNEL=generic, ARGS="--memory-rounds 3"'
+	@echo 'make world        fio, stress-ng and tests of other projects on our device in guests; ARGS="--only fio --write"'
+	@echo 'make soak HOURS=8 faults, acts of an administrator and loads at once in guests of both Debians; a report'
 	@echo 'make bench        our worker beside qemu-nbd, the reference engine and bare libnfs'
 	@echo 'make bench-vm     a guest swaps to zram, kernel nbd, kernel NFS and nbdnfs; ARGS="--size 64 --rounds 1"'
 	@echo '                  in virtual time; TIME=real for the clock of this machine'
@@ -92,6 +94,16 @@ odd-servers:
 vm-test:
 	@tools/bootstrap.sh test
 	$(PYTEST) vm-tests $(ARGS)
+
+# LTP, XFSTESTS and BLKTESTS name the folders of suites that Debian does not package: vm-tests/README.md.
+world:
+	@tools/bootstrap.sh test
+	$(PROGRAM) vm-tests/run_world.py $(if $(LTP),--ltp $(LTP)) $(if $(XFSTESTS),--xfstests $(XFSTESTS)) \
+	    $(if $(BLKTESTS),--blktests $(BLKTESTS)) $(ARGS)
+
+soak:
+	@tools/bootstrap.sh test
+	$(PROGRAM) vm-tests/soak.py --hours $(or $(HOURS),1) $(ARGS)
 
 bench:
 	@tools/bootstrap.sh bench

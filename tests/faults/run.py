@@ -21,11 +21,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from strikes import Strikes
 from support.nbd_client import NbdClient, SharedClient
 from support.nfs_server import Ganesha
 from support.proxy import TcpProxy
 from support.small_filesystem import small_filesystem
+from support.strikes import Strikes
 from support.worker_process import serving, serving_by_loop
 from verified_load import PATIENCE_S, VerifiedLoad
 

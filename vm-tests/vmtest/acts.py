@@ -98,22 +98,34 @@ class Model:
 
 
 class Run:
-    """Acts on one guest, in the order of the seed."""
+    """Acts on one guest, in the order of the seed.
+
+    nfs_port  of the server, or of a proxy before it
+    checked   pages that the load has looked at; each time that it is done with
+    """
 
     def __init__(
-        self, guest: Guest, server: Ganesha, wheel: Callable[[Image, str], Path], seed: int, names: list[str]
+        self,
+        guest: Guest,
+        server: Ganesha,
+        wheel: Callable[[Image, str], Path],
+        seed: int,
+        names: list[str],
+        *,
+        nfs_port: int | None = None,
     ) -> None:
         self.guest = guest
         self.server = server
         self.model = Model()
         self.said: list[str] = []
         self.done = 0
+        self.checked = 0
         self._wheel = wheel
         self._random = random.Random(seed)
         self._names = names
         self._load: GuestJob | None = None
         self._started_s = time.monotonic()
-        self.url = seen_from_guest(server.url(f"{NAME}.swap"))
+        self.url = seen_from_guest(server.url(f"{NAME}.swap", nfsport=nfs_port or server.nfs_port))
 
     def do(self, count: int, *, stop: bool, limit_s: float = float("inf")) -> list[str]:
         """That many acts, or those that begin within `limit_s`. The failures, a text each; with `stop` one at most."""
@@ -242,7 +254,6 @@ class Run:
     def _boot_anew(self) -> None:
         self.tell("booting anew")
         self._load = None
-        self.server.resume()
         self.guest.crash()
         self.guest.boot()
         self._set_up()
@@ -272,6 +283,7 @@ class Run:
         load, self._load = self._load, None
         self.guest.run(f"touch {_ENOUGH}")
         verdict = self.guest.wait_verdict(load, 600).check()
+        self.checked += verdict.checked
         load.wait()
         moved = self.guest.run("grep -E '^pswp' /proc/vmstat | tr '\\n' ' '").stdout
         self.tell(f"{verdict.checked} pages checked, {verdict.wrong} wrong; {moved}")
@@ -462,8 +474,10 @@ def pause_nas(run: Run, _: random.Random) -> None:
     """the NAS stands still for some seconds"""
     run.said.append(f"for {_PAUSE_S:g} s")
     run.server.pause()
-    time.sleep(_PAUSE_S)  # what it is about
-    run.server.resume()
+    try:
+        time.sleep(_PAUSE_S)  # what it is about
+    finally:
+        run.server.resume()
 
 
 def detach(run: Run, _: random.Random) -> None:

@@ -124,11 +124,18 @@ def _serving_by_loop(machine: Machine, url: str, name: str, settings: Sequence[s
 
 
 @contextlib.contextmanager
-def swapping(machine: Machine, worker: Worker) -> Iterator[str]:
-    """Attach the worker's export, make it swap with the highest priority, and undo both; yields the device."""
+def attached(machine: Machine, worker: Worker) -> Iterator[str]:
+    """Attach the worker's export as a plain block device, and detach it; yields the device."""
     machine.run("modprobe nbd")
     device = machine.run(f"nbdnfs attach {worker.socket}", 90).stdout.strip()
     with _tidy(machine, f"nbdnfs detach {device}"):
+        yield device
+
+
+@contextlib.contextmanager
+def swapping(machine: Machine, worker: Worker) -> Iterator[str]:
+    """Attach the worker's export, make it swap with the highest priority, and undo both; yields the device."""
+    with attached(machine, worker) as device:
         machine.run(f"mkswap {device} && swapon --priority 32767 {device}", 90)
         with _tidy(machine, f"swapoff {device}"):
             yield device
