@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import random
 import socket
 import struct
+import sys
+import termios
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
@@ -104,6 +107,11 @@ def serve(fake: FakeNfsServer) -> Iterator[Callable[..., Served]]:
             served.socket.close()
             with contextlib.suppress(OSError):
                 served.ended.result(DEADLINE_S)
+
+
+def unread_bytes(sender: socket.socket) -> int:
+    """What the other side has not received of what was sent: unix(7), SIOCOUTQ."""
+    return int.from_bytes(fcntl.ioctl(sender, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 def errno_of(call: Callable[[], object]) -> int | None:
@@ -604,6 +612,20 @@ def test_a_client_that_hangs_up_without_receiving(serve: Callable[..., Served]) 
         served.send(READ, cookie, cookie * PIECE % MIB, PIECE)
     wait_until(lambda: counter(served, "reads") >= 8, "some are served")
     served.socket.close()
+    served.ended.result(DEADLINE_S)
+
+
+def test_a_client_that_stops_receiving_within_a_write(serve: Callable[..., Served], fake: FakeNfsServer) -> None:
+    """It is known to have left by a reply that cannot be sent, and the write that was begun does not keep the loop."""
+    served = serve()
+    served.client()
+    fake.hold("READ")
+    served.send(READ, 1, 64 * PAGE, PAGE)
+    fake.wait_for(1, DEADLINE_S)
+    served.socket.sendall(request(WRITE, 2, 5 * PAGE, PAGE) + bytes(100))
+    wait_until(lambda: unread_bytes(served.socket) == 0, "the beginning of the write is received")
+    served.socket.shutdown(socket.SHUT_RD)
+    fake.release()
     served.ended.result(DEADLINE_S)
 
 

@@ -44,6 +44,8 @@
 #define LONG_BUFFERS 14
 /* The same over libnfs, which allocates as much again for each call. */
 #define LIBNFS_LONG_BUFFERS 10
+/* Fetches, which do not call the flusher when they end, never have all of them. */
+_Static_assert(FETCHES < LIBNFS_LONG_BUFFERS, "buffers that are left to write-backs");
 
 /* A write-back in flight, or a place for one. */
 struct write_back {

@@ -165,10 +165,13 @@ bool streams_note(struct streams *streams, uint64_t page, uint32_t count, uint64
 
 void streams_not_fetched(struct streams *streams, const struct prefetch *prefetch, uint32_t count)
 {
-	struct stream *stream = &streams->of[prefetch->stream];
+	struct stream *stream;
 
+	if (prefetch->step != 0)
+		return;
+	stream = &streams->of[prefetch->stream];
 	/* unless it has gone on meanwhile, or is another one */
-	if (prefetch->step == 0 && stream->ahead == prefetch->first + prefetch->count)
+	if (stream->ahead == prefetch->first + prefetch->count)
 		stream->ahead -= count;
 }
 

@@ -190,6 +190,8 @@ void nbd_go_on(struct nbd_loop *loop);
 
 /* Receive once, and begin what requests there are. */
 void nbd_receive(struct nbd_loop *loop);
+/* Nobody receives replies any more, and nothing that was begun is completed. */
+void nbd_client_left(struct nbd_loop *loop);
 /* Begin requests that have been received, as far as they find places. Returns whether there was one. */
 bool nbd_take_requests(struct nbd_loop *loop);
 

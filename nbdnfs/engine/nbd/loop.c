@@ -141,7 +141,7 @@ static void take_in(struct nbd_loop *loop)
 	if (fds[0].revents & POLLIN || (gathers && (has_left || nbd_now_us() >= loop->gather_until_us)))
 		nbd_receive(loop);
 	else if (has_left && !gathers)
-		loop->gone = loop->ended = true; /* it is not received from now, and would never be seen to have left */
+		nbd_client_left(loop); /* it is not received from now, and would never be seen to have left */
 }
 
 static void serve(struct nbd_loop *loop)

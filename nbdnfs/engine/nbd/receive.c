@@ -38,6 +38,12 @@ static void end(struct nbd_loop *loop, bool broke_protocol)
 	loop->filling = NULL;
 }
 
+void nbd_client_left(struct nbd_loop *loop)
+{
+	loop->gone = true;
+	end(loop, false);
+}
+
 /* The data of a write, as far as it has come. Returns whether all of it has. */
 static bool fill(struct nbd_loop *loop)
 {

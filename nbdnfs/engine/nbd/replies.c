@@ -108,7 +108,7 @@ void nbd_send_replies(struct nbd_loop *loop)
 		else if (errno == EAGAIN || nbd_lacks_memory(loop, errno))
 			return;
 		else if (errno != EINTR)
-			loop->gone = loop->ended = true;
+			nbd_client_left(loop);
 	}
 	if (loop->gone)
 		drop_replies(loop);
