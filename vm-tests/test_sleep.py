@@ -16,7 +16,7 @@ from vmtest.journal import refuse_tracebacks
 _CANNOT = ("na", "no")
 _HIBERNATION = ("hibernate", "hybrid-sleep", "suspend-then-hibernate")
 _DROP_IN = "/run/systemd/sleep.conf.d/nbdnfs@swap0.conf"
-_SWAPPED_PAGES = (64 << 20) // 4096
+_SWAPPED_BYTES = 64 << 20
 # At once: no job was started that freezes anything. An emulated CPU takes seconds for systemctl itself.
 _AT_ONCE_S = 30.0
 
@@ -62,7 +62,8 @@ def test_sleep(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
         guest.run("systemctl start nbdnfs@swap0", 300)
         _drop_in_decides(guest)
         hog = start_hog(guest, 80, 12, 1800, "fill," + ",".join(["sequential"] * 63))
-        guest.wait_until(lambda: swapped_out(guest) > _SWAPPED_PAGES, 300, "64 MiB in swap")
+        pages = _SWAPPED_BYTES // int(guest.run("getconf PAGESIZE").stdout)
+        guest.wait_until(lambda: swapped_out(guest) > pages, 300, "64 MiB in swap")
         for verb in _HIBERNATION:
             started_s = time.monotonic()
             refused = guest.run(f"systemctl {verb}", 60, check=False)

@@ -262,6 +262,7 @@ def test_a_change_to_the_loop_and_back(setup: Setup) -> None:
     setup.server.fail("WRITE", NFS3ERR_NOSPC)
 
     def threads() -> int:
+        until(lambda: setup.records.living(Records.WORKER) is not None)  # the keeper writes it once the worker serves
         record = setup.records.living(Records.WORKER)
         assert record is not None
         return len(os.listdir(f"/proc/{record.pid}/task"))
