@@ -50,6 +50,10 @@ _QUIET_S = (30.0, 90.0)
 _READ_FILES = "while :; do find /usr/lib -type f -size -2000k -exec cat {} + > /dev/null 2>&1; sleep 5; done"
 
 
+# No round is shorter, but the first: a guest takes minutes until it swaps.
+_ROUND_S_MIN = 600.0
+
+
 @dataclass
 class Round:
     """What one guest came to. `broke_off`: why it ended before its time."""
@@ -66,7 +70,7 @@ class Round:
 
     @property
     def is_good(self) -> bool:
-        return not self.failures and not self.broke_off
+        return not self.failures and not self.broke_off and self.checked > 0
 
 
 def report(rounds: list[Round], wanted_hours: float) -> str:
@@ -84,7 +88,8 @@ def report(rounds: list[Round], wanted_hours: float) -> str:
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for one in rounds:
-        state = "good" if one.is_good else one.broke_off or f"{len(one.failures)} failures"
+        bad_because = f"{len(one.failures)} failures" if one.failures else "no page was checked"
+        state = "good" if one.is_good else one.broke_off or bad_because
         numbers = f"{one.seed} | {one.minutes:.0f} | {one.acts} | {one.faults.total()} | {one.checked:,}"
         lines.append(f"| {one.number} | {one.suite} | {numbers} | {' '.join(state.split())} |")
     lines += ["", "| fault | times |", "| --- | ---: |"]
@@ -97,9 +102,11 @@ def report(rounds: list[Round], wanted_hours: float) -> str:
 
 @contextlib.contextmanager
 def striking(strikes: Strikes, draw: random.Random, counted: Counter[str]) -> Iterator[None]:
-    """Faults, one after the other, until the end; the last one is mended. ServerError for a server that is not back."""
+    """Faults, one after the other, until the end; the last one is mended. A fault that cannot be made or mended is what
+    is raised at the end, as ServerError for a server that is not back, whatever became of the guest because of it."""
     over = threading.Event()
-    errors: list[ServerError] = []
+    errors: list[Exception] = []
+    of_guest: Exception | None = None
 
     def strike() -> None:
         try:
@@ -108,18 +115,22 @@ def striking(strikes: Strikes, draw: random.Random, counted: Counter[str]) -> It
                 counted[name] += 1
                 over.wait(draw.uniform(*_FAULT_S))
                 mend()
-        except ServerError as error:
+        except Exception as error:
             errors.append(error)
 
     thread = threading.Thread(target=strike, name="strikes")
     thread.start()
     try:
         yield
+    except Exception as error:
+        of_guest = error
     finally:
         over.set()
         thread.join()
     if errors:
-        raise errors[0]
+        raise errors[0] from of_guest
+    if of_guest is not None:
+        raise of_guest
 
 
 def run_round(one: Round, folder: Path, minutes: float) -> Round:
@@ -144,6 +155,10 @@ def run_round(one: Round, folder: Path, minutes: float) -> Round:
                     one.acts, one.checked = acting.done, acting.checked
     except (GuestFailedError, LostGuestError, ServerError) as error:
         one.broke_off = str(error)
+    except HarnessError:
+        raise
+    except (OSError, RuntimeError) as error:
+        one.broke_off = f"on the host: {error!r}"
     one.minutes = (monotonic() - started) / 60
     return one
 
@@ -180,7 +195,9 @@ def soak(folder: Path, suites: list[str], options: argparse.Namespace) -> list[R
 
     def work() -> None:
         nonlocal begun
-        while (left_s := until - monotonic()) > 0:
+        shortest_s = 0.0
+        while (left_s := until - monotonic()) > shortest_s:
+            shortest_s = _ROUND_S_MIN
             with lock:
                 number, begun = begun, begun + 1
             one = Round(number + 1, suites[number % len(suites)], options.seed + number)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import soak
 from support.nfs_server import ServerError
+from vmtest.outcome import GuestFailedError
 
 pytestmark = pytest.mark.meta
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.meta
 class FakeStrikes:
     """Counts its strikes and mends; `enough` is set at the third mend."""
 
-    def __init__(self, error: ServerError | None = None) -> None:
+    def __init__(self, error: Exception | None = None) -> None:
         self.struck = self.mended = 0
         self.enough = threading.Event()
         self._error = error
@@ -61,6 +62,24 @@ def test_a_server_that_is_not_back_ends_the_round() -> None:
         soak.striking(strikes, draw, Counter()),  # type: ignore[arg-type]
     ):
         assert strikes.enough.wait(30)
+
+
+def test_what_cannot_be_struck_is_not_the_guests_failure() -> None:
+    """Whatever it is, and although the guest fails because of it."""
+    strikes = FakeStrikes(OSError("no descriptors"))
+
+    def fail() -> None:
+        with soak.striking(strikes, random.Random(1), Counter()):  # type: ignore[arg-type]
+            assert strikes.enough.wait(30)
+            raise GuestFailedError("it hangs")
+
+    with pytest.raises(OSError, match="no descriptors"):
+        fail()
+
+
+def test_a_round_that_checked_nothing_is_not_good() -> None:
+    assert not soak.Round(1, "trixie", 3).is_good
+    assert soak.Round(1, "trixie", 3, checked=1).is_good
 
 
 def test_rounds_alternate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
