@@ -26,10 +26,11 @@ def test_a_scene_goes_well(name: str) -> None:
 
 
 def test_a_step_is_where_the_keeper_is_killed() -> None:
-    """At that point, and no later."""
+    """At that point; another thread of it may be at the next one by then."""
     with Template() as template:
         result = play(template, "attach", Wanted(kill_at=200))
-    assert (result["status"], result["points"]) == (-signal.SIGKILL, 200)
+    assert result["status"] == -signal.SIGKILL
+    assert result["points"] in (200, 201)
 
 
 def test_a_call_fails_in_each_way() -> None:

@@ -153,6 +153,10 @@ void nbd_places_init(struct nbd_loop *loop);
 /* With room for `length_bytes` of data, at most REQUEST_BYTES_MAX. NULL: there is no place now. */
 struct request *nbd_place_take(struct nbd_loop *loop, uint32_t length_bytes);
 void nbd_place_free(struct nbd_loop *loop, struct request *request);
+/* What has been received is done. A write that was only begun gives its place back: nothing else would. */
+void nbd_receive_no_more(struct nbd_loop *loop);
+/* The same, and nobody receives replies. */
+void nbd_client_left(struct nbd_loop *loop);
 
 /* replies.c */
 
@@ -190,8 +194,6 @@ void nbd_go_on(struct nbd_loop *loop);
 
 /* Receive once, and begin what requests there are. */
 void nbd_receive(struct nbd_loop *loop);
-/* Nobody receives replies any more, and nothing that was begun is completed. */
-void nbd_client_left(struct nbd_loop *loop);
 /* Begin requests that have been received, as far as they find places. Returns whether there was one. */
 bool nbd_take_requests(struct nbd_loop *loop);
 

@@ -63,3 +63,17 @@ void nbd_place_free(struct nbd_loop *loop, struct request *request)
 	loop->free_count++;
 	assert(loop->free_count <= REQUESTS);
 }
+
+void nbd_receive_no_more(struct nbd_loop *loop)
+{
+	loop->ended = true;
+	if (loop->filling != NULL)
+		nbd_place_free(loop, loop->filling); /* the rest of it does not come any more */
+	loop->filling = NULL;
+}
+
+void nbd_client_left(struct nbd_loop *loop)
+{
+	loop->gone = true;
+	nbd_receive_no_more(loop);
+}

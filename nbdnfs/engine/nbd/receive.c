@@ -32,16 +32,7 @@ static void end(struct nbd_loop *loop, bool broke_protocol)
 	if (broke_protocol)
 		log_line("the NBD client broke the protocol: serving ends");
 	loop->broke_protocol |= broke_protocol;
-	loop->ended = true;
-	if (loop->filling != NULL)
-		nbd_place_free(loop, loop->filling); /* the rest of it does not come any more */
-	loop->filling = NULL;
-}
-
-void nbd_client_left(struct nbd_loop *loop)
-{
-	loop->gone = true;
-	end(loop, false);
+	nbd_receive_no_more(loop);
 }
 
 /* The data of a write, as far as it has come. Returns whether all of it has. */
