@@ -88,5 +88,5 @@ class FakeNbdNetlink:
             with take_descriptor(self.pid, descriptor_in(request)) as sock:
                 code = self._reconnect(sock)
             answer = struct.pack("=IHHIIi", 36, _NLMSG_ERROR, 0, 0, 0, -code) + request[:16]
-            with contextlib.suppress(BrokenPipeError):  # closed meanwhile: nobody waits for it
+            with contextlib.suppress(BrokenPipeError):  # the sender has closed its end
                 self._ours.send(answer)

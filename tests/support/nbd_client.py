@@ -44,7 +44,26 @@ class Reply:
     data: bytes
 
 
-class NbdClient:
+class _OneByOne:
+    """Requests that are waited for one by one, for whoever has `_one`."""
+
+    def read(self, offset: int, length_bytes: int) -> bytes:
+        """One read; OSError with the protocol's errno."""
+        return self._one(Request(READ, offset, length_bytes))
+
+    def write(self, offset: int, data: bytes, *, fua: bool = False) -> None:
+        """One write; OSError with the protocol's errno."""
+        self._one(Request(WRITE, offset, len(data), data, FLAG_FUA if fua else 0))
+
+    def flush(self) -> None:
+        """OSError with the protocol's errno."""
+        self._one(Request(FLUSH, 0, 0))
+
+    def _one(self, request: Request) -> bytes:
+        raise NotImplementedError
+
+
+class NbdClient(_OneByOne):
     """One connection. Not thread-safe. Every wait ends after `timeout_s` with TimeoutError."""
 
     def __init__(self, path: Path, timeout_s: float = 60.0) -> None:
@@ -107,18 +126,6 @@ class NbdClient:
         while under_way:
             yield self._receive(under_way)
 
-    def read(self, offset: int, length_bytes: int) -> bytes:
-        """One read; OSError with the protocol's errno."""
-        return self._one(Request(READ, offset, length_bytes))
-
-    def write(self, offset: int, data: bytes, *, fua: bool = False) -> None:
-        """One write; OSError with the protocol's errno."""
-        self._one(Request(WRITE, offset, len(data), data, FLAG_FUA if fua else 0))
-
-    def flush(self) -> None:
-        """OSError with the protocol's errno."""
-        self._one(Request(FLUSH, 0, 0))
-
     def trim(self, offset: int, length_bytes: int) -> None:
         """OSError with the protocol's errno."""
         self._one(Request(TRIM, offset, length_bytes))
@@ -147,7 +154,7 @@ class NbdClient:
         return bytes(received)
 
 
-class SharedClient:
+class SharedClient(_OneByOne):
     """One connection for several threads, each with a request of its own under way, as the kernel has one.
 
     Its methods are those of NbdClient, and wait for `timeout_s` at most.
@@ -178,18 +185,6 @@ class SharedClient:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._receiver.join()
         self._socket.close()
-
-    def read(self, offset: int, length_bytes: int) -> bytes:
-        """One read; OSError with the protocol's errno."""
-        return self._one(Request(READ, offset, length_bytes))
-
-    def write(self, offset: int, data: bytes, *, fua: bool = False) -> None:
-        """One write; OSError with the protocol's errno."""
-        self._one(Request(WRITE, offset, len(data), data, FLAG_FUA if fua else 0))
-
-    def flush(self) -> None:
-        """OSError with the protocol's errno."""
-        self._one(Request(FLUSH, 0, 0))
 
     def _one(self, request: Request) -> bytes:
         answer: Future[bytes] = Future()

@@ -155,7 +155,7 @@ struct request *nbd_place_take(struct nbd_loop *loop, uint32_t length_bytes);
 void nbd_place_free(struct nbd_loop *loop, struct request *request);
 /* What has been received is done. A write that was only begun gives its place back: nothing else would. */
 void nbd_receive_no_more(struct nbd_loop *loop);
-/* The same, and nobody receives replies. */
+/* The same for a client that is gone: its replies are dropped. */
 void nbd_client_left(struct nbd_loop *loop);
 
 /* replies.c */

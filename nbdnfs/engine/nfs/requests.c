@@ -19,7 +19,7 @@ static void wake_if_needed(struct nfsio *io)
 		call_io_thread(io);
 }
 
-/* A waiter receives no longer, and nobody does. */
+/* A waiter has stopped receiving, and no other thread has taken over yet. */
 static void call_receiver(struct nfsio *io)
 {
 	call_io_thread(io); /* with an attendant it still throws a broken connection away */
