@@ -176,6 +176,7 @@ static void restart(bool begins)
 static void forget_handles(void)
 {
 	nas.generations[OBJECT_FILE]++;
+	nas.forgotten_at_ns = now_ns;
 	forget_use();
 	if (rng_chance(&nas.faults, 512)) {
 		nas.generations[OBJECT_DIRECTORY]++;

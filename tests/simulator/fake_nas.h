@@ -25,6 +25,9 @@ struct nas {
 	uint8_t other_byte;     /* all that is in it, but for one page that is the file's; UINT32_MAX: not even that */
 	uint32_t other_page;
 	uint32_t forgotten;     /* how often the file's handle, or what goes with it, has changed */
+	uint32_t found;         /* the generation of the file's handle that a look-up was last answered with ... */
+	int64_t found_at_ns;    /* ... and when */
+	int64_t forgotten_at_ns; /* when the file's handle last changed */
 	int64_t used_since_ns;  /* a worker has used the file's handle since then; NEVER: not the one that it has now */
 	bool is_handed_on;      /* and the worker that runs has it from another one */
 	bool record_is_gone;

@@ -332,6 +332,8 @@ static void do_lookup(const struct call *call, uint8_t **at)
 	else if (call->object == OBJECT_DIRECTORY && strcmp(call->name, "swap") == 0) {
 		check_lookup();
 		found = nas.is_replaced ? OBJECT_OTHER : OBJECT_FILE;
+		nas.found = nas.generations[OBJECT_FILE];
+		nas.found_at_ns = now_ns;
 	} else if (call->object == OBJECT_DIRECTORY && strcmp(call->name, OWNER_PATH + 1) == 0 && options.owner &&
 		 !record_is_missing())
 		found = OBJECT_RECORD;
@@ -402,12 +404,16 @@ static void put_refusal(const struct call *call, uint32_t status, uint8_t **at)
 		put_optional_attributes(at, call->object);
 }
 
-/* A connection that writes has recognised the file, and has told the engine so. */
+/*
+ * A connection that writes has recognised the file, and has told the engine so. Not where its worker has been killed:
+ * that one may have written before it told.
+ */
 static void note_use(const struct call *call)
 {
 	bool is_write = call->procedure == PROC_WRITE || call->procedure == PROC_COMMIT;
 
-	if (is_write && call->object == OBJECT_FILE && call->forgotten == nas.forgotten && nas.used_since_ns == NEVER)
+	if (is_write && call->object == OBJECT_FILE && call->forgotten == nas.forgotten &&
+	    conn_has_client(call->conn) && nas.used_since_ns == NEVER)
 		nas.used_since_ns = now_ns;
 }
 
@@ -659,13 +665,34 @@ static int64_t service_ns(void)
 	return (int64_t)(rng_next(&nas.calls) % (uint64_t)most_ns);
 }
 
-/* mountd is for the first worker, and for a directory whose handle is stale. */
+/* An attempt to connect takes no longer. */
+#define ATTEMPT_NS (20 * S)
+
+/*
+ * The handle that a look-up found was stale when it was used. With several connections, the last look-up may have been
+ * another one's.
+ */
+static bool file_is_stale_again(void)
+{
+	uint32_t now = nas.generations[OBJECT_FILE];
+
+	if (now == 0)
+		return false;
+	return options.connections == 1 ? nas.found != now && now_ns - nas.found_at_ns < ATTEMPT_NS
+					: now_ns - nas.forgotten_at_ns < ATTEMPT_NS;
+}
+
+/*
+ * mountd is for the first worker, and for a directory whose handle is stale. A client cannot tell that from a file
+ * whose handle is stale again as soon as it has been found.
+ */
 static void check_mountd(void)
 {
 	uint32_t reasons = 1u << FAULT_replaced | 1u << FAULT_refuse | 1u << FAULT_owner_refused;
 	bool is_stale = nas.generations[OBJECT_DIRECTORY] + nas.generations[OBJECT_ROOT] > 0;
 
-	if (worker_place_is_known && !is_stale && (options.faults & reasons) == 0 && options.fail_at == 0)
+	if (worker_place_is_known && !is_stale && !file_is_stale_again() && (options.faults & reasons) == 0 &&
+	    options.fail_at == 0)
 		sim_fail("mountd is asked, although the directory's handle is known and the server knows it");
 }
 
