@@ -256,6 +256,24 @@ def test_a_read_that_is_refused_before_and_after_a_pause(nas: FakeNas, open_engi
     assert reading.result(DEADLINE_S) == content[30 * PAGE : 31 * PAGE]
 
 
+@pytest.mark.long
+def test_a_file_that_is_gone_before_and_after_a_silence(nas: FakeNas, open_engine: OpenEngine) -> None:
+    """In between the server says nothing for longer than gone_limit: it has not said for so long that there is none."""
+    content = os.urandom(PAGES * PAGE)
+    nas.add("/export/swap", content)
+    engine = open_engine(nas.url("/export/swap"), gone_limit_ms=8000)
+    nas.fail("LOOKUP", 2)
+    nas.expire_handles()
+    reading = in_background(read_pages, engine, 30)
+    wait_until(lambda: engine.counters()["file_state"] == FILE_DELETED, "it is found gone")
+    nas.stop()
+    time.sleep(8.5)  # gone_limit
+    nas.end_faults()
+    nas.fail("LOOKUP", 2, times=2)  # of the directory that is known, and of the one that mountd says
+    nas.start()
+    assert reading.result(DEADLINE_S) == content[30 * PAGE : 31 * PAGE]
+
+
 MOVES = """
 import os, sys
 from support.engines import PAGE, opening, read_pages

@@ -22,24 +22,24 @@
 /*
  * The server has refused a request with `error`. A READ is asked again for a while, whatever the reason: an export, a
  * disk or a name service may not be there for a moment, and an error ends the process whose page it was. That time
- * begins again with each connection: while there was none, the server has refused nothing.
+ * begins again with each connection, and silence is not part of it.
  */
 void note_refused(struct nfsio *io, struct nfsio_req *req, int error)
 {
-	int64_t now = now_ms();
-
 	if (req->op != NFSIO_READ || req->handle != NULL || io->options.refused_read_ms == 0) {
 		req_finish(&io->inflight, req, error);
 		return;
 	}
-	if (req->refused_at_ms < io->connected_at_ms) {
-		req->refused_at_ms = now;
+	if (req->refused.last_ms < io->connected_at_ms) {
+		int64_t now = now_ms();
+
+		req->refused = (struct nfsio_told){ 0 };
 		if (io->refusal_told_ms == 0 || now - io->refusal_told_ms > REFUSAL_LOG_MS)
 			log_line("server %s: it refuses to read (%s): asking again for %u s", io->address,
 				 strerror(-error), io->options.refused_read_ms / 1000);
 		io->refusal_told_ms = now;
 	}
-	if (now - req->refused_at_ms < io->options.refused_read_ms)
+	if (note_told(&req->refused) < io->options.refused_read_ms)
 		try_later(io, &io->inflight, req);
 	else
 		req_finish(&io->inflight, req, error);

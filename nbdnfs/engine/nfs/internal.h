@@ -55,6 +55,8 @@
 #define RETRY_LATER_MS 200
 /* What is put off for longer fails, looks excepted: how long to go on is for the caller to say. */
 #define PUT_OFF_LIMIT_MS 1000
+/* A server that is asked again at once, and has not answered for longer, is silent: note_told(). */
+#define TOLD_GAP_LIMIT_MS 2000
 /* How often nfsio_look.waiting is called. */
 #define WAITING_TICK_MS 250
 
@@ -136,7 +138,7 @@ struct nfsio {
 	int64_t patience_ms;    /* the I/O thread's own: how long an attempt to connect may take */
 	bool refused_port;      /* the I/O thread's own: the last attempt found no server at the known port */
 	bool refusal_logged;    /* the I/O thread's own: the connection before this one ended as `refused` says, too */
-	int64_t gone_since_ms;  /* the I/O thread's own: when the file was first found gone, 0: it is not */
+	struct nfsio_told gone; /* the I/O thread's own: for how long the file has been found gone */
 	int64_t away_since_ms;  /* the I/O thread's own */
 	bool logged[NFSIO_FILE_REPLACED + 1]; /* the I/O thread's own: which conditions, since away_since_ms */
 	int wake_fd;            /* an eventfd: written to wake the I/O thread out of poll() */
@@ -274,6 +276,19 @@ static inline int64_t now_ms(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &ts);
 	return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+/*
+ * The server has said something again that is an error once it has gone on for long. Returns for how long it has; the
+ * time in which the server said nothing does not count: what it says next may be the last of it.
+ */
+static inline int64_t note_told(struct nfsio_told *told)
+{
+	int64_t now = now_ms(), gap_ms = told->last_ms == 0 ? 0 : now - told->last_ms;
+
+	told->for_ms += gap_ms < TOLD_GAP_LIMIT_MS ? gap_ms : TOLD_GAP_LIMIT_MS;
+	told->last_ms = now;
+	return told->for_ms;
 }
 
 static inline void set_failure(struct nfsio_failure *why, enum nfsio_phase phase, int error, const char *text)

@@ -93,7 +93,7 @@ static void publish(struct nfsio *io, const struct connection *made)
 	io->state.condition = NFSIO_UP;
 	io->state.gone_too_long = false;
 	io->state.connects++;
-	io->gone_since_ms = 0;
+	io->gone = (struct nfsio_told){ 0 };
 	issue_pending(io);
 	call_attendant(io);
 }
@@ -113,19 +113,14 @@ static void notify_watcher(struct nfsio *io)
 /* There is no connection: note why. Without the lock. */
 static void note_down(struct nfsio *io, enum nfsio_condition condition)
 {
-	int64_t now = now_ms();
-	bool gone_too_long = false;
+	int64_t gone_ms = condition == NFSIO_LINK_DOWN ? 0 : note_told(&io->gone);
+	bool gone_too_long = io->options.gone_limit_ms > 0 && gone_ms >= io->options.gone_limit_ms;
 
-	if (condition != NFSIO_LINK_DOWN) {
-		if (io->gone_since_ms == 0)
-			io->gone_since_ms = now;
-		gone_too_long = io->options.gone_limit_ms > 0 && now - io->gone_since_ms >= io->options.gone_limit_ms;
-	}
 	pthread_mutex_lock(&io->lock);
 	if (io->state.condition != condition || io->state.gone_too_long != gone_too_long) {
 		if (gone_too_long && !io->state.gone_too_long && !io->options.quiet)
 			log_line("server %s: the file has been gone for %.0f s: requests that need it fail from now on",
-				 io->address, (double)(now - io->gone_since_ms) / 1000);
+				 io->address, (double)gone_ms / 1000);
 		io->state.condition = condition;
 		io->state.gone_too_long = gone_too_long;
 		notify_watcher(io);

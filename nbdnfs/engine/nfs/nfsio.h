@@ -89,6 +89,12 @@ struct nfsio_samples {
 	bool (*is_right)(void *context, uint64_t offset_bytes, uint64_t proof, uint8_t *data);
 };
 
+/* For how long the server has said the same: note_told(). All 0: it has not. */
+struct nfsio_told {
+	int64_t last_ms;        /* CLOCK_MONOTONIC: when it last said so */
+	int64_t for_ms;
+};
+
 /* One request. The caller's, which keeps it in place, with its data, until `done` is called. */
 struct nfsio_req {
 	/* set by the caller */
@@ -118,7 +124,7 @@ struct nfsio_req {
 	struct wire_call call;
 	int64_t queued_at_ms;
 	int64_t give_up_at_ms;  /* while in flight: then it is sent again over a new connection */
-	int64_t refused_at_ms;  /* a READ: when the server first refused it over this connection; less: it has not */
+	struct nfsio_told refused; /* a READ: how long the server has refused it over this connection */
 	unsigned ends;          /* a READ: how often it met the end of the file */
 	unsigned restarts;      /* a write: how often all of it was sent again for another verifier */
 	struct nfsio_req *prev, *next;

@@ -182,6 +182,6 @@ void req_enqueue(struct nfsio *io, struct nfsio_req *req, struct nfsio_batch *ba
 	req->moved_bytes = 0;
 	req->stable = req->resent = false;
 	req->queued_at_ms = now_ms();
-	req->refused_at_ms = 0;
+	req->refused = (struct nfsio_told){ 0 };
 	req_list_push(&io->pending, req);
 }
