@@ -25,10 +25,10 @@ _TRACEBACKS = (
 class Host:
     """A Machine on which journalctl(1) prints a file."""
 
-    def __init__(self, folder: Path, text: str) -> None:
+    def __init__(self, folder: Path, text: str, status: int = 0) -> None:
         (folder / "text").write_text(text)
         program = folder / "journalctl"
-        program.write_text(f"#!/bin/sh\nexec cat {folder}/text\n")
+        program.write_text(f"#!/bin/sh\ncat {folder}/text\nexit {status}\n")
         program.chmod(0o755)
         self._environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
 
@@ -59,3 +59,9 @@ def test_none(tmp_path: Path) -> None:
         host = Host(tmp_path, text)
         journal.refuse_tracebacks(host)  # type: ignore[arg-type]
         assert host.run(journal.COUNT_TRACEBACKS, check=False).stdout == "0\n"
+
+
+def test_a_journal_that_cannot_be_read(tmp_path: Path) -> None:
+    """It is not one without tracebacks."""
+    with pytest.raises(GuestFailedError):
+        journal.refuse_tracebacks(Host(tmp_path, "", status=1))  # type: ignore[arg-type]

@@ -23,8 +23,9 @@ def run(args: argparse.Namespace) -> int:
     """The exit status. Errors as `backing_file.create`; with --if-missing as `existing_file.check`, with --force as
     `where.refuse_if_attached`."""
     size_bytes = backing_size.parse(args.size, Path("/"))
+    again = f"nbdnfs create {args.url} --size {args.size} --force"
     if args.force:
-        where.refuse_if_attached(args.url, f"nbdnfs create {args.url} --size {args.size} --force")
+        where.refuse_if_attached(args.url, again)
     claiming.run_until_signal(
         lambda stop: old_name.adopt(args.url, ownership.serve_holder(), stop=stop), grace_s=_GRACE_S
     )
@@ -35,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
         backing_size.refuse_unless_lockable(size_bytes, Path("/"))
     except ConfigError as error:  # the file may be for another machine
         log.warning("this machine could not use the file: %s", error.message)
+    if args.force:
+        where.refuse_if_attached(args.url, again)  # the server may have taken its time
     create(args.url, size_bytes, force=args.force)
     return 0
 

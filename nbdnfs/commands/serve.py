@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType, MappingProxyType
 
 from nbdnfs import defaults, programs
-from nbdnfs.commands import claiming
+from nbdnfs.commands import claiming, where
 from nbdnfs.errors import BusyError, CannotCreateError, NbdnfsError, UsageError
 from nbdnfs.nas import old_name, owner_record, ownership
 from nbdnfs.nas.patience import Interrupted
@@ -35,7 +35,7 @@ _PATIENCE_S = 1.0
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until the worker ends; its exit status. UsageError, or as `serve`."""
+    """Serve until the worker ends; its exit status. UsageError, or as `where.refuse_if_attached` and `serve`."""
     if not 1 <= args.threads <= 64:
         raise UsageError(f"--threads {args.threads} is out of range", "give 1 to 64; more than 16 are hardly faster")
     settings = {"encrypt": "1"} if args.encrypt else {}
@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
         if not equals:
             raise UsageError(f"--plugin-setting {setting} has no value", "write it as KEY=VALUE")
         settings[key] = value
+    # also for --no-owner, and where the device keeps no owner record
+    where.refuse_if_attached(args.url, f"nbdnfs serve {args.url} --socket {args.socket}")
     return serve(
         args.url,
         args.socket,

@@ -198,7 +198,15 @@ def test_remove_refuses(place: Folder, run: Run, monkeypatch: pytest.MonkeyPatch
     assert place.names() == {"a.swap", ".a.swap.owner", "b.swap", ".b.swap.owner", "letter", "c.swap"}
 
 
-@pytest.mark.parametrize("command", [("remove", "--yes"), ("grow", "2M"), ("create", "--size=1M", "--force")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("remove", "--yes"),
+        ("grow", "2M"),
+        ("create", "--size=1M", "--force"),
+        ("serve", "--socket=/nonexistent/socket", "--no-owner"),
+    ],
+)
 @pytest.mark.parametrize("is_attached", [True, False])
 def test_a_file_of_this_machine_by_another_name(
     place: Folder,

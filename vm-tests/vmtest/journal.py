@@ -19,8 +19,12 @@ def keep_on_disk(machine: Machine) -> None:
 
 
 def refuse_tracebacks(machine: Machine) -> None:
-    """GuestFailedError when this boot's journal has a traceback, of whichever process, with the lines after it."""
-    command = f"journalctl -b -q --no-pager -o short-monotonic | grep -F -A 20 '{TRACEBACK}'"
+    """GuestFailedError when this boot's journal has a traceback, of whichever process, with the lines after it; or when
+    it cannot be read."""
+    command = (
+        "journalctl -b -q --no-pager -n 1 >/dev/null || exit 2; "
+        f"journalctl -b -q --no-pager -o short-monotonic | grep -F -A 20 '{TRACEBACK}'"
+    )
     found = machine.run(command, _TIMEOUT_S, check=False)
     if found.status != 1:  # grep(1): no line is selected
         raise GuestFailedError(f"there is a traceback in the journal:\n{found.stdout}{found.stderr}")
