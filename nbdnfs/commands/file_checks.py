@@ -196,7 +196,8 @@ def _look(url: str) -> FileFacts | None:
     explain.refuse_unsupported(target, libnfs_version)
     address = target.resolve()
     with remote_file.explained(target, address):
-        file = remote_file.open_existing(target.text, address, read_only=True, connect_timeout_s=_CONNECT_TIMEOUT_S)
+        # as the worker does: the server says whether it could write. Nothing is written
+        file = remote_file.open_existing(target.text, address, read_only=False, connect_timeout_s=_CONNECT_TIMEOUT_S)
         if file is None:
             return None
         with remote_file.closing(file):

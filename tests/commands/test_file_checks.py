@@ -145,6 +145,14 @@ def test_a_real_file(swap_file: FileOnServer) -> None:
     assert found[-1].found == "does not exist yet; the first start makes it"
 
 
+def test_a_file_that_may_not_be_written(swap_file: FileOnServer) -> None:
+    """A user who may only read it, as on a read-only export."""
+    swap_file.path.chmod(0o644)
+    settings = Config("swap0", swap_file.url(uid=65534, gid=65534), size_bytes=swap_file.size_bytes)
+    found = list(file_checks.backing_file(settings, None))
+    assert "uid 65534" in bad(found)["swap0: server"]
+
+
 def test_a_server_that_is_stopped(own_ganesha: Ganesha, tmp_path: Path) -> None:
     """It accepts connections, and answers nothing: the finding comes at the deadline."""
     settings = Config("swap0", own_ganesha.url("x"), size_bytes=MIB)
