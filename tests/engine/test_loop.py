@@ -678,17 +678,18 @@ def model() -> Iterator[tuple[FakeNfsServer, Served, NbdClient]]:
         served.ended.result(DEADLINE_S)
 
 
-@given(operations, st.integers(1, 16), st.randoms(use_true_random=False))
+@given(operations, st.integers(1, 16), st.integers(0, 2**32 - 1))
 @settings(max_examples=30, deadline=None)
 def test_model(
     model: tuple[FakeNfsServer, Served, NbdClient],
     operations: list[tuple[int, int, int, int]],
     depth: int,
-    rng: random.Random,
+    seed: int,
 ) -> None:
     """Against a dict of pages, with `depth` requests under way: a read that overlaps no request under way returns what
     was written last; after a FLUSH at the end the server has all of it."""
     server, _, client = model
+    rng = random.Random(seed)  # of the pages' bytes: hypothesis calls an example too large that is made of so many
     client.flush()  # hypothesis may have ended the last example before its end
     content = bytearray(server.content)
     expected: dict[int, bytes] = {}
