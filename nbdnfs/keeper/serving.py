@@ -31,6 +31,8 @@ HANDSHAKE_TIMEOUT_S = 5.0
 LASTED_S = 2.0
 # A worker exits by itself when the kernel has closed its connection; one that does not is stuck.
 STUCK_S = 3.0
+# How soon a worker that could not be told to serve is told again.
+_ACTIVATE_AGAIN_S = 0.1
 # LINK_DEAD that comes this soon after a connection was made may be about the connection before.
 _SETTLED_S = 1.0
 
@@ -66,8 +68,8 @@ class Serving:
 
     @property
     def due_s(self) -> float | None:
-        """When the next worker may be started (time.monotonic()); None while there is one."""
-        return self._due_s if self.worker is None else None
+        """When the next worker may be started, or is told to serve (time.monotonic()); None once one was."""
+        return self._due_s if self.worker is None or not self.worker.is_activated else None
 
     def adopt(self, region_fd: int) -> bool:
         """Take over the worker that serves our device, if it lives. Whether it is of another version than this."""
@@ -104,7 +106,8 @@ class Serving:
             if self.worker is None:
                 self._fail(now)
                 return
-            self.worker.activate(self.address)
+        if not self.worker.is_activated and now >= self._due_s:
+            self._activate(self.worker, now)
         if self.worker.has_greeted():
             self._connect(self.worker)
 
@@ -114,6 +117,15 @@ class Serving:
         text = f"replacing worker {self.worker.pid} with {successor.pid}"
         self._reporter.say(text, events.WORKER_REPLACED, pid=self.worker.pid)
         self.worker.kill()
+
+    def _activate(self, worker: WorkerHandle, now: float) -> None:
+        """Tell it to serve; again soon where there is no memory for that, as it waits for nothing else."""
+        try:
+            worker.activate(self.address)
+        except OSError as error:
+            text = f"cannot activate a worker: {error.strerror}; trying again until it can"
+            self._reporter.complain("activate", text)
+            self._due_s = now + _ACTIVATE_AGAIN_S
 
     def _connect(self, worker: WorkerHandle) -> None:
         """Shake hands, and give the socket to the kernel."""
