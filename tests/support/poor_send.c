@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Fault tool, for LD_PRELOAD: a machine that has little memory. Each send(2) over a Unix stream socket fails for want of
- * it twice, and goes well then. One thread at a time.
+ * Fault tool, for LD_PRELOAD: a machine that has little memory. Each send(2) over a Unix stream socket fails twice for
+ * want of it, and goes well then. One thread at a time.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
