@@ -43,12 +43,6 @@ static bool receive(struct heir *heir, void *into, size_t bytes, int64_t until_m
 	return true;
 }
 
-/* The connection is new, so there is room for all of it. */
-static bool answer(struct heir *heir, const void *data, size_t bytes)
-{
-	return send(heir->sock, data, bytes, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)bytes;
-}
-
 static uint64_t big_endian(const char *at, size_t bytes)
 {
 	uint64_t value = 0;
@@ -69,7 +63,8 @@ static bool greet(struct heir *heir, int64_t until_ms)
 	if ((flags & FIXED_NEWSTYLE) == 0)
 		return false;
 	flags = htobe32(flags & (FIXED_NEWSTYLE | NO_ZEROES));
-	return answer(heir, &flags, sizeof(flags)) && answer(heir, heir->option, heir->option_bytes);
+	return heir_send(heir, heir->sock, &flags, sizeof(flags)) &&
+	       heir_send(heir, heir->sock, heir->option, heir->option_bytes);
 }
 
 const char *heir_negotiate(struct heir *heir)

@@ -72,6 +72,12 @@ const char *heir_negotiate(struct heir *heir);
 /* Whether our device is still attached. */
 bool heir_has_device(struct heir *heir);
 
+/*
+ * Send all of it at once, to the standby, over a socket that has room for it. Where the kernel has no memory for that,
+ * it is sent again, as long as there is the standby, and the device. False where it has not been sent.
+ */
+bool heir_send(struct heir *heir, int socket, const void *data, size_t bytes);
+
 /* Whether the lock of the keeper could be taken. */
 bool heir_try_lock(struct heir *heir);
 

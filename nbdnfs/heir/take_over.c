@@ -23,6 +23,8 @@
 /* How often the socket is offered, and for how long: see give_to_kernel(). */
 #define OFFER_EVERY_MS 100
 #define OFFERS 30
+/* How soon what the kernel had no memory for is sent again. */
+#define SEND_EVERY_MS 100
 /* When the first offer may be made, counted from the end of keeper and worker: see settle(). */
 #define SETTLE_MS 300
 
@@ -52,11 +54,18 @@ static bool take_standby(struct heir *heir)
 	return true;
 }
 
-static bool activate(struct heir *heir)
+bool heir_send(struct heir *heir, int socket, const void *data, size_t bytes)
 {
-	const int flags = MSG_NOSIGNAL | MSG_DONTWAIT;
+	for (;;) {
+		ssize_t sent = send(socket, data, bytes, MSG_NOSIGNAL | MSG_DONTWAIT);
 
-	return send(heir->standby, heir->activation, heir->activation_bytes, flags) == (ssize_t)heir->activation_bytes;
+		if (sent >= 0)
+			return sent == (ssize_t)bytes;
+		if (errno != ENOMEM && errno != ENOBUFS && errno != EAGAIN && errno != EINTR)
+			return false;
+		if (heir_is_readable(heir->pidfd, SEND_EVERY_MS) || !heir_has_device(heir))
+			return false;
+	}
 }
 
 /* Until the standby greets. NULL, or why it never will. */
@@ -146,11 +155,13 @@ void heir_take_over(struct heir *heir)
 {
 	const int64_t since_ms = heir_now_ms();
 	const char *wrong;
+	bool is_activated;
 
 	/* a next keeper, or `nbdnfs down`, may be at work; and it may all be over */
 	if (!heir_try_lock(heir) || !heir_has_device(heir) || !take_standby(heir))
 		return;
-	wrong = activate(heir) ? wait_for_greeting(heir) : "it cannot be activated";
+	is_activated = heir_send(heir, heir->standby, heir->activation, heir->activation_bytes);
+	wrong = is_activated ? wait_for_greeting(heir) : "it cannot be activated";
 	if (wrong == NULL)
 		wrong = heir_negotiate(heir);
 	if (wrong == NULL) {

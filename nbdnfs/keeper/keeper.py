@@ -97,10 +97,13 @@ class Keeper:
         self._step_since_s = 0.0
         self._is_adopted = False  # whether an earlier keeper has attached the device
         self.is_swap_on = False
+        self._swap_text = ""
+        self._is_ready_told = False  # to systemd
         self._helper: HelperProcess | None = None
         self._helper_failures = 0
         self._helper_due_s = 0.0
         self._records_due_s = 0.0
+        self._is_recorded = False
         self._resolver: HelperProcess | None = None
         self._resolve_due_s: float | None = None
         self._is_new_standby_wanted = False  # SIGHUP
@@ -111,7 +114,9 @@ class Keeper:
 
         self._stop: str | None = None
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._is_region_parked = False
         self._region = self._take_region(stored)
+        self._park_region()
         self.standby.take_over(self._region, is_attached=self.serving.device is not None)
 
     # Life
@@ -119,9 +124,9 @@ class Keeper:
     def run(self) -> int:
         """Until SIGTERM or SIGINT; the exit status. Raises NbdnfsError for what no further try can mend."""
         before = self._take_signals()
-        self._records.put_process(self._records.KEEPER, os.getpid(), __version__)
+        self._record_itself()
         self._is_adopted = self.serving.device is not None
-        self._is_new_worker_wanted = self.serving.adopt(self._region)
+        self.serving.adopt(self._region)
         try:
             self._enter("provision" if self.serving.device is None else "attach")
             while self._stop is None:
@@ -142,6 +147,9 @@ class Keeper:
             os.close(self._wake_write)
         return 0
 
+    def _record_itself(self) -> None:
+        self._is_recorded = self._records.put_process(self._records.KEEPER, os.getpid(), __version__)
+
     def _close(self) -> None:
         """A worker that the kernel has connected goes on, and so does a standby that is parked."""
         if self.serving.worker is not None:
@@ -157,6 +165,7 @@ class Keeper:
     def _turn(self) -> None:
         """Do what is due, and sleep until there is an event."""
         now = time.monotonic()
+        self._park_region()
         if self._step != "provision":
             self.serving.keep(now)
             if self._is_new_standby_wanted:
@@ -167,6 +176,8 @@ class Keeper:
         self._look_for_root(now)
         if self.serving.is_connected and now >= self._records_due_s:
             self._records_due_s = now + _RECORDS_EVERY_S
+            if not self._is_recorded:
+                self._record_itself()
             self._records.retry()
         following = self._steps[self._step](now)
         if following != self._step:
@@ -258,15 +269,17 @@ class Keeper:
             self.is_swap_on = True
             device = self.serving.device
             assert device is not None
-            text = f"swap is on: {device.path}"
+            self._swap_text = f"swap is on: {device.path}"
             if not self._work.is_swapped_on(device):
-                text = f"its own swap is off: {self._other_use(device)}"
-            self._reporter.say(text, events.SWAP_ON, device=device.path)
-            self._notifier.send("READY=1", f"STATUS={text}")
+                self._swap_text = f"its own swap is off: {self._other_use(device)}"
+            self._reporter.say(self._swap_text, events.SWAP_ON, device=device.path)
+        if not self._is_ready_told and self._notifier.is_enabled:
+            self._is_ready_told = self._notifier.send("READY=1", f"STATUS={self._swap_text}")
         self._look_for_server(now)
         successor = self.standby.worker
-        if self._is_new_worker_wanted and successor is not None and successor.is_ready and self.serving.is_connected:
-            self._is_new_worker_wanted = False
+        is_wanted = self._is_new_worker_wanted or self.serving.is_outdated
+        if is_wanted and successor is not None and successor.is_ready and self.serving.is_connected:
+            self._is_new_worker_wanted = self.serving.is_outdated = False
             self.serving.replace(successor)
         return "watch"
 
@@ -371,21 +384,24 @@ class Keeper:
                 region.forget_keys(stored[_STORED_REGION])
             for descriptor in stored.values():
                 os.close(descriptor)
-            descriptor = region.create()
-            self._notifier.store(_STORED_REGION, descriptor)
-            return descriptor
+            return region.create()
         if _STORED_REGION in stored:
+            self._is_region_parked = True
             return stored[_STORED_REGION]
         record = self._records.living(self._records.WORKER)
         found = region.take_from(record.pid) if record is not None else None
         if found is not None:
-            self._notifier.store(_STORED_REGION, found)
             return found
         raise BusyError(
             f"{device.path} is attached, but its region no longer exists: no process has it",
             "pages may be missing on the NAS: end what uses the device, then nbdnfs down"
             f" {self._records.name}; swapped-out programs cannot be saved",
         )
+
+    def _park_region(self) -> None:
+        """Have systemd keep it for the next keeper: with this one and the worker, acknowledged pages would go."""
+        if not self._is_region_parked and self._notifier.is_enabled:
+            self._is_region_parked = self._notifier.store(_STORED_REGION, self._region)
 
     def _undo(self) -> None:
         """After an error: take down a device that is not in use. One that is stays, with its worker, its standby and

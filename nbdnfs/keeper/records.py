@@ -117,7 +117,8 @@ class Records:
         self.retry()
 
     def put_process(self, key: str, pid: int, version: str) -> bool:
-        """`put` a living process. False when it has ended."""
+        """`put` a living process. False when it has ended, or /proc cannot be read: whoever knows that it lives calls
+        again."""
         started = start_time_ticks(pid, self.root)
         if started is not None:
             self.put(key, f"{pid} {started} {version}")

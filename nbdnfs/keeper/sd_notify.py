@@ -50,17 +50,17 @@ class Notifier:
 
     def store(self, name: str, descriptor: int, *, until_hang_up: bool = False) -> bool:
         """Put a descriptor into the store under `name`, in place of what was there. `listen_fds` gives it to the next
-        process of the unit. False as in `send`.
+        process of the unit. False as in `send`: nothing new is stored. What had the name may be.
 
         until_hang_up  systemd closes it by itself once the other end of it is closed
         """
-        self.remove(name)
         poll = [] if until_hang_up else ["FDPOLL=0"]
-        return self.send("FDSTORE=1", f"FDNAME={name}", *poll, descriptors=[descriptor])
+        # never without the first: systemd would have two of that name
+        return self.remove(name) and self.send("FDSTORE=1", f"FDNAME={name}", *poll, descriptors=[descriptor])
 
-    def remove(self, name: str) -> None:
-        """Have systemd close what it stores under `name`."""
-        self.send("FDSTOREREMOVE=1", f"FDNAME={name}")
+    def remove(self, name: str) -> bool:
+        """Have systemd close what it stores under `name`. False as in `send`."""
+        return self.send("FDSTOREREMOVE=1", f"FDNAME={name}")
 
 
 def listen_fds(environment: Mapping[str, str] = os.environ) -> dict[str, int]:

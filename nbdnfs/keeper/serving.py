@@ -31,6 +31,8 @@ HANDSHAKE_TIMEOUT_S = 5.0
 LASTED_S = 2.0
 # A worker exits by itself when the kernel has closed its connection; one that does not is stuck.
 STUCK_S = 3.0
+# How soon a worker that could not be told to serve is told again.
+_ACTIVATE_AGAIN_S = 0.1
 # LINK_DEAD that comes this soon after a connection was made may be about the connection before.
 _SETTLED_S = 1.0
 
@@ -41,6 +43,7 @@ class Serving:
     device             None until it is attached
     worker             None while there is none
     connected_since_s  since when the kernel has the worker's socket (time.monotonic()); None while it has none
+    is_outdated        whether the worker was adopted, and is of another version than this keeper
     address            the server's, for workers to come, where it has changed; "" before
     """
 
@@ -49,6 +52,7 @@ class Serving:
         self.worker: WorkerHandle | None = None
         self.connected_since_s: float | None = None
         self.address = ""
+        self.is_outdated = False
         self._kernel = kernel
         self._work = work
         self._records = records
@@ -59,6 +63,8 @@ class Serving:
         self._due_s = 0.0
         self._suspect_since_s: float | None = None
         self._given_up: WorkerHandle | None = None
+        self._adoptable_region = -1  # of a device that may still have a worker of the keeper before; -1: it has none
+        self._unrecorded: str | None = None  # the version of a worker that serves, and has no record yet
 
     @property
     def is_connected(self) -> bool:
@@ -66,27 +72,33 @@ class Serving:
 
     @property
     def due_s(self) -> float | None:
-        """When the next worker may be started (time.monotonic()); None while there is one."""
-        return self._due_s if self.worker is None else None
+        """When the next worker may be started, or is told to serve (time.monotonic()); None once one was."""
+        return self._due_s if self.worker is None or not self.worker.is_activated else None
 
-    def adopt(self, region_fd: int) -> bool:
-        """Take over the worker that serves our device, if it lives. Whether it is of another version than this."""
+    def adopt(self, region_fd: int) -> None:
+        """Take over the worker that serves our device, if it lives. `keep` looks again where another one ends that was
+        started in its place, until one serves: /proc may not have been readable."""
         if self.device is None:
-            return False
+            return
+        self._adoptable_region = region_fd
         record = self._records.living(self._records.WORKER)
         pid = record.pid if record is not None else region.holder(region_fd, PROCESS_NAME)
         if record is None and (parked := self._records.living(self._records.STANDBY)) is not None:
             record = parked if parked.pid == pid else None  # the last keeper's heir has connected it
         worker = WorkerHandle.adopt(pid) if pid is not None else None
+        if worker is None:
+            return
         # only now that it is held by a descriptor is it certain that the pid still means the same process
-        if worker is None or not region.is_held_by(region_fd, worker.pid):
-            return False
+        if not region.is_held_by(region_fd, worker.pid):
+            worker.close()
+            return
+        self._adoptable_region = -1
         self.worker, self.connected_since_s = worker, time.monotonic()
         text = f"{self.device.path}: worker {worker.pid} of the previous keeper still serves"
         self._reporter.say(text, events.WORKER_ADOPTED, pid=worker.pid, device=self.device.path)
         if record is not None:
-            self._records.put_process(self._records.WORKER, worker.pid, record.version)
-        return record is None or record.version != __version__
+            self._record_worker(worker, record.version)
+        self.is_outdated = record is None or record.version != __version__
 
     def keep(self, now: float) -> None:
         """Do what is due. OwnedError: another machine has taken the file. UnavailableError: the device was detached.
@@ -96,17 +108,24 @@ class Serving:
             self.worker.check_ready()
         if self.worker is not None and self.worker.has_ended():
             self._worker_ended(self.worker, now)
-            self.worker = None
+            self.worker = self._unrecorded = None
         if self.worker is None:
             if now < self._due_s:
                 return
+            if self._failures > 0 and self._adoptable_region >= 0:
+                self.adopt(self._adoptable_region)
+                if self.worker is not None:
+                    return
             self.worker = self._standby.take()
             if self.worker is None:
                 self._fail(now)
                 return
-            self.worker.activate(self.address)
+        if not self.worker.is_activated and now >= self._due_s:
+            self._activate(self.worker, now)
         if self.worker.has_greeted():
             self._connect(self.worker)
+        elif self._unrecorded is not None:
+            self._record_worker(self.worker, self._unrecorded)
 
     def replace(self, successor: WorkerHandle) -> None:
         """End the worker, so that the standby takes its place."""
@@ -114,6 +133,15 @@ class Serving:
         text = f"replacing worker {self.worker.pid} with {successor.pid}"
         self._reporter.say(text, events.WORKER_REPLACED, pid=self.worker.pid)
         self.worker.kill()
+
+    def _activate(self, worker: WorkerHandle, now: float) -> None:
+        """Tell it to serve; again soon where there is no memory for that, as it waits for nothing else."""
+        try:
+            worker.activate(self.address)
+        except OSError as error:
+            text = f"cannot activate a worker: {error.strerror}; trying again until it can"
+            self._reporter.complain("activate", text)
+            self._due_s = now + _ACTIVATE_AGAIN_S
 
     def _connect(self, worker: WorkerHandle) -> None:
         """Shake hands, and give the socket to the kernel."""
@@ -137,6 +165,8 @@ class Serving:
             self._give_up(worker, f"{self.device.path}: the kernel has not taken a worker's socket: the old one lives")
             return
         self.connected_since_s = time.monotonic()
+        self._adoptable_region = -1
+        self.is_outdated = False
         self._suspect_since_s = None
         self._reporter.all_is_well()
         fields, text = {"pid": worker.pid}, f"{self.device.path}: worker {worker.pid} serves"
@@ -145,7 +175,7 @@ class Serving:
             fields["outage_ms"] = int((self.connected_since_s - self._disconnected_since_s) * 1000)
             text += f", after {fields['outage_ms']} ms without a worker"
         self._reporter.say(text, events.WORKER_SERVES, device=self.device.path, **fields)
-        self._record_worker(worker)  # a file needs memory: now there is some
+        self._record_worker(worker, __version__)  # a file needs memory: now there is some
 
     def _give_up(self, worker: WorkerHandle, reason: str) -> None:
         """Kill a worker that cannot serve, and say why."""
@@ -209,6 +239,6 @@ class Serving:
             self._suspect_since_s = None
             self.worker.kill()
 
-    def _record_worker(self, worker: WorkerHandle) -> None:
-        if not self._records.put_process(self._records.WORKER, worker.pid, __version__):
-            self._reporter.say(f"worker {worker.pid} has ended before it was recorded")
+    def _record_worker(self, worker: WorkerHandle, version: str) -> None:
+        is_done = self._records.put_process(self._records.WORKER, worker.pid, version)
+        self._unrecorded = None if is_done else version

@@ -133,9 +133,11 @@ class Standby:
         """Have systemd keep it for the next keeper, in case this one is killed; systemd drops one that ends."""
         if not self.is_parked and self._notifier.is_enabled:
             with contextlib.suppress(OSError):  # no memory just now, or it has ended: at the next turn
-                if not worker.is_parkable:
-                    # first, for `down`: some versions of systemd keep the store when the unit has stopped
-                    self._records.put_process(self._records.STANDBY, worker.pid, __version__)
+                # first, for `down`: some versions of systemd keep the store when the unit has stopped
+                if not worker.is_parkable and not self._records.put_process(
+                    self._records.STANDBY, worker.pid, __version__
+                ):
+                    return  # it has ended, or /proc cannot be read just now: at the next turn
                 self.is_parked = self._notifier.store(STORED_NAME, worker.make_parkable(), until_hang_up=True)
 
     def _start(self) -> WorkerHandle | None:

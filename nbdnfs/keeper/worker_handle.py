@@ -46,7 +46,7 @@ class WorkerHandle:
     socket        the kernel's end of its NBD connection; None for a serving worker that was adopted, and once the
                   kernel has it
     is_ready      a standby that waits, or a worker that serves
-    is_activated  it is to serve, or does
+    is_activated  it has been told to serve, or is an adopted one that does
     start_error   why its process cannot be started, for people; "" before
     """
 
@@ -170,15 +170,17 @@ class WorkerHandle:
 
         `address` is the server's where it differs from the one in its settings. The ancillary message is taken out of
         the control socket first: from here on this keeper has the only copies of both ends of its NBD connection.
+
+        OSError where the kernel has no memory for it: it has been told nothing, and waits until this is called again.
         """
-        self.is_activated = True
         self._close_control_peer()
         if self._control is not None:
-            with contextlib.suppress(OSError):  # nothing in it
+            with contextlib.suppress(ConnectionError):  # it has ended: see has_ended
                 if self.is_ready:
-                    self._control.recv(_ANCILLARY_BYTES_MAX)  # the kernel closes descriptors that have no room
-            with contextlib.suppress(OSError):  # it has ended: see has_ended
+                    with contextlib.suppress(BlockingIOError):  # nothing in it
+                        self._control.recv(_ANCILLARY_BYTES_MAX)  # the kernel closes descriptors that have no room
                 self._control.send(protocol.activation(address))
+        self.is_activated = True
 
     @property
     def is_parkable(self) -> bool:

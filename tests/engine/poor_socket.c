@@ -1,16 +1,22 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Fault tool, for LD_PRELOAD: a machine that has little memory. On Unix sockets every third send or receive of a
- * message fails for want of it, and the others send and receive little.
+ * Fault tool, for LD_PRELOAD: a machine that has little memory. On Unix sockets every third send of a message and every
+ * third receive fails for want of it, and the others send and receive little. Each thread has a count of its sends and
+ * one of its receives: what fails goes well when it is tried again, whatever else is called in between. With one count
+ * for all, a thread that makes three calls in turns would find that always the same one fails.
+ *
+ * While `no_send` is set no send goes well.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <sys/socket.h>
 
-static atomic_uint calls;
+static _Thread_local unsigned sends, receives;
+atomic_bool no_send;
 
 static int is_poor(int fd)
 {
@@ -30,9 +36,9 @@ static void shorten(struct msghdr *message, size_t most)
 }
 
 /* Which call this is; it fails where that is 0. */
-static unsigned next(void)
+static unsigned next(unsigned *calls)
 {
-	unsigned number = atomic_fetch_add(&calls, 1);
+	unsigned number = (*calls)++;
 
 	errno = number % 2 ? ENOBUFS : ENOMEM;
 	return number % 3 == 0 ? 0 : number;
@@ -48,7 +54,8 @@ ssize_t sendmsg(int fd, const struct msghdr *message, int flags)
 	if (real == NULL)
 		*(void **)&real = dlsym(RTLD_NEXT, "sendmsg");
 	if (is_poor(fd) && message->msg_iovlen > 0) {
-		number = next();
+		number = next(&sends);
+		number = no_send ? 0 : number;
 		piece = message->msg_iov[0];
 		less.msg_iov = &piece;
 		shorten(&less, number * 37 % 5000 + 1);
@@ -67,7 +74,7 @@ ssize_t recvmsg(int fd, struct msghdr *message, int flags)
 	if (real == NULL)
 		*(void **)&real = dlsym(RTLD_NEXT, "recvmsg");
 	if (is_poor(fd) && count > 0) {
-		number = next();
+		number = next(&receives);
 		piece = pieces[0];
 		message->msg_iov = &piece;
 		shorten(message, number * 41 % 5000 + 1);

@@ -129,6 +129,10 @@ def counter(served: Served, name: str) -> int:
     return value
 
 
+def wait_for_reads(served: Served, count: int) -> None:
+    wait_until(lambda: counter(served, "reads") >= count, f"{count} reads are done")
+
+
 def requests_under_way(region_fd: int) -> int:
     """How many requests a region has noted: struct region_waits."""
     begin = region.WAITS_OFFSET + 8 * (2 + region.CONNECTIONS)
@@ -346,6 +350,15 @@ def test_a_client_that_does_not_receive(serve: Callable[..., Served], fake: Fake
     assert fake.on_disk[SIZE - PAGE :] == data
     found = {cookie: reply for cookie, _, reply in (served.receive(PIECE) for _ in range(30))}
     assert found == {i: content[i * PIECE % MIB : i * PIECE % MIB + PIECE] for i in range(30)}
+
+
+def test_requests_that_come_one_by_one_to_a_full_socket(serve: Callable[..., Served]) -> None:
+    """A socket that takes no more replies holds up no request: each is received and done, while there are places."""
+    served = serve()
+    served.client()
+    for cookie in range(15):
+        served.send(READ, cookie, cookie * PIECE % MIB, PIECE)
+        wait_for_reads(served, cookie + 1)
 
 
 # What waits does not hold up the rest
@@ -610,7 +623,7 @@ def test_a_client_that_hangs_up_without_receiving(serve: Callable[..., Served]) 
     served.client()
     for cookie in range(20):
         served.send(READ, cookie, cookie * PIECE % MIB, PIECE)
-    wait_until(lambda: counter(served, "reads") >= 8, "some are served")
+    wait_for_reads(served, 8)
     served.socket.close()
     served.ended.result(DEADLINE_S)
 
@@ -678,17 +691,18 @@ def model() -> Iterator[tuple[FakeNfsServer, Served, NbdClient]]:
         served.ended.result(DEADLINE_S)
 
 
-@given(operations, st.integers(1, 16), st.randoms(use_true_random=False))
+@given(operations, st.integers(1, 16), st.integers(0, 2**32 - 1))
 @settings(max_examples=30, deadline=None)
 def test_model(
     model: tuple[FakeNfsServer, Served, NbdClient],
     operations: list[tuple[int, int, int, int]],
     depth: int,
-    rng: random.Random,
+    seed: int,
 ) -> None:
     """Against a dict of pages, with `depth` requests under way: a read that overlaps no request under way returns what
     was written last; after a FLUSH at the end the server has all of it."""
     server, _, client = model
+    rng = random.Random(seed)  # of the pages' bytes: hypothesis calls an example too large that is made of so many
     client.flush()  # hypothesis may have ended the last example before its end
     content = bytearray(server.content)
     expected: dict[int, bytes] = {}

@@ -119,13 +119,12 @@ def replies(stream: bytes, lengths_by_cookie: dict[int, int]) -> list[int]:
 
 
 @pytest.mark.fake
-@given(requests, st.lists(slips, min_size=12, max_size=12), st.randoms(use_true_random=False))
+@given(requests, st.lists(slips, min_size=12, max_size=12), st.integers(0, 2**32 - 1))
 @settings(max_examples=25, deadline=None)
-def test_requests(
-    engine: Engine, requests: list[tuple[int, int, int, int, int]], slips: list[int], cuts: random.Random
-) -> None:
+def test_requests(engine: Engine, requests: list[tuple[int, int, int, int, int]], slips: list[int], seed: int) -> None:
     """Whatever their magic, flags, kind, range and length, and however much data follows: each reply is whole and to a
     request that was sent, at most one to each, and serving ends when the client does."""
+    cuts = random.Random(seed)  # hypothesis calls an example too large that is made of so many bytes
     stream, data_lengths, is_odd = bytearray(), {}, False
     for cookie, (magic, flag, kind, offset, length) in enumerate(requests):
         stream += struct.pack(">IHHQQI", magic, flag, kind, cookie, offset, length)

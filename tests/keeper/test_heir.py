@@ -224,6 +224,22 @@ def test_the_standby_is_told_the_address(scene: Scene) -> None:
     scene.kernel.wait_for_link(2)
 
 
+def test_no_memory_to_send(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The heir goes on until it has activated the standby and shaken hands: there is no other one of either."""
+    library = scene.folder / "poor_send.so"
+    source = TESTS / "support/poor_send.c"
+    subprocess.run(["cc", "-std=c11", "-Wall", "-shared", "-fPIC", source, "-o", library, "-ldl"], check=True)
+    scene.serve()
+    scene.park()
+    with monkeypatch.context() as patched:
+        before = os.environ.get("LD_PRELOAD", "")  # a sanitizer's, which must be the first
+        patched.setenv("LD_PRELOAD", f"{before} {library}".strip())
+        scene.keep()
+    scene.kill_both()
+    scene.kernel.wait_for_link(2)
+    assert scene.kernel.read(0, 4096) == bytes(4096)
+
+
 def test_the_keeper_ends_alone(scene: Scene) -> None:
     """The worker serves, the standby waits; the next keeper has lock and standby, and the heir is gone."""
     scene.all_there()

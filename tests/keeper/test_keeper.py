@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import mmap
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from support.fake_journal import FakeJournal
@@ -213,6 +216,45 @@ def test_provision_fails_for_good(setup: Setup, status: int) -> None:
     assert caught.value.exit_code == (os.EX_NOPERM if status == failures.OWNED_STATUS else status)
     assert setup.kernel.attaches == 0
     assert not setup.records.path.exists()
+
+
+class PoorSocket(socket.socket):
+    """Has no memory to send anything, so often."""
+
+    refusals: ClassVar[list[int]] = []
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        if self.refusals:
+            raise OSError(self.refusals.pop(0), "no memory")
+        return super().send(data, flags)
+
+
+def test_no_memory_to_activate(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The worker is told to serve until it has been: it waits for nothing else, and neither does swap."""
+    start = setup.work.start_worker
+
+    def start_poor(region_fd: int) -> WorkerHandle:
+        handle = start(region_fd)
+        assert handle._control is not None
+        handle._control = PoorSocket(fileno=handle._control.detach())
+        handle._control.setblocking(False)
+        return handle
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        PoorSocket.refusals[:] = [errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN]
+        os.kill(setup.work.started[0].pid, signal.SIGKILL)
+        setup.kernel.wait_for_link(2)
+        assert setup.kernel.read(0, 4096) == bytes(4096)
+
+    monkeypatch.setattr(setup.work, "start_worker", start_poor)
+    PoorSocket.refusals[:] = [errno.ENOBUFS]
+    assert setup.run(scenario) == 0
+    assert PoorSocket.refusals == []
+    text = "nbdnfs: t: cannot activate a worker: no memory; trying again until it can"
+    assert capfd.readouterr().err.splitlines().count(text) == 2
 
 
 def test_provision_fails_for_now(setup: Setup) -> None:

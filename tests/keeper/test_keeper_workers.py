@@ -150,7 +150,7 @@ def test_nothing_is_lost_when_a_dirty_worker_is_killed(setup: Setup) -> None:
 
     assert setup.run(scenario) == 0
     content = bytes(setup.server.on_disk)
-    assert all(content[number * PAGE :][:PAGE] == data for number, data in pages.items())
+    assert all(content[number * PAGE : (number + 1) * PAGE] == data for number, data in pages.items())
 
 
 def test_the_keys_outlive_worker_and_keeper(encrypted: Setup) -> None:
@@ -227,7 +227,7 @@ def test_an_upgrade_to_encryption(setup: Setup) -> None:
 
     def clear_pages() -> int:
         content = bytes(setup.server.on_disk)
-        return sum(content[number * PAGE :][:PAGE] == data for number, data in pages.items())
+        return sum(content[number * PAGE : (number + 1) * PAGE] == data for number, data in pages.items())
 
     def take_down() -> None:
         assert setup.kernel.attached is not None
@@ -302,7 +302,7 @@ def test_a_change_to_the_loop_and_back(setup: Setup) -> None:
 
     assert setup.run(flush) == 0
     content = bytes(setup.server.on_disk)
-    assert all(content[number * PAGE :][:PAGE] == data for number, data in pages.items())
+    assert all(content[number * PAGE : (number + 1) * PAGE] == data for number, data in pages.items())
 
 
 @pytest.mark.timeout(300)
@@ -344,7 +344,7 @@ def test_fifty_kills_with_a_dirty_region(setup: Setup, monkeypatch: pytest.Monke
 
     assert setup.run(scenario) == 0
     content = bytes(setup.server.on_disk)
-    assert not [number for number, data in written.items() if content[number * PAGE :][:PAGE] != data]
+    assert not [number for number, data in written.items() if content[number * PAGE : (number + 1) * PAGE] != data]
     resumed_s.sort()
     print(f"resumed after {resumed_s[25] * 1000:.0f} ms (median), {resumed_s[-1] * 1000:.0f} ms (longest)")
 

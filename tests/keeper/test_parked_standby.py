@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -24,11 +24,13 @@ from support.heir_run import keeper_with_heir
 from support.keeper_run import FakeSwap, run_keeper, until
 from support.waiting import SaidOnStderr
 
-from nbdnfs import region
+from nbdnfs import proc_stat, region
 from nbdnfs.commands import up_down
 from nbdnfs.config import Config
 from nbdnfs.errors import UnavailableError
+from nbdnfs.keeper import keeper as keeper_module
 from nbdnfs.keeper import only_keeper, worker_handle
+from nbdnfs.keeper import records as records_module
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.reporter import Reporter
@@ -157,6 +159,70 @@ def descriptors() -> list[str]:
             if kind != "socketAF_INET":
                 found.append(kind)
     return sorted(found)
+
+
+def test_messages_that_systemd_does_not_take(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that nothing else makes up for are sent again: that swap is on, and what is to be kept."""
+    refused = dict.fromkeys(("READY=1", "FDNAME=region", "FDNAME=standby"), 2)
+    send = Notifier.send
+
+    def poor_send(self: Notifier, *lines: str, descriptors: Sequence[int] = ()) -> bool:
+        for kind in refused.keys() & set(lines):
+            if refused[kind] > 0:
+                refused[kind] -= 1
+                return False
+        return send(self, *lines, descriptors=descriptors)
+
+    monkeypatch.setattr(Notifier, "send", poor_send)
+
+    def scenario(keeper: Keeper) -> None:
+        until(lambda: setup.systemd.names() == {"region", "standby"} and setup.systemd.is_ready)
+
+    setup.run(scenario)
+
+
+def test_processes_that_cannot_be_looked_up_at_first(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are recorded once /proc can be read: `down` and the next keeper look there."""
+    looked: dict[int, int] = {}
+
+    def look(pid: int, root: Path) -> int | None:
+        looked[pid] = looked.get(pid, 0) + 1
+        return proc_stat.start_time_ticks(pid, root) if looked[pid] > 2 else None
+
+    monkeypatch.setattr(records_module, "start_time_ticks", look)
+    monkeypatch.setattr(keeper_module, "_RECORDS_EVERY_S", 0.1)
+
+    def scenario(keeper: Keeper) -> None:
+        ready(keeper)
+        until(lambda: all(setup.records.living(key) for key in (Records.KEEPER, Records.WORKER, Records.STANDBY)))
+
+    setup.run(scenario)
+
+
+def test_a_worker_that_cannot_be_looked_up_at_first(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keeper that comes starts another one, which ends, since the region is locked; then it finds this one."""
+    parked_by_a_killed_keeper(setup, worker_too=False)
+    serving = setup.records.living(Records.WORKER)
+    assert serving is not None
+    is_held_by, refused = region.is_held_by, [serving.pid]
+
+    def look(descriptor: int, pid: int) -> bool:
+        if pid in refused:
+            refused.remove(pid)
+            return False
+        return is_held_by(descriptor, pid)
+
+    monkeypatch.setattr(region, "is_held_by", look)
+
+    def scenario(keeper: Keeper) -> None:
+        ready(keeper)
+        assert keeper.serving.worker is not None
+        assert keeper.serving.worker.pid == serving.pid
+        assert setup.kernel.links == 1
+        assert setup.kernel.read(0, PAGE) == b"\1" * PAGE
+
+    setup.run(scenario)
+    assert refused == []
 
 
 def test_both_killed_at_once(setup: Setup) -> None:

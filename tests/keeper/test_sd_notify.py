@@ -61,6 +61,14 @@ def test_store(systemd: tuple[FakeSystemd, str]) -> None:
     os.close(descriptor)
 
 
+def test_a_store_that_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what has the name may still be there, nothing is added: systemd would have two of that name."""
+    sent: list[str] = []
+    monkeypatch.setattr(Notifier, "send", lambda self, *lines, descriptors=(): sent.extend(lines))
+    assert not Notifier({}).store("region", 0)
+    assert sent == ["FDSTOREREMOVE=1", "FDNAME=region"]
+
+
 def test_without_a_listener(tmp_path: Path) -> None:
     """Without systemd, and with one that has ended or does not read, messages are dropped and nothing waits."""
     assert not Notifier({}).send("READY=1")

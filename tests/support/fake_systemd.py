@@ -18,7 +18,7 @@ _FLUSH = b"X_FLUSHED=1"
 
 
 class FakeSystemd:
-    """Listens until `close`. While `loses` is set, FDSTOREREMOVE is ignored.
+    """Listens until `close`. While `loses` is set, FDSTOREREMOVE is ignored. `is_ready` is set by READY=1.
 
     `_lock` guards the store and is notified when a message has been taken.
     """
@@ -27,6 +27,7 @@ class FakeSystemd:
         self._path = str(folder / "notify")
         self.environment = {"NOTIFY_SOCKET": self._path}
         self.loses = False
+        self.is_ready = False
         self._stored: dict[str, int] = {}
         self._polled: set[str] = set()
         self._lock = threading.Condition()
@@ -79,6 +80,7 @@ class FakeSystemd:
             lines = data.decode().split("\n")
             name = next((line.partition("=")[2] for line in lines if line.startswith("FDNAME=")), "")
             with self._lock:
+                self.is_ready |= "READY=1" in lines
                 if "FDSTOREREMOVE=1" in lines and not self.loses:
                     self._forget(name)
                 elif "FDSTORE=1" in lines:

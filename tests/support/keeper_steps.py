@@ -116,6 +116,7 @@ class Stage:
     def start(self, wanted: Wanted) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         stored = self.systemd.hand_over()
+        self.systemd.is_ready = False
         self._log_begins = len(self.log())
         message = {
             "folder": str(self.folder),
@@ -211,17 +212,19 @@ class Stage:
         return found
 
     def is_up(self) -> bool:
-        """Swap is on, a worker serves, and a standby is parked."""
+        """Swap is on, a worker serves, a standby is parked, and systemd has been told."""
         record = self.records.living(Records.STANDBY)
         return (
             "swap is on" in self.log()[self._log_begins :]
             and self.records.read(Records.STATE) == "watch"
             and self.kernel.use() != ""
             and self.systemd.names() == {"region", "standby"}
+            and self.systemd.is_ready
             and record is not None
             and record.pid in self.workers()
             and len(self.workers()) == 2
             and self.records.living(Records.WORKER) is not None
+            and self.records.living(Records.KEEPER) is not None
         )
 
     def kill_worker(self) -> int:

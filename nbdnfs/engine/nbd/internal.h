@@ -71,7 +71,8 @@ struct nbd_loop {
 	struct request *filling; /* a write whose data is coming */
 	uint32_t filled_bytes;
 	uint32_t skip_bytes;    /* the data of a write that was refused is still to come */
-	bool lacks_memory;      /* the kernel had none for a send or a receive: again, in a moment */
+	/* the kernel had no memory for it: again, in a moment. Neither holds up the other: receiving frees memory */
+	bool send_lacks_memory, receive_lacks_memory;
 	bool lacks_place;       /* there is a request that finds no place */
 	uint64_t gather_until_us; /* the client is in the middle of a request, which is left to come: 0, or until */
 	uint32_t gather_us;     /* how long that was, for this request */
@@ -134,12 +135,10 @@ static inline bool nbd_gathers(const struct nbd_loop *loop)
 }
 
 /* Is that all that is wrong with a call? It is tried again soon; not at once, as who frees memory may need the CPU. */
-static inline bool nbd_lacks_memory(struct nbd_loop *loop, int error)
+static inline bool nbd_lacks_memory(bool *lacks_memory, int error)
 {
-	bool lacks_memory = error == ENOBUFS || error == ENOMEM;
-
-	loop->lacks_memory |= lacks_memory;
-	return lacks_memory;
+	*lacks_memory = error == ENOBUFS || error == ENOMEM;
+	return *lacks_memory;
 }
 
 /* handshake.c */

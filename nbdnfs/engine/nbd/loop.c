@@ -93,7 +93,7 @@ static uint64_t poll_until_us(const struct nbd_loop *loop, uint64_t now, int tim
 		return now;
 	if (timeout_ms >= 0 && now + (uint64_t)timeout_ms * 1000 < until)
 		until = now + (uint64_t)timeout_ms * 1000;
-	if (loop->lacks_memory && now + MEMORY_PAUSE_US < until)
+	if ((loop->send_lacks_memory || loop->receive_lacks_memory) && now + MEMORY_PAUSE_US < until)
 		until = now + MEMORY_PAUSE_US;
 	if (nbd_gathers(loop) && loop->gather_until_us < until)
 		until = loop->gather_until_us;
@@ -102,12 +102,12 @@ static uint64_t poll_until_us(const struct nbd_loop *loop, uint64_t now, int tim
 
 static struct pollfd client_poll(const struct nbd_loop *loop, bool gathers)
 {
-	bool may_receive = !loop->ended && !loop->lacks_place && !loop->lacks_memory && !gathers;
+	bool may_receive = !loop->ended && !loop->lacks_place && !loop->receive_lacks_memory && !gathers;
 	bool has_replies = loop->replies.head != NULL;
 
 	return (struct pollfd){
 		.fd = loop->ended && !has_replies ? -1 : loop->fd,
-		.events = (short)((may_receive ? POLLIN : 0) | (has_replies && !loop->lacks_memory ? POLLOUT : 0)),
+		.events = (short)((may_receive ? POLLIN : 0) | (has_replies && !loop->send_lacks_memory ? POLLOUT : 0)),
 	};
 }
 
@@ -131,7 +131,7 @@ static void take_in(struct nbd_loop *loop)
 	fds[1] = (struct pollfd){ .fd = loop->wake_fd, .events = POLLIN };
 	if (poll_until(fds, sizeof(fds) / sizeof(fds[0]), now, poll_until_us(loop, now, timeout_ms)) < 0)
 		return; /* by a signal, which is another thread's business */
-	loop->lacks_memory = false;
+	loop->send_lacks_memory = loop->receive_lacks_memory = false;
 	engine_after_poll(loop->engine, fds + 2);
 	if (fds[1].revents != 0) {
 		(void)!read(loop->wake_fd, &kicks, sizeof(kicks));

@@ -169,7 +169,7 @@ void nbd_receive(struct nbd_loop *loop)
 		(struct iovec){ loop->received + loop->received_end, RECEIVED_BYTES - loop->received_end };
 	loop->gather_until_us = 0;
 	got = recvmsg(loop->fd, &message, MSG_DONTWAIT);
-	if (got < 0 && (errno == EAGAIN || errno == EINTR || nbd_lacks_memory(loop, errno)))
+	if (got < 0 && (errno == EAGAIN || errno == EINTR || nbd_lacks_memory(&loop->receive_lacks_memory, errno)))
 		return;
 	if (got <= 0) {
 		end(loop, false);

@@ -105,7 +105,7 @@ void nbd_send_replies(struct nbd_loop *loop)
 
 		if (sent >= 0)
 			note_sent(loop, (size_t)sent);
-		else if (errno == EAGAIN || nbd_lacks_memory(loop, errno))
+		else if (errno == EAGAIN || nbd_lacks_memory(&loop->send_lacks_memory, errno))
 			return;
 		else if (errno != EINTR)
 			nbd_client_left(loop);
