@@ -174,6 +174,15 @@ class Worker:
         if self._settings.lock != "off":
             self._apply(memlock.settle(CODE, heap_bytes=self._heap_bytes(), skip=self._settings.without))
 
+    def note_client(self, change: bytes) -> None:
+        """Tell `serve` of a client: CLIENT_CAME or CLIENT_WENT. In any thread."""
+        if self._settings.clients_fd is None:
+            return
+        try:
+            os.write(self._settings.clients_fd, change)
+        except OSError:
+            return  # it has ended, and nbdkit is about to
+
     def serve(self, engine: Engine | ReferenceEngine) -> None:
         """With `loop`: serve the client of `nbdkit -s` here, until it disconnects, and end the process.
 
