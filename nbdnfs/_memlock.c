@@ -12,6 +12,7 @@
 #include <linux/capability.h>
 #include <malloc.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -244,6 +245,38 @@ static PyObject *outlive_parent(PyObject *module, PyObject *unused)
 	return none_or_errno(prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0) == 0 ? 0 : errno);
 }
 
+/* Those at which nbdkit ends, in its own time (nbdkit's server/signals.c). */
+static const int end_signals[] = { SIGHUP, SIGINT, SIGQUIT, SIGTERM };
+
+static sigset_t set_of_end_signals(void)
+{
+	sigset_t set;
+
+	sigemptyset(&set);
+	for (size_t i = 0; i < sizeof(end_signals) / sizeof(end_signals[0]); i++)
+		sigaddset(&set, end_signals[i]);
+	return set;
+}
+
+static PyObject *hold_end_signals(PyObject *module, PyObject *unused)
+{
+	sigset_t set = set_of_end_signals();
+
+	return none_or_errno(pthread_sigmask(SIG_BLOCK, &set, NULL));
+}
+
+/* One that has come by now ends the process here. */
+static PyObject *end_at_once(PyObject *module, PyObject *unused)
+{
+	struct sigaction end = { .sa_handler = SIG_DFL };
+	sigset_t set = set_of_end_signals();
+
+	for (size_t i = 0; i < sizeof(end_signals) / sizeof(end_signals[0]); i++)
+		if (sigaction(end_signals[i], &end, NULL) != 0)
+			return none_or_errno(errno);
+	return none_or_errno(pthread_sigmask(SIG_UNBLOCK, &set, NULL));
+}
+
 /* While a descriptor of secret memory is open, and it stays open. Nothing is mapped: it costs an inode. */
 static PyObject *forbid_hibernation(PyObject *module, PyObject *unused)
 {
@@ -287,6 +320,9 @@ static PyMethodDef methods[] = {
 	  "prctl(PR_SET_IO_FLUSHER): for this thread and those it starts" },
 	{ "outlive_parent", outlive_parent, METH_NOARGS,
 	  "prctl(PR_SET_PDEATHSIG, 0): no signal when the parent ends" },
+	{ "hold_end_signals", hold_end_signals, METH_NOARGS,
+	  "keep SIGHUP, SIGINT, SIGQUIT and SIGTERM waiting, in this thread and those it starts" },
+	{ "end_at_once", end_at_once, METH_NOARGS, "have these signals end the process, whatever handles them so far" },
 	{ "forbid_hibernation", forbid_hibernation, METH_NOARGS,
 	  "memfd_secret(2): the kernel does not hibernate while this process lives" },
 	{ "keep_capabilities", keep_capabilities, METH_VARARGS,

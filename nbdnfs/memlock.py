@@ -123,6 +123,20 @@ def outlive_parent() -> None:
     _memlock.outlive_parent()
 
 
+def hold_end_signals() -> None:
+    """Keep SIGHUP, SIGINT, SIGQUIT and SIGTERM waiting until `end_at_once`. Before there are threads."""
+    _memlock.hold_end_signals()
+
+
+def end_at_once() -> None:
+    """Have these signals end this process as SIGKILL does, also one that has come since `hold_end_signals`.
+
+    nbdkit's handler has it fail each request from then on (ESHUTDOWN), and end once there was one for each thread. To
+    the kernel that is an I/O error of its swap.
+    """
+    _memlock.end_at_once()
+
+
 def require(measures: Iterable[Measure]) -> None:
     """Raise ConfigError when one of the measures is not in force."""
     missing = [measure for measure in measures if not measure.ok]

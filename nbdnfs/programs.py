@@ -153,8 +153,11 @@ def start(argv: Sequence[str], env: Mapping[str, str], *, output: int | None = N
     )
 
 
-def start_listening(argv: Sequence[str], listener: socket.socket, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a socket-activated program: it finds `listener` as descriptor 3 (sd_listen_fds(3)).
+def start_listening(
+    argv: Sequence[str], listener: socket.socket, env: Mapping[str, str], *, inherited: int
+) -> subprocess.Popen[bytes]:
+    """Start a socket-activated program: it finds `listener` as descriptor 3 (sd_listen_fds(3)), and `inherited`, which
+    is above that, under its own number. A terminal's signals do not reach it: its process group is one of its own.
 
     LISTEN_PID must be the pid of the program itself, which is known only between fork and exec: this process may have
     no other threads (subprocess, preexec_fn).
@@ -168,9 +171,11 @@ def start_listening(argv: Sequence[str], listener: socket.socket, env: Mapping[s
         os.environ.update(env, LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
         os.dup2(listener.fileno(), _LISTEN_FD)
         os.set_inheritable(_LISTEN_FD, True)
+        os.set_inheritable(inherited, True)
 
+    assert inherited > _LISTEN_FD
     # all other descriptors of ours are close-on-exec (PEP 446)
-    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, preexec_fn=become_ready, close_fds=False)
+    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, preexec_fn=become_ready, close_fds=False, process_group=0)
 
 
 class Spawn:

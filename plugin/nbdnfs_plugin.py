@@ -18,7 +18,7 @@ from nbdnfs.errors import NbdnfsError
 from nbdnfs.sizes import SLOT_BYTES
 
 try:
-    from nbdnfs.worker import life, settings
+    from nbdnfs.worker import life, protocol, settings
 except NbdnfsError as error:  # without libnfs
     print(*error.lines(), sep="\n", file=sys.stderr, flush=True)
     os._exit(error.exit_code)
@@ -82,7 +82,12 @@ def cleanup() -> None:
 
 
 def open(readonly: bool) -> int:
+    _worker.note_client(protocol.CLIENT_CAME)
     return 1
+
+
+def close(h: int) -> None:
+    _worker.note_client(protocol.CLIENT_WENT)
 
 
 def get_size(h: int) -> int:

@@ -6,13 +6,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import fcntl
 import logging
 import os
+import select
 import signal
 import socket
 import stat
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType, MappingProxyType
@@ -22,7 +25,7 @@ from nbdnfs.commands import claiming, where
 from nbdnfs.errors import BusyError, CannotCreateError, NbdnfsError, UsageError
 from nbdnfs.nas import old_name, owner_record, ownership
 from nbdnfs.nas.patience import Interrupted
-from nbdnfs.worker import life, nbdkit
+from nbdnfs.worker import life, nbdkit, protocol
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,11 @@ _BACKLOG = 16
 
 # How long a worker may take to end before the log says what it waits for.
 _PATIENCE_S = 1.0
+_CLIENTS, _SERVER = "the clients to disconnect", "the server"
+# Notes about clients that are read at once.
+_NOTES = 256
+# The worker's end of the pipe for them has at least this number: sd_listen_fds(3) has 3.
+_NOTES_FD_MIN = 10
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,8 +75,9 @@ def serve(
 ) -> int:
     """Run a worker in the foreground until SIGINT, SIGTERM or its own end. Returns the exit status.
 
-    After the first signal the worker ends once its clients have disconnected (nbdkit(1)); after a second one at once,
-    also while it waits for an unreachable server. While the file is being claimed, the first signal ends it within two
+    After the first signal it goes on serving until no client is connected, and until the server has what they wrote;
+    after a second one it ends at once, with 128 + SIGKILL, also while it waits for an unreachable server: what was
+    written and not flushed may be lost then. While the file is being claimed, the first signal ends it within two
     seconds. The worker reports errors in a setting, the server or the file on stderr itself. `settings` are additional
     ones for the plugin, which checks them.
 
@@ -79,37 +88,91 @@ def serve(
     text, address = life.check_url(url)
     owned = owned and engine == "c"
     more = nbdkit.owner_settings(text) if owned else {}
-    argv = nbdkit.serve_argv({"url": text, "address": address, "engine": engine, **more, **settings}, threads=threads)
-    worker: subprocess.Popen[bytes] | None = None
-    signals = 0
-    stop = threading.Event()  # a signal has come
-    patience = threading.Timer(
-        _PATIENCE_S, log.warning, ["waiting for the clients to disconnect; a second signal ends at once"]
-    )
-    patience.daemon = True
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal signals
-        signals += 1
-        stop.set()
-        if signals == 1 and worker is not None:
-            patience.start()
-        if worker is not None:
-            worker.send_signal(signal.SIGTERM if signals == 1 else signal.SIGKILL)
-
+    notes_fd, clients_fd = _pipe()
+    given = {"url": text, "address": address, "engine": engine, "clients_fd": str(clients_fd), **more, **settings}
+    argv = nbdkit.serve_argv(given, threads=threads)
     # before there is anything that a signal could leave behind
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
-    with listening(socket_path) as listener, _owning(url, address, stop) if owned else contextlib.nullcontext():
-        if signals:
+    ending = _Ending(keeps=settings.get("encrypt", "0") == "0")
+    with listening(socket_path) as listener, _owning(url, address, ending.stop) if owned else contextlib.nullcontext():
+        if ending.stop.is_set():
             return 0
-        worker = programs.start_listening(argv, listener, nbdkit.worker_environment())
-        if signals:
-            worker.send_signal(signal.SIGTERM)
-        listener.close()  # only the worker has it now: when that ends, connecting fails instead of hanging
+        worker = programs.start_listening(argv, listener, nbdkit.worker_environment(), inherited=clients_fd)
+        # only the worker has them now: when that ends, connecting fails instead of hanging, and there are no more notes
+        listener.close()
+        os.close(clients_fd)
+        return ending.wait(worker, notes_fd)
+
+
+class _Ending:
+    """What signals do, SIGINT and SIGTERM: from its creation on, they do this alone.
+
+    nbdkit ends a connection at its next request once it has been told to end: swap on it would be gone. So it is not
+    told before its clients have gone by themselves.
+    """
+
+    def __init__(self, *, keeps: bool) -> None:
+        """`keeps`: the file is to have what the clients have written, also after the end."""
+        self.stop = threading.Event()  # a signal has come
+        self._loss = ", and what was not flushed may be lost" if keeps else ""
+        self._signals = 0
+        self._clients = 0
+        self._waits_for = ""  # since the first signal
+        self._say_at_s: float | None = None  # when to say so
+        self._wake, self._wakes = socket.socketpair()  # readable once a signal has come
+        self._wakes.setblocking(False)
+        signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._count)
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        self.stop.set()
+
+    def wait(self, worker: subprocess.Popen[bytes], notes_fd: int) -> int:
+        """Until the worker has ended; the exit status of the command."""
+        self._act(worker)
+        while self._hear(notes_fd):
+            self._act(worker)
         status = worker.wait()
-        patience.cancel()
-        return 0 if signals else status if status >= 0 else 128 - status
+        if self._signals > 1 and status == -signal.SIGKILL:
+            log.warning("ended at once%s", self._loss)
+            return 128 + signal.SIGKILL
+        return 0 if self._signals else status if status >= 0 else 128 - status
+
+    def _hear(self, notes_fd: int) -> bool:
+        """Wait for a note about clients, a signal, or the time to speak. False: the worker has ended."""
+        timeout_s = None if self._say_at_s is None else max(0.0, self._say_at_s - time.monotonic())
+        readable, _, _ = select.select([notes_fd, self._wake.fileno()], [], [], timeout_s)
+        if self._wake.fileno() in readable:
+            self._wake.recv(_NOTES)
+        if notes_fd not in readable:
+            return True
+        notes = os.read(notes_fd, _NOTES)
+        self._clients += notes.count(protocol.CLIENT_CAME) - notes.count(protocol.CLIENT_WENT)
+        return notes != b""
+
+    def _act(self, worker: subprocess.Popen[bytes]) -> None:
+        if self._signals > 1:
+            worker.kill()
+        elif self._signals and self._waits_for != _SERVER:
+            if self._clients == 0:
+                worker.terminate()
+            self._wait_for(_SERVER if self._clients == 0 else _CLIENTS)
+        if self._say_at_s is not None and time.monotonic() >= self._say_at_s:
+            self._say_at_s = None
+            log.warning("waiting for %s; a second signal ends at once%s", self._waits_for, self._loss)
+
+    def _wait_for(self, what: str) -> None:
+        if self._waits_for != what:
+            self._waits_for, self._say_at_s = what, time.monotonic() + _PATIENCE_S
+
+
+def _pipe() -> tuple[int, int]:
+    """The two ends of a pipe, to read and to write; the second has a number that a worker can have it under."""
+    reading, writing = os.pipe()
+    moved = fcntl.fcntl(writing, fcntl.F_DUPFD_CLOEXEC, _NOTES_FD_MIN)
+    os.close(writing)
+    return reading, moved
 
 
 @contextlib.contextmanager

@@ -71,6 +71,8 @@ class Worker:
 
         ConfigError: a measure is required and cannot be had.
         """
+        if self._settings.control_fd is not None:
+            memlock.hold_end_signals()  # nbdkit's handler must never see one: it would not be forgotten
         if self._settings.loop:
             self._client_fd = _client_of_nbdkit()
         if self._settings.address is None:
@@ -88,6 +90,8 @@ class Worker:
         Also the last time that glibc reads nsswitch.conf: a standby that takes over opens no file, since the root may
         be on a server that does not answer.
         """
+        if self._settings.control_fd is not None:
+            memlock.end_at_once()  # nothing is lost by that: the region stays, and the keeper has another worker
         if self._settings.engine == "c":
             forget_services()
         if self._settings.lock != "off":
@@ -169,6 +173,15 @@ class Worker:
         """When the engine is open. Raises ConfigError."""
         if self._settings.lock != "off":
             self._apply(memlock.settle(CODE, heap_bytes=self._heap_bytes(), skip=self._settings.without))
+
+    def note_client(self, change: bytes) -> None:
+        """Tell `serve` of a client: CLIENT_CAME or CLIENT_WENT. In any thread."""
+        if self._settings.clients_fd is None:
+            return
+        try:
+            os.write(self._settings.clients_fd, change)
+        except OSError:
+            return  # it has ended, and nbdkit is about to
 
     def serve(self, engine: Engine | ReferenceEngine) -> None:
         """With `loop`: serve the client of `nbdkit -s` here, until it disconnects, and end the process.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a keeper and its workers agree on: name, descriptors, messages, exit status. Imports nothing.
+"""What a keeper, or `serve`, and its workers agree on: name, descriptors, messages, exit status. Imports nothing.
 
 A worker of a keeper is started as a *standby*: nbdkit with all of its memory in place, but without a connection to the
 server and without the region. The two talk over the *control socket*, a stream socketpair:
@@ -7,6 +7,8 @@ server and without the region. The two talk over the *control socket*, a stream 
     standby ▸ keeper   READY                    it waits
     keeper ▸ standby   ACTIVATE [address]       connect, map the region, serve
     keeper ▸ standby   end of file              exit with status 0
+
+A worker of `serve` says over a pipe which clients it has, CLIENT_CAME and CLIENT_WENT; its end is the worker's end.
 
 Nothing follows ACTIVATE. The worker closes its end once it has the file open and the region mapped; from then on its
 NBD connection says whether it lives. A keeper meets workers that the version before it has started: these values stay
@@ -25,6 +27,10 @@ CONTROL_FD = 201
 READY = b"r"
 ACTIVATE = b"g"
 MESSAGE_BYTES_MAX = 128
+
+# To `serve`: a client may send requests from here on, or has gone.
+CLIENT_CAME = b"+"
+CLIENT_WENT = b"-"
 
 # How a worker of a keeper exits when another machine has taken its file: not a status of sysexits(3). The keeper then
 # lets the kernel's requests fail, because no other worker can serve them.

@@ -40,6 +40,7 @@ KEYS = (
     "owner",
     "owner_record",
     "control_fd",
+    "clients_fd",
     "loop",
     "transport",
     *ENGINE_NUMBERS,
@@ -56,12 +57,25 @@ class WorkerSettings:
     without     names of measures (memlock.NAMES) to skip
     numbers     nbdnfs.engine.Engine's numeric arguments
     control_fd  the control socket of a keeper's worker; None without a keeper
+    clients_fd  the pipe on which `serve` is told of clients; None where nobody is
     loop        whether the engine serves the one client of nbdkit -s, in nbdkit's place
     transport   one of TRANSPORTS, for NFSv3
     owner       nbdnfs.engine.Engine's arguments about the owner record; empty where none is kept
     """
 
-    __slots__ = ("address", "control_fd", "engine", "lock", "loop", "numbers", "owner", "transport", "url", "without")
+    __slots__ = (
+        "address",
+        "clients_fd",
+        "control_fd",
+        "engine",
+        "lock",
+        "loop",
+        "numbers",
+        "owner",
+        "transport",
+        "url",
+        "without",
+    )
 
     def __init__(
         self,
@@ -72,6 +86,7 @@ class WorkerSettings:
         without: tuple[str, ...],
         numbers: dict[str, int],
         control_fd: int | None,
+        clients_fd: int | None,
         owner: dict[str, str | int],
         transport: str,
         loop: bool,
@@ -83,6 +98,7 @@ class WorkerSettings:
         self.without = without
         self.numbers = numbers
         self.control_fd = control_fd
+        self.clients_fd = clients_fd
         self.owner = owner
         self.transport = transport
         self.loop = loop
@@ -121,11 +137,23 @@ def parse(settings: Mapping[str, str]) -> WorkerSettings:
         raise ConfigError(f"the engine '{engine}' has no loop", "leave loop out, or use the standard engine")
     if engine != "c" and numbers.get("encrypt"):
         raise ConfigError(f"the engine '{engine}' cannot encrypt", "leave encrypt out, or use the standard engine")
-    control_fd = _number("control_fd", settings["control_fd"], DESCRIPTORS) if "control_fd" in settings else None
+    control_fd, clients_fd = (
+        _number(key, settings[key], DESCRIPTORS) if key in settings else None for key in ("control_fd", "clients_fd")
+    )
     owner = _owner(settings.get("owner", "off"), settings.get("owner_record", ""))
     transport = _one_of("transport", settings.get("transport", TRANSPORTS[0]), TRANSPORTS)
     return WorkerSettings(
-        settings["url"], settings.get("address"), engine, lock, without, numbers, control_fd, owner, transport, loop
+        settings["url"],
+        settings.get("address"),
+        engine,
+        lock,
+        without,
+        numbers,
+        control_fd,
+        clients_fd,
+        owner,
+        transport,
+        loop,
     )
 
 

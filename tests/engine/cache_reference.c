@@ -83,8 +83,10 @@ bool reference_has_room(const struct cache *cache)
 bool reference_agrees(const struct cache *cache)
 {
 	uint32_t counts[LIST_COUNT] = { 0 }, writing = 0, unstable = 0, linked = 0;
-	uint64_t last = 0;
+	uint64_t last = 0, filled = 0;
 
+	for (uint64_t page = 0; page < cache->region->page_count; page++)
+		filled += is_filled(cache, page);
 	for (uint32_t index = 0; index < cache->region->slot_count; index++) {
 		const struct slot *slot = &cache->slots[index];
 
@@ -109,5 +111,5 @@ bool reference_agrees(const struct cache *cache)
 		last = slot_write(cache, number)->sequence;
 		linked++;
 	}
-	return writing == cache->writing_count && linked == unstable;
+	return writing == cache->writing_count && linked == unstable && filled == cache_filled_count(cache);
 }

@@ -260,6 +260,34 @@ def test_new_keys_read_nothing(fake: FakeNfsServer, open_engine: OpenEngine) -> 
         assert page_on_server(fake, page) != there[page * PAGE : (page + 1) * PAGE]
 
 
+def test_the_end_writes_what_can_be_read_later(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
+    """The keys end with a region of the engine's own. Its first page goes to the server, and the others, filled or
+    not, do not."""
+    engine = open_engine(fake.url())
+    there = fake.content
+    for page in range(100):
+        write_pages(engine, page, marked(page))
+    write_pages(engine, 100, b"".join(bytes([word]) * PAGE for word in range(200)))
+    in_background(engine.close).result(DEADLINE_S)
+    assert fake.on_disk == marked(0) + there[PAGE:]
+
+
+def test_the_end_waits_for_what_is_under_way(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
+    """Nobody needs these pages, but a WRITE that the server carries out later might meet the next engine's."""
+    engine = open_engine(fake.url())
+    fake.hold("WRITE")
+    for page in range(1, SLOTS):
+        write_pages(engine, page, marked(page))
+    fake.wait_for(1, DEADLINE_S)
+    closed = in_background(engine.close)
+    with pytest.raises(TimeoutError):
+        closed.result(1)
+    held = len(fake.calls("WRITE"))
+    fake.release()
+    closed.result(DEADLINE_S)
+    assert len(fake.calls("WRITE")) == held
+
+
 @pytest.mark.parametrize("encrypted", [False, True])
 def test_a_region_stays_as_it_was_made(
     fake: FakeNfsServer, open_engine: OpenEngine, region_fd: int, encrypted: bool

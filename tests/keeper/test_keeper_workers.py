@@ -153,6 +153,52 @@ def test_nothing_is_lost_when_a_dirty_worker_is_killed(setup: Setup) -> None:
     assert all(content[number * PAGE : (number + 1) * PAGE] == data for number, data in pages.items())
 
 
+@WITH_AND_WITHOUT_LOOP
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_to_a_worker_is_no_io_error(setup: Setup, number: signal.Signals) -> None:
+    """It ends at once, as by SIGKILL, and its standby goes on with what it had. nbdkit would fail requests first."""
+    pages = {page: page_of(page, 1) for page in range(64)}
+
+    def scenario(keeper: Keeper) -> None:
+        setup.kernel.wait_for_link(1)
+        ready(keeper)
+        record = setup.records.living(Records.WORKER)
+        assert record is not None
+        setup.kernel.write(0, pages[0])
+        os.kill(record.pid, number)
+        for page, data in pages.items():
+            if page:
+                setup.kernel.write(page * PAGE, data)
+        setup.kernel.wait_for_link(2)
+        assert {page: setup.kernel.read(page * PAGE, PAGE) for page in pages} == pages
+
+    setup.run(scenario)
+
+
+def test_a_signal_to_a_standby(setup: Setup) -> None:
+    """It ends, rather than to take over later and to fail requests; another one is started."""
+
+    def scenario(keeper: Keeper) -> None:
+        setup.kernel.wait_for_link(1)
+        ready(keeper)
+        assert keeper.standby.worker is not None
+        first = keeper.standby.worker.pid
+        os.kill(first, signal.SIGTERM)
+
+        def is_replaced() -> bool:
+            now = keeper.standby.worker
+            return now is not None and keeper.standby.is_ready and now.pid != first
+
+        until(is_replaced)
+        setup.kill_worker()
+        setup.kernel.wait_for_link(2)
+        for page in range(64):
+            setup.kernel.write(page * PAGE, page_of(page, 1))
+        assert all(setup.kernel.read(page * PAGE, PAGE) == page_of(page, 1) for page in range(64))
+
+    setup.run(scenario)
+
+
 def test_the_keys_outlive_worker_and_keeper(encrypted: Setup) -> None:
     """Pages on the server and pages in slots, read by the next worker and by that of the next keeper. On the server
     nothing is readable."""

@@ -264,18 +264,86 @@ def test_a_signal_ends_it_cleanly(
 
 
 def test_a_connected_client_is_waited_for(backing_file: FileOnServer, directory: Path, start: Start) -> None:
-    """nbdkit ends when its clients have disconnected, and serve says that it waits for that."""
+    """It is served as before, as swap must be that is being taken off, and serve says that it waits for its end."""
     path = directory / "s"
     process = start(backing_file.url(), path)
     wait_until(lambda: is_served(path), "it is served")
+    pages = [bytes([number]) * PAGE for number in range(1, 101)]
     with NbdClient(path, DEADLINE_S) as client:
-        client.write(0, b"x" * PAGE)
+        client.write(0, pages[0])
         process.terminate()
         wait_until(lambda: b"waiting for the clients" in (directory / "err").read_bytes(), "a line that it waits")
+        for number, data in enumerate(pages):
+            client.write(number * PAGE, data)
+        requests = [Request(READ, number * PAGE, PAGE) for number in range(len(pages))]
+        replies = {reply.request.offset: reply.data for reply in client.run(requests, 16)}
+        assert [replies[number * PAGE] for number in range(len(pages))] == pages
         assert process.poll() is None
     assert process.wait(DEADLINE_S) == 0
     assert not path.exists()
-    assert backing_file.path.read_bytes()[:PAGE] == b"x" * PAGE
+    assert backing_file.path.read_bytes()[: len(pages) * PAGE] == b"".join(pages)
+
+
+def test_all_clients_are_waited_for(backing_file: FileOnServer, directory: Path, start: Start) -> None:
+    """The last one that goes ends it, also where it came after the signal."""
+    path = directory / "s"
+    process = start(backing_file.url(), path)
+    wait_until(lambda: is_served(path), "it is served")
+    first = NbdClient(path, DEADLINE_S)
+    process.terminate()
+    wait_until(lambda: b"waiting for the clients" in (directory / "err").read_bytes(), "a line that it waits")
+    with NbdClient(path, DEADLINE_S) as second:
+        second.read(0, PAGE)
+        first.close()
+        for number in range(32):
+            second.write(number * PAGE, b"x" * PAGE)
+        assert process.poll() is None
+    assert process.wait(DEADLINE_S) == 0
+    assert backing_file.path.read_bytes()[: 32 * PAGE] == b"x" * 32 * PAGE
+
+
+def test_what_the_server_takes_slowly_is_waited_for(
+    backing_file: FileOnServer, proxy: TcpProxy, directory: Path, start: Start
+) -> None:
+    """The clients have gone, and the server does not answer: lines say that it is waited for, and for how many pages,
+    which it gets. Those that repeat one word count as others do."""
+    path = directory / "s"
+    data = b"".join(bytes([number]) * PAGE for number in range(1, 101)) + os.urandom(PAGE)
+    process = start(backing_file.url(nfsport=proxy.port), path)
+    wait_until(lambda: is_served(path), "it is served")
+    with NbdClient(path, DEADLINE_S) as client:
+        proxy.black_hole = True
+        client.write(0, data)
+    process.terminate()
+    lines = (
+        b"waiting for the server; a second signal ends at once, and what was not flushed may be lost",
+        b"the end waits for the server: 101 pages are still to be written (0 MiB)",
+    )
+    wait_until(lambda: all(line in (directory / "err").read_bytes() for line in lines), "lines that it waits")
+    assert process.poll() is None
+    assert b"clients" not in (directory / "err").read_bytes()
+    proxy.black_hole = False
+    assert process.wait(2 * DEADLINE_S) == 0
+    assert backing_file.path.read_bytes()[: len(data)] == data
+
+
+def test_what_nobody_can_read_is_not_waited_for(
+    backing_file: FileOnServer, proxy: TcpProxy, directory: Path, start: Start
+) -> None:
+    """The keys end with serve, so that pages encrypted with them are not written at its end: it ends although the
+    server says nothing. What was flushed is there."""
+    path = directory / "s"
+    process = start(backing_file.url(nfsport=proxy.port), path, "--encrypt", "--no-owner")
+    wait_until(lambda: is_served(path), "it is served")
+    header = os.urandom(PAGE)
+    with NbdClient(path, DEADLINE_S) as client:
+        client.write(0, header)
+        client.flush()
+        proxy.black_hole = True
+        client.write(PAGE, b"".join(bytes([number]) * PAGE for number in range(1, 256)))
+    process.terminate()
+    assert process.wait(DEADLINE_S) == 0
+    assert backing_file.path.read_bytes() == header + bytes(backing_file.size_bytes - PAGE)
 
 
 def test_a_second_signal_does_not_wait(backing_file: FileOnServer, directory: Path, start: Start) -> None:
@@ -289,18 +357,22 @@ def test_a_second_signal_does_not_wait(backing_file: FileOnServer, directory: Pa
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.3)
         process.send_signal(signal.SIGINT)
-        assert process.wait(DEADLINE_S) == 0
+        assert process.wait(DEADLINE_S) == 128 + signal.SIGKILL
     assert not path.exists()
+    last = (directory / "err").read_text().splitlines()[-1]
+    assert last == "nbdnfs: ended at once, and what was not flushed may be lost"
 
 
 def test_ctrl_c_in_a_terminal(backing_file: FileOnServer, directory: Path, start: Start) -> None:
-    """The whole process group gets SIGINT, nbdkit too: still status 0 and no socket."""
+    """The whole process group gets SIGINT, and nbdkit is not in it: a client is waited for. Status 0 and no socket."""
     path = directory / "s"
     process = start(backing_file.url(), path, start_new_session=True)
     wait_until(lambda: is_served(path), "it is served")
     with NbdClient(path, DEADLINE_S) as client:
         client.read(0, PAGE)
-    os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
+        wait_until(lambda: b"waiting for the clients" in (directory / "err").read_bytes(), "a line that it waits")
+        assert [client.read(0, PAGE) for _ in range(32)] == [bytes(PAGE)] * 32
     assert process.wait(DEADLINE_S) == 0
     assert not path.exists()
     assert "Traceback" not in (directory / "err").read_text()
@@ -378,7 +450,7 @@ def test_a_second_signal_ends_a_worker_that_waits_for_its_server(
             process.wait(0.5)
         assert proxy.passed_bytes == before
         process.terminate()
-        assert process.wait(DEADLINE_S) == 0
+        assert process.wait(DEADLINE_S) == 128 + signal.SIGKILL
         with pytest.raises(ConnectionError):
             request.result(DEADLINE_S)
     assert not path.exists()

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -55,6 +58,25 @@ def test_a_region_of_another_version() -> None:
         with pytest.raises(BlockingIOError):
             ours.recv(len(protocol.READY))
     os.close(descriptor)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT])
+def test_a_signal_while_a_standby_starts(number: signal.Signals) -> None:
+    """It waits until nbdkit has set its handlers, which would only remember it, and then ends the process."""
+    program = f"""
+import os, signal
+from nbdnfs.worker import life, settings
+values = {{"url": "nfs://nas/export/x", "address": "192.0.2.7", "lock": "off", "control_fd": "0"}}
+made = life.Worker(settings.parse(values))
+made.prepare()
+os.kill(os.getpid(), {int(number)})
+signal.signal({int(number)}, lambda *_: None)  # as nbdkit does
+print("waits", flush=True)
+made.lock_memory()
+print("goes on", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (-number, "waits\n"), done.stderr
 
 
 def test_a_worker_without_a_keeper_does_not_wait() -> None:

@@ -18,6 +18,7 @@ def test_defaults() -> None:
     found = settings.parse({"url": URL})
     assert (found.url, found.address, found.engine, found.lock) == (URL, None, "c", "wanted")
     assert (found.without, found.control_fd, found.owner, found.loop) == ((), None, {}, False)
+    assert found.clients_fd is None
     assert found.numbers == {"connections": defaults.CONNECTIONS}
 
 
@@ -46,6 +47,13 @@ def test_everything() -> None:
         "owner_identity": f"\nboot {BOOT}\n",
         "owner_refresh_ms": 10000,
     }
+
+
+def test_what_serve_gives() -> None:
+    """A pipe for notes about clients."""
+    assert settings.parse({"url": URL, "clients_fd": "10"}).clients_fd == 10
+    with pytest.raises(ConfigError, match="clients_fd cannot be 'x'"):
+        settings.parse({"url": URL, "clients_fd": "x"})
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ from vmtest.verdict import Pass, Progress, Verdict
 _RUN = "/run/nbdnfs"
 _CGROUP = "/sys/fs/cgroup/nbdnfs-hog"
 _SERVE_TIMEOUT_S = 90
+# Of the end. What is not encrypted is written then, however slow the NAS is: pages that repeat one word, all of them.
+_END_TIMEOUT_S = 60
+_WRITE_OUT_TIMEOUT_S = 900
 _LOOP_SERVER = Path(__file__).parents[2] / "bench/loop_server.py"
 
 
@@ -88,7 +91,8 @@ def serving(
     options = "".join(f" --plugin-setting {shlex.quote(setting)}" for setting in settings)
     options += " --encrypt" if encrypt else ""
     serve = machine.start(f"echo $$ > {pid_file}; exec nbdnfs serve {shlex.quote(url)} --socket {socket}{options}")
-    with _tidy(machine, f"pid=$(cat {pid_file}); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done", 60):
+    end = f"pid=$(cat {pid_file}); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done"
+    with _tidy(machine, end, _END_TIMEOUT_S if encrypt else _WRITE_OUT_TIMEOUT_S):
         # The socket alone proves little: it is bound before nbdkit runs. Its plugin connects to the NAS first.
         waiting = (
             f"until [ -s {pid_file} ]; do sleep 0.1; done; pid=$(cat {pid_file});"

@@ -73,15 +73,21 @@ class Place:
 
     @contextlib.contextmanager
     def plain(
-        self, sizes: Sequence[int], *, memory_mib: int, extras: Sequence[str] = (), fresh: bool = True
+        self,
+        sizes: Sequence[int],
+        *,
+        memory_mib: int,
+        extras: Sequence[str] = (),
+        encrypt: bool = True,
+        fresh: bool = True,
     ) -> Iterator[Bench]:
-        """A device of each size, in MiB. `fresh` or not: those of the last guest are on the NAS."""
+        """A device of each size, in MiB. `fresh` or not: those of the last guest are on the NAS, not encrypted."""
         with self.boot(memory_mib=memory_mib, extras=extras) as guest, contextlib.ExitStack() as stack:
             devices = []
             for number, size in enumerate(sizes):
                 name = f"plain{number}"
                 url = self.create(name, size) if fresh else seen_from_guest(self.server.url(name))
-                worker = stack.enter_context(swap.serving(guest, url, name))
+                worker = stack.enter_context(swap.serving(guest, url, name, encrypt=encrypt))
                 devices.append(stack.enter_context(swap.attached(guest, worker)))
             yield Bench(guest, tuple(devices))
             guest.run("sync", 600)

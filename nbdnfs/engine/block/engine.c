@@ -11,6 +11,9 @@
 
 _Static_assert(ENGINE_CONNECTIONS_MAX <= REGION_CONNECTIONS, "each connection has its place in the region");
 
+/* How long the end may take before the log says what it waits for. */
+#define PATIENCE_MS 1000
+
 /* Returns 0, or -errno and *why. */
 static int make_buffers(struct engine *engine, struct nfsio_failure *why)
 {
@@ -189,20 +192,57 @@ fail:
 	return error;
 }
 
-void engine_destroy(struct engine *engine)
+/* The number of pages that the NAS does not have stably. Lock held. */
+static unsigned long long pages_left(const struct engine *engine)
 {
-	bool all_written = false, is_final = false;
+	return cache_unstable_count(engine->cache) + cache_filled_count(engine->cache);
+}
 
-	while (engine->own_region && !all_written && !is_final) {
-		all_written = engine_flush(engine) == 0; /* after a soft limit it is tried again */
+/*
+ * The keys of a region of the engine's own end with it: nobody can read what would be written now, so that only what is
+ * not encrypted is. A write-back that is under way ends as usual: it must not reach the server after the next worker's.
+ */
+static void forget_unreadable(struct engine *engine)
+{
+	uint64_t clear_bytes = engine->region.clear_pages * SLOT_BYTES;
+
+	if (is_encrypted(engine) && clear_bytes < engine->size_bytes)
+		engine_trim(engine, clear_bytes, engine->size_bytes - clear_bytes);
+}
+
+/* Wait until the NAS has what is in a region of the engine's own. Returns false when waiting is an error. */
+static bool write_out(struct engine *engine)
+{
+	uint64_t until_ms = now_ms() + PATIENCE_MS;
+	bool is_final = false;
+	int error = -EAGAIN;
+
+	forget_unreadable(engine);
+	while (error != 0 && !is_final) {
+		unsigned long long left;
+
+		error = flush_until(engine, until_ms); /* after a soft limit it is tried again */
 		engine_lock(engine);
 		is_final = engine->gone_too_long || atomic_load(&engine->stolen);
+		left = pages_left(engine);
 		engine_unlock(engine);
+		if (error != -EAGAIN)
+			continue;
+		log_line("the end waits for the server: %llu pages are still to be written (%llu MiB)", left,
+			 left * SLOT_BYTES >> 20);
+		until_ms = NO_END;
 	}
+	return error == 0;
+}
+
+void engine_destroy(struct engine *engine)
+{
+	bool all_written = engine->own_region && write_out(engine);
+
 	engine_lock(engine);
 	engine->abandon = !all_written;
 	if (engine->own_region && !all_written)
-		log_line("%u pages are given up that the server did not take", cache_unstable_count(engine->cache));
+		log_line("%llu pages are given up that the server did not take", pages_left(engine));
 	engine->stop = true;
 	pthread_cond_signal(&engine->work);
 	engine_unlock(engine);

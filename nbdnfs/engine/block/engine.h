@@ -63,8 +63,9 @@ struct engine_options {
 int engine_create(const struct engine_options *options, struct engine **engine, struct nfsio_failure *why);
 
 /*
- * End the threads and free the engine. With a region of its own, wait first until the NAS has everything or waiting
- * is an error; a region of the caller's keeps its pages for the next engine.
+ * End the threads and free the engine. With a region of its own, wait first until the NAS has everything that can be
+ * read later, or waiting is an error; of an encrypted one, that is what is in clear text. A region of the caller's
+ * keeps its pages for the next engine.
  */
 void engine_destroy(struct engine *engine);
 

@@ -281,4 +281,9 @@ bool may_fill(const struct engine *engine, uint64_t page, bool fua);
  */
 int check_page(struct engine *engine, uint64_t page, uint8_t *data);
 
+/* requests.c */
+
+/* As engine_flush(), uncounted. -EAGAIN: it is not over at `until_ms`, by now_ms(), and goes on. Takes the lock. */
+int flush_until(struct engine *engine, uint64_t until_ms);
+
 #endif

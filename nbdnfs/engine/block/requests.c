@@ -165,18 +165,24 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 }
 
 /*
- * Wait for `progress`. Returns false when waiting is an error, for a request that waits since `since_ms`. Lock held;
- * dropped while waiting.
+ * Wait for `progress`, not beyond `until_ms`. Returns false when waiting is an error, for a request that waits since
+ * `since_ms`. Lock held; dropped while waiting.
  */
-static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
+static bool wait_for_nas_until(struct engine *engine, uint64_t since_ms, uint64_t until_ms)
 {
 	uint64_t end_ms;
 
 	if (!may_wait(engine, since_ms, &end_ms))
 		return false;
 	flusher_call(engine);
-	engine_wait(engine, end_ms);
+	engine_wait(engine, end_ms < until_ms ? end_ms : until_ms);
 	return true;
+}
+
+/* The same, for as long as waiting is no error. */
+static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
+{
+	return wait_for_nas_until(engine, since_ms, NO_END);
 }
 
 /*
@@ -262,10 +268,10 @@ int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_byt
 }
 
 /*
- * Give the filled pages slots, and the lock to others from time to time. Returns false when waiting is an error. Lock
- * held; dropped meanwhile.
+ * Give the filled pages slots, and the lock to others from time to time. 0; -EIO: waiting is an error; -EAGAIN: it is
+ * `until_ms`. Lock held; dropped meanwhile.
  */
-static bool materialise(struct engine *engine, uint64_t since_ms)
+static int materialise(struct engine *engine, uint64_t since_ms, uint64_t until_ms)
 {
 	uint64_t page = 0;
 
@@ -273,9 +279,11 @@ static bool materialise(struct engine *engine, uint64_t since_ms)
 		enum cache_materialise done = cache_materialise(engine->cache, &page, BATCH_PAGES);
 
 		if (done == CACHE_MATERIALISED)
-			return true;
-		if (done == CACHE_NO_SLOT && !wait_for_nas(engine, since_ms))
-			return false;
+			return 0;
+		if (now_ms() >= until_ms)
+			return -EAGAIN;
+		if (done == CACHE_NO_SLOT && !wait_for_nas_until(engine, since_ms, until_ms))
+			return -EIO;
 		if (done == CACHE_MORE) {
 			engine_unlock(engine);
 			sched_yield(); /* else this thread is the first to have it again */
@@ -284,23 +292,35 @@ static bool materialise(struct engine *engine, uint64_t since_ms)
 	}
 }
 
+int flush_until(struct engine *engine, uint64_t until_ms)
+{
+	uint64_t sequence, since_ms = now_ms();
+	int error;
+
+	engine_lock(engine);
+	engine->waiting_for_stable++;
+	error = materialise(engine, since_ms, until_ms);
+	sequence = cache_sequence(engine->cache);
+	while (error == 0 && !cache_is_stable(engine->cache, sequence)) {
+		if (now_ms() >= until_ms)
+			error = -EAGAIN;
+		else if (!wait_for_nas_until(engine, since_ms, until_ms))
+			error = -EIO;
+	}
+	engine->waiting_for_stable--;
+	engine_unlock(engine);
+	return error == 0 ? result_of(engine) : error;
+}
+
 int engine_flush(struct engine *engine)
 {
 	_Atomic uint64_t *place = request_began(engine);
-	uint64_t sequence, since_ms = now_ms();
-	bool in_time;
+	int error;
 
 	count(&counters(engine)->flushes, 1);
-	engine_lock(engine);
-	engine->waiting_for_stable++;
-	in_time = materialise(engine, since_ms);
-	sequence = cache_sequence(engine->cache);
-	while (in_time && !cache_is_stable(engine->cache, sequence))
-		in_time = wait_for_nas(engine, since_ms);
-	engine->waiting_for_stable--;
-	engine_unlock(engine);
+	error = flush_until(engine, NO_END);
 	request_ended(place);
-	return in_time ? result_of(engine) : -EIO;
+	return error;
 }
 
 int engine_trim(struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes)

@@ -30,9 +30,13 @@ static bool make_sets(struct cache *cache)
 
 	if (!page_set_init(&cache->known, pages) || !page_set_init(&cache->filled_words, words))
 		return false;
-	for (uint64_t word = 0; word < words; word++)
-		if (atomic_load_explicit(&cache->region->filled[word], memory_order_relaxed) != 0)
+	for (uint64_t word = 0; word < words; word++) {
+		uint64_t bits = atomic_load_explicit(&cache->region->filled[word], memory_order_relaxed);
+
+		cache->filled_count += (uint64_t)__builtin_popcountll(bits);
+		if (bits != 0)
 			page_set_put(&cache->filled_words, word, true);
+	}
 	for (uint64_t page = 0; page < pages; page++)
 		if (known_proof(cache, page) != NO_PROOF)
 			page_set_put(&cache->known, page, true);
@@ -204,6 +208,11 @@ bool cache_page_is_stable(const struct cache *cache, uint64_t page, uint64_t seq
 
 	return (since_of(slot) == 0 || since_of(slot) > sequence) &&
 	       (rewritten_of(slot) == 0 || rewritten_of(slot) > sequence);
+}
+
+uint64_t cache_filled_count(const struct cache *cache)
+{
+	return cache->filled_count;
 }
 
 enum cache_materialise cache_materialise(struct cache *cache, uint64_t *page, uint32_t most)

@@ -77,6 +77,9 @@ bool cache_page_is_stable(const struct cache *cache, uint64_t page, uint64_t seq
 enum cache_materialise { CACHE_MATERIALISED, CACHE_MORE, CACHE_NO_SLOT };
 enum cache_materialise cache_materialise(struct cache *cache, uint64_t *page, uint32_t most);
 
+/* How many pages are filled: the NAS has none of them. */
+uint64_t cache_filled_count(const struct cache *cache);
+
 /* The proof of what the page is on the NAS, NO_PROOF when that is not known. */
 uint64_t cache_proof(const struct cache *cache, uint64_t page);
 

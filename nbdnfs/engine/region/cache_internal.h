@@ -89,6 +89,7 @@ struct cache {
 	uint32_t wasted, used;
 	struct page_set known;  /* the pages that cache_known_page() finds */
 	struct page_set filled_words; /* those words of the region's bitmap that are not 0 */
+	uint64_t filled_count;  /* the pages that it has */
 	struct hold holds[HOLDS];
 	unsigned hold_count;
 	uint64_t all_held_until; /* all pages are held, 0: only those of `holds` */
@@ -117,12 +118,15 @@ static inline void set_filled(struct cache *cache, uint64_t page, bool filled)
 {
 	uint64_t bit = (uint64_t)1 << (page % 64);
 	_Atomic uint64_t *word = &cache->region->filled[page / 64];
+	uint64_t before;
 
 	assert(page < cache->region->page_count);
 	if (filled)
-		atomic_fetch_or_explicit(word, bit, memory_order_release);
+		before = atomic_fetch_or_explicit(word, bit, memory_order_release);
 	else
-		atomic_fetch_and_explicit(word, ~bit, memory_order_release);
+		before = atomic_fetch_and_explicit(word, ~bit, memory_order_release);
+	if (((before & bit) != 0) != filled)
+		cache->filled_count += filled ? 1 : (uint64_t)-1;
 	page_set_put(&cache->filled_words, page / 64, atomic_load_explicit(word, memory_order_relaxed) != 0);
 }
 
