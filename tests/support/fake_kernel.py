@@ -157,7 +157,7 @@ class FakeKernel:
             if sock is not None:
                 try:
                     (reply,) = NbdClient.over(sock, self._timeout_s).run([request])
-                except OSError:  # also EBADF: `_take` may close it meanwhile
+                except (OSError, ValueError):  # also EBADF, and -1 for select: `_take` may close it meanwhile
                     broken_s = broken_s or time.monotonic()
                 else:
                     if broken_s is not None:
