@@ -56,13 +56,7 @@ def swapping(
             300,
         )
         try:
-            # on a busy host the job may be canceled (nbdnfs-start-timeout@.service), and the start goes on
-            unit = f"nbdnfs@{_NAME}"
-            guest.run(
-                f"systemctl start {unit} || until systemctl -q is-active {unit} || systemctl -q is-failed {unit};"
-                f" do sleep 1; done; systemctl -q is-active {unit}",
-                600,
-            )
+            start_unit(guest)
             print(guest.run(f"nbdnfs status {_NAME}", 120).stdout)
             print(memory_of(guest))
             yield guest
@@ -73,6 +67,17 @@ def swapping(
         finally:
             with contextlib.suppress(Exception):
                 print(guest.run(f"journalctl -u nbdnfs@{_NAME} --no-pager -o short-monotonic | tail -n 150").stdout)
+
+
+def start_unit(guest: Guest) -> None:
+    """Until it is active. On a busy host the job may be canceled (nbdnfs-start-timeout@.service), and the start goes
+    on."""
+    unit = f"nbdnfs@{_NAME}"
+    guest.run(
+        f"systemctl start {unit} || until systemctl -q is-active {unit} || systemctl -q is-failed {unit};"
+        f" do sleep 1; done; systemctl -q is-active {unit}",
+        600,
+    )
 
 
 def memory_of(guest: Guest) -> str:
