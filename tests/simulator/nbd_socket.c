@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The stream socket between the kernel's NBD client (nbd_client.c) and the loop: two Unix sockets, each with a buffer of
- * limited size. The worker's calls move less than was asked, find no memory, or are interrupted.
+ * The stream socket between the kernel's NBD client (nbd_client.c) and the loop, with a buffer of limited size in each
+ * direction. The worker's calls move less than was asked, find no memory, or are interrupted.
  */
 #include "sim.h"
 

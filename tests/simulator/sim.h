@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The simulator: the engine's own C (nbdnfs/engine/{base,region,nfs,block,nbd}) on a simulated machine. docs/decisions/0030
- * has the reasons. One process, one real thread; everything that happens follows from the seed.
+ * The simulator: the engine's own C (nbdnfs/engine/{base,region,nfs,block,nbd}) on a simulated machine.
+ * docs/decisions/0030 has the reasons. One process, one real thread; everything that happens follows from the seed.
  *
  * world.c      clock, events, threads (coroutines), who runs next, the trace's hash
  * calls.c      the C library's calls that the engine makes: locks, time, memory, the region's file
@@ -112,7 +112,7 @@ struct sim_options {
 	uint32_t words_of_8;    /* of 8 pages, how many repeat one word */
 	uint32_t read_factor;   /* how much longer READs take */
 	bool encrypt, stable_writes, owner;
-	bool loop;              /* the device is served by the loop, over a socket, rather than by calls of the engine */
+	bool loop;              /* the device is served by the loop, over a socket, and not by calls of the engine */
 	uint32_t loop_tick_ms;
 	uint32_t client_buffer_bytes; /* of that socket, in each direction */
 	uint32_t client_errors; /* of 1024: a call on it finds no memory, is interrupted, or has nothing to move */
