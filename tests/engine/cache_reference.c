@@ -52,7 +52,7 @@ static bool is_known(const struct cache *cache, uint64_t page)
 	uint32_t index = slot_find(cache, page);
 	const struct slot *slot = index != NO_SLOT ? &cache->slots[index] : NULL;
 
-	return cache_proof(cache, page) != NO_PROOF && (slot == NULL || slot->list == ON_CLEAN || slot->fetching);
+	return tells_the_file(cache, page) && (slot == NULL || slot->list == ON_CLEAN || slot->fetching);
 }
 
 /* As cache_known_page(). */

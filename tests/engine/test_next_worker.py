@@ -125,6 +125,30 @@ def test_another_file_has_the_name(open_engine: OpenEngine, region_fd: int, *, s
         assert nas.content("/export/swap") == other
 
 
+@pytest.mark.parametrize("same_number", [True, False])
+def test_zeros_recognise_no_file(open_engine: OpenEngine, region_fd: int, *, same_number: bool) -> None:
+    """A new file has zeros where the old one had: the pages with something in them decide."""
+    with FakeNas() as nas:
+        nas.add("/export/swap", os.urandom(PAGES * PAGE))
+        engine = open_engine(nas.url("/export/swap"), region_fd=region_fd)
+        for page in range(PAGES):
+            write_pages(engine, page, os.urandom(PAGE) if page == PAGES // 2 + 1 else bytes(PAGE))
+        engine.flush()
+        engine.close()
+        with nas.files() as tree:
+            parent, old = tree.find("/export"), tree.find("/export/swap")
+            assert parent is not None
+            assert old is not None
+            number = old.fileid
+            tree.remove(parent, "swap")
+            node = tree.add("/export/swap", bytes(PAGES * PAGE))
+            if same_number:
+                node.fileid = number
+        with pytest.raises(NfsError, match="belongs to another backing file"):
+            open_engine(nas.url("/export/swap"), region_fd=region_fd)
+        assert nas.content("/export/swap") == bytes(PAGES * PAGE)
+
+
 def test_the_file_was_truncated(open_engine: OpenEngine, region_fd: int) -> None:
     with FakeNas() as nas:
         first_worker(nas, open_engine, region_fd)

@@ -17,7 +17,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 ENGINE = PROJECT / "nbdnfs" / "engine"
 HERE = Path(__file__).resolve().parent
 BUILD = PROJECT / "build" / "simulator"
-ROOMS = ("base", "region", "nfs", "block")
+ROOMS = ("base", "region", "nfs", "block", "nbd")
 # libnfs makes the first open, over sockets of its own: fake_open.c stands in for it.
 LEFT_OUT = {"nfs/connect_libnfs.c"}
 

@@ -217,6 +217,11 @@ int __wrap_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, v
 	return 0;
 }
 
+pthread_t __wrap_pthread_self(void)
+{
+	return current;
+}
+
 int __wrap_pthread_join(pthread_t thread, void **value)
 {
 	(void)value;
@@ -278,7 +283,7 @@ ssize_t __wrap_getrandom(void *buffer, size_t bytes, unsigned flags)
 
 pid_t __wrap_getpid(void)
 {
-	return 1000 + (pid_t)result.worker_crashes;
+	return 1000 + (pid_t)(result.worker_crashes + result.hang_ups);
 }
 
 /* ---- memory: all of it goes when the worker ends ---- */
@@ -294,8 +299,8 @@ void memory_reset(void)
 	memory_used = 0;
 	live_allocations = 0;
 	points_left = 0;
-	wakes.state = options.seed ^ 0x3a4e5 ^ result.worker_crashes << 32;
-	entropy.state = options.seed ^ 0xe47409 ^ result.worker_crashes << 32;
+	wakes.state = options.seed ^ 0x3a4e5 ^ (result.worker_crashes + result.hang_ups) << 32;
+	entropy.state = options.seed ^ 0xe47409 ^ (result.worker_crashes + result.hang_ups) << 32;
 }
 
 void memory_rewind(void)

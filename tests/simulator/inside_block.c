@@ -27,6 +27,9 @@ void check_idle_block(struct engine *engine)
 	if (engine->waiting != 0 || engine->waiting_for_stable != 0 || engine->waiting_for_slot != 0)
 		sim_fail("no request is under way, and the engine counts %u that wait, %u for the NAS, %u for a slot",
 			 engine->waiting, engine->waiting_for_stable, engine->waiting_for_slot);
+	for (unsigned i = 0; i < REGION_REQUESTS; i++)
+		if (atomic_load(&waits(engine)->request_since_ms[i]) != 0)
+			sim_fail("no request is under way, and the region says that one is");
 	for (unsigned i = 0; i < engine->io_count; i++) {
 		if (engine->lent[i])
 			sim_fail("no request is under way, and connection %u is lent", i);

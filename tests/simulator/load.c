@@ -13,13 +13,13 @@
 #include "sim.h"
 
 #include "block/engine.h"
+#include "nbd/protocol.h"
 
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
 
 #define COUNT_MAX 96u
-#define REQUESTERS_MAX 12u
 
 enum kind { KIND_NONE, KIND_READ, KIND_WRITE, KIND_FLUSH, KIND_TRIM };
 
@@ -238,18 +238,71 @@ void load_check_sealed(uint32_t page, const uint8_t *data)
 
 /* ---- requests ---- */
 
-static void do_read(struct requester *me)
+/* What is known when it is asked. */
+static void prepare(struct requester *me)
 {
 	const struct request *request = &me->now;
-	int error;
 
-	me->stamp = ++stamps;
-	for (uint32_t i = 0; i < request->count; i++) {
+	if (request->kind == KIND_READ || request->kind == KIND_FLUSH)
+		me->stamp = ++stamps;
+	if (request->kind == KIND_FLUSH)
+		memcpy(me->lowest, completed, options.pages * sizeof(completed[0]));
+	for (uint32_t i = 0; request->kind == KIND_READ && i < request->count; i++) {
 		me->lowest[i] = completed[request->page + i];
 		me->torn[i] = torn[request->page + i];
 	}
-	error = engine_read(worker_engine, me->buffer, (uint64_t)request->page * PAGE_BYTES,
-			    (uint64_t)request->count * PAGE_BYTES);
+	for (uint32_t i = 0; request->kind == KIND_WRITE && i < request->count; i++)
+		fill_page(me->buffer + (size_t)i * PAGE_BYTES, request->page + i, issued[request->page + i]);
+}
+
+static int call_engine(struct requester *me)
+{
+	const struct request *request = &me->now;
+	uint64_t offset_bytes = (uint64_t)request->page * PAGE_BYTES;
+	uint64_t length_bytes = (uint64_t)request->count * PAGE_BYTES;
+
+	switch (request->kind) {
+	case KIND_READ:
+		return engine_read(worker_engine, me->buffer, offset_bytes, length_bytes);
+	case KIND_WRITE:
+		return engine_write(worker_engine, me->buffer, offset_bytes, length_bytes, request->fua);
+	case KIND_FLUSH:
+		return engine_flush(worker_engine);
+	case KIND_TRIM:
+		return engine_trim(worker_engine, offset_bytes, length_bytes);
+	default:
+		return 0;
+	}
+}
+
+/* The same over the loop, as the kernel asks it. */
+static void ask_loop(struct requester *me)
+{
+	static const uint16_t types[] = { [KIND_READ] = NBD_CMD_READ, [KIND_WRITE] = NBD_CMD_WRITE,
+					  [KIND_FLUSH] = NBD_CMD_FLUSH, [KIND_TRIM] = NBD_CMD_TRIM };
+	const struct request *request = &me->now;
+	bool has_range = request->kind != KIND_FLUSH;
+	struct nbd_ask ask = {
+		.type = types[request->kind],
+		.flags = request->fua ? NBD_CMD_FLAG_FUA : 0,
+		.offset_bytes = has_range ? (uint64_t)request->page * PAGE_BYTES : 0,
+		.length_bytes = has_range ? request->count * PAGE_BYTES : 0,
+		.data = me->buffer,
+	};
+
+	/* for what may read as anything, zeros are as good */
+	if (request->kind == KIND_TRIM && (request->page + request->count) % 2 == 1) {
+		ask.type = NBD_CMD_WRITE_ZEROES;
+		ask.flags = (request->page % 2 == 1 ? NBD_CMD_FLAG_NO_HOLE : 0) |
+			    (request->count % 4 == 0 ? NBD_CMD_FLAG_FUA : 0);
+	}
+	nbd_client_ask((uint32_t)(me - requesters), &ask);
+}
+
+static void read_ended(struct requester *me, int error)
+{
+	const struct request *request = &me->now;
+
 	if (error != 0) {
 		check_error(me, error, "READ");
 		return;
@@ -258,15 +311,10 @@ static void do_read(struct requester *me)
 		check_read(me, i);
 }
 
-static void do_write(struct requester *me)
+static void write_ended(struct requester *me, int error)
 {
 	const struct request *request = &me->now;
-	int error;
 
-	for (uint32_t i = 0; i < request->count; i++)
-		fill_page(me->buffer + (size_t)i * PAGE_BYTES, request->page + i, issued[request->page + i]);
-	error = engine_write(worker_engine, me->buffer, (uint64_t)request->page * PAGE_BYTES,
-			     (uint64_t)request->count * PAGE_BYTES, request->fua);
 	if (error != 0)
 		check_error(me, error, "WRITE");
 	for (uint32_t i = 0; i < request->count; i++) {
@@ -280,13 +328,8 @@ static void do_write(struct requester *me)
 	}
 }
 
-static void do_flush(struct requester *me)
+static void flush_ended(struct requester *me, int error)
 {
-	int error;
-
-	me->stamp = ++stamps;
-	memcpy(me->lowest, completed, options.pages * sizeof(completed[0]));
-	error = engine_flush(worker_engine);
 	if (error != 0) {
 		check_error(me, error, "FLUSH");
 		return;
@@ -301,11 +344,9 @@ static void do_flush(struct requester *me)
 	}
 }
 
-static void do_trim(struct requester *me)
+static void trim_ended(struct requester *me, int error)
 {
 	const struct request *request = &me->now;
-	int error = engine_trim(worker_engine, (uint64_t)request->page * PAGE_BYTES,
-				(uint64_t)request->count * PAGE_BYTES);
 
 	if (error != 0)
 		check_error(me, error, "TRIM");
@@ -333,22 +374,27 @@ static void check_time(const struct requester *me)
 			 me->now.count, me->now.page, (double)(now_ns - me->since_ns) / 1e9);
 }
 
-static void carry_out(struct requester *me)
+static void begin(struct requester *me)
 {
 	me->since_ns = now_ns;
 	tell(me, "begins");
+	prepare(me);
+}
+
+static void end(struct requester *me, int error)
+{
 	switch (me->now.kind) {
 	case KIND_READ:
-		do_read(me);
+		read_ended(me, error);
 		break;
 	case KIND_WRITE:
-		do_write(me);
+		write_ended(me, error);
 		break;
 	case KIND_FLUSH:
-		do_flush(me);
+		flush_ended(me, error);
 		break;
 	case KIND_TRIM:
-		do_trim(me);
+		trim_ended(me, error);
 		break;
 	case KIND_NONE:
 		break;
@@ -358,6 +404,18 @@ static void carry_out(struct requester *me)
 	result.requests++;
 	result.page_ops += me->now.kind == KIND_FLUSH ? 1 : me->now.count;
 	me->now.kind = KIND_NONE;
+}
+
+static void carry_out(struct requester *me)
+{
+	begin(me);
+	end(me, call_engine(me));
+}
+
+void load_ended(uint32_t number, int error)
+{
+	result.loop_requests++;
+	end(&requesters[number], error);
 }
 
 /* ---- which requests ---- */
@@ -509,7 +567,12 @@ void *load_thread(void *argument)
 	struct requester *me = argument;
 
 	while (next(me)) {
-		carry_out(me);
+		if (options.loop) {
+			begin(me);
+			ask_loop(me);
+		} else {
+			carry_out(me);
+		}
 		if (!faults_are_over())
 			pause();
 	}
@@ -524,7 +587,7 @@ void *load_requester(uint32_t number)
 	return &requesters[number];
 }
 
-void load_interrupted(void)
+void load_interrupted(bool was_killed)
 {
 	at_barrier = 0;
 	for (uint32_t i = 0; i < REQUESTERS_MAX; i++) {
@@ -532,7 +595,7 @@ void load_interrupted(void)
 
 		if (request->kind == KIND_NONE)
 			continue;
-		for (uint32_t at = 0; request->kind == KIND_WRITE && at < request->count; at++)
+		for (uint32_t at = 0; was_killed && request->kind == KIND_WRITE && at < request->count; at++)
 			torn[request->page + at] = true;
 		again[again_count++] = *request;
 		request->kind = KIND_NONE;

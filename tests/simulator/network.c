@@ -14,6 +14,7 @@
 #define UP_BYTES (3u << 20)
 #define DOWN_BYTES (6u << 20)
 #define FDS_MAX 64u
+#define SPINNING 10000u
 #define FIRST_FD 100
 /* TCP_USER_TIMEOUT, and keepalive's 5 s and four times 5 s more: nfs/waiting.c */
 #define DEAD_NS (25 * S)
@@ -41,7 +42,7 @@ struct sim_conn {
 	struct stream up, down;
 };
 
-enum fd_kind { FD_NONE, FD_SOCKET, FD_EVENT };
+enum fd_kind { FD_NONE, FD_SOCKET, FD_EVENT, FD_CLIENT };
 
 struct fd {
 	enum fd_kind kind;
@@ -384,14 +385,8 @@ static void syn_arrives(void *a, uint64_t b, uint64_t c)
 
 /* ---- sockets ---- */
 
-static int new_fd(enum fd_kind kind)
+static int lowest_fd(enum fd_kind kind)
 {
-	static const int errors[] = { 0, EMFILE, ENFILE, ENOBUFS };
-	uint32_t failure = call_fails(3);
-
-	crash_point();
-	if (failure != 0)
-		return fails_with(errors[failure]);
 	for (unsigned i = 0; i < FDS_MAX; i++)
 		if (fds[i].kind == FD_NONE) {
 			fds[i] = (struct fd){ .kind = kind };
@@ -399,6 +394,33 @@ static int new_fd(enum fd_kind kind)
 		}
 	sim_fail("more than %u open files", FDS_MAX);
 	return fails_with(EMFILE);
+}
+
+static int new_fd(enum fd_kind kind)
+{
+	static const int errors[] = { 0, EMFILE, ENFILE, ENOBUFS };
+	uint32_t failure = call_fails(3);
+
+	crash_point();
+	return failure != 0 ? fails_with(errors[failure]) : lowest_fd(kind);
+}
+
+int network_client_fd(void)
+{
+	nbd_socket_connect();
+	return lowest_fd(FD_CLIENT);
+}
+
+void network_client_changed(void)
+{
+	for (unsigned i = 0; i < FDS_MAX; i++)
+		if (fds[i].kind == FD_CLIENT)
+			threads_wake(fds[i].pollers);
+}
+
+static bool is_client(int fd)
+{
+	return fd >= FIRST_FD && fd < FIRST_FD + (int)FDS_MAX && fds[fd - FIRST_FD].kind == FD_CLIENT;
 }
 
 static struct fd *fd_of(int fd, enum fd_kind kind)
@@ -514,7 +536,7 @@ static int socket_error(const struct fd *socket, uint32_t failure)
 	return 0;
 }
 
-ssize_t __wrap_sendmsg(int fd, const struct msghdr *message, int flags)
+static ssize_t send_to_nas(int fd, const struct msghdr *message)
 {
 	struct fd *socket = fd_of(fd, FD_SOCKET);
 	struct sim_conn *conn = socket->conn;
@@ -523,9 +545,6 @@ ssize_t __wrap_sendmsg(int fd, const struct msghdr *message, int flags)
 	uint8_t *at;
 	int error;
 
-	(void)flags;
-	crash_point();
-	thread_preempt();
 	failure = call_fails(4);
 	error = socket_error(socket, failure);
 	if (error == 0)
@@ -553,6 +572,13 @@ ssize_t __wrap_sendmsg(int fd, const struct msghdr *message, int flags)
 	return (ssize_t)bytes;
 }
 
+ssize_t __wrap_sendmsg(int fd, const struct msghdr *message, int flags)
+{
+	crash_point();
+	thread_preempt();
+	return is_client(fd) ? nbd_socket_send(message, flags) : send_to_nas(fd, message);
+}
+
 ssize_t __wrap_send(int fd, const void *buffer, size_t bytes, int flags)
 {
 	struct iovec part = { .iov_base = (void *)(uintptr_t)buffer, .iov_len = bytes };
@@ -561,7 +587,7 @@ ssize_t __wrap_send(int fd, const void *buffer, size_t bytes, int flags)
 	return __wrap_sendmsg(fd, &message, flags);
 }
 
-ssize_t __wrap_recvmsg(int fd, struct msghdr *message, int flags)
+static ssize_t receive_from_nas(int fd, const struct msghdr *message)
 {
 	struct fd *socket = fd_of(fd, FD_SOCKET);
 	struct sim_conn *conn = socket->conn;
@@ -569,9 +595,6 @@ ssize_t __wrap_recvmsg(int fd, struct msghdr *message, int flags)
 	uint32_t failure;
 	int error;
 
-	(void)flags;
-	crash_point();
-	thread_preempt();
 	failure = call_fails(4);
 	error = socket_error(socket, failure);
 	if (error == 0 && conn->down.ready == 0)
@@ -591,6 +614,13 @@ ssize_t __wrap_recvmsg(int fd, struct msghdr *message, int flags)
 	}
 	conn->down.ready -= (uint32_t)bytes;
 	return (ssize_t)bytes;
+}
+
+ssize_t __wrap_recvmsg(int fd, struct msghdr *message, int flags)
+{
+	crash_point();
+	thread_preempt();
+	return is_client(fd) ? nbd_socket_receive(message, flags) : receive_from_nas(fd, message);
 }
 
 ssize_t __wrap_recv(int fd, void *buffer, size_t bytes, int flags)
@@ -663,6 +693,8 @@ int __wrap_close(int fd)
 	it = &fds[fd - FIRST_FD];
 	if (it->conn != NULL)
 		conn_close(it->conn);
+	if (it->kind == FD_CLIENT)
+		nbd_socket_worker_closes();
 	*it = (struct fd){ .kind = FD_NONE };
 	return call_fails(1) ? fails_with(EINTR) : 0;
 }
@@ -672,6 +704,8 @@ void network_close_all(void)
 	for (unsigned i = 0; i < FDS_MAX; i++) {
 		if (fds[i].conn != NULL)
 			conn_close(fds[i].conn);
+		if (fds[i].kind == FD_CLIENT)
+			nbd_socket_worker_closes();
 		fds[i] = (struct fd){ .kind = FD_NONE };
 	}
 }
@@ -683,6 +717,8 @@ static short ready(const struct fd *fd, short wanted)
 
 	if (fd->kind == FD_EVENT)
 		return fd->counter > 0 ? wanted & POLLIN : 0;
+	if (fd->kind == FD_CLIENT)
+		return nbd_socket_ready(wanted);
 	if (conn == NULL)
 		return POLLHUP;
 	if (conn->error != 0)
@@ -713,16 +749,28 @@ static int look(struct pollfd *wanted, nfds_t count)
 	return found;
 }
 
-int __wrap_poll(struct pollfd *wanted, nfds_t count, int timeout_ms)
+/* A thread that polls again and again while nothing else happens would do so for ever: no time passes meanwhile. */
+static void check_spinning(void)
+{
+	static int64_t polled_at_ns;
+	static uint32_t times;
+
+	times = polled_at_ns == now_ns ? times + 1 : 0;
+	polled_at_ns = now_ns;
+	if (times > SPINNING)
+		sim_fail("poll(2) is called for the %uth time at one instant", times);
+}
+
+static int poll_until(struct pollfd *wanted, nfds_t count, int64_t until_ns)
 {
 	static const int errors[] = { 0, EINTR, ENOMEM };
-	int64_t until_ns = timeout_ms < 0 ? NEVER : now_ns + timeout_ms * MS;
 	uint64_t me = thread_bit();
 	uint32_t failure;
 	int found;
 
 	crash_point();
 	thread_preempt();
+	check_spinning();
 	if ((failure = call_fails(2)) != 0) {
 		errno = errors[failure];
 		return -1;
@@ -737,4 +785,15 @@ int __wrap_poll(struct pollfd *wanted, nfds_t count, int timeout_ms)
 				fds[wanted[i].fd - FIRST_FD].pollers &= ~me;
 	}
 	return found;
+}
+
+int __wrap_poll(struct pollfd *wanted, nfds_t count, int timeout_ms)
+{
+	return poll_until(wanted, count, timeout_ms < 0 ? NEVER : now_ns + timeout_ms * MS);
+}
+
+int __wrap_ppoll(struct pollfd *wanted, nfds_t count, const struct timespec *timeout, const sigset_t *mask)
+{
+	(void)mask;
+	return poll_until(wanted, count, timeout == NULL ? NEVER : now_ns + timeout->tv_sec * S + timeout->tv_nsec);
 }

@@ -28,9 +28,11 @@ from simulator.runs import Outcome, shrink, simulate
 SEEDS_A_PIECE = 2000
 # Each of these is stopped at every point, and each of its calls fails.
 BOUNDED: tuple[tuple[int, dict[str, object]], ...] = (
-    (1, {"requests": 20, "threads": 3, "only": ""}),
-    (3, {"requests": 20, "threads": 3, "only": ""}),
-    (5, {"requests": 20, "threads": 2, "only": "short_transfer,stability,nas_restart"}),
+    (1, {"requests": 20, "threads": 3, "only": "", "loop": 0}),
+    (3, {"requests": 20, "threads": 3, "only": "", "loop": 0}),
+    (5, {"requests": 20, "threads": 2, "only": "short_transfer,stability,nas_restart", "loop": 0}),
+    (2, {"requests": 20, "threads": 3, "only": "", "loop": 1}),
+    (4, {"requests": 20, "threads": 3, "only": "corrupt_read", "loop": 1}),
 )
 # A fault that the engine had must be found within ten minutes; how long one that is made up is looked for is an option.
 KNOWN_FAULT_S = 600

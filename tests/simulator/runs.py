@@ -11,6 +11,7 @@ from typing import Any
 
 # The names on the simulator's command line, in the order in which the shrinker tries to do without them.
 FAULTS = (
+    "hang_up",
     "replaced",
     "thief",
     "suspend",

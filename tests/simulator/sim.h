@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The simulator: the engine's own C (nbdnfs/engine/{base,region,nfs,block}) on a simulated machine. docs/decisions/0030
- * has the reasons. One process, one real thread; everything that happens follows from the seed.
+ * The simulator: the engine's own C (nbdnfs/engine/{base,region,nfs,block,nbd}) on a simulated machine.
+ * docs/decisions/0030 has the reasons. One process, one real thread; everything that happens follows from the seed.
  *
  * world.c      clock, events, threads (coroutines), who runs next, the trace's hash
  * calls.c      the C library's calls that the engine makes: locks, time, memory, the region's file
@@ -9,6 +9,8 @@
  * fake_nas.c   the NFSv3 server: pages that it may lose, its answers, its faults
  * fake_open.c  instead of libnfs: the first open hands the handle over
  * load.c       requests, and what each of them may return
+ * nbd_client.c the kernel's NBD client, where the loop serves the device
+ * nbd_socket.c the socket between the two
  * worker.c     one worker after the other on one region
  * inside_*.c   what the engine's own structures must say when nothing is under way
  * stores.c     every store to the region, in the build that has them
@@ -26,6 +28,8 @@
 #define PAGE_BYTES 4096u
 #define PAGES_MAX 1024u
 #define THREADS_MAX 48u
+/* With those of the engine, there are no more threads. */
+#define REQUESTERS_MAX 32u
 #define NEVER INT64_MAX
 #define US 1000ll
 #define MS 1000000ll
@@ -68,7 +72,7 @@ static inline int64_t rng_between(struct rng *rng, int64_t least, int64_t most)
 #define FAULTS(X)                                                                                                      \
 	X(worker_crash) X(nas_crash) X(nas_restart) X(partition) X(reset) X(blackhole) X(slow) X(drop_answer)          \
 	X(drop_request) X(jukebox) X(refuse) X(short_transfer) X(verifier_flutter) X(stale) X(corrupt_read) X(limits)  \
-	X(fragments) X(stability) X(suspend) X(thief) X(owner_refused) X(replaced)
+	X(fragments) X(stability) X(suspend) X(thief) X(owner_refused) X(replaced) X(hang_up)
 
 enum fault {
 #define X(name) FAULT_##name,
@@ -108,6 +112,11 @@ struct sim_options {
 	uint32_t words_of_8;    /* of 8 pages, how many repeat one word */
 	uint32_t read_factor;   /* how much longer READs take */
 	bool encrypt, stable_writes, owner;
+	bool loop;              /* the device is served by the loop, over a socket, and not by calls of the engine */
+	uint32_t loop_tick_ms;
+	uint32_t client_buffer_bytes; /* of that socket, in each direction */
+	uint32_t client_errors; /* of 1024: a call on it finds no memory, is interrupted, or has nothing to move */
+	uint32_t client_pause;  /* of 1024: the client does not receive for a while */
 	enum habit habit;
 	uint64_t crash_at;      /* the worker is killed at this point; 0: not */
 	uint64_t fail_at;       /* this call fails; 0: none */
@@ -122,6 +131,7 @@ struct sim_result {
 	uint64_t trace;         /* equal for equal runs */
 	int64_t time_ns;
 	uint64_t page_ops, requests, worker_crashes, nas_crashes, connections;
+	uint64_t loop_requests, hang_ups; /* of `requests`, by the loop; workers that ended because their client left */
 	uint64_t calls_nfs, points, failable, failed_calls, stores;
 	uint64_t copied_pages;  /* whole pages that were copied into the region */
 	uint64_t faults[FAULT_COUNT];
@@ -201,6 +211,11 @@ void region_let_go(void);       /* the process has ended */
 
 /* ---- network.c ---- */
 
+/* A descriptor that the worker is started with: its end of nbd_socket.c. */
+int network_client_fd(void);
+/* A poll(2) of it may end differently. */
+void network_client_changed(void);
+
 struct connection_end;          /* a connection as the server sees it */
 
 void network_reset(void);
@@ -261,8 +276,10 @@ extern int64_t woke_at_ns;      /* from the last sleep */
 
 void load_reset(void);
 void *load_thread(void *argument);
-/* The worker was killed: what was under way is asked again. */
-void load_interrupted(void);
+/* The worker has ended: what was under way is asked again. One that was killed may have been writing. */
+void load_interrupted(bool was_killed);
+/* The device has replied to this requester: 0 or -errno. */
+void load_ended(uint32_t number, int error);
 void load_check_all(void);
 void load_check_torn(void);
 void load_flush(void);
@@ -274,6 +291,45 @@ bool load_is_recognisable(void);
 /* What waits for longest, as text. */
 const char *load_oldest(void);
 
+/* ---- nbd_client.c ---- */
+
+struct nbd_ask {
+	uint16_t type, flags;   /* as in NBD */
+	uint64_t offset_bytes;
+	uint32_t length_bytes;
+	uint8_t *data;
+};
+
+void nbd_client_reset(void);
+/* A thread of the kernel: from the handshake to the end of this connection. */
+void *nbd_client_thread(void *argument);
+/* Send a request, and wait until load_ended() has been called for it. A requester has one at a time. */
+void nbd_client_ask(uint32_t number, const struct nbd_ask *ask);
+/* All requests are done: disconnect. */
+void nbd_client_finish(void);
+/* Is the handshake over, and neither of them has left? */
+bool nbd_client_is_up(void);
+bool nbd_client_has_disconnected(void);
+/* The client leaves once it has sent so many bytes more. */
+void nbd_client_hang_up_soon(uint32_t bytes);
+/* The worker has ended, and no thread runs. */
+void nbd_client_interrupted(bool was_killed);
+
+/* ---- nbd_socket.c; the worker's calls are in wrapped.h ---- */
+
+void nbd_socket_reset(void);
+void nbd_socket_connect(void);
+/* The kernel's end: whether that can be (the other end has it), and how many bytes moved. */
+bool nbd_socket_takes_bytes(void);
+bool nbd_socket_brings_bytes(void);
+uint32_t nbd_socket_put(const uint8_t *bytes, uint32_t count);
+uint32_t nbd_socket_take(uint8_t *bytes, uint32_t count);
+void nbd_socket_hang_up(void);
+bool nbd_socket_was_left(void);
+/* Until the worker has done something with it, or nbd_socket_wake_kernel(). */
+void nbd_socket_wait(void);
+void nbd_socket_wake_kernel(void);
+
 /* ---- worker.c ---- */
 
 struct engine;
@@ -284,6 +340,8 @@ void worker_reset(void);
 void worker_start(void);
 /* Kill it as soon as no thread runs. */
 void worker_kill(void);
+/* It ends by itself: exit(3). Does not return. */
+void worker_exit(void);
 bool worker_kill_is_due(void);
 void worker_killed(void);
 void worker_requester_ended(void);

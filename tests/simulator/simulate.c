@@ -80,6 +80,8 @@ static void set_fault(enum fault fault, bool begins)
 			begins ? "begins" : "ends");
 	if (fault == FAULT_worker_crash && begins)
 		crash_soon(1 + rng_below(times, 400));
+	if (fault == FAULT_hang_up && begins)
+		nbd_client_hang_up_soon(1 + rng_below(times, 64u << rng_below(times, 12)));
 	if (fault == FAULT_suspend && begins)
 		fault_sleep(rng_between(times, 0, 60 * S));
 	network_fault(fault == FAULT_reset || fault == FAULT_blackhole ? fault : FAULT_reset,
@@ -193,6 +195,31 @@ static void apply_habit(struct rng *rng)
 	}
 }
 
+static int forced_loop = -1;     /* by the command line */
+
+/* One seed of four has the loop. The numbers are its own: another seed is the same run as before there was one. */
+static void choose_loop(uint64_t seed)
+{
+	struct rng rng = { seed * 0x9e3779b97f4a7c15u ^ 0x100b };
+
+	options.loop = rng_chance(&rng, 256);
+	if (forced_loop >= 0)
+		options.loop = forced_loop != 0;
+	if (!options.loop) {
+		options.faults &= ~(1u << FAULT_hang_up);
+		return;
+	}
+	/* nothing needs the tick: with one of an hour, a wake-up that is lost is a hang */
+	options.loop_tick_ms = rng_chance(&rng, 128) ? 2000 : 3600000;
+	options.client_buffer_bytes = 2048u << rng_below(&rng, 8);
+	options.client_errors = rng_chance(&rng, 512) ? 0 : 1u << rng_below(&rng, 6);
+	options.client_pause = rng_chance(&rng, 512) ? 0 : 1u << rng_below(&rng, 6);
+	if (options.habit == HABIT_MIXED && rng_chance(&rng, 256)) {
+		options.threads = 12 + rng_below(&rng, REQUESTERS_MAX - 11);
+		options.round = options.round > 0 ? options.threads * (1 + rng_below(&rng, 6)) : 0;
+	}
+}
+
 static void options_of(uint64_t seed)
 {
 	struct rng rng = { seed * 0x9e3779b97f4a7c15u ^ 0x0975 };
@@ -226,6 +253,7 @@ static void options_of(uint64_t seed)
 		options.faults &= ~(1u << FAULT_owner_refused);
 	options.late_ns = 4500 * MS; /* what was sent twice is held back for five seconds (0011) */
 	apply_habit(&rng);
+	choose_loop(seed);
 }
 
 static void run_seed(void)
@@ -236,6 +264,7 @@ static void run_seed(void)
 	region_forget();
 	nas_reset();
 	load_reset();
+	nbd_client_reset();
 	worker_reset();
 	faults_reset();
 	worker_start();
@@ -329,6 +358,8 @@ static void add(struct sim_result *sum, const struct sim_result *one)
 	sum->requests += one->requests;
 	sum->worker_crashes += one->worker_crashes;
 	sum->nas_crashes += one->nas_crashes;
+	sum->loop_requests += one->loop_requests;
+	sum->hang_ups += one->hang_ups;
 	sum->connections += one->connections;
 	sum->calls_nfs += one->calls_nfs;
 	sum->points += one->points;
@@ -352,7 +383,8 @@ static void print(const struct sim_result *sum, uint64_t first, uint64_t seeds, 
 		{ "connections", sum->connections },     { "nfs_calls", sum->calls_nfs },
 		{ "points", sum->points },               { "failable", sum->failable },
 		{ "failed_calls", sum->failed_calls },   { "stores", sum->stores },
-		{ "copied_pages", sum->copied_pages },
+		{ "copied_pages", sum->copied_pages },   { "loop_requests", sum->loop_requests },
+		{ "hang_ups", sum->hang_ups },
 	};
 
 	printf("{\"first_seed\": %llu, \"seeds\": %llu, \"seconds\": %.3f, \"simulated_s\": %.3f",
@@ -410,7 +442,7 @@ static bool next_of_enumeration(struct overrides *overrides)
 
 /*
  * simulate FIRST_SEED [seeds=N] [seconds=T of the processor's] [requests=N] [threads=N] [pages=N] [slots=N]
- *   [connections=N] [owner=0|1] [habit=N] [without=FAULT,...] [only=FAULT,...] [crash_at=N [crash_end=N]]
+ *   [connections=N] [owner=0|1] [loop=0|1] [habit=N] [without=FAULT,...] [only=FAULT,...] [crash_at=N [crash_end=N]]
  *   [fail_at=N [fail_variant=N] [fail_end=N]] [keep=1] [each=1] [verbose=1]
  *
  * With crash_end, the seed is run once for each point from crash_at to crash_end; with fail_end, once for each way in
@@ -443,6 +475,7 @@ int main(int count, char **words)
 		OPTION("slots", overrides.slots = number);
 		OPTION("connections", overrides.connections = number);
 		OPTION("owner", overrides.owner = number);
+		OPTION("loop", forced_loop = (int)number);
 		OPTION("habit", forced_habit = (enum habit)number);
 		OPTION("without", overrides.without = fault_bits(value));
 		OPTION("only", (overrides.only = fault_bits(value), overrides.has_only = true));

@@ -16,8 +16,12 @@ SEEDS = 220
 # Of the processor's time.
 KNOWN_FAULT_S = 600
 
-# Small enough to be stopped everywhere: an encrypted region, and a plain one with four connections.
-BOUNDED = ({"seed": 1, "requests": 4, "threads": 2}, {"seed": 3, "requests": 8, "threads": 3})
+# Small enough to be stopped everywhere: an encrypted region, a plain one with four connections, and the loop.
+BOUNDED = (
+    {"seed": 1, "requests": 4, "threads": 2, "loop": 0},
+    {"seed": 3, "requests": 8, "threads": 3, "loop": 0},
+    {"seed": 2, "requests": 6, "threads": 3, "loop": 1},
+)
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -48,6 +52,17 @@ def test_every_fault_strikes(program: Path) -> None:
     assert [name for name, times in summary["faults"].items() if times == 0] == []
     assert summary["worker_crashes"] > 0
     assert summary["nas_crashes"] > 0
+    assert summary["hang_ups"] > 0
+
+
+def test_a_part_of_the_seeds_has_the_loop(program: Path) -> None:
+    """One of four, or as the command line says; without it, no request goes over the socket."""
+    runs = simulate(program, 1, seeds=100, requests=20, threads=2, only="", each=1).each
+    assert 10 < sum(run["loop_requests"] > 0 for run in runs) < 40
+    words: dict[str, object] = {"requests": 20, "threads": 2, "only": ""}
+    without, through = (simulate(program, 1, seeds=5, loop=loop, **words).summary for loop in (0, 1))
+    assert without["loop_requests"] == 0
+    assert through["loop_requests"] >= 5 * 20
 
 
 def test_seeds(program: Path) -> None:

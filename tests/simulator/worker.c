@@ -3,18 +3,20 @@
 #include "sim.h"
 
 #include "block/engine.h"
+#include "nbd/loop.h"
 #include "wrapped.h"
 
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 enum phase { PHASE_LOAD, PHASE_FLUSH, PHASE_CHECK };
 
 struct engine *worker_engine;
 bool worker_place_is_known;
 
-static bool kill_is_due;
+static bool kill_is_due, has_exited;
 static uint32_t requesters_running;
 static unsigned main_thread;
 static enum phase phase;
@@ -30,9 +32,20 @@ void worker_kill(void)
 	kill_is_due = true;
 }
 
+void worker_exit(void)
+{
+	has_exited = true;
+	worker_kill();
+	thread_yield();
+}
+
 void worker_requester_ended(void)
 {
-	if (--requesters_running == 0)
+	if (--requesters_running > 0)
+		return;
+	if (options.loop)
+		nbd_client_finish();
+	else
 		thread_wake(main_thread);
 }
 
@@ -84,11 +97,38 @@ static void start_engine(void)
 	worker_place_is_known = true;
 }
 
+/* Serve the client until it disconnects; until it leaves: then the worker ends, as in nbdnfs/worker/life.py. */
+static void serve_client(void)
+{
+	int fd = network_client_fd(), error;
+	struct nbd_loop *loop;
+
+	thread_new(nbd_client_thread, NULL);
+	error = nbd_loop_create(worker_engine, fd, options.loop_tick_ms, &loop);
+	if (error != 0) {
+		if (options.fail_at == 0)
+			sim_fail("the loop does not start: error %d", -error);
+		worker_exit();
+	}
+	error = nbd_loop_run(loop);
+	if (error != 0)
+		sim_fail("the loop ends with error %d", -error);
+	if (!nbd_socket_was_left() && (options.fail_at == 0 || nbd_client_is_up()))
+		sim_fail("the loop has ended, and its client is there");
+	nbd_loop_destroy(loop);
+	check_idle_block(worker_engine);
+	if (!nbd_client_has_disconnected())
+		worker_exit();
+	close(fd);
+}
+
 static void run_load(void)
 {
 	requesters_running = options.threads;
 	for (uint32_t i = 0; i < options.threads; i++)
 		thread_new(load_thread, load_requester(i));
+	if (options.loop)
+		serve_client();
 	while (requesters_running > 0)
 		thread_block(NEVER);
 	check_idle_block(worker_engine);
@@ -146,22 +186,26 @@ void worker_start(void)
 
 void worker_killed(void)
 {
-	kill_is_due = false;
+	bool was_killed = !has_exited;
+
+	kill_is_due = has_exited = false;
 	threads_drop();
 	nas_hurry();
 	network_close_all();
 	region_let_go();
-	load_interrupted();
-	result.worker_crashes++;
+	if (options.loop)
+		nbd_client_interrupted(was_killed);
+	load_interrupted(was_killed);
+	*(was_killed ? &result.worker_crashes : &result.hang_ups) += 1;
 	if (options.verbose)
-		fprintf(stderr, "%14.6f the worker is killed\n", (double)now_ns / 1e9);
+		fprintf(stderr, "%14.6f the worker %s\n", (double)now_ns / 1e9, was_killed ? "is killed" : "ends");
 	memory_reset();
 	event_at(now_ns + rng_between(&workers, 5 * MS, 700 * MS), start_again, NULL, 0, 0);
 }
 
 void worker_reset(void)
 {
-	kill_is_due = worker_place_is_known = false;
+	kill_is_due = has_exited = worker_place_is_known = false;
 	phase = PHASE_LOAD;
 	workers.state = options.seed ^ 0x303c;
 	memory_reset();

@@ -20,6 +20,12 @@
 
 bool close_region(int fd);
 
+/* nbd_socket.c */
+ssize_t nbd_socket_send(const struct msghdr *message, int flags);
+ssize_t nbd_socket_receive(const struct msghdr *message, int flags);
+short nbd_socket_ready(short wanted);
+void nbd_socket_worker_closes(void);
+
 ssize_t __real_write(int fd, const void *buffer, size_t bytes);
 void *__real_memcpy(void *to, const void *from, size_t bytes);
 void *__wrap_memcpy(void *to, const void *from, size_t bytes);
@@ -37,6 +43,7 @@ int __wrap_pthread_cond_timedwait(pthread_cond_t *it, pthread_mutex_t *of, const
 int __wrap_pthread_cond_signal(pthread_cond_t *it);
 int __wrap_pthread_cond_broadcast(pthread_cond_t *it);
 int __wrap_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*body)(void *), void *argument);
+pthread_t __wrap_pthread_self(void);
 int __wrap_pthread_join(pthread_t thread, void **value);
 int __wrap_pthread_sigmask(int how, const sigset_t *set, sigset_t *before);
 int __wrap_sched_yield(void);
@@ -77,5 +84,6 @@ ssize_t __wrap_read(int fd, void *buffer, size_t bytes);
 ssize_t __wrap_write(int fd, const void *buffer, size_t bytes);
 int __wrap_close(int fd);
 int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout_ms);
+int __wrap_ppoll(struct pollfd *fds, nfds_t count, const struct timespec *timeout, const sigset_t *mask);
 
 #endif

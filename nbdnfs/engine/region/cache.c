@@ -38,7 +38,7 @@ static bool make_sets(struct cache *cache)
 			page_set_put(&cache->filled_words, word, true);
 	}
 	for (uint64_t page = 0; page < pages; page++)
-		if (known_proof(cache, page) != NO_PROOF)
+		if (tells_the_file(cache, page))
 			page_set_put(&cache->known, page, true);
 	return true;
 }
@@ -68,6 +68,7 @@ static void take_over_slots(struct cache *cache)
 
 struct cache *cache_create(struct region *region)
 {
+	static const uint8_t zeros[SLOT_BYTES];
 	struct cache *cache = calloc(1, sizeof(*cache));
 	uint32_t buckets = 1;
 
@@ -77,6 +78,7 @@ struct cache *cache_create(struct region *region)
 	if (cache == NULL)
 		return NULL;
 	cache->region = region;
+	cache->proof_of_zeros = proof_of(region, zeros);
 	cache->bucket_mask = buckets - 1;
 	cache->slots = calloc(region->slot_count, sizeof(*cache->slots));
 	cache->buckets = malloc(buckets * sizeof(*cache->buckets));

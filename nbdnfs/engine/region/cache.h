@@ -85,7 +85,8 @@ uint64_t cache_proof(const struct cache *cache, uint64_t page);
 
 /*
  * A page that the NAS has stably as it was last written, with its proof: the first from `from` on, and from the
- * device's start after its end. Returns false when there is none.
+ * device's start after its end. None that the NAS has as zeros: these do not tell the file from a new one. Returns
+ * false when there is none.
  */
 bool cache_known_page(const struct cache *cache, uint64_t from, uint64_t *page, uint64_t *proof);
 

@@ -88,6 +88,7 @@ struct cache {
 	uint64_t sequence;
 	uint32_t wasted, used;
 	struct page_set known;  /* the pages that cache_known_page() finds */
+	uint64_t proof_of_zeros;
 	struct page_set filled_words; /* those words of the region's bitmap that are not 0 */
 	uint64_t filled_count;  /* the pages that it has */
 	struct hold holds[HOLDS];
@@ -146,6 +147,14 @@ static inline struct unstable_write *slot_write(const struct cache *cache, uint3
 static inline uint64_t known_proof(const struct cache *cache, uint64_t page)
 {
 	return is_filled(cache, page) ? NO_PROOF : entry_of(cache, page);
+}
+
+/* Is it known what the NAS has of the page, and does that tell the file from others? A new file is zeros, too. */
+static inline bool tells_the_file(const struct cache *cache, uint64_t page)
+{
+	uint64_t proof = known_proof(cache, page);
+
+	return proof != NO_PROOF && (proof != cache->proof_of_zeros || proof_is_sealed(cache->region, page));
 }
 
 static inline void fill(uint8_t *data, uint32_t word)

@@ -6,11 +6,6 @@
 #include "base/assert.h"
 #include "base/crc32c.h"
 
-static bool is_encrypted(const struct region *region, uint64_t page)
-{
-	return region->keys != NULL && page >= region->clear_pages;
-}
-
 uint64_t proof_of(const struct region *region, const uint8_t *data)
 {
 	return region->keys != NULL ? cipher_tag(region->keys, data, SLOT_BYTES) : crc32c(data, SLOT_BYTES);
@@ -18,7 +13,7 @@ uint64_t proof_of(const struct region *region, const uint8_t *data)
 
 void proof_seal(const struct region *region, uint64_t page, uint64_t proof, uint8_t *data)
 {
-	if (!is_encrypted(region, page))
+	if (!proof_is_sealed(region, page))
 		return;
 	assert(proof != NO_PROOF); /* else two pages might have the same key stream */
 	cipher_apply(region->keys, page, proof, data, SLOT_BYTES);
@@ -27,11 +22,11 @@ void proof_seal(const struct region *region, uint64_t page, uint64_t proof, uint
 bool proof_open(const struct region *region, uint64_t page, uint64_t proof, uint8_t *data)
 {
 	if (proof == NO_PROOF) {
-		if (is_encrypted(region, page))
+		if (proof_is_sealed(region, page))
 			memset(data, 0, SLOT_BYTES);
 		return true;
 	}
-	if (is_encrypted(region, page))
+	if (proof_is_sealed(region, page))
 		cipher_apply(region->keys, page, proof, data, SLOT_BYTES);
 	return proof_of(region, data) == proof;
 }

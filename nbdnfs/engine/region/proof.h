@@ -22,6 +22,12 @@
 
 #define NO_PROOF 0u
 
+/* Are the bytes that go to the NAS others than those that were written to the device? */
+static inline bool proof_is_sealed(const struct region *region, uint64_t page)
+{
+	return region->keys != NULL && page >= region->clear_pages;
+}
+
 /* Of a page as it was written to the device. */
 uint64_t proof_of(const struct region *region, const uint8_t *data);
 

@@ -128,7 +128,7 @@ static void publish(struct cache *cache, uint32_t index, enum slot_content conte
 /* The NAS has stably what was last written to the page, as far as that is known. */
 static void note_known(struct cache *cache, uint64_t page)
 {
-	page_set_put(&cache->known, page, known_proof(cache, page) != NO_PROOF);
+	page_set_put(&cache->known, page, tells_the_file(cache, page));
 }
 
 void slot_init_free(struct cache *cache, uint32_t index)
