@@ -20,7 +20,7 @@ SEEDS := 30000
 FIRST_SEED := 1
 
 .PHONY: help release demo test unit faults hostile odd-servers prove vm-test bench bench-vm lint format clean deb
-.PHONY: world soak check-deb dist check-dist check-arm
+.PHONY: world soak check-deb autopkgtest dist check-dist check-arm
 help:
 	@echo 'make demo         a Debian guest swaps onto a file on an NFS server; a table at the end'
 	@echo 'make demo HERE=1  the same on this machine, without a guest (needs the kernel module nbd)'
@@ -41,6 +41,7 @@ help:
 	@echo 'make lint         ruff, mypy, and the C compiler with warnings as errors'
 	@echo 'make deb          the Debian package for this Debian, in build/deb'
 	@echo 'make check-deb    build it in a fresh Debian, install, use and purge it in others; SUITE=trixie for Debian 13'
+	@echo 'make autopkgtest  debian/tests in a guest, by Debian'"'"'s runner, with the package that check-deb built'
 	@echo 'make check-arm    cross-compile, and run the unit tests emulated: armhf, or ARCH=arm64 with pages of 16 KiB'
 	@echo 'make dist         wheel and source distribution, in build/dist'
 	@echo 'make check-dist   the same twice, and what a user does with them'
@@ -127,6 +128,11 @@ check-deb:
 	@tools/bootstrap.sh test
 	$(AS_ROOT) tools/check_deb.sh $(or $(SUITE),bookworm) $(ARCH)
 	$(PYTEST) -m "" vm-tests/test_package.py $(ARGS)
+
+# ARGS=--test-name=smoke for one of the tests, ARGS=--debug to see what the runner does.
+autopkgtest:
+	@tools/bootstrap.sh test
+	$(PROGRAM) vm-tests/run_autopkgtest.py $(ARGS)
 
 # 32 bits by default: all else about arm64 is the guests' business.
 check-arm: ARCH := $(or $(ARCH),armhf)

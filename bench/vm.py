@@ -27,7 +27,7 @@ from pathlib import Path
 import vm_time
 from support.nfs_server import Ganesha, ServerError, free_ports
 from svg import Group, bars
-from vm_peers import FLOOR, KERNEL_NBD, KERNEL_NFS, OURS, PEERS, Files
+from vm_peers import ENCRYPTED, FLOOR, KERNEL_NBD, KERNEL_NFS, OURS, PEERS, Files
 from vm_rounds import Load, Results, one_round
 from vmtest import host, image, initramfs
 from vmtest.guest import Guest, seen_from_guest
@@ -36,6 +36,7 @@ from vmtest.payload import payload
 
 _GUEST_MIB = 512
 _PASSES = ("fill", "sequential", "random", "sequential")
+_NAME = max(len(name) for name in PEERS)
 
 
 def main() -> int:
@@ -213,11 +214,21 @@ def tables(results: Results) -> str:
     for delay_ms, processes in _cells(results):
         rounds = max(len(results.of(peer, delay_ms, processes)) for peer in PEERS)
         lines += ["", f"{delay_ms:g} ms added, {processes} process{'es' if processes > 1 else ''}, {rounds} rounds"]
-        lines.append(f"  {'':12}" + "".join(f"{name:>12}" for name in (*_PASSES, "all", "ours / this", "sequential")))
+        columns = (*_PASSES, "all", "ours / this", "sequential")
+        lines.append(f"  {'':{_NAME}}" + "".join(f"{name:>12}" for name in columns))
         lines += [_line(results, peer, delay_ms, processes) for peer in PEERS if results.of(peer, delay_ms, processes)]
         if found := our_figures(results, delay_ms, processes):
             lines.append("  " + found)
+        if found := _encryption(results, delay_ms, processes):
+            lines.append("  " + found)
     return "\n".join(lines)
+
+
+def _encryption(results: Results, delay_ms: float, processes: int) -> str:
+    without, encrypted = (
+        results.median(peer, delay_ms, processes, lambda sample: sample.seconds) for peer in (OURS, ENCRYPTED)
+    )
+    return f"encrypted: {encrypted / without:.2f} of the unencrypted time" if encrypted and without else ""
 
 
 def repeatability(results: Results) -> str:
@@ -252,7 +263,7 @@ def _line(results: Results, peer: str, delay_ms: float, processes: int) -> str:
     ours_sequential = results.median(OURS, delay_ms, processes, lambda sample: sample.sequential_s)
     cells = [f"{value:>12.1f}" for value in (*passes, total) if value is not None]
     cells += [_ratio(ours, total), _ratio(ours_sequential, sequential)] if peer != OURS else []
-    return f"  {peer:12}" + "".join(cells)
+    return f"  {peer:{_NAME}}" + "".join(cells)
 
 
 def _ratio(ours: float | None, other: float | None) -> str:

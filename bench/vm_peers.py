@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What `make bench-vm` compares: five things that a machine can swap to, set up and taken down in a guest.
+"""What `make bench-vm` compares: six things that a machine can swap to, set up and taken down in a guest.
 
 zram        compressed memory, without a network: the floor
 kernel-nbd  the kernel's nbd over TCP to `nbdkit file` on the server: what the 2012 patches compared with
 kernel-nfs  the kernel's swap file on an NFSv3 mount
-nbdnfs      ours
+nbdnfs      ours, unencrypted: no peer encrypts
+nbdnfs-encrypted  ours, as a device is by default
 nbdnfs-loop  ours, served by the engine's loop
 
 All but the first two use files on the same NFS server, and `nbdkit file` serves one beside them.
@@ -26,7 +27,8 @@ from vmtest.counters import Counters, read
 from vmtest.guest import HOST_ADDRESS, Guest
 from vmtest.outcome import GuestFailedError, HarnessError
 
-OURS, LOOP, KERNEL_NFS, KERNEL_NBD, FLOOR = "nbdnfs", "nbdnfs-loop", "kernel-nfs", "kernel-nbd", "zram"
+OURS, ENCRYPTED, LOOP = "nbdnfs", "nbdnfs-encrypted", "nbdnfs-loop"
+KERNEL_NFS, KERNEL_NBD, FLOOR = "kernel-nfs", "kernel-nbd", "zram"
 
 _LOOP_SERVER = Path(__file__).parent / "loop_server.py"
 _ATTACH_TCP = Path(__file__).parent / "attach_tcp.py"
@@ -99,9 +101,8 @@ def kernel_nfs(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
 
 
 @contextlib.contextmanager
-def ours(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
-    """nbdnfs serve and attach, as by hand. The others do not encrypt either."""
-    with swap.serving(guest, files.ours_url, encrypt=False) as worker:
+def _ours(guest: Guest, files: Files, *, encrypt: bool) -> Iterator[Swapping]:
+    with swap.serving(guest, files.ours_url, encrypt=encrypt) as worker:
 
         def counters() -> Counters:
             found = read(guest, worker.nbdkit_pid)
@@ -110,6 +111,16 @@ def ours(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
 
         with swap.swapping(guest, worker):
             yield Swapping(counters)
+
+
+def ours(guest: Guest, files: Files, size_mib: int) -> AbstractContextManager[Swapping]:
+    """nbdnfs serve and attach, as by hand. The others do not encrypt either."""
+    return _ours(guest, files, encrypt=False)
+
+
+def encrypted(guest: Guest, files: Files, size_mib: int) -> AbstractContextManager[Swapping]:
+    """The same, encrypted: beside `ours` it shows what that costs."""
+    return _ours(guest, files, encrypt=True)
 
 
 @contextlib.contextmanager
@@ -142,6 +153,7 @@ PEERS: Mapping[str, Peer] = {
     KERNEL_NBD: kernel_nbd,
     KERNEL_NFS: kernel_nfs,
     OURS: ours,
+    ENCRYPTED: encrypted,
     LOOP: loop,
 }
 

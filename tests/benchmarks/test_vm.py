@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 import vm
-from vm_peers import KERNEL_NBD, KERNEL_NFS, OURS
+from vm_peers import ENCRYPTED, KERNEL_NBD, KERNEL_NFS, OURS
 from vm_rounds import Load, Results, Sample, in_model_time
 from vmtest.outcome import HarnessError
 
@@ -37,6 +37,13 @@ def test_tables(results: Results) -> None:
     assert lines[KERNEL_NFS][-3:] == ["40.0", "0.75", "0.75"]
     assert lines[KERNEL_NBD][-2:] == ["1.50", "1.50"]
     assert "zram" not in lines
+
+
+def test_what_encryption_costs(results: Results) -> None:
+    """The median with it as a multiple of that without, where both ran."""
+    assert "encrypted" not in vm.tables(results)
+    both = Results(LOAD, (*results.samples, *(sample(ENCRYPTED, seconds) for seconds in (33.0, 3.0, 99.0))))
+    assert vm.tables(both).splitlines()[-1].split() == ["encrypted:", "1.10", "of", "the", "unencrypted", "time"]
 
 
 def test_our_figures(results: Results) -> None:

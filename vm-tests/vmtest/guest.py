@@ -43,7 +43,7 @@ _SYSRQ_QUIET_S = 5.0
 
 # A panic ends QEMU (-no-reboot), a hung task is a line in the log after a minute. The watchdogs are given the
 # time that an emulated CPU on a busy host needs. The stock mitigations cost an emulated CPU a third of its speed.
-_KERNEL_ARGUMENTS = (
+KERNEL_ARGUMENTS = (
     *("loglevel=7", "oops=panic", "panic=-1", "sysctl.kernel.hung_task_timeout_secs=60"),
     *("watchdog_thresh=30", "rcupdate.rcu_cpu_stall_timeout=90", "mitigations=off", "net.ifnames=0"),
     *("systemd.show_status=no", "systemd.log_level=notice", "audit=0"),
@@ -53,6 +53,13 @@ _KERNEL_ARGUMENTS = (
 def seen_from_guest(url: str) -> str:
     """The URL of a server on the host's loopback, as seen from a guest."""
     return url.replace("//127.0.0.1/", f"//{HOST_ADDRESS}/", 1)
+
+
+def accelerator(time_shift: int | None = None) -> list[str]:
+    """QEMU's options for it: $NBDNFS_VM_ACCEL, or emulation; in virtual time always emulation (`Guest`)."""
+    if time_shift is None:
+        return ["-accel", os.environ.get("NBDNFS_VM_ACCEL", "tcg,thread=multi")]
+    return ["-accel", "tcg,thread=single", "-icount", f"shift={time_shift},sleep=on"]
 
 
 def machine_id(name: str) -> str:
@@ -283,16 +290,11 @@ class Guest:
             if (found := self.kernel_log_path.stat().st_size) != size:
                 size, changed_s = found, time.monotonic()
 
-    def _accelerator(self) -> list[str]:
-        if self._time_shift is None:
-            return ["-accel", os.environ.get("NBDNFS_VM_ACCEL", "tcg,thread=multi")]
-        return ["-accel", "tcg,thread=single", "-icount", f"shift={self._time_shift},sleep=on"]
-
     def _qemu(self, channel_fd: int) -> list[str | Path]:
         kind = self.image.architecture
         arguments = [
             f"console={kind.console}",
-            *_KERNEL_ARGUMENTS,
+            *KERNEL_ARGUMENTS,
             *kind.kernel_arguments,
             *(f"systemd.hostname={self.name}", f"systemd.machine_id={machine_id(self.name)}"),
         ]
@@ -311,7 +313,7 @@ class Guest:
             host.find_program(*kind.qemu),
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
             *("-machine", kind.machine, "-cpu", kind.cpu, "-smp", str(self._cpus), "-m", f"{self._memory_mib}M"),
-            *self._accelerator(),
+            *accelerator(self._time_shift),
             *("-kernel", self.image.kernel, "-initrd", initrd),
             *("-append", " ".join([*arguments, *self._arguments])),
             *(word for disk in disks for word in ("-drive", f"if=virtio,cache=unsafe,{disk}")),
