@@ -143,7 +143,7 @@ def parked_by_a_killed_keeper(setup: Setup, *, worker_too: bool = True) -> int:
     setup.run(scenario)
     if worker_too:
         setup.kill_worker()
-    assert setup.systemd.names() == {"region", "standby"}
+    assert setup.systemd.names() == ["region", "standby"]
     return pids[0]
 
 
@@ -176,7 +176,7 @@ def test_messages_that_systemd_does_not_take(setup: Setup, monkeypatch: pytest.M
     monkeypatch.setattr(Notifier, "send", poor_send)
 
     def scenario(keeper: Keeper) -> None:
-        until(lambda: setup.systemd.names() == {"region", "standby"} and setup.systemd.is_ready)
+        until(lambda: setup.systemd.names() == ["region", "standby"] and setup.systemd.is_ready)
 
     setup.run(scenario)
 

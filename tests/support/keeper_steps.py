@@ -140,13 +140,20 @@ class Stage:
         self._answering.start()
 
     def wait(self) -> dict[str, Any]:
-        """What has become of the keeper, once it has ended."""
-        found = self._template.result()
+        """What has become of the keeper, once it has ended. AssertionError: it had to be killed for that; its template
+        is free for the next one all the same."""
+        try:
+            found, is_stuck = self._template.result(), False
+        except TimeoutError:
+            self.signal(signal.SIGKILL)
+            found, is_stuck = self._template.result(), True
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
         assert self._answering is not None
         self._answering.join(10)
+        if is_stuck:
+            raise AssertionError(f"it does not end; the last call was {found['name']}")
         return found
 
     def signal(self, number: int) -> None:
@@ -211,21 +218,30 @@ class Stage:
                     found.add(int(path.name))
         return found
 
+    def _facts(self) -> Iterator[tuple[str, bool]]:
+        """What holds of a device that is up: swap is on, a worker serves, a standby is parked, systemd has been told."""
+        yield "swap is on", "swap is on" in self.log()[self._log_begins :]
+        yield "the keeper watches", self.records.read(Records.STATE) == "watch"
+        yield "the device is in use", self.kernel.use() != ""
+        yield "region and standby are stored", self.systemd.names() == ["region", "standby"]
+        yield "systemd has been told", self.systemd.is_ready
+        standby = self.records.living(Records.STANDBY)
+        yield "the standby has a record", standby is not None and standby.pid in self.workers()
+        yield "one worker and one standby live", len(self.workers()) == 2
+        yield "the worker has a record", self.records.living(Records.WORKER) is not None
+        yield "the keeper has a record", self.records.living(Records.KEEPER) is not None
+
+    @property
+    def lacks(self) -> str:
+        """Why the device is not up; "" where it is."""
+        return next((f"it is not so that {fact}" for fact, holds in self._facts() if not holds), "")
+
     def is_up(self) -> bool:
-        """Swap is on, a worker serves, a standby is parked, and systemd has been told."""
-        record = self.records.living(Records.STANDBY)
-        return (
-            "swap is on" in self.log()[self._log_begins :]
-            and self.records.read(Records.STATE) == "watch"
-            and self.kernel.use() != ""
-            and self.systemd.names() == {"region", "standby"}
-            and self.systemd.is_ready
-            and record is not None
-            and record.pid in self.workers()
-            and len(self.workers()) == 2
-            and self.records.living(Records.WORKER) is not None
-            and self.records.living(Records.KEEPER) is not None
-        )
+        return not self.lacks
+
+    def require_up(self) -> None:
+        if lacks := self.lacks:
+            raise AssertionError(lacks)
 
     def kill_worker(self) -> int:
         record = self.records.living(Records.WORKER)
@@ -235,7 +251,10 @@ class Stage:
 
     def goes_on(self) -> None:
         """It runs until the device is up, unless something else is to happen to it."""
-        wait_until(lambda: self.is_up() or self.has_ended, "the device is up", _TIMEOUT_S)
+        try:
+            wait_until(lambda: self.is_up() or self.has_ended, "the device is up", _TIMEOUT_S)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.lacks}") from None
 
     def check(self) -> None:
         """A keeper that comes now has the device up, with the page that was written, one worker and one standby; and
@@ -243,16 +262,18 @@ class Stage:
         self.start(Wanted())
         try:
             self.goes_on()
-            assert self.is_up()
-            if (self.folder / "written").exists():
-                assert self.kernel.read(4096, len(PAGE)) == PAGE
-            assert self.kernel.attaches == 1 + self.kernel.disconnects
-            assert self.disconnects_in_use == 0
+            self.require_up()
+            if (self.folder / "written").exists() and self.kernel.read(4096, len(PAGE)) != PAGE:
+                raise AssertionError("the page is not what was written")
+            if self.kernel.attaches != 1 + self.kernel.disconnects or self.disconnects_in_use:
+                raise AssertionError("the device was taken from swap")
         finally:
             self.signal(signal.SIGTERM)
             result = self.wait()
-        assert result["status"] == 0
-        assert "Traceback" not in self.log()
+        if result["status"] != 0:
+            raise AssertionError(f"the next keeper has ended with {result['status']}")
+        if "Traceback" in self.log():
+            raise AssertionError("a keeper has printed a traceback")
 
     def log(self) -> str:
         return (self.folder / "log").read_text()
@@ -270,7 +291,7 @@ class Stage:
 def _brought_up(stage: Stage, wanted: Wanted) -> None:
     stage.start(wanted)
     stage.goes_on()
-    assert stage.is_up()
+    stage.require_up()
     stage.kernel.write(4096, PAGE)
     (stage.folder / "written").touch()
 
@@ -340,6 +361,7 @@ def new_stage(template: Template) -> Iterator[Stage]:
 def play(template: Template, name: str, wanted: Wanted) -> dict[str, Any]:
     """One scene, and the keeper after it. What the first one's steps were; AssertionError where what is said in `check`
     does not hold, or the keeper has ended in a way that it cannot explain."""
+    result: dict[str, Any] = {"name": "not known"}
     with new_stage(template) as stage:
         try:
             try:
@@ -348,10 +370,12 @@ def play(template: Template, name: str, wanted: Wanted) -> dict[str, Any]:
                 stage.signal(signal.SIGTERM)
                 result = stage.wait()
             expected = (0, -signal.SIGKILL) if wanted.kill_at else (0, _EXPLAINED)
-            assert result["status"] in expected
+            if result["status"] not in expected:
+                raise AssertionError(f"the keeper has ended with {result['status']}")
             stage.check()
         except (AssertionError, NbdnfsError, OSError, ValueError) as error:
-            raise AssertionError(f"{name}, {wanted}: {error}\n{stage.log()}") from error
+            call = f"call: {result['name']}"
+            raise AssertionError(f"{name}, {wanted}, {call}: {type(error).__name__} {error}\n{stage.log()}") from error
     return result
 
 
