@@ -31,6 +31,7 @@ struct steps {
 	volatile uint32_t points, calls; /* so far; `calls` are those that can fail */
 	uint32_t kill_at;                /* a point, 0: none */
 	uint32_t fail_at, way;           /* a call, and which of its errors */
+	volatile uint32_t ways;          /* how many errors that call has; 0: it has not been reached */
 	volatile int failed;             /* whether that call has that error, and has failed with it */
 	char name[32];                   /* of the last call that was counted, or the one that failed */
 };
@@ -79,20 +80,21 @@ static void point(const char *name)
 /* The error with which this call is to fail, of a list that ends with 0; 0: none. */
 static int failure(const char *name, const int *errors)
 {
-	uint32_t number;
+	uint32_t number, ways = 0;
 
-	if (!is_counted || !steps->counting)
+	if (!is_counted || !steps->counting || errors[0] == 0)
 		return 0;
 	number = __sync_add_and_fetch(&steps->calls, 1);
 	if (number != steps->fail_at)
 		return 0;
 	strncpy(steps->name, name, sizeof(steps->name) - 1);
-	for (uint32_t way = 0; errors[way] != 0; way++)
-		if (way == steps->way) {
-			steps->failed = 1;
-			return errors[way];
-		}
-	return 0;
+	while (errors[ways] != 0)
+		ways++;
+	steps->ways = ways;
+	if (steps->way >= ways)
+		return 0;
+	steps->failed = 1;
+	return errors[steps->way];
 }
 
 #define ERRORS(...) ((const int[]){ __VA_ARGS__, 0 })

@@ -49,7 +49,7 @@ class FakeSystemd:
         self._thread.start()
 
     def names(self) -> list[str]:
-        """The names that are stored, sorted, once all notifications so far have been taken. A name may be there twice."""
+        """The names that are stored, sorted, once all notifications so far have been taken."""
         self._settle()
         with self._lock:
             return sorted(stored.name for stored in self._stored)
@@ -123,7 +123,7 @@ class FakeSystemd:
 
 
 def _is_same(one: int, other: int) -> bool:
-    """Whether these are copies of one descriptor, which systemd asks kcmp(2). Nobody opens a stored file a second time."""
+    """Whether these are copies of one descriptor; systemd asks kcmp(2). Nobody opens a stored file a second time."""
     return os.path.sameopenfile(one, other)
 
 

@@ -27,9 +27,11 @@ from typing import Any
 
 from nbdnfs.errors import NbdnfsError
 from nbdnfs.keeper.records import Records
+from nbdnfs.kernel.nbd_device import backend_of
 from nbdnfs.kernel.nbd_handshake import Export, TransmissionFlags
 from support.fake_kernel import FakeKernel
 from support.fake_systemd import FakeSystemd, wait_until_ended
+from support.nbd_tree import add_device
 from support.waiting import wait_until
 
 HERE = Path(__file__).resolve().parent
@@ -101,7 +103,11 @@ class Stage:
         self.pids = folder / "pids"
         self.pids.mkdir()
         self.kernel = FakeKernel(timeout_s=20)
-        self.kernel.use = lambda: "as swap" if (folder / "swap-is-on").exists() else ""
+        self.root = folder / "root"  # /proc and /sys, as a keeper reads them
+        for part in ("proc", "sys/block"):
+            (self.root / part).mkdir(parents=True)
+        (folder / "swaps").write_text("Filename Type Size Used Priority\n/dev/nbd7 partition 1020 0 -2\n")
+        self.kernel.use = lambda: "as swap" if (self.root / "proc/swaps").exists() else ""
         self.systemd = FakeSystemd(folder)
         self.records = Records("t", run=folder)
         self.records.make()
@@ -191,20 +197,21 @@ class Stage:
 
     def _call(self, name: str, words: list[Any], descriptors: list[int]) -> Any:
         kernel, device = self.kernel, self.kernel.attached
-        if name == "find":
-            return [device.index, device.size_bytes] if device is not None else None
         if name == "dead_links":
             return kernel.dead_links()
         if descriptors:
             with socket.socket(fileno=descriptors[0]) as sock:
                 if name == "attach":
                     made = kernel.attach(sock, Export(words[0], TransmissionFlags(0)))
+                    add_device(self.root, made.index, size_bytes=made.size_bytes, pid=1, backend=backend_of("t"))
                     return [made.index, made.size_bytes]
                 assert device is not None
                 return kernel.reconnect(device, sock)
         assert device is not None
         self.disconnects_in_use += name == "fail_requests" and kernel.use() != ""
-        return getattr(kernel, name)(device)
+        getattr(kernel, name)(device)
+        (self.root / "sys/block" / device.name / "pid").unlink()
+        return None
 
     # what is there
 
@@ -219,7 +226,7 @@ class Stage:
         return found
 
     def _facts(self) -> Iterator[tuple[str, bool]]:
-        """What holds of a device that is up: swap is on, a worker serves, a standby is parked, systemd has been told."""
+        """What holds of a device that is up: swap is on, a worker serves, a standby is parked, systemd knows."""
         yield "swap is on", "swap is on" in self.log()[self._log_begins :]
         yield "the keeper watches", self.records.read(Records.STATE) == "watch"
         yield "the device is in use", self.kernel.use() != ""
@@ -327,16 +334,24 @@ def adoption(stage: Stage, wanted: Wanted) -> None:
     stage.wait()
     stage.start(wanted)
     stage.goes_on()
+    if stage.kernel.reconnects:
+        raise AssertionError("the worker has been replaced")
 
 
 def adoption_without_worker(stage: Stage, wanted: Wanted) -> None:
-    """A keeper after one that was killed with its worker: the standby that was parked serves."""
+    """A keeper after one that was killed with its worker: the standby that was parked serves, unless that keeper is
+    killed too."""
     _brought_up(stage, Wanted())
+    standby = stage.records.living(Records.STANDBY)
     stage.signal(signal.SIGKILL)
     stage.wait()
     wait_until_ended(stage.kill_worker())
     stage.start(wanted)
     stage.goes_on()
+    worker = stage.records.living(Records.WORKER)
+    assert standby is not None
+    if stage.is_up() and (worker is None or worker.pid != standby.pid):
+        raise AssertionError(f"standby {standby.pid} does not serve")
 
 
 SCENES: dict[str, Callable[[Stage, Wanted], None]] = {
@@ -358,10 +373,18 @@ def new_stage(template: Template) -> Iterator[Stage]:
             stage.end()
 
 
+class WrongError(AssertionError):
+    """`result` is that of the keeper that something was done to."""
+
+    def __init__(self, text: str, result: dict[str, Any]) -> None:
+        super().__init__(text)
+        self.result = result
+
+
 def play(template: Template, name: str, wanted: Wanted) -> dict[str, Any]:
-    """One scene, and the keeper after it. What the first one's steps were; AssertionError where what is said in `check`
-    does not hold, or the keeper has ended in a way that it cannot explain."""
-    result: dict[str, Any] = {"name": "not known"}
+    """One scene, and the keeper after it. What the first one's steps were. WrongError: what is said in `check` does not
+    hold, or the keeper has ended in a way that it cannot explain."""
+    result: dict[str, Any] = {"name": "not known", "status": 0, "failed": False, "ways": 0}
     with new_stage(template) as stage:
         try:
             try:
@@ -375,7 +398,8 @@ def play(template: Template, name: str, wanted: Wanted) -> dict[str, Any]:
             stage.check()
         except (AssertionError, NbdnfsError, OSError, ValueError) as error:
             call = f"call: {result['name']}"
-            raise AssertionError(f"{name}, {wanted}, {call}: {type(error).__name__} {error}\n{stage.log()}") from error
+            text = f"{name}, {wanted}, {call}: {type(error).__name__} {error}\n{stage.log()}"
+            raise WrongError(text, result) from error
     return result
 
 
@@ -424,27 +448,26 @@ class _Enumerator:
         self._templates: queue.SimpleQueue[Template] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards `found`
 
-    def _one(self, scene: Steps, name: str, wanted: Wanted) -> bool:
-        """Whether there was such a step."""
+    def _one(self, scene: Steps, name: str, wanted: Wanted) -> int:
+        """In how many ways there is such a step."""
         template = self._templates.get()
-        ended, wrong = False, ""
+        wrong = ""
         try:
             result = play(template, name, wanted)
-            reached = bool(result["status"] == -signal.SIGKILL if wanted.kill_at else result["failed"])
-            ended = result["status"] == _EXPLAINED
-        except AssertionError as error:
-            reached, wrong = True, str(error)
+        except WrongError as error:
+            result, wrong = error.result, str(error)
         finally:
             self._templates.put(template)
+        reached = result["status"] == -signal.SIGKILL if wanted.kill_at else result["failed"]
         with self._lock:
-            scene.tried += reached
-            scene.ended += ended
+            scene.tried += reached or wrong != ""
+            scene.ended += result["status"] == _EXPLAINED
             scene.wrong += [wrong] if wrong else []
-        return reached
+        return 1 if wanted.kill_at else int(result["ways"])
 
     def _at(self, name: str, number: int) -> None:
         scene, way = self.found.scenes[name], 0
-        while self._one(scene, name, self._wanted(number, way)) and not self._by_points:
+        while self._one(scene, name, self._wanted(number, way)) > way + 1:
             way += 1
         with self._lock:
             scene.done.append(number)
