@@ -39,13 +39,14 @@ def is_io_flusher(flags: int) -> bool:
 
 
 def start_time_ticks(pid: int, root: "Path | str" = "") -> int | None:
-    """When a process began, in clock ticks since boot; None when it has ended, a zombie included.
+    """When a process began, in clock ticks since boot; None when it has ended, a zombie included. OSError: it is not
+    known, for want of memory or descriptors.
 
     `root` is the folder that stands for "/".
     """
     try:
         with open(f"{root}/proc/{pid}/stat", errors="replace") as file:
             found = fields(file.read())
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, ProcessLookupError, PermissionError):
         return None
     return None if found.get(STATE, "X") in _ENDED else int(found[START_TICKS])
