@@ -21,6 +21,8 @@ _PF_LOCAL_THROTTLE = 0x0010_0000
 PF_IO_FLUSHER = _PF_MEMALLOC_NOIO | _PF_LOCAL_THROTTLE
 
 _ENDED = ("Z", "X")
+# include/linux/threads.h: PID_MAX_LIMIT
+_PID_MAX = 4 << 20
 
 
 def fields(text: str) -> dict[int, str]:
@@ -44,6 +46,8 @@ def start_time_ticks(pid: int, root: "Path | str" = "") -> int | None:
 
     `root` is the folder that stands for "/".
     """
+    if pid > _PID_MAX:  # of a damaged record: not even a file's name
+        return None
     try:
         with open(f"{root}/proc/{pid}/stat", errors="replace") as file:
             found = fields(file.read())

@@ -23,6 +23,7 @@ import socket
 from collections.abc import Mapping
 
 from nbdnfs import __version__, programs
+from nbdnfs.errors import is_of_want
 from nbdnfs.worker import protocol
 
 # The ancillary message of a parked standby: its pid and its recipe, with so many descriptors.
@@ -97,7 +98,9 @@ class WorkerHandle:
         afterwards. OSError: it is not known, for want of memory or descriptors."""
         try:
             return cls(pid, os.pidfd_open(pid), is_child=False, is_standby=False)
-        except ProcessLookupError:
+        except OSError as error:
+            if is_of_want(error):
+                raise
             return None
 
     @classmethod
@@ -130,7 +133,9 @@ class WorkerHandle:
             wanted_flags = socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC
             try:
                 message, rights, flags, _ = control.recvmsg(_ANCILLARY_BYTES_MAX, room, wanted_flags)
-            except (BlockingIOError, ConnectionError):
+            except OSError as error:
+                if is_of_want(error) and not isinstance(error, BlockingIOError):
+                    raise
                 return None  # nothing in it: it has been activated, or its keeper died just before it did that
             descriptors = array.array("i", b"".join(data for _, kind, data in rights if kind == socket.SCM_RIGHTS))
             for descriptor in descriptors:

@@ -48,6 +48,7 @@ def test_start_time() -> None:
     assert proc_stat.start_time_ticks(child.pid) is None
     child.wait()
     assert proc_stat.start_time_ticks(child.pid) is None
+    assert proc_stat.start_time_ticks(10**300) is None, "a number that no process has, from a damaged record"
 
 
 def test_start_time_that_cannot_be_read() -> None:

@@ -54,7 +54,8 @@ def library() -> Path:
 
 
 class Template:
-    """keeper_program.py, which forks keepers. One at a time. Used as a context."""
+    """keeper_program.py, which forks keepers. One at a time. Used as a context. `patience_s` is how long a keeper's end
+    is waited for."""
 
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -65,7 +66,7 @@ class Template:
         command = [sys.executable, str(HERE / "keeper_program.py"), str(theirs.fileno()), str(built)]
         self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
         theirs.close()
-        self._control.settimeout(_TIMEOUT_S)
+        self.patience_s = _TIMEOUT_S
 
     def __enter__(self) -> Template:
         return self
@@ -76,11 +77,13 @@ class Template:
 
     def start(self, wanted: dict[str, Any], descriptors: list[int]) -> int:
         """The pid of a new keeper."""
+        self._control.settimeout(_TIMEOUT_S)
         socket.send_fds(self._control, [json.dumps(wanted).encode()], descriptors)
         return int(json.loads(self._control.recv(4096))["pid"])
 
     def result(self) -> dict[str, Any]:
         """Of the keeper, which ends soon. TimeoutError: it does not."""
+        self._control.settimeout(self.patience_s)
         return dict(json.loads(self._control.recv(4096)))
 
 
@@ -152,6 +155,7 @@ class Stage:
             found, is_stuck = self._template.result(), False
         except TimeoutError:
             self.signal(signal.SIGKILL)
+            self._template.patience_s = _TIMEOUT_S
             found, is_stuck = self._template.result(), True
         if self._pidfd >= 0:
             os.close(self._pidfd)
