@@ -154,6 +154,18 @@ static int flags_can_block(int fd, int flags)
 
 /* Of a call that moves bytes: EAGAIN only where the descriptor does not block. */
 #define MOVE_ERRORS(fd, flags) (steps->counting && flags_can_block(fd, flags) ? ERRORS(EINTR) : ERRORS(EINTR, EAGAIN))
+/* Of a receiving call: EAGAIN only where there is nothing. That is an answer, and not for want of memory. */
+static int has_input(int fd)
+{
+	struct pollfd polled = { .fd = fd, .events = POLLIN };
+	struct timespec at_once = { 0 };
+
+	return syscall(SYS_ppoll, &polled, 1, &at_once, NULL, 0) == 1;
+}
+
+#define RECEIVE_ERRORS(fd, flags)                                                                                      \
+	(steps->counting && (flags_can_block(fd, flags) || has_input(fd)) ? ERRORS(EINTR, ENOMEM) :                    \
+									    ERRORS(EINTR, EAGAIN, ENOMEM))
 #define SOCKET_ERRORS(fd, flags)                                                                                       \
 	(steps->counting && flags_can_block(fd, flags) ? ERRORS(EINTR, ENOMEM) : ERRORS(EINTR, EAGAIN, ENOMEM))
 
@@ -218,10 +230,10 @@ CALL(int, fchmod, (int fd, mode_t mode), (fd, mode), -1, ERRORS(EINTR))
 CALL(int, flock, (int fd, int operation), (fd, operation), -1, ERRORS(EINTR, ENOLCK))
 CALL(ssize_t, sendmsg, (int fd, const struct msghdr *message, int flags), (fd, message, flags), -1,
      SOCKET_ERRORS(fd, flags))
-CALL(ssize_t, recvmsg, (int fd, struct msghdr *message, int flags), (fd, message, flags), -1, SOCKET_ERRORS(fd, flags))
+CALL(ssize_t, recvmsg, (int fd, struct msghdr *message, int flags), (fd, message, flags), -1, RECEIVE_ERRORS(fd, flags))
 CALL(ssize_t, send, (int fd, const void *from, size_t bytes, int flags), (fd, from, bytes, flags), -1,
      SOCKET_ERRORS(fd, flags))
-CALL(ssize_t, recv, (int fd, void *to, size_t bytes, int flags), (fd, to, bytes, flags), -1, SOCKET_ERRORS(fd, flags))
+CALL(ssize_t, recv, (int fd, void *to, size_t bytes, int flags), (fd, to, bytes, flags), -1, RECEIVE_ERRORS(fd, flags))
 CALL(int, shutdown, (int fd, int how), (fd, how), -1, NO_ERRORS)
 CALL(int, poll, (struct pollfd * fds, nfds_t count, int timeout_ms), (fds, count, timeout_ms), -1,
      count <= POLL_ON_STACK ? ERRORS(EINTR) : ERRORS(EINTR, ENOMEM))
