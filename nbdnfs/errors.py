@@ -7,6 +7,7 @@
     ├─ NoInputError               EX_NOINPUT
     ├─ NoHostError                EX_NOHOST
     ├─ UnavailableError           EX_UNAVAILABLE
+    │  └─ UnreadableError
     ├─ CannotCreateError          EX_CANTCREAT
     ├─ IOFailureError             EX_IOERR
     ├─ PermissionDeniedError      EX_NOPERM
@@ -19,7 +20,16 @@ the standard library only: the worker has this module too.
 
 from __future__ import annotations
 
+import errno
 import os
+
+_OF_WANT = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EAGAIN, errno.EINTR})
+
+
+def is_of_want(error: OSError) -> bool:
+    """Whether a call has failed for want of memory or descriptors: it says nothing of what it was asked for, and may go
+    well the next time."""
+    return error.errno in _OF_WANT
 
 
 class NbdnfsError(Exception):
@@ -75,6 +85,10 @@ class UnavailableError(NbdnfsError):
     """A server, a program or a kernel feature is not available; it may be later."""
 
     exit_code = os.EX_UNAVAILABLE
+
+
+class UnreadableError(UnavailableError):
+    """What the kernel has to say cannot be read now: `is_of_want`. It is not known, neither so nor otherwise."""
 
 
 class CannotCreateError(NbdnfsError):

@@ -14,7 +14,7 @@ import os
 import time
 from pathlib import Path
 
-from nbdnfs.errors import BusyError
+from nbdnfs.errors import BusyError, is_of_want
 
 FOLDER = "run/nbdnfs"
 
@@ -45,10 +45,13 @@ def open_file(name: str, what: str, *, root: Path = Path("/"), run: Path | None 
 
 
 def holder(name: str, what: str, *, root: Path = Path("/"), run: Path | None = None) -> int | None:
-    """The process that has the lock; None when none has. 0: one that this process cannot see (pid_namespaces(7))."""
+    """The process that has the lock; None when none has. 0: one that this process cannot see (pid_namespaces(7)).
+    OSError: it is not known."""
     try:
         found = os.stat(_path(name, what, root, run))
-    except OSError:
+    except OSError as error:
+        if is_of_want(error):
+            raise
         return None
     return _holder_of(found)
 

@@ -21,6 +21,8 @@ _PF_LOCAL_THROTTLE = 0x0010_0000
 PF_IO_FLUSHER = _PF_MEMALLOC_NOIO | _PF_LOCAL_THROTTLE
 
 _ENDED = ("Z", "X")
+# include/linux/threads.h: PID_MAX_LIMIT
+_PID_MAX = 4 << 20
 
 
 def fields(text: str) -> dict[int, str]:
@@ -39,13 +41,16 @@ def is_io_flusher(flags: int) -> bool:
 
 
 def start_time_ticks(pid: int, root: "Path | str" = "") -> int | None:
-    """When a process began, in clock ticks since boot; None when it has ended, a zombie included.
+    """When a process began, in clock ticks since boot; None when it has ended, a zombie included. OSError: it is not
+    known, for want of memory or descriptors.
 
     `root` is the folder that stands for "/".
     """
+    if pid > _PID_MAX:  # of a damaged record: not even a file's name
+        return None
     try:
         with open(f"{root}/proc/{pid}/stat", errors="replace") as file:
             found = fields(file.read())
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, ProcessLookupError, PermissionError):
         return None
     return None if found.get(STATE, "X") in _ENDED else int(found[START_TICKS])

@@ -10,9 +10,11 @@ module in locked memory, and the keeper must not load the engine: hence plain `i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
+from nbdnfs.errors import is_of_want
 from nbdnfs.sizes import SLOT_BYTES
 
 TYPE_CHECKING = False  # typing's own, without typing
@@ -210,31 +212,29 @@ def hold_in_memory(descriptor: int) -> mmap.mmap:
 
 
 def take_from(pid: int, root: str | os.PathLike[str] = "/") -> int | None:
-    """A descriptor of the region that a process holds, through /proc/PID/fd; None when it holds none.
+    """A descriptor of the region that a process holds, through /proc/PID/fd; None when it holds none. OSError: it is
+    not known, for want of memory or descriptors (errors.is_of_want).
 
     proc_pid_fd(5): needs the rights of ptrace(2) over the process.
     """
     for number in _descriptors_of(pid, root):
-        try:
+        with _unless_closed():
             return os.open(_proc(root, pid, "fd", number), os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            continue  # closed meanwhile
     return None
 
 
 def is_held_by(descriptor: int, pid: int, root: str | os.PathLike[str] = "/") -> bool:
-    """Whether a living process has this very region."""
+    """Whether a living process has this very region. OSError as `take_from`."""
     return any(True for _ in _descriptors_of_this(descriptor, pid, root))
 
 
 def holder(descriptor: int, process_name: str, root: str | os.PathLike[str] = "/") -> int | None:
     """The process called `process_name` (its argv[0]) that has this region locked, as a worker that serves has and a
-    standby has not; None when none has."""
+    standby has not; None when none has. OSError as `take_from`."""
     for pid in filter(str.isdigit, os.listdir(os.path.join(root, "proc"))):
-        try:
+        name = ""
+        with _unless_closed():
             name = _read(_proc(root, pid, "cmdline")).partition(b"\0")[0].decode(errors="replace")
-        except OSError:
-            continue  # ended meanwhile
         if name == process_name and _is_locked_by(descriptor, int(pid), root):
             return int(pid)
     return None
@@ -243,11 +243,9 @@ def holder(descriptor: int, process_name: str, root: str | os.PathLike[str] = "/
 def _is_locked_by(descriptor: int, pid: int, root: str | os.PathLike[str]) -> bool:
     """proc_pid_fdinfo(5): a line "lock:" stands with the very open file that has the lock."""
     for number in _descriptors_of_this(descriptor, pid, root):
-        try:
+        with _unless_closed():
             if b"\nlock:" in _read(_proc(root, pid, "fdinfo", number)):
                 return True
-        except OSError:
-            continue  # closed meanwhile
     return False
 
 
@@ -255,27 +253,34 @@ def _descriptors_of_this(descriptor: int, pid: int, root: str | os.PathLike[str]
     """A process's descriptors of this very region."""
     wanted = os.fstat(descriptor)
     for number in _descriptors_of(pid, root):
-        try:
+        found = None
+        with _unless_closed():
             found = os.stat(_proc(root, pid, "fd", number))
-        except OSError:
-            continue  # closed meanwhile
-        if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+        if found is not None and (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
             yield number
 
 
 def _descriptors_of(pid: int, root: str | os.PathLike[str]) -> Iterator[str]:
     """A process's descriptors of any region; none when it has ended, or may not be looked into."""
-    try:
+    numbers: list[str] = []
+    with _unless_closed():
         numbers = os.listdir(_proc(root, pid, "fd"))
-    except OSError:
-        return
     for number in numbers:
-        try:
+        target = ""
+        with _unless_closed():
             target = os.readlink(_proc(root, pid, "fd", number))
-        except OSError:
-            continue  # closed meanwhile
         if target.startswith(f"/memfd:{_NAME}"):
             yield number
+
+
+@contextlib.contextmanager
+def _unless_closed() -> Iterator[None]:
+    """What is looked at may have ended, or been closed, meanwhile. OSError: it is not known."""
+    try:
+        yield
+    except OSError as error:
+        if is_of_want(error):
+            raise
 
 
 def _proc(root: str | os.PathLike[str], pid: int | str, *parts: str) -> str:

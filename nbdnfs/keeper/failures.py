@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 
-from nbdnfs.errors import NbdnfsError, OwnedError, UnavailableError
+from nbdnfs.errors import NbdnfsError, OwnedError, UnavailableError, UnreadableError, is_of_want
 
 TYPE_CHECKING = False  # typing's own, without typing
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from typing import TypeVar
+
+    T = TypeVar("T")
 
 # How long to wait before the next try, after so many failures in a row. There is no last try.
 PAUSES_S = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -22,6 +26,9 @@ PAUSES_S = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 # A keeper that was killed is started again at once, by the unit. One that ends by itself sees to it that the next one
 # is not started earlier than so long after it was, and the later time where it fails as the one before it did.
 KEEPER_PACE_S, KEEPER_PACE_AGAIN_S = 1.0, 10.0
+
+# How often, and how soon again, a keeper that comes asks what it must know before it does anything.
+_LOOKS, _LOOK_AGAIN_S = 50, 0.1
 
 # What a keeper ends with when no other try can mend it: RestartPreventExitStatus= of systemd/nbdnfs@.service.
 FINAL_STATUSES = frozenset(
@@ -79,6 +86,24 @@ def failed(what: str, status: int, lines: list[str] | None = None) -> NbdnfsErro
     error = NbdnfsError(f"{what.replace('_', ' ')} failed: {text}", hints[0] if hints else "")
     error.exit_code = os.EX_NOPERM if status == OWNED_STATUS else status
     return error
+
+
+def patiently(look: Callable[[], T]) -> T:
+    """What `look` returns, of what an earlier keeper has left: again after a moment where there is no memory or
+    descriptor for the answer. A wrong answer would cost swap, and another keeper needs more memory than this one.
+
+    OSError, UnreadableError: not within five seconds.
+    """
+    for _ in range(_LOOKS - 1):
+        try:
+            return look()
+        except UnreadableError:
+            pass
+        except OSError as error:
+            if not is_of_want(error):
+                raise
+        time.sleep(_LOOK_AGAIN_S)
+    return look()
 
 
 @contextlib.contextmanager

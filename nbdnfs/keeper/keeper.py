@@ -12,13 +12,14 @@ root file system, whose server may be away: docs/decisions/0027.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import signal
 import time
 
 from nbdnfs import __version__, region
-from nbdnfs.errors import BusyError, NbdnfsError, OwnedError
+from nbdnfs.errors import BusyError, NbdnfsError, OwnedError, UnreadableError
 from nbdnfs.keeper import events, failures
 from nbdnfs.keeper.serving import Serving
 from nbdnfs.keeper.standby import STORED_NAME as _STORED_STANDBY
@@ -126,7 +127,7 @@ class Keeper:
         before = self._take_signals()
         self._record_itself()
         self._is_adopted = self.serving.device is not None
-        self.serving.adopt(self._region)
+        failures.patiently(functools.partial(self.serving.adopt, self._region))
         try:
             self._enter("provision" if self.serving.device is None else "attach")
             while self._stop is None:
@@ -179,7 +180,11 @@ class Keeper:
             if not self._is_recorded:
                 self._record_itself()
             self._records.retry()
-        following = self._steps[self._step](now)
+        try:
+            following = self._steps[self._step](now)
+        except UnreadableError as error:
+            self._reporter.complain("unreadable", f"{error.message}; trying again until it can")
+            following = self._step
         if following != self._step:
             self._enter(following)
             return
@@ -266,12 +271,12 @@ class Keeper:
 
     def _watch(self, now: float) -> str:
         if not self.is_swap_on:
-            self.is_swap_on = True
             device = self.serving.device
             assert device is not None
             self._swap_text = f"swap is on: {device.path}"
             if not self._work.is_swapped_on(device):
                 self._swap_text = f"its own swap is off: {self._other_use(device)}"
+            self.is_swap_on = True
             self._reporter.say(self._swap_text, events.SWAP_ON, device=device.path)
         if not self._is_ready_told and self._notifier.is_enabled:
             self._is_ready_told = self._notifier.send("READY=1", f"STATUS={self._swap_text}")
@@ -388,8 +393,7 @@ class Keeper:
         if _STORED_REGION in stored:
             self._is_region_parked = True
             return stored[_STORED_REGION]
-        record = self._records.living(self._records.WORKER)
-        found = region.take_from(record.pid) if record is not None else None
+        found = failures.patiently(self._region_of_worker)
         if found is not None:
             return found
         raise BusyError(
@@ -397,6 +401,10 @@ class Keeper:
             "pages may be missing on the NAS: end what uses the device, then nbdnfs down"
             f" {self._records.name}; swapped-out programs cannot be saved",
         )
+
+    def _region_of_worker(self) -> int | None:
+        record = self._records.living(self._records.WORKER)
+        return region.take_from(record.pid) if record is not None else None
 
     def _park_region(self) -> None:
         """Have systemd keep it for the next keeper: with this one and the worker, acknowledged pages would go."""

@@ -108,7 +108,7 @@ def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
     records.put(Records.CONFIG_ERROR, problem)
     records.put(Records.REFUSED, "")
     stored = sd_notify.listen_fds()
-    if is_attached and records.read(Records.STATE) == Records.STOLEN:
+    if is_attached and _read(records, Records.STATE) == Records.STOLEN:
         raise failures.stolen(name)
     text, address = _server(settings, records, reporter, is_attached=is_attached)
     if not is_attached:  # while swap stands still, only what is needed is started
@@ -172,7 +172,11 @@ def _require_kernel_files() -> None:
 
 
 def _is_attached(name: str) -> bool:
-    return nbd_device.find(nbd_device.backend_of(name)) is not None
+    return failures.patiently(lambda: nbd_device.find(nbd_device.backend_of(name))) is not None
+
+
+def _read(records: Records, key: str) -> str | None:
+    return failures.patiently(lambda: records.read(key))
 
 
 def _reserve_records(records: Records, *, is_attached: bool) -> None:
@@ -242,7 +246,7 @@ def _start_again(name: str, options: list[str]) -> NoReturn:
 def _server(settings: Config, records: Records, reporter: Reporter, *, is_attached: bool) -> tuple[str, str]:
     """The URL in its canonical form, and the server's address; with the device attached, those of the last keeper: the
     resolver may need what is swapped out, or use a network service that does not answer."""
-    known = (records.read(Records.ADDRESS) or "").split("\n")
+    known = (_read(records, Records.ADDRESS) or "").split("\n")
     if is_attached and len(known) == 2:
         with contextlib.suppress(UsageError):  # a damaged record ends no keeper that has something to keep
             return nfs_url.parse_recorded(known[0]).text, known[1]
@@ -276,7 +280,7 @@ def _resolve(url: NfsUrl, reporter: Reporter) -> str:
 def _has_owner_record(settings: Config, records: Records, *, is_attached: bool) -> bool:
     """Whether the workers look after the owner record. A device that is attached goes on as it was started: a file that
     was not claimed has no record, which a worker would take for a theft."""
-    if is_attached and (recorded := records.read(Records.OWNER)) is not None:
+    if is_attached and (recorded := _read(records, Records.OWNER)) is not None:
         return recorded == "yes"
     records.put(Records.OWNER, "yes" if settings.owner else "no")
     return settings.owner

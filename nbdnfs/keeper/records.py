@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbdnfs import name_lock
+from nbdnfs.errors import UnreadableError, is_of_want
 from nbdnfs.proc_stat import start_time_ticks
 
 _FOLDER = name_lock.FOLDER
@@ -36,8 +37,11 @@ class ProcessRecord:
     version: str
 
     def is_alive(self, root: Path = Path("/")) -> bool:
-        """Whether it runs; a zombie does not."""
-        return start_time_ticks(self.pid, root) == self.start_time_ticks
+        """Whether it runs; a zombie does not. UnreadableError: it is not known."""
+        try:
+            return start_time_ticks(self.pid, root) == self.start_time_ticks
+        except OSError as error:
+            raise UnreadableError(f"cannot look at process {self.pid}: {error.strerror}") from None
 
 
 class Records:
@@ -119,7 +123,9 @@ class Records:
     def put_process(self, key: str, pid: int, version: str) -> bool:
         """`put` a living process. False when it has ended, or /proc cannot be read: whoever knows that it lives calls
         again."""
-        started = start_time_ticks(pid, self.root)
+        started = None
+        with contextlib.suppress(OSError):
+            started = start_time_ticks(pid, self.root)
         if started is not None:
             self.put(key, f"{pid} {started} {version}")
         return started is not None
@@ -143,11 +149,13 @@ class Records:
 
     def read(self, key: str) -> str | None:
         """The text without blanks and line ends around it; None without such a record. One that is not text is
-        reported once, and is as good as none."""
+        reported once, and is as good as none. UnreadableError: for want of memory or descriptors."""
         try:
             data = self._read(key)
             text = data.strip(b"\0 \t\r\n").decode()
-        except OSError:
+        except OSError as error:
+            if is_of_want(error):
+                raise UnreadableError(f"cannot read the record {self._file(key)}: {error.strerror}") from None
             return None
         except UnicodeDecodeError:
             if key not in self._reported:
@@ -157,7 +165,8 @@ class Records:
         return self.STOLEN if key == self.STATE and text == _STOLEN_BEFORE else text or None
 
     def process(self, key: str) -> ProcessRecord | None:
-        """The recorded process, alive or not; None without a record, and for what is not one."""
+        """The recorded process, alive or not; None without a record, and for what is not one. UnreadableError as
+        `read`."""
         words = (self.read(key) or "").split()
         if len(words) != 3 or not all(word.isascii() and word.isdigit() for word in words[:2]):
             return None
@@ -166,7 +175,7 @@ class Records:
         return ProcessRecord(int(words[0]), int(words[1]), words[2])
 
     def living(self, key: str) -> ProcessRecord | None:
-        """The recorded process if it runs."""
+        """The recorded process if it runs. UnreadableError: it is not known."""
         record = self.process(key)
         return record if record is not None and record.is_alive(self.root) else None
 

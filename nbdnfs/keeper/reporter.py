@@ -12,6 +12,7 @@ import os
 import time
 
 from nbdnfs import __version__
+from nbdnfs.errors import UnreadableError
 from nbdnfs.keeper import events
 from nbdnfs.keeper.journal import CRITICAL, DEBUG, INFO, WARNING, Journal
 
@@ -37,7 +38,10 @@ class Reporter:
         self._records = records
         self._journal = journal if journal is not None else Journal({})
         self.notifier = notifier
-        self._said_at_s = _parsed(records.read(records.SAID) or "")
+        said = None
+        with contextlib.suppress(UnreadableError):  # then something is said twice
+            said = records.read(records.SAID)
+        self._said_at_s = _parsed(said or "")
         self._is_waiting = False
 
     def say(self, text: str, event: str = "", **fields: str | int) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import time
 
 from nbdnfs import __version__, region
-from nbdnfs.errors import NbdnfsError, UnavailableError
+from nbdnfs.errors import NbdnfsError, UnavailableError, UnreadableError
 from nbdnfs.keeper import events, failures
 from nbdnfs.keeper.worker_handle import WorkerHandle
 from nbdnfs.kernel import nbd_handshake
@@ -48,7 +48,7 @@ class Serving:
     """
 
     def __init__(self, kernel: Kernel, work: Work, records: Records, reporter: Reporter, standby: Standby) -> None:
-        self.device = kernel.find()
+        self.device = failures.patiently(kernel.find)
         self.worker: WorkerHandle | None = None
         self.connected_since_s: float | None = None
         self.address = ""
@@ -77,7 +77,7 @@ class Serving:
 
     def adopt(self, region_fd: int) -> None:
         """Take over the worker that serves our device, if it lives. `keep` looks again where another one ends that was
-        started in its place, until one serves: /proc may not have been readable."""
+        started in its place, until one serves. OSError, UnreadableError: whether it lives is not known."""
         if self.device is None:
             return
         self._adoptable_region = region_fd
@@ -88,9 +88,14 @@ class Serving:
         worker = WorkerHandle.adopt(pid) if pid is not None else None
         if worker is None:
             return
-        # only now that it is held by a descriptor is it certain that the pid still means the same process
-        if not region.is_held_by(region_fd, worker.pid):
-            worker.close()
+        is_ours = False
+        try:
+            # only now that it is held by a descriptor is it certain that the pid still means the same process
+            is_ours = region.is_held_by(region_fd, worker.pid)
+        finally:
+            if not is_ours:
+                worker.close()
+        if not is_ours:
             return
         self._adoptable_region = -1
         self.worker, self.connected_since_s = worker, time.monotonic()
@@ -113,7 +118,11 @@ class Serving:
             if now < self._due_s:
                 return
             if self._failures > 0 and self._adoptable_region >= 0:
-                self.adopt(self._adoptable_region)
+                try:
+                    self.adopt(self._adoptable_region)
+                except (OSError, UnreadableError):  # one that is started in its place, and fails, would be lost
+                    self._fail(now)
+                    return
                 if self.worker is not None:
                     return
             self.worker = self._standby.take()
@@ -219,7 +228,11 @@ class Serving:
         return failures.stolen(self._records.name)
 
     def _refuse_if_detached(self) -> None:
-        found = self._kernel.find()
+        """UnavailableError: it has been. Where that cannot be seen just now, the next worker finds it out."""
+        try:
+            found = self._kernel.find()
+        except UnreadableError:
+            return
         if found is None or self.device is None or found.index != self.device.index:
             path = self.device.path if self.device is not None else "the device"
             self.device = None

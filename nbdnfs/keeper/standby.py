@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 from nbdnfs import __version__, region
 from nbdnfs.keeper import events
-from nbdnfs.keeper.failures import pause_s
+from nbdnfs.keeper.failures import patiently, pause_s
 
 TYPE_CHECKING = False  # typing's own, without typing
 if TYPE_CHECKING:
@@ -61,14 +62,19 @@ class Standby:
     def take_over(self, region_fd: int, *, is_attached: bool) -> None:
         """Have the last keeper's standby where there is one; end it where it has another version or another region.
 
+        OSError: whether there is one is not known. It waits, and stays parked.
+
         region_fd    the region of this keeper's workers from here on; stays the caller's
         is_attached  whether there is a device that it could serve
         """
         self._region = region_fd
         if self._stored is None:
             return
-        worker = self._work.take_worker(self._stored)
-        if worker is not None and is_attached and region.is_held_by(region_fd, worker.pid):
+        worker = patiently(functools.partial(self._work.take_worker, self._stored))
+        is_ours = False
+        if worker is not None and is_attached:
+            is_ours = patiently(functools.partial(region.is_held_by, region_fd, worker.pid))
+        if worker is not None and is_ours:
             self.worker = worker
             self.is_parked = True
             text = f"standby {worker.pid} of the previous keeper is ready: taking it over"

@@ -23,6 +23,7 @@ import socket
 from collections.abc import Mapping
 
 from nbdnfs import __version__, programs
+from nbdnfs.errors import is_of_want
 from nbdnfs.worker import protocol
 
 # The ancillary message of a parked standby: its pid and its recipe, with so many descriptors.
@@ -93,10 +94,13 @@ class WorkerHandle:
 
     @classmethod
     def adopt(cls, pid: int) -> WorkerHandle | None:
-        """A serving worker of the keeper before. The caller compares its start time before and afterwards."""
+        """A serving worker of the keeper before; None when it has ended. The caller compares its start time before and
+        afterwards. OSError: it is not known, for want of memory or descriptors."""
         try:
             return cls(pid, os.pidfd_open(pid), is_child=False, is_standby=False)
-        except OSError:
+        except OSError as error:
+            if is_of_want(error):
+                raise
             return None
 
     @classmethod
@@ -106,24 +110,42 @@ class WorkerHandle:
 
         None, and `parked` is closed, when it has another recipe, has ended, or has been activated. A standby that still
         waits then reads an end of file, whichever processes have a copy of the descriptor.
+
+        OSError: it is not known, for want of memory or descriptors. `parked` stays open, and the standby waits.
         """
+        control = socket.socket(fileno=parked)
+        try:
+            handle = cls._look_into(control, wanted_recipe)
+        except BaseException:
+            control.detach()
+            raise
+        if handle is None:
+            _hang_up(control)
+            control.close()
+        return handle
+
+    @classmethod
+    def _look_into(cls, control: socket.socket, wanted_recipe: bytes) -> WorkerHandle | None:
+        """The standby at the other end of `control`, which is its then, or None. OSError as `take`."""
         with contextlib.ExitStack() as stack:
-            control = socket.socket(fileno=parked)
-            stack.callback(control.close)
-            stack.callback(_hang_up, control)
             control.setblocking(False)
             room = socket.CMSG_SPACE(_ANCILLARY_DESCRIPTORS * _DESCRIPTOR_BYTES)
-            flags = socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC
+            wanted_flags = socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC
             try:
-                message, rights, _, _ = control.recvmsg(_ANCILLARY_BYTES_MAX, room, flags)
-            except OSError:  # nothing in it: it has been activated, or its keeper died just before it did that
-                return None
+                message, rights, flags, _ = control.recvmsg(_ANCILLARY_BYTES_MAX, room, wanted_flags)
+            except OSError as error:
+                if is_of_want(error) and not isinstance(error, BlockingIOError):
+                    raise
+                return None  # nothing in it: it has been activated, or its keeper died just before it did that
             descriptors = array.array("i", b"".join(data for _, kind, data in rights if kind == socket.SCM_RIGHTS))
             for descriptor in descriptors:
                 stack.callback(os.close, descriptor)
             pid, _, found_recipe = message.partition(b"\0")
-            is_complete = len(descriptors) == _ANCILLARY_DESCRIPTORS
-            if found_recipe != wanted_recipe or not is_complete or _is_readable(descriptors[2]):
+            if found_recipe != wanted_recipe:
+                return None
+            if flags & socket.MSG_CTRUNC:  # net/core/scm.c: scm_detach_fds, where this process can have no more
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            if len(descriptors) != _ANCILLARY_DESCRIPTORS or _is_readable(descriptors[2]):
                 return None
             handle = cls(int(pid), descriptors[2], is_child=False, is_standby=True)
             handle.is_ready = True

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
 from nbdnfs import proc_stat
-from nbdnfs.kernel.state import ROOT, read_text
+from nbdnfs.errors import UnreadableError, is_of_want
+from nbdnfs.kernel.state import ROOT, names_in, read_text
 
 TYPE_CHECKING = False  # typing's own, without typing
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def openers(device_path: str, root: Path = ROOT) -> list[tuple[int, str]]:
     """The processes (pid, name) that hold `device_path` open, by the names under /proc/PID/fd.
 
     readlink only, no stat: a descriptor may lead to a file on a share that hangs. Without root it sees the
-    caller's own processes only.
+    caller's own processes only. UnreadableError: there is no memory or descriptor to look.
     """
     return sorted(
         (int(folder.name), (read_text(folder / "comm") or "?").strip())
@@ -43,14 +43,14 @@ def descendants(pid: int, root: Path = ROOT) -> frozenset[int]:
 
 def _open_files(folder: Path) -> Iterator[str]:
     """Where the symbolic links in /proc/PID/fd lead; none when the process has ended or belongs to another user."""
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return
-    for name in names:
-        with contextlib.suppress(OSError):  # closed meanwhile
+    for name in names_in(folder):
+        try:
             yield os.readlink(folder / name)
+        except OSError as error:
+            if is_of_want(error):
+                raise UnreadableError(f"cannot read {folder / name}: {error.strerror}") from None
+            # closed meanwhile
 
 
 def _process_folders(root: Path) -> Iterator[Path]:
-    return (path for path in (root / "proc").glob("[0-9]*") if path.name.isdigit())
+    return (root / "proc" / name for name in names_in(root / "proc") if name.isdigit())

@@ -4,6 +4,9 @@
 Readers only: they need no root and cache nothing. Each takes the folder that stands for "/", so that tests run on
 golden trees. Sizes are in bytes, in any unit that the file has. No reader touches a file outside /proc, /sys, /dev and
 the list of kernel modules, because it may lie on the NFS share that does not answer.
+
+UnreadableError, from each of them: there is no memory or descriptor to read it with. That is not the same as that there
+is nothing: a device in use must never look as if it were not there.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdnfs.errors import UnavailableError
+from nbdnfs.errors import UnavailableError, UnreadableError, is_of_want
 from nbdnfs.sizes import SECTOR_BYTES
 
 ROOT = Path("/")
@@ -117,7 +120,7 @@ def swaps(root: Path = ROOT) -> list[Swap]:
 
 def nbd_devices(root: Path = ROOT) -> list[NbdDevice]:
     """All nbd disks of the kernel, by index."""
-    names = (path.name for path in (root / "sys/block").glob("nbd*"))
+    names = (name for name in names_in(root / "sys/block") if name.startswith("nbd"))
     devices = (nbd_device(name, root) for name in names)
     return sorted((device for device in devices if device is not None), key=lambda device: device.index)
 
@@ -129,9 +132,9 @@ def nbd_device(name: str, root: Path = ROOT) -> NbdDevice | None:
     size_sectors = read_int(folder / "size")
     if match is None or size_sectors is None:
         return None
-    disk_and_partitions = [folder, *sorted(folder.glob(f"{name}p*"))]
+    disk_and_partitions = [folder, *(folder / part for part in names_in(folder) if part.startswith(f"{name}p"))]
     numbers = (read_text(part / "dev") for part in disk_and_partitions)
-    holders = (holder.name for part in disk_and_partitions for holder in sorted((part / "holders").glob("*")))
+    holders = (holder for part in disk_and_partitions for holder in names_in(part / "holders"))
     return NbdDevice(
         name=name,
         index=int(match[1]),
@@ -172,7 +175,8 @@ def mounts(root: Path = ROOT) -> list[Mount]:
 
 def loops(root: Path = ROOT) -> dict[str, str]:
     """Loop devices in use ("loop0") and the path of the file or device behind each (drivers/block/loop.c)."""
-    files = {path.parts[-3]: read_text(path) for path in (root / "sys/block").glob("loop*/loop/backing_file")}
+    names = (name for name in names_in(root / "sys/block") if name.startswith("loop"))
+    files = {name: read_text(root / "sys/block" / name / "loop/backing_file") for name in names}
     return {name: text.strip() for name, text in files.items() if text}
 
 
@@ -239,8 +243,24 @@ def read_text(path: Path) -> str | None:
     """The text of a small kernel file; None when it, or the process or device behind it, no longer exists."""
     try:
         return path.read_text(errors="surrogateescape")
-    except OSError:
+    except OSError as error:
+        if is_of_want(error):
+            raise _unreadable(path, error) from None
         return None
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder of /proc or /sys, sorted; none when it, or what it is about, no longer exists."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        if is_of_want(error):
+            raise _unreadable(folder, error) from None
+        return []
+
+
+def _unreadable(path: Path, error: OSError) -> UnreadableError:
+    return UnreadableError(f"cannot read {path}: {error.strerror}", "free memory, and try again")
 
 
 def read_int(path: Path) -> int | None:

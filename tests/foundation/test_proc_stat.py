@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.want import no_descriptors
 
 from nbdnfs import proc_stat
 
@@ -47,6 +48,13 @@ def test_start_time() -> None:
     assert proc_stat.start_time_ticks(child.pid) is None
     child.wait()
     assert proc_stat.start_time_ticks(child.pid) is None
+    assert proc_stat.start_time_ticks(10**300) is None, "a number that no process has, from a damaged record"
+
+
+def test_start_time_that_cannot_be_read() -> None:
+    """Not None: the process has not ended."""
+    with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        proc_stat.start_time_ticks(os.getpid())
 
 
 def test_start_time_in_another_root(tmp_path: Path) -> None:

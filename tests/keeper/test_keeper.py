@@ -24,7 +24,14 @@ from support.small_filesystem import fill, small_tmpfs
 from support.waiting import wait_until
 
 from nbdnfs import proc_stat
-from nbdnfs.errors import BusyError, NbdnfsError, OwnedError, PermissionDeniedError, UnavailableError
+from nbdnfs.errors import (
+    BusyError,
+    NbdnfsError,
+    OwnedError,
+    PermissionDeniedError,
+    UnavailableError,
+    UnreadableError,
+)
 from nbdnfs.keeper import events, failures
 from nbdnfs.keeper import keeper as keeper_module
 from nbdnfs.keeper import serving as serving_module
@@ -550,6 +557,51 @@ def test_detached_by_another_program(setup: Setup) -> None:
 
     with pytest.raises(UnavailableError, match="detached by another program"):
         setup.run(scenario)
+
+
+def test_a_device_that_cannot_be_looked_up(setup: Setup) -> None:
+    """The kernel refuses a worker, and there is no memory to see whether the device is still there: the next worker
+    serves it, and its region is the same."""
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        setup.kernel.refuses = [NbdnfsError("cannot: Cannot allocate memory")]
+        setup.kernel.unreadable = 1
+        os.kill(setup.work.started[0].pid, signal.SIGKILL)
+        setup.kernel.wait_for_link(2)
+        assert setup.kernel.unreadable == 0
+
+    assert setup.run(scenario) == 0
+
+
+def test_a_new_keeper_that_cannot_look_its_device_up(setup: Setup) -> None:
+    """It looks again before it does anything, and adopts the worker."""
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        assert keeper.serving.worker is not None
+        assert keeper.serving.worker.pid == setup.work.started[0].pid
+
+    assert setup.run(watches) == 0
+    setup.kernel.unreadable = 2
+    assert setup.run(scenario) == 0
+    assert setup.kernel.links == 1
+
+
+def test_swap_that_cannot_be_looked_up(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is done again; swap is not turned on a second time."""
+    refusals = [UnreadableError("cannot read /proc/swaps: Too many open files")] * 3
+    is_swapped_on = setup.work.is_swapped_on
+
+    def look(attached: Attached) -> bool:
+        if refusals:
+            raise refusals.pop()
+        return is_swapped_on(attached)
+
+    monkeypatch.setattr(setup.work, "is_swapped_on", look)
+    monkeypatch.setattr(keeper_module, "_TICK_S", 0.05)
+    assert setup.run(watches) == 0
+    assert refusals == []
 
 
 def test_stuck_worker(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:

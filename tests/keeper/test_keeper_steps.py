@@ -5,9 +5,10 @@ that with every call; here it is a part of them, another one each time."""
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import pytest
-from support.keeper_steps import SCENES, Template, Wanted, everywhere, failing_at, killed_at, play
+from support.keeper_steps import SCENES, Stage, Template, Wanted, everywhere, failing_at, killed_at, play
 
 # One step of so many.
 EVERY = 40
@@ -39,6 +40,19 @@ def test_a_call_fails_in_each_way() -> None:
         results = [play(template, "attach", Wanted(fail_at=20, way=way)) for way in range(8)]
     assert results[0]["failed"]
     assert not results[-1]["failed"]
+
+
+def test_a_keeper_that_does_not_end(tmp_path: Path) -> None:
+    """It is killed, and its template has the next one begin at once."""
+    with Template() as template:
+        stage = Stage(template, tmp_path)
+        stage.start(Wanted())
+        stage.signal(signal.SIGSTOP)
+        template.patience_s = 0.1
+        with pytest.raises(AssertionError, match="it does not end"):
+            stage.wait()
+        stage.end()
+        assert play(template, "attach", Wanted())["status"] == 0
 
 
 def test_killed_at_a_part_of_its_steps() -> None:

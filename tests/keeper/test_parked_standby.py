@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from support.fake_systemd import FakeSystemd, wait_until_ended
 from support.heir_run import keeper_with_heir
 from support.keeper_run import FakeSwap, run_keeper, until
 from support.waiting import SaidOnStderr
+from support.want import no_descriptors
 
 from nbdnfs import proc_stat, region
 from nbdnfs.commands import up_down
@@ -143,7 +145,7 @@ def parked_by_a_killed_keeper(setup: Setup, *, worker_too: bool = True) -> int:
     setup.run(scenario)
     if worker_too:
         setup.kill_worker()
-    assert setup.systemd.names() == {"region", "standby"}
+    assert setup.systemd.names() == ["region", "standby"]
     return pids[0]
 
 
@@ -176,7 +178,7 @@ def test_messages_that_systemd_does_not_take(setup: Setup, monkeypatch: pytest.M
     monkeypatch.setattr(Notifier, "send", poor_send)
 
     def scenario(keeper: Keeper) -> None:
-        until(lambda: setup.systemd.names() == {"region", "standby"} and setup.systemd.is_ready)
+        until(lambda: setup.systemd.names() == ["region", "standby"] and setup.systemd.is_ready)
 
     setup.run(scenario)
 
@@ -591,6 +593,52 @@ def test_a_keeper_that_died_just_before_it_activated() -> None:
         assert standby.status == 0
         os.close(copies[1])
     os.close(region_fd)
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_one_that_cannot_be_taken_for_want_of_descriptors(room: int) -> None:
+    """It is not given up: it waits, and is taken when there are descriptors again. It is not known either whose the
+    region is."""
+    region_fd = region.create()
+    with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
+        standby, made = start(server, region_fd)
+        parked = os.dup(standby.make_parkable())
+        with no_descriptors(but=room), pytest.raises(OSError, match="Too many open files"):
+            WorkerHandle.take(parked, made)
+        assert not standby.has_ended()
+        for look in (lambda: region.is_held_by(region_fd, standby.pid), lambda: region.take_from(standby.pid)):
+            with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+                look()
+        with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+            WorkerHandle.adopt(standby.pid)
+        taken = WorkerHandle.take(parked, made)
+        assert taken is not None
+        taken.kill()
+        wait_until_ended(standby.pid)
+        assert standby.has_ended()
+        taken.close()
+    os.close(region_fd)
+
+
+def test_a_standby_that_cannot_be_looked_at_at_first(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A keeper that comes without descriptors looks again: the parked standby serves."""
+    standby = parked_by_a_killed_keeper(setup)
+    refusals = [OSError(errno.EMFILE, "Too many open files")] * 2
+    is_held_by = region.is_held_by
+
+    def look(descriptor: int, pid: int) -> bool:
+        if refusals:
+            raise refusals.pop()
+        return is_held_by(descriptor, pid)
+
+    def scenario(keeper: Keeper) -> None:
+        setup.kernel.wait_for_link(2)
+        assert keeper.serving.worker is not None
+        assert keeper.serving.worker.pid == standby
+
+    monkeypatch.setattr(region, "is_held_by", look)
+    setup.run(scenario)
+    assert refusals == []
 
 
 def test_one_that_has_ended_is_not_taken() -> None:

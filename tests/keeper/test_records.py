@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 from support.small_filesystem import fill, small_tmpfs
+from support.want import no_descriptors
 
-from nbdnfs import proc_stat, region
+from nbdnfs import name_lock, proc_stat, region
+from nbdnfs.errors import UnreadableError
 from nbdnfs.keeper.records import Records
 
 
@@ -94,6 +96,24 @@ def test_a_full_run(small_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     other.retry()
     assert other.read(Records.STATE) == "watch"
     assert other.living(Records.KEEPER) is not None
+
+
+def test_what_cannot_be_read_is_not_missing(records: Records) -> None:
+    """For want of descriptors: neither is there no such record, nor has its process ended, nor is there no lock."""
+    records.put_process(Records.WORKER, os.getpid(), "1")
+    lock = name_lock.take(records.name, name_lock.KEEPER, root=records.root, run=records.run)
+    found = records.process(Records.WORKER)
+    assert found is not None
+    with no_descriptors():
+        with pytest.raises(UnreadableError, match=r"cannot read the record \S*worker: Too many open files"):
+            records.read(Records.WORKER)
+        with pytest.raises(UnreadableError, match="cannot look at process"):
+            found.is_alive()
+        with pytest.raises(OSError, match="Too many open files"):
+            name_lock.holder(records.name, name_lock.KEEPER, root=records.root, run=records.run)
+        assert not records.put_process(Records.WORKER, os.getpid(), "1")
+    assert records.living(Records.WORKER) == found
+    os.close(lock)
 
 
 def test_records_that_an_administrator_removes(records: Records) -> None:

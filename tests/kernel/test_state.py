@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Readers of /proc and /sys on golden trees, in the formats of Linux 6.1 and 6.12."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.want import no_descriptors
 
+from nbdnfs.errors import UnreadableError
+from nbdnfs.kernel import nbd_device, openers
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.state import MemInfo, Mount, NbdDevice, NbdModule, Swap, VmStat
 
@@ -212,3 +216,32 @@ def test_any_path_survives_its_escapes(path: str) -> None:
     """What fs/seq_file.c: mangle_path escapes (blank, tab, newline, backslash) comes back."""
     escaped = "".join(f"\\{ord(c):03o}" if c in " \t\n\\" else c for c in path)
     assert kernel_state._unescape(escaped) == path
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        kernel_state.swaps,
+        kernel_state.nbd_devices,
+        kernel_state.mounts,
+        kernel_state.loops,
+        lambda root: kernel_state.nbd_device("nbd1", root),
+        lambda root: nbd_device.find("nbdnfs:/run/nbdnfs/swap0.sock", root),
+        lambda root: openers.openers("/dev/nbd1", root),
+    ],
+)
+def test_what_cannot_be_read_is_not_nothing(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    """A process without descriptors does not take a device for detached, or one in use for one that is not."""
+    write(tmp_path, ATTACHED | {"proc/swaps": "", "proc/self/mountinfo": "", "proc/1/fd/0": ""})
+    with no_descriptors(), pytest.raises(UnreadableError, match="Too many open files"):
+        read(tmp_path)
+    read(tmp_path)
+
+
+def test_a_file_that_cannot_be_opened_among_others(tmp_path: Path) -> None:
+    """With one descriptor folders can be listed, and files be read one after the other."""
+    write(tmp_path, ATTACHED)
+    with no_descriptors(but=1):
+        found = kernel_state.nbd_devices(tmp_path)
+    assert found == kernel_state.nbd_devices(tmp_path)
+    assert [device.attached for device in found] == [True]

@@ -31,6 +31,7 @@ struct steps {
 	volatile uint32_t points, calls; /* so far; `calls` are those that can fail */
 	uint32_t kill_at;                /* a point, 0: none */
 	uint32_t fail_at, way;           /* a call, and which of its errors */
+	volatile uint32_t ways;          /* how many errors that call has; 0: it has not been reached */
 	volatile int failed;             /* whether that call has that error, and has failed with it */
 	char name[32];                   /* of the last call that was counted, or the one that failed */
 };
@@ -79,20 +80,21 @@ static void point(const char *name)
 /* The error with which this call is to fail, of a list that ends with 0; 0: none. */
 static int failure(const char *name, const int *errors)
 {
-	uint32_t number;
+	uint32_t number, ways = 0;
 
-	if (!is_counted || !steps->counting)
+	if (!is_counted || !steps->counting || errors[0] == 0)
 		return 0;
 	number = __sync_add_and_fetch(&steps->calls, 1);
 	if (number != steps->fail_at)
 		return 0;
 	strncpy(steps->name, name, sizeof(steps->name) - 1);
-	for (uint32_t way = 0; errors[way] != 0; way++)
-		if (way == steps->way) {
-			steps->failed = 1;
-			return errors[way];
-		}
-	return 0;
+	while (errors[ways] != 0)
+		ways++;
+	steps->ways = ways;
+	if (steps->way >= ways)
+		return 0;
+	steps->failed = 1;
+	return errors[steps->way];
 }
 
 #define ERRORS(...) ((const int[]){ __VA_ARGS__, 0 })
@@ -152,6 +154,18 @@ static int flags_can_block(int fd, int flags)
 
 /* Of a call that moves bytes: EAGAIN only where the descriptor does not block. */
 #define MOVE_ERRORS(fd, flags) (steps->counting && flags_can_block(fd, flags) ? ERRORS(EINTR) : ERRORS(EINTR, EAGAIN))
+/* Of a receiving call: EAGAIN only where there is nothing. That is an answer, and not for want of memory. */
+static int has_input(int fd)
+{
+	struct pollfd polled = { .fd = fd, .events = POLLIN };
+	struct timespec at_once = { 0 };
+
+	return syscall(SYS_ppoll, &polled, 1, &at_once, NULL, 0) == 1;
+}
+
+#define RECEIVE_ERRORS(fd, flags)                                                                                      \
+	(steps->counting && (flags_can_block(fd, flags) || has_input(fd)) ? ERRORS(EINTR, ENOMEM) :                    \
+									    ERRORS(EINTR, EAGAIN, ENOMEM))
 #define SOCKET_ERRORS(fd, flags)                                                                                       \
 	(steps->counting && flags_can_block(fd, flags) ? ERRORS(EINTR, ENOMEM) : ERRORS(EINTR, EAGAIN, ENOMEM))
 
@@ -216,10 +230,10 @@ CALL(int, fchmod, (int fd, mode_t mode), (fd, mode), -1, ERRORS(EINTR))
 CALL(int, flock, (int fd, int operation), (fd, operation), -1, ERRORS(EINTR, ENOLCK))
 CALL(ssize_t, sendmsg, (int fd, const struct msghdr *message, int flags), (fd, message, flags), -1,
      SOCKET_ERRORS(fd, flags))
-CALL(ssize_t, recvmsg, (int fd, struct msghdr *message, int flags), (fd, message, flags), -1, SOCKET_ERRORS(fd, flags))
+CALL(ssize_t, recvmsg, (int fd, struct msghdr *message, int flags), (fd, message, flags), -1, RECEIVE_ERRORS(fd, flags))
 CALL(ssize_t, send, (int fd, const void *from, size_t bytes, int flags), (fd, from, bytes, flags), -1,
      SOCKET_ERRORS(fd, flags))
-CALL(ssize_t, recv, (int fd, void *to, size_t bytes, int flags), (fd, to, bytes, flags), -1, SOCKET_ERRORS(fd, flags))
+CALL(ssize_t, recv, (int fd, void *to, size_t bytes, int flags), (fd, to, bytes, flags), -1, RECEIVE_ERRORS(fd, flags))
 CALL(int, shutdown, (int fd, int how), (fd, how), -1, NO_ERRORS)
 CALL(int, poll, (struct pollfd * fds, nfds_t count, int timeout_ms), (fds, count, timeout_ms), -1,
      count <= POLL_ON_STACK ? ERRORS(EINTR) : ERRORS(EINTR, ENOMEM))

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from nbdnfs.errors import BusyError, NbdnfsError
+from nbdnfs.errors import BusyError, NbdnfsError, UnreadableError
 from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.kernel.nbd_handshake import Export
 from support.nbd_client import FLUSH, READ, WRITE, NbdClient, Request
@@ -27,7 +27,7 @@ class FakeLinkError(AssertionError):
 
 class FakeKernel:
     """keeper.Kernel. Every wait of the client ends after `timeout_s`; the counters count the keeper's calls. `use` says
-    what uses the device: "as swap", "by dm-0", or "" for nothing.
+    what uses the device: "as swap", "by dm-0", or "" for nothing. So often as `unreadable` says, /sys cannot be read.
 
     The keeper's thread calls the protocol's methods; another thread does the I/O. `_lock` guards the socket and the
     device, and is notified when they change.
@@ -41,6 +41,7 @@ class FakeKernel:
         self.disconnects = 0
         self.last_outage_s = 0.0
         self.refuses: list[NbdnfsError] = []
+        self.unreadable = 0
         self.use: Callable[[], str] = str
         self._timeout_s = timeout_s
         self._lock = threading.Condition()
@@ -62,6 +63,9 @@ class FakeKernel:
         return dead
 
     def find(self) -> Attached | None:
+        if self.unreadable:
+            self.unreadable -= 1
+            raise UnreadableError("cannot read /sys/block: Cannot allocate memory")
         return self.attached
 
     def attach(self, sock: socket.socket, export: Export) -> Attached:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Fault tool: the file descriptor store of PID 1, for keepers that come and go.
 
-It behaves as systemd (src/core/service.c): takes notifications in order, keeps descriptors by name, drops one whose
-other end has closed unless it was sent with FDPOLL=0, and passes all of them to the next process.
+It behaves as systemd (src/core/service.c): takes notifications in order, keeps descriptors with their names, drops one
+whose other end has closed unless it was sent with FDPOLL=0, and passes all of them to the next process, the newest
+first. A name that there is already is stored a second time (service_add_fd_store()); the same descriptor again is not,
+and neither is one that the store has no room for. FDSTOREREMOVE drops all that have the name.
 """
 
 from __future__ import annotations
@@ -12,9 +14,19 @@ import select
 import socket
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 _FLUSH = b"X_FLUSHED=1"
+# FileDescriptorStoreMax= of systemd/nbdnfs@.service
+_STORED_MAX = 4
+
+
+@dataclass(frozen=True)
+class _Stored:
+    name: str
+    descriptor: int
+    is_polled: bool
 
 
 class FakeSystemd:
@@ -28,8 +40,7 @@ class FakeSystemd:
         self.environment = {"NOTIFY_SOCKET": self._path}
         self.loses = False
         self.is_ready = False
-        self._stored: dict[str, int] = {}
-        self._polled: set[str] = set()
+        self._stored: list[_Stored] = []  # the newest first
         self._lock = threading.Condition()
         self._flushed = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -37,24 +48,26 @@ class FakeSystemd:
         self._thread = threading.Thread(target=self._listen)
         self._thread.start()
 
-    def names(self) -> set[str]:
-        """The names that are stored, once all notifications so far have been taken."""
+    def names(self) -> list[str]:
+        """The names that are stored, sorted, once all notifications so far have been taken."""
         self._settle()
-        return set(self._stored)
+        with self._lock:
+            return sorted(stored.name for stored in self._stored)
 
     def hand_over(self) -> dict[str, int]:
-        """Copies of the stored descriptors, as the next keeper gets them; the store keeps its own."""
+        """Copies of the stored descriptors, as the next keeper gets them, which of several with one name takes the last
+        (sd_notify.listen_fds); the store keeps its own."""
         self._settle()
         with self._lock:
             self._drop_what_hung_up()
-            return {name: os.dup(descriptor) for name, descriptor in self._stored.items()}
+            chosen = {stored.name: stored.descriptor for stored in self._stored}
+            return {name: os.dup(descriptor) for name, descriptor in chosen.items()}
 
     def drop(self) -> None:
         """Empty the store, as when the unit has stopped."""
         self._settle()
         with self._lock:
-            for name in list(self._stored):
-                self._forget(name)
+            self._forget(self._stored)
 
     def close(self) -> None:
         self.drop()
@@ -81,28 +94,37 @@ class FakeSystemd:
             name = next((line.partition("=")[2] for line in lines if line.startswith("FDNAME=")), "")
             with self._lock:
                 self.is_ready |= "READY=1" in lines
-                if "FDSTOREREMOVE=1" in lines and not self.loses:
-                    self._forget(name)
+                if "FDSTOREREMOVE=1" in lines:
+                    self._forget([stored for stored in self._stored if stored.name == name and not self.loses])
                 elif "FDSTORE=1" in lines:
-                    self._forget(name)
-                    (self._stored[name],) = descriptors
-                    if "FDPOLL=0" not in lines:
-                        self._polled.add(name)
+                    (descriptor,) = descriptors
+                    self._store(_Stored(name, descriptor, "FDPOLL=0" not in lines))
                 self._flushed += data == _FLUSH
                 self._lock.notify_all()
 
+    def _store(self, new: _Stored) -> None:
+        if len(self._stored) >= _STORED_MAX or any(_is_same(new.descriptor, one.descriptor) for one in self._stored):
+            os.close(new.descriptor)
+        else:
+            self._stored.insert(0, new)
+
     def _drop_what_hung_up(self) -> None:
         poll = select.poll()
-        for name in self._polled:
-            poll.register(self._stored[name], 0)
+        for stored in self._stored:
+            if stored.is_polled:
+                poll.register(stored.descriptor, 0)
         hung_up = {descriptor for descriptor, _ in poll.poll(0)}
-        for name in [name for name in self._polled if self._stored[name] in hung_up]:
-            self._forget(name)
+        self._forget([stored for stored in self._stored if stored.descriptor in hung_up])
 
-    def _forget(self, name: str) -> None:
-        if name in self._stored:
-            os.close(self._stored.pop(name))
-            self._polled.discard(name)
+    def _forget(self, old: list[_Stored]) -> None:
+        for stored in old:
+            os.close(stored.descriptor)
+        self._stored = [stored for stored in self._stored if stored not in old]
+
+
+def _is_same(one: int, other: int) -> bool:
+    """Whether these are copies of one descriptor; systemd asks kcmp(2). Nobody opens a stored file a second time."""
+    return os.path.sameopenfile(one, other)
 
 
 def wait_until_ended(pid: int, timeout_s: float = 15.0) -> None:

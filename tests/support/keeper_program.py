@@ -29,6 +29,8 @@ from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.reporter import Reporter
 from nbdnfs.keeper.sd_notify import Notifier
 from nbdnfs.keeper.worker_handle import WorkerHandle, recipe
+from nbdnfs.kernel import device_in_use, nbd_device, swap_area
+from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.kernel.nbd_handshake import Export
 
@@ -48,17 +50,18 @@ class Steps(ctypes.Structure):
         ("kill_at", ctypes.c_uint32),
         ("fail_at", ctypes.c_uint32),
         ("way", ctypes.c_uint32),
+        ("ways", ctypes.c_uint32),
         ("failed", ctypes.c_int),
         ("name", ctypes.c_char * 32),
     )
 
 
 class DistantKernel:
-    """interfaces.Kernel, of which all is in the process that the socket leads to. What is between the two is killed
-    like all else, and does not fail."""
+    """interfaces.Kernel. What it reads is a tree of files. All else is in the process that the socket leads to, and
+    what is between the two is killed like all else, and does not fail."""
 
-    def __init__(self, link: socket.socket, news: int, steps: Steps) -> None:
-        self._link, self._news, self._steps = link, news, steps
+    def __init__(self, link: socket.socket, news: int, steps: Steps, root: Path) -> None:
+        self._link, self._news, self._steps, self._root = link, news, steps, root
 
     def fileno(self) -> int:
         return self._news
@@ -78,8 +81,7 @@ class DistantKernel:
         return list(self._ask("dead_links"))
 
     def find(self) -> Attached | None:
-        found = self._ask("find")
-        return Attached(*found) if found is not None else None
+        return nbd_device.find(nbd_device.backend_of("t"), self._root)
 
     def attach(self, sock: socket.socket, export: Export) -> Attached:
         return Attached(*self._ask("attach", export.size_bytes, descriptor=sock.fileno()))
@@ -88,7 +90,9 @@ class DistantKernel:
         self._ask("reconnect", descriptor=sock.fileno())
 
     def refuse_if_used(self, attached: Attached) -> None:
-        self._ask("refuse_if_used")
+        state = kernel_state.nbd_device(attached.name, self._root)
+        if state is not None:
+            device_in_use.refuse_if_used(state, self._root)
 
     def disconnect(self, attached: Attached) -> None:
         self._ask("disconnect")
@@ -98,10 +102,10 @@ class DistantKernel:
 
 
 class DistantWork:
-    """interfaces.Work: fake workers, and a swap that is on once a helper has made a file."""
+    """interfaces.Work: fake workers, and a swap that is on once a helper has copied a file."""
 
     def __init__(self, folder: Path, worker: list[str]) -> None:
-        self._swap = folder / "swap-is-on"
+        self._folder = folder
         self._program, self._argv = worker[0], worker[1:]
 
     def start_worker(self, region_fd: int) -> WorkerHandle:
@@ -117,10 +121,11 @@ class DistantWork:
         return ""
 
     def swap_on(self, attached: Attached) -> HelperProcess:
-        return HelperProcess(["/bin/touch", str(self._swap)], {})
+        swaps = self._folder / "root/proc/swaps"
+        return HelperProcess(["/bin/cp", str(self._folder / "swaps"), str(swaps)], {})
 
     def is_swapped_on(self, attached: Attached) -> bool:
-        return self._swap.exists()
+        return swap_area.find(attached.path, self._folder / "root") is not None
 
     def is_server_away(self, region: mmap.mmap) -> bool:
         return False
@@ -139,7 +144,7 @@ def _run_keeper(wanted: dict[str, Any], link: socket.socket, news: int, stored: 
     steps.counting = int(wanted["at_once"])
     try:
         main_program._reserve_records(records, is_attached=wanted["is_attached"])
-        kernel = DistantKernel(link, news, steps)
+        kernel = DistantKernel(link, news, steps, folder / "root")
         work = DistantWork(folder, wanted["worker"])
         with failures.of_machine("t"):  # as main.py has it
             return Keeper(kernel, work, records, reporter, stored=stored, config_text="c").run()
@@ -187,6 +192,7 @@ def main() -> None:
             "points": steps.points,
             "calls": steps.calls,
             "failed": bool(steps.failed),
+            "ways": steps.ways,
             "name": steps.name.decode(),
         }
         control.send(json.dumps(answer).encode())

@@ -27,9 +27,11 @@ from typing import Any
 
 from nbdnfs.errors import NbdnfsError
 from nbdnfs.keeper.records import Records
+from nbdnfs.kernel.nbd_device import backend_of
 from nbdnfs.kernel.nbd_handshake import Export, TransmissionFlags
 from support.fake_kernel import FakeKernel
 from support.fake_systemd import FakeSystemd, wait_until_ended
+from support.nbd_tree import add_device
 from support.waiting import wait_until
 
 HERE = Path(__file__).resolve().parent
@@ -52,7 +54,8 @@ def library() -> Path:
 
 
 class Template:
-    """keeper_program.py, which forks keepers. One at a time. Used as a context."""
+    """keeper_program.py, which forks keepers. One at a time. Used as a context. `patience_s` is how long a keeper's end
+    is waited for."""
 
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -63,7 +66,7 @@ class Template:
         command = [sys.executable, str(HERE / "keeper_program.py"), str(theirs.fileno()), str(built)]
         self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
         theirs.close()
-        self._control.settimeout(_TIMEOUT_S)
+        self.patience_s = _TIMEOUT_S
 
     def __enter__(self) -> Template:
         return self
@@ -74,11 +77,13 @@ class Template:
 
     def start(self, wanted: dict[str, Any], descriptors: list[int]) -> int:
         """The pid of a new keeper."""
+        self._control.settimeout(_TIMEOUT_S)
         socket.send_fds(self._control, [json.dumps(wanted).encode()], descriptors)
         return int(json.loads(self._control.recv(4096))["pid"])
 
     def result(self) -> dict[str, Any]:
         """Of the keeper, which ends soon. TimeoutError: it does not."""
+        self._control.settimeout(self.patience_s)
         return dict(json.loads(self._control.recv(4096)))
 
 
@@ -101,7 +106,11 @@ class Stage:
         self.pids = folder / "pids"
         self.pids.mkdir()
         self.kernel = FakeKernel(timeout_s=20)
-        self.kernel.use = lambda: "as swap" if (folder / "swap-is-on").exists() else ""
+        self.root = folder / "root"  # /proc and /sys, as a keeper reads them
+        for part in ("proc", "sys/block"):
+            (self.root / part).mkdir(parents=True)
+        (folder / "swaps").write_text("Filename Type Size Used Priority\n/dev/nbd7 partition 1020 0 -2\n")
+        self.kernel.use = lambda: "as swap" if (self.root / "proc/swaps").exists() else ""
         self.systemd = FakeSystemd(folder)
         self.records = Records("t", run=folder)
         self.records.make()
@@ -140,13 +149,21 @@ class Stage:
         self._answering.start()
 
     def wait(self) -> dict[str, Any]:
-        """What has become of the keeper, once it has ended."""
-        found = self._template.result()
+        """What has become of the keeper, once it has ended. AssertionError: it had to be killed for that; its template
+        is free for the next one all the same."""
+        try:
+            found, is_stuck = self._template.result(), False
+        except TimeoutError:
+            self.signal(signal.SIGKILL)
+            self._template.patience_s = _TIMEOUT_S
+            found, is_stuck = self._template.result(), True
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
         assert self._answering is not None
         self._answering.join(10)
+        if is_stuck:
+            raise AssertionError(f"it does not end; the last call was {found['name']}")
         return found
 
     def signal(self, number: int) -> None:
@@ -184,20 +201,21 @@ class Stage:
 
     def _call(self, name: str, words: list[Any], descriptors: list[int]) -> Any:
         kernel, device = self.kernel, self.kernel.attached
-        if name == "find":
-            return [device.index, device.size_bytes] if device is not None else None
         if name == "dead_links":
             return kernel.dead_links()
         if descriptors:
             with socket.socket(fileno=descriptors[0]) as sock:
                 if name == "attach":
                     made = kernel.attach(sock, Export(words[0], TransmissionFlags(0)))
+                    add_device(self.root, made.index, size_bytes=made.size_bytes, pid=1, backend=backend_of("t"))
                     return [made.index, made.size_bytes]
                 assert device is not None
                 return kernel.reconnect(device, sock)
         assert device is not None
         self.disconnects_in_use += name == "fail_requests" and kernel.use() != ""
-        return getattr(kernel, name)(device)
+        getattr(kernel, name)(device)
+        (self.root / "sys/block" / device.name / "pid").unlink()
+        return None
 
     # what is there
 
@@ -211,21 +229,30 @@ class Stage:
                     found.add(int(path.name))
         return found
 
+    def _facts(self) -> Iterator[tuple[str, bool]]:
+        """What holds of a device that is up: swap is on, a worker serves, a standby is parked, systemd knows."""
+        yield "swap is on", "swap is on" in self.log()[self._log_begins :]
+        yield "the keeper watches", self.records.read(Records.STATE) == "watch"
+        yield "the device is in use", self.kernel.use() != ""
+        yield "region and standby are stored", self.systemd.names() == ["region", "standby"]
+        yield "systemd has been told", self.systemd.is_ready
+        standby = self.records.living(Records.STANDBY)
+        yield "the standby has a record", standby is not None and standby.pid in self.workers()
+        yield "one worker and one standby live", len(self.workers()) == 2
+        yield "the worker has a record", self.records.living(Records.WORKER) is not None
+        yield "the keeper has a record", self.records.living(Records.KEEPER) is not None
+
+    @property
+    def lacks(self) -> str:
+        """Why the device is not up; "" where it is."""
+        return next((f"it is not so that {fact}" for fact, holds in self._facts() if not holds), "")
+
     def is_up(self) -> bool:
-        """Swap is on, a worker serves, a standby is parked, and systemd has been told."""
-        record = self.records.living(Records.STANDBY)
-        return (
-            "swap is on" in self.log()[self._log_begins :]
-            and self.records.read(Records.STATE) == "watch"
-            and self.kernel.use() != ""
-            and self.systemd.names() == {"region", "standby"}
-            and self.systemd.is_ready
-            and record is not None
-            and record.pid in self.workers()
-            and len(self.workers()) == 2
-            and self.records.living(Records.WORKER) is not None
-            and self.records.living(Records.KEEPER) is not None
-        )
+        return not self.lacks
+
+    def require_up(self) -> None:
+        if lacks := self.lacks:
+            raise AssertionError(lacks)
 
     def kill_worker(self) -> int:
         record = self.records.living(Records.WORKER)
@@ -235,7 +262,10 @@ class Stage:
 
     def goes_on(self) -> None:
         """It runs until the device is up, unless something else is to happen to it."""
-        wait_until(lambda: self.is_up() or self.has_ended, "the device is up", _TIMEOUT_S)
+        try:
+            wait_until(lambda: self.is_up() or self.has_ended, "the device is up", _TIMEOUT_S)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.lacks}") from None
 
     def check(self) -> None:
         """A keeper that comes now has the device up, with the page that was written, one worker and one standby; and
@@ -243,16 +273,18 @@ class Stage:
         self.start(Wanted())
         try:
             self.goes_on()
-            assert self.is_up()
-            if (self.folder / "written").exists():
-                assert self.kernel.read(4096, len(PAGE)) == PAGE
-            assert self.kernel.attaches == 1 + self.kernel.disconnects
-            assert self.disconnects_in_use == 0
+            self.require_up()
+            if (self.folder / "written").exists() and self.kernel.read(4096, len(PAGE)) != PAGE:
+                raise AssertionError("the page is not what was written")
+            if self.kernel.attaches != 1 + self.kernel.disconnects or self.disconnects_in_use:
+                raise AssertionError("the device was taken from swap")
         finally:
             self.signal(signal.SIGTERM)
             result = self.wait()
-        assert result["status"] == 0
-        assert "Traceback" not in self.log()
+        if result["status"] != 0:
+            raise AssertionError(f"the next keeper has ended with {result['status']}")
+        if "Traceback" in self.log():
+            raise AssertionError("a keeper has printed a traceback")
 
     def log(self) -> str:
         return (self.folder / "log").read_text()
@@ -270,7 +302,7 @@ class Stage:
 def _brought_up(stage: Stage, wanted: Wanted) -> None:
     stage.start(wanted)
     stage.goes_on()
-    assert stage.is_up()
+    stage.require_up()
     stage.kernel.write(4096, PAGE)
     (stage.folder / "written").touch()
 
@@ -306,16 +338,24 @@ def adoption(stage: Stage, wanted: Wanted) -> None:
     stage.wait()
     stage.start(wanted)
     stage.goes_on()
+    if stage.kernel.reconnects:
+        raise AssertionError("the worker has been replaced")
 
 
 def adoption_without_worker(stage: Stage, wanted: Wanted) -> None:
-    """A keeper after one that was killed with its worker: the standby that was parked serves."""
+    """A keeper after one that was killed with its worker: the standby that was parked serves, unless that keeper is
+    killed too."""
     _brought_up(stage, Wanted())
+    standby = stage.records.living(Records.STANDBY)
     stage.signal(signal.SIGKILL)
     stage.wait()
     wait_until_ended(stage.kill_worker())
     stage.start(wanted)
     stage.goes_on()
+    worker = stage.records.living(Records.WORKER)
+    assert standby is not None
+    if stage.is_up() and (worker is None or worker.pid != standby.pid):
+        raise AssertionError(f"standby {standby.pid} does not serve")
 
 
 SCENES: dict[str, Callable[[Stage, Wanted], None]] = {
@@ -337,9 +377,18 @@ def new_stage(template: Template) -> Iterator[Stage]:
             stage.end()
 
 
+class WrongError(AssertionError):
+    """`result` is that of the keeper that something was done to."""
+
+    def __init__(self, text: str, result: dict[str, Any]) -> None:
+        super().__init__(text)
+        self.result = result
+
+
 def play(template: Template, name: str, wanted: Wanted) -> dict[str, Any]:
-    """One scene, and the keeper after it. What the first one's steps were; AssertionError where what is said in `check`
-    does not hold, or the keeper has ended in a way that it cannot explain."""
+    """One scene, and the keeper after it. What the first one's steps were. WrongError: what is said in `check` does not
+    hold, or the keeper has ended in a way that it cannot explain."""
+    result: dict[str, Any] = {"name": "not known", "status": 0, "failed": False, "ways": 0}
     with new_stage(template) as stage:
         try:
             try:
@@ -348,10 +397,13 @@ def play(template: Template, name: str, wanted: Wanted) -> dict[str, Any]:
                 stage.signal(signal.SIGTERM)
                 result = stage.wait()
             expected = (0, -signal.SIGKILL) if wanted.kill_at else (0, _EXPLAINED)
-            assert result["status"] in expected
+            if result["status"] not in expected:
+                raise AssertionError(f"the keeper has ended with {result['status']}")
             stage.check()
         except (AssertionError, NbdnfsError, OSError, ValueError) as error:
-            raise AssertionError(f"{name}, {wanted}: {error}\n{stage.log()}") from error
+            call = f"call: {result['name']}"
+            text = f"{name}, {wanted}, {call}: {type(error).__name__} {error}\n{stage.log()}"
+            raise WrongError(text, result) from error
     return result
 
 
@@ -400,27 +452,26 @@ class _Enumerator:
         self._templates: queue.SimpleQueue[Template] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards `found`
 
-    def _one(self, scene: Steps, name: str, wanted: Wanted) -> bool:
-        """Whether there was such a step."""
+    def _one(self, scene: Steps, name: str, wanted: Wanted) -> int:
+        """In how many ways there is such a step."""
         template = self._templates.get()
-        ended, wrong = False, ""
+        wrong = ""
         try:
             result = play(template, name, wanted)
-            reached = bool(result["status"] == -signal.SIGKILL if wanted.kill_at else result["failed"])
-            ended = result["status"] == _EXPLAINED
-        except AssertionError as error:
-            reached, wrong = True, str(error)
+        except WrongError as error:
+            result, wrong = error.result, str(error)
         finally:
             self._templates.put(template)
+        reached = result["status"] == -signal.SIGKILL if wanted.kill_at else result["failed"]
         with self._lock:
-            scene.tried += reached
-            scene.ended += ended
+            scene.tried += reached or wrong != ""
+            scene.ended += result["status"] == _EXPLAINED
             scene.wrong += [wrong] if wrong else []
-        return reached
+        return 1 if wanted.kill_at else int(result["ways"])
 
     def _at(self, name: str, number: int) -> None:
         scene, way = self.found.scenes[name], 0
-        while self._one(scene, name, self._wanted(number, way)) and not self._by_points:
+        while self._one(scene, name, self._wanted(number, way)) > way + 1:
             way += 1
         with self._lock:
             scene.done.append(number)

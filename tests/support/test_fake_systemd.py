@@ -34,27 +34,47 @@ def test_stores_under_a_name(systemd: FakeSystemd) -> None:
     descriptor = os.memfd_create("stored")
     os.write(descriptor, b"kept")
     notify(systemd, "FDSTORE=1", "FDNAME=region", descriptor=descriptor)
-    assert systemd.names() == {"region"}
+    assert systemd.names() == ["region"]
     os.close(descriptor)
     for _ in range(2):
         copy = systemd.hand_over()["region"]
         assert os.pread(copy, 4, 0) == b"kept"
         os.close(copy)
     notify(systemd, "FDSTOREREMOVE=1", "FDNAME=region")
-    assert systemd.names() == set()
+    assert systemd.names() == []
 
 
-def test_a_new_one_takes_the_name(systemd: FakeSystemd) -> None:
-    """A second descriptor under a name replaces the first."""
+def memfd_with(content: bytes) -> int:
+    descriptor = os.memfd_create("stored")
+    os.write(descriptor, content)
+    return descriptor
+
+
+def test_a_name_is_stored_twice(systemd: FakeSystemd) -> None:
+    """A second descriptor under a name does not replace the first, which is passed on after it; a copy of one that is
+    stored is no second one; FDSTOREREMOVE=1 forgets both."""
     for content in (b"old", b"new"):
-        descriptor = os.memfd_create("stored")
-        os.write(descriptor, content)
-        notify(systemd, "FDSTORE=1", "FDNAME=region", descriptor=descriptor)
+        descriptor = memfd_with(content)
+        for _ in range(2):
+            notify(systemd, "FDSTORE=1", "FDNAME=region", descriptor=descriptor)
         systemd.names()
         os.close(descriptor)
+    assert systemd.names() == ["region", "region"]
     copy = systemd.hand_over()["region"]
-    assert os.pread(copy, 3, 0) == b"new"
+    assert os.pread(copy, 3, 0) == b"old"
     os.close(copy)
+    notify(systemd, "FDSTOREREMOVE=1", "FDNAME=region")
+    assert systemd.names() == []
+
+
+def test_a_full_store(systemd: FakeSystemd) -> None:
+    """As many as the unit permits; what comes after that is dropped."""
+    for number in range(5):
+        descriptor = memfd_with(b"")
+        notify(systemd, "FDSTORE=1", f"FDNAME={number}", descriptor=descriptor)
+        systemd.names()
+        os.close(descriptor)
+    assert systemd.names() == ["0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize("is_polled", [True, False])
@@ -81,9 +101,9 @@ def test_loses(systemd: FakeSystemd) -> None:
         theirs.close()
         systemd.loses = True
         notify(systemd, "FDSTOREREMOVE=1", "FDNAME=worker")
-        assert systemd.names() == {"worker"}
+        assert systemd.names() == ["worker"]
         systemd.drop()
-        assert systemd.names() == set()
+        assert systemd.names() == []
         assert select.select([ours], [], [], DEADLINE_S)[0], "the store's copy is closed"
 
 
