@@ -18,7 +18,7 @@ import struct
 import time
 from dataclasses import dataclass
 
-from nbdnfs.errors import NbdnfsError, PermissionDeniedError, UnavailableError, UsageError
+from nbdnfs.errors import NbdnfsError, PermissionDeniedError, UnavailableError, UsageError, is_of_want
 
 DEFAULT_TIMEOUT_S = 10.0
 
@@ -237,16 +237,37 @@ def _receive(sock: socket.socket, deadline: float, count: int) -> bytes:
     data = bytearray()
     while len(data) < count:
         sock.settimeout(_remaining_s(deadline))
-        piece = sock.recv(count - len(data))
+        try:
+            piece = sock.recv(count - len(data))
+        except OSError as error:
+            _wait_for_memory(error)
+            continue
         if not piece:
             raise _closed("end of file")
         data += piece
     return bytes(data)
 
 
+# How soon what there was no memory for is sent or received again.
+_AGAIN_S = 0.02
+
+
 def _send(sock: socket.socket, deadline: float, data: bytes) -> None:
-    sock.settimeout(_remaining_s(deadline))
-    sock.sendall(data)
+    """All of it. TimeoutError at the deadline."""
+    left = memoryview(data)
+    while left:
+        sock.settimeout(_remaining_s(deadline))
+        try:
+            left = left[sock.send(left) :]
+        except OSError as error:
+            _wait_for_memory(error)
+
+
+def _wait_for_memory(error: OSError) -> None:
+    """A call that failed for want of it has done nothing, and is made again. Any other error is raised."""
+    if not is_of_want(error):
+        raise error
+    time.sleep(_AGAIN_S)
 
 
 def _remaining_s(deadline: float) -> float:

@@ -2,12 +2,14 @@
 """The NBD handshake against a scripted server. The byte layouts are those of the NBD project's
 doc/proto.md."""
 
+import errno
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -67,6 +69,37 @@ def test_size_flags_and_block_sizes() -> None:
     assert export.can_multi_conn
     assert not export.can_trim
     assert not export.read_only
+
+
+class PoorSocket(socket.socket):
+    """Has no memory for every other call."""
+
+    calls = 0
+
+    def _spend(self) -> None:
+        self.calls += 1
+        if self.calls % 2:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    def send(self, *arguments: Any) -> int:
+        self._spend()
+        return super().send(*arguments)
+
+    def sendall(self, *arguments: Any) -> None:
+        self._spend()
+        super().sendall(*arguments)
+
+    def recv(self, *arguments: Any) -> bytes:
+        self._spend()
+        return super().recv(*arguments)
+
+
+def test_no_memory_for_a_moment() -> None:
+    """What the kernel had no memory for is sent and received again: the worker may be the only one there is."""
+    with said_by_server(GREETING + info_export(4096, 1) + reply(ACK)) as (client, _):
+        poor = PoorSocket(fileno=client.detach())
+        with poor:
+            assert nbd_handshake.negotiate(poor).size_bytes == 4096
 
 
 def test_flags_without_a_name_are_kept() -> None:
@@ -272,7 +305,7 @@ def test_reads_are_bounded(data: bytes) -> None:
             return piece
 
         settimeout: Callable[..., None] = staticmethod(lambda _: None)
-        sendall: Callable[..., None] = staticmethod(lambda _: None)
+        send: Callable[..., int] = staticmethod(len)
 
     fake = FakeSocket()
     with suppress(NbdnfsError):
