@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 from support.engines import OpenEngine, read_pages, write_pages, write_pages_and_flush
-from support.fake_nfs import FakeNfsServer
+from support.fake_nfs import NFS3ERR_NOENT, FakeNfsServer
 from support.waiting import DEADLINE_S, in_background
 
 from nbdnfs import region as shared_region
@@ -286,6 +286,21 @@ def test_the_end_waits_for_what_is_under_way(fake: FakeNfsServer, open_engine: O
     fake.release()
     closed.result(DEADLINE_S)
     assert len(fake.calls("WRITE")) == held
+
+
+def test_the_end_with_a_write_to_a_file_that_is_gone(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
+    """It is given up, as without encryption, once the file has been gone for gone_limit."""
+    engine = open_engine(fake.url(), gone_limit_ms=500)
+    fake.hold("WRITE")
+    for page in range(1, SLOTS):
+        write_pages(engine, page, marked(page))
+    fake.wait_for(1, DEADLINE_S)
+    fake.fail("LOOKUP", NFS3ERR_NOENT)
+    fake.expire_handles()
+    fake.crash()
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        in_background(engine.flush).result(DEADLINE_S)
+    in_background(engine.close).result(DEADLINE_S)
 
 
 @pytest.mark.parametrize("encrypted", [False, True])

@@ -222,6 +222,8 @@ static bool write_out(struct engine *engine)
 		unsigned long long left;
 
 		error = flush_until(engine, until_ms); /* after a soft limit it is tried again */
+		if (error == 0)
+			error = end_write_backs(engine, until_ms);
 		engine_lock(engine);
 		is_final = engine->gone_too_long || atomic_load(&engine->stolen);
 		left = pages_left(engine);

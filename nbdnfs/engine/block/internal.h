@@ -286,4 +286,7 @@ int check_page(struct engine *engine, uint64_t page, uint8_t *data);
 /* As engine_flush(), uncounted. -EAGAIN: it is not over at `until_ms`, by now_ms(), and goes on. Takes the lock. */
 int flush_until(struct engine *engine, uint64_t until_ms);
 
+/* Wait for write-backs that are under way, also of pages that were trimmed since. As flush_until(). */
+int end_write_backs(struct engine *engine, uint64_t until_ms);
+
 #endif

@@ -312,6 +312,22 @@ int flush_until(struct engine *engine, uint64_t until_ms)
 	return error == 0 ? result_of(engine) : error;
 }
 
+int end_write_backs(struct engine *engine, uint64_t until_ms)
+{
+	uint64_t since_ms = now_ms();
+	int error = 0;
+
+	engine_lock(engine);
+	while (error == 0 && cache_unstable_count(engine->cache) > 0) {
+		if (now_ms() >= until_ms)
+			error = -EAGAIN;
+		else if (!wait_for_nas_until(engine, since_ms, until_ms))
+			error = -EIO;
+	}
+	engine_unlock(engine);
+	return error;
+}
+
 int engine_flush(struct engine *engine)
 {
 	_Atomic uint64_t *place = request_began(engine);
