@@ -10,7 +10,6 @@ module in locked memory, and the keeper must not load the engine: hence plain `i
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 
@@ -218,7 +217,7 @@ def take_from(pid: int, root: str | os.PathLike[str] = "/") -> int | None:
     proc_pid_fd(5): needs the rights of ptrace(2) over the process.
     """
     for number in _descriptors_of(pid, root):
-        with _unless_closed():
+        with _UnlessClosed():
             return os.open(_proc(root, pid, "fd", number), os.O_RDWR | os.O_CLOEXEC)
     return None
 
@@ -233,7 +232,7 @@ def holder(descriptor: int, process_name: str, root: str | os.PathLike[str] = "/
     standby has not; None when none has. OSError as `take_from`."""
     for pid in filter(str.isdigit, os.listdir(os.path.join(root, "proc"))):
         name = ""
-        with _unless_closed():
+        with _UnlessClosed():
             name = _read(_proc(root, pid, "cmdline")).partition(b"\0")[0].decode(errors="replace")
         if name == process_name and _is_locked_by(descriptor, int(pid), root):
             return int(pid)
@@ -243,7 +242,7 @@ def holder(descriptor: int, process_name: str, root: str | os.PathLike[str] = "/
 def _is_locked_by(descriptor: int, pid: int, root: str | os.PathLike[str]) -> bool:
     """proc_pid_fdinfo(5): a line "lock:" stands with the very open file that has the lock."""
     for number in _descriptors_of_this(descriptor, pid, root):
-        with _unless_closed():
+        with _UnlessClosed():
             if b"\nlock:" in _read(_proc(root, pid, "fdinfo", number)):
                 return True
     return False
@@ -254,7 +253,7 @@ def _descriptors_of_this(descriptor: int, pid: int, root: str | os.PathLike[str]
     wanted = os.fstat(descriptor)
     for number in _descriptors_of(pid, root):
         found = None
-        with _unless_closed():
+        with _UnlessClosed():
             found = os.stat(_proc(root, pid, "fd", number))
         if found is not None and (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
             yield number
@@ -263,24 +262,25 @@ def _descriptors_of_this(descriptor: int, pid: int, root: str | os.PathLike[str]
 def _descriptors_of(pid: int, root: str | os.PathLike[str]) -> Iterator[str]:
     """A process's descriptors of any region; none when it has ended, or may not be looked into."""
     numbers: list[str] = []
-    with _unless_closed():
+    with _UnlessClosed():
         numbers = os.listdir(_proc(root, pid, "fd"))
     for number in numbers:
         target = ""
-        with _unless_closed():
+        with _UnlessClosed():
             target = os.readlink(_proc(root, pid, "fd", number))
         if target.startswith(f"/memfd:{_NAME}"):
             yield number
 
 
-@contextlib.contextmanager
-def _unless_closed() -> Iterator[None]:
-    """What is looked at may have ended, or been closed, meanwhile. OSError: it is not known."""
-    try:
-        yield
-    except OSError as error:
-        if is_of_want(error):
-            raise
+class _UnlessClosed:
+    """What is looked at may have ended, or been closed, meanwhile. OSError: it is not known. A class, because the worker
+    has this module: contextlib costs it 350 KiB."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        return isinstance(error, OSError) and not is_of_want(error)
 
 
 def _proc(root: str | os.PathLike[str], pid: int | str, *parts: str) -> str:
