@@ -273,8 +273,10 @@ def _descriptors_of(pid: int, root: str | os.PathLike[str]) -> Iterator[str]:
 
 
 class _UnlessClosed:
-    """What is looked at may have ended, or been closed, meanwhile. OSError: it is not known. A class, because the worker
-    has this module: contextlib costs it 350 KiB."""
+    """What is looked at may have ended, or been closed, meanwhile. OSError: it is not known.
+
+    A class, because the worker has this module: contextlib costs it 350 KiB.
+    """
 
     def __enter__(self) -> None:
         return
