@@ -643,7 +643,7 @@ def test_a_device_that_cannot_be_read_is_taken_down(setup: Setup, monkeypatch: p
     monkeypatch.setattr(setup.kernel, "disconnect", refuse)
     monkeypatch.setattr(setup.work, "is_swapped_on", fail)
     with pytest.raises(NbdnfsError, match="it fails"):
-        setup.run(lambda keeper: None)
+        setup.run(None)
     assert (setup.kernel.disconnects, setup.kernel.attached) == (1, None)
 
 
