@@ -74,8 +74,9 @@ def _take(path: Path, wait_s: float, refusal: str) -> int:
                 return descriptor
         except BlockingIOError:
             if time.monotonic() >= until_s:
-                found = _holder_of(os.fstat(descriptor))
+                file = os.fstat(descriptor)
                 os.close(descriptor)
+                found = _holder_of(file)
                 raise BusyError(
                     f"{refusal}, by {f'process {found}' if found else 'another process'}", "wait until that has ended"
                 ) from None

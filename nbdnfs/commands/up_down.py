@@ -18,8 +18,15 @@ from collections.abc import Callable, Iterator
 from nbdnfs import config, name_lock
 from nbdnfs.commands import progress, starting, systemd_unit
 from nbdnfs.config import Config
-from nbdnfs.errors import BusyError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError
-from nbdnfs.keeper import hibernation, last_good, only_keeper
+from nbdnfs.errors import (
+    BusyError,
+    NbdnfsError,
+    NoInputError,
+    PermissionDeniedError,
+    UnavailableError,
+    UnreadableError,
+)
+from nbdnfs.keeper import failures, hibernation, last_good, only_keeper
 from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import device_in_use, nbd_device, openers, swap_area
 from nbdnfs.kernel import state as kernel_state
@@ -196,14 +203,19 @@ def _take_down(records: Records, keeper: ProcessRecord | None, ours: frozenset[i
     the keeper and its helpers, which may have the device open.
 
     BusyError: the device is in use, or there is another keeper. UnavailableError: something does not end.
+    UnreadableError: whether it lives is not known.
     """
     _end(keeper, signal.SIGTERM, "the keeper")
     with _no_keeper(records):
         _disconnect(records.name, ours)
         worker = records.living(Records.WORKER)
-        with contextlib.suppress(UnavailableError):
+        try:
             _end(worker, 0, "the worker")  # by itself, because the kernel has disconnected
             worker = None
+        except UnreadableError:  # it has not been given its time
+            raise
+        except UnavailableError:
+            pass
         _end(worker, signal.SIGKILL, "the worker")
         _end(records.living(Records.STANDBY), signal.SIGKILL, "the standby")  # a parked one may outlive its keeper
         hibernation.permit(records.name)
@@ -282,11 +294,11 @@ def _end(record: ProcessRecord | None, number: int, what: str) -> None:
     if record is None:
         return
     try:
-        descriptor = os.pidfd_open(record.pid)
+        descriptor = failures.patiently(lambda: os.pidfd_open(record.pid))
     except ProcessLookupError:
         return
     try:
-        if not record.is_alive():
+        if not failures.patiently(record.is_alive):
             return
         if number:
             with contextlib.suppress(ProcessLookupError):

@@ -15,7 +15,7 @@ import signal
 import socket
 
 from nbdnfs import name_lock, proc_stat
-from nbdnfs.errors import NbdnfsError
+from nbdnfs.errors import NbdnfsError, UnreadableError, is_of_want
 from nbdnfs.heir import _heir
 from nbdnfs.kernel import nbd_handshake
 from nbdnfs.worker import protocol
@@ -39,11 +39,13 @@ _PAUSE_S = 10.0
 
 
 def is_heir(pid: int) -> bool:
-    """Whether a process is the heir of a keeper, which lives or has ended."""
+    """Whether a process is the heir of a keeper, which lives or has ended. UnreadableError: it is not known."""
     try:
         with open(f"/proc/{pid}/comm") as comm:
             return comm.read() == f"{COMMAND}\n"
-    except OSError:
+    except OSError as error:
+        if is_of_want(error):
+            raise UnreadableError(f"cannot look at process {pid}: {error.strerror}") from None
         return False
 
 

@@ -166,6 +166,18 @@ class Keeper:
     def _turn(self) -> None:
         """Do what is due, and sleep until there is an event."""
         now = time.monotonic()
+        try:
+            following = self._do(now)
+        except UnreadableError as error:
+            self._reporter.complain("unreadable", f"{error.message}; trying again until it can")
+            following = self._step
+        if following != self._step:
+            self._enter(following)
+            return
+        self._sleep(now)
+
+    def _do(self, now: float) -> str:
+        """What is due; the step to go on with. UnreadableError: something is not known, and is looked at again."""
         self._park_region()
         if self._step != "provision":
             self.serving.keep(now)
@@ -180,15 +192,7 @@ class Keeper:
             if not self._is_recorded:
                 self._record_itself()
             self._records.retry()
-        try:
-            following = self._steps[self._step](now)
-        except UnreadableError as error:
-            self._reporter.complain("unreadable", f"{error.message}; trying again until it can")
-            following = self._step
-        if following != self._step:
-            self._enter(following)
-            return
-        self._sleep(now)
+        return self._steps[self._step](now)
 
     def _keep_heir(self, now: float) -> None:
         """Once memory is locked: it shares that."""
@@ -417,7 +421,7 @@ class Keeper:
         device = self.serving.device
         if device is not None:
             try:
-                self._kernel.disconnect(device)
+                failures.patiently(lambda: self._kernel.disconnect(device))
             except NbdnfsError as error:
                 self._reporter.say(f"{device.path} stays attached: {error.message}")
                 return

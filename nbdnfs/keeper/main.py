@@ -14,7 +14,15 @@ import sys
 import time
 
 from nbdnfs import config, memlock, nfs_url, proc_stat, programs
-from nbdnfs.errors import NbdnfsError, NoHostError, OwnedError, PermissionDeniedError, UnavailableError, UsageError
+from nbdnfs.errors import (
+    NbdnfsError,
+    NoHostError,
+    OwnedError,
+    PermissionDeniedError,
+    UnavailableError,
+    UnreadableError,
+    UsageError,
+)
 from nbdnfs.keeper import failures, hibernation, journal, last_good, only_keeper, sd_notify
 from nbdnfs.keeper.heir import Heir
 from nbdnfs.keeper.keeper import Keeper
@@ -74,7 +82,7 @@ def run(name: str, *, steal: bool = False) -> int:
         return os.EX_UNAVAILABLE
     except NbdnfsError as error:
         is_unit = _is_unit()
-        if is_unit and not isinstance(error, OwnedError) and _is_attached(name):
+        if is_unit and not isinstance(error, OwnedError) and not _is_surely_detached(name):
             error.exit_code = os.EX_UNAVAILABLE  # nothing that is attached is given up
         if error.exit_code in failures.FINAL_STATUSES or not is_unit:
             reporter.all_is_well()  # the next one is started by a person, who wants to read why it ends
@@ -145,7 +153,7 @@ def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
             finally:
                 own_root.leave()
     except NbdnfsError:
-        if nbd_device.find(backend) is None:
+        if _is_surely_detached(name):
             hibernation.permit(name)
         if settings.owner:
             _release_unless_attached(name, text, address)
@@ -173,6 +181,14 @@ def _require_kernel_files() -> None:
 
 def _is_attached(name: str) -> bool:
     return failures.patiently(lambda: nbd_device.find(nbd_device.backend_of(name))) is not None
+
+
+def _is_surely_detached(name: str) -> bool:
+    """For what follows an error, which stays the one that is raised: a device of which nothing is known is attached."""
+    try:
+        return not _is_attached(name)
+    except UnreadableError:
+        return False
 
 
 def _read(records: Records, key: str) -> str | None:
@@ -288,7 +304,7 @@ def _has_owner_record(settings: Config, records: Records, *, is_attached: bool) 
 
 def _release_unless_attached(name: str, text: str, address: str) -> None:
     """After a failure: give the file up where this machine does not use it. Another machine's stays that machine's."""
-    if nbd_device.find(nbd_device.backend_of(name)) is not None:
+    if not _is_surely_detached(name):
         return
     try:
         from nbdnfs.nas import ownership  # loads the engine: there is no swap that this process is needed for any more

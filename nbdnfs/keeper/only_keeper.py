@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from nbdnfs import name_lock, nfs_url
-from nbdnfs.errors import BusyError, UnavailableError, UsageError
-from nbdnfs.keeper import heir
+from nbdnfs.errors import BusyError, UnavailableError, UnreadableError, UsageError, is_of_want
+from nbdnfs.keeper import failures, heir
 from nbdnfs.keeper.records import Records
 from nbdnfs.kernel import nbd_device
 
@@ -35,19 +35,22 @@ def become(records: Records) -> int:
     """Become the keeper of the device, for as long as the descriptor that this returns is open; -1 without a lock.
 
     OtherKeeperError: another process is, even one that is stopped or hangs. UnavailableError: there is no place for
-    the lock, and no device that has to be kept all the same.
+    the lock, and no device that has to be kept all the same. UnreadableError: there is no memory or descriptor to see
+    who is.
     """
     name = records.name
     descriptor = -1
     try:
-        descriptor = _take_lock(records)
+        descriptor = failures.patiently(lambda: _take_lock(records))
     except OSError as error:
         text = f"cannot lock the device in {records.path.parent}: {error.strerror}"
-        if nbd_device.find(nbd_device.backend_of(name)) is None:
+        if is_of_want(error):  # there may be a lock, and another keeper that has it
+            raise UnreadableError(text, "free memory, and try again") from None
+        if failures.patiently(lambda: nbd_device.find(nbd_device.backend_of(name))) is None:
             raise UnavailableError(text, "make room in /run") from None
         print(f"nbdnfs: {name}: {text}; going on for the device that is attached", file=sys.stderr)
     # one of a version that takes no lock
-    record = records.living(Records.KEEPER)
+    record = failures.patiently(lambda: records.living(Records.KEEPER))
     if record is not None and record.pid != os.getpid():
         if descriptor >= 0:
             os.close(descriptor)

@@ -161,7 +161,11 @@ class Serving:
             self._give_up(worker, f"the NBD handshake with a worker failed: {error.message}")
             return
         if self.device is None:
-            self.device = self._kernel.attach(worker.socket, export)
+            try:
+                self.device = self._kernel.attach(worker.socket, export)
+            except UnreadableError as error:  # the worker has been greeted once: it is another one's turn
+                self._give_up(worker, f"cannot attach a device: {error.message}")
+                return
             self._records.put(self._records.DEVICE, self.device.name)
         else:
             try:

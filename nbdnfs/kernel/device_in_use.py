@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nbdnfs.errors import BusyError
+from nbdnfs.errors import BusyError, UnreadableError, is_of_want
 from nbdnfs.kernel import openers
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.state import NbdDevice
@@ -198,18 +198,19 @@ def _claim(node: Path) -> int | None:
     The kernel refuses it before any I/O (block/bdev.c: bd_prepare_to_claim). An open of a device that is free goes on
     to read the partition table, and with a dead server no signal ends that: it is left to a thread. So no answer in
     time means that nothing has the device claimed; DISCONNECT ends the wait, and is what is wanted then. Where there is
-    no node, or no permission, there is nothing to find out either.
+    no node, or no permission, there is nothing to find out either. UnreadableError: there is no memory or descriptor to
+    ask with, so it is not known.
     """
     lock = threading.Lock()
     found: list[int] = []
-    refusals: list[int | None] = []
+    refusals: list[OSError] = []
     is_abandoned = False
 
     def open_it() -> None:
         try:
             descriptor = os.open(node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
         except OSError as error:
-            refusals.append(error.errno)
+            refusals.append(error)
             return
         with lock:
             if not is_abandoned:
@@ -218,15 +219,21 @@ def _claim(node: Path) -> int | None:
         os.close(descriptor)
 
     thread = threading.Thread(target=open_it, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:  # no memory for one, or too many
+        raise UnreadableError(f"cannot look at {node}: {error}", "free memory, and try again") from None
     thread.join(_PROBE_TIMEOUT_S)
     with lock:
         is_abandoned = not found
-    if errno.EBUSY in refusals:
+    if any(refusal.errno == errno.EBUSY for refusal in refusals):
         raise BusyError(
             f"/dev/{node.name} is claimed by the kernel: swap, a mount in another namespace, or a device on top",
             "see lsblk, swapon --show and lsns -t mnt",
         )
+    for refusal in refusals:
+        if is_of_want(refusal):
+            raise UnreadableError(f"cannot open {node}: {refusal.strerror}", "free memory, and try again")
     if not found and not refusals:
         log.warning("%s does not open: its server does not answer", node)
     return found[0] if found else None

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbdnfs.errors import BusyError, NbdnfsError, UnavailableError, UsageError
+from nbdnfs.errors import BusyError, NbdnfsError, UnavailableError, UnreadableError, UsageError
 from nbdnfs.kernel import device_in_use, nbd_settings, openers
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.nbd_handshake import Export
@@ -29,10 +29,13 @@ from nbdnfs.sizes import SLOT_BYTES
 
 if TYPE_CHECKING:
     from nbdnfs.kernel.nbd_netlink import NbdNetlink
+    from nbdnfs.kernel.state import NbdDevice
 
 log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 10.0
+# How long a failed attach tries to take its device down again, while what the kernel says of it cannot be read.
+_TAKE_DOWN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,11 @@ def attach(
             raise
         attached = Attached(device_in_use.retry_while_opened(connect, refusal, f"nbd{index}", root), export.size_bytes)
     try:
-        _wait_until_there(attached, timeout_s, root)
-        _set_up_queue(attached, export, io_timeout_ms, max_sectors_kb, root)
+        state = _wait_until_there(attached, timeout_s, root)
+        _set_up_queue(state, export, io_timeout_ms, max_sectors_kb, root)
     except BaseException:
         with contextlib.suppress(NbdnfsError):
-            device_in_use.disconnect(netlink, attached.index, root)
+            _take_down(netlink, attached, root)
         raise
     return attached
 
@@ -172,37 +175,62 @@ def check(export: Export, source: str) -> None:
         )
 
 
-def _wait_until_there(attached: Attached, timeout_s: float, root: Path) -> None:
-    """Until the block device has its size, and udev (or devtmpfs) has made its node."""
+def _take_down(netlink: NbdNetlink, attached: Attached, root: Path) -> None:
+    """As device_in_use.disconnect, again while it is not known whether the device is in use: nothing else would ever
+    take it down."""
+
+    def is_decided() -> bool:
+        try:
+            device_in_use.disconnect(netlink, attached.index, root)
+        except UnreadableError:
+            return False
+        return True
+
+    wait_until(is_decided, _TAKE_DOWN_S)
+
+
+def _wait_until_there(attached: Attached, timeout_s: float, root: Path) -> NbdDevice:
+    """Until the block device has its size, and udev (or devtmpfs) has made its node. What cannot be read just now is
+    not there yet. UnreadableError: not in time. UnavailableError: it is not there in time."""
+    state: NbdDevice | None = None
+    unreadable: UnreadableError | None = None
 
     def is_there() -> bool:
-        state = kernel_state.nbd_device(attached.name, root)
+        nonlocal state, unreadable
+        try:
+            state, unreadable = kernel_state.nbd_device(attached.name, root), None
+        except UnreadableError as error:
+            unreadable = error
+            return False
         node = root / "dev" / attached.name
         return state is not None and state.size_bytes == attached.size_bytes and node.exists()
 
-    if not wait_until(is_there, timeout_s):
+    is_in_time = wait_until(is_there, timeout_s)
+    if unreadable is not None:
+        raise unreadable
+    if not is_in_time or state is None:
         raise UnavailableError(
             f"the kernel attached {attached.name}, but {attached.path} does not show its size within {timeout_s:g} s",
             "see the kernel's log: dmesg | tail",
         )
+    return state
 
 
 def _set_up_queue(
-    attached: Attached, export: Export, io_timeout_ms: int, max_sectors_kb: int | None, root: Path
+    device: NbdDevice, export: Export, io_timeout_ms: int, max_sectors_kb: int | None, root: Path
 ) -> None:
     """A setting that this kernel does not have, or refuses, costs a line in the log and no more."""
     settings = nbd_settings.queue(io_timeout_ms)
     wanted_kb = nbd_settings.MAX_REQUEST_KIB if max_sectors_kb is None else max_sectors_kb
     wanted_kb = min(wanted_kb, export.max_block_bytes // 1024)
-    state = kernel_state.nbd_device(attached.name, root)
-    found_kb = state.max_sectors_kb if state is not None else None
+    found_kb = device.max_sectors_kb
     if found_kb is not None and (found_kb > wanted_kb or (max_sectors_kb is not None and found_kb != wanted_kb)):
         settings["max_sectors_kb"] = str(wanted_kb)
     for setting, value in settings.items():
         try:
-            nbd_settings.write_queue(attached.name, setting, value, root)
+            nbd_settings.write_queue(device.name, setting, value, root)
         except OSError as error:
-            log.warning("%s: queue/%s stays as it is (%s)", attached.name, setting, error.strerror)
+            log.warning("%s: queue/%s stays as it is (%s)", device.name, setting, error.strerror)
 
 
 class NbdKernel:

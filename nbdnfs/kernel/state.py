@@ -213,7 +213,9 @@ def device_number(path: Path) -> str | None:
     """The number ("43:0") of a block device node, symbolic links followed; None for anything else."""
     try:
         info = os.stat(path)
-    except OSError:
+    except OSError as error:
+        if is_of_want(error):
+            raise _unreadable(path, error) from None
         return None
     if not stat.S_ISBLK(info.st_mode):
         return None
@@ -222,9 +224,12 @@ def device_number(path: Path) -> str | None:
 
 def block_name(number: str, root: Path = ROOT) -> str | None:
     """The kernel's name ("nbd0p1") of the block device with that number ("43:1"), by /sys/dev/block."""
+    link = root / "sys/dev/block" / number
     try:
-        return os.path.basename(os.readlink(root / "sys/dev/block" / number))
-    except OSError:
+        return os.path.basename(os.readlink(link))
+    except OSError as error:
+        if is_of_want(error):
+            raise _unreadable(link, error) from None
         return None
 
 

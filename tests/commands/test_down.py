@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from nbdnfs import name_lock
 from nbdnfs.commands import systemd_unit, up_down
-from nbdnfs.errors import BusyError, NbdnfsError, UnavailableError
+from nbdnfs.errors import BusyError, NbdnfsError, UnavailableError, UnreadableError
 from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import nbd_device, swap_area
 from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.kernel.state import Swap
+from nbdnfs.proc_stat import start_time_ticks
 
 
 class Machine:
@@ -83,6 +86,38 @@ def test_the_order(machine: Machine) -> None:
     assert not (machine.run / "swap0").exists()
     for what in (name_lock.KEEPER, name_lock.COMMAND):
         os.close(name_lock.take("swap0", what, run=machine.run))
+
+
+def test_a_worker_that_cannot_be_looked_at(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not killed: it has not had its time to end by itself."""
+
+    def end(record: ProcessRecord | None, number: int, what: str) -> None:
+        machine.calls.append(f"end {what} {number}")
+        if what == "the worker":
+            raise UnreadableError("cannot look at process 7: Too many open files")
+
+    monkeypatch.setattr(up_down, "_end", end)
+    with pytest.raises(UnreadableError):
+        up_down.down("swap0", report)
+    assert machine.calls[-2:] == ["disconnect", "end the worker 0"]
+
+
+def test_an_end_that_cannot_be_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is looked at again, and has its time."""
+    refusals = [UnreadableError("cannot look at process: Too many open files")] * 3
+    is_alive = ProcessRecord.is_alive
+
+    def look(record: ProcessRecord) -> bool:
+        if refusals:
+            raise refusals.pop()
+        return is_alive(record)
+
+    monkeypatch.setattr(ProcessRecord, "is_alive", look)
+    with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE) as process:
+        started = start_time_ticks(process.pid)
+        assert started is not None
+        up_down._end(ProcessRecord(process.pid, started, "1"), signal.SIGTERM, "it")
+        assert process.wait() == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("service", [False, True])

@@ -604,6 +604,49 @@ def test_swap_that_cannot_be_looked_up(setup: Setup, monkeypatch: pytest.MonkeyP
     assert refusals == []
 
 
+def test_a_kernel_that_cannot_be_read_while_attaching(setup: Setup) -> None:
+    """The next worker is attached."""
+    setup.kernel.refuses = [UnreadableError("cannot read /sys/block: Cannot allocate memory")]
+    assert setup.run(watches) == 0
+    assert (setup.kernel.attaches, setup.kernel.refuses) == (1, [])
+
+
+def test_serving_that_cannot_be_looked_after(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is done again, as a step is."""
+    refusals = [UnreadableError("cannot read /sys/block: Too many open files")] * 3
+    keep = serving_module.Serving.keep
+
+    def refuse(serving: serving_module.Serving, now: float) -> None:
+        if refusals:
+            raise refusals.pop()
+        keep(serving, now)
+
+    monkeypatch.setattr(serving_module.Serving, "keep", refuse)
+    monkeypatch.setattr(keeper_module, "_TICK_S", 0.05)
+    assert setup.run(watches) == 0
+    assert refusals == []
+
+
+def test_a_device_that_cannot_be_read_is_taken_down(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an error: once it can be."""
+    refusals = [UnreadableError("cannot read /proc/swaps: Too many open files")] * 3
+    disconnect = setup.kernel.disconnect
+
+    def refuse(attached: Attached) -> None:
+        if refusals:
+            raise refusals.pop()
+        disconnect(attached)
+
+    def fail(attached: Attached) -> bool:
+        raise NbdnfsError("it fails")
+
+    monkeypatch.setattr(setup.kernel, "disconnect", refuse)
+    monkeypatch.setattr(setup.work, "is_swapped_on", fail)
+    with pytest.raises(NbdnfsError, match="it fails"):
+        setup.run(None)
+    assert (setup.kernel.disconnects, setup.kernel.attached) == (1, None)
+
+
 def test_stuck_worker(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """LINK_DEAD for a worker that does not end: it is killed, and the next one serves."""
     monkeypatch.setattr(serving_module, "STUCK_S", 0.2)

@@ -12,7 +12,15 @@ from support.nfs_server import LOOPBACK, FileOnServer
 from support.owner_records import HOLDER, beside, record_path
 
 from nbdnfs import programs
-from nbdnfs.errors import BusyError, CannotCreateError, ConfigError, NbdnfsError, NoHostError, UnavailableError
+from nbdnfs.errors import (
+    BusyError,
+    CannotCreateError,
+    ConfigError,
+    NbdnfsError,
+    NoHostError,
+    UnavailableError,
+    UnreadableError,
+)
 from nbdnfs.keeper import failures, main
 from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.reporter import Reporter
@@ -129,6 +137,22 @@ def test_nothing_is_final_with_the_device_attached(monkeypatch: pytest.MonkeyPat
     with pytest.raises(NbdnfsError) as caught:
         main.run("swap0")
     assert caught.value.exit_code == os.EX_NOPERM
+
+
+@pytest.mark.usefixtures("run_folder", "slept_s")
+def test_an_error_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By that it is not known whether the device is attached: then it is as good as attached."""
+
+    def find(backend: str) -> None:
+        raise UnreadableError("cannot read /sys/block: Too many open files")
+
+    error = NbdnfsError("it is wrong")
+    error.exit_code = os.EX_CONFIG
+    fail_with(monkeypatch, error)
+    monkeypatch.setattr(nbd_device, "find", find)
+    assert main.run("swap0") == os.EX_UNAVAILABLE
+    assert Records("swap0").read(Records.WAITING) == "it is wrong"
+    main._release_unless_attached("swap0", "nfs://nas/a", LOOPBACK)  # it does not raise, nor ask the server
 
 
 @pytest.mark.usefixtures("run_folder", "slept_s")

@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.nbd_tree import add_device, make_machine
+from support.want import no_descriptors
 
 from nbdnfs import name_lock
-from nbdnfs.errors import BusyError, UnavailableError
-from nbdnfs.keeper import only_keeper
+from nbdnfs.errors import BusyError, UnavailableError, UnreadableError
+from nbdnfs.keeper import failures, heir, only_keeper
 from nbdnfs.keeper.records import Records
 
 URL = "nfs://nas/export/swap/a.swap?version=3"
@@ -91,6 +94,34 @@ def test_without_a_place_for_the_lock(
     monkeypatch.setattr(only_keeper.nbd_device, "find", lambda backend: object())
     assert only_keeper.become(blocked) == -1
     assert "going on for the device that is attached" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("errors", [3, 1000])
+def test_no_descriptor_for_the_lock(root: Path, monkeypatch: pytest.MonkeyPatch, errors: int) -> None:
+    """It is tried again; no keeper goes on without a lock for that, whatever is attached."""
+    refusals = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))] * errors
+    take = name_lock.take
+
+    def refuse(*arguments: Any, **options: Any) -> int:
+        if refusals:
+            raise refusals.pop()
+        return take(*arguments, **options)
+
+    monkeypatch.setattr(name_lock, "take", refuse)
+    monkeypatch.setattr(failures, "_LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr(only_keeper.nbd_device, "find", lambda backend: object())
+    if errors == 3:
+        os.close(only_keeper.become(records(root)))
+        return
+    with pytest.raises(UnreadableError, match="cannot lock the device"):
+        only_keeper.become(records(root))
+
+
+def test_a_holder_that_cannot_be_looked_at(other_process: subprocess.Popen[bytes]) -> None:
+    """It may be an heir."""
+    with no_descriptors(), pytest.raises(UnreadableError, match="Too many open files"):
+        heir.is_heir(other_process.pid)
+    assert not heir.is_heir(other_process.pid)
 
 
 @pytest.mark.parametrize(

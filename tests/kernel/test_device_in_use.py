@@ -10,7 +10,7 @@ import pytest
 from support.nbd_tree import FakeNetlink, add_partition, make_machine, opened_by
 from support.waiting import DEADLINE_S
 
-from nbdnfs.errors import BusyError
+from nbdnfs.errors import BusyError, UnreadableError
 from nbdnfs.kernel import device_in_use, waiting
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.nbd_netlink import NbdNetlink
@@ -174,6 +174,31 @@ def test_disconnect_refuses_what_is_in_use(root: Path) -> None:
         device_in_use.disconnect(netlink(kernel), 1, root)
     assert caught.value.hint == "swapoff /dev/dm-0, then take dm-0 down first (see lsblk)"
     assert kernel.disconnects == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE, errno.ENFILE])
+def test_a_claim_that_there_is_no_memory_for(root: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Then it is not known whether the device is in use, and it stays."""
+
+    def fail(path: Path, flags: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    kernel = FakeNetlink(root)
+    monkeypatch.setattr(device_in_use.os, "open", fail)
+    with pytest.raises(UnreadableError, match=os.strerror(number)):
+        device_in_use.disconnect(netlink(kernel), 1, root)
+    assert kernel.disconnects == []
+
+
+def test_a_claim_without_a_thread(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python says RuntimeError."""
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(UnreadableError, match="can't start new thread"):
+        refuse(root)
 
 
 def test_the_device_stays_claimed_until_it_is_disconnected(root: Path) -> None:

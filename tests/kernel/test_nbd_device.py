@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import subprocess
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 from support.nbd_tree import SIZE_BYTES, FakeNetlink, make_machine
 
-from nbdnfs.errors import BusyError, UnavailableError, UsageError
+from nbdnfs.errors import BusyError, UnavailableError, UnreadableError, UsageError
 from nbdnfs.kernel import device_in_use, nbd_device, nbd_netlink
+from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.kernel.nbd_handshake import Export, TransmissionFlags
 
@@ -118,6 +120,39 @@ def test_no_device_is_left_behind(kernel: FakeNetlink, sock: socket.socket) -> N
     kernel.forgets_size = True
     with pytest.raises(UnavailableError, match=r"does not show its size within 0\.1 s"):
         attach(kernel, sock, index=0, timeout_s=0.1)
+    assert kernel.disconnects == [0]
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, name: str, errors: int, *, after: int = 0) -> None:
+    """There is no memory for kernel_state.NAME, so often, once it has been called `after` times."""
+    read, calls = getattr(kernel_state, name), itertools.count()
+
+    def fail(*arguments: Any) -> Any:
+        if after <= next(calls) < after + errors:
+            raise UnreadableError("cannot read /sys: Cannot allocate memory")
+        return read(*arguments)
+
+    monkeypatch.setattr(kernel_state, name, fail)
+
+
+def test_a_device_that_cannot_be_read_yet(
+    kernel: FakeNetlink, sock: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at again, and its queue is set up."""
+    unreadable(monkeypatch, "nbd_device", 3, after=2)  # find() has looked at two
+    attach(kernel, sock, index=0)
+    assert kernel.disconnects == []
+    assert (kernel.root / "sys/block/nbd0/queue/max_sectors_kb").read_text().strip() != "1280"
+
+
+def test_a_device_that_cannot_be_read_in_time(
+    kernel: FakeNetlink, sock: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is the error; and the device is taken down once it can be read."""
+    monkeypatch.setattr(nbd_device, "_wait_until_there", lambda *arguments: kernel_state.swaps(kernel.root))
+    unreadable(monkeypatch, "swaps", 4)
+    with pytest.raises(UnreadableError):
+        attach(kernel, sock, index=0)
     assert kernel.disconnects == [0]
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Readers of /proc and /sys on golden trees, in the formats of Linux 6.1 and 6.12."""
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -236,6 +238,24 @@ def test_what_cannot_be_read_is_not_nothing(tmp_path: Path, read: Callable[[Path
     with no_descriptors(), pytest.raises(UnreadableError, match="Too many open files"):
         read(tmp_path)
     read(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE])
+def test_a_number_that_there_is_no_memory_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """It is not known: that is not the number of no device, or the name of none."""
+
+    def fail(path: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", fail)
+        patched.setattr(os, "readlink", fail)
+        with pytest.raises(UnreadableError) as no_number:
+            kernel_state.device_number(tmp_path / "nbd0")
+        with pytest.raises(UnreadableError) as no_name:
+            kernel_state.block_name("43:0", tmp_path)
+    assert os.strerror(number) in no_number.value.message
+    assert os.strerror(number) in no_name.value.message
 
 
 def test_a_file_that_cannot_be_opened_among_others(tmp_path: Path) -> None:
