@@ -190,7 +190,12 @@ def test_no_memory_of_others_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     it is read only of those that have the region locked."""
     seen: list[str] = []
     read = region._read
-    monkeypatch.setattr(region, "_read", lambda path: seen.append(path) or read(path))  # type: ignore[func-returns-value]
+
+    def note_and_read(path: str) -> bytes:
+        seen.append(path)
+        return read(path)
+
+    monkeypatch.setattr(region, "_read", note_and_read)
     region_fd = region.create()
     with subprocess.Popen(["@holder", "60"], executable="/bin/sleep", pass_fds=[region_fd]) as holder:
         assert region.holder(region_fd, "@holder") is None
