@@ -6,6 +6,7 @@
     ├─ ConfigError                EX_CONFIG
     ├─ NoInputError               EX_NOINPUT
     ├─ NoHostError                EX_NOHOST
+    ├─ NoMemoryError                EX_SOFTWARE
     ├─ UnavailableError           EX_UNAVAILABLE
     │  └─ UnreadableError
     ├─ CannotCreateError          EX_CANTCREAT
@@ -79,6 +80,10 @@ class NoHostError(NbdnfsError):
     """The server's name does not resolve."""
 
     exit_code = os.EX_NOHOST
+
+
+class NoMemoryError(NbdnfsError):
+    """The kernel had no memory or descriptors for a request: `is_of_want`. The same one may go well the next time."""
 
 
 class UnavailableError(NbdnfsError):

@@ -229,12 +229,17 @@ def is_held_by(descriptor: int, pid: int, root: str | os.PathLike[str] = "/") ->
 
 def holder(descriptor: int, process_name: str, root: str | os.PathLike[str] = "/") -> int | None:
     """The process called `process_name` (its argv[0]) that has this region locked, as a worker that serves has and a
-    standby has not; None when none has. OSError as `take_from`."""
+    standby has not; None when none has. OSError as `take_from`.
+
+    Only of one that has it locked is the name read, which is in its own memory: where that has been swapped out, to a
+    device that has no worker, reading it waits for ever.
+    """
     for pid in filter(str.isdigit, os.listdir(os.path.join(root, "proc"))):
         name = ""
         with _UnlessClosed():
-            name = _read(_proc(root, pid, "cmdline")).partition(b"\0")[0].decode(errors="replace")
-        if name == process_name and _is_locked_by(descriptor, int(pid), root):
+            if _is_locked_by(descriptor, int(pid), root):
+                name = _read(_proc(root, pid, "cmdline")).partition(b"\0")[0].decode(errors="replace")
+        if name == process_name:
             return int(pid)
     return None
 

@@ -6,6 +6,7 @@
 #include "heir.h"
 
 #include <endian.h>
+#include <errno.h>
 #include <poll.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -35,6 +36,10 @@ static bool receive(struct heir *heir, void *into, size_t bytes, int64_t until_m
 		if (left_ms <= 0 || !heir_is_readable(heir->sock, (int)left_ms))
 			return false;
 		got = recv(heir->sock, at, bytes, MSG_DONTWAIT);
+		if (got < 0 && heir_is_of_want(errno)) {
+			poll(NULL, 0, HEIR_AGAIN_MS);
+			continue;
+		}
 		if (got <= 0)
 			return false;
 		at += got;

@@ -19,6 +19,9 @@
 #define HEIR_HAS_STANDBY 2 /* control socket of the parked standby */
 #define HEIR_END 4	   /* there is nothing to guard any more */
 
+/* How soon what the kernel had no memory for is done again. */
+#define HEIR_AGAIN_MS 100
+
 /* What heir ▸ keeper sends, once: it has closed all descriptors that are not its own. */
 #define HEIR_READY 'r'
 
@@ -69,7 +72,10 @@ void heir_take_over(struct heir *heir);
 /* Shake hands as an NBD client: nbd_handshake.py. NULL, or what is wrong. */
 const char *heir_negotiate(struct heir *heir);
 
-/* Whether our device is still attached. */
+/* Whether an errno says only that there was no memory: the same call may go well the next time. */
+bool heir_is_of_want(int error);
+
+/* Whether our device is still attached. Where that cannot be read for want of memory, it is. */
 bool heir_has_device(struct heir *heir);
 
 /*
@@ -78,7 +84,7 @@ bool heir_has_device(struct heir *heir);
  */
 bool heir_send(struct heir *heir, int socket, const void *data, size_t bytes);
 
-/* Whether the lock of the keeper could be taken. */
+/* Whether the lock of the keeper could be taken. Waits where there is no memory for that. */
 bool heir_try_lock(struct heir *heir);
 
 /* Whether a descriptor is readable within the time, -1 for no limit. A hang-up counts. */

@@ -71,11 +71,18 @@ static void close_others(const struct heir *heir)
 	}
 }
 
+bool heir_is_of_want(int error)
+{
+	return error == ENOMEM || error == ENOBUFS || error == EINTR;
+}
+
 bool heir_has_device(struct heir *heir)
 {
 	char found[sizeof(heir->backend_text) + 1];
 	ssize_t bytes = pread(heir->backend, found, sizeof(found), 0);
 
+	if (bytes < 0 && (heir_is_of_want(errno) || errno == EAGAIN))
+		return true;
 	return bytes == (ssize_t)heir->backend_bytes && memcmp(found, heir->backend_text, heir->backend_bytes) == 0;
 }
 
@@ -84,7 +91,14 @@ bool heir_try_lock(struct heir *heir)
 {
 	struct stat file;
 
-	return fstat(heir->lock, &file) == 0 && file.st_nlink > 0 && flock(heir->lock, LOCK_EX | LOCK_NB) == 0;
+	if (fstat(heir->lock, &file) != 0 || file.st_nlink == 0)
+		return false;
+	while (flock(heir->lock, LOCK_EX | LOCK_NB) != 0) {
+		if (!heir_is_of_want(errno))
+			return false;
+		poll(NULL, 0, HEIR_AGAIN_MS);
+	}
+	return true;
 }
 
 static void forget(int *descriptor)
@@ -133,8 +147,12 @@ static bool take_messages(struct heir *heir)
 		int descriptors[2], count = 0;
 		ssize_t bytes = recvmsg(heir->channel, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
 
-		if (bytes < 0 && (errno == EAGAIN || errno == EINTR))
+		if (bytes < 0 && errno == EAGAIN)
 			return true;
+		if (bytes < 0 && heir_is_of_want(errno)) {
+			poll(NULL, 0, HEIR_AGAIN_MS);
+			continue;
+		}
 		if (bytes < 0)
 			bytes = 0; /* as at its end */
 		rights = bytes > 0 ? CMSG_FIRSTHDR(&message) : NULL;

@@ -23,8 +23,6 @@
 /* How often the socket is offered, and for how long: see give_to_kernel(). */
 #define OFFER_EVERY_MS 100
 #define OFFERS 30
-/* How soon what the kernel had no memory for is sent again. */
-#define SEND_EVERY_MS 100
 /* When the first offer may be made, counted from the end of keeper and worker: see settle(). */
 #define SETTLE_MS 300
 
@@ -39,10 +37,16 @@ static bool take_standby(struct heir *heir)
 	struct msghdr message = {
 		.msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control)
 	};
-	ssize_t bytes = recvmsg(heir->standby, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-	struct cmsghdr *rights = bytes > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+	struct cmsghdr *rights;
 	int descriptors[HEIR_ANCILLARY_DESCRIPTORS];
+	ssize_t bytes;
 
+	while ((bytes = recvmsg(heir->standby, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC)) < 0) {
+		if (!heir_is_of_want(errno) || !heir_has_device(heir))
+			return false;
+		poll(NULL, 0, HEIR_AGAIN_MS);
+	}
+	rights = bytes > 0 ? CMSG_FIRSTHDR(&message) : NULL;
 	if (rights == NULL || rights->cmsg_type != SCM_RIGHTS || rights->cmsg_len != CMSG_LEN(sizeof(descriptors)))
 		return false;
 	memcpy(descriptors, CMSG_DATA(rights), sizeof(descriptors));
@@ -61,9 +65,9 @@ bool heir_send(struct heir *heir, int socket, const void *data, size_t bytes)
 
 		if (sent >= 0)
 			return sent == (ssize_t)bytes;
-		if (errno != ENOMEM && errno != ENOBUFS && errno != EAGAIN && errno != EINTR)
+		if (!heir_is_of_want(errno) && errno != EAGAIN)
 			return false;
-		if (heir_is_readable(heir->pidfd, SEND_EVERY_MS) || !heir_has_device(heir))
+		if (heir_is_readable(heir->pidfd, HEIR_AGAIN_MS) || !heir_has_device(heir))
 			return false;
 	}
 }
@@ -119,6 +123,8 @@ static int offer(struct heir *heir)
 		if (left_ms <= 0 || !heir_is_readable(heir->netlink, (int)left_ms))
 			return ETIMEDOUT;
 		bytes = recv(heir->netlink, heir->buffer, sizeof(heir->buffer), MSG_DONTWAIT);
+		if (bytes < 0)
+			return errno; /* ENOBUFS: there was no memory for the answer */
 		if (bytes < (ssize_t)(NLMSG_HDRLEN + sizeof(int)))
 			return EPROTO;
 		memcpy(&header, heir->buffer, sizeof(header));
@@ -141,7 +147,7 @@ static const char *give_to_kernel(struct heir *heir)
 	for (int i = 0; i < OFFERS; i++) {
 		int error = offer(heir);
 
-		if (error != 0 && error != ENOMEM && error != ENOBUFS && error != ETIMEDOUT && error != EINTR)
+		if (error != 0 && !heir_is_of_want(error) && error != ETIMEDOUT && error != EAGAIN)
 			return "the kernel refuses it";
 		if (heir_is_readable(heir->pidfd, OFFER_EVERY_MS))
 			return "it has ended";

@@ -11,7 +11,7 @@ import contextlib
 import time
 
 from nbdnfs import __version__, region
-from nbdnfs.errors import NbdnfsError, UnavailableError, UnreadableError
+from nbdnfs.errors import NbdnfsError, NoMemoryError, UnavailableError, UnreadableError
 from nbdnfs.keeper import events, failures
 from nbdnfs.keeper.worker_handle import WorkerHandle
 from nbdnfs.kernel import nbd_handshake
@@ -31,8 +31,8 @@ HANDSHAKE_TIMEOUT_S = 5.0
 LASTED_S = 2.0
 # A worker exits by itself when the kernel has closed its connection; one that does not is stuck.
 STUCK_S = 3.0
-# How soon a worker that could not be told to serve is told again.
-_ACTIVATE_AGAIN_S = 0.1
+# How soon a worker that could not be told to serve is told again, and one that the kernel had no memory for is offered.
+_AGAIN_S = 0.1
 # LINK_DEAD that comes this soon after a connection was made may be about the connection before.
 _SETTLED_S = 1.0
 
@@ -63,6 +63,7 @@ class Serving:
         self._due_s = 0.0
         self._suspect_since_s: float | None = None
         self._given_up: WorkerHandle | None = None
+        self._unoffered: WorkerHandle | None = None  # has shaken hands; the kernel had no memory to take its socket
         self._adoptable_region = -1  # of a device that may still have a worker of the keeper before; -1: it has none
         self._unrecorded: str | None = None  # the version of a worker that serves, and has no record yet
 
@@ -72,8 +73,10 @@ class Serving:
 
     @property
     def due_s(self) -> float | None:
-        """When the next worker may be started, or is told to serve (time.monotonic()); None once one was."""
-        return self._due_s if self.worker is None or not self.worker.is_activated else None
+        """When the next worker may be started, is told to serve, or is offered to the kernel again (time.monotonic());
+        None where none of this is to be done."""
+        is_due = self.worker is None or not self.worker.is_activated or self.worker is self._unoffered
+        return self._due_s if is_due else None
 
     def adopt(self, region_fd: int) -> None:
         """Take over the worker that serves our device, if it lives. `keep` looks again where another one ends that was
@@ -113,7 +116,7 @@ class Serving:
             self.worker.check_ready()
         if self.worker is not None and self.worker.has_ended():
             self._worker_ended(self.worker, now)
-            self.worker = self._unrecorded = None
+            self.worker = self._unrecorded = self._unoffered = None
         if self.worker is None:
             if now < self._due_s:
                 return
@@ -131,7 +134,10 @@ class Serving:
                 return
         if not self.worker.is_activated and now >= self._due_s:
             self._activate(self.worker, now)
-        if self.worker.has_greeted():
+        if self.worker is self._unoffered:
+            if now >= self._due_s:
+                self._reconnect(self.worker)
+        elif self.worker.has_greeted():
             self._connect(self.worker)
         elif self._unrecorded is not None:
             self._record_worker(self.worker, self._unrecorded)
@@ -150,7 +156,7 @@ class Serving:
         except OSError as error:
             text = f"cannot activate a worker: {error.strerror}; trying again until it can"
             self._reporter.complain("activate", text)
-            self._due_s = now + _ACTIVATE_AGAIN_S
+            self._due_s = now + _AGAIN_S
 
     def _connect(self, worker: WorkerHandle) -> None:
         """Shake hands, and give the socket to the kernel."""
@@ -167,13 +173,31 @@ class Serving:
                 self._give_up(worker, f"cannot attach a device: {error.message}")
                 return
             self._records.put(self._records.DEVICE, self.device.name)
+            self._release(worker)
         else:
-            try:
-                self._kernel.reconnect(self.device, worker.socket)
-            except NbdnfsError as error:
-                self._refuse_if_detached()
-                self._give_up(worker, f"{self.device.path}: {error.message}")
-                return
+            self._reconnect(worker)
+
+    def _reconnect(self, worker: WorkerHandle) -> None:
+        """Offer the socket to the kernel; again soon where it has no memory for that, as there may be no other worker.
+        It ignores what is offered while it has a socket that lives, so that a lost answer does no harm."""
+        assert worker.socket is not None
+        assert self.device is not None
+        self._unoffered = None
+        try:
+            self._kernel.reconnect(self.device, worker.socket)
+        except NoMemoryError as error:
+            text = f"{self.device.path}: {error.message}; trying again until it can"
+            self._reporter.complain("reconnect", text)
+            self._unoffered, self._due_s = worker, time.monotonic() + _AGAIN_S
+        except NbdnfsError as error:
+            self._refuse_if_detached()
+            self._give_up(worker, f"{self.device.path}: {error.message}")
+        else:
+            self._release(worker)
+
+    def _release(self, worker: WorkerHandle) -> None:
+        """The kernel has been given the socket: leave it to it alone, and see whether it has it."""
+        assert self.device is not None
         if not worker.release_to_kernel():
             self._give_up(worker, f"{self.device.path}: the kernel has not taken a worker's socket: the old one lives")
             return

@@ -35,9 +35,11 @@ from nbdnfs.errors import (
     ConfigError,
     NbdnfsError,
     NoInputError,
+    NoMemoryError,
     PermissionDeniedError,
     UnavailableError,
     UsageError,
+    is_of_want,
 )
 from nbdnfs.kernel import state as kernel_state
 
@@ -234,6 +236,7 @@ class NbdNetlink:
         nbd_genl_reconfigure. While all its sockets live, the kernel reports success and drops the new ones
         (nbd_reconnect_socket: ENOSPC): success does not say that the kernel took it.
         NbdnfsError: no such device, not attached, or the backend differs; the kernel does not say which.
+        NoMemoryError: for the request, or only for its answer; whether the kernel took a socket is not known.
         """
         message = self._message(_CMD_RECONFIGURE)
         _add(message, "INDEX", index)
@@ -406,6 +409,8 @@ def _error(code: int, what: str) -> NbdnfsError:
         return BusyError(f"cannot {what}: the device is in use", "detach it first, or use another one")
     if code in (errno.ENOENT, errno.ENODEV):
         return NoInputError(f"cannot {what}: {reason}", "list the devices: ls /sys/block")
+    if is_of_want(OSError(code, reason)):
+        return NoMemoryError(f"cannot {what}: {reason}", "the kernel's log says more: dmesg | tail")
     # EINVAL: no such device, going down, not configured, another backend (nbd_genl_connect and its sisters)
     return NbdnfsError(f"cannot {what}: {reason}", "the kernel's log says more: dmesg | tail")
 

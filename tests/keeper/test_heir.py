@@ -224,15 +224,18 @@ def test_the_standby_is_told_the_address(scene: Scene) -> None:
     scene.kernel.wait_for_link(2)
 
 
-def test_no_memory_to_send(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The heir goes on until it has activated the standby and shaken hands: there is no other one of either."""
-    library = scene.folder / "poor_send.so"
-    source = TESTS / "support/poor_send.c"
+@pytest.mark.parametrize("call", ["send", "recv", "recvmsg", "pread", "flock"])
+def test_no_memory(scene: Scene, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """The heir goes on until it has taken and activated the standby, shaken hands, and given the socket to the kernel:
+    there is no other one of either."""
+    library = scene.folder / "poor_calls.so"
+    source = TESTS / "support/poor_calls.c"
     subprocess.run(["cc", "-std=c11", "-Wall", "-shared", "-fPIC", source, "-o", library, "-ldl"], check=True)
     scene.serve()
     scene.park()
     with monkeypatch.context() as patched:
         before = os.environ.get("LD_PRELOAD", "")  # a sanitizer's, which must be the first
+        patched.setenv("POOR_CALL", call)
         patched.setenv("LD_PRELOAD", f"{before} {library}".strip())
         scene.keep()
     scene.kill_both()

@@ -27,6 +27,7 @@ from nbdnfs import proc_stat
 from nbdnfs.errors import (
     BusyError,
     NbdnfsError,
+    NoMemoryError,
     OwnedError,
     PermissionDeniedError,
     UnavailableError,
@@ -262,6 +263,26 @@ def test_no_memory_to_activate(
     assert PoorSocket.refusals == []
     text = "nbdnfs: t: cannot activate a worker: no memory; trying again until it can"
     assert capfd.readouterr().err.splitlines().count(text) == 2
+
+
+def test_no_memory_to_reconnect(setup: Setup, capfd: pytest.CaptureFixture[str]) -> None:
+    """The kernel is offered the worker until it can take it: there may be no other one."""
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        standby = setup.work.started[1].pid
+        setup.kernel.refuses = [NoMemoryError("cannot: Cannot allocate memory") for _ in range(3)]
+        os.kill(setup.work.started[0].pid, signal.SIGKILL)
+        setup.kernel.wait_for_link(2)
+        assert setup.kernel.read(0, 4096) == bytes(4096)
+        until(lambda: keeper.serving.is_connected)
+        assert keeper.serving.worker is not None
+        assert keeper.serving.worker.pid == standby
+
+    assert setup.run(scenario) == 0
+    assert setup.kernel.refuses == []
+    text = "nbdnfs: t: /dev/nbd7: cannot: Cannot allocate memory; trying again until it can"
+    assert capfd.readouterr().err.splitlines().count(text) == 1
 
 
 def test_provision_fails_for_now(setup: Setup) -> None:

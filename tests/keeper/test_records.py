@@ -185,6 +185,29 @@ def test_a_zombie_does_not_live(records: Records) -> None:
     child.wait()
 
 
+def test_no_memory_of_others_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command line is in the memory of its process, which may be swapped out to the device that waits for a worker:
+    it is read only of those that have the region locked."""
+    seen: list[str] = []
+    read = region._read
+
+    def note_and_read(path: str) -> bytes:
+        seen.append(path)
+        return read(path)
+
+    monkeypatch.setattr(region, "_read", note_and_read)
+    region_fd = region.create()
+    with subprocess.Popen(["@holder", "60"], executable="/bin/sleep", pass_fds=[region_fd]) as holder:
+        assert region.holder(region_fd, "@holder") is None
+        assert [path for path in seen if "/fdinfo/" not in path] == []
+        fcntl.flock(region_fd, fcntl.LOCK_EX)  # of the open file, which is the holder's too
+        assert region.holder(region_fd, "@holder") == holder.pid
+        holder.kill()
+    os.close(region_fd)
+    lockers = {f"/proc/{pid}/cmdline" for pid in (os.getpid(), holder.pid)}
+    assert {path for path in seen if "/fdinfo/" not in path} <= lockers
+
+
 def test_region_in_another_process() -> None:
     """Found in /proc, distinguished from another region, taken, and looked up by the process's name and lock."""
     region_fd, other = region.create(), region.create()

@@ -22,7 +22,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdnfs.errors import BusyError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError, UsageError
+from nbdnfs.errors import (
+    BusyError,
+    NbdnfsError,
+    NoInputError,
+    NoMemoryError,
+    PermissionDeniedError,
+    UnavailableError,
+    UsageError,
+)
 from nbdnfs.kernel import nbd_netlink
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.nbd_netlink import LinkDeadEvents, NbdNetlink
@@ -208,7 +216,7 @@ def test_status_answer_by_hand() -> None:
         (errno.EBUSY, BusyError, "cannot attach /dev/nbd3: the device is in use", "detach it first"),
         (errno.ENOENT, NoInputError, "No such file", "/sys/block"),
         (errno.EINVAL, NbdnfsError, "Invalid argument", "dmesg"),
-        (errno.ENOMEM, NbdnfsError, "Cannot allocate memory", "dmesg"),
+        (errno.ENOMEM, NoMemoryError, "Cannot allocate memory", "dmesg"),
     ],
 )
 def test_the_kernels_refusals(code: int, kind: type[NbdnfsError], message_part: str, hint: str) -> None:
