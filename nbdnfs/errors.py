@@ -6,8 +6,8 @@
     ├─ ConfigError                EX_CONFIG
     ├─ NoInputError               EX_NOINPUT
     ├─ NoHostError                EX_NOHOST
-    ├─ NoMemoryError                EX_SOFTWARE
     ├─ UnavailableError           EX_UNAVAILABLE
+    │  ├─ NoMemoryError
     │  └─ UnreadableError
     ├─ CannotCreateError          EX_CANTCREAT
     ├─ IOFailureError             EX_IOERR
@@ -82,14 +82,14 @@ class NoHostError(NbdnfsError):
     exit_code = os.EX_NOHOST
 
 
-class NoMemoryError(NbdnfsError):
-    """The kernel had no memory or descriptors for a request: `is_of_want`. The same one may go well the next time."""
-
-
 class UnavailableError(NbdnfsError):
     """A server, a program or a kernel feature is not available; it may be later."""
 
     exit_code = os.EX_UNAVAILABLE
+
+
+class NoMemoryError(UnavailableError):
+    """The kernel had no memory or descriptors for a request: `is_of_want`. The same one may go well the next time."""
 
 
 class UnreadableError(UnavailableError):
