@@ -106,8 +106,8 @@ def serve(
 class _Ending:
     """What signals do, SIGINT and SIGTERM: from its creation on, they do this alone.
 
-    nbdkit ends a connection at its next request once it has been told to end: swap on it would be gone. So it is not
-    told before its clients have gone by themselves.
+    Once nbdkit has been told to end, it closes each connection at the next request, which would lose swap on it. So it
+    is not told until its clients have disconnected.
     """
 
     def __init__(self, *, keeps: bool) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import TypeVar
 
+    from nbdnfs.keeper.records import Records
+
     T = TypeVar("T")
 
 # How long to wait before the next try, after so many failures in a row. There is no last try.
@@ -89,8 +91,8 @@ def failed(what: str, status: int, lines: list[str] | None = None) -> NbdnfsErro
 
 
 def patiently(look: Callable[[], T]) -> T:
-    """What `look` returns, of what an earlier keeper has left: again after a moment where there is no memory or
-    descriptor for the answer. A wrong answer would cost swap, and another keeper needs more memory than this one.
+    """What `look` returns about what an earlier keeper has left. It is called again after a pause when memory or
+    descriptors have run out: a wrong answer would cost swap, and another keeper needs more memory than this one.
 
     OSError, UnreadableError: not within five seconds.
     """
@@ -104,6 +106,11 @@ def patiently(look: Callable[[], T]) -> T:
                 raise
         time.sleep(_LOOK_AGAIN_S)
     return look()
+
+
+def read_patiently(records: Records, key: str) -> str | None:
+    """`Records.read`, patiently."""
+    return patiently(lambda: records.read(key))
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def load(records: Records, *, is_attached: bool) -> tuple[Config, str]:
         if not is_attached:
             raise
         problem = error.message if isinstance(error, NbdnfsError) else str(error)
-    kept = from_text(_read(records, Records.CONFIG) or "=") or _of_other_records(records)
+    kept = from_text(failures.read_patiently(records, Records.CONFIG) or "=") or _of_other_records(records)
     if kept is None:
         raise UnavailableError(
             f"the configuration file is wrong, and there is no record of what the device runs with: {problem}",
@@ -68,16 +68,14 @@ def load(records: Records, *, is_attached: bool) -> tuple[Config, str]:
 def _of_other_records(records: Records) -> Config | None:
     """What a keeper of an earlier version has left: the URL, and whether there is an owner. The rest takes its default,
     except that a measure against deadlock that this machine does not have is no reason to end."""
-    text, _, _ = (_read(records, Records.ADDRESS) or "").partition("\n")
+    text, _, _ = (failures.read_patiently(records, Records.ADDRESS) or "").partition("\n")
     try:
         url = nfs_url.parse_recorded(text).text
     except UsageError:
         return None
-    return Config(name=records.name, url=url, lock="wanted", owner=_read(records, Records.OWNER) == "yes")
-
-
-def _read(records: Records, key: str) -> str | None:
-    return failures.patiently(lambda: records.read(key))
+    return Config(
+        name=records.name, url=url, lock="wanted", owner=failures.read_patiently(records, Records.OWNER) == "yes"
+    )
 
 
 def _shown(value: object) -> str:

@@ -116,7 +116,7 @@ def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
     records.put(Records.CONFIG_ERROR, problem)
     records.put(Records.REFUSED, "")
     stored = sd_notify.listen_fds()
-    if is_attached and _read(records, Records.STATE) == Records.STOLEN:
+    if is_attached and failures.read_patiently(records, Records.STATE) == Records.STOLEN:
         raise failures.stolen(name)
     text, address = _server(settings, records, reporter, is_attached=is_attached)
     if not is_attached:  # while swap stands still, only what is needed is started
@@ -191,10 +191,6 @@ def _is_surely_detached(name: str) -> bool:
         return False
 
 
-def _read(records: Records, key: str) -> str | None:
-    return failures.patiently(lambda: records.read(key))
-
-
 def _reserve_records(records: Records, *, is_attached: bool) -> None:
     """Room for all records, before there is swap. With swap, what cannot be written stays in the keeper's memory."""
     try:
@@ -262,7 +258,7 @@ def _start_again(name: str, options: list[str]) -> NoReturn:
 def _server(settings: Config, records: Records, reporter: Reporter, *, is_attached: bool) -> tuple[str, str]:
     """The URL in its canonical form, and the server's address; with the device attached, those of the last keeper: the
     resolver may need what is swapped out, or use a network service that does not answer."""
-    known = (_read(records, Records.ADDRESS) or "").split("\n")
+    known = (failures.read_patiently(records, Records.ADDRESS) or "").split("\n")
     if is_attached and len(known) == 2:
         with contextlib.suppress(UsageError):  # a damaged record ends no keeper that has something to keep
             return nfs_url.parse_recorded(known[0]).text, known[1]
@@ -296,7 +292,7 @@ def _resolve(url: NfsUrl, reporter: Reporter) -> str:
 def _has_owner_record(settings: Config, records: Records, *, is_attached: bool) -> bool:
     """Whether the workers look after the owner record. A device that is attached goes on as it was started: a file that
     was not claimed has no record, which a worker would take for a theft."""
-    if is_attached and (recorded := _read(records, Records.OWNER)) is not None:
+    if is_attached and (recorded := failures.read_patiently(records, Records.OWNER)) is not None:
         return recorded == "yes"
     records.put(Records.OWNER, "yes" if settings.owner else "no")
     return settings.owner

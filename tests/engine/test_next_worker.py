@@ -104,21 +104,26 @@ def test_the_server_numbers_its_files_again(
         check(open_engine(nas.url(path), region_fd=region_fd), content)
 
 
+def make_again(nas: FakeNas, content: bytes, *, same_number: bool) -> None:
+    """Remove the file and make another under its name, with its number or without."""
+    with nas.files() as tree:
+        parent, old = tree.find("/export"), tree.find("/export/swap")
+        assert parent is not None
+        assert old is not None
+        number = old.fileid
+        tree.remove(parent, "swap")
+        node = tree.add("/export/swap", content)
+        if same_number:
+            node.fileid = number
+
+
 @pytest.mark.parametrize("same_number", [True, False])
 def test_another_file_has_the_name(open_engine: OpenEngine, region_fd: int, *, same_number: bool) -> None:
     """Also one that has been given the number of the old one: it is refused, and not written to."""
     with FakeNas() as nas:
         first_worker(nas, open_engine, region_fd)
         other = os.urandom(PAGES * PAGE)
-        with nas.files() as tree:
-            parent, old = tree.find("/export"), tree.find("/export/swap")
-            assert parent is not None
-            assert old is not None
-            number = old.fileid
-            tree.remove(parent, "swap")
-            node = tree.add("/export/swap", other)
-            if same_number:
-                node.fileid = number
+        make_again(nas, other, same_number=same_number)
         with pytest.raises(NfsError, match="belongs to another backing file") as caught:
             open_engine(nas.url("/export/swap"), region_fd=region_fd)
         assert caught.value.errno == errno.EINVAL
@@ -135,15 +140,7 @@ def test_zeros_recognise_no_file(open_engine: OpenEngine, region_fd: int, *, sam
             write_pages(engine, page, os.urandom(PAGE) if page == PAGES // 2 + 1 else bytes(PAGE))
         engine.flush()
         engine.close()
-        with nas.files() as tree:
-            parent, old = tree.find("/export"), tree.find("/export/swap")
-            assert parent is not None
-            assert old is not None
-            number = old.fileid
-            tree.remove(parent, "swap")
-            node = tree.add("/export/swap", bytes(PAGES * PAGE))
-            if same_number:
-                node.fileid = number
+        make_again(nas, bytes(PAGES * PAGE), same_number=same_number)
         with pytest.raises(NfsError, match="belongs to another backing file"):
             open_engine(nas.url("/export/swap"), region_fd=region_fd)
         assert nas.content("/export/swap") == bytes(PAGES * PAGE)
