@@ -268,7 +268,7 @@ def test_soft_forgets_nothing_at_its_end(backing_file: FileOnServer, proxy: TcpP
 
 
 def test_the_end_says_what_it_waits_for(
-    backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str]
+    backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine, said: SaidOnStderr
 ) -> None:
     """One line, with the number of pages, those that repeat one word too. Nothing is said where it takes no time."""
     open_engine(backing_file.url()).close()
@@ -277,17 +277,10 @@ def test_the_end_says_what_it_waits_for(
     proxy.black_hole = True
     write_pages(engine, 0, data)
     closed = in_background(engine.close)
-    said: list[str] = []
-
-    def says_it() -> bool:
-        said.append(capfd.readouterr().err)
-        return "the end waits" in said[-1]
-
-    wait_until(says_it, "a line that it waits")
+    said.wait_for("the end waits")
     proxy.black_hole = False
     closed.result(DEADLINE_S)
-    said.append(capfd.readouterr().err)
-    lines = [line for line in "".join(said).splitlines() if "the end waits" in line]
+    lines = [line for line in said.lines if "the end waits" in line]
     assert lines == ["nbdnfs: the end waits for the server: 256 pages are still to be written (1 MiB)"]
     assert backing_file.path.read_bytes()[: len(data)] == data
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.nfs_server import LOOPBACK, Ganesha, free_ports
 from support.proxy import TcpProxy
-from support.waiting import DEADLINE_S, in_background, wait_until
+from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
 from nbdnfs.engine import NfsError, NfsFile, libnfs_version
 
@@ -272,9 +272,10 @@ def test_a_created_file_is_not_created_again(
     file = open_file(ganesha.url(path.name, nfsport=proxy.port), create=True)
     file.pwrite(b"data", 0)
     path.rename(path.with_suffix(".aside"))
+    said = SaidOnStderr(capfd)
     proxy.cut()
     request = in_background(read, file, 0, 4)
-    wait_until(lambda: "was deleted" in capfd.readouterr().err, "a line that there is no such file")
+    said.wait_for("was deleted")
     attempts = proxy.accepted
     wait_until(lambda: proxy.accepted > attempts, "it tries again")
     assert not path.exists()

@@ -22,6 +22,7 @@ from support.fake_kernel import FakeKernel
 from support.fake_nfs import NFS3_OK, NFS3ERR_NOSPC, FakeNfsServer
 from support.keeper_run import FakeSwap, run_keeper, until
 from support.nfs_server import Ganesha
+from support.waiting import SaidOnStderr
 
 from nbdnfs import proc_stat, region
 from nbdnfs.config import Config
@@ -563,8 +564,9 @@ def test_a_worker_of_another_region_version_is_no_standby(setup: Setup, capfd: p
         pid = keeper.serving.worker.pid
         version = os.pread(setup.parked["region"], 4, 8)
         os.pwrite(setup.parked["region"], b"\xff\0\0\0", 8)
+        said = SaidOnStderr(capfd)
         os.kill(os.getpid(), signal.SIGHUP)
-        until(lambda: "has version 255, this nbdnfs has version" in capfd.readouterr().err)
+        said.wait_for("has version 255, this nbdnfs has version")
         time.sleep(0.5)
         assert keeper.serving.worker.pid == pid
         os.pwrite(setup.parked["region"], version, 8)

@@ -50,6 +50,18 @@ def test_said_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
     assert said.lines == ["one line", "another"]
 
 
+def test_no_line_on_stderr_is_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    """However often it looks while another thread writes, all lines are there, and in their order."""
+    said = SaidOnStderr(capfd)
+    lines = [f"line {number}" for number in range(20_000)]
+    writing = in_background(lambda: [os.write(2, f"{line}\n".encode()) for line in lines])
+    while not writing.done():
+        seen = said.lines
+        assert seen == lines[: len(seen)]
+    writing.result(DEADLINE_S)
+    assert said.lines == lines
+
+
 def test_said_on_stderr_shows_what_was_said(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """When the words do not come, the failure has the lines that did."""
     monkeypatch.setattr("support.waiting.wait_until", lambda is_so, what: wait_until(is_so, what, timeout_s=0.05))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -40,17 +41,19 @@ def wait_until(is_so: Callable[[], object], what: str, timeout_s: float = DEADLI
 
 
 class SaidOnStderr:
-    """What the C code has logged on stderr since this object was made."""
+    """What was written to descriptor 2 since this object was made, by C code or by other processes as well.
+
+    capfd.readouterr() reads a file and empties it then: what is written between the two is lost, so a test that calls
+    it again and again may miss what it waits for. This reads the same file and leaves it as it is. A test that calls
+    readouterr() beside it begins anew there.
+    """
 
     def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
-        self._capfd = capfd
-        self._text = ""
-        capfd.readouterr()
+        capfd.readouterr()  # it shows that descriptor 2 is captured
 
     @property
     def lines(self) -> list[str]:
-        self._text += self._capfd.readouterr().err
-        return self._text.splitlines()
+        return os.pread(2, os.fstat(2).st_size, 0).decode(errors="replace").splitlines()
 
     def wait_for(self, words: str) -> None:
         try:
