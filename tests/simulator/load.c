@@ -42,7 +42,7 @@ struct requester {
 };
 
 static struct requester requesters[REQUESTERS_MAX];
-static struct request again[REQUESTERS_MAX]; /* what a killed worker had under way */
+static struct request again[REQUESTERS_MAX]; /* what a killed worker had under way, and WRITEs that were late */
 static uint32_t again_count;
 static uint32_t issued[PAGES_MAX], completed[PAGES_MAX], on_disk[PAGES_MAX];
 static bool busy[PAGES_MAX], torn[PAGES_MAX];
@@ -110,11 +110,20 @@ static bool is_stolen(void)
 	return stolen_at_ns != NEVER;
 }
 
+/* Has it waited so long that it may be an error? */
+static bool is_late(const struct requester *me)
+{
+	/* the engine counts whole milliseconds */
+	return options.soft_limit_ms > 0 && now_ns - me->since_ns > (options.soft_limit_ms - 1) * MS;
+}
+
 static void check_error(const struct requester *me, int error, const char *what)
 {
 	const struct request *request = &me->now;
 	bool may_be_torn = false;
 
+	if (is_late(me))
+		return;
 	for (uint32_t i = 0; request->kind == KIND_READ && i < request->count; i++)
 		may_be_torn |= me->torn[i];
 	if (error == -EIO && (is_stolen() || may_be_torn))
@@ -317,6 +326,10 @@ static void write_ended(struct requester *me, int error)
 
 	if (error != 0)
 		check_error(me, error, "WRITE");
+	if (error != 0 && !is_stolen()) { /* nobody knows which of its pages were written, until it is asked again */
+		again[again_count++] = *request;
+		return;
+	}
 	for (uint32_t i = 0; i < request->count; i++) {
 		uint32_t page = request->page + i;
 
@@ -367,11 +380,18 @@ static void tell(const struct requester *me, const char *what)
  */
 static void check_time(const struct requester *me)
 {
+	const uint32_t away = 1u << FAULT_partition | 1u << FAULT_blackhole | 1u << FAULT_reset | 1u << FAULT_slow;
+	int64_t took_ns = now_ns - me->since_ns;
 	int64_t limit_ns = 5 * S + (options.pages / options.slots + 1) * 24 * options.latency_ns * options.read_factor;
 
-	if (run_is_calm(1u << FAULT_suspend) && options.habit != HABIT_WALKS && now_ns - me->since_ns > limit_ns)
+	if (run_is_calm(1u << FAULT_suspend) && options.habit != HABIT_WALKS && took_ns > limit_ns)
 		sim_fail("%s of %u pages at page %u took %.3f s, and nothing was in its way", kind_names[me->now.kind],
-			 me->now.count, me->now.page, (double)(now_ns - me->since_ns) / 1e9);
+			 me->now.count, me->now.page, (double)took_ns / 1e9);
+	/* a soft READ is an error in time, however long the server is away */
+	if (options.soft_limit_ms > 0 && me->now.kind == KIND_READ && run_is_calm(away) &&
+	    took_ns > 5 * S + 2 * options.soft_limit_ms * MS)
+		sim_fail("a READ of %u pages at page %u took %.3f s, and was to be an error after %u ms", me->now.count,
+			 me->now.page, (double)took_ns / 1e9, options.soft_limit_ms);
 }
 
 static void begin(struct requester *me)

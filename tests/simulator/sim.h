@@ -117,6 +117,7 @@ struct sim_options {
 	uint32_t client_buffer_bytes; /* of that socket, in each direction */
 	uint32_t client_errors; /* of 1024: a call on it finds no memory, is interrupted, or has nothing to move */
 	uint32_t client_pause;  /* of 1024: the client does not receive for a while */
+	uint32_t soft_limit_ms; /* a request that waits for the server for so long is an error; 0: never */
 	enum habit habit;
 	uint64_t crash_at;      /* the worker is killed at this point; 0: not */
 	uint64_t fail_at;       /* this call fails; 0: none */

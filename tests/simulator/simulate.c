@@ -220,6 +220,18 @@ static void choose_loop(uint64_t seed)
 	}
 }
 
+static int64_t forced_soft_ms = -1; /* by the command line */
+
+/* Some seeds are soft. Again by numbers of their own. */
+static void choose_soft(uint64_t seed)
+{
+	struct rng rng = { seed * 0x9e3779b97f4a7c15u ^ 0x50f7 };
+
+	options.soft_limit_ms = rng_chance(&rng, options.loop ? 256 : 64) ? 1000u << rng_below(&rng, 5) : 0;
+	if (forced_soft_ms >= 0)
+		options.soft_limit_ms = (uint32_t)forced_soft_ms;
+}
+
 static void options_of(uint64_t seed)
 {
 	struct rng rng = { seed * 0x9e3779b97f4a7c15u ^ 0x0975 };
@@ -254,6 +266,7 @@ static void options_of(uint64_t seed)
 	options.late_ns = 4500 * MS; /* what was sent twice is held back for five seconds (0011) */
 	apply_habit(&rng);
 	choose_loop(seed);
+	choose_soft(seed);
 }
 
 static void run_seed(void)
@@ -442,7 +455,7 @@ static bool next_of_enumeration(struct overrides *overrides)
 
 /*
  * simulate FIRST_SEED [seeds=N] [seconds=T of the processor's] [requests=N] [threads=N] [pages=N] [slots=N]
- *   [connections=N] [owner=0|1] [loop=0|1] [habit=N] [without=FAULT,...] [only=FAULT,...] [crash_at=N [crash_end=N]]
+ *   [connections=N] [owner=0|1] [loop=0|1] [soft_ms=N] [habit=N] [without=FAULT,...] [only=FAULT,...] [crash_at=N [crash_end=N]]
  *   [fail_at=N [fail_variant=N] [fail_end=N]] [keep=1] [each=1] [verbose=1]
  *
  * With crash_end, the seed is run once for each point from crash_at to crash_end; with fail_end, once for each way in
@@ -476,6 +489,7 @@ int main(int count, char **words)
 		OPTION("connections", overrides.connections = number);
 		OPTION("owner", overrides.owner = number);
 		OPTION("loop", forced_loop = (int)number);
+		OPTION("soft_ms", forced_soft_ms = number);
 		OPTION("habit", forced_habit = (enum habit)number);
 		OPTION("without", overrides.without = fault_bits(value));
 		OPTION("only", (overrides.only = fault_bits(value), overrides.has_only = true));

@@ -74,6 +74,7 @@ static void start_engine(void)
 			.address = "10.0.0.1",
 			.transport = NFSIO_OVER_WIRE,
 			.connect_timeout_s = 15,
+			.soft_limit_ms = options.soft_limit_ms,
 		},
 		.region_fd = CALLERS_REGION_FD,
 		.region_pages = options.slots,
