@@ -250,30 +250,38 @@ class Stage:
     def is_up(self) -> bool:
         return not self.lacks
 
-    def require_up(self) -> None:
-        if lacks := self.lacks:
-            raise AssertionError(lacks)
-
     def kill_worker(self) -> int:
         record = self.records.living(Records.WORKER)
         assert record is not None
         os.kill(record.pid, signal.SIGKILL)
         return record.pid
 
-    def goes_on(self) -> None:
-        """It runs until the device is up, unless something else is to happen to it."""
+    def goes_on(self) -> bool:
+        """It runs until the device is up, unless something else is to happen to it. Was it up? A moment later it may
+        not be: a worker that a keeper before this one has started appears, and ends."""
+        was_up = False
+
+        def is_settled() -> bool:
+            nonlocal was_up
+            was_up = self.is_up()
+            return was_up or self.has_ended
+
         try:
-            wait_until(lambda: self.is_up() or self.has_ended, "the device is up", _TIMEOUT_S)
+            wait_until(is_settled, "the device is up", _TIMEOUT_S)
         except AssertionError as error:
             raise AssertionError(f"{error}: {self.lacks}") from None
+        return was_up
+
+    def comes_up(self) -> None:
+        if not self.goes_on():
+            raise AssertionError(f"it has ended, and {self.lacks}")
 
     def check(self) -> None:
         """A keeper that comes now has the device up, with the page that was written, one worker and one standby; and
         nothing has been taken away from swap meanwhile."""
         self.start(Wanted())
         try:
-            self.goes_on()
-            self.require_up()
+            self.comes_up()
             if (self.folder / "written").exists() and self.kernel.read(4096, len(PAGE)) != PAGE:
                 raise AssertionError("the page is not what was written")
             if self.kernel.attaches != 1 + self.kernel.disconnects or self.disconnects_in_use:
@@ -301,8 +309,7 @@ class Stage:
 
 def _brought_up(stage: Stage, wanted: Wanted) -> None:
     stage.start(wanted)
-    stage.goes_on()
-    stage.require_up()
+    stage.comes_up()
     stage.kernel.write(4096, PAGE)
     (stage.folder / "written").touch()
 
@@ -351,10 +358,10 @@ def adoption_without_worker(stage: Stage, wanted: Wanted) -> None:
     stage.wait()
     wait_until_ended(stage.kill_worker())
     stage.start(wanted)
-    stage.goes_on()
+    was_up = stage.goes_on()
     worker = stage.records.living(Records.WORKER)
     assert standby is not None
-    if stage.is_up() and (worker is None or worker.pid != standby.pid):
+    if was_up and (worker is None or worker.pid != standby.pid):
         raise AssertionError(f"standby {standby.pid} does not serve")
 
 
