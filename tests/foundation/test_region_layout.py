@@ -17,7 +17,8 @@ from support.fake_nfs import FakeNfsServer
 from nbdnfs import engine, region
 from nbdnfs.kernel.waiting import wait_until
 
-ENGINE = Path(engine.__file__).parent
+# The tree's, not the package's: what is installed has no sources.
+ENGINE = Path(__file__).parents[2] / "nbdnfs/engine"
 PAGE = 4096
 LOOPBACK = "127.0.0.1"
 

@@ -15,6 +15,8 @@ from nbdnfs.errors import ConfigError
 from nbdnfs.nas import owner_record
 from nbdnfs.nas.owner_record import RECORD_BYTES, REFUSALS, Identity, Record, Timing, Verdict, decide
 
+# The tree's, not the package's: what is installed has no sources.
+SOURCES = Path(__file__).parents[2] / "nbdnfs/engine/nfs"
 A, B, C, D = ("a" * 31 + "1", "b" * 31 + "1", "c" * 31 + "1", "d" * 31 + "1")
 ME = Identity(machine=A, boot=B, hardware=C, host="box1")
 HOLDER = "keeper:swap0"
@@ -59,9 +61,9 @@ def test_the_format_is_that_of_the_worker() -> None:
     assert b"\nstate held\n" in data
     assert f"\nboot {D}\n".encode() in data
     assert b"\nhost box2\n" in data
-    source = (Path(owner_record.__file__).parents[1] / "engine/nfs/owner_watch.c").read_text()
+    source = (SOURCES / "owner_watch.c").read_text()
     assert re.search(r"#define COUNTER_OFFSET 25u", source)
-    header = (Path(owner_record.__file__).parents[1] / "engine/nfs/owner_watch.h").read_text()
+    header = (SOURCES / "owner_watch.h").read_text()
     assert f"#define OWNER_RECORD_BYTES {RECORD_BYTES}u" in header
     assert f"#define OWNER_REFRESH_MS {owner_record.TIMING.refresh_ms}u" in header
 
