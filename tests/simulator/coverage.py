@@ -45,7 +45,10 @@ class Branches:
 
     taken: int = 0
     of: int = 0
-    missed: collections.Counter[str] = field(default_factory=collections.Counter)
+    missed: dict[str, int] = field(default_factory=dict)  # no Counter: Python 3.11's asdict() spoils it
+
+    def miss(self, name: str, count: int = 1) -> None:
+        self.missed[name] = self.missed.get(name, 0) + count
 
 
 def run_simulator(seconds: int) -> None:
@@ -110,7 +113,7 @@ def read_engine() -> dict[str, Branches]:
                 if branch["count"] > 0:
                     branches.taken += 1
                 else:
-                    branches.missed[line.get("function_name") or str(line["line_number"])] += 1
+                    branches.miss(line.get("function_name") or str(line["line_number"]))
     return found
 
 
@@ -135,7 +138,7 @@ def read_python() -> dict[str, Branches]:
         for function, part in file.get("functions", {}).items():
             missing = len(part["missing_branches"])
             if missing:
-                branches.missed[function or "(module)"] += missing
+                branches.miss(function or "(module)", missing)
     return found
 
 

@@ -135,8 +135,7 @@ def coverage_tables(found: dict[str, Any]) -> list[str]:
     failed = [name for name, status in found["statuses"].items() if status != 0]
     notes = [f"Some tests failed while the branches of {name} were counted." for name in failed]
     engine, python = (
-        {name: Branches(file["taken"], file["of"], collections.Counter(file["missed"])) for name, file in files.items()}
-        for files in (found["engine"], found["python"])
+        {name: Branches(**file) for name, file in files.items()} for files in (found["engine"], found["python"])
     )
     return ["", *notes, *coverage.page_of(engine, python)]
 

@@ -19,6 +19,7 @@ from support.keeper_steps import Enumeration, Steps, everywhere, failing_at, kil
 
 from simulator import coverage
 from simulator.build import ENGINE, build
+from simulator.coverage import Branches
 from simulator.mutants import KNOWN, SEEDED, Mutant
 from simulator.page import page_of, put_page, seed_rows
 from simulator.parts import PARTS, Part, alone, load
@@ -131,17 +132,24 @@ def step_keepers(part: Part, options: argparse.Namespace) -> None:
     everywhere(wanted, jobs=options.keeper_jobs, every=options.keeper_every, found=found, keep=keep)
 
 
+def counted(
+    seconds: int, statuses: dict[str, int], engine: dict[str, Branches], python: dict[str, Branches]
+) -> dict[str, Any]:
+    """What is kept of the branches."""
+    files = {"engine": engine, "python": python}
+    return {
+        "seconds": seconds,
+        "statuses": statuses,
+        **{name: {path: asdict(file) for path, file in found.items()} for name, found in files.items()},
+    }
+
+
 def measure_coverage(part: Part, options: argparse.Namespace) -> None:
     """All of it anew."""
     coverage.forget()
     coverage.run_simulator(options.coverage_seconds)
     statuses = {"engine": coverage.run_engine_tests(), "keeper and kernel": coverage.run_python()}
-    part.found = {
-        "seconds": options.coverage_seconds,
-        "statuses": statuses,
-        "engine": {name: asdict(file) for name, file in coverage.read_engine().items()},
-        "python": {name: asdict(file) for name, file in coverage.read_python().items()},
-    }
+    part.found = counted(options.coverage_seconds, statuses, coverage.read_engine(), coverage.read_python())
     part.save()
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from simulator import parts
+from simulator.coverage import Branches
 from simulator.page import page_of, ranges_of, seed_rows
 from simulator.parts import PARTS, Part, digest, load
+from simulator.prove import counted
 
 
 @pytest.fixture
@@ -88,3 +90,17 @@ def test_the_page_says_what_is_missing() -> None:
     text, is_right = page_of(found)
     assert not is_right
     assert "it hangs" in text
+
+
+def test_branches_are_kept(sources: Path) -> None:
+    """What was counted is on the page after it was saved and read."""
+    part = load("coverage")
+    file = Branches(taken=9, of=12)
+    file.miss("receive")
+    file.miss("receive", 2)
+    part.found = counted(30, {"engine": 0, "keeper and kernel": 1}, {"nbd/loop.c": file}, {"kernel/use.py": file})
+    part.save()
+    text, _ = page_of({name: load(name) for name in PARTS})
+    assert "| engine/nbd | 12 | 9 | 75.0% |" in text
+    assert "| engine/nbd/loop.c | 3 | `receive` | - |" in text
+    assert "Some tests failed while the branches of keeper and kernel were counted." in text
