@@ -91,6 +91,7 @@ def build(directory: Path) -> ctypes.CDLL:
     """Compile the library into `directory`, declare its functions, and initialise the cipher."""
     path = directory / "libcore.so"
     command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fPIC", "-shared", "-pthread"]
+    command += os.environ.get("NBDNFS_TEST_CFLAGS", "").split()  # simulator/coverage.py
     sources = [*sorted((SOURCES / "region").glob("*.c")), *BASE, REFERENCE]
     subprocess.run([*command, f"-I{SOURCES}", "-o", str(path), *map(str, sources), "-lsodium"], check=True)
     library = ctypes.CDLL(str(path))

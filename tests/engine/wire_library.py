@@ -71,6 +71,7 @@ def build(directory: Path) -> ctypes.CDLL:
     """Compile the library into `directory` and declare its functions."""
     path = directory / "libwire.so"
     command = ["gcc", "-std=gnu11", "-D_GNU_SOURCE", "-g", "-O1", "-fPIC", "-shared"]
+    command += os.environ.get("NBDNFS_TEST_CFLAGS", "").split()  # simulator/coverage.py
     sources = sorted((SOURCES / "nfs").glob("wire_*.c"))
     subprocess.run([*command, f"-I{SOURCES}", "-o", str(path), *map(str, sources)], check=True)
     library = ctypes.CDLL(str(path))

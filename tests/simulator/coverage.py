@@ -28,7 +28,10 @@ FOLDER = PROJECT / "build" / "coverage"
 REASONS = Path(__file__).with_name("uncovered.toml")
 ASSERTS = r"^\s*(_Static_)?assert(_locked)?\("
 # Another server, another allocator, no network: what needs more than this program is left to the other tests.
-ENGINE_TESTS = ["tests/engine", "tests/plugin", "tests/worker", "tests/nas", "tests/foundation/test_region_layout.py"]
+ENGINE_TESTS = [
+    *("tests/engine", "tests/plugin", "tests/worker", "tests/nas", "tests/hostile", "tests/commands"),
+    "tests/foundation/test_region_layout.py",
+]
 PYTHON_TESTS = ["tests/keeper", "tests/kernel"]
 ROOMS_OF_PYTHON = ("nbdnfs/keeper", "nbdnfs/kernel")
 # Bounded runs, for what only a call that fails can reach.
@@ -63,7 +66,8 @@ def run_simulator(seconds: int) -> None:
 
 
 def run_engine_tests() -> int:
-    """tests/engine and others that use the engine, with a build that counts; the status of pytest."""
+    """tests/engine and others that use the engine, with a build that counts; the status of pytest. Tests that compile
+    a part of the engine by themselves do that with NBDNFS_TEST_CFLAGS, below FOLDER, where counters are looked for."""
     flags = {"NBDNFS_CFLAGS": "--coverage -O0 -g -fprofile-update=atomic", "NBDNFS_LDFLAGS": "--coverage"}
     python = sys.executable
     command = [
@@ -81,7 +85,8 @@ def run_engine_tests() -> int:
     subprocess.run(command, cwd=PROJECT, env=os.environ | flags, check=True, stdout=subprocess.DEVNULL)
     # pytest as a program, not as a module: the checkout must not come before the build
     command = [str(Path(python).with_name("pytest")), "-q", "-p", "no:cacheprovider", "-n", "4", "--dist", "loadfile"]
-    environment = os.environ | {"PYTHONPATH": str(FOLDER / "lib")}
+    command += [f"--basetemp={FOLDER / 'tests'}", "--max-worker-restart", "0"]
+    environment = os.environ | {"PYTHONPATH": str(FOLDER / "lib"), "NBDNFS_TEST_CFLAGS": flags["NBDNFS_CFLAGS"]}
     return subprocess.run([*command, *ENGINE_TESTS], cwd=PROJECT, env=environment, check=False).returncode
 
 
