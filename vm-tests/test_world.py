@@ -96,16 +96,36 @@ def test_a_kernel_that_complains_has_failed() -> None:
 
 
 def test_a_guest_that_does_not_come_up_is_tried_again_once() -> None:
-    """After that each test of the part has its reason."""
-    assert ran("a", starts=[LostGuestError("no boot")])[0] == [("a", "passed")]
+    """And told. After the second one, each test of the part has its reason."""
+    assert ran("a", starts=[LostGuestError("no boot")])[0] == [("at the start", "lost"), ("a", "passed")]
     found, why, boots = ran("a", starts=[LostGuestError("no boot")] * 2)
-    assert (found, boots) == ([("all", "not run")], 2)
-    assert why == ["no guest for it: no boot"]
+    assert (found, boots) == ([("at the start", "lost")] * 2 + [("all", "not run")], 2)
+    assert why == ["no boot", "no boot", "no guest for it: no boot"]
+
+
+def test_a_guest_that_does_not_come_up_in_the_middle_is_told() -> None:
+    """Those that are left run in the next one."""
+    found, why, boots = ran(
+        "a b c", answers={"b": LostGuestError("silent")}, starts=[None, GuestFailedError("no worker"), None]
+    )
+    assert found == [("a", "passed"), ("b", "lost"), ("at the start", "failed"), ("c", "passed")]
+    assert (why, boots) == (["silent", "no worker"], 3)
 
 
 def test_an_end_that_fails_is_told() -> None:
     """A device that cannot be detached, for example."""
     assert ran("a", at_end=GuestFailedError("busy"))[0] == [("a", "passed"), ("at the end", "failed")]
+    assert ran("a", at_end=LostGuestError("silent"))[0] == [("a", "passed"), ("at the end", "lost")]
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_an_end_that_fails_is_told_when_time_is_up(before: int) -> None:
+    """With tests left, whether one has run or none."""
+    asked = iter([False] * (1 + before) + [True] * 9)
+    found, why, boots = ran("a b", at_end=GuestFailedError("busy"), is_over=lambda: next(asked))
+    ends = [("at the end", "failed")]
+    assert found == [("a", "passed")][:before] + ends + [("a", "not run"), ("b", "not run")][before:]
+    assert (why, boots) == (["busy", *["time was up"] * (2 - before)], 1)
 
 
 def test_what_does_not_apply_and_what_has_no_time_is_not_run() -> None:
@@ -166,6 +186,12 @@ def test_the_page_has_every_reason_once(tmp_path: Path) -> None:
         (stress_ng.judged, 0, "stress-ng: info: [9] skipped: 0\nstress-ng: info: [9] passed: 1: vm (1)", "passed"),
         (stress_ng.judged, 0, "stress-ng: info: [9] skipped: 1: mlock (1)", "not run"),
         (stress_ng.judged, 2, "stress-ng: fail: vm: detected 3 bit errors", "failed"),
+        (stress_ng.judged, 2, "stress-ng: info: [9] skipped: 1: mlock (1)\nstress-ng: info: [9] failed: 1", "failed"),
+        (stress_ng.judged, 0, "stress-ng: fail: [8] vm: 3 errors\nstress-ng: info: [9] skipped: 1: mlock", "failed"),
+        (stress_ng.judged, 3, "stress-ng: error: [8] vm: wrong\nstress-ng: info: [9] skipped: 1: mlock", "failed"),
+        (stress_ng.judged, 2, "stress-ng: error: [9] No stress workers invoked", "failed"),
+        (stress_ng.judged, 3, "stress-ng: info: [9] mlock: too little memory", "not run"),
+        (stress_ng.judged, 1, "stress-ng: error: [9] unknown option", "failed"),
         (ltp.judged, 0, "swapon01.c:27: TPASS: fine", "passed"),
         (ltp.judged, 32, "tst.c:1: TCONF: no such file system", "not run"),
         (ltp.judged, 2, "tst.c:1: TBROK: Test killed!", "failed"),

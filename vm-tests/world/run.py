@@ -11,7 +11,9 @@ from vmtest.outcome import GuestFailedError, LostGuestError
 from world.outcomes import Outcome
 from world.suite import Bench, Part, Suite, Test, attempt
 
-# A part whose guests come to nothing so often does not get another one.
+# In place of a test's name.
+_AT_THE_START, _AT_THE_END = "at the start", "at the end"
+# A part whose guests do not get ready so often does not get another one.
 _SETBACKS_MAX = 2
 
 
@@ -22,7 +24,8 @@ def run_suite(
     is_over: Callable[[], bool] = lambda: False,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Outcome]:
-    """An outcome for each of its tests, or one for the suite where it cannot run.
+    """An outcome for each of its tests, or one for the suite where it cannot run. Another one where a guest or a bench
+    failed outside of a test: "at the start" or "at the end".
 
     patterns  run the tests whose names match one of these alone, all if there are none
     is_over   asked before each test; once it holds, those that are left are "not run"
@@ -45,30 +48,31 @@ def _run_part(
         if is_over():
             yield from _not_run(suite, part, left, "time was up")
             return
-        done, running = 0, ""
+        # What a failure is put down to: no failure is without an outcome.
+        done, at = 0, _AT_THE_START
         tell(f"{suite.name}, {part.name}: booting a guest")
         try:
             with part.prepare() as bench:
                 if left is None:
                     left = _chosen(part.tests(bench), patterns, part.inapplicable)
                 while done < len(left) and not is_over():
-                    running = left[done].name
+                    at = left[done].name
                     found = _run_test(suite, part, bench, left[done])
-                    done, running = done + 1, ""
+                    done += 1
                     tell(f"  {found.test}: {found.result} in {found.seconds:.0f} s {found.why}".rstrip())
                     yield found
+                at = _AT_THE_END
         except (LostGuestError, GuestFailedError) as error:
             kind = "lost" if isinstance(error, LostGuestError) else "failed"
-            tell(f"  {kind}: {running or 'no test'}: {error}")
-            setbacks += not done
-            if running:
-                yield Outcome(suite.name, part.name, running, kind, why=str(error))
+            tell(f"  {kind}: {at}: {error}")
+            yield Outcome(suite.name, part.name, at, kind, why=str(error))
+            if at == _AT_THE_START:
+                setbacks += 1
+                if setbacks >= _SETBACKS_MAX:
+                    yield from _not_run(suite, part, left, f"no guest for it: {error}")
+                    return
+            elif at != _AT_THE_END:
                 done += 1
-            elif left is not None and done == len(left):
-                yield Outcome(suite.name, part.name, "at the end", kind, why=str(error))
-            elif setbacks >= _SETBACKS_MAX:
-                yield from _not_run(suite, part, left, f"no guest for it: {error}")
-                return
         left = left and left[done:]
 
 

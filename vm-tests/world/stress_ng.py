@@ -53,18 +53,23 @@ def _test(name: str) -> Test:
 
 # What it says whatever happens.
 _USUAL = re.compile(r"setting to|dispatching|run completed|skipped:|passed:|failed:|untrustworthy|No stress workers")
+_NOTHING_LEFT = "No stress workers invoked"
+_SKIPPED = re.compile(r"skipped: [1-9]")
 
 
 def judged(result: Result) -> tuple[str, str]:
-    """Its exit statuses are in stress-ng(1): 3 is too few resources, 4 not on this machine; 1 if nothing was left."""
+    """Its exit statuses are in stress-ng(1): 3 is too few resources, 4 not on this machine; 1 if nothing was left.
+
+    What failed is not "not run", although something else of it was skipped.
+    """
     lines = (result.stderr + result.stdout).splitlines()
-    is_skipped = any("skipped: 1" in line or "No stress workers invoked" in line for line in lines)
-    if result.status in (3, 4) or is_skipped:
+    complaints = [line for line in lines if ("fail:" in line or "error:" in line) and _NOTHING_LEFT not in line]
+    is_empty = any(_NOTHING_LEFT in line for line in lines)
+    if complaints or not (result.status in (0, 3, 4) or (result.status == 1 and is_empty)):
+        return "failed", f"{result.status}: {_words(complaints[0] if complaints else last_words(result))}"
+    if result.status or is_empty or any(_SKIPPED.search(line) for line in lines):
         return "not run", _words(next((line for line in lines if not _USUAL.search(line)), last_words(result)))
-    if result.status == 0:
-        return "passed", ""
-    complaints = [line for line in lines if "fail:" in line or "error:" in line]
-    return "failed", f"{result.status}: {_words(complaints[0] if complaints else last_words(result))}"
+    return "passed", ""
 
 
 def _words(line: str) -> str:
