@@ -67,6 +67,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(_SUITES), metavar="SUITE,…", help=f"of {', '.join(_SUITES)} (all)")
+    parser.add_argument("--on", default="", metavar="GLOB,…", help="run the parts that the table has as such alone")
     parser.add_argument("--tests", default="", metavar="GLOB,…", help="run the tests with such names alone")
     parser.add_argument("--minutes", type=float, default=240.0, help="a suite begins no test after so long (240)")
     for name in ("ltp", "xfstests", "blktests"):
@@ -75,6 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--write", action="store_true", help="put the table into docs/proof.md")
     options = parser.parse_args()
     options.only = [name for name in options.only.split(",") if name]
+    options.on = [pattern for pattern in options.on.split(",") if pattern]
     options.tests = [pattern for pattern in options.tests.split(",") if pattern]
     if unknown := set(options.only) - _SUITES.keys():
         parser.error(f"no such suite: {', '.join(sorted(unknown))}")
@@ -103,7 +105,7 @@ def _run(options: argparse.Namespace) -> int:
             suite = _SUITES[name](Place(built, server, Path(folder), extras))
             until = time.monotonic() + 60 * options.minutes
             is_over = lambda until=until: over.is_set() or time.monotonic() > until  # noqa: E731
-            for one in run_suite(suite, patterns=options.tests, is_over=is_over, tell=tell):
+            for one in run_suite(suite, on=options.on, patterns=options.tests, is_over=is_over, tell=tell):
                 new.append(dataclasses.replace(one, on=on, date=date))
                 outcomes.save(_RESULTS, outcomes.merged(old, new, whole=not options.tests))
         bad += sum(one.result in ("failed", "lost") for one in new)

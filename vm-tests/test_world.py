@@ -135,6 +135,14 @@ def test_what_does_not_apply_and_what_has_no_time_is_not_run() -> None:
     assert (found, why, boots) == ([("all", "not run")], ["time was up"], 0)
     assert ran("a", missing="no folder")[:2] == ([("all", "not run")], ["no folder"])
     assert ran("a1 b1", patterns=["b*"])[0] == [("b1", "passed")]
+    assert ran("a", on=["ext?"])[0] == [("a", "passed")]
+    assert ran("a", on=["xfs"])[::2] == ([], 0)
+
+
+def test_tests_of_data_have_the_first_turns() -> None:
+    """One of each group in turn, each test once, and none that was not asked for."""
+    groups = [["g/2", "g/4", "g/9"], ["g/4", "g/5"]]
+    assert xfstests.in_turn(groups, ["g/1", "g/2", "g/3", "g/4", "g/5"]) == ["g/2", "g/4", "g/5", "g/1", "g/3"]
 
 
 def test_an_outcome_has_a_reason_unless_it_passed() -> None:
@@ -174,6 +182,15 @@ def test_the_page_has_every_reason_once(tmp_path: Path) -> None:
     assert page.read_text() == f"before\n<!-- begin: make world -->\n{text}<!-- end: make world -->\nafter\n"
 
 
+def test_the_page_counts_very_many_names() -> None:
+    """Its row is to be read."""
+    found = [Outcome("xfstests", "xfs", f"generic/{number:03}", "not run", why="time was up") for number in range(600)]
+    (row,) = [line for line in page_of(found).splitlines() if "time was up" in line]
+    assert "generic/000, generic/001," in row
+    assert "generic/023 and 576 more |" in row
+    assert "generic/023 |" in page_of(found[:24])
+
+
 @pytest.mark.parametrize(
     ("judge", "status", "stdout", "expected"),
     [
@@ -201,6 +218,7 @@ def test_the_page_has_every_reason_once(tmp_path: Path) -> None:
         (xfstests.judged, 0, "generic/001   12s\nRan: generic/001\nPassed all 1 tests", "passed"),
         (xfstests.judged, 0, "generic/009  [not run] no fiemap\nPassed all 1 tests", "not run"),
         (xfstests.judged, 1, "generic/013 - output mismatch (see x)\nFailures: generic/013", "failed"),
+        (xfstests.judged, 1, "generic/009  [not run] no fiemap\nFailures: generic/009", "failed"),
         (xfstests.judged, 0, "", "failed"),
     ],
 )

@@ -15,6 +15,7 @@ RESULTS = ("passed", "failed", "lost", "not run")
 PAGE = Path(__file__).parents[2] / "docs/proof.md"
 _BEGIN, _END = "<!-- begin: make world -->\n", "<!-- end: make world -->"
 _LONGEST_REASON = 160
+_MOST_NAMES = 24
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def page_of(outcomes: Sequence[Outcome], suites: Iterable[str] = ()) -> str:
         if one.result != "passed":
             reasons.setdefault((one.suite, one.part, one.result, one.why), []).append(one.test)
     lines += [
-        f"| {suite}, {result} | {part} | {', '.join(dict.fromkeys(tests))} | {_one_line(why)} |"
+        f"| {suite}, {result} | {part} | {_names(tests)} | {_one_line(why)} |"
         for (suite, part, result, why), tests in reasons.items()
     ]
     known = {one.suite for one in outcomes}
@@ -98,6 +99,13 @@ def put_page(text: str, page: Path = PAGE) -> None:
     if not begin or not end:
         raise ValueError(f"{page} does not have the lines {_BEGIN.strip()} and {_END}")
     page.write_text(f"{before}{begin}{text}{end}{after}")
+
+
+def _names(tests: Iterable[str]) -> str:
+    """The names, once each; of very many the first ones, and how many more there are."""
+    names = list(dict.fromkeys(tests))
+    rest = len(names) - _MOST_NAMES
+    return ", ".join(names) if rest <= 0 else f"{', '.join(names[:_MOST_NAMES])} and {rest:,} more"
 
 
 def _one_line(why: str) -> str:

@@ -20,6 +20,7 @@ _SETBACKS_MAX = 2
 def run_suite(
     suite: Suite,
     *,
+    on: Sequence[str] = (),
     patterns: Sequence[str] = (),
     is_over: Callable[[], bool] = lambda: False,
     tell: Callable[[str], None] = lambda text: None,
@@ -27,13 +28,14 @@ def run_suite(
     """An outcome for each of its tests, or one for the suite where it cannot run. Another one where a guest or a bench
     failed outside of a test: "at the start" or "at the end".
 
-    patterns  run the tests whose names match one of these alone, all if there are none
+    on        run the parts whose names match one of these alone, all if there are none
+    patterns  the same for tests
     is_over   asked before each test; once it holds, those that are left are "not run"
     """
     if suite.missing:
         yield Outcome(suite.name, "", "all", "not run", why=suite.missing)
         return
-    for part in suite.parts:
+    for part in [part for part in suite.parts if _matches(part.name, on)]:
         for name, why in part.inapplicable.items():
             yield Outcome(suite.name, part.name, name, "not run", why=why)
         yield from _run_part(suite, part, patterns, is_over, tell)
@@ -87,9 +89,8 @@ def _not_run(suite: Suite, part: Part, tests: Sequence[Test] | None, why: str) -
 
 
 def _chosen(tests: Sequence[Test], patterns: Sequence[str], inapplicable: dict[str, str]) -> list[Test]:
-    return [
-        test
-        for test in tests
-        if test.name not in inapplicable
-        and (not patterns or any(fnmatch.fnmatch(test.name, pattern) for pattern in patterns))
-    ]
+    return [test for test in tests if test.name not in inapplicable and _matches(test.name, patterns)]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
