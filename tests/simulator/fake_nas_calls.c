@@ -737,7 +737,7 @@ static void take_call(struct sim_conn *conn, const uint8_t *at, int64_t sent_at_
 	call->epoch = nas.epoch;
 	call->forgotten = nas.forgotten;
 	/* what a thread was about to send when the machine fell asleep leaves after it: decision 0030 */
-	call->sent_at_ns = now_ns - woke_at_ns < 50 * MS ? 0 : sent_at_ns;
+	call->sent_at_ns = sent_at_ns >= woke_at_ns && sent_at_ns - woke_at_ns < 50 * MS ? 0 : sent_at_ns;
 	call->taken = true;
 	call->object = OBJECT_NONE;
 	call->xid = get32(&at);
@@ -765,7 +765,7 @@ static void take_call(struct sim_conn *conn, const uint8_t *at, int64_t sent_at_
 	event_at(call->due_ns, carry_out, call, call->serial, 0);
 }
 
-uint32_t nas_receive(struct sim_conn *conn, const uint8_t *bytes, uint32_t count, int64_t sent_at_ns)
+uint32_t nas_receive(struct sim_conn *conn, const uint8_t *bytes, uint32_t count)
 {
 	uint32_t done = 0;
 
@@ -779,7 +779,7 @@ uint32_t nas_receive(struct sim_conn *conn, const uint8_t *bytes, uint32_t count
 		}
 		if (count - done - 4 < length)
 			break;
-		take_call(conn, at, sent_at_ns);
+		take_call(conn, at, conn_sent_ns(conn, done + 4 + length));
 		done += 4 + length;
 	}
 	return done;

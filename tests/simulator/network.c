@@ -40,6 +40,8 @@ struct sim_conn {
 	uint16_t port;
 	uint32_t fd;
 	struct stream up, down;
+	uint64_t sent_bytes, taken_bytes; /* by the client, and by the server */
+	uint32_t sends_begin, sends_end; /* in sends[], counted on and on */
 };
 
 enum fd_kind { FD_NONE, FD_SOCKET, FD_EVENT, FD_CLIENT };
@@ -53,6 +55,12 @@ struct fd {
 
 static uint8_t up_bytes[CONNS_MAX][UP_BYTES], down_bytes[CONNS_MAX][DOWN_BYTES];
 static struct sim_conn conns[CONNS_MAX];
+/* When the bytes of up_bytes were sent, call by call. */
+#define SENDS_MAX 2048u
+static struct sent {
+	uint64_t end_bytes;     /* of this connection, with this call */
+	int64_t at_ns;
+} sends[CONNS_MAX][SENDS_MAX];
 static struct fd fds[FDS_MAX];
 static uint64_t conn_number;
 static struct rng net, cuts;
@@ -283,7 +291,30 @@ static uint8_t *stream_room(struct stream *stream, uint32_t bytes)
 	return stream->bytes + stream->tail;
 }
 
-/* An event: b bytes, sent at time c, reach the server. */
+static void note_sent(struct sim_conn *conn, uint32_t bytes)
+{
+	struct sent *all = sends[conn - conns];
+
+	conn->sent_bytes += bytes;
+	if (conn->sends_end - conn->sends_begin == SENDS_MAX)
+		conn->sends_begin++; /* so many calls are never looked at one by one */
+	all[conn->sends_end++ % SENDS_MAX] = (struct sent){ conn->sent_bytes, servers_ns() };
+}
+
+int64_t conn_sent_ns(struct sim_conn *conn, uint32_t count)
+{
+	const struct sent *all = sends[conn - conns];
+
+	while (conn->sends_begin + 1 != conn->sends_end &&
+	       all[conn->sends_begin % SENDS_MAX].end_bytes < conn->taken_bytes + count)
+		conn->sends_begin++;
+	return all[conn->sends_begin % SENDS_MAX].at_ns;
+}
+
+/*
+ * An event: b bytes, sent at time c, reach the server. What a partition has held up may come after what was sent later:
+ * it is so many bytes of the stream, in its order.
+ */
 static void arrive_up(void *a, uint64_t b, uint64_t c)
 {
 	struct sim_conn *conn = a;
@@ -302,7 +333,8 @@ static void arrive_up(void *a, uint64_t b, uint64_t c)
 	} else if (conn->server_open && !conn->blackhole && (conn->client_open || conn->deliver_rest) &&
 		   nas_is_listening()) {
 		up->ready += bytes;
-		taken = nas_receive(conn, up->bytes + up->head, up->ready, (int64_t)c);
+		taken = nas_receive(conn, up->bytes + up->head, up->ready);
+		conn->taken_bytes += taken;
 		up->head += taken;
 		up->ready -= taken;
 		notify(conn); /* there is room for more */
@@ -567,6 +599,7 @@ static ssize_t send_to_nas(int fd, const struct msghdr *message)
 		at += part;
 		left -= part;
 	}
+	note_sent(conn, (uint32_t)bytes);
 	deliver(conn, &conn->up, arrive_up, (uint32_t)bytes);
 	time_silence(conn);
 	return (ssize_t)bytes;

@@ -228,6 +228,8 @@ struct sim_conn *conn_hold(struct sim_conn *conn);
 void conn_let_go(struct sim_conn *conn);
 bool conn_is_open(const struct sim_conn *conn);
 bool conn_has_client(const struct sim_conn *conn);
+/* When the client sent the last of the next `count` bytes, by the server's clock. */
+int64_t conn_sent_ns(struct sim_conn *conn, uint32_t count);
 /* Room for an answer of `bytes`, to be filled before conn_answer(). */
 uint8_t *conn_room(struct sim_conn *conn, uint32_t bytes);
 void conn_answer(struct sim_conn *conn, uint32_t bytes);
@@ -240,7 +242,7 @@ void nas_reset(void);
 bool nas_is_listening(void);
 bool nas_is_reachable(void);
 /* Bytes of whole or partial calls. Returns how many it took. */
-uint32_t nas_receive(struct sim_conn *conn, const uint8_t *bytes, uint32_t count, int64_t sent_at_ns);
+uint32_t nas_receive(struct sim_conn *conn, const uint8_t *bytes, uint32_t count);
 void nas_fault(enum fault fault, bool begins);
 /* The power is cut, and comes back. */
 void nas_lose_cache(void);
@@ -271,7 +273,7 @@ void faults_end(void);
 void fault_partition(int64_t length_ns);
 /* The machine sleeps for so long. */
 void fault_sleep(int64_t length_ns);
-extern int64_t woke_at_ns;      /* from the last sleep */
+extern int64_t woke_at_ns;      /* from the last sleep, by the server's clock */
 
 /* ---- load.c ---- */
 

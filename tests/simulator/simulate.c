@@ -63,7 +63,7 @@ void fault_partition(int64_t length_ns)
 void fault_sleep(int64_t length_ns)
 {
 	slept_ns += length_ns;
-	woke_at_ns = now_ns;
+	woke_at_ns = servers_ns();
 }
 
 static void set_fault(enum fault fault, bool begins)
