@@ -274,6 +274,7 @@ void fault_partition(int64_t length_ns);
 /* The machine sleeps for so long. */
 void fault_sleep(int64_t length_ns);
 extern int64_t woke_at_ns;      /* from the last sleep, by the server's clock */
+extern int64_t awake_since_ns;  /* the same by ours */
 
 /* ---- load.c ---- */
 

@@ -31,7 +31,7 @@ static const char *const fault_names[] = {
 static bool are_active[FAULT_COUNT];
 static struct rng fault_times[FAULT_COUNT];
 static bool are_over, is_cut;
-int64_t woke_at_ns;
+int64_t woke_at_ns, awake_since_ns;
 
 bool fault_is_active(enum fault fault)
 {
@@ -64,6 +64,7 @@ void fault_sleep(int64_t length_ns)
 {
 	slept_ns += length_ns;
 	woke_at_ns = servers_ns();
+	awake_since_ns = now_ns;
 }
 
 static void set_fault(enum fault fault, bool begins)
@@ -140,6 +141,7 @@ static void faults_reset(void)
 	memset(are_active, 0, sizeof(are_active));
 	are_over = is_cut = false;
 	woke_at_ns = -S;
+	awake_since_ns = 0;
 	event_at(FAULTS_NS, faults_must_end, NULL, 0, 0);
 	for (enum fault fault = 0; fault < FAULT_COUNT; fault++) {
 		fault_times[fault].state = options.seed ^ 0xfa0175 ^ (uint64_t)(fault + 1) << 32;
@@ -455,8 +457,8 @@ static bool next_of_enumeration(struct overrides *overrides)
 
 /*
  * simulate FIRST_SEED [seeds=N] [seconds=T of the processor's] [requests=N] [threads=N] [pages=N] [slots=N]
- *   [connections=N] [owner=0|1] [loop=0|1] [soft_ms=N] [habit=N] [without=FAULT,...] [only=FAULT,...] [crash_at=N [crash_end=N]]
- *   [fail_at=N [fail_variant=N] [fail_end=N]] [keep=1] [each=1] [verbose=1]
+ *   [connections=N] [owner=0|1] [loop=0|1] [soft_ms=N] [habit=N] [without=FAULT,...] [only=FAULT,...]
+ *   [crash_at=N [crash_end=N]] [fail_at=N [fail_variant=N] [fail_end=N]] [keep=1] [each=1] [verbose=1]
  *
  * With crash_end, the seed is run once for each point from crash_at to crash_end; with fail_end, once for each way in
  * which each call from fail_at to fail_end can fail. With keep, it goes on after a failure. A line of JSON for each
