@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The engine's parts without I/O (region, cache, crc32c, cipher) as a shared library, called through ctypes."""
+"""The engine's parts without I/O (region, cache, crc32c, cipher, log) as a shared library, called through ctypes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[2] / "nbdnfs" / "engine"
 REFERENCE = Path(__file__).with_name("cache_reference.c")
-BASE = [SOURCES / "base/crc32c.c", SOURCES / "base/cipher.c"]
+BASE = [SOURCES / "base/crc32c.c", SOURCES / "base/cipher.c", SOURCES / "base/log.c"]
 PAGE = 4096
 HIT, MISS, WAIT = 0, 1, 2
 PLAIN, ENCRYPTED = 2, 3
@@ -103,7 +103,9 @@ def build(directory: Path) -> ctypes.CDLL:
         "cipher_tag": (c_uint64, POINTER(CipherKeys), c_char_p, c_size_t),
         "cipher_apply": (None, POINTER(CipherKeys), c_uint64, c_uint64, c_char_p, c_size_t),
         "region_map": (c_int, POINTER(RegionStruct), c_int, POINTER(Identity), POINTER(RegionPlan), c_char_p, c_size_t),
+        "region_adopt": (c_int, POINTER(RegionStruct), c_int, c_uint64, c_char_p, c_size_t),
         "region_unmap": (None, POINTER(RegionStruct)),
+        "count_duration": (None, POINTER(c_uint64), c_uint64),
         "proof_of": (c_uint64, POINTER(RegionStruct), c_char_p),
         "proof_seal": (None, POINTER(RegionStruct), c_uint64, c_uint64, c_char_p),
         "proof_open": (c_bool, POINTER(RegionStruct), c_uint64, c_uint64, c_char_p),

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from core_library import HIT, MISS, PAGE, WAIT, Cache, Identity, PageSetStruct, Region, Run, build
+from core_library import HIT, MISS, PAGE, WAIT, Cache, Identity, PageSetStruct, Region, RegionStruct, Run, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -28,6 +30,15 @@ IDENTITY = Identity(DEVICE_PAGES * PAGE, 7, 8)
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The parts without I/O, compiled once."""
     return build(tmp_path_factory.mktemp("core"))
+
+
+def adopt(library: ctypes.CDLL, fd: int, path_hash: int = 8) -> tuple[int, bytes]:
+    """region_adopt()'s status and the end of its message, after the last comma; what was mapped is let go of."""
+    struct, message = RegionStruct(), ctypes.create_string_buffer(256)
+    status = library.region_adopt(ctypes.byref(struct), fd, path_hash, message, len(message))
+    if status == 0:
+        library.region_unmap(ctypes.byref(struct))
+    return status, message.value.rpartition(b", and ")[2]
 
 
 @dataclass
@@ -394,6 +405,8 @@ def test_a_page_that_is_overtaken_each_time(library: ctypes.CDLL) -> None:
         assert run is not None
         overtaken.append(run.struct.is_overtaken)
         cache.write(0, os.urandom(PAGE))
+        assert cache.page_is_stable(0, first - 1)
+        assert not cache.page_is_stable(0, first)
         cache.run_uncommitted(run, 1)
         assert not cache.is_stable(first)
     assert overtaken == [False, True, True]
@@ -446,6 +459,110 @@ def test_region_of_another_version_or_none_is_refused(library: ctypes.CDLL) -> N
     with pytest.raises(OSError, match="not a region"):
         Region(library, fd, IDENTITY, SLOTS)
     os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "value"),
+    [
+        (shared_region.REGION_BYTES_OFFSET, 8, 0),
+        (shared_region.REGION_BYTES_OFFSET, 8, 2**63),
+        (shared_region.SLOT_COUNT_OFFSET, 4, SLOTS + 1),
+        (shared_region.SLOT_COUNT_OFFSET, 4, 2**28 + 1),
+        (16, 8, 1 << 30),  # identity.device_bytes
+        (16, 8, 2**48 + PAGE),
+    ],
+)
+def test_a_header_that_does_not_fit(library: ctypes.CDLL, offset: int, size: int, value: int) -> None:
+    """What it says of the region's parts is not followed out of the region, whoever asks for it."""
+    fd = os.memfd_create("region")
+    Region(library, fd, IDENTITY, SLOTS).unmap()
+    os.pwrite(fd, value.to_bytes(size, sys.byteorder), offset)
+    with pytest.raises(OSError, match="its header says otherwise"):
+        Region(library, fd, IDENTITY, SLOTS)
+    assert adopt(library, fd) == (-errno.EPROTO, b"its header says otherwise")
+    os.close(fd)
+
+
+@pytest.mark.parametrize("length", [1, PAGE // 2, 3 * PAGE])
+def test_a_file_that_is_no_region(library: ctypes.CDLL, length: int) -> None:
+    """Shorter than the header, or of another length than a new one has."""
+    fd = os.memfd_create("region")
+    for content in (b"x" * length, bytes(length)):
+        os.pwrite(fd, content, 0)
+        with pytest.raises(OSError, match="not a region"):
+            Region(library, fd, IDENTITY, SLOTS)
+        assert os.pread(fd, 2 * length, 0) == content
+    os.pwrite(fd, b"x", 0)
+    assert adopt(library, fd) == (-errno.EPROTO, b"the file is not a region")
+    os.close(fd)
+
+
+def test_a_region_that_is_adopted(library: ctypes.CDLL) -> None:
+    """By its path alone; one for another path is refused, and a file without bytes is none yet."""
+    fd = os.memfd_create("region")
+    assert adopt(library, fd)[0] == -errno.ENOENT
+    Region(library, fd, IDENTITY, SLOTS).unmap()
+    assert adopt(library, fd) == (0, b"")
+    assert adopt(library, fd, path_hash=9) == (-errno.EINVAL, b"the region belongs to another backing file")
+    with pytest.raises(OSError, match="another backing file"):
+        Region(library, fd, Identity(DEVICE_PAGES * PAGE, 7, 9), SLOTS)
+    os.close(fd)
+
+
+@pytest.mark.parametrize(("slots", "device_bytes"), [(2**28 + 1, DEVICE_PAGES * PAGE), (SLOTS, 2**48 + PAGE)])
+def test_a_region_that_would_be_too_large(library: ctypes.CDLL, slots: int, device_bytes: int) -> None:
+    """EFBIG, and nothing is made."""
+    fd = os.memfd_create("region")
+    with pytest.raises(OSError, match="at most") as caught:
+        Region(library, fd, Identity(device_bytes, 7, 8), slots)
+    assert caught.value.errno == errno.EFBIG
+    assert os.fstat(fd).st_size == 0
+    os.close(fd)
+
+
+def test_slots_that_are_damaged(library: ctypes.CDLL) -> None:
+    """A slot for a page that the device does not have, and a second one for a page: dropped, the others stay."""
+    fd = os.memfd_create("region")
+    region = Region(library, fd, IDENTITY, SLOTS)
+    cache = Cache(region)
+    pages = [random.Random(n).randbytes(PAGE) for n in range(4)]
+    for n in range(4):
+        assert cache.write(n, pages[n])
+    table = region.struct.slots - region.struct.header
+    cache.destroy()
+    region.unmap()
+    words = [int.from_bytes(os.pread(fd, 8, table + 8 * slot), sys.byteorder) for slot in range(SLOTS)]
+    one_page = abs(words[1] - words[0])
+    for slot, word in ((2, words[0]), (3, words[0] + DEVICE_PAGES * one_page)):
+        os.pwrite(fd, word.to_bytes(8, sys.byteorder), table + 8 * slot)
+    region = Region(library, fd, IDENTITY, SLOTS)
+    cache = Cache(region)
+    cache.check(DEVICE_PAGES)
+    assert cache.unstable_count() == 2
+    found = {page: cache.read(page) for page in range(DEVICE_PAGES)}
+    assert {page for page, (status, _) in found.items() if status == HIT} == {0, 1}
+    assert all(found[page][1] in pages for page in (0, 1))
+    cache.destroy()
+    region.unmap()
+    os.close(fd)
+
+
+@pytest.mark.parametrize("length", [0, 1, 502, 503, 504, 2000])
+def test_a_line_is_a_line(library: ctypes.CDLL, capfd: pytest.CaptureFixture[str], length: int) -> None:
+    """However long: one write, cut off where it is too long, with one line end."""
+    library.log_line(b"%s %d", b"x" * length, ctypes.c_int(7))
+    said = capfd.readouterr().err
+    whole = f"nbdnfs: {'x' * length} 7"
+    assert said == f"{whole[:510]}\n"
+
+
+@given(us=st.integers(0, 2**64 - 1) | st.integers(0, 64).map(lambda bits: (1 << bits) - 1))
+def test_histograms(library: ctypes.CDLL, us: int) -> None:
+    """Bucket n counts what took less than 2^n microseconds, and the last one everything else."""
+    buckets = (ctypes.c_uint64 * shared_region.HISTOGRAM_BUCKETS)()
+    library.count_duration(buckets, us)
+    counted = min(us.bit_length(), shared_region.HISTOGRAM_BUCKETS - 1)
+    assert list(buckets) == [int(bucket == counted) for bucket in range(shared_region.HISTOGRAM_BUCKETS)]
 
 
 @pytest.mark.parametrize("encrypted", [False, True])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.engines import PAGE, OpenEngine, opening, read_pages, write_pages_and_flush
-from support.fake_nas import FakeNas
+from support.fake_nas import FakeNas, Oddities
 from support.file_tree import SYMLINK
 from support.nfs_server import LOOPBACK
 from support.owner_records import machine
@@ -96,7 +96,7 @@ def test_all_handles_are_stale(nas: FakeNas, open_engine: OpenEngine, folder: st
         assert len(nas.calls(*OF_LIBNFS)) == before
 
 
-@pytest.mark.parametrize("target", ["real", "/export/real", "/export//./real/"])
+@pytest.mark.parametrize("target", ["real", "/export/real", "/export//./real/", "real/" + "./" * 500])
 def test_a_symbolic_link_on_the_way(nas: FakeNas, open_engine: OpenEngine, target: str) -> None:
     """It is followed, as libnfs did at the first open; libnfs 4.0 fails where it is an absolute one."""
     with nas.files() as tree:
@@ -110,7 +110,9 @@ def test_a_symbolic_link_on_the_way(nas: FakeNas, open_engine: OpenEngine, targe
     read_again(engine, content, 30)
 
 
-@pytest.mark.parametrize("target", ["way", "/elsewhere", "/exported/real", "x" * 1025, "nowhere"])
+@pytest.mark.parametrize(
+    "target", ["way", "/elsewhere", "/exported/real", "x" * 1025, "nowhere", "x" * 256, "/exporter", "/export"]
+)
 def test_a_symbolic_link_that_leads_nowhere(
     nas: FakeNas, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str], target: str
 ) -> None:
@@ -130,6 +132,34 @@ def test_a_symbolic_link_that_leads_nowhere(
     with nas.files():
         link.target = "real"
     assert reading.result(DEADLINE_S) == content[30 * PAGE : 31 * PAGE]
+
+
+@pytest.mark.parametrize("target", ["real", "/export/real", "/export//real/"])
+def test_a_symbolic_link_below_the_root(target: str) -> None:
+    """The server exports "/" alone: a target that is absolute begins there."""
+    with FakeNas(Oddities(exports=("/",))) as nas, opening(**OPTIONS) as open_it:
+        with nas.files() as tree:
+            tree.make_directories("/export/real")
+            link = tree.make(tree.make_directories("/export"), "way", SYMLINK, 0o777)
+            link.target = "real"
+        engine, content = served(nas, open_it, "/export/real/swap", "/export/way/swap")
+        with nas.files():
+            link.target = target
+        nas.expire_handles()
+        read_again(engine, content, 30)
+
+
+@pytest.mark.parametrize("target", ["real/swap", "/export/real/swap", "./real//swap"])
+def test_a_file_that_is_a_symbolic_link(nas: FakeNas, open_engine: OpenEngine, target: str) -> None:
+    """Its name is one. An absolute target begins at what is mounted, which mountd has to say."""
+    with nas.files() as tree:
+        link = tree.make(tree.make_directories("/export"), "swap", SYMLINK, 0o777)
+        link.target = "real/swap"
+    engine, content = served(nas, open_engine, "/export/real/swap", "/export/swap")
+    with nas.files():
+        link.target = target
+    nas.expire_handles()
+    read_again(engine, content, 30)
 
 
 def test_the_file_was_deleted_and_mountd_is_dead(nas: FakeNas, open_engine: OpenEngine) -> None:
@@ -277,9 +307,10 @@ def test_a_file_that_is_gone_before_and_after_a_silence(nas: FakeNas, open_engin
 MOVES = """
 import os, sys
 from support.engines import PAGE, opening, read_pages
-from support.fake_nas import FakeNas
+from support.fake_nas import FakeNas, Oddities
 from support.nfs_server import free_ports
-from support.waiting import DEADLINE_S, in_background
+from support.sunrpc import record
+from support.waiting import DEADLINE_S, in_background, wait_until
 
 content = os.urandom(64 * PAGE)
 with FakeNas(portmap_port=111) as nas:
@@ -288,10 +319,22 @@ with FakeNas(portmap_port=111) as nas:
         engine = open_engine("nfs://{host}/export/a/swap?version=3&uid=0&gid=0")
         nas.stop()
         nas.port, nas.mount_port = free_ports(2)
-        nas.start()
         if "stale" in sys.argv:
             nas.expire_handles()
         before = len(nas.calls("MOUNT_NULL", "ACCESS", "PATHCONF"))
+        reading = in_background(read_pages, engine, 5)
+        if "away" in sys.argv:  # portmapper comes later than the server
+            nas._portmap_port = None
+            nas.start()
+            wait_until(lambda: engine.counters()["disconnected"], "there is no connection")
+            nas._portmap_port = 111
+        if "unknown" in sys.argv:  # to portmapper, which says 0
+            nas.mutate(lambda call, message: record(message[:-4] + bytes(4)) if call.op == "PORTMAP" else None)
+            nas.start()
+            wait_until(lambda: len(nas.calls("PORTMAP")) > 2, "it is asked again")
+            nas.mutate(None)
+        nas.start()
+        assert reading.result(DEADLINE_S) == content[5 * PAGE : 6 * PAGE]
         assert in_background(read_pages, engine, 5).result(DEADLINE_S) == content[5 * PAGE : 6 * PAGE]
         assert len(nas.calls("MOUNT_NULL", "ACCESS", "PATHCONF")) == before
         assert len(nas.calls("PORTMAP")) > 0
@@ -300,9 +343,10 @@ print("right")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="portmapper's port and a network of its own need root")
-@pytest.mark.parametrize("what", ["moved", "stale"])
+@pytest.mark.parametrize("what", ["moved", "stale", "away", "unknown"])
 def test_a_server_on_other_ports(what: str) -> None:
-    """A URL without ports: portmapper is asked over the wire, where the server is and where mountd is."""
+    """A URL without ports: portmapper is asked over the wire, where the server is and where mountd is; again and again,
+    where it does not answer, or does not know it yet."""
     tests = str(Path(__file__).resolve().parents[1])
     # a sanitizer is for the last of these programs alone
     script = 'ip link set lo up; LD_PRELOAD=$1; export LD_PRELOAD; shift; exec "$@"'

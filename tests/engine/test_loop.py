@@ -201,6 +201,8 @@ def test_options(serve: Callable[..., Served]) -> None:
         assert option_reply(served, 7) == (1 << 31 | 3, b"")
     served.socket.sendall(option(7, bytes(100_000)))
     assert option_reply(served, 7) == (1 << 31 | 9, b"")
+    served.socket.sendall(option(3, b"x"))
+    assert option_reply(served, 3) == (1 << 31 | 3, b"")
     served.socket.sendall(option(6, struct.pack(">IH", 0, 0)))
     assert [option_reply(served, 6)[0] for _ in range(3)] == [3, 3, 1]
     served.socket.sendall(option(2))
@@ -209,7 +211,14 @@ def test_options(serve: Callable[..., Served]) -> None:
 
 
 @pytest.mark.parametrize(
-    "bytes_sent", [b"", b"\x00\x00", b"\x00\x00\x00\x03IHAVE", b"\x00\x00\x00\x03" + option(7, b"")[:-1]]
+    "bytes_sent",
+    [
+        b"",
+        b"\x00\x00",
+        b"\x00\x00\x00\x03IHAVE",
+        b"\x00\x00\x00\x03" + option(7, b"")[:-1],
+        b"\x00\x00\x00\x03" + option(7, bytes(100_000))[:-1],
+    ],
 )
 def test_a_client_that_leaves_during_the_handshake(serve: Callable[..., Served], bytes_sent: bytes) -> None:
     """Serving ends."""
@@ -272,6 +281,7 @@ def test_requests(serve: Callable[..., Served], fake: FakeNfsServer) -> None:
         (TRIM, 0, SIZE + PAGE),
         (WRITE_ZEROES, 0, 0),
         (WRITE_ZEROES, 1, PAGE),
+        (WRITE_ZEROES, 2**64 - PAGE, 2 * PAGE),
         (FLUSH, 0, PAGE),
         (FLUSH, PAGE, 0),
         (5, 0, PAGE),
@@ -642,11 +652,12 @@ def test_a_client_that_stops_receiving_within_a_write(serve: Callable[..., Serve
     served.ended.result(DEADLINE_S)
 
 
-def test_a_client_that_breaks_the_protocol(serve: Callable[..., Served]) -> None:
+@pytest.mark.parametrize("wrong", [bytes(28), b"\0" * 4 + request(DISCONNECT, 2, 0, 0)[4:]])
+def test_a_client_that_breaks_the_protocol(serve: Callable[..., Served], wrong: bytes) -> None:
     """Serving ends with an error; requests before the one that is wrong are answered."""
     served = serve()
     served.client()
-    served.socket.sendall(request(FLUSH, 1, 0, 0) + bytes(28))
+    served.socket.sendall(request(FLUSH, 1, 0, 0) + wrong)
     assert served.receive() == (1, 0, b"")
     assert errno_of(lambda: served.ended.result(DEADLINE_S)) == errno.EPROTO
 

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 import pytest
 from support.engines import PAGE, OpenEngine, opening, read_pages, write_pages, write_pages_and_flush
 from support.fake_nas import FakeNas, NasCall, Oddities
-from support.sunrpc import record
+from support.fake_nfs import NFS3ERR_IO
+from support.sunrpc import record, u32
+from support.waiting import DEADLINE_S, in_background, wait_until
 
 from nbdnfs.engine import Engine, NfsError
-from nbdnfs.region import LAST_PLACE_BYTES, LAST_PLACE_OFFSET
+from nbdnfs.region import FILE_REPLACED, LAST_PLACE_BYTES, LAST_PLACE_OFFSET
 
 PAGES = 64
 OPTIONS = {"region_pages": 256, "silence_ms": 300, "connect_timeout_s": 2}
@@ -102,6 +104,163 @@ def test_the_server_numbers_its_files_again(
             engine.close()
         nas.stop_mountd()
         check(open_engine(nas.url(path), region_fd=region_fd), content)
+
+
+def patch_place(region_fd: int, changes: dict[int, bytes]) -> None:
+    """Change the newest place that was kept, which stays whole. Offsets are of struct nfsio_known."""
+    at = max(
+        (LAST_PLACE_OFFSET, LAST_PLACE_OFFSET + LAST_PLACE_BYTES),
+        key=lambda offset: int.from_bytes(os.pread(region_fd, 8, offset + 8), sys.byteorder),
+    )
+    place = bytearray(os.pread(region_fd, LAST_PLACE_BYTES, at))
+    for offset, data in changes.items():
+        place[16 + offset : 16 + offset + len(data)] = data
+    place[:4] = crc32c(bytes(place[4:])).to_bytes(4, sys.byteorder)
+    os.pwrite(region_fd, place, at)
+
+
+def crc32c(data: bytes) -> int:
+    """RFC 3720, B.4, bit by bit."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+_FILE = 32  # struct nfsio_handle: its length, and 64 bytes
+_DIRECTORY = _FILE + 68
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {_FILE: (65).to_bytes(4, sys.byteorder)},
+        {_FILE: b"\xff" * 4},
+        {_DIRECTORY: (65).to_bytes(4, sys.byteorder)},
+        {28: bytes(4)},  # mount_bytes
+        {28: (1000).to_bytes(4, sys.byteorder)},
+    ],
+    ids=str,
+)
+def test_a_place_that_cannot_be(open_engine: OpenEngine, region_fd: int, changes: dict[int, bytes]) -> None:
+    """It is whole, and says what no worker says: the file is looked for by its name. A whole one that is right is
+    believed."""
+    with FakeNas() as nas:
+        content = first_worker(nas, open_engine, region_fd)
+        patch_place(region_fd, changes)
+        before = len(nas.calls("MNT"))
+        check(open_engine(nas.url("/export/swap"), region_fd=region_fd), content)
+        assert (len(nas.calls("MNT")) > before) is bool(changes)
+
+
+# An answer to READ with attributes: xid, kind, reply, verifier, status, status of NFS, attributes
+_READ_HEAD = 24 + 4 + 4 + 84
+
+
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
+def test_a_page_that_is_read_as_nothing(open_engine: OpenEngine, transport: str) -> None:
+    """As at the end of a file: it is no sign of the file, nor is it an error; the page is asked for again."""
+    struck = []
+
+    def change(call: NasCall, message: bytes) -> bytes | None:
+        if call.op != "READ" or len(struck) == 1:
+            return None
+        struck.append(call)
+        return record(message[:_READ_HEAD] + u32(0, 1, 0))
+
+    with FakeNas(Oddities(new_fileids=True, new_handles=True, new_fsid=True)) as nas:
+        content = os.urandom(PAGES * PAGE)
+        nas.add("/export/swap", content)
+        engine = open_engine(nas.url("/export/swap"), transport=transport)
+        for page in range(0, PAGES, 4):
+            write_pages_and_flush(engine, page, content[page * PAGE : (page + 1) * PAGE])
+        nas.mutate(change)
+        nas.restart()
+        check(engine, content)
+        assert len(struck) == 1
+
+
+@pytest.mark.parametrize("bytes_each", [512, 1000, 4096, 5000])
+def test_a_server_that_moves_little(open_engine: OpenEngine, region_fd: int, bytes_each: int) -> None:
+    """Less than a page in each READ and WRITE, and more before: libnfs would not mount it, and swap goes on."""
+    with FakeNas() as nas:
+        content = first_worker(nas, open_engine, region_fd)
+        nas.become(Oddities(rtmax=bytes_each, wtmax=bytes_each))
+        before = len(nas.calls("READ", "WRITE"))
+        engine = open_engine(nas.url("/export/swap"), region_fd=region_fd)
+        check(engine, content)
+        assert nas.content("/export/swap") == content
+        assert max(call.count for call in nas.calls("READ", "WRITE")[before:]) <= bytes_each
+
+
+def test_a_shorter_file_has_the_name(open_engine: OpenEngine, region_fd: int) -> None:
+    """It is not the file, whatever its bytes are, and it is not written to."""
+    with FakeNas() as nas:
+        content = first_worker(nas, open_engine, region_fd)
+        engine = open_engine(nas.url("/export/swap"), region_fd=region_fd)
+        shorter = content[: 60 * PAGE]
+        make_again(nas, shorter, same_number=True)
+        reading = in_background(read_pages, engine, 62)
+        wait_until(lambda: engine.counters()["file_state"] == FILE_REPLACED, "it is another file")
+        assert not reading.done()
+        assert nas.content("/export/swap") == shorter
+        make_again(nas, content, same_number=False)
+        assert reading.result(DEADLINE_S) == content[62 * PAGE : 63 * PAGE]
+
+
+@pytest.mark.parametrize("kind", [2, 5])
+def test_a_handle_that_is_a_directory_once(open_engine: OpenEngine, kind: int) -> None:
+    """Over a new connection, for one answer: the file is looked for by its name, and is the same."""
+    struck = []
+
+    def change(call: NasCall, message: bytes) -> bytes | None:
+        if call.op != "GETATTR" or struck:
+            return None
+        struck.append(call)
+        return record(message[:28] + u32(kind) + message[32:])
+
+    with FakeNas() as nas:
+        content = os.urandom(PAGES * PAGE)
+        nas.add("/export/swap", content)
+        engine = open_engine(nas.url("/export/swap"))
+        nas.mutate(change)
+        nas.disconnect()
+        check(engine, content)
+        assert struck
+        assert len(nas.calls("LOOKUP")) >= 2
+
+
+@pytest.mark.parametrize("fault", ["none", "refused", "wrong"])
+def test_the_server_numbers_its_files_again_under_libnfs(open_engine: OpenEngine, fault: str) -> None:
+    """While a worker runs that has its pages from libnfs: the bytes decide, also where the first page that is asked for
+    is refused, or is read wrong once."""
+    struck = []
+
+    def change(call: NasCall, message: bytes) -> bytes | None:
+        if call.op != "READ" or struck:
+            return None
+        struck.append(call)
+        return record(message[:-1] + bytes([message[-1] ^ 1]))
+
+    with FakeNas(Oddities(new_fileids=True, new_handles=True, new_fsid=True)) as nas:
+        content = os.urandom(PAGES * PAGE)
+        nas.add("/export/swap", content)
+        engine = open_engine(nas.url("/export/swap"), transport="libnfs")
+        for page in range(0, PAGES, 4):
+            write_pages_and_flush(engine, page, content[page * PAGE : (page + 1) * PAGE])
+        before = len(nas.calls("READ"))
+        if fault == "refused":
+            nas.fail("READ", NFS3ERR_IO, times=1)
+        elif fault == "wrong":
+            nas.mutate(change)
+        nas.restart()
+        check(engine, content)
+        assert len(nas.calls("READ")) > before + PAGES - PAGES // 4, "more than the pages that it has not kept"
+        assert nas.struck("READ")
+        assert bool(struck) is (fault == "wrong")
 
 
 def make_again(nas: FakeNas, content: bytes, *, same_number: bool) -> None:
@@ -203,7 +362,7 @@ def test_a_worker_that_was_killed_while_it_kept_the_place(open_engine: OpenEngin
         assert min(numbers) > 0
         newer = numbers.index(max(numbers))
         at = LAST_PLACE_OFFSET + newer * LAST_PLACE_BYTES
-        for damaged in range(0, LAST_PLACE_BYTES - 8, 16):
+        for damaged in (4, 8, *range(0, LAST_PLACE_BYTES - 8, 16)):
             byte = bytes([places[newer][damaged] ^ 1])
             os.pwrite(region_fd, byte, at + damaged)
             engine = open_engine(nas.url("/export/swap"), region_fd=region_fd)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
@@ -18,7 +19,7 @@ from support.nfs_server import LOOPBACK, Ganesha, free_ports
 from support.proxy import TcpProxy
 from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
-from nbdnfs.engine import NfsError, NfsFile, libnfs_version
+from nbdnfs.engine import Engine, NfsError, NfsFile, libnfs_version
 
 MIB = 1 << 20
 
@@ -99,6 +100,32 @@ def test_a_read_ends_at_the_end_of_the_file(
     file = open_file(new_file(content=b"0123456789").url(version))
     assert read(file, 4, 100) == b"456789"
     assert read(file, 10, 5) == read(file, 1 << 40, 5) == read(file, 0, 0) == b""
+
+
+def test_reading_over_version_4(ganesha: Ganesha, new_file: Callable[..., FileOnServer]) -> None:
+    """What libnfs 4.0 can do over NFSv4, too: a file is read to its end, a device by pages, and names are looked up."""
+    on_server = new_file(content=(content := os.urandom(100_000)))
+    file = NfsFile(on_server.url(4), LOOPBACK, read_only=True, silence_ms=300)
+    with contextlib.closing(file):
+        assert file.size_bytes == file.stat()["size"] == len(content)
+        assert read(file, 0, 200_000) == content
+        assert read(file, len(content), 10) == b""
+        assert file.lookup(f"/{on_server.name}")["ino"] == on_server.path.stat().st_ino
+        assert on_server.name in file.names()
+        assert file.read_beside(f"/{on_server.name}", 100) == content[:100]
+        for call in (lambda: file.lookup("/nothing"), lambda: file.read_beside("/nothing", 1)):
+            with pytest.raises(NfsError) as caught:
+                call()
+            assert (caught.value.phase, caught.value.errno) == ("name", errno.ENOENT)
+    for url in (ganesha.url("none/here", 4), on_server.url(4).replace(str(ganesha.export_path), "/nowhere")):
+        with pytest.raises(NfsError) as caught:
+            NfsFile(url, LOOPBACK, connect_timeout_s=2)
+        assert caught.value.phase in ("mount", "open")
+    device = new_file(64 * 4096)
+    with contextlib.closing(Engine(device.url(4), LOOPBACK, region_pages=256)) as engine:
+        page = bytearray(4096)
+        engine.pread(page, 17 * 4096)
+        assert page == device.path.read_bytes()[17 * 4096 : 18 * 4096]
 
 
 def test_offsets_beyond_64_bits_are_einval(

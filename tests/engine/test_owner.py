@@ -10,9 +10,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from conftest import FileOnServer
+from support.fake_nas import FakeNas
+from support.fake_nfs import NFS3ERR_IO
 from support.nfs_server import LOOPBACK, Ganesha
 from support.owner_records import (
     HOLDER,
@@ -56,13 +59,16 @@ def hold() -> Iterator[Callable[..., Held]]:
         yield make
 
 
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
 @each_version
-def test_the_record_is_kept_fresh(swap_file: FileOnServer, hold: Callable[..., Held], version: int) -> None:
+def test_the_record_is_kept_fresh(
+    swap_file: FileOnServer, hold: Callable[..., Held], version: int, transport: str
+) -> None:
     """The engine writes ten digits in place and nothing else; the time of the file advances."""
     box1 = machine("box1")
     record = claim(swap_file, box1)
     grow_old(swap_file)
-    held = hold(swap_file.url(version), swap_file, box1)
+    held = hold(swap_file.url(version), swap_file, box1, transport=transport)
     wait_until(lambda: record_of(swap_file).refreshed >= 3, "three signs of life")
     assert dataclasses.replace(record_of(swap_file), refreshed=0) == record
     assert time.time() - record_path(swap_file).stat().st_mtime < 60
@@ -136,13 +142,16 @@ def test_a_machine_that_was_cut_off_looks_before_it_writes(
     assert swap_file.path.read_bytes() == TWO * PAGES
 
 
-def test_a_server_that_was_away_changes_nothing(own_ganesha: Ganesha, hold: Callable[..., Held]) -> None:
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
+def test_a_server_that_was_away_changes_nothing(
+    own_ganesha: Ganesha, hold: Callable[..., Held], transport: str
+) -> None:
     """A server that was away for longer than the permission lasts: the owner goes on, and every page arrives."""
     (own_ganesha.export_path / "swap").write_bytes(bytes(DEVICE_BYTES))
     file = FileOnServer(own_ganesha, "swap", DEVICE_BYTES)
     box1 = machine("box1")
     claim(file, box1)
-    held = hold(file.url(), file, box1)
+    held = hold(file.url(), file, box1, transport=transport)
     own_ganesha.kill()
     for page in range(512):
         held.engine.pwrite(ONE, page * PAGE)
@@ -172,13 +181,14 @@ def test_a_theft_from_a_full_server(tmp_path: Path, hold: Callable[..., Held]) -
         held.close()
 
 
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
 def test_a_record_that_is_removed(
-    swap_file: FileOnServer, hold: Callable[..., Held], capfd: pytest.CaptureFixture[str]
+    swap_file: FileOnServer, hold: Callable[..., Held], capfd: pytest.CaptureFixture[str], transport: str
 ) -> None:
     """Without a record any machine may claim the file: the owner stops, and says so once."""
     box1 = machine("box1")
     claim(swap_file, box1)
-    held = hold(swap_file.url(), swap_file, box1)
+    held = hold(swap_file.url(), swap_file, box1, transport=transport)
     record_path(swap_file).unlink()
     wait_until(lambda: held.state == OWNER_STOLEN, "it is noticed")
     with pytest.raises(OSError, match="Input/output error"):
@@ -216,19 +226,115 @@ def test_a_worker_that_comes_too_late(
     assert swap_file.path.read_bytes() == bytes(DEVICE_BYTES)
 
 
-def test_closing_while_the_server_hangs(own_ganesha: Ganesha, hold: Callable[..., Held]) -> None:
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
+def test_closing_while_the_server_hangs(own_ganesha: Ganesha, transport: str) -> None:
     """A read of the record that gets no answer does not delay the end."""
     (own_ganesha.export_path / "swap").write_bytes(bytes(DEVICE_BYTES))
     file = FileOnServer(own_ganesha, "swap", DEVICE_BYTES)
     box1 = machine("box1")
     claim(file, box1)
-    held = Held(file.url(), file, box1)
+    held = Held(file.url(), file, box1, transport=transport)
     wait_until(lambda: record_of(file).refreshed >= 1, "it looks")
     own_ganesha.pause()
     try:
         held.close()
     finally:
         own_ganesha.resume()
+
+
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
+def test_a_server_that_hangs(own_ganesha: Ganesha, hold: Callable[..., Held], transport: str) -> None:
+    """The permission runs out while a look waits for its answer, and comes back with the server."""
+    (own_ganesha.export_path / "swap").write_bytes(bytes(DEVICE_BYTES))
+    file = FileOnServer(own_ganesha, "swap", DEVICE_BYTES)
+    box1 = machine("box1")
+    claim(file, box1)
+    held = hold(file.url(), file, box1, transport=transport)
+    own_ganesha.pause()
+    try:
+        wait_until(lambda: held.state == OWNER_UNSURE, "the permission runs out")
+    finally:
+        own_ganesha.resume()
+    wait_until(lambda: held.state == OWNER_HELD, "its own again")
+
+
+def without(record: bytes, line: bytes) -> bytes:
+    """The record without the line that begins so, and as long as before."""
+    lines = [it for it in record.split(b"\n") if not it.startswith(line)]
+    return b"\n".join(lines).ljust(len(record), b"\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda record: record.replace(b"nbdnfs owner 1", b"nbdnfs owner 2"), "is damaged"),
+        (lambda record: record.replace(b"\nstate held\n", b"\nstate free\n"), "taken over by box1"),
+        (lambda record: record[:-1], "is damaged"),
+        (lambda record: b"x" * len(record), "is damaged"),
+        (lambda record: b"", "is gone"),
+        (lambda record: without(record.replace(b"\nboot ", b"\nboot 0"), b"host "), "taken over by ?"),
+    ],
+)
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
+def test_a_record_that_is_not_ours(
+    swap_file: FileOnServer,
+    capfd: pytest.CaptureFixture[str],
+    change: Callable[[bytes], bytes],
+    said: str,
+    transport: Literal["wire", "libnfs"],
+) -> None:
+    """From the first look on nothing is read or written."""
+    box1 = machine("box1")
+    claim(swap_file, box1)
+    record = record_path(swap_file)
+    record.write_bytes(change(record.read_bytes()))
+    held = Held(swap_file.url(), swap_file, box1, transport=transport)
+    wait_until(lambda: held.state == OWNER_STOLEN, "it is noticed")
+    with pytest.raises(OSError, match="Input/output error"):
+        held.engine.pwrite(ONE, 0)
+    held.close()
+    assert said in capfd.readouterr().err
+    assert swap_file.path.read_bytes() == bytes(DEVICE_BYTES)
+
+
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
+@pytest.mark.parametrize("name", ["/", "/" + "x" * 256])
+def test_names_that_no_record_has(swap_file: FileOnServer, name: str, transport: Literal["wire", "libnfs"]) -> None:
+    """An owner that cannot look at its record does not begin."""
+    with pytest.raises(OSError, match="Errno"):
+        Engine(swap_file.url(), LOOPBACK, owner_path=name, owner_identity="x", transport=transport, connect_timeout_s=1)
+
+
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
+@pytest.mark.parametrize("op", ["LOOKUP", "READ", "WRITE"])
+@pytest.mark.parametrize("fault", ["refused", "silence"])
+def test_a_look_that_fails(transport: Literal["wire", "libnfs"], op: str, fault: str) -> None:
+    """At any of its calls: the server refuses some, or the connection breaks. The record is refreshed again."""
+    box1 = machine("box1")
+    record = owner_record.new(box1, HOLDER, None, "held", QUICK).to_bytes()
+    with FakeNas() as nas:
+        nas.add("/export/swap", bytes(16 * PAGE))
+        nas.add("/export/.swap.owner", record)
+        engine = Engine(
+            nas.url("/export/swap"),
+            LOOPBACK,
+            transport=transport,
+            region_pages=256,
+            owner_path="/.swap.owner",
+            owner_identity=f"\nboot {box1.boot}\n",
+            owner_refresh_ms=300,
+        )
+        with contextlib.closing(engine):
+            if fault == "refused":
+                nas.fail(op, NFS3ERR_IO, times=2)
+                wait_until(lambda: nas.struck(op), "they are refused")
+            else:
+                nas.drop(op)
+                wait_until(lambda: nas.struck(op), "a call has arrived")
+                nas.disconnect()
+            before = nas.content("/export/.swap.owner")
+            wait_until(lambda: nas.content("/export/.swap.owner") != before, "another sign of life")
+            wait_until(lambda: engine.counters()["owner_state"] == OWNER_HELD, "its own")
 
 
 def test_both_options_or_none(swap_file: FileOnServer) -> None:

@@ -16,6 +16,8 @@ from support.fake_nfs import (
     FILE_SYNC,
     NFS3_OK,
     NFS3ERR_ACCES,
+    NFS3ERR_BADHANDLE,
+    NFS3ERR_DQUOT,
     NFS3ERR_FBIG,
     NFS3ERR_IO,
     NFS3ERR_JUKEBOX,
@@ -198,6 +200,21 @@ def test_a_read_that_stays_refused(fake: FakeNfsServer, open_engine: OpenEngine)
     assert read_pages(engine, 0) == fake.content[:PAGE]
 
 
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
+@pytest.mark.parametrize("status", [NFS3ERR_IO, NFS3ERR_NOSPC, NFS3ERR_DQUOT, NFS3ERR_BADHANDLE])
+def test_a_commit_that_is_refused(fake: FakeNfsServer, open_engine: OpenEngine, status: int, transport: str) -> None:
+    """What was written UNSTABLE is not said to be on the server; it is once a COMMIT is answered."""
+    engine = open_engine(fake.url(), transport=transport)
+    page = os.urandom(PAGE)
+    fake.fail("COMMIT", status)
+    flushed = in_background(write_pages_and_flush, engine, 0, page)
+    wait_until(lambda: len(fake.calls("COMMIT")) >= 2, "it is asked again")
+    assert not flushed.done()
+    fake.fail("COMMIT", NFS3_OK)
+    flushed.result(DEADLINE_S)
+    assert fake.on_disk[:PAGE] == page
+
+
 def test_a_full_server(fake: FakeNfsServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str]) -> None:
     """ENOSPC is nobody's error: the page stays, the flush waits, two lines tell of it; with room it is written."""
     engine = open_engine(fake.url())
@@ -256,9 +273,12 @@ def test_a_file_that_was_cut(backing_file: FileOnServer, open_engine: OpenEngine
 
 @pytest.mark.parametrize("op", ["READ", "WRITE"])
 @pytest.mark.parametrize("claim", [PAGE + 1, 2**31, 2**32 - 1])
-def test_a_count_beyond_what_was_asked(fake: FakeNfsServer, open_engine: OpenEngine, op: str, claim: int) -> None:
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
+def test_a_count_beyond_what_was_asked(
+    fake: FakeNfsServer, open_engine: OpenEngine, op: str, claim: int, transport: str
+) -> None:
     """A reply that claims to have moved more than was asked for is not believed; the request is done again."""
-    engine = open_engine(fake.url())
+    engine = open_engine(fake.url(), transport=transport)
     guard = os.urandom(PAGE)
     buffer = bytearray(guard * 3)
     fake.claim_count(op, claim)
@@ -460,9 +480,12 @@ def test_connections_that_end_while_requests_wait(
 
 @pytest.mark.parametrize("op", ["READ", "WRITE", "COMMIT"])
 @pytest.mark.parametrize("idle_s", [0, 0.2], ids=["at once", "after a while"])
-def test_nobody_else_has_to_ask(fake: FakeNfsServer, open_engine: OpenEngine, op: str, idle_s: float) -> None:
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
+def test_nobody_else_has_to_ask(
+    fake: FakeNfsServer, open_engine: OpenEngine, op: str, idle_s: float, transport: str
+) -> None:
     """One request waits alone when the connection goes: it is sent again by itself, whoever listens just then."""
-    engine = open_engine(fake.url())
+    engine = open_engine(fake.url(), transport=transport)
     time.sleep(idle_s)
     page = fake.content[:PAGE] if op == "READ" else os.urandom(PAGE)
     fake.hold(op)
@@ -512,13 +535,14 @@ def test_a_server_that_is_away_and_comes_back(
     assert "waiting for one" in said.lines[0]
 
 
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
 def test_a_file_that_was_replaced_is_not_written_into(
-    fake: FakeNfsServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str]
+    fake: FakeNfsServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str], transport: str
 ) -> None:
     """Another file under the name while the connection was lost: requests wait, a line says why; the stranger stays
     as it is. With the old file back in its place, everything goes on.
     """
-    engine = open_engine(fake.url())
+    engine = open_engine(fake.url(), transport=transport)
     fileid, content = fake.fileid, fake.content
     page = os.urandom(PAGE)
     said = SaidOnStderr(capfd)

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from support.fake_nfs import NFS3ERR_JUKEBOX, NFS3ERR_NOENT, NFS3ERR_STALE
-from support.sunrpc import XdrReader, opaque, u32, u64
+from support.sunrpc import XdrReader, opaque, record, u32, u64
 from wire_library import (
     COMMIT,
     FSINFO,
@@ -250,3 +252,90 @@ def test_a_port_that_there_is_not(pair: Pair) -> None:
     pair.server.sendall(pair.answer(call, u32(65536)))
     with pytest.raises(OSError, match="Protocol error"):
         pair.receive()
+
+
+# Calls that must wait, and answers in fragments
+
+
+def test_one_sign_of_life_at_a_time(pair: Pair) -> None:
+    """NULL is not called again before it is answered; its answer is nobody's, and then it is called again."""
+    for _ in range(2):
+        assert (pair.send_null(), pair.send_null()) == (0, 0)
+        head = pair.server.recv(4096)
+        assert head[20:28] == u32(3, 0)  # once: version and procedure
+        assert len(head) == 4 + (int.from_bytes(head[:4]) & 0x7FFF_FFFF)
+        pair.server.sendall(record(head[4:8] + u32(1, 0) + u32(0, 0) + u32(0)))
+        assert pair.receive() is None
+
+
+def test_a_call_that_the_socket_has_no_room_for(pair: Pair) -> None:
+    """It is refused as long as the one before it has not left, and nothing of it is sent."""
+    data = os.urandom(1 << 20)
+    call = pair.send(WRITE, b"handle", data)
+    assert pair.send_at_once(call) == -errno.EBUSY
+    assert pair.send_null() == 0
+    sent = b""
+    pair.server.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while piece := pair.server.recv(1 << 20):
+            sent += piece
+    assert len(sent) < len(data)
+    assert sent[-1000:] in data
+
+
+@pytest.mark.parametrize("has_attributes", [True, False])
+@pytest.mark.parametrize("first", [0, 4, 24, 40, 60, 200, 1000])
+@pytest.mark.parametrize("empty", [200, 253, 254, 255, 256, 300, 500, 1000])
+def test_fragments_without_bytes(pair: Pair, empty: int, first: int, has_attributes: bool) -> None:
+    """So many of them that the room for the data has marks alone, before the head is there."""
+    content = os.urandom(3000)
+    call = pair.send(READ, b"handle", bytes(3000))
+    attributes = u32(1) + FATTR3 if has_attributes else u32(0)
+    message = pair.answer(call, u32(0) + attributes + u32(3000, 1) + opaque(content))[4:]
+    pair.server.sendall(
+        u32(*[0] * empty) + u32(first) + message[:first] + u32(1 << 31 | len(message) - first) + message[first:]
+    )
+    answer = received(pair)
+    assert (answer.call, answer.count_bytes) == (ctypes.addressof(call), 3000)
+    assert pair.data.raw == content
+    assert pair.receive() is None
+
+
+def errors_of(pair: Pair, pieces: list[bytes]) -> int | None:
+    """The errno with which the wire refuses what comes; in the end there come bytes that are nothing."""
+    try:
+        for piece in (*pieces, bytes(3000)):
+            pair.server.sendall(piece)
+            while pair.receive() is not None:
+                pass
+    except OSError as error:
+        return error.errno
+    return None
+
+
+# What is not the answer: a function that makes it of a good one, without its mark
+ODD_FRAGMENTS = {
+    "2 GiB, first": lambda message: u32(0x7FFF_FFFF) + message,
+    "2 GiB, second": lambda message: u32(24) + message[:24] + u32(0x7FFF_FFFF) + message[24:],
+    "too long together": lambda message: u32(24) + message[:24] + u32(1 << 20 | 4096) + message[24:],
+    "more than one": lambda message: (u32(24) + message[:24] + u32(1 << 31 | len(message) - 24) + message[24:]) * 2,
+    "the end is missing": lambda message: u32(24) + message[:24] + u32(1 << 31 | 40) + message[24:64],
+    "some data is missing": lambda message: u32(24) + message[:24] + u32(1 << 31 | len(message) - 28) + message[24:-4],
+    "to no call": lambda message: u32(4) + b"none" + u32(1 << 31 | len(message) - 4) + message[4:],
+    "a call": lambda message: u32(8) + message[:4] + u32(0, 1 << 31 | len(message) - 8) + message[8:],
+    "nothing at all": lambda message: u32(0, 1 << 31),
+    "it is rejected": lambda message: u32(8) + message[:8] + u32(1 << 31 | 4, 1),
+}
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 1 << 21])
+@pytest.mark.parametrize("others", [0, 1], ids=["one is due", "two are due"])
+@pytest.mark.parametrize("make", ODD_FRAGMENTS.values(), ids=ODD_FRAGMENTS)
+def test_odd_fragments(pair: Pair, make: Callable[[bytes], bytes], others: int, piece_bytes: int) -> None:
+    """The connection has no more use, and the bytes around the room for the data are what they were."""
+    for _ in range(others):
+        pair.send(GETATTR, b"handle")
+    call = pair.send(READ, b"handle", bytes(3000))
+    message = pair.answer(call, u32(0, 0) + u32(3000, 1) + opaque(os.urandom(3000)))[4:]
+    odd = make(message)
+    assert errors_of(pair, [odd[at : at + piece_bytes] for at in range(0, len(odd), piece_bytes)]) == errno.EPROTO

@@ -80,6 +80,7 @@ def build(directory: Path) -> ctypes.CDLL:
         "wire_open": (None, c_void_p, c_int, c_uint32, c_uint32),
         "wire_close": (None, c_void_p),
         "wire_send": (c_int, c_void_p, POINTER(WireCall)),
+        "wire_send_null": (c_int, c_void_p),
         "wire_receive": (c_int, c_void_p, POINTER(WireAnswer)),
     }
     for name, (result, *arguments) in signatures.items():
@@ -124,6 +125,16 @@ class Pair:
         self._kept.append(data_buffer)
         assert self._library.wire_send(self._wire, byref(call)) == 0
         return call
+
+    def send_null(self) -> int:
+        """Ask for a sign of life, unless one is due already. 0 or -errno."""
+        return int(self._library.wire_send_null(self._wire))
+
+    def send_at_once(self, call: WireCall) -> int:
+        """Make a call that `send` has made before once more. 0 or -errno."""
+        again = WireCall.from_buffer_copy(call)
+        self._kept.append(again)
+        return int(self._library.wire_send(self._wire, byref(again)))
 
     def received(self) -> tuple[int, bytes]:
         """The procedure and the arguments of the next call, at the server."""

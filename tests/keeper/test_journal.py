@@ -142,8 +142,10 @@ def test_stderr_that_is_not_the_journal(
     assert not opened.is_enabled
     Reporter(records, Notifier({}), opened).say("hello", events.SWAP_ON)
     assert capfd.readouterr().err == "nbdnfs: swap0: hello\n"
+    assert not opened.send(MESSAGE="hello")
     with pytest.raises(BlockingIOError):
         journal.entry()
+    opened.close()
 
 
 def test_ids_are_documented() -> None:

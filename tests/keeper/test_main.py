@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.nfs_server import LOOPBACK, FileOnServer
@@ -18,6 +20,7 @@ from nbdnfs.errors import (
     ConfigError,
     NbdnfsError,
     NoHostError,
+    PermissionDeniedError,
     UnavailableError,
     UnreadableError,
 )
@@ -153,6 +156,105 @@ def test_an_error_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main.run("swap0") == os.EX_UNAVAILABLE
     assert Records("swap0").read(Records.WAITING) == "it is wrong"
     main._release_unless_attached("swap0", "nfs://nas/a", LOOPBACK)  # it does not raise, nor ask the server
+
+
+@pytest.mark.usefixtures("run_folder")
+def test_for_root_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is begun, not even the records."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(PermissionDeniedError, match="only root"):
+        main.run("swap0")
+    assert not Records("swap0").path.exists()
+
+
+@pytest.mark.usefixtures("run_folder")
+@pytest.mark.parametrize("steal", [False, True])
+def test_another_allocator(monkeypatch: pytest.MonkeyPatch, steal: bool) -> None:
+    """The keeper starts again, with the same words, and before it is the keeper."""
+
+    class Started(Exception):
+        """A new program has taken this one's place."""
+
+    def start(path: str, command: list[str], environment: dict[str, str]) -> None:
+        raise Started(command[-3:] if steal else command[-2:], environment["PYTHONMALLOC"])
+
+    monkeypatch.delenv("PYTHONMALLOC")
+    monkeypatch.setattr(os, "execve", start)
+    with pytest.raises(Started) as caught:
+        main.run("swap0", steal=steal)
+    assert caught.value.args == (["run", "swap0", *(["--steal"] if steal else [])], "malloc")
+
+
+@pytest.mark.usefixtures("run_folder")
+def test_an_error_of_its_own_in_a_terminal(slept_s: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody foresaw ends it at once where a person has started it, and late under systemd."""
+    fail_with(monkeypatch, ZeroDivisionError("a mistake"))
+    with pytest.raises(ZeroDivisionError):
+        main.run("swap0")
+    assert len(slept_s) == 1
+    monkeypatch.delenv("SYSTEMD_EXEC_PID")
+    with pytest.raises(ZeroDivisionError):
+        main.run("swap0")
+    assert len(slept_s) == 1
+
+
+@pytest.mark.parametrize("realtime", [True, False])
+@pytest.mark.parametrize("lock", ["off", "wanted", "required"])
+def test_how_memory_is_locked(monkeypatch: pytest.MonkeyPatch, lock: str, realtime: bool) -> None:
+    """Off: nothing is tried. Else all is, but for what is not wanted, and `required` decides what a failure is."""
+    tried: list[object] = []
+    names = ("stack", "memory", "realtime")
+    measures = [SimpleNamespace(name=name) for name in names]
+    monkeypatch.setattr(main.memlock, "prepare", lambda: measures[:1])
+    monkeypatch.setattr(main.memlock, "lock", lambda code, skip: tried.append(skip) or measures[1:])
+    monkeypatch.setattr(main.memlock, "require", lambda found: tried.append(("require", [it.name for it in found])))
+    monkeypatch.setattr(main.memlock, "report", lambda found: tried.append(("report", [it.name for it in found])))
+    main._lock_memory(SimpleNamespace(lock=lock, realtime=realtime))  # type: ignore[arg-type]
+    if lock == "off":
+        assert tried == []
+        return
+    skip = () if realtime else ("realtime",)
+    verb = "require" if lock == "required" else "report"
+    assert tried == [skip, (verb, [name for name in names if name not in skip])]
+
+
+@pytest.mark.parametrize("recorded", ["", "nfs://nas/e/f?version=3\n192.0.2.7", "\0damaged\n192.0.2.7", "half of it"])
+@pytest.mark.parametrize("is_attached", [False, True])
+def test_which_server(run_folder: Path, monkeypatch: pytest.MonkeyPatch, is_attached: bool, recorded: str) -> None:
+    """With the device attached, the one that the last keeper has recorded, as far as that can be read; the name is not
+    looked up then. Else the name is, and what was found is recorded."""
+    records = Records("swap0", run=run_folder)
+    records.reserve()
+    if recorded:
+        records.put(Records.ADDRESS, recorded)
+    looked_up: list[str] = []
+    monkeypatch.setattr(main, "_resolve", lambda url, reporter: looked_up.append(url.text) or "192.0.2.1")
+    settings: Any = SimpleNamespace(url="nfs://nas/e/f")
+    found = main._server(settings, records, Reporter(records, Notifier({})), is_attached=is_attached)
+    if is_attached and recorded.count("\n") == 1:
+        assert looked_up == []
+        assert found[1] == "192.0.2.7"
+        assert found[0] == (settings.url if "damaged" in recorded else recorded.split("\n")[0])
+    else:
+        assert found == (looked_up[0], "192.0.2.1")
+        assert records.read(Records.ADDRESS) == "\n".join(found)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("recorded", [None, "yes", "no"])
+@pytest.mark.parametrize("is_attached", [False, True])
+def test_whether_there_is_an_owner_record(
+    run_folder: Path, is_attached: bool, recorded: str | None, wanted: bool
+) -> None:
+    """A device goes on as it was started; another one as its configuration says, which the next keeper can read."""
+    records = Records("swap0", run=run_folder)
+    records.reserve()
+    if recorded is not None:
+        records.put(Records.OWNER, recorded)
+    settings: Any = SimpleNamespace(owner=wanted)
+    found = main._has_owner_record(settings, records, is_attached=is_attached)
+    assert found is (recorded == "yes" if is_attached and recorded else wanted)
+    assert records.read(Records.OWNER) == ("yes" if found else "no")
 
 
 @pytest.mark.usefixtures("run_folder", "slept_s")

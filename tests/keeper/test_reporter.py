@@ -65,3 +65,14 @@ def test_a_damaged_record(records: Records, data: bytes) -> None:
     """It holds nothing back, also where it says that something was said in the future."""
     (records.path.parent / ".swap0.said").write_bytes(data)
     assert reporter(records).complain("away", "away")
+
+
+def test_a_complaint_that_changes_all_the_time(records: Records, capfd: pytest.CaptureFixture[str]) -> None:
+    """What is remembered has a bound: the oldest is forgotten first, and said again."""
+    one = reporter(records)
+    kinds = [f"kind {number}" for number in range(reporter_module._REMEMBERED + 1)]
+    assert all(one.complain(kind, kind) for kind in kinds)
+    assert not one.complain(kinds[-1], "said")
+    assert not one.complain(kinds[1], "said")
+    assert one.complain(kinds[0], "forgotten")
+    assert "said" not in capfd.readouterr().err.splitlines()

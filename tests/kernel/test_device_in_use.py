@@ -94,6 +94,15 @@ def test_a_mounted_device(root: Path, number: str, source: str) -> None:
     assert refused(root, "is mounted on /mnt/data").hint == "umount /mnt/data"
 
 
+def test_other_uses_do_not_matter(root: Path) -> None:
+    """A mount of another disk, and swap that lies beside what is on top of the device."""
+    use_as_mount(root, "8:1", "/dev/sda1")
+    refuse(root)
+    (root / "sys/block/nbd1/holders/dm-0").mkdir(parents=True)
+    use_as_swap(root, "/dev/sda2")
+    assert "swap" not in refused(root, "in use by dm-0$").hint
+
+
 def test_a_device_with_something_on_top(root: Path) -> None:
     """dm-crypt, LVM or md on the disk or on a partition of it."""
     (add_partition(root, 1) / "holders/dm-0").mkdir(parents=True)
@@ -188,6 +197,39 @@ def test_a_claim_that_there_is_no_memory_for(root: Path, monkeypatch: pytest.Mon
     with pytest.raises(UnreadableError, match=os.strerror(number)):
         device_in_use.disconnect(netlink(kernel), 1, root)
     assert kernel.disconnects == []
+
+
+@pytest.mark.parametrize("number", [errno.ENXIO, errno.EACCES])
+def test_a_claim_that_is_refused_for_another_reason(root: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """It shows no use: the device is taken down."""
+
+    def fail(path: Path, flags: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    kernel = FakeNetlink(root)
+    monkeypatch.setattr(device_in_use.os, "open", fail)
+    device_in_use.disconnect(netlink(kernel), 1, root)
+    assert kernel.disconnects == [1]
+
+
+def busy() -> int:
+    raise BusyError("cannot attach: the device is in use")
+
+
+def test_a_device_that_somebody_keeps_open(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that cannot be attached because of that: with who it is; where nobody is seen, the kernel's words."""
+    monkeypatch.setattr(device_in_use, "_OPENERS_GRACE_S", 0.01)
+    with pytest.raises(BusyError, match="cannot attach"):
+        device_in_use.retry_while_opened(busy, BusyError("before"), "nbd0", root)
+    opened_by(root, 77, "dd", "/dev/nbd0")
+    with pytest.raises(BusyError, match=r"/dev/nbd0 is open in dd \(process 77\)"):
+        device_in_use.retry_while_opened(busy, BusyError("before"), "nbd0", root)
+
+
+def test_a_device_that_another_one_attaches_meanwhile(root: Path) -> None:
+    """It is not tried again: that would never succeed."""
+    with pytest.raises(BusyError, match="/dev/nbd1"):
+        device_in_use.retry_while_opened(lambda: pytest.fail("it is tried"), BusyError("before"), "nbd1", root)
 
 
 def test_a_claim_without_a_thread(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
@@ -167,6 +168,31 @@ def test_a_device_that_another_program_uses_stays(
     assert kernel.disconnects == []
 
 
+def test_a_device_that_never_can_be_read(
+    kernel: FakeNetlink, sock: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was wrong is said, and not that the device does not come up."""
+    monkeypatch.setattr(nbd_device, "wait_until", lambda is_there, timeout_s: is_there())
+    unreadable(monkeypatch, "nbd_device", 1, after=2)
+    with pytest.raises(UnreadableError, match="Cannot allocate memory"):
+        attach(kernel, sock, index=0)
+
+
+def test_a_use_that_the_kernel_lists(
+    kernel: FakeNetlink, sock: socket.socket, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what is attached; a device that is gone is not used."""
+    attached = attach(kernel, sock)
+    monkeypatch.setattr(nbd_netlink.NbdNetlink, "open", lambda: contextlib.nullcontext(kernel))
+    monkeypatch.setattr(nbd_netlink.LinkDeadEvents, "open", lambda: None)
+    opened = nbd_device.NbdKernel("nbdnfs:swap0", root=root)
+    opened.refuse_if_used(attached)
+    (root / f"sys/block/{attached.name}/holders/dm-0").mkdir(parents=True)
+    with pytest.raises(BusyError, match="in use by dm-0"):
+        opened.refuse_if_used(attached)
+    opened.refuse_if_used(Attached(77, SIZE_BYTES))
+
+
 def test_one_device_for_a_backend(kernel: FakeNetlink, sock: socket.socket, root: Path) -> None:
     """A second one would write over the pages of the first."""
     attached = attach(kernel, sock)
@@ -215,6 +241,12 @@ def test_the_keepers_device_is_an_nbd_device(device: str) -> None:
     """A wrong name is refused before a netlink socket is opened."""
     with pytest.raises(UsageError, match="is not an nbd device"):
         nbd_device.NbdKernel("nbdnfs:swap0", device=device)
+
+
+@pytest.mark.parametrize(("device", "index"), [("/dev/nbd0", 0), ("nbd12", 12), ("/dev/nbd007", 7)])
+def test_the_number_of_the_keepers_device(device: str, index: int) -> None:
+    """With the folder or without."""
+    assert nbd_device._index_of(device) == index
 
 
 def test_imports() -> None:

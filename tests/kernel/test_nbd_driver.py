@@ -30,3 +30,10 @@ def test_a_missing_driver_is_final(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     final = re.search(r"^RestartPreventExitStatus=(.*)$", UNIT.read_text(), re.MULTILINE)
     assert final is not None
     assert str(os.EX_OSFILE) in final[1].split()
+
+
+def test_a_driver_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No program is started: with swap in use it might have to come from there."""
+    (tmp_path / "sys/module/nbd").mkdir(parents=True)
+    monkeypatch.setattr(programs, "run", lambda *_, **__: pytest.fail("it is loaded again"))
+    nbd_driver.load(tmp_path)

@@ -388,6 +388,20 @@ def test_dropped_events_are_no_error() -> None:
     assert LinkDeadEvents(FakeOverrunSocket(), FAMILY).read() == [3]  # type: ignore[arg-type]
 
 
+def test_events_that_cannot_be_read() -> None:
+    """Another error than a full queue is the caller's: it would come again and again."""
+
+    class FakeBrokenSocket:
+        def setblocking(self, flag: bool) -> None:
+            pass
+
+        def recv(self, _: int) -> bytes:
+            raise OSError(errno.ENOMEM, "no memory")
+
+    with pytest.raises(OSError, match="no memory"):
+        LinkDeadEvents(FakeBrokenSocket(), FAMILY).read()  # type: ignore[arg-type]
+
+
 def family_answer(name: bytes, groups: bytes) -> Answer:
     """CTRL_CMD_NEWFAMILY (1) with CTRL_ATTR_FAMILY_ID (1), FAMILY_NAME (2) and MCAST_GROUPS (7)."""
     attributes = attribute(2, name + b"\0") + attribute(1, struct.pack("<H", FAMILY)) + attribute(7, groups)
@@ -436,6 +450,26 @@ def test_joining_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
     sock = group(13, b"another")
     with pytest.raises(UnavailableError, match="no multicast group"):
         LinkDeadEvents.open()
+    assert sock.closed
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "text"),
+    [
+        (lambda: fails(errno.EPERM), PermissionDeniedError, "find the nbd driver"),
+        (lambda: fails(errno.EIO), NbdnfsError, "find the nbd driver"),
+        (lambda: fails(0), NbdnfsError, "answer is empty"),
+    ],
+)
+def test_a_family_that_is_not_told(
+    monkeypatch: pytest.MonkeyPatch, answer: Callable[[], Answer], kind: type[NbdnfsError], text: str
+) -> None:
+    """Another error than that there is no driver, or no error and no number."""
+    sock = FakeKernelSocket(answer())
+    monkeypatch.setattr(nbd_netlink, "_open_socket", lambda: sock)
+    with pytest.raises(kind, match=text) as caught:
+        NbdNetlink.open()
+    assert "driver is not loaded" not in caught.value.message
     assert sock.closed
 
 

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Who has a device open, and whose processes they are, on golden trees and on the running kernel."""
 
+import errno
 import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
+from nbdnfs.errors import UnreadableError
 from nbdnfs.kernel import openers
 
 
@@ -24,6 +28,22 @@ def test_openers(tmp_path: Path) -> None:
         (tmp_path / f"proc/{pid}/fd/0").symlink_to("/dev/null")
         (tmp_path / f"proc/{pid}/fd/3").symlink_to(target)
     assert openers.openers("/dev/nbd0", tmp_path) == [(12, "dd")]
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENOENT, errno.EACCES])
+def test_a_descriptor_that_cannot_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """For want of memory it is not known where it leads; otherwise it was closed meanwhile, or is another user's."""
+    write(tmp_path, {"proc/12/comm": "dd\n", "proc/12/fd/0": ""})
+
+    def fail(path: Path) -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "readlink", fail)
+    if number == errno.ENOMEM:
+        with pytest.raises(UnreadableError, match=os.strerror(number)):
+            openers.openers("/dev/nbd0", tmp_path)
+    else:
+        assert openers.openers("/dev/nbd0", tmp_path) == []
 
 
 def test_an_open_file_has_us_as_opener(tmp_path: Path) -> None:

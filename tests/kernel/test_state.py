@@ -3,15 +3,17 @@
 
 import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.want import no_descriptors
 
-from nbdnfs.errors import UnreadableError
+from nbdnfs.errors import UnavailableError, UnreadableError
 from nbdnfs.kernel import nbd_device, openers
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.state import MemInfo, Mount, NbdDevice, NbdModule, Swap, VmStat
@@ -203,6 +205,24 @@ def test_device_numbers(tmp_path: Path) -> None:
     assert kernel_state.device_number(tmp_path / "x") is None
     assert kernel_state.device_number(Path("/dev/null")) is None
     assert kernel_state.device_number(tmp_path / "none") is None
+
+
+def test_the_number_of_a_block_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sysfs writes it."""
+    found = SimpleNamespace(st_mode=stat.S_IFBLK | 0o660, st_rdev=os.makedev(43, 32))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", lambda path: found)
+        number = kernel_state.device_number(tmp_path / "nbd1")
+    assert number == "43:32"
+
+
+@pytest.mark.parametrize("read", [kernel_state.meminfo, kernel_state.vmstat])
+def test_without_proc(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    """Neither an empty mount point nor none is a machine without memory."""
+    for _ in range(2):
+        with pytest.raises(UnavailableError, match="/proc is not mounted"):
+            read(tmp_path)
+        (tmp_path / "proc").mkdir(exist_ok=True)
 
 
 def test_block_names(tmp_path: Path) -> None:

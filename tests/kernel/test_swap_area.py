@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -248,3 +248,41 @@ def test_swapoff_fails_midway(
         "/dev/nbd0 stays in use as swap; 30 MiB of 100 MiB are back in memory, and the kernel killed 1 process(es)"
     )
     assert caught.value.message.endswith(end)
+
+
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_swapoff_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_listed: bool) -> None:
+    """The last thing that is told is that nothing is left, also where the kernel's list has it a moment longer."""
+    root = machine(tmp_path, 200)
+    (root / "proc/vmstat").write_text("oom_kill 0\n")
+    swap = swap_area.find("/dev/nbd0", root)
+    assert swap is not None
+    told: list[tuple[int, int]] = []
+
+    def swapoff(argv: list[str], look: Callable[[], None], *, every_s: float) -> tuple[int, str]:
+        if not is_listed:
+            (root / "proc/swaps").write_text("Filename Type Size Used Priority\n")
+        look()
+        return 0, ""
+
+    monkeypatch.setattr(programs, "find_program", lambda name, package: name)
+    monkeypatch.setattr(programs, "watch", swapoff)
+    swap_area.disable(swap, lambda *numbers: told.append(numbers), root)
+    assert told == [(swap.used_bytes if is_listed else 0, swap.used_bytes), (0, swap.used_bytes)]
+
+
+def test_swapoff_that_fails_when_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message does not say that the swap stays on."""
+    root = machine(tmp_path, 200)
+    (root / "proc/vmstat").write_text("oom_kill 0\n")
+    swap = swap_area.find("/dev/nbd0", root)
+    assert swap is not None
+
+    def swapoff(*_: object, **__: object) -> tuple[int, str]:
+        (root / "proc/swaps").write_text("Filename Type Size Used Priority\n")
+        return 1, "swapoff: it does not say why"
+
+    monkeypatch.setattr(programs, "find_program", lambda name, package: name)
+    monkeypatch.setattr(programs, "watch", swapoff)
+    with pytest.raises(UnavailableError, match="is not in use as swap any more, though swapoff failed"):
+        swap_area.disable(swap, lambda left_bytes, total_bytes: None, root)

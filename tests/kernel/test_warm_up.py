@@ -2,14 +2,25 @@
 """The warm-up of a device, on files in its place. What it is for is tested in vm-tests/test_memory.py."""
 
 import errno
+import fcntl
 import os
+import stat
+import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from nbdnfs.errors import NoInputError, UnavailableError, UsageError
+from nbdnfs.errors import (
+    BusyError,
+    IOFailureError,
+    NbdnfsError,
+    NoInputError,
+    PermissionDeniedError,
+    UnavailableError,
+    UsageError,
+)
 from nbdnfs.kernel import warm_up
 
 LARGEST = 128 * 1024
@@ -126,6 +137,80 @@ def test_not_a_device(tmp_path: Path) -> None:
             warm_up.warm_up(path)
     with pytest.raises(NoInputError):
         warm_up.warm_up(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("call", ["preadv", "pwrite"])
+def test_a_request_that_moves_too_little(
+    device: tuple[int, bytes], recorder: Recorder, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """It has failed, although there is no errno."""
+    whole = getattr(recorder, call)
+    monkeypatch.setattr(recorder, call, lambda *arguments: whole(*arguments) - 1)
+    with pytest.raises(OSError, match="returned too few" if call == "preadv" else "took too few"):
+        warm_up.exercise(device[0], largest_bytes=LARGEST, writable=True)
+
+
+@pytest.fixture
+def block_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`block_device(size_bytes, read_only=...)`: a file that is said to be one, with requests of up to 128 KiB."""
+
+    def make(size_bytes: int, *, read_only: bool = False) -> Path:
+        answers = {warm_up._BLKROGET: struct.pack("i", read_only), warm_up._BLKSECTGET: struct.pack("H", 256)}
+        monkeypatch.setattr(stat, "S_ISBLK", lambda mode: True)
+        monkeypatch.setattr(fcntl, "ioctl", lambda descriptor, request, room: answers[request])
+        path = tmp_path / "nbd0"
+        path.write_bytes(os.urandom(size_bytes))
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_device(block_device: Callable[..., Path], caplog: pytest.LogCaptureFixture, read_only: bool) -> None:
+    """The largest request is what the kernel says; one that is read-only is not written, and a line says so."""
+    path = block_device(4 << 20, read_only=read_only)
+    content = path.read_bytes()
+    with caplog.at_level("INFO"):
+        done = warm_up.warm_up(path)
+    assert path.read_bytes() == content
+    assert done.largest_request_bytes == LARGEST
+    assert done.read_bytes > LARGEST
+    assert done.rewritten_bytes == (0 if read_only else done.read_bytes)
+    assert ("is read-only" in caplog.text) is read_only
+    assert f"{done.read_bytes >> 10} KiB read" in caplog.text
+
+
+def test_a_device_without_a_server(block_device: Callable[..., Path]) -> None:
+    """A node that is there and not attached has no bytes."""
+    with pytest.raises(UsageError, match="is empty"):
+        warm_up.warm_up(block_device(0))
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ENOENT, NoInputError),
+        (errno.ENXIO, NoInputError),
+        (errno.ENODEV, NoInputError),
+        (errno.EBUSY, BusyError),
+        (errno.EACCES, PermissionDeniedError),
+        (errno.EPERM, PermissionDeniedError),
+        (errno.EIO, IOFailureError),
+    ],
+)
+def test_a_device_that_does_not_open(
+    block_device: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, number: int, kind: type[NbdnfsError]
+) -> None:
+    """What to do about it depends on why."""
+    path = block_device(PAGE)
+
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(warm_up.os, "open", refuse)
+    with pytest.raises(kind, match=str(path)) as caught:
+        warm_up.warm_up(path)
+    assert caught.value.hint
 
 
 def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import secrets
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -67,7 +68,14 @@ def grow_old(file: FileOnServer, seconds: float = 600.0) -> None:
 class Held:
     """An engine of the machine `me`, which refreshes the record of a file that `me` owns."""
 
-    def __init__(self, url: str, file: FileOnServer, me: Identity, timing: Timing = QUICK) -> None:
+    def __init__(
+        self,
+        url: str,
+        file: FileOnServer,
+        me: Identity,
+        timing: Timing = QUICK,
+        transport: Literal["wire", "libnfs"] = "wire",
+    ) -> None:
         self.engine = Engine(
             url,
             LOOPBACK,
@@ -75,6 +83,7 @@ class Held:
             owner_path=f"/{owner_record.name_of(file.name)}",
             owner_identity=f"\nboot {me.boot}\n",
             owner_refresh_ms=timing.refresh_ms,
+            transport=transport,
         )
 
     @property
