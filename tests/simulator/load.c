@@ -385,7 +385,7 @@ static void check_time(const struct requester *me)
 	int64_t took_ns = now_ns - me->since_ns;
 	int64_t limit_ns = 5 * S + (options.pages / options.slots + 1) * 24 * options.latency_ns * options.read_factor;
 
-	/* with an owner, a sleep may end a look, and a connection with a WRITE that is half sent: what it had is held back */
+	/* with an owner, a sleep may end a look, and a connection with half a WRITE: what it had is held back */
 	if (options.owner && awake_since_ns > me->since_ns)
 		took_ns = now_ns - awake_since_ns;
 	if (options.owner && result.connections > me->connections)
