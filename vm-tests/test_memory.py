@@ -181,6 +181,8 @@ def test_cgroup_limit(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
             swap.swapping(guest, worker),
             swap.limited(guest, limit_mib) as cgroup,
         ):
+            for pid in (worker.serve_pid, worker.nbdkit_pid):
+                assert guest.run(f"cat /proc/{pid}/oom_score_adj").stdout == "-1000\n"
             verdict = swap.stress(guest, size_mib=4 * limit_mib, cgroup=cgroup, timeout_s=900).check()
             events = swap.memory_events(guest, cgroup)
             print(f"{verdict.seconds:.0f} s, memory.events {events}")

@@ -96,11 +96,19 @@ def serve(
     with listening(socket_path) as listener, _owning(url, address, ending.stop) if owned else contextlib.nullcontext():
         if ending.stop.is_set():
             return 0
+        _protect()
         worker = programs.start_listening(argv, listener, nbdkit.worker_environment(), inherited=clients_fd)
         # only the worker has them now: when that ends, connecting fails instead of hanging, and there are no more notes
         listener.close()
         os.close(clients_fd)
         return ending.wait(worker, notes_fd)
+
+
+def _protect() -> None:
+    """The worker ends with this process: the OOM killer must spare both. Without the right to say so, nothing happens;
+    the worker warns of its own."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("-1000")  # OOM_SCORE_ADJ_MIN of linux/oom.h
 
 
 class _Ending:

@@ -418,6 +418,22 @@ def test_the_worker_dies_with_serve(backing_file: FileOnServer, directory: Path,
     assert again.wait(DEADLINE_S) == 0
 
 
+def test_the_oom_killer_spares_serve(backing_file: FileOnServer, directory: Path, start: Start) -> None:
+    """As its worker, which would die with it, and swap with that. A container may forbid it: then it is served all the
+    same. The guests, where it is not forbidden, look as well (vm-tests/test_memory.py)."""
+    probe = subprocess.run(
+        ["sh", "-c", "echo -1000 > /proc/self/oom_score_adj"], stderr=subprocess.DEVNULL, check=False
+    )
+    expected = "-1000\n" if probe.returncode == 0 else Path("/proc/self/oom_score_adj").read_text()
+    path = directory / "s"
+    process = start(backing_file.url(), path)
+    wait_until(lambda: is_served(path), "it is served")
+    for pid in (process.pid, *children(process)):
+        assert Path(f"/proc/{pid}/oom_score_adj").read_text() == expected
+    process.terminate()
+    assert process.wait(DEADLINE_S) == 0
+
+
 def test_the_death_of_the_worker_is_told(backing_file: FileOnServer, directory: Path, start: Start) -> None:
     """nbdkit is killed: serve ends too, with the status that a shell gives, and takes the socket along."""
     path = directory / "s"
