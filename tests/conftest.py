@@ -13,12 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from support import needs, sanitizer_reports
 from support.engines import OpenEngine, opening
 from support.nfs_server import FileOnServer, Ganesha
 from support.proxy import TcpProxy
 
 MIB = 1 << 20
+
+# How fast the machine is, is not tested.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:
