@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.engines import PAGE, OpenEngine, opening, read_pages, write_pages_and_flush
 from support.fake_nas import FakeNas, Oddities
-from support.file_tree import SYMLINK
+from support.file_tree import SYMLINK, Node
 from support.nfs_server import LOOPBACK
 from support.owner_records import machine
 from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
@@ -96,13 +96,19 @@ def test_all_handles_are_stale(nas: FakeNas, open_engine: OpenEngine, folder: st
         assert len(nas.calls(*OF_LIBNFS)) == before
 
 
+def make_link(nas: FakeNas, name: str, target: str) -> Node:
+    """A symbolic link in /export, where there is a directory `real`."""
+    with nas.files() as tree:
+        tree.make_directories("/export/real")
+        link = tree.make(tree.make_directories("/export"), name, SYMLINK, 0o777)
+        link.target = target
+    return link
+
+
 @pytest.mark.parametrize("target", ["real", "/export/real", "/export//./real/", "real/" + "./" * 500])
 def test_a_symbolic_link_on_the_way(nas: FakeNas, open_engine: OpenEngine, target: str) -> None:
     """It is followed, as libnfs did at the first open; libnfs 4.0 fails where it is an absolute one."""
-    with nas.files() as tree:
-        tree.make_directories("/export/real")
-        link = tree.make(tree.make_directories("/export"), "way", SYMLINK, 0o777)
-        link.target = "real"
+    link = make_link(nas, "way", "real")
     engine, content = served(nas, open_engine, "/export/real/swap", "/export/way/swap")
     with nas.files():
         link.target = target
@@ -117,10 +123,7 @@ def test_a_symbolic_link_that_leads_nowhere(
     nas: FakeNas, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str], target: str
 ) -> None:
     """To itself, out of what is mounted, or for too long: no connection, and no file is written; until it is right."""
-    with nas.files() as tree:
-        tree.make_directories("/export/real")
-        link = tree.make(tree.make_directories("/export"), "way", SYMLINK, 0o777)
-        link.target = "real"
+    link = make_link(nas, "way", "real")
     engine, content = served(nas, open_engine, "/export/real/swap", "/export/way/swap")
     said = SaidOnStderr(capfd)
     with nas.files():
@@ -138,10 +141,7 @@ def test_a_symbolic_link_that_leads_nowhere(
 def test_a_symbolic_link_below_the_root(target: str) -> None:
     """The server exports "/" alone: a target that is absolute begins there."""
     with FakeNas(Oddities(exports=("/",))) as nas, opening(**OPTIONS) as open_it:
-        with nas.files() as tree:
-            tree.make_directories("/export/real")
-            link = tree.make(tree.make_directories("/export"), "way", SYMLINK, 0o777)
-            link.target = "real"
+        link = make_link(nas, "way", "real")
         engine, content = served(nas, open_it, "/export/real/swap", "/export/way/swap")
         with nas.files():
             link.target = target
@@ -152,9 +152,7 @@ def test_a_symbolic_link_below_the_root(target: str) -> None:
 @pytest.mark.parametrize("target", ["real/swap", "/export/real/swap", "./real//swap"])
 def test_a_file_that_is_a_symbolic_link(nas: FakeNas, open_engine: OpenEngine, target: str) -> None:
     """Its name is one. An absolute target begins at what is mounted, which mountd has to say."""
-    with nas.files() as tree:
-        link = tree.make(tree.make_directories("/export"), "swap", SYMLINK, 0o777)
-        link.target = "real/swap"
+    link = make_link(nas, "swap", "real/swap")
     engine, content = served(nas, open_engine, "/export/real/swap", "/export/swap")
     with nas.files():
         link.target = target

@@ -38,6 +38,7 @@ from support.waiting import DEADLINE_S, in_background, wait_until
 
 from nbdnfs.engine import Engine
 from nbdnfs.nas import owner_record
+from nbdnfs.nas.owner_record import Identity
 
 MIB = 1 << 20
 DEVICE_BYTES = 4 * MIB
@@ -57,6 +58,15 @@ def hold() -> Iterator[Callable[..., Held]]:
             return held
 
         yield make
+
+
+def owned_by_box1(server: Ganesha) -> tuple[FileOnServer, Identity]:
+    """A file of zeros on a server of the test's own, and the machine that has claimed it."""
+    (server.export_path / "swap").write_bytes(bytes(DEVICE_BYTES))
+    file = FileOnServer(server, "swap", DEVICE_BYTES)
+    box1 = machine("box1")
+    claim(file, box1)
+    return file, box1
 
 
 @pytest.mark.parametrize("transport", ["wire", "libnfs"])
@@ -147,10 +157,7 @@ def test_a_server_that_was_away_changes_nothing(
     own_ganesha: Ganesha, hold: Callable[..., Held], transport: str
 ) -> None:
     """A server that was away for longer than the permission lasts: the owner goes on, and every page arrives."""
-    (own_ganesha.export_path / "swap").write_bytes(bytes(DEVICE_BYTES))
-    file = FileOnServer(own_ganesha, "swap", DEVICE_BYTES)
-    box1 = machine("box1")
-    claim(file, box1)
+    file, box1 = owned_by_box1(own_ganesha)
     held = hold(file.url(), file, box1, transport=transport)
     own_ganesha.kill()
     for page in range(512):
@@ -229,10 +236,7 @@ def test_a_worker_that_comes_too_late(
 @pytest.mark.parametrize("transport", ["wire", "libnfs"])
 def test_closing_while_the_server_hangs(own_ganesha: Ganesha, transport: str) -> None:
     """A read of the record that gets no answer does not delay the end."""
-    (own_ganesha.export_path / "swap").write_bytes(bytes(DEVICE_BYTES))
-    file = FileOnServer(own_ganesha, "swap", DEVICE_BYTES)
-    box1 = machine("box1")
-    claim(file, box1)
+    file, box1 = owned_by_box1(own_ganesha)
     held = Held(file.url(), file, box1, transport=transport)
     wait_until(lambda: record_of(file).refreshed >= 1, "it looks")
     own_ganesha.pause()
@@ -245,10 +249,7 @@ def test_closing_while_the_server_hangs(own_ganesha: Ganesha, transport: str) ->
 @pytest.mark.parametrize("transport", ["wire", "libnfs"])
 def test_a_server_that_hangs(own_ganesha: Ganesha, hold: Callable[..., Held], transport: str) -> None:
     """The permission runs out while a look waits for its answer, and comes back with the server."""
-    (own_ganesha.export_path / "swap").write_bytes(bytes(DEVICE_BYTES))
-    file = FileOnServer(own_ganesha, "swap", DEVICE_BYTES)
-    box1 = machine("box1")
-    claim(file, box1)
+    file, box1 = owned_by_box1(own_ganesha)
     held = hold(file.url(), file, box1, transport=transport)
     own_ganesha.pause()
     try:

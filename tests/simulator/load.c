@@ -386,8 +386,8 @@ static void check_time(const struct requester *me)
 	int64_t limit_ns = 5 * S + (options.pages / options.slots + 1) * 24 * options.latency_ns * options.read_factor;
 
 	/* with an owner, a sleep may end a look, and a connection with half a WRITE: what it had is held back */
-	if (options.owner && awake_since_ns > me->since_ns)
-		took_ns = now_ns - awake_since_ns;
+	if (options.owner && woke_at_ns > me->since_ns)
+		took_ns = now_ns - woke_at_ns;
 	if (options.owner && result.connections > me->connections)
 		limit_ns += 5 * S;
 	if (run_is_calm(1u << FAULT_suspend) && options.habit != HABIT_WALKS && took_ns > limit_ns)

@@ -273,8 +273,7 @@ void faults_end(void);
 void fault_partition(int64_t length_ns);
 /* The machine sleeps for so long. */
 void fault_sleep(int64_t length_ns);
-extern int64_t woke_at_ns;      /* from the last sleep, by the server's clock */
-extern int64_t awake_since_ns;  /* the same by ours */
+extern int64_t woke_at_ns;      /* from the last sleep */
 
 /* ---- load.c ---- */
 

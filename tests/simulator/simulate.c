@@ -31,7 +31,7 @@ static const char *const fault_names[] = {
 static bool are_active[FAULT_COUNT];
 static struct rng fault_times[FAULT_COUNT];
 static bool are_over, is_cut;
-int64_t woke_at_ns, awake_since_ns;
+int64_t woke_at_ns;
 
 bool fault_is_active(enum fault fault)
 {
@@ -63,8 +63,7 @@ void fault_partition(int64_t length_ns)
 void fault_sleep(int64_t length_ns)
 {
 	slept_ns += length_ns;
-	woke_at_ns = servers_ns();
-	awake_since_ns = now_ns;
+	woke_at_ns = now_ns;
 }
 
 static void set_fault(enum fault fault, bool begins)
@@ -141,7 +140,6 @@ static void faults_reset(void)
 	memset(are_active, 0, sizeof(are_active));
 	are_over = is_cut = false;
 	woke_at_ns = -S;
-	awake_since_ns = 0;
 	event_at(FAULTS_NS, faults_must_end, NULL, 0, 0);
 	for (enum fault fault = 0; fault < FAULT_COUNT; fault++) {
 		fault_times[fault].state = options.seed ^ 0xfa0175 ^ (uint64_t)(fault + 1) << 32;
