@@ -294,7 +294,7 @@ def test_a_device_without_secrets(nas: FakeNas) -> None:
 
 
 def test_a_read_that_is_refused(nas: FakeNas, file: NfsFile) -> None:
-    """A file that is no device is not waited for."""
+    """A regular file is not waited for."""
     nas.fail("READ", NFS3ERR_IO, times=1)
     raises(errno.EIO, lambda: file.pread(bytearray(10), 0))
     assert file.pread(bytearray(10), 0) == 10

@@ -162,7 +162,7 @@ _READ_HEAD = 24 + 4 + 4 + 84
 
 @pytest.mark.parametrize("transport", ["wire", "libnfs"])
 def test_a_page_that_is_read_as_nothing(open_engine: OpenEngine, transport: str) -> None:
-    """As at the end of a file: it is no sign of the file, nor is it an error; the page is asked for again."""
+    """As at the end of a file: it neither identifies the file nor is an error; the page is read again."""
     struck = []
 
     def change(call: NasCall, message: bytes) -> bytes | None:

@@ -258,7 +258,7 @@ def test_a_port_that_there_is_not(pair: Pair) -> None:
 
 
 def test_one_sign_of_life_at_a_time(pair: Pair) -> None:
-    """NULL is not called again before it is answered; its answer is nobody's, and then it is called again."""
+    """NULL is not sent again before it is answered; its answer goes to no caller, and then it may be sent again."""
     for _ in range(2):
         assert (pair.send_null(), pair.send_null()) == (0, 0)
         head = pair.server.recv(4096)

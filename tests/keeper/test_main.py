@@ -187,7 +187,7 @@ def test_another_allocator(monkeypatch: pytest.MonkeyPatch, steal: bool) -> None
 
 @pytest.mark.usefixtures("run_folder")
 def test_an_error_of_its_own_in_a_terminal(slept_s: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nobody foresaw ends it at once where a person has started it, and late under systemd."""
+    """An unexpected error ends it at once where a person has started it, and late under systemd."""
     fail_with(monkeypatch, ZeroDivisionError("a mistake"))
     with pytest.raises(ZeroDivisionError):
         main.run("swap0")

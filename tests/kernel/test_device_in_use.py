@@ -217,7 +217,7 @@ def busy() -> int:
 
 
 def test_a_device_that_somebody_keeps_open(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that cannot be attached because of that: with who it is; where nobody is seen, the kernel's words."""
+    """A device that cannot be attached because it is in use: with the user; where none is found, the kernel's error."""
     monkeypatch.setattr(device_in_use, "_OPENERS_GRACE_S", 0.01)
     with pytest.raises(BusyError, match="cannot attach"):
         device_in_use.retry_while_opened(busy, BusyError("before"), "nbd0", root)

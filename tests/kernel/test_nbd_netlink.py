@@ -464,7 +464,7 @@ def test_joining_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_family_that_is_not_told(
     monkeypatch: pytest.MonkeyPatch, answer: Callable[[], Answer], kind: type[NbdnfsError], text: str
 ) -> None:
-    """Another error than that there is no driver, or no error and no number."""
+    """An error other than a missing driver, or no error and no number."""
     sock = FakeKernelSocket(answer())
     monkeypatch.setattr(nbd_netlink, "_open_socket", lambda: sock)
     with pytest.raises(kind, match=text) as caught:
