@@ -8,6 +8,7 @@ Each command is a module of nbdnfs/commands, imported when it is called: `nbdnfs
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import io
 import logging
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from nbdnfs import __version__, defaults
-from nbdnfs.errors import NbdnfsError, UsageError
+from nbdnfs.errors import NbdnfsError, NoMemoryError, UsageError, is_of_want
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction["_Parser"]
@@ -290,9 +291,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         is_of_stdout = isinstance(error, OSError) and _flushed(0) != 0
         if os.environ.get(_DEBUG) and not is_of_stdout:
             raise
+        what = _unforeseen(error)
         if not is_of_stdout:
-            print(*_internal_error(error).lines(), sep="\n", file=sys.stderr)
-        status = os.EX_IOERR if is_of_stdout else os.EX_SOFTWARE
+            print(*what.lines(), sep="\n", file=sys.stderr)
+        status = os.EX_IOERR if is_of_stdout else what.exit_code
     sys.exit(_flushed(status))
 
 
@@ -325,8 +327,15 @@ def _flushed(status: int) -> int:
     return status
 
 
-def _internal_error(error: Exception) -> NbdnfsError:
-    """What is not foreseen: what, and where, on one line."""
+def _unforeseen(error: Exception) -> NbdnfsError:
+    """What no command has foreseen, on one line. Want of memory or descriptors can meet any call; the rest is a bug:
+    what, and where."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and is_of_want(error)):
+        reason = os.strerror(errno.ENOMEM) if isinstance(error, MemoryError) else error.strerror
+        return NoMemoryError(
+            f"the command needs more than the kernel gives it now: {reason}",
+            "free memory, or raise the limit of open files (ulimit -n), and try again",
+        )
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next

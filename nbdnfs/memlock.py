@@ -42,7 +42,7 @@ _TABLES = ("LC_CTYPE",)
 # The lowest real-time priority: enough to run before all ordinary tasks, and to allocate below the min watermark
 # (mm/page_alloc.c: gfp_to_alloc_flags gives real-time tasks more of the reserve), without starving kernel threads.
 REALTIME_PRIORITY = 1
-_OOM_IMMUNE = -1000
+OOM_IMMUNE = -1000  # include/uapi/linux/oom.h: OOM_SCORE_ADJ_MIN
 
 # Start and length of what is read only to load a library or to unwind, in order; known from `lock` on.
 _linker_tables: list[tuple[int, int]] = []
@@ -291,9 +291,9 @@ def _io_flusher() -> Measure:
 
 
 def _oom() -> Measure:
-    _write("/proc/self/oom_score_adj", str(_OOM_IMMUNE))
+    _write("/proc/self/oom_score_adj", str(OOM_IMMUNE))
     found = int(_read("/proc/self/oom_score_adj"))
-    return Measure("oom", found == _OOM_IMMUNE, f"oom_score_adj {found}")
+    return Measure("oom", found == OOM_IMMUNE, f"oom_score_adj {found}")
 
 
 def _realtime(one_cpu: bool) -> Measure:

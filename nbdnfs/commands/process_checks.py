@@ -10,14 +10,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from nbdnfs import quantities
+from nbdnfs import memlock, quantities
 from nbdnfs.commands.findings import Finding, judge, read_text
 from nbdnfs.kernel import processes
 from nbdnfs.kernel.processes import Process
 
 _KIB, _MIB = 1 << 10, 1 << 20
 
-_OOM_IMMUNE = -1000
 _REALTIME = {1: "SCHED_FIFO", 2: "SCHED_RR"}  # include/uapi/linux/sched.h
 _BUDGET_BYTES = 64 * _MIB
 
@@ -48,7 +47,7 @@ def process(subject: str, pid: int, root: Path, *, realtime: bool) -> Iterator[F
     )
     yield judge(
         f"{subject}, OOM score",
-        found.oom_score_adj == _OOM_IMMUNE,
+        found.oom_score_adj == memlock.OOM_IMMUNE,
         f"oom_score_adj {found.oom_score_adj}",
         f"{_RESTART} (oom)",
     )

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType, MappingProxyType
 
-from nbdnfs import defaults, programs
+from nbdnfs import defaults, memlock, programs
 from nbdnfs.commands import claiming, where
 from nbdnfs.errors import BusyError, CannotCreateError, NbdnfsError, UsageError
 from nbdnfs.nas import old_name, owner_record, ownership
@@ -108,7 +108,7 @@ def _protect() -> None:
     """The worker ends with this process: the OOM killer must spare both. Without the right to say so, nothing happens;
     the worker warns of its own."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("-1000")  # OOM_SCORE_ADJ_MIN of linux/oom.h
+        Path("/proc/self/oom_score_adj").write_text(str(memlock.OOM_IMMUNE))
 
 
 class _Ending:

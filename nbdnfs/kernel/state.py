@@ -184,7 +184,9 @@ def require_proc(root: Path = ROOT) -> None:
     """UnavailableError unless /proc is mounted: without it, what is in use looks as if it were not."""
     try:
         is_mounted = bool(os.listdir(root / "proc"))
-    except OSError:
+    except OSError as error:
+        if is_of_want(error):
+            raise _unreadable(root / "proc", error) from None
         is_mounted = False
     if not is_mounted:
         raise UnavailableError("/proc is not mounted", "mount -t proc proc /proc")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import inspect
 import logging
@@ -208,6 +209,27 @@ def test_bugs_are_lines_too(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     monkeypatch.setenv("NBDNFS_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         cli.main(["serve", URL, "--socket", "s"])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory", "/proc/swaps"), "Cannot allocate memory"),
+        (MemoryError(), "Cannot allocate memory"),
+    ],
+)
+def test_want_is_no_bug(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    """Any call may meet it: it is said, with what helps, and a later try is worth it."""
+    monkeypatch.delenv("NBDNFS_DEBUG", raising=False)
+    fail_with(monkeypatch, error)
+    assert run("serve", URL, "--socket", "s") == os.EX_UNAVAILABLE
+    assert capsys.readouterr().err.splitlines() == [
+        f"nbdnfs: the command needs more than the kernel gives it now: {reason}",
+        "nbdnfs: free memory, or raise the limit of open files (ulimit -n), and try again",
+    ]
 
 
 def nbdnfs(code: str, unbuffered: str = "", **options: object) -> subprocess.CompletedProcess[str]:

@@ -225,6 +225,12 @@ def test_without_proc(tmp_path: Path, read: Callable[[Path], object]) -> None:
         (tmp_path / "proc").mkdir(exist_ok=True)
 
 
+def test_proc_that_cannot_be_read_now() -> None:
+    """It is mounted: nobody is told to mount it."""
+    with no_descriptors(), pytest.raises(UnreadableError, match="cannot read /proc: Too many open files"):
+        kernel_state.require_proc()
+
+
 def test_block_names(tmp_path: Path) -> None:
     """The last part of where /sys/dev/block/MAJOR:MINOR leads."""
     (tmp_path / "sys/dev/block").mkdir(parents=True)
