@@ -20,6 +20,8 @@ from nbdnfs.region import FILE_REPLACED, LAST_PLACE_BYTES, LAST_PLACE_OFFSET
 
 PAGES = 64
 OPTIONS = {"region_pages": 256, "silence_ms": 300, "connect_timeout_s": 2}
+# How pages travel: over a wire the file is known by its handle, over libnfs (as with NFSv4) it is opened by its name.
+BOTH_TRANSPORTS = pytest.mark.parametrize("transport", ["wire", "libnfs"])
 # What finds a file by its name.
 BY_NAME = ("MOUNT_NULL", "MNT", "EXPORT", "LOOKUP", "ACCESS")
 
@@ -37,11 +39,13 @@ def open_engine() -> Iterator[OpenEngine]:
         yield open_it
 
 
-def first_worker(nas: FakeNas, open_engine: OpenEngine, region_fd: int, path: str = "/export/swap") -> bytes:
+def first_worker(
+    nas: FakeNas, open_engine: OpenEngine, region_fd: int, path: str = "/export/swap", transport: str = "wire"
+) -> bytes:
     """Has a region with known pages, and pages that the NAS does not have. Returns what must be read from now on."""
     content = bytearray(os.urandom(PAGES * PAGE))
     nas.add(path, bytes(content))
-    engine = open_engine(nas.url(path), region_fd=region_fd)
+    engine = open_engine(nas.url(path), region_fd=region_fd, transport=transport)
     for page in range(0, PAGES, 4):
         write_pages_and_flush(engine, page, bytes(content[page * PAGE : (page + 1) * PAGE]))
     content[PAGE : 2 * PAGE] = os.urandom(PAGE)
@@ -233,6 +237,39 @@ def test_a_handle_that_is_a_directory_once(open_engine: OpenEngine, kind: int) -
         assert len(nas.calls("LOOKUP")) >= 2
 
 
+@pytest.mark.parametrize("old", ["wire", "libnfs"])
+@pytest.mark.parametrize("new", ["wire", "libnfs"])
+@pytest.mark.parametrize("kept", [True, False], ids=["place kept", "no place kept"])
+def test_the_server_numbers_its_files_again_for_any_next_worker(
+    open_engine: OpenEngine, region_fd: int, old: str, new: str, *, kept: bool
+) -> None:
+    """Whatever way to the file this worker and the last one use."""
+    with FakeNas(Oddities(new_fileids=True, new_handles=True, new_fsid=True)) as nas:
+        content = first_worker(nas, open_engine, region_fd, transport=old)
+        if not kept:
+            forget_place(region_fd)
+        nas.restart()
+        check(open_engine(nas.url("/export/swap"), region_fd=region_fd, transport=new), content)
+        assert nas.content("/export/swap") == content
+
+
+@BOTH_TRANSPORTS
+def test_a_file_that_nothing_has_changed(open_engine: OpenEngine, region_fd: int, transport: str) -> None:
+    """It is known by its handle: no page of it is compared, so a NAS that has lost what it had is still this file."""
+    with FakeNas() as nas:
+        content = os.urandom(PAGES * PAGE)
+        nas.add("/export/swap", content)
+        engine = open_engine(nas.url("/export/swap"), region_fd=region_fd, transport=transport)
+        for page in range(PAGES):
+            write_pages(engine, page, content[page * PAGE : (page + 1) * PAGE])
+        engine.flush()
+        engine.close()
+        before = len(nas.calls("READ"))
+        engine = open_engine(nas.url("/export/swap"), region_fd=region_fd, transport=transport)
+        assert len(nas.calls("READ")) == before
+        check(engine, content)
+
+
 @pytest.mark.parametrize("fault", ["none", "refused", "wrong"])
 def test_the_server_numbers_its_files_again_under_libnfs(open_engine: OpenEngine, fault: str) -> None:
     """While a worker runs that has its pages from libnfs: the bytes decide, also where the first page that is asked for
@@ -276,44 +313,72 @@ def make_again(nas: FakeNas, content: bytes, *, same_number: bool) -> None:
             node.fileid = number
 
 
+@BOTH_TRANSPORTS
+@pytest.mark.parametrize("kept", [True, False], ids=["place kept", "no place kept"])
 @pytest.mark.parametrize("same_number", [True, False])
-def test_another_file_has_the_name(open_engine: OpenEngine, region_fd: int, *, same_number: bool) -> None:
+def test_another_file_has_the_name(
+    open_engine: OpenEngine, region_fd: int, transport: str, *, kept: bool, same_number: bool
+) -> None:
     """Also one that has been given the number of the old one: it is refused, and not written to."""
     with FakeNas() as nas:
-        first_worker(nas, open_engine, region_fd)
+        first_worker(nas, open_engine, region_fd, transport=transport)
         other = os.urandom(PAGES * PAGE)
         make_again(nas, other, same_number=same_number)
+        if not kept:
+            forget_place(region_fd)
         with pytest.raises(NfsError, match="belongs to another backing file") as caught:
-            open_engine(nas.url("/export/swap"), region_fd=region_fd)
+            open_engine(nas.url("/export/swap"), region_fd=region_fd, transport=transport)
         assert caught.value.errno == errno.EINVAL
         assert nas.content("/export/swap") == other
 
 
+def test_another_file_before_the_second_connection(open_engine: OpenEngine) -> None:
+    """Over libnfs each connection opens the file by its name: all have the same file, or there is no engine."""
+    with FakeNas() as nas:
+        nas.add("/export/swap", bytes(PAGES * PAGE))
+        mounts = []
+
+        def change(call: NasCall, _message: bytes) -> bytes | None:
+            if call.op == "MNT":
+                mounts.append(call)
+                if len(mounts) == 2:
+                    make_again(nas, bytes(PAGES * PAGE), same_number=False)
+            return None
+
+        nas.mutate(change)
+        with pytest.raises(NfsError, match="another file was given its name while it was opened"):
+            open_engine(nas.url("/export/swap"), transport="libnfs", connections=2)
+        assert len(mounts) == 2
+
+
+@BOTH_TRANSPORTS
 @pytest.mark.parametrize("same_number", [True, False])
-def test_zeros_recognise_no_file(open_engine: OpenEngine, region_fd: int, *, same_number: bool) -> None:
+def test_zeros_recognise_no_file(open_engine: OpenEngine, region_fd: int, transport: str, *, same_number: bool) -> None:
     """A new file has zeros where the old one had: the pages with something in them decide."""
     with FakeNas() as nas:
         nas.add("/export/swap", os.urandom(PAGES * PAGE))
-        engine = open_engine(nas.url("/export/swap"), region_fd=region_fd)
+        engine = open_engine(nas.url("/export/swap"), region_fd=region_fd, transport=transport)
         for page in range(PAGES):
             write_pages(engine, page, os.urandom(PAGE) if page == PAGES // 2 + 1 else bytes(PAGE))
         engine.flush()
         engine.close()
         make_again(nas, bytes(PAGES * PAGE), same_number=same_number)
         with pytest.raises(NfsError, match="belongs to another backing file"):
-            open_engine(nas.url("/export/swap"), region_fd=region_fd)
+            open_engine(nas.url("/export/swap"), region_fd=region_fd, transport=transport)
         assert nas.content("/export/swap") == bytes(PAGES * PAGE)
 
 
-def test_the_file_was_truncated(open_engine: OpenEngine, region_fd: int) -> None:
+@BOTH_TRANSPORTS
+@pytest.mark.parametrize("pages", [PAGES - 1, PAGES + 1])
+def test_the_file_has_another_size(open_engine: OpenEngine, region_fd: int, transport: str, pages: int) -> None:
     with FakeNas() as nas:
-        first_worker(nas, open_engine, region_fd)
+        first_worker(nas, open_engine, region_fd, transport=transport)
         with nas.files() as tree:
             node = tree.find("/export/swap")
             assert node is not None
-            node.resize((PAGES - 1) * PAGE)
+            node.resize(pages * PAGE)
         with pytest.raises(NfsError, match="belongs to another backing file"):
-            open_engine(nas.url("/export/swap"), region_fd=region_fd)
+            open_engine(nas.url("/export/swap"), region_fd=region_fd, transport=transport)
 
 
 @pytest.mark.parametrize("status", [5, 13, 22], ids=["IO", "ACCES", "INVAL"])
@@ -338,11 +403,15 @@ def test_a_server_that_is_away(open_engine: OpenEngine, region_fd: int) -> None:
         check(open_engine(nas.url("/export/swap"), region_fd=region_fd), content)
 
 
+def forget_place(region_fd: int) -> None:
+    os.pwrite(region_fd, bytes(2 * LAST_PLACE_BYTES), LAST_PLACE_OFFSET)
+
+
 def test_a_region_of_a_version_that_kept_nothing(open_engine: OpenEngine, region_fd: int) -> None:
     """There are zeros: the file is opened by its name, and kept for the next worker."""
     with FakeNas() as nas:
         content = first_worker(nas, open_engine, region_fd)
-        os.pwrite(region_fd, bytes(2 * LAST_PLACE_BYTES), LAST_PLACE_OFFSET)
+        forget_place(region_fd)
         engine = open_engine(nas.url("/export/swap"), region_fd=region_fd)
         engine.close()
         nas.stop_mountd()

@@ -116,15 +116,14 @@ static void condition_changed(void *context)
 	const struct watched *watched = context;
 	struct engine *engine = watched->engine;
 	struct nfsio_known known;
-	bool is_known = nfsio_known(watched->io, &known);
 	enum nfsio_condition worst = NFSIO_UP;
 	uint64_t connects = 0;
 	int64_t silent_since_ms = 0;
 	bool link_down = false;
 
+	nfsio_known(watched->io, &known);
 	engine_lock(engine);
-	if (is_known)
-		keep_place(engine, &known);
+	keep_place(engine, &known);
 	engine->gone_too_long = false;
 	for (unsigned i = 0; i < engine->io_count; i++) {
 		struct nfsio_state state;

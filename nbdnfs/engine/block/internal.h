@@ -92,7 +92,7 @@ struct engine {
 	uint32_t piece_bytes;
 	bool own_region;
 	bool adopted;           /* the region is an earlier worker's */
-	struct nfsio_known known; /* what that knew of the file; its handle has no length: nothing */
+	struct nfsio_known known; /* what that knew of the file */
 	uint8_t *buffers;       /* of write-backs and fetches */
 	uint8_t *samples;       /* a page for each connection's thread */
 	struct watched watched[ENGINE_CONNECTIONS_MAX];

@@ -60,11 +60,6 @@ static int check_memory(const struct engine *engine, struct nfsio_failure *why)
 	return engine_fail(why, -EFBIG, message);
 }
 
-static bool knows_file(const struct engine *engine)
-{
-	return engine->known.file.length_bytes > 0;
-}
-
 /* Returns 0, or -errno and *why. */
 static int make_cache(struct engine *engine, struct nfsio_failure *why)
 {
@@ -92,6 +87,19 @@ static int begin_encryption(const struct engine *engine, struct nfsio_failure *w
 	return 0;
 }
 
+/* Of the region's file. A worker that kept no place was killed early, or is of an older version. */
+static void read_known(struct engine *engine)
+{
+	const struct region_identity *identity = &engine->region.header->identity;
+	struct nfsio_known *known = &engine->known;
+
+	if (!last_place_read(&engine->region, known, sizeof(*known)))
+		*known = (struct nfsio_known){
+			.size_bytes = identity->device_bytes,
+			.fileid = identity->fileid,
+		};
+}
+
 /*
  * Map the region that an earlier worker has left, if one has: it says where the file is, and how to recognise it.
  * Returns 0, or -errno and *why.
@@ -110,7 +118,7 @@ static int adopt_region(struct engine *engine, struct nfsio_failure *why)
 	if (error != 0)
 		return fail_region(why, error, message);
 	engine->adopted = true;
-	last_place_read(&engine->region, &engine->known, sizeof(engine->known));
+	read_known(engine);
 	return begin_encryption(engine, why);
 }
 
@@ -143,6 +151,12 @@ static bool refuses_handle(const struct nfsio_failure *why)
 	}
 }
 
+/* nfsio has compared the file with the one that is known, and that is all it says. */
+static bool is_another_file(const struct nfsio_failure *why)
+{
+	return why->phase == NFSIO_OPEN && why->error == -EINVAL && why->message[0] == '\0';
+}
+
 /*
  * By the handle that the last worker knew, which needs neither the name nor mountd, and by its name only where the
  * server does not take that. Returns 0, or -errno and *why.
@@ -153,9 +167,9 @@ static int open_first(struct engine *engine, struct nfsio_options *options, stru
 	int error;
 
 	options->sample_page = engine->samples;
-	options->known = knows_file(engine) ? &engine->known : NULL;
+	options->known = engine->adopted ? &engine->known : NULL;
 	error = nfsio_create(options, &engine->ios[0], why);
-	if (error != 0 && options->known != NULL && refuses_handle(why)) {
+	if (error != 0 && options->known != NULL && by_name.file.length_bytes > 0 && refuses_handle(why)) {
 		by_name.file.length_bytes = 0; /* another file may have the name, and even the number */
 		options->known = &by_name;
 		error = nfsio_create(options, &engine->ios[0], why);
@@ -163,8 +177,8 @@ static int open_first(struct engine *engine, struct nfsio_options *options, stru
 	options->known = NULL;
 	if (error == 0)
 		engine->io_count = 1;
-	else if (why->phase == NFSIO_OPEN && error == -EINVAL && why->message[0] == '\0')
-		engine_fail(why, error, REGION_OF_ANOTHER_FILE); /* it was compared with the one that is known */
+	else if (is_another_file(why))
+		engine_fail(why, error, REGION_OF_ANOTHER_FILE);
 	return error;
 }
 
@@ -186,6 +200,8 @@ static int open_connections(struct engine *engine, struct nfsio_failure *why)
 		error = nfsio_create(&options, &engine->ios[engine->io_count], why);
 		if (error == 0)
 			engine->io_count++;
+		else if (is_another_file(why))
+			engine_fail(why, error, "another file was given its name while it was opened");
 	}
 	return error;
 }
@@ -207,16 +223,6 @@ static int take_file_facts(struct engine *engine, struct nfsio_stat *st, struct 
 	return engine_fail(why, -EINVAL, message);
 }
 
-/* Is what was opened the file of the region that was adopted? nfsio has looked at one that was known, and its bytes. */
-static bool is_regions_file(const struct engine *engine, const struct nfsio_stat *st)
-{
-	const struct region_identity *identity = &engine->region.header->identity;
-
-	return st->size_bytes == identity->device_bytes &&
-	       (nfsio_was_known(engine->ios[0]) ||
-		st->fileid == (knows_file(engine) ? engine->known.fileid : identity->fileid));
-}
-
 /* Map a new region, or compare the file that was opened with the one that was adopted. */
 static int map_region(struct engine *engine, const struct nfsio_stat *st, struct nfsio_failure *why)
 {
@@ -233,8 +239,10 @@ static int map_region(struct engine *engine, const struct nfsio_stat *st, struct
 	char message[128];
 	int error;
 
-	if (engine->adopted)
-		return is_regions_file(engine, st) ? 0 : engine_fail(why, -EINVAL, REGION_OF_ANOTHER_FILE);
+	if (engine->adopted) /* nfsio has recognised the file, which may only have grown */
+		return st->size_bytes == engine->region.header->identity.device_bytes
+			       ? 0
+			       : engine_fail(why, -EINVAL, REGION_OF_ANOTHER_FILE);
 	error = region_map(&engine->region, engine->options.region_fd, &identity, &plan, message, sizeof(message));
 	return error == 0 ? begin_encryption(engine, why) : fail_region(why, error, message);
 }

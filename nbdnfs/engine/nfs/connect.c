@@ -22,10 +22,8 @@ void connection_close(struct nfsio *io, struct connection *made)
 /* Returns true, or closes the connection and returns false and *why. */
 static bool check_file(struct nfsio *io, struct connection *made, struct nfsio_failure *why)
 {
-	/* nothing is known of it before it has been opened, by this nfsio or by one before it */
-	bool known = io->place.handle_bytes > 0 || io->opened_once || io->was_known;
 	/* a directory is its path */
-	int same = known && !io->options.names_only ? is_same_file(io, made) : 1;
+	int same = io->expects_file && !io->options.names_only ? is_same_file(io, made) : 1;
 
 	if (same > 0)
 		return true;

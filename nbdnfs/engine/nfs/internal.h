@@ -131,7 +131,7 @@ struct nfsio {
 	struct nfsio_stat opened;
 	uint32_t max_transfer_bytes;
 	int version;
-	bool was_known;         /* nfsio_was_known() */
+	bool expects_file;      /* the I/O thread's own: what is opened must be the file that is known below */
 	bool opened_once;       /* the I/O thread's own: `opened` is valid */
 	enum nfsio_transport transport_kind; /* of all connections: options.transport over NFSv3, libnfs over NFSv4 */
 	int backoff_ms;         /* the I/O thread's own: the pause before the next attempt to connect, 0: none */

@@ -294,7 +294,7 @@ void *io_thread(void *arg)
 	pthread_mutex_lock(&io->lock);
 	if (connected) {
 		io->opened = made.st;
-		io->opened_once = true;
+		io->opened_once = io->expects_file = true;
 		io->max_transfer_bytes =
 			made.read_max_bytes < made.write_max_bytes ? made.read_max_bytes : made.write_max_bytes;
 		publish(io, &made);

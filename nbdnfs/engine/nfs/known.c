@@ -18,43 +18,38 @@ bool remember_mount(struct nfsio *io, size_t mount_bytes)
 	return io->prefix != NULL && io->mount_path != NULL;
 }
 
-/* The file is known already: it need not be looked up again. Returns false when there is no memory. */
+/* What is opened must be the file that `like` has. Returns false when there is no memory. */
 static bool begin_like(struct nfsio *io, struct nfsio *like)
 {
 	pthread_mutex_lock(&like->lock);
-	if (like->place.peer.address_bytes > 0)
-		io->place = like->place;
+	io->place = like->place;
 	io->fsid = like->fsid;
 	io->fileid = like->fileid;
 	io->directory = like->directory;
 	pthread_mutex_unlock(&like->lock);
 	io->opened = like->opened;
+	io->expects_file = true;
 	return remember_mount(io, strlen(like->mount_path));
 }
 
-/* What is opened must be the file that an earlier nfsio knew. */
-static void expect(struct nfsio *io, const struct nfsio_known *known)
+static void set_handle(struct place *place, const struct nfsio_handle *handle)
 {
-	io->fsid = known->fsid;
-	io->fileid = known->fileid;
-	io->opened = (struct nfsio_stat){ .size_bytes = known->size_bytes, .fileid = known->fileid };
-	io->was_known = true;
+	place->handle_bytes = handle->length_bytes;
+	memcpy(place->handle, handle->bytes, handle->length_bytes);
 }
 
-/* An earlier nfsio knew the file; what cannot be used of that is as if it had not. Returns false without memory. */
-static bool begin_known(struct nfsio *io, const struct nfsio_known *known)
+/*
+ * Connect to the handle that is known, instead of looking the file up. What cannot be used is as if it were not known.
+ * Returns false without memory.
+ */
+static bool begin_at_handle(struct nfsio *io, const struct nfsio_known *known)
 {
 	struct addrinfo hints = { .ai_flags = AI_NUMERICHOST | AI_NUMERICSERV, .ai_socktype = SOCK_STREAM };
 	struct server_port *peer = &io->place.peer;
 	struct addrinfo *found;
 	char port[16];
 
-	if (known->file.length_bytes == 0) {
-		expect(io, known);
-		return true;
-	}
-	if (known->file.length_bytes > WIRE_HANDLE_BYTES_MAX ||
-	    known->directory.length_bytes > WIRE_HANDLE_BYTES_MAX || known->mount_bytes == 0 ||
+	if (known->directory.length_bytes > WIRE_HANDLE_BYTES_MAX || known->mount_bytes == 0 ||
 	    known->mount_bytes > strlen(io->url_directory))
 		return true;
 	snprintf(port, sizeof(port), "%u", url_number(io->url, "nfsport=", known->port));
@@ -63,25 +58,35 @@ static bool begin_known(struct nfsio *io, const struct nfsio_known *known)
 	memcpy(&peer->address, found->ai_addr, found->ai_addrlen);
 	peer->address_bytes = found->ai_addrlen;
 	freeaddrinfo(found);
-	io->place.handle_bytes = known->file.length_bytes;
-	memcpy(io->place.handle, known->file.bytes, known->file.length_bytes);
+	set_handle(&io->place, &known->file);
 	io->directory = known->directory;
-	expect(io, known);
 	return remember_mount(io, known->mount_bytes);
+}
+
+/* What is opened must be the file that an earlier nfsio knew. Returns false without memory. */
+static bool begin_known(struct nfsio *io, const struct nfsio_known *known)
+{
+	io->fsid = known->fsid;
+	io->fileid = known->fileid;
+	io->opened = (struct nfsio_stat){ .size_bytes = known->size_bytes, .fileid = known->fileid };
+	io->expects_file = true;
+	if (known->file.length_bytes == 0 || known->file.length_bytes > WIRE_HANDLE_BYTES_MAX)
+		return true;
+	if (io->transport_kind == NFSIO_OVER_WIRE)
+		return begin_at_handle(io, known);
+	set_handle(&io->place, &known->file);
+	return true;
 }
 
 bool begin_with(struct nfsio *io, const struct nfsio_options *options)
 {
-	if (io->transport_kind != NFSIO_OVER_WIRE)
-		return true;
 	if (options->like != NULL)
 		return begin_like(io, options->like);
 	return options->known == NULL || begin_known(io, options->known);
 }
 
-bool nfsio_known(struct nfsio *io, struct nfsio_known *known)
+void nfsio_known(struct nfsio *io, struct nfsio_known *known)
 {
-	bool by_wire = io->transport_kind == NFSIO_OVER_WIRE;
 	const struct sockaddr_storage *address = &io->place.peer.address;
 
 	memset(known, 0, sizeof(*known)); /* the padding, too: its bytes are kept */
@@ -91,17 +96,13 @@ bool nfsio_known(struct nfsio *io, struct nfsio_known *known)
 	known->fileid = io->fileid;
 	known->port = ntohs(address->ss_family == AF_INET6 ? ((const struct sockaddr_in6 *)address)->sin6_port
 							   : ((const struct sockaddr_in *)address)->sin_port);
-	known->mount_bytes = (uint32_t)strlen(io->mount_path);
-	if (by_wire) {
+	if (io->place.handle_bytes <= sizeof(known->file.bytes)) {
 		known->file.length_bytes = io->place.handle_bytes;
 		memcpy(known->file.bytes, io->place.handle, io->place.handle_bytes);
+	}
+	if (io->transport_kind == NFSIO_OVER_WIRE) {
+		known->mount_bytes = (uint32_t)strlen(io->mount_path);
 		known->directory = io->directory;
 	}
 	pthread_mutex_unlock(&io->lock);
-	return by_wire && known->file.length_bytes > 0;
-}
-
-bool nfsio_was_known(const struct nfsio *io)
-{
-	return io->was_known;
 }

@@ -69,12 +69,15 @@ struct nfsio_handle {
 	uint8_t bytes[WIRE_HANDLE_BYTES_MAX];
 };
 
-/* What is known of a file, for another nfsio that opens it later, perhaps in another process: plain bytes. */
+/*
+ * What is known of a file, for another nfsio that opens it later, perhaps in another process: plain bytes. The handle of
+ * one that was opened over libnfs, which may be of NFSv4, is only for comparison.
+ */
 struct nfsio_known {
 	uint64_t size_bytes, fsid, fileid;
 	uint32_t port;          /* where the NFS server listens */
-	uint32_t mount_bytes;   /* so much of the URL's directory, decoded, is what is mounted */
-	struct nfsio_handle file, directory; /* the directory's may be unknown */
+	uint32_t mount_bytes;   /* so much of the URL's directory, decoded, is what is mounted; 0: over libnfs */
+	struct nfsio_handle file, directory; /* both may be unknown */
 };
 
 /*
@@ -145,14 +148,14 @@ struct nfsio_options {
 	bool names_only;
 	enum nfsio_transport transport;
 	/*
-	 * NULL, or another nfsio for the same URL: over a wire, what that one knows of the file is not asked for again.
-	 * Not used after nfsio_create().
+	 * NULL, or another nfsio for the same URL: what is opened must be its file. Over a wire, what that one knows of
+	 * it is not asked for again. Not used after nfsio_create().
 	 */
 	struct nfsio *like;
 	/*
-	 * NULL, or what an earlier nfsio knew of the file: over a wire, it is opened by its handle, whatever has become
-	 * of its name or of mountd, and recognised as after a reconnect. Where its handle has no length, it is opened
-	 * by its name, and recognised all the same. Not used after nfsio_create().
+	 * NULL, or what an earlier nfsio knew of the file, which is recognised as after a reconnect. Over a wire, it is
+	 * opened by its handle, whatever has become of its name or of mountd; over libnfs, or where its handle has no
+	 * length, by its name. Not used after nfsio_create().
 	 */
 	const struct nfsio_known *known;
 	/* NULL: another handle is the file's if number and size fit. */
@@ -219,11 +222,8 @@ void nfsio_destroy(struct nfsio *io);
 /* The file as it was opened. */
 void nfsio_opened_stat(const struct nfsio *io, struct nfsio_stat *st);
 
-/* The file as it was last recognised. False, and nothing, where it has no handle: not over a wire. */
-bool nfsio_known(struct nfsio *io, struct nfsio_known *known);
-
-/* Was it opened as the file that nfsio_options.known says? */
-bool nfsio_was_known(const struct nfsio *io);
+/* The file as it was last recognised. */
+void nfsio_known(struct nfsio *io, struct nfsio_known *known);
 
 /* How things stand. */
 struct nfsio_state {
