@@ -28,7 +28,7 @@ from pathlib import Path
 
 from native_report import LIMIT, LOOP, OURS, QEMU, Result, Row, Sample, as_json, missed_goals, picture, table
 from portmap import register
-from support.nfs_server import Ganesha, program, rpc_null_answers
+from support.nfs_server import Ganesha, free_ports, program, rpc_null_answers
 
 from nbdnfs import proc_stat
 
@@ -185,7 +185,7 @@ def main() -> None:
         }
         print(table("no added delay", results["no added delay"]), flush=True)
         if options.delay_ms:
-            port = server.nfs_port + 1
+            port = free_ports(1)[0]
             delay = subprocess.Popen(
                 [str(directory / "delay"), str(port), str(server.nfs_port), str(round(options.delay_ms * 500))]
             )
