@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""In a guest: give the kernel an NBD server on TCP, as nbd-client would: attach_tcp.py HOST PORT; prints the device.
+"""In a guest: give the kernel an NBD server on TCP, as nbd-client would: attach_tcp.py HOST PORT CONNECTIONS; prints
+the device.
 
 The kernel's own nbd over the network is what the benchmark compares with; nbdnfs itself has no use for it.
 """
 
+import contextlib
 import socket
 import sys
 import time
@@ -18,12 +20,16 @@ DEADLINE_S = 10.0
 
 def main() -> None:
     """Connect, shake hands, hand over, and wait until the device has its size."""
-    host, port = sys.argv[1], int(sys.argv[2])
-    with socket.create_connection((host, port), timeout=DEADLINE_S) as sock, NbdNetlink.open() as kernel:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        export = nbd_handshake.negotiate(sock)
+    host, port, connections = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    with contextlib.ExitStack() as stack, NbdNetlink.open() as kernel:
+        sockets = []
+        for _ in range(connections):
+            sock = stack.enter_context(socket.create_connection((host, port), timeout=DEADLINE_S))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            export = nbd_handshake.negotiate(sock)
+            sockets.append(sock.fileno())
         index = kernel.connect(
-            [sock.fileno()],
+            sockets,
             index=None,
             size_bytes=export.size_bytes,
             block_size_bytes=4096,

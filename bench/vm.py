@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """make bench-vm: one guest swaps to zram, to the kernel's nbd, to the kernel's NFS and to nbdnfs, in turn.
 
-The same stress program each time, in a cgroup of a quarter of its pages: fill, sequential, random, sequential, by one
-process and then by several; every page is checked, and a wrong one fails the benchmark. In virtual time (vm_time.py),
+The same stress program each time, in a cgroup of a quarter of its pages, by one process and then by several: it fills
+them, and visits them in sequence, at random, by Zipf's law (some often, most hardly ever), and with a stride of 16.
+`--own-memory`: without a cgroup, in a guest of 256 MiB, where what a peer needs itself is missing for the pages. Every
+page is checked, and a wrong one fails the benchmark. In virtual time (vm_time.py),
 with servers that answer after 0.2 and after 1 ms; `--time real`: by this machine's clock, with no added round trip and
 with 1 ms. Each round begins with another peer; the table has medians, the JSON all samples. `--continue` adds rounds to
 those of an earlier run with the same sizes. `--repeat` does the rounds on an idle host, then on a busy one, and prints
@@ -18,6 +20,7 @@ import contextlib
 import logging
 import os
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -27,7 +30,7 @@ from pathlib import Path
 import vm_time
 from support.nfs_server import Ganesha, ServerError, free_ports
 from svg import Group, bars
-from vm_peers import ENCRYPTED, FLOOR, KERNEL_NBD, KERNEL_NFS, OURS, PEERS, Files
+from vm_peers import DEFAULT, ENCRYPTED, FLOOR, KERNEL_NBD, KERNEL_NFS, OURS, PEERS, Files
 from vm_rounds import Load, Results, one_round
 from vmtest import host, image, initramfs
 from vmtest.guest import Guest, seen_from_guest
@@ -35,7 +38,7 @@ from vmtest.outcome import GuestFailedError, HarnessError, LostGuestError
 from vmtest.payload import payload
 
 _GUEST_MIB = 512
-_PASSES = ("fill", "sequential", "random", "sequential")
+_SMALL_GUEST_MIB = 256
 _NAME = max(len(name) for name in PEERS)
 
 
@@ -45,7 +48,15 @@ def main() -> int:
     logging.basicConfig(level=logging.DEBUG if options.verbose else logging.WARNING, format="%(message)s")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left behind
     shift = options.time_shift if options.time == "virtual" else None
-    load = Load(options.size, options.size // 4, options.processes, options.timeout, shift)
+    load = Load(
+        size_mib=options.size,
+        limit_mib=None if options.own_memory else options.size // 4,
+        processes=options.processes,
+        timeout_s=options.timeout,
+        time_shift=shift,
+        memory_mib=_SMALL_GUEST_MIB if options.own_memory else _GUEST_MIB,
+        passes=tuple(options.passes),
+    )
     try:
         if options.continued and options.json is None:
             raise HarnessError("--continue needs --json, the file of the earlier run")
@@ -95,9 +106,21 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--size",
         type=int,
-        default=128,
         metavar="MIB",
-        help="size of the pages; the cgroup has a quarter of it (default 128, eight times the region)",
+        help="size of the pages; the cgroup has a quarter of it (default 128, eight times the region; 256 with"
+        " --own-memory)",
+    )
+    parser.add_argument(
+        "--own-memory",
+        action="store_true",
+        help=f"no cgroup, in a guest of {_SMALL_GUEST_MIB} MiB: what a peer needs itself is missing for the pages",
+    )
+    parser.add_argument(
+        "--passes",
+        type=lambda text: text.split(","),
+        default=list(Load.passes),
+        metavar="A,B",
+        help=f"after filling (default {','.join(Load.passes)})",
     )
     parser.add_argument(
         "--processes", type=int, default=4, metavar="N", help="how many the second run on each peer has (default 4)"
@@ -108,7 +131,13 @@ def _options() -> argparse.Namespace:
         metavar="N,N",
         help="in virtual time, when a server answers (default 0.2,1); in real time, round trips to add (default 0,1)",
     )
-    parser.add_argument("--peers", type=_peers, default=list(PEERS), metavar="A,B", help=",".join(PEERS))
+    parser.add_argument(
+        "--peers",
+        type=_peers,
+        default=list(DEFAULT),
+        metavar="A,B",
+        help=f"{','.join(PEERS)} (default: all but {','.join(PEERS.keys() - set(DEFAULT))})",
+    )
     parser.add_argument(
         "--timeout", type=float, default=1800, metavar="S", help="time limit of one run of the stress program"
     )
@@ -119,6 +148,8 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="show the programs that are started")
     options = parser.parse_args()
+    if options.size is None:
+        options.size = 256 if options.own_memory else 128
     if options.delays_ms is None:
         options.delays_ms = [0.2, 1.0] if options.time == "virtual" else [0.0, 1.0]
     return options
@@ -160,7 +191,7 @@ def _measure(options: argparse.Namespace, load: Load, earlier: Results) -> Resul
                 built,
                 disk,
                 workdir / "guest",
-                memory_mib=_GUEST_MIB,
+                memory_mib=load.memory_mib,
                 time_shift=load.time_shift,
                 allow={"slow", "oom"},
                 name="bench",
@@ -194,6 +225,8 @@ def _files(server: Ganesha, size_mib: int) -> Files:
             what=f"writing {name}",
             timeout_s=300,
         )
+    # with a signature there the guest need not read all of it to see that it holds nothing
+    host.run(["/sbin/mkswap", server.export_path / "ours.swap"], what="mkswap", timeout_s=30)
     (nbd_port,) = free_ports(1)
     return Files(
         ours_url=seen_from_guest(server.url("ours.swap")),
@@ -209,19 +242,37 @@ def tables(results: Results) -> str:
     """Medians: seconds of each pass and in all, and ours as a multiple of each other peer's."""
     load = results.load
     clock = "real" if load.time_shift is None else "virtual"
-    title = f"{load.size_mib} MiB of pages in a cgroup of {load.limit_mib} MiB"
-    lines = [f"{title}; seconds of {clock} time, medians; no page wrong"]
+    lines = [f"{title_of(load)}; seconds of {clock} time, medians; no page wrong"]
+    names = ("fill", *load.passes)
     for delay_ms, processes in _cells(results):
         rounds = max(len(results.of(peer, delay_ms, processes)) for peer in PEERS)
         lines += ["", f"{delay_ms:g} ms added, {processes} process{'es' if processes > 1 else ''}, {rounds} rounds"]
-        columns = (*_PASSES, "all", "ours / this", "sequential")
-        lines.append(f"  {'':{_NAME}}" + "".join(f"{name:>12}" for name in columns))
-        lines += [_line(results, peer, delay_ms, processes) for peer in PEERS if results.of(peer, delay_ms, processes)]
-        if found := our_figures(results, delay_ms, processes):
-            lines.append("  " + found)
-        if found := _encryption(results, delay_ms, processes):
-            lines.append("  " + found)
+        lines.append(f"  {'':{_NAME}}" + "".join(f"{name:>12}" for name in (*names, "all")))
+        ours = _medians(results, OURS, delay_ms, processes)
+        for peer in PEERS:
+            if found := _medians(results, peer, delay_ms, processes):
+                lines.append(f"  {peer:{_NAME}}" + "".join(f"{value:>12.2f}" for value in found))
+                if ours and peer not in (OURS, FLOOR):
+                    ratios = "".join(f"{mine / its:>12.2f}" for mine, its in zip(ours, found, strict=True))
+                    lines.append(f"  {'  ours / this':{_NAME}}" + ratios)
+        if text := our_figures(results, delay_ms, processes):
+            lines.append("  " + text)
+        if text := _encryption(results, delay_ms, processes):
+            lines.append("  " + text)
     return "\n".join(lines)
+
+
+def title_of(load: Load) -> str:
+    """What was swapped, and in how much memory."""
+    where = f"a guest of {load.memory_mib} MiB" if load.limit_mib is None else f"a cgroup of {load.limit_mib} MiB"
+    return f"{load.size_mib} MiB of pages in {where}"
+
+
+def _medians(results: Results, peer: str, delay_ms: float, processes: int) -> list[float]:
+    """Seconds of each pass, and in all; nothing where there is no sample."""
+    samples = results.of(peer, delay_ms, processes)
+    columns = [*zip(*(sample.passes for sample in samples), strict=True), [sample.seconds for sample in samples]]
+    return [statistics.median(column) for column in columns] if samples else []
 
 
 def _encryption(results: Results, delay_ms: float, processes: int) -> str:
@@ -252,24 +303,6 @@ def _cells(results: Results) -> list[tuple[float, int]]:
     return sorted({(sample.delay_ms, sample.processes) for sample in results.samples})
 
 
-def _line(results: Results, peer: str, delay_ms: float, processes: int) -> str:
-    passes = [
-        results.median(peer, delay_ms, processes, lambda sample, n=number: sample.passes[n])  # type: ignore[misc]
-        for number in range(len(_PASSES))
-    ]
-    total = results.median(peer, delay_ms, processes, lambda sample: sample.seconds)
-    sequential = results.median(peer, delay_ms, processes, lambda sample: sample.sequential_s)
-    ours = results.median(OURS, delay_ms, processes, lambda sample: sample.seconds)
-    ours_sequential = results.median(OURS, delay_ms, processes, lambda sample: sample.sequential_s)
-    cells = [f"{value:>12.1f}" for value in (*passes, total) if value is not None]
-    cells += [_ratio(ours, total), _ratio(ours_sequential, sequential)] if peer != OURS else []
-    return f"  {peer:{_NAME}}" + "".join(cells)
-
-
-def _ratio(ours: float | None, other: float | None) -> str:
-    return f"{ours / other:>12.2f}" if ours is not None and other else f"{'-':>12}"
-
-
 def our_figures(results: Results, delay_ms: float, processes: int) -> str:
     """What our region counted in these runs: above all, how much an NFS write carries."""
     samples = results.of(OURS, delay_ms, processes)
@@ -293,7 +326,8 @@ def our_figures(results: Results, delay_ms: float, processes: int) -> str:
         f" read-ahead: {total('read_ahead_hits')} of {total('read_ahead_pages')} pages used;"
         f" {100 * total('hit_pages') / max(total('hit_pages') + total('missed_pages'), 1):.0f}% of pages read were in"
         f" the region; {total('cpu_ms') / 1000 / len(samples):.1f} CPU seconds;"
-        f" {max(sample.counters.get('resident_kib', 0) for sample in samples):,} KiB resident"
+        f" {max(sample.counters.get('resident_kib', 0) for sample in samples):,} KiB resident,"
+        f" {max(sample.counters.get('all_resident_kib', 0) for sample in samples):,} with keeper and standby"
     )
 
 
@@ -307,8 +341,7 @@ def picture(results: Results) -> str:
         }
         groups.append(Group(f"{delay_ms:g} ms added, {processes} process{'es' if processes > 1 else ''}", values))
     load = results.load
-    title = f"Swapping {load.size_mib} MiB of pages in {load.limit_mib} MiB of memory, every page checked"
-    return bars(title, "seconds (less is better)", groups, one_scale=True)
+    return bars(f"Swapping {title_of(load)}, every page checked", "seconds (less is better)", groups, one_scale=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What `make bench-vm` compares: six things that a machine can swap to, set up and taken down in a guest.
+"""What `make bench-vm` compares: what a machine can swap to, set up and taken down in a guest.
 
 zram        compressed memory, without a network: the floor
 kernel-nbd  the kernel's nbd over TCP to `nbdkit file` on the server: what the 2012 patches compared with
@@ -7,6 +7,7 @@ kernel-nfs  the kernel's swap file on an NFSv3 mount
 nbdnfs      ours, unencrypted: no peer encrypts
 nbdnfs-encrypted  ours, as a device is by default
 nbdnfs-loop  ours, served by the engine's loop
+kernel-nbd-4, kernel-nfs-4  the kernel's own two, over four connections
 
 All but the first two use files on the same NFS server, and `nbdkit file` serves one beside them.
 """
@@ -14,6 +15,7 @@ All but the first two use files on the same NFS server, and `nbdkit file` serves
 from __future__ import annotations
 
 import contextlib
+import functools
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,17 +24,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from vmtest import host, swap
+from vmtest import host, kept, swap
 from vmtest.counters import Counters, read
 from vmtest.guest import HOST_ADDRESS, Guest
 from vmtest.outcome import GuestFailedError, HarnessError
 
 OURS, ENCRYPTED, LOOP = "nbdnfs", "nbdnfs-encrypted", "nbdnfs-loop"
 KERNEL_NFS, KERNEL_NBD, FLOOR = "kernel-nfs", "kernel-nbd", "zram"
+KERNEL_NFS_4, KERNEL_NBD_4 = "kernel-nfs-4", "kernel-nbd-4"
 
-_LOOP_SERVER = Path(__file__).parent / "loop_server.py"
 _ATTACH_TCP = Path(__file__).parent / "attach_tcp.py"
 _MOUNT = "/mnt/bench"
+_NAME = "bench"
 _PRIORITY = 32767
 _NBDKIT_DEADLINE_S = 20.0
 
@@ -73,12 +76,13 @@ def zram(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
 
 
 @contextlib.contextmanager
-def kernel_nbd(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
+def _kernel_nbd(guest: Guest, files: Files, size_mib: int, connections: int = 1) -> Iterator[Swapping]:
     """`nbdkit file` on the host, TCP, the kernel's nbd in the guest. The server keeps it in its page cache."""
     with _nbdkit(files):
         guest.push(_ATTACH_TCP, "/root/attach_tcp.py")
         guest.run("modprobe nbd")
-        device = guest.run(f"python3 /root/attach_tcp.py {HOST_ADDRESS} {files.nbd_seen_port}").stdout.strip()
+        server = f"{HOST_ADDRESS} {files.nbd_seen_port}"
+        device = guest.run(f"python3 /root/attach_tcp.py {server} {connections}").stdout.strip()
         with _swap_on(guest, device) as swapping:
             yield swapping
         # udev may still have it open for a moment, which detach waits for
@@ -86,13 +90,13 @@ def kernel_nbd(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
 
 
 @contextlib.contextmanager
-def kernel_nfs(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
+def _kernel_nfs(guest: Guest, files: Files, size_mib: int, connections: int = 1) -> Iterator[Swapping]:
     """A swap file on an NFSv3 mount, as the kernel does it by itself: Documentation/filesystems/nfs."""
     url = urlsplit(files.kernel_url)
     query = parse_qs(url.query)
     folder, _, name = url.path.rpartition("/")
     ports = f"port={query['nfsport'][0]},mountport={query['mountport'][0]}"
-    options = f"vers=3,proto=tcp,mountproto=tcp,nolock,hard,{ports}"
+    options = f"vers=3,proto=tcp,mountproto=tcp,nolock,hard,nconnect={connections},{ports}"
     file = shlex.quote(f"{_MOUNT}/{name}")
     guest.run(f"mkdir -p {_MOUNT} && mount -t nfs -o {options} {url.hostname}:{shlex.quote(folder)} {_MOUNT}", 120)
     with _swap_on(guest, file) as swapping:
@@ -101,61 +105,48 @@ def kernel_nfs(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
 
 
 @contextlib.contextmanager
-def _ours(guest: Guest, files: Files, *, encrypt: bool) -> Iterator[Swapping]:
-    with swap.serving(guest, files.ours_url, encrypt=encrypt) as worker:
-
-        def counters() -> Counters:
-            found = read(guest, worker.nbdkit_pid)
-            found["locked_kib"], found["resident_kib"] = swap.memory_of(guest, worker.nbdkit_pid)
-            return found
-
-        with swap.swapping(guest, worker):
-            yield Swapping(counters)
-
-
-def ours(guest: Guest, files: Files, size_mib: int) -> AbstractContextManager[Swapping]:
-    """nbdnfs serve and attach, as by hand. The others do not encrypt either."""
-    return _ours(guest, files, encrypt=False)
-
-
-def encrypted(guest: Guest, files: Files, size_mib: int) -> AbstractContextManager[Swapping]:
-    """The same, encrypted: beside `ours` it shows what that costs."""
-    return _ours(guest, files, encrypt=True)
-
-
-@contextlib.contextmanager
-def loop(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
-    """The same, served as by a keeper's worker with `loop = true`: loop_server.py."""
-    socket, pid_file = "/run/nbdnfs/loop.sock", "/run/nbdnfs/loop.pid"
-    guest.push(_LOOP_SERVER, "/root/loop_server.py")
-    guest.run(f"mkdir -p /run/nbdnfs; rm -f {socket} {pid_file}")
-    server = guest.start(
-        f"echo $$ > {pid_file}; exec python3 /root/loop_server.py {socket} {shlex.quote(files.ours_url)}"
-    )
-    waiting = f"until [ -S {socket} ]; do [ ! -s {pid_file} ] || kill -0 $(cat {pid_file}) || exit 1; sleep 0.1; done"
-    if guest.run(waiting, 90, check=False).status != 0:
-        raise GuestFailedError(f"loop_server.py did not start:\n{server.stderr}")
-    pid = int(guest.run(f"cat {pid_file}").stdout)
+def _ours(guest: Guest, files: Files, settings: str) -> Iterator[Swapping]:
+    kept.configure(guest, _NAME, f'url = "{files.ours_url}"\npriority = {_PRIORITY}\n{settings}')
+    kept.start(guest, _NAME)
+    pid = kept.worker_pid(guest, _NAME)
 
     def counters() -> Counters:
         found = read(guest, pid)
         found["locked_kib"], found["resident_kib"] = swap.memory_of(guest, pid)
-        return found
+        return {**found, **kept.memory_kib(guest, _NAME)}
 
-    with swap.swapping(guest, swap.Worker(socket, pid, pid)):
-        yield Swapping(counters)
-    server.kill()
-    server.wait()
+    yield Swapping(counters)
+    kept.stop(guest, _NAME)
+
+
+def ours(guest: Guest, files: Files, size_mib: int) -> AbstractContextManager[Swapping]:
+    """A device of a configuration, with its keeper and its standby. The others do not encrypt either."""
+    return _ours(guest, files, "encrypt = false\n")
+
+
+def encrypted(guest: Guest, files: Files, size_mib: int) -> AbstractContextManager[Swapping]:
+    """The same, encrypted: beside `ours` it shows what that costs."""
+    return _ours(guest, files, "encrypt = true\n")
+
+
+def loop(guest: Guest, files: Files, size_mib: int) -> AbstractContextManager[Swapping]:
+    """The same, unencrypted and without nbdkit's threads."""
+    return _ours(guest, files, "encrypt = false\nloop = true\n")
 
 
 PEERS: Mapping[str, Peer] = {
     FLOOR: zram,
-    KERNEL_NBD: kernel_nbd,
-    KERNEL_NFS: kernel_nfs,
+    KERNEL_NBD: _kernel_nbd,
+    KERNEL_NFS: _kernel_nfs,
     OURS: ours,
     ENCRYPTED: encrypted,
     LOOP: loop,
+    KERNEL_NBD_4: functools.partial(_kernel_nbd, connections=4),
+    KERNEL_NFS_4: functools.partial(_kernel_nfs, connections=4),
 }
+# What is compared unless others are named: several connections gain the kernel's own two nothing on one processor.
+DEFAULT = (FLOOR, KERNEL_NBD, KERNEL_NFS, OURS, ENCRYPTED, LOOP)
+OURS_ALL = (OURS, ENCRYPTED, LOOP)
 
 
 @contextlib.contextmanager

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from vm_peers import ENCRYPTED, LOOP, OURS, PEERS, Files
+from vm_peers import OURS_ALL, PEERS, Files
 from vm_time import RealTime, VirtualTime
 from vmtest import swap, verdict
 from vmtest.counters import Counters
@@ -28,14 +30,17 @@ class NotFinishedError(GuestFailedError):
 class Load:
     """What is run: `size_mib` of pages, a cgroup of `limit_mib`; once by one process, once by `processes` at once.
 
-    `time_shift` is of virtual time; None: in real time.
+    `limit_mib` None: no cgroup. What the peer itself needs of the guest's `memory_mib` is missing for the pages then.
+    `passes` are the stress program's, after filling. `time_shift` is of virtual time; None: in real time.
     """
 
     size_mib: int
-    limit_mib: int
+    limit_mib: int | None
     processes: int
     timeout_s: float
     time_shift: int | None = None
+    memory_mib: int = 512
+    passes: tuple[str, ...] = ("sequential", "random", "sequential", "zipf", "strided")
 
     @property
     def device_mib(self) -> int:
@@ -45,7 +50,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Sample:
-    """One verified run. `passes` are the seconds of each, in order: fill, sequential, random, sequential.
+    """One verified run. `passes` are the seconds of each, fill first.
     `host_was_busy`: other programs kept all CPUs of the host busy meanwhile.
 
     `counters` are what the region counted during the run; peers that are not ours have none. `swap_out` is what it
@@ -62,11 +67,6 @@ class Sample:
     counters: Mapping[str, int] = field(default_factory=dict)
     swap_out: Mapping[str, int] = field(default_factory=dict)
     host_was_busy: bool = False
-
-    @property
-    def sequential_s(self) -> float:
-        """Both sequential passes."""
-        return self.passes[1] + self.passes[3]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Results:
     def load_from(cls, path: Path, load: Load) -> Results:
         """What `save` wrote. HarnessError when that was another load."""
         data = json.loads(path.read_text())
-        there = Load(**data["load"])
+        there = Load(**{**data["load"], "passes": tuple(data["load"]["passes"])})
         if there != load:
             raise HarnessError(f"{path} is about another load: {there}", "name another file, or give the same sizes")
         samples = [Sample(**{**sample, "passes": tuple(sample["passes"])}) for sample in data["samples"]]
@@ -129,7 +129,7 @@ def one_round(
                         sample = _run(guest, load, peer, delay_ms, processes, swapping.counters)
                         sample = in_model_time(sample, clock.scale)
                     except NotFinishedError as error:
-                        if peer in (OURS, ENCRYPTED, LOOP):
+                        if peer in OURS_ALL:
                             raise
                         tell(f"{peer}, {delay_ms:g} ms, {processes} process(es): no sample: {error}")
                         continue
@@ -150,12 +150,12 @@ def _run(guest: Guest, load: Load, peer: str, delay_ms: float, processes: int, r
     guest.run("sync; echo 3 > /proc/sys/vm/drop_caches", 120)
     swap_out = {}
     if counted := read():
-        with swap.limited(guest, load.limit_mib) as cgroup:
-            _stress(guest, load, processes, cgroup, passes="fill")
+        with _memory_for(guest, load) as cgroup:
+            _stress(guest, load, processes, cgroup, ["fill"])
         swap_out = _difference(counted, read())
     before, counted = swap.counters(guest), read()
-    with swap.limited(guest, load.limit_mib) as cgroup:
-        found = _stress(guest, load, processes, cgroup).check()
+    with _memory_for(guest, load) as cgroup:
+        found = _stress(guest, load, processes, cgroup, ["fill", *load.passes]).check()
     now, after = read(), swap.counters(guest)
     pages_out, pages_in = after["pswpout"] - before["pswpout"], after["pswpin"] - before["pswpin"]
     if after["oom_kill"] != before["oom_kill"]:
@@ -175,11 +175,15 @@ def _run(guest: Guest, load: Load, peer: str, delay_ms: float, processes: int, r
     )
 
 
-def _stress(
-    guest: Guest, load: Load, processes: int, cgroup: str, passes: str = "fill,sequential,random,sequential"
-) -> verdict.Verdict:
+def _memory_for(guest: Guest, load: Load) -> AbstractContextManager[str | None]:
+    """The cgroup that the pages are to be in, where there is one."""
+    return contextlib.nullcontext() if load.limit_mib is None else swap.limited(guest, load.limit_mib)
+
+
+def _stress(guest: Guest, load: Load, processes: int, cgroup: str | None, passes: Sequence[str]) -> verdict.Verdict:
     """The stress program's verdict, from its stdout: the verdict port has the verdicts of earlier runs as well."""
-    command = f"exec hog --size {load.size_mib} --processes {processes} --cgroup {cgroup} --passes {passes}"
+    command = f"exec hog --size {load.size_mib} --processes {processes} --passes {','.join(passes)}"
+    command += f" --cgroup {cgroup}" if cgroup is not None else ""
     result = guest.start(command, load.timeout_s).wait()
     if result.status == _HOG_WAS_KILLED:
         raise NotFinishedError("one of the stress program's processes was killed")
@@ -189,7 +193,7 @@ def _stress(
     return found
 
 
-_SIZES = ("locked_kib", "resident_kib")
+_SIZES = ("locked_kib", "resident_kib", "all_resident_kib", "all_locked_kib")
 
 
 def _difference(before: Counters, after: Counters) -> dict[str, int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.nfs_server import Ganesha
-from vmtest import host, more_settings
+from vmtest import host, kept, more_settings
 from vmtest.guest import Guest, GuestJob, seen_from_guest
 from vmtest.image import Image
 from vmtest.journal import refuse_tracebacks
@@ -49,14 +49,9 @@ def swapping(
     with boot(project=True, allow=_EXPECTED, **options) as guest:
         guest.settle()
         guest.push(Path(__file__).parent / "inside/killer.py", _KILLER)
-        guest.run(
-            f"nbdnfs install-units && systemctl daemon-reload && mkdir -p /etc/nbdnfs"
-            f" && cat > /etc/nbdnfs/{_NAME}.toml <<'.'\nurl = \"{seen_from_guest(url)}\"\npriority = 100\n"
-            f"{more_settings.lines()}.",
-            300,
-        )
+        kept.configure(guest, _NAME, f'url = "{seen_from_guest(url)}"\npriority = 100\n{more_settings.lines()}')
         try:
-            start_unit(guest)
+            kept.start(guest, _NAME)
             print(guest.run(f"nbdnfs status {_NAME}", 120).stdout)
             print(memory_of(guest))
             yield guest
@@ -67,17 +62,6 @@ def swapping(
         finally:
             with contextlib.suppress(Exception):
                 print(guest.run(f"journalctl -u nbdnfs@{_NAME} --no-pager -o short-monotonic | tail -n 150").stdout)
-
-
-def start_unit(guest: Guest) -> None:
-    """Until it is active. On a busy host the job may be canceled (nbdnfs-start-timeout@.service), and the start goes
-    on."""
-    unit = f"nbdnfs@{_NAME}"
-    guest.run(
-        f"systemctl start {unit} || until systemctl -q is-active {unit} || systemctl -q is-failed {unit};"
-        f" do sleep 1; done; systemctl -q is-active {unit}",
-        600,
-    )
 
 
 def memory_of(guest: Guest) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 from support.nfs_server import Ganesha
-from test_keeper import finish, start_hog, start_unit, swapped_out
+from test_keeper import finish, start_hog, swapped_out
+from vmtest import kept
 from vmtest.guest import Guest, seen_from_guest
 from vmtest.journal import refuse_tracebacks
 
@@ -59,7 +60,7 @@ def test_sleep(boot: Callable[..., Guest], ganesha: Ganesha) -> None:
         guest.run("nbdnfs install-units && systemctl daemon-reload", 120)
         guest.run(f'printf \'url = "{url}"\\nsize = "96M"\\n\' > /etc/nbdnfs/swap0.toml')
         before = [_first_word(guest, method) for method in ("CanHibernate", "CanSuspend")]
-        start_unit(guest)
+        kept.start(guest, "swap0")
         _drop_in_decides(guest)
         hog = start_hog(guest, 80, 12, 1800, "fill," + ",".join(["sequential"] * 63))
         pages = _SWAPPED_BYTES // int(guest.run("getconf PAGESIZE").stdout)

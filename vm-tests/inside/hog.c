@@ -4,7 +4,8 @@
 // P processes hold N MiB of pages between them. The content of a page follows from (seed, process, page number,
 // generation); the generation counts how often the page was written. Every pass checks all words of all pages
 // in its order, and rewrites some of them in the next generation, so that a page that comes back from an older
-// time, from another place, or as zeros, is seen and named.
+// time, from another place, or as zeros, is seen and named. A zipf pass visits as many, some of them often and some not
+// at all.
 //
 // Progress and the verdict are JSON, one object a line, on stdout and to the file given with --report. The
 // last line is {"event": "verdict", ...}; a hog that was killed has none, or one with "complete": false.
@@ -30,13 +31,15 @@
 #include <unistd.h>
 
 #define MAX_PROCESSES 64
-#define MAX_PASSES 64    // less than the generations that a byte can count
+#define MAX_PASSES 64
 #define MAX_MESSAGES 16  // wrong pages that a process describes; the rest are counted
 #define LOOK_EVERY_MS 10
 #define PROGRESS_EVERY_MS 1000
 
-enum order { FILL, SEQUENTIAL, RANDOM };
-static const char *const order_names[] = {"fill", "sequential", "random"};
+#define STRIDE 16        // pages, in a strided pass: down a matrix's column, and then the next one
+
+enum order { FILL, SEQUENTIAL, RANDOM, STRIDED, ZIPF, ORDERS };
+static const char *const order_names[ORDERS] = {"fill", "sequential", "random", "strided", "zipf"};
 
 static size_t size_mib = 64;
 static int processes = 1;
@@ -102,7 +105,7 @@ static uint64_t word_at(uint64_t key, size_t index, uint64_t id, unsigned genera
 
 static uint64_t page_key(uint64_t id, unsigned generation)
 {
-    return mix(seed ^ mix(id << 8 | generation));
+    return mix(mix(seed ^ id) ^ generation);
 }
 
 static void write_page(uint64_t *page, uint64_t id, unsigned generation)
@@ -133,17 +136,64 @@ static void shuffle(uint32_t *order, size_t count, uint64_t state)
     }
 }
 
+static void stride(uint32_t *order, size_t count)
+{
+    for (size_t column = 0; column < STRIDE; column++)
+        for (size_t page = column; page < count; page += STRIDE)
+            *order++ = (uint32_t)page;
+}
+
+// `count` visits to the pages in `ranked`, the first of which is the most popular: the n-th is visited in proportion to
+// 1/n (Zipf's law). They take the place of `ranked`.
+static void visit_by_rank(uint32_t *ranked, size_t count, uint64_t state)
+{
+    uint32_t *visits = malloc(count * sizeof *visits);
+    double *up_to = malloc(count * sizeof *up_to); // the sum of 1/n so far
+    double sum = 0;
+    if (!visits || !up_to)
+        die("no memory");
+    for (size_t i = 0; i < count; i++)
+        up_to[i] = sum += 1.0 / (double)(i + 1);
+    for (size_t i = 0; i < count; i++) {
+        state = mix(state);
+        double wanted = (double)(state >> 11) / (double)(1ull << 53) * sum;
+        size_t low = 0, high = count - 1;
+        while (low < high) {
+            size_t middle = low + (high - low) / 2;
+            if (up_to[middle] > wanted)
+                high = middle;
+            else
+                low = middle + 1;
+        }
+        visits[i] = ranked[low];
+    }
+    memcpy(ranked, visits, count * sizeof *visits);
+    free(visits);
+    free(up_to);
+}
+
+// The pages that a pass visits, in this order.
+static void plan(uint32_t *order, size_t count, enum order kind, uint64_t state)
+{
+    for (size_t i = 0; i < count; i++)
+        order[i] = (uint32_t)i;
+    if (kind == RANDOM || kind == ZIPF)
+        shuffle(order, count, state);
+    if (kind == STRIDED)
+        stride(order, count);
+    if (kind == ZIPF)
+        visit_by_rank(order, count, state);
+}
+
 // One process: waits for a byte on `go` before each pass.
 static void work(int process, size_t page_count, int go)
 {
     struct counters *mine = &counters[process];
     uint64_t *pages = mmap(NULL, page_count * page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    uint8_t *generations = calloc(page_count, 1);
+    uint32_t *generations = calloc(page_count, sizeof *generations);
     uint32_t *order = malloc(page_count * sizeof *order);
     if (pages == MAP_FAILED || !generations || !order)
         die("no memory");
-    for (size_t i = 0; i < page_count; i++)
-        order[i] = (uint32_t)i;
 
     int messages = 0;
     for (int pass = 0; pass < pass_count; pass++) {
@@ -151,10 +201,9 @@ static void work(int process, size_t page_count, int go)
         if (read(go, &byte, 1) != 1)
             exit(2);
         uint64_t pass_seed = mix(seed ^ mix((uint64_t)process << 16 | (uint64_t)pass));
-        if (passes[pass] == RANDOM)
-            shuffle(order, page_count, pass_seed);
+        plan(order, page_count, passes[pass], pass_seed);
         for (size_t i = 0; i < page_count; i++) {
-            size_t number = passes[pass] == RANDOM ? order[i] : i;
+            size_t number = order[i];
             uint64_t *page = pages + number * page_words;
             uint64_t id = (uint64_t)process << 40 | number;
             if (passes[pass] == FILL) {
@@ -171,7 +220,7 @@ static void work(int process, size_t page_count, int go)
                                 process, number, generations[number], wrong, (uintmax_t)(page[0] >> 40),
                                 (uintmax_t)(page[0] & 0xffffffffff), (uintmax_t)page[1]);
                 }
-                if (wrong >= 0 || mix(pass_seed ^ number) % 100 < rewrite_percent)
+                if (wrong >= 0 || mix(pass_seed ^ number ^ (uint64_t)i << 32) % 100 < rewrite_percent)
                     write_page(page, id, ++generations[number]);
             }
             atomic_store(&mine->done, i + 1);
@@ -239,10 +288,10 @@ static void parse_passes(char *list)
     pass_count = 0;
     for (char *word = strtok(list, ","); word; word = strtok(NULL, ",")) {
         int order = FILL;
-        while (order <= RANDOM && strncmp(word, order_names[order], strlen(word)) != 0)
+        while (order < ORDERS && strncmp(word, order_names[order], strlen(word)) != 0)
             order++;
-        if (order > RANDOM || pass_count == MAX_PASSES || (pass_count == 0 && order != FILL)) {
-            fprintf(stderr, "hog: --passes: fill first, then any of fill, sequential, random; 64 at most\n");
+        if (order == ORDERS || pass_count == MAX_PASSES || (pass_count == 0 && order != FILL)) {
+            fprintf(stderr, "hog: --passes: fill first, then any of fill, sequential, random, strided, zipf; 64 at most\n");
             exit(2);
         }
         passes[pass_count++] = (enum order)order;
