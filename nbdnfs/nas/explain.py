@@ -24,6 +24,8 @@ from nbdnfs.nfs_url import NfsUrl
 # RFC 1833 (portmapper), RFC 1813 (NFS): the ports that libnfs uses when the URL has none
 _PORTMAPPER_PORT = rpc_probe.PORTMAPPER_PORT
 _NFS_PORT = 2049
+# REGION_OF_ANOTHER_FILE in nbdnfs/engine/region/region.h
+_ANOTHER_FILE = "the region belongs to another backing file"
 # In the order in which a client asks: the key in the URL, the name and the RPC program.
 _SERVICES = {"mountport": ("mount", rpc_probe.MOUNT), "nfsport": ("NFS", rpc_probe.NFS)}
 
@@ -90,7 +92,9 @@ def open_error(error: OSError, url: NfsUrl, address: str) -> NbdnfsError:
     if number == errno.EINVAL:
         return ConfigError(
             f"{path} on {url.host} cannot be a device: {error.strerror or 'it is not a regular file'}",
-            "create a file of whole 4096-byte pages: nbdnfs create URL --size SIZE",
+            "put the file that the device was started with under this name again"
+            if error.strerror == _ANOTHER_FILE
+            else "create a file of whole 4096-byte pages: nbdnfs create URL --size SIZE",
         )
     if number == errno.EFBIG:
         return ConfigError(

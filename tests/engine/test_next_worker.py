@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from support.engines import PAGE, OpenEngine, opening, read_pages, write_pages, write_pages_and_flush
 from support.fake_nas import FakeNas, NasCall, Oddities
-from support.fake_nfs import NFS3ERR_IO
+from support.fake_nfs import NFS3ERR_IO, NFS3ERR_JUKEBOX
 from support.sunrpc import record, u32
 from support.waiting import DEADLINE_S, in_background, wait_until
 
@@ -243,8 +243,8 @@ def test_a_handle_that_is_a_directory_once(open_engine: OpenEngine, kind: int) -
 def test_the_server_numbers_its_files_again_for_any_next_worker(
     open_engine: OpenEngine, region_fd: int, old: str, new: str, *, kept: bool
 ) -> None:
-    """Whatever way to the file this worker and the last one use."""
-    with FakeNas(Oddities(new_fileids=True, new_handles=True, new_fsid=True)) as nas:
+    """Whatever way to the file this worker and the last one use, and however little the server moves at once."""
+    with FakeNas(Oddities(new_fileids=True, new_handles=True, new_fsid=True, shortest_bytes=512)) as nas:
         content = first_worker(nas, open_engine, region_fd, transport=old)
         if not kept:
             forget_place(region_fd)
@@ -346,9 +346,54 @@ def test_another_file_before_the_second_connection(open_engine: OpenEngine) -> N
             return None
 
         nas.mutate(change)
-        with pytest.raises(NfsError, match="another file was given its name while it was opened"):
+        with pytest.raises(NfsError, match="another file was given its name while it was opened") as caught:
             open_engine(nas.url("/export/swap"), transport="libnfs", connections=2)
+        assert caught.value.errno == errno.EAGAIN, "the next try finds one file"
         assert len(mounts) == 2
+
+
+@BOTH_TRANSPORTS
+@pytest.mark.parametrize("same_number", [True, False])
+@pytest.mark.parametrize("status", [NFS3ERR_IO, NFS3ERR_JUKEBOX])
+def test_a_page_that_cannot_be_read(
+    open_engine: OpenEngine, region_fd: int, transport: str, status: int, *, same_number: bool
+) -> None:
+    """It may be a bad sector, and says nothing about the file: the other pages decide. One that comes later is waited
+    for."""
+    with FakeNas(Oddities(new_fileids=not same_number, new_handles=True)) as nas:
+        content = first_worker(nas, open_engine, region_fd, transport=transport)
+        nas.restart()
+        nas.fail("READ", status, times=1)
+        check(open_engine(nas.url("/export/swap"), region_fd=region_fd, transport=transport), content)
+        assert nas.struck("READ")
+
+
+@BOTH_TRANSPORTS
+def test_no_page_can_be_read(open_engine: OpenEngine, region_fd: int, transport: str) -> None:
+    """It is not known whose file it is: the worker does not start, and does not say that it is another one."""
+    with FakeNas(Oddities(new_handles=True)) as nas:
+        first_worker(nas, open_engine, region_fd, transport=transport)
+        nas.restart()
+        nas.fail("READ", NFS3ERR_IO)
+        with pytest.raises(NfsError) as caught:
+            open_engine(nas.url("/export/swap"), region_fd=region_fd, transport=transport)
+        assert (caught.value.errno, caught.value.phase) == (errno.EIO, "connect")
+
+
+@BOTH_TRANSPORTS
+def test_a_fifo_has_the_name(open_engine: OpenEngine, transport: str) -> None:
+    """A first worker has no region to compare it with, and does not say that it has."""
+
+    def change(call: NasCall, message: bytes) -> bytes | None:
+        is_file = call.op == "GETATTR" and message[28:32] == u32(1)
+        return record(message[:28] + u32(7) + message[32:]) if is_file else None
+
+    with FakeNas() as nas:
+        nas.add("/export/swap", bytes(PAGES * PAGE))
+        nas.mutate(change)
+        with pytest.raises(NfsError) as caught:
+            open_engine(nas.url("/export/swap"), transport=transport)
+        assert (caught.value.errno, caught.value.strerror) == (errno.EINVAL, "")
 
 
 @BOTH_TRANSPORTS

@@ -198,6 +198,17 @@ static void spoil(const struct call *call, uint8_t *data, uint32_t count)
 		data[wrong] ^= (uint8_t)(1 + rng_below(&nas.faults, 255));
 }
 
+/* Another file has the name, and a worker takes it for its own. */
+static void check_other(const struct call *call, bool is_written)
+{
+	if (call->object != OBJECT_OTHER)
+		return;
+	if (!load_is_recognisable())
+		world_stop(); /* nothing was known by which it could be told: from now on it is the file */
+	else if (is_written)
+		sim_fail("another file that has the name is written to");
+}
+
 static void do_read(struct call *call, uint8_t **at)
 {
 	bool is_page = call->object == OBJECT_FILE || call->object == OBJECT_OTHER;
@@ -207,6 +218,7 @@ static void do_read(struct call *call, uint8_t **at)
 
 	if (count > size - call->offset)
 		count = (uint32_t)(size - call->offset);
+	check_other(call, false);
 	put32(at, NFS3_OK);
 	put_optional_attributes(at, call->object);
 	put32(at, count);
@@ -229,17 +241,6 @@ static void tell(const struct call *call, const char *what, uint32_t stable)
 			call->count / PAGE_BYTES, stable, (unsigned long long)nas.verifier, (double)call->due_ns / 1e9,
 			conn_has_client(call->conn) ? "" : ", late",
 			(unsigned long long)*(const uint64_t *)(const void *)call->data);
-}
-
-/* Another file has the name. */
-static void check_other(const struct call *call)
-{
-	if (call->object != OBJECT_OTHER)
-		return;
-	if (load_is_recognisable())
-		sim_fail("another file that has the name is written to");
-	else
-		world_stop(); /* nothing was known by which it could be told: from now on it is the file */
 }
 
 /* Who sends pages has given a sign of life not long before, and has not lost the file. */
@@ -267,7 +268,7 @@ static void do_write(struct call *call, uint8_t **at)
 {
 	uint32_t count = moved(call->count), committed = call->stable;
 
-	check_other(call);
+	check_other(call, true);
 	check_owner(call);
 	check_pages(call);
 	if (committed == 0 && fault_is_active(FAULT_stability) && rng_chance(&nas.faults, 512))

@@ -13,6 +13,7 @@ PyObject *raise_failure(const struct nfsio_failure *why)
 		[NFSIO_CONNECT] = "connect",
 		[NFSIO_MOUNT] = "mount",
 		[NFSIO_OPEN] = "open",
+		[NFSIO_RECOGNISE] = "open",
 		[NFSIO_NAME] = "name",
 	};
 	PyObject *message = PyUnicode_DecodeUTF8(why->message, (Py_ssize_t)strlen(why->message), "replace");

@@ -151,12 +151,6 @@ static bool refuses_handle(const struct nfsio_failure *why)
 	}
 }
 
-/* nfsio has compared the file with the one that is known, and that is all it says. */
-static bool is_another_file(const struct nfsio_failure *why)
-{
-	return why->phase == NFSIO_OPEN && why->error == -EINVAL && why->message[0] == '\0';
-}
-
 /*
  * By the handle that the last worker knew, which needs neither the name nor mountd, and by its name only where the
  * server does not take that. Returns 0, or -errno and *why.
@@ -169,7 +163,7 @@ static int open_first(struct engine *engine, struct nfsio_options *options, stru
 	options->sample_page = engine->samples;
 	options->known = engine->adopted ? &engine->known : NULL;
 	error = nfsio_create(options, &engine->ios[0], why);
-	if (error != 0 && options->known != NULL && by_name.file.length_bytes > 0 && refuses_handle(why)) {
+	if (error != 0 && options->known != NULL && by_name.mount_bytes > 0 && refuses_handle(why)) {
 		by_name.file.length_bytes = 0; /* another file may have the name, and even the number */
 		options->known = &by_name;
 		error = nfsio_create(options, &engine->ios[0], why);
@@ -177,7 +171,7 @@ static int open_first(struct engine *engine, struct nfsio_options *options, stru
 	options->known = NULL;
 	if (error == 0)
 		engine->io_count = 1;
-	else if (is_another_file(why))
+	else if (why->phase == NFSIO_RECOGNISE)
 		engine_fail(why, error, REGION_OF_ANOTHER_FILE);
 	return error;
 }
@@ -200,8 +194,8 @@ static int open_connections(struct engine *engine, struct nfsio_failure *why)
 		error = nfsio_create(&options, &engine->ios[engine->io_count], why);
 		if (error == 0)
 			engine->io_count++;
-		else if (is_another_file(why))
-			engine_fail(why, error, "another file was given its name while it was opened");
+		else if (why->phase == NFSIO_RECOGNISE)
+			error = engine_fail(why, -EAGAIN, "another file was given its name while it was opened");
 	}
 	return error;
 }

@@ -30,7 +30,7 @@ static bool check_file(struct nfsio *io, struct connection *made, struct nfsio_f
 	if (same < 0)
 		set_failure(why, NFSIO_CONNECT, same, made->nfs != NULL ? nfs_get_error(made->nfs) : strerror(-same));
 	else
-		set_failure(why, NFSIO_OPEN, -EINVAL, NULL);
+		set_failure(why, NFSIO_RECOGNISE, -EINVAL, "it is another file");
 	connection_close(io, made);
 	return false;
 }
@@ -173,11 +173,11 @@ static bool connect_by_name(struct nfsio *io, const struct server_port *peer, st
 
 	if (knows_directory && connect_in_directory(io, peer, NULL, &known, made, why))
 		return true;
-	if (knows_directory && why->phase != NFSIO_OPEN)
+	if (knows_directory && !is_of_the_file(why))
 		return false;
 	/* the directory may be another by now, or stale like the file */
 	if (find_directory(io, peer, made->deadline_ms, made, &of_mountd) != 0) {
-		if (!knows_directory || of_mountd.phase == NFSIO_OPEN || why->error == -ESTALE)
+		if (!knows_directory || is_of_the_file(&of_mountd) || why->error == -ESTALE)
 			*why = of_mountd;
 		return false;
 	}
@@ -217,7 +217,7 @@ static bool connect_again(struct nfsio *io, struct connection *made, struct nfsi
 	if (error == 0 && check_file(io, made, why))
 		return true;
 	/* another file has the handle, or none has */
-	if (error == 0 ? why->phase == NFSIO_OPEN : error == -ESTALE || error == -EISDIR)
+	if (error == 0 ? is_of_the_file(why) : error == -ESTALE || error == -EISDIR)
 		return connect_by_name(io, &place.peer, made, why);
 	return false;
 }

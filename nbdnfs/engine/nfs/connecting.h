@@ -63,6 +63,12 @@ bool remember_mount(struct nfsio *io, size_t mount_bytes);
 /* Begin with what nfsio_options.like or .known say of the file. */
 bool begin_with(struct nfsio *io, const struct nfsio_options *options);
 
+/* Has the server been asked, and is it the file that is not there, or another one? */
+static inline bool is_of_the_file(const struct nfsio_failure *why)
+{
+	return why->phase == NFSIO_OPEN || why->phase == NFSIO_RECOGNISE;
+}
+
 /* connect.c, for the I/O thread and without the lock. */
 void connection_close(struct nfsio *io, struct connection *made);
 bool connect_once(struct nfsio *io, struct connection *made, struct nfsio_failure *why);

@@ -149,7 +149,7 @@ static void back_off(struct nfsio *io, int ms)
 /* An attempt to connect has failed: is the server not there, or the file? */
 static enum nfsio_condition condition_of(const struct nfsio_failure *why)
 {
-	if (why->phase != NFSIO_OPEN)
+	if (!is_of_the_file(why))
 		return NFSIO_LINK_DOWN;
 	switch (why->error) {
 	case -ENOENT:

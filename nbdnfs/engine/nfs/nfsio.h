@@ -42,8 +42,8 @@ enum nfsio_op {
  */
 enum nfsio_transport { NFSIO_OVER_LIBNFS, NFSIO_OVER_WIRE };
 
-/* What failed. */
-enum nfsio_phase { NFSIO_CONNECT, NFSIO_MOUNT, NFSIO_OPEN, NFSIO_NAME };
+/* What failed. NFSIO_RECOGNISE: the file was opened, and is not the one that is known. */
+enum nfsio_phase { NFSIO_CONNECT, NFSIO_MOUNT, NFSIO_OPEN, NFSIO_RECOGNISE, NFSIO_NAME };
 
 /*
  * The condition of the file and of the connection. In all but NFSIO_UP, nfsio tries to connect for as long as it

@@ -13,17 +13,22 @@
 /* A page that is not right is read so often: one wrong READ does not make it another file. */
 #define SAMPLE_TRIES 3
 
-/* At most a page of a file. */
+/*
+ * -EIO is the server's word for a page that it cannot read, which says nothing of the others; any other error is of the
+ * connection, or of the whole file.
+ */
 static void step_read3_done(struct rpc_context *rpc, int status, void *data, void *arg)
 {
 	struct step *step = arg;
 	READ3res *res = data;
 
 	step->done = true;
-	step->error = -EIO;
-	if (status != RPC_STATUS_SUCCESS || res->status != NFS3_OK)
+	step->error = -ENOTCONN;
+	if (status != RPC_STATUS_SUCCESS)
 		return;
-	step->error = 0;
+	step->error = res->status == NFS3_OK ? 0 : res->status == NFS3ERR_JUKEBOX ? -EAGAIN : -EIO;
+	if (step->error != 0)
+		return;
 	step->count = res->READ3res_u.resok.count;
 	if (!DATA_LANDS_IN_PLACE && step->count <= SAMPLE_BYTES && step->count <= res->READ3res_u.resok.data.data_len)
 		memcpy(step->page, res->READ3res_u.resok.data.data_val, step->count);
@@ -34,7 +39,7 @@ static void step_pread_done(int error, struct nfs_context *nfs, void *data, void
 	struct step *step = arg;
 
 	step->done = true;
-	step->error = error < 0 ? error : 0;
+	step->error = error >= 0 ? 0 : verdict4(nfs) == NOT_NOW4 ? -EAGAIN : error;
 	step->count = error < 0 ? 0 : (uint32_t)error;
 	if (!DATA_LANDS_IN_PLACE && step->count <= SAMPLE_BYTES && error > 0)
 		memcpy(step->page, data, step->count);
@@ -46,23 +51,39 @@ static bool has_same_handle(const struct nfsio *io, const struct connection *mad
 	       memcmp(made->place.handle, io->place.handle, made->place.handle_bytes) == 0;
 }
 
-static int read_sample(struct nfsio *io, const struct connection *made, uint64_t offset, uint8_t *page)
+/* One READ. Returns how many bytes it moved, or -errno. */
+static int read_some(struct nfsio *io, const struct connection *made, uint64_t offset, uint8_t *data, uint32_t length)
 {
 	struct step *step = new_step(io);
-	int error = -EIO;
+	int error = -ENOTCONN;
+
+	step->page = data;
+	if (io->version == 3) {
+		READ3args args = { .file = made->fh3, .offset = offset, .count = length };
+
+		if (call_read3(nfs_get_rpc_context(made->nfs), step_read3_done, data, length, &args, step) == 0)
+			error = pump(io, made->nfs, step, made->deadline_ms);
+	} else if (call_pread(made->nfs, made->fh, data, length, offset, step_pread_done, step) == 0) {
+		error = pump(io, made->nfs, step, made->deadline_ms);
+	}
+	return error != 0 ? error : step->count <= length ? (int)step->count : -EPROTO;
+}
+
+/* A server may move less than it was asked for. Returns 0, -ENODATA or -errno. */
+static int read_sample(struct nfsio *io, const struct connection *made, uint64_t offset, uint8_t *page)
+{
+	uint32_t done_bytes = 0;
 
 	if (made->nfs == NULL)
 		return read_page_by_wire(io, made, offset, page, SAMPLE_BYTES);
-	step->page = page;
-	if (io->version == 3) {
-		READ3args args = { .file = made->fh3, .offset = offset, .count = SAMPLE_BYTES };
+	while (done_bytes < SAMPLE_BYTES) {
+		int moved = read_some(io, made, offset + done_bytes, page + done_bytes, SAMPLE_BYTES - done_bytes);
 
-		if (call_read3(nfs_get_rpc_context(made->nfs), step_read3_done, page, SAMPLE_BYTES, &args, step) == 0)
-			error = pump(io, made->nfs, step, made->deadline_ms);
-	} else if (call_pread(made->nfs, made->fh, page, SAMPLE_BYTES, offset, step_pread_done, step) == 0) {
-		error = pump(io, made->nfs, step, made->deadline_ms);
+		if (moved <= 0)
+			return moved < 0 ? moved : -ENODATA;
+		done_bytes += (uint32_t)moved;
 	}
-	return error != 0 ? error : step->count == SAMPLE_BYTES ? 0 : -ENODATA;
+	return 0;
 }
 
 /* Returns 1, 0 or -errno. A page beyond the end of the file is not right. */
@@ -81,39 +102,45 @@ static int is_sample_right(struct nfsio *io, const struct connection *made, uint
 }
 
 struct samples {
-	unsigned known, right;  /* pages that were compared, and those that are as they should be */
-	uint64_t offsets[SAMPLES]; /* of the pages that were compared */
+	unsigned tried;         /* pages that the server was asked for */
+	unsigned unreadable;    /* of these: it cannot read them */
+	unsigned right;         /* of these: they are as they should be; all others are not */
+	uint64_t offsets[SAMPLES]; /* of those that were tried */
 };
 
 /* The same page may be named several times, when few are known. */
-static bool was_compared(const struct samples *samples, uint64_t offset)
+static bool was_tried(const struct samples *samples, uint64_t offset)
 {
-	for (unsigned i = 0; i < samples->known; i++)
+	for (unsigned i = 0; i < samples->tried; i++)
 		if (samples->offsets[i] == offset)
 			return true;
 	return false;
 }
 
-/* Compare the file with what is known of its bytes. Returns 0, or -errno when that could not be done. */
-static int compare_samples(struct nfsio *io, const struct connection *made, struct samples *found)
+/*
+ * Compare the file with what is known of its bytes, until `enough` pages are right. Returns 0, or -errno when that
+ * could not be done.
+ */
+static int compare_samples(struct nfsio *io, const struct connection *made, unsigned enough, struct samples *found)
 {
 	const struct nfsio_samples *samples = io->options.samples;
 
 	*found = (struct samples){ 0 };
-	for (unsigned number = 0; number < SAMPLES; number++) {
+	for (unsigned number = 0; number < SAMPLES && found->right < enough; number++) {
 		uint64_t offset;
 		uint64_t proof;
 		int right;
 
 		if (samples == NULL || !samples->choose(io->options.sample_context, number, &offset, &proof))
 			break;
-		if (was_compared(found, offset))
+		if (was_tried(found, offset))
 			continue;
 		right = is_sample_right(io, made, offset, proof);
-		if (right < 0)
+		if (right < 0 && right != -EIO)
 			return right;
-		found->offsets[found->known++] = offset;
-		found->right += (unsigned)right;
+		found->offsets[found->tried++] = offset;
+		found->unreadable += right < 0;
+		found->right += right > 0;
 	}
 	return 0;
 }
@@ -128,22 +155,26 @@ static int compare_samples(struct nfsio *io, const struct connection *made, stru
  *   file. Where no page is known, nothing can be overwritten that matters.
  * - it is not: several pages must match, and all that are known.
  *
+ * A page that the server cannot read, from a bad sector perhaps, counts neither way.
+ *
  * Returns 1, 0, or -errno when that could not be found out.
  */
 int is_same_file(struct nfsio *io, const struct connection *made)
 {
 	bool same_number = made->st.fileid == io->fileid;
 	struct samples found;
+	unsigned wrong;
 	int error;
 
 	if (same_number && made->fsid == io->fsid && has_same_handle(io, made))
 		return 1;
 	if (made->st.size_bytes < io->opened.size_bytes)
 		return 0;
-	error = compare_samples(io, made, &found);
+	error = compare_samples(io, made, same_number ? 1 : SAMPLES, &found);
 	if (error != 0)
 		return error;
-	if (same_number)
-		return found.known == 0 || found.right > 0;
-	return found.right >= SURE_SAMPLES && found.right == found.known;
+	wrong = found.tried - found.unreadable - found.right;
+	if (same_number ? found.tried == 0 || found.right > 0 : found.right >= SURE_SAMPLES && wrong == 0)
+		return 1;
+	return found.unreadable > 0 && (same_number || wrong == 0) ? -EIO : 0;
 }
