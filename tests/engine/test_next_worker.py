@@ -12,10 +12,13 @@ import pytest
 from support.engines import PAGE, OpenEngine, opening, read_pages, write_pages, write_pages_and_flush
 from support.fake_nas import FakeNas, NasCall, Oddities
 from support.fake_nfs import NFS3ERR_IO, NFS3ERR_JUKEBOX
+from support.nfs_server import LOOPBACK
 from support.sunrpc import record, u32
 from support.waiting import DEADLINE_S, in_background, wait_until
 
+from nbdnfs import nfs_url
 from nbdnfs.engine import Engine, NfsError
+from nbdnfs.nas.explain import open_error
 from nbdnfs.region import FILE_REPLACED, LAST_PLACE_BYTES, LAST_PLACE_OFFSET
 
 PAGES = 64
@@ -329,6 +332,8 @@ def test_another_file_has_the_name(
         with pytest.raises(NfsError, match="belongs to another backing file") as caught:
             open_engine(nas.url("/export/swap"), region_fd=region_fd, transport=transport)
         assert caught.value.errno == errno.EINVAL
+        said = open_error(caught.value, nfs_url.parse(nas.url("/export/swap")), LOOPBACK)
+        assert said.hint == "put the file that the device was started with under this name again"
         assert nas.content("/export/swap") == other
 
 
