@@ -62,21 +62,20 @@ bool may_wait(struct engine *engine, uint64_t since_ms, uint64_t *end_ms)
 	return now_ms() < *end_ms;
 }
 
-int check_page(struct engine *engine, uint64_t page, uint8_t *data)
+int check_page(struct engine *engine, uint64_t page, uint8_t *data, uint64_t *proof)
 {
 	enum cache_lookup newer = CACHE_MISS;
-	uint64_t proof;
 
 	engine_lock(engine);
-	proof = cache_proof(engine->cache, page);
-	if (proof == NO_PROOF) /* filled since, perhaps: the server's bytes cannot be checked, nor decrypted */
+	*proof = cache_proof(engine->cache, page);
+	if (*proof == NO_PROOF) /* filled since, perhaps: the server's bytes cannot be checked, nor decrypted */
 		newer = cache_read(engine->cache, page, data);
 	engine_unlock(engine);
 	if (newer == CACHE_HIT)
 		return 0;
-	if (!proof_open(&engine->region, page, proof, data))
+	if (!proof_open(&engine->region, page, *proof, data))
 		return -EAGAIN;
-	if (proof != NO_PROOF)
+	if (*proof != NO_PROOF)
 		return 0;
 	/* beyond a truncation the file may have zeros again, which are not what was written */
 	return (page + 1) * SLOT_BYTES <= file_truncated_bytes(engine) ? 0 : -EIO;

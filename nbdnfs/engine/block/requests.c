@@ -12,27 +12,35 @@
 /* How often a page that does not agree with its proof is read again. */
 #define CHECKSUM_TRIES 3
 
-/* Check that a page that the NAS returned is what was written to it. */
+/*
+ * Check that a page that the NAS returned is what was written to it. The server is wrong only where no write has come
+ * between the READ and the check: a page that others keep writing is read until one READ is not overtaken.
+ */
 static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 {
 	struct region_counters *c = counters(engine);
+	uint64_t asked_for = NO_PROOF; /* the first READ was sent elsewhere: it may have been overtaken */
+	int wrong = 0;
 
-	for (int tries = 0;; tries++) {
+	for (;;) {
 		struct nfsio_req req = {
 			.op = NFSIO_READ, .offset_bytes = page * SLOT_BYTES, .length_bytes = SLOT_BYTES, .data = data
 		};
 		enum cache_lookup newer;
-		int error = check_page(engine, page, data);
+		uint64_t proof;
+		int error = check_page(engine, page, data, &proof);
 
 		if (error != -EAGAIN)
 			return error;
+		wrong += proof == asked_for;
 		engine_lock(engine);
 		while ((newer = cache_read(engine->cache, page, data)) == CACHE_WAIT)
 			engine_wait(engine, NO_END); /* until the fetch ends, as every READ does */
+		asked_for = cache_proof(engine->cache, page);
 		engine_unlock(engine);
 		if (newer == CACHE_HIT)
 			return 0;
-		if (tries == CHECKSUM_TRIES)
+		if (wrong == CHECKSUM_TRIES)
 			break;
 		count(&c->checksum_rereads, 1);
 		error = nfsio_transfer(engine->ios[0], &req);

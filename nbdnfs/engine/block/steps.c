@@ -108,9 +108,9 @@ static int check_answer(struct engine *engine, const struct nfsio_req *req)
 	if (error == 0 && req->moved_bytes != req->length_bytes)
 		error = -EIO; /* the file ends before the device: it was truncated */
 	for (uint32_t at = 0; error == 0 && at < req->length_bytes; at += SLOT_BYTES) {
-		uint64_t page = (req->offset_bytes + at) / SLOT_BYTES;
+		uint64_t page = (req->offset_bytes + at) / SLOT_BYTES, proof;
 
-		error = check_page(engine, page, req->data + at);
+		error = check_page(engine, page, req->data + at, &proof);
 		if (error != -EAGAIN)
 			continue;
 		engine_lock(engine);
