@@ -82,8 +82,7 @@ def main() -> int:
     return 0
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def _add_what_is_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time",
         choices=("virtual", "real"),
@@ -96,12 +95,6 @@ def _options() -> argparse.Namespace:
         default=vm_time.SHIFT,
         metavar="N",
         help=f"in virtual time, 2**N ns of the guest's clock for each instruction (default {vm_time.SHIFT})",
-    )
-    parser.add_argument(
-        "--repeat", action="store_true", help="do the rounds again on a busy host, and print how much differs"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=5, metavar="N", help="default 5, for medians; one takes many minutes"
     )
     parser.add_argument(
         "--size",
@@ -136,7 +129,18 @@ def _options() -> argparse.Namespace:
         type=_peers,
         default=list(DEFAULT),
         metavar="A,B",
-        help=f"{','.join(PEERS)} (default: all but {','.join(PEERS.keys() - set(DEFAULT))})",
+        help=f"{','.join(PEERS)} (default: all but {','.join(sorted(PEERS.keys() - set(DEFAULT)))})",
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    _add_what_is_run(parser)
+    parser.add_argument(
+        "--repeat", action="store_true", help="do the rounds again on a busy host, and print how much differs"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="default 5, for medians; one takes many minutes"
     )
     parser.add_argument(
         "--timeout", type=float, default=1800, metavar="S", help="time limit of one run of the stress program"

@@ -291,7 +291,8 @@ static void parse_passes(char *list)
         while (order < ORDERS && strncmp(word, order_names[order], strlen(word)) != 0)
             order++;
         if (order == ORDERS || pass_count == MAX_PASSES || (pass_count == 0 && order != FILL)) {
-            fprintf(stderr, "hog: --passes: fill first, then any of fill, sequential, random, strided, zipf; 64 at most\n");
+            fprintf(stderr, "hog: --passes: fill first, then any of fill, sequential, random, strided, zipf;"
+                            " 64 at most\n");
             exit(2);
         }
         passes[pass_count++] = (enum order)order;

@@ -48,7 +48,8 @@ def worker_pid(guest: Guest, name: str) -> int:
 def memory_kib(guest: Guest, name: str) -> Mapping[str, int]:
     """Of all processes of the unit: Pss, which has a share of what several map, and what is locked and there."""
     text = guest.run(
-        f"cat $(sed 's|.*|/proc/&/smaps_rollup|' /sys/fs/cgroup$(systemctl show -P ControlGroup nbdnfs@{name})/cgroup.procs)"
+        f"group=$(systemctl show -P ControlGroup nbdnfs@{name});"
+        " cat $(sed 's|.*|/proc/&/smaps_rollup|' /sys/fs/cgroup$group/cgroup.procs)"
         ' | awk \'/^(Pss|Locked):/ { kib[$1] += $2 } END { print kib["Pss:"], kib["Locked:"] }\''
     ).stdout
     pss, locked = text.split()

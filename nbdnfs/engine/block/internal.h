@@ -277,8 +277,8 @@ bool may_wait(struct engine *engine, uint64_t since_ms, uint64_t *end_ms);
 bool may_fill(const struct engine *engine, uint64_t page, bool fua);
 /*
  * Is a page that the NAS returned what was written to it? 0, -EIO, or -EAGAIN: it is not, since a write after the READ
- * was sent makes them differ (its bytes are in a slot, or on the NAS already), or the server is wrong. *proof is what it
- * was compared with. Takes the lock.
+ * was sent makes them differ (its bytes are in a slot, or on the NAS already), or the server is wrong. *proof is what
+ * it was compared with. Takes the lock.
  */
 int check_page(struct engine *engine, uint64_t page, uint8_t *data, uint64_t *proof);
 

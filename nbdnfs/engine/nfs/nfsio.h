@@ -70,8 +70,8 @@ struct nfsio_handle {
 };
 
 /*
- * What is known of a file, for another nfsio that opens it later, perhaps in another process: plain bytes. The handle of
- * one that was opened over libnfs, which may be of NFSv4, is only for comparison.
+ * What is known of a file, for another nfsio that opens it later, perhaps in another process: plain bytes. The handle
+ * of one that was opened over libnfs, which may be of NFSv4, is only for comparison.
  */
 struct nfsio_known {
 	uint64_t size_bytes, fsid, fileid;
