@@ -26,6 +26,8 @@ _PORTMAPPER_PORT = rpc_probe.PORTMAPPER_PORT
 _NFS_PORT = 2049
 # REGION_OF_ANOTHER_FILE in nbdnfs/engine/region/region.h
 _ANOTHER_FILE = "the region belongs to another backing file"
+# nbdnfs/engine/block/opening.c
+_REPLACED_MEANWHILE = "another file was given its name while it was opened"
 # In the order in which a client asks: the key in the URL, the name and the RPC program.
 _SERVICES = {"mountport": ("mount", rpc_probe.MOUNT), "nfsport": ("NFS", rpc_probe.NFS)}
 
@@ -59,6 +61,8 @@ def open_error(error: OSError, url: NfsUrl, address: str) -> NbdnfsError:
     room. UnavailableError: no answer. IOFailureError: anything else.
     """
     number, phase = error.errno or 0, _phase(error)
+    if number == errno.EAGAIN and error.strerror == _REPLACED_MEANWHILE:
+        return UnavailableError(f"{url.path} on {url.host}: {error.strerror}", "try again once nobody replaces it")
     if number == errno.EAGAIN:
         return put_off_error(url)
     if phase == "connect":
@@ -92,7 +96,7 @@ def open_error(error: OSError, url: NfsUrl, address: str) -> NbdnfsError:
     if number == errno.EINVAL:
         return ConfigError(
             f"{path} on {url.host} cannot be a device: {error.strerror or 'it is not a regular file'}",
-            "put the file that the device was started with under this name again"
+            "put the file that the device was started with under this name again, with the size that it had"
             if error.strerror == _ANOTHER_FILE
             else "create a file of whole 4096-byte pages: nbdnfs create URL --size SIZE",
         )

@@ -333,7 +333,9 @@ def test_another_file_has_the_name(
             open_engine(nas.url("/export/swap"), region_fd=region_fd, transport=transport)
         assert caught.value.errno == errno.EINVAL
         said = open_error(caught.value, nfs_url.parse(nas.url("/export/swap")), LOOPBACK)
-        assert said.hint == "put the file that the device was started with under this name again"
+        assert said.hint == (
+            "put the file that the device was started with under this name again, with the size that it had"
+        )
         assert nas.content("/export/swap") == other
 
 
@@ -354,6 +356,8 @@ def test_another_file_before_the_second_connection(open_engine: OpenEngine) -> N
         with pytest.raises(NfsError, match="another file was given its name while it was opened") as caught:
             open_engine(nas.url("/export/swap"), transport="libnfs", connections=2)
         assert caught.value.errno == errno.EAGAIN, "the next try finds one file"
+        said = open_error(caught.value, nfs_url.parse(nas.url("/export/swap")), LOOPBACK)
+        assert said.hint == "try again once nobody replaces it"
         assert len(mounts) == 2
 
 
@@ -371,6 +375,42 @@ def test_a_page_that_cannot_be_read(
         nas.fail("READ", status, times=1)
         check(open_engine(nas.url("/export/swap"), region_fd=region_fd, transport=transport), content)
         assert nas.struck("READ")
+
+
+@pytest.mark.parametrize("count", [4096, 1 << 20, 0xFFFFFFFF])
+def test_a_server_that_returns_more_than_is_missing(open_engine: OpenEngine, region_fd: int, count: int) -> None:
+    """A page comes in two pieces, and the second one is too long: nothing is written beyond the page."""
+    struck = []
+
+    def change(call: NasCall, message: bytes) -> bytes | None:
+        if call.op != "READ" or len(struck) == 2:
+            return None
+        struck.append(call)
+        if len(struck) == 1:
+            return record(message[:_READ_HEAD] + u32(1, 0, 1) + bytes(4))
+        return record(message[:_READ_HEAD] + u32(count, 0, 4096) + bytes(4096))
+
+    with FakeNas(Oddities(new_handles=True)) as nas:
+        content = first_worker(nas, open_engine, region_fd, transport="libnfs")
+        nas.restart()
+        nas.mutate(change)
+        with pytest.raises(NfsError) as caught:
+            open_engine(nas.url("/export/swap"), region_fd=region_fd, transport="libnfs")
+        assert (caught.value.errno, caught.value.phase) == (errno.EPROTO, "connect")
+        check(open_engine(nas.url("/export/swap"), region_fd=region_fd, transport="libnfs"), content)
+        assert len(struck) == 2
+
+
+@pytest.mark.parametrize(("status", "number"), [(13, errno.EACCES), (70, errno.ESTALE)])
+def test_a_refusal_that_is_about_the_file(open_engine: OpenEngine, region_fd: int, status: int, number: int) -> None:
+    """Not about a page: it is not for the other pages to decide."""
+    with FakeNas(Oddities(new_handles=True)) as nas:
+        first_worker(nas, open_engine, region_fd, transport="libnfs")
+        nas.restart()
+        nas.fail("READ", status)
+        with pytest.raises(NfsError) as caught:
+            open_engine(nas.url("/export/swap"), region_fd=region_fd, transport="libnfs")
+        assert caught.value.errno == number
 
 
 @BOTH_TRANSPORTS

@@ -13,8 +13,9 @@
 #define CHECKSUM_TRIES 3
 
 /*
- * Check that a page that the NAS returned is what was written to it. The server is wrong only where no write has come
- * between the READ and the check: a page that others keep writing is read until one READ is not overtaken.
+ * Check that a page that the NAS returned is what was written to it. That counts against the server only where what was
+ * written is still what it was when the READ was sent: a page that others keep writing is read until it is not
+ * overtaken.
  */
 static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 {
@@ -32,7 +33,7 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 
 		if (error != -EAGAIN)
 			return error;
-		wrong += proof == asked_for;
+		wrong = proof == asked_for ? wrong + 1 : 0;
 		engine_lock(engine);
 		while ((newer = cache_read(engine->cache, page, data)) == CACHE_WAIT)
 			engine_wait(engine, NO_END); /* until the fetch ends, as every READ does */

@@ -28,7 +28,9 @@ static bool check_file(struct nfsio *io, struct connection *made, struct nfsio_f
 	if (same > 0)
 		return true;
 	if (same < 0)
-		set_failure(why, NFSIO_CONNECT, same, made->nfs != NULL ? nfs_get_error(made->nfs) : strerror(-same));
+		set_failure(why, NFSIO_CONNECT, same,
+			    same == -EIO ? "the server cannot read the pages by which the file is recognised"
+					 : strerror(-same));
 	else
 		set_failure(why, NFSIO_RECOGNISE, -EINVAL, "it is another file");
 	connection_close(io, made);

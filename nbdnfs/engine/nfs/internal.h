@@ -101,8 +101,9 @@ struct step {
 	void *data;             /* what a successful call made */
 	struct nfsio_stat st;
 	uint64_t fileid;
-	uint8_t *page;          /* where a page that is read goes */
-	uint32_t count;         /* how many bytes of it were read */
+	uint8_t *data_read;     /* where it goes; `room` bytes were asked for */
+	uint32_t room;
+	uint32_t count;         /* how many bytes were read */
 };
 
 /* Where one of a server's programs listens. */

@@ -13,6 +13,19 @@
 /* A page that is not right is read so often: one wrong READ does not make it another file. */
 #define SAMPLE_TRIES 3
 
+/* The server's answer to a READ: `count` bytes, of which `data` has `length`, in place or to be copied. */
+static void take_read(struct step *step, uint64_t count, const void *data, uint64_t length)
+{
+	if (count > step->room || (!DATA_LANDS_IN_PLACE && count > length)) {
+		step->error = -EPROTO;
+		return;
+	}
+	step->error = 0;
+	step->count = (uint32_t)count;
+	if (!DATA_LANDS_IN_PLACE && count > 0)
+		memcpy(step->data_read, data, count);
+}
+
 /*
  * -EIO is the server's word for a page that it cannot read, which says nothing of the others; any other error is of the
  * connection, or of the whole file.
@@ -26,12 +39,15 @@ static void step_read3_done(struct rpc_context *rpc, int status, void *data, voi
 	step->error = -ENOTCONN;
 	if (status != RPC_STATUS_SUCCESS)
 		return;
-	step->error = res->status == NFS3_OK ? 0 : res->status == NFS3ERR_JUKEBOX ? -EAGAIN : -EIO;
-	if (step->error != 0)
+	if (res->status == NFS3_OK) {
+		const READ3resok *ok = &res->READ3res_u.resok;
+
+		take_read(step, ok->count, ok->data.data_val, ok->data.data_len);
 		return;
-	step->count = res->READ3res_u.resok.count;
-	if (!DATA_LANDS_IN_PLACE && step->count <= SAMPLE_BYTES && step->count <= res->READ3res_u.resok.data.data_len)
-		memcpy(step->page, res->READ3res_u.resok.data.data_val, step->count);
+	}
+	step->error = res->status == NFS3ERR_JUKEBOX ? -EAGAIN : nfsstat3_to_errno((int)res->status);
+	if (step->error >= 0)
+		step->error = -EIO;
 }
 
 static void step_pread_done(int error, struct nfs_context *nfs, void *data, void *arg)
@@ -39,10 +55,10 @@ static void step_pread_done(int error, struct nfs_context *nfs, void *data, void
 	struct step *step = arg;
 
 	step->done = true;
-	step->error = error >= 0 ? 0 : verdict4(nfs) == NOT_NOW4 ? -EAGAIN : error;
-	step->count = error < 0 ? 0 : (uint32_t)error;
-	if (!DATA_LANDS_IN_PLACE && step->count <= SAMPLE_BYTES && error > 0)
-		memcpy(step->page, data, step->count);
+	if (error >= 0)
+		take_read(step, (uint64_t)error, data, (uint64_t)error);
+	else
+		step->error = verdict4(nfs) == NOT_NOW4 ? -EAGAIN : error;
 }
 
 static bool has_same_handle(const struct nfsio *io, const struct connection *made)
@@ -57,7 +73,8 @@ static int read_some(struct nfsio *io, const struct connection *made, uint64_t o
 	struct step *step = new_step(io);
 	int error = -ENOTCONN;
 
-	step->page = data;
+	step->data_read = data;
+	step->room = length;
 	if (io->version == 3) {
 		READ3args args = { .file = made->fh3, .offset = offset, .count = length };
 
@@ -66,7 +83,7 @@ static int read_some(struct nfsio *io, const struct connection *made, uint64_t o
 	} else if (call_pread(made->nfs, made->fh, data, length, offset, step_pread_done, step) == 0) {
 		error = pump(io, made->nfs, step, made->deadline_ms);
 	}
-	return error != 0 ? error : step->count <= length ? (int)step->count : -EPROTO;
+	return error != 0 ? error : (int)step->count;
 }
 
 /* A server may move less than it was asked for. Returns 0, -ENODATA or -errno. */
