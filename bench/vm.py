@@ -37,7 +37,6 @@ from vmtest.guest import Guest, seen_from_guest
 from vmtest.outcome import GuestFailedError, HarnessError, LostGuestError
 from vmtest.payload import payload
 
-_GUEST_MIB = 512
 _SMALL_GUEST_MIB = 256
 _NAME = max(len(name) for name in PEERS)
 
@@ -54,7 +53,7 @@ def main() -> int:
         processes=options.processes,
         timeout_s=options.timeout,
         time_shift=shift,
-        memory_mib=_SMALL_GUEST_MIB if options.own_memory else _GUEST_MIB,
+        memory_mib=_SMALL_GUEST_MIB if options.own_memory else Load.memory_mib,
         passes=tuple(options.passes),
     )
     try:
@@ -110,7 +109,7 @@ def _add_what_is_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--passes",
-        type=lambda text: text.split(","),
+        type=_passes,
         default=list(Load.passes),
         metavar="A,B",
         help=f"after filling (default {','.join(Load.passes)})",
@@ -167,6 +166,15 @@ def _peers(text: str) -> list[str]:
     names = text.split(",")
     if unknown := set(names) - set(PEERS):
         raise argparse.ArgumentTypeError(f"not known: {', '.join(sorted(unknown))}")
+    return names
+
+
+def _passes(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - set(Load.passes):
+        raise argparse.ArgumentTypeError(
+            f"not known: {', '.join(sorted(unknown))}; choose from {','.join(dict.fromkeys(Load.passes))}"
+        )
     return names
 
 
@@ -273,7 +281,7 @@ def title_of(load: Load) -> str:
 
 
 def _medians(results: Results, peer: str, delay_ms: float, processes: int) -> list[float]:
-    """Seconds of each pass, and in all; nothing where there is no sample."""
+    """Median seconds of each pass, and of the whole run; empty if the peer has no samples."""
     samples = results.of(peer, delay_ms, processes)
     columns = [*zip(*(sample.passes for sample in samples), strict=True), [sample.seconds for sample in samples]]
     return [statistics.median(column) for column in columns] if samples else []
@@ -331,7 +339,7 @@ def our_figures(results: Results, delay_ms: float, processes: int) -> str:
         f" {100 * total('hit_pages') / max(total('hit_pages') + total('missed_pages'), 1):.0f}% of pages read were in"
         f" the region; {total('cpu_ms') / 1000 / len(samples):.1f} CPU seconds;"
         f" {max(sample.counters.get('resident_kib', 0) for sample in samples):,} KiB resident,"
-        f" {max(sample.counters.get('all_resident_kib', 0) for sample in samples):,} with keeper and standby"
+        f" {max(sample.counters.get('all_resident_kib', 0) for sample in samples):,} in all processes of the device"
     )
 
 

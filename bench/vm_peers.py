@@ -144,7 +144,7 @@ PEERS: Mapping[str, Peer] = {
     KERNEL_NBD_4: functools.partial(_kernel_nbd, connections=4),
     KERNEL_NFS_4: functools.partial(_kernel_nfs, connections=4),
 }
-# What is compared unless others are named: several connections gain the kernel's own two nothing on one processor.
+# What is compared unless others are named.
 DEFAULT = (FLOOR, KERNEL_NBD, KERNEL_NFS, OURS, ENCRYPTED, LOOP)
 OURS_ALL = (OURS, ENCRYPTED, LOOP)
 

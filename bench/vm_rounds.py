@@ -95,7 +95,7 @@ class Results:
     def load_from(cls, path: Path, load: Load) -> Results:
         """What `save` wrote. HarnessError when that was another load."""
         data = json.loads(path.read_text())
-        there = Load(**{**data["load"], "passes": tuple(data["load"]["passes"])})
+        there = Load(**{**data["load"], "passes": tuple(data["load"].get("passes", ()))})
         if there != load:
             raise HarnessError(f"{path} is about another load: {there}", "name another file, or give the same sizes")
         samples = [Sample(**{**sample, "passes": tuple(sample["passes"])}) for sample in data["samples"]]

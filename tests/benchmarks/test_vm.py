@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -69,6 +70,24 @@ def test_json(results: Results, tmp_path: Path) -> None:
     assert Results.load_from(path, LOAD) == results
     with pytest.raises(HarnessError, match="another load"):
         Results.load_from(path, Load(48, 12, 4, 60))
+
+
+def test_json_of_an_earlier_version(results: Results, tmp_path: Path) -> None:
+    """It says nothing of the passes: another load, and no traceback."""
+    results.save(path := tmp_path / "bench.json")
+    data = json.loads(path.read_text())
+    del data["load"]["passes"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(HarnessError, match="another load"):
+        Results.load_from(path, LOAD)
+
+
+def test_a_pass_that_there_is_not(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before a guest boots."""
+    monkeypatch.setattr("sys.argv", ["vm.py", "--passes", "random,zip"])
+    with pytest.raises(SystemExit):
+        vm.main()
+    assert "not known: zip; choose from sequential,random,zipf,strided" in capsys.readouterr().err
 
 
 def test_picture(results: Results) -> None:
