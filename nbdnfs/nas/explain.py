@@ -62,7 +62,9 @@ def open_error(error: OSError, url: NfsUrl, address: str) -> NbdnfsError:
     """
     number, phase = error.errno or 0, _phase(error)
     if number == errno.EAGAIN and error.strerror == _REPLACED_MEANWHILE:
-        return UnavailableError(f"{url.path} on {url.host}: {error.strerror}", "try again once nobody replaces it")
+        return UnavailableError(
+            f"{url.path} on {url.host}: {error.strerror}", "try again when the file is no longer being replaced"
+        )
     if number == errno.EAGAIN:
         return put_off_error(url)
     if phase == "connect":

@@ -340,7 +340,7 @@ def test_another_file_has_the_name(
 
 
 def test_another_file_before_the_second_connection(open_engine: OpenEngine) -> None:
-    """Over libnfs each connection opens the file by its name: all have the same file, or there is no engine."""
+    """Over libnfs each connection opens the file by name: if they find different files, opening the engine fails."""
     with FakeNas() as nas:
         nas.add("/export/swap", bytes(PAGES * PAGE))
         mounts = []
@@ -357,7 +357,7 @@ def test_another_file_before_the_second_connection(open_engine: OpenEngine) -> N
             open_engine(nas.url("/export/swap"), transport="libnfs", connections=2)
         assert caught.value.errno == errno.EAGAIN, "the next try finds one file"
         said = open_error(caught.value, nfs_url.parse(nas.url("/export/swap")), LOOPBACK)
-        assert said.hint == "try again once nobody replaces it"
+        assert said.hint == "try again when the file is no longer being replaced"
         assert len(mounts) == 2
 
 

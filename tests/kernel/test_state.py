@@ -226,7 +226,7 @@ def test_without_proc(tmp_path: Path, read: Callable[[Path], object]) -> None:
 
 
 def test_proc_that_cannot_be_read_now() -> None:
-    """It is mounted: nobody is told to mount it."""
+    """It is mounted, so the message must not say that it is not."""
     with no_descriptors(), pytest.raises(UnreadableError, match="cannot read /proc: Too many open files"):
         kernel_state.require_proc()
 

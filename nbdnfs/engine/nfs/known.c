@@ -18,7 +18,7 @@ bool remember_mount(struct nfsio *io, size_t mount_bytes)
 	return io->prefix != NULL && io->mount_path != NULL;
 }
 
-/* What is opened must be the file that `like` has. Returns false when there is no memory. */
+/* Expect the same file as `like`. Returns false if out of memory. */
 static bool begin_like(struct nfsio *io, struct nfsio *like)
 {
 	pthread_mutex_lock(&like->lock);
@@ -40,7 +40,7 @@ static void set_handle(struct place *place, const struct nfsio_handle *handle)
 
 /*
  * Connect to the handle that is known, instead of looking the file up. What cannot be used is as if it were not known.
- * Returns false without memory.
+ * Returns false if out of memory.
  */
 static bool begin_at_handle(struct nfsio *io, const struct nfsio_known *known)
 {
@@ -63,7 +63,7 @@ static bool begin_at_handle(struct nfsio *io, const struct nfsio_known *known)
 	return remember_mount(io, known->mount_bytes);
 }
 
-/* What is opened must be the file that an earlier nfsio knew. Returns false without memory. */
+/* Expect the file that an earlier nfsio knew. Returns false if out of memory. */
 static bool begin_known(struct nfsio *io, const struct nfsio_known *known)
 {
 	io->fsid = known->fsid;
