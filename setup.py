@@ -18,11 +18,12 @@ def pkg_config(*words: str, library: str = "libnfs") -> list[str]:
     except (OSError, subprocess.CalledProcessError) as error:
         raise SystemExit(
             f"nbdnfs: {library} cannot be found ({error})\n"
-            "nbdnfs: install its headers and pkg-config (Debian: apt install libnfs-dev libsodium-dev pkg-config)"
+            "nbdnfs: install its headers and pkg-config (Debian: apt install libnfs-dev libsodium-dev nettle-dev"
+            " pkg-config)"
         ) from None
 
 
-LIBRARIES = ("libnfs", "libsodium")
+LIBRARIES = ("libnfs", "libsodium", "nettle")
 
 
 _ATOMIC = """

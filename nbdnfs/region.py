@@ -25,9 +25,10 @@ _NAME = "nbdnfs-region"
 
 # struct region_header, in the machine's own byte order: what is not a counter has its offset here.
 MAGIC = b"nbdnfs\0\0"
-# enum region_version: pages are on the NAS as they are, or encrypted.
-PLAIN, ENCRYPTED = 2, 3
-VERSIONS = (PLAIN, ENCRYPTED)
+# enum region_version: pages are on the NAS as they are, or encrypted in one of two ways.
+PLAIN = 2
+ENCRYPTED = (3, 4)
+VERSIONS = (PLAIN, *ENCRYPTED)
 VERSION_OFFSET = 8
 SLOT_COUNT_OFFSET = 12
 REGION_BYTES_OFFSET = 40
@@ -116,7 +117,7 @@ def forget_keys(descriptor: int) -> None:
     import fcntl  # not for the worker
 
     try:
-        if version_of(descriptor) != ENCRYPTED:
+        if version_of(descriptor) not in ENCRYPTED:
             return
         # flock(2) belongs to the open file, which may be shared with the worker
         again = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)

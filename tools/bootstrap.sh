@@ -21,7 +21,7 @@ case "${1:-}" in
 esac
 
 # build
-packages="gcc libc6-dev make pkg-config libnfs-dev libsodium-dev python3-dev python3-venv"
+packages="gcc libc6-dev make pkg-config libnfs-dev libsodium-dev nettle-dev python3-dev python3-venv"
 # run
 packages="$packages nbdkit nbdkit-plugin-python libnbd-bin"
 # the throwaway NFS server, and a small file system for it to fill

@@ -28,7 +28,7 @@ esac
 
 # Unpacked, not installed: the packages' own scripts would run for an hour under emulation.
 unpack_debian() {
-    packages=gcc,libc6-dev,libnfs-dev,libsodium-dev,pkg-config,nbdkit,nbdkit-plugin-python
+    packages=gcc,libc6-dev,libnfs-dev,libsodium-dev,nettle-dev,pkg-config,nbdkit,nbdkit-plugin-python
     packages=$packages,python3-dev,python3-setuptools,python3-pyroute2
     packages=$packages,python3-pytest,python3-pytest-timeout,python3-hypothesis
     # what every Debian has

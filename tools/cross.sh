@@ -3,8 +3,8 @@
 #
 # Run a command that builds the C extensions, on this machine for another one: cross.sh PREFIX ROOT COMMAND...
 # PREFIX is that of the compiler (aarch64-linux-gnu: package gcc-aarch64-linux-gnu), ROOT has a Debian of the other
-# architecture, whose headers and libraries are taken: libnfs-dev, libsodium-dev, python3-dev. Any Python can run the
-# build, because the extensions have the limited API. An emulated compiler takes ten times as long.
+# architecture, whose headers and libraries are taken: libnfs-dev, libsodium-dev, nettle-dev, python3-dev. Any Python
+# can run the build, because the extensions have the limited API. An emulated compiler takes ten times as long.
 set -eu
 prefix=$1 root=$(realpath "$2")
 shift 2

@@ -59,7 +59,7 @@ def of_worker(
         return Reading(
             region.read_counters(descriptor),
             _waits(region.read_waits(descriptor), clock_ms()),
-            region.version_of(descriptor) == region.ENCRYPTED,
+            region.version_of(descriptor) in region.ENCRYPTED,
         )
     except OSError:  # truncated meanwhile
         return None

@@ -49,7 +49,8 @@ the process ends with that status.
 With `encrypt`, pages are encrypted on the server, under keys that lie in the region alone: from `clear_bytes` on (the
 kernel's first page has the swap header, and no secret). A page that another engine with the same region has not written
 reads as zeros, and one that was changed, exchanged with another or replayed on the server is EIO, as a wrong checksum
-is. A region that was made before keeps what it was made with: `is_encrypted`. docs/decisions/0028 has the construction.
+is. `cipher` is "aes" or "xchacha20", and without it what is faster on this processor. A region that was made before
+keeps what it was made with: `is_encrypted`. docs/decisions/0028 has the constructions.
 
 `NfsFile` is a file of any size, with byte offsets and operations on names, for making and inspecting backing files. Its
 pwrite() returns when the data is on the NAS, stably. Once the file has been gone for `gone_limit_ms`, its transfers
@@ -63,7 +64,7 @@ checksum, and for the waits above; and what the server answered to a READ (EACCE
 (ENOSPC, EDQUOT, EROFS, ...) is not an error to the caller: the page stays in the region, the counter `write_back_error`
 has the errno, and the engine tries again.
 
-Importing this raises `nbdnfs.errors.UnavailableError` where libnfs or libsodium is missing.
+Importing this raises `nbdnfs.errors.UnavailableError` where libnfs, libsodium or nettle is missing.
 """
 
 from nbdnfs.errors import UnavailableError
@@ -81,8 +82,8 @@ try:
 except ImportError as _error:  # a library was removed, or this installation is of another Python
     raise UnavailableError(
         f"the engine cannot be loaded: {_error}",
-        "install the shared libraries of libnfs and libsodium again (Debian: apt install libnfs-dev libsodium-dev),"
-        " or nbdnfs itself",
+        "install the shared libraries of libnfs, libsodium and nettle again (Debian: apt install libnfs-dev"
+        " libsodium-dev nettle-dev), or nbdnfs itself",
     ) from None
 
 __all__ = [

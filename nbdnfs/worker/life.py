@@ -43,7 +43,8 @@ PUT_OFF_LIMIT_S = 120.0
 # How the names of the files begin whose code a worker runs. nbdkit's TLS libraries are not among them: they are
 # most of what it maps, and a Unix socket needs none.
 CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", "_memlock.", "_own_root.")
-# Of libsodium a worker runs a few pages, and only to encrypt: warm_cipher() touches these, and no others are locked.
+# Of libsodium or nettle a worker runs a few pages, and only to encrypt: warm_cipher() touches these, and no others are
+# locked.
 
 
 def check_url(text: str) -> tuple[str, str]:
@@ -121,8 +122,11 @@ class Worker:
             return
         region_fd = self._settings.numbers.get("region_fd", -1)
         _refuse_region(region_fd)
-        if self._settings.numbers.get("encrypt") or _is_encrypted(region_fd):
+        version = region.version_of(region_fd) if region_fd >= 0 else None
+        if version is None and self._settings.numbers.get("encrypt"):
             warm_cipher()
+        elif version in region.ENCRYPTED:
+            warm_cipher(version)
         if self._settings.lock != "off":
             heap_bytes = self._heap_bytes() + ENGINE_HEAP_BYTES
             self._apply(memlock.settle(CODE, heap_bytes=heap_bytes, skip=self._settings.without))
@@ -259,10 +263,6 @@ def _is_closed(control_fd: int) -> bool:
         return False
     except OSError:
         return True
-
-
-def _is_encrypted(descriptor: int) -> bool:
-    return descriptor >= 0 and region.version_of(descriptor) == region.ENCRYPTED
 
 
 def _refuse_region(descriptor: int) -> None:

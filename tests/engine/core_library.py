@@ -27,7 +27,7 @@ REFERENCE = Path(__file__).with_name("cache_reference.c")
 BASE = [SOURCES / "base/crc32c.c", SOURCES / "base/cipher.c", SOURCES / "base/log.c"]
 PAGE = 4096
 HIT, MISS, WAIT = 0, 1, 2
-PLAIN, ENCRYPTED = 2, 3
+PLAIN, XCHACHA20, AES = 2, 3, 4
 STORED, FILLED, FULL = 0, 1, 2
 MATERIALISED, MORE, NO_SLOT = 0, 1, 2
 
@@ -44,6 +44,12 @@ class CipherKeys(Structure):
     _fields_ = (("tag", c_uint8 * 16), ("stream", c_uint8 * 32), ("reserved", c_uint8 * 16))
 
 
+class CipherStruct(Structure):
+    """struct cipher, and room for what the keys of AES expand to."""
+
+    _fields_ = (("kind", c_int), ("keys", POINTER(CipherKeys)), ("expanded", c_uint64 * 500))
+
+
 class RegionStruct(Structure):
     """struct region"""
 
@@ -58,8 +64,9 @@ class RegionStruct(Structure):
         ("data", c_void_p),
         ("slot_count", c_uint32),
         ("page_count", c_uint64),
-        ("keys", c_void_p),
+        ("is_encrypted", c_bool),
         ("clear_pages", c_uint64),
+        ("cipher", CipherStruct),
     )
 
 
@@ -93,15 +100,18 @@ def build(directory: Path) -> ctypes.CDLL:
     command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fPIC", "-shared", "-pthread"]
     command += os.environ.get("NBDNFS_TEST_CFLAGS", "").split()  # simulator/coverage.py
     sources = [*sorted((SOURCES / "region").glob("*.c")), *BASE, REFERENCE]
-    subprocess.run([*command, f"-I{SOURCES}", "-o", str(path), *map(str, sources), "-lsodium"], check=True)
+    subprocess.run([*command, f"-I{SOURCES}", "-o", str(path), *map(str, sources), "-lsodium", "-lnettle"], check=True)
     library = ctypes.CDLL(str(path))
     signatures = {
         "crc32c": (c_uint32, c_char_p, c_size_t),
         "crc32c_by_table": (c_uint32, c_char_p, c_size_t),
-        "cipher_init": (c_int,),
+        "cipher_init": (c_int, c_int),
+        "cipher_best": (c_int,),
+        "cipher_begin": (None, POINTER(CipherStruct), c_int, POINTER(CipherKeys)),
+        "cipher_end": (None, POINTER(CipherStruct)),
         "cipher_make_keys": (c_int, POINTER(CipherKeys)),
-        "cipher_tag": (c_uint64, POINTER(CipherKeys), c_char_p, c_size_t),
-        "cipher_apply": (None, POINTER(CipherKeys), c_uint64, c_uint64, c_char_p, c_size_t),
+        "cipher_tag": (c_uint64, POINTER(CipherStruct), c_char_p),
+        "cipher_apply": (None, POINTER(CipherStruct), c_uint64, c_uint64, c_char_p),
         "region_map": (c_int, POINTER(RegionStruct), c_int, POINTER(Identity), POINTER(RegionPlan), c_char_p, c_size_t),
         "region_adopt": (c_int, POINTER(RegionStruct), c_int, c_uint64, c_char_p, c_size_t),
         "region_unmap": (None, POINTER(RegionStruct)),
@@ -151,7 +161,7 @@ def build(directory: Path) -> ctypes.CDLL:
     for name, (result, *arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    assert library.cipher_init() == 0
+    assert library.cipher_init(0) == library.cipher_init(1) == 0
     return library
 
 
@@ -159,11 +169,11 @@ class Region:
     """A mapped region; `fd` is the caller's memfd."""
 
     def __init__(
-        self, library: ctypes.CDLL, fd: int, identity: Identity, slot_count: int, *, encrypted: bool = False
+        self, library: ctypes.CDLL, fd: int, identity: Identity, slot_count: int, *, version: int = PLAIN
     ) -> None:
         self.library = library
         self.struct = RegionStruct()
-        plan = RegionPlan(slot_count, ENCRYPTED if encrypted else PLAIN, PAGE)
+        plan = RegionPlan(slot_count, version, PAGE)
         message = ctypes.create_string_buffer(256)
         status = library.region_map(byref(self.struct), fd, byref(identity), byref(plan), message, len(message))
         if status != 0:

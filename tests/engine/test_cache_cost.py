@@ -16,7 +16,7 @@ def test_cost(tmp_path: Path) -> None:
     sources = [REFERENCE, REFERENCE.with_name("cache_cost.c"), *region, *BASE]
     options = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror"]
     options += [f"-I{SOURCES}", "-o", str(program)]
-    subprocess.run(["gcc", *options, *map(str, sources), "-lsodium"], check=True)
+    subprocess.run(["gcc", *options, *map(str, sources), "-lsodium", "-lnettle"], check=True)
     result = subprocess.run([program, "4096:1", "262144:64"], check=True, capture_output=True, text=True)
     assert result.stdout.count("slots") == 2
     print(result.stdout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
 import random
 import sys
@@ -12,7 +13,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from core_library import HIT, MISS, PAGE, WAIT, Cache, Identity, PageSetStruct, Region, RegionStruct, Run, build
+from core_library import (
+    AES,
+    HIT,
+    MISS,
+    PAGE,
+    PLAIN,
+    WAIT,
+    XCHACHA20,
+    Cache,
+    Identity,
+    PageSetStruct,
+    Region,
+    RegionStruct,
+    Run,
+    build,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -96,7 +112,7 @@ class CacheMachine(RuleBasedStateMachine):
     """Every rule is one thing that the engine, the server or a killer may do next."""
 
     library: ctypes.CDLL
-    encrypted = False
+    version = PLAIN
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +130,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def open(self) -> None:
         """A new worker."""
-        self.region = Region(self.library, self.fd, IDENTITY, SLOTS, encrypted=self.encrypted)
+        self.region = Region(self.library, self.fd, IDENTITY, SLOTS, version=self.version)
         self.cache = Cache(self.region)
         self.holds: list[tuple[range, int]] = []
         self.waiters = []
@@ -354,7 +370,7 @@ class CacheMachine(RuleBasedStateMachine):
 class EncryptedMachine(CacheMachine):
     """The same with pages that are encrypted on the server, but for the first one."""
 
-    encrypted = True
+    version = AES
 
     @invariant()
     def nothing_is_readable_on_the_server(self) -> None:
@@ -565,19 +581,22 @@ def test_histograms(library: ctypes.CDLL, us: int) -> None:
     assert list(buckets) == [int(bucket == counted) for bucket in range(shared_region.HISTOGRAM_BUCKETS)]
 
 
-@pytest.mark.parametrize("encrypted", [False, True])
-def test_region_keeps_its_version(library: ctypes.CDLL, encrypted: bool) -> None:
+@pytest.mark.parametrize(("version", "wish"), [*itertools.permutations((PLAIN, XCHACHA20, AES), 2)])
+def test_region_keeps_its_version(library: ctypes.CDLL, version: int, wish: int) -> None:
     """The next worker reads what is on the server as the first one wrote it, whatever it would do itself: a region of
-    an earlier version stays plain, and one with keys keeps them."""
-    fd = os.memfd_create("region")
-    first = Region(library, fd, IDENTITY, SLOTS, encrypted=encrypted)
+    an earlier version stays plain, and one with keys keeps them, and its cipher."""
+    fd, encrypted, page = os.memfd_create("region"), version != PLAIN, os.urandom(PAGE)
+    first = Region(library, fd, IDENTITY, SLOTS, version=version)
     made = os.pread(fd, PAGE, 0)
+    sent = first.seal(1, 7, page)
+    assert (sent != page) is encrypted
     first.unmap()
-    second = Region(library, fd, IDENTITY, SLOTS, encrypted=not encrypted)
+    second = Region(library, fd, IDENTITY, SLOTS, version=wish)
     found = os.pread(fd, PAGE, 0)
     assert found[:48] == made[:48]
     assert found[KEYS_OFFSET : KEYS_OFFSET + 72] == made[KEYS_OFFSET : KEYS_OFFSET + 72]
-    assert bool(second.struct.keys) is bool(second.struct.wide_entries) is encrypted
+    assert second.struct.is_encrypted is bool(second.struct.wide_entries) is encrypted
+    assert second.seal(1, 7, page) == sent
     assert any(made[KEYS_OFFSET : KEYS_OFFSET + 72]) is encrypted
     second.unmap()
     os.close(fd)

@@ -74,7 +74,7 @@ def region_bytes(device_bytes: int, entry_bytes: int) -> int:
 @pytest.mark.skipif(not is_x86(), reason="only an x86 compiler has -m32")
 @pytest.mark.parametrize("bits", [32, 64])
 @pytest.mark.parametrize("device_gib", [1, 1024, 4096, 1 << 18])
-@pytest.mark.parametrize(("version", "entry_bytes"), [("REGION_PLAIN", 4), ("REGION_ENCRYPTED", 8)])
+@pytest.mark.parametrize(("version", "entry_bytes"), [("REGION_PLAIN", 4), ("REGION_XCHACHA20", 8), ("REGION_AES", 8)])
 def test_sizes(tmp_path: Path, device_gib: int, bits: int, version: str, entry_bytes: int) -> None:
     """The same on both, for a file of 4 TiB too; on a 32-bit machine that one does not fit. And so is the layout:
     region.h asserts it."""

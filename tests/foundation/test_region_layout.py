@@ -34,7 +34,7 @@ int main(void)
 {
     const char *separator = "";
 
-    printf("{\\"versions\\": [%u, %u], ", REGION_PLAIN, REGION_ENCRYPTED);
+    printf("{\\"versions\\": [%u, %u, %u], ", REGION_PLAIN, REGION_XCHACHA20, REGION_AES);
     printf("\\"header\\": %zu, \\"buckets\\": %d, ", sizeof(struct region_header), HISTOGRAM_BUCKETS);
     printf("\\"keys\\": [%zu, %zu], ", AT(keys), sizeof(struct cipher_keys));
     printf("\\"last_place\\": [%d, %zu], ", LAST_PLACE_OFFSET, sizeof(struct last_place));

@@ -41,7 +41,7 @@ def wrapped() -> list[str]:
 
 def pkg_config(what: str) -> list[str]:
     """Flags for the libraries that the engine uses."""
-    return shlex.split(subprocess.check_output(["pkg-config", what, "libnfs", "libsodium"], text=True))
+    return shlex.split(subprocess.check_output(["pkg-config", what, "libnfs", "libsodium", "nettle"], text=True))
 
 
 def headers_text(changed: Mapping[str, str]) -> str:

@@ -112,6 +112,7 @@ struct sim_options {
 	uint32_t words_of_8;    /* of 8 pages, how many repeat one word */
 	uint32_t read_factor;   /* how much longer READs take */
 	bool encrypt, stable_writes, owner;
+	bool aes;               /* with `encrypt`: by AES, else by XChaCha20 */
 	bool loop;              /* the device is served by the loop, over a socket, and not by calls of the engine */
 	uint32_t loop_tick_ms;
 	uint32_t client_buffer_bytes; /* of that socket, in each direction */

@@ -232,6 +232,14 @@ static void choose_soft(uint64_t seed)
 		options.soft_limit_ms = (uint32_t)forced_soft_ms;
 }
 
+/* How pages are encrypted. Again by numbers of its own. */
+static void choose_cipher(uint64_t seed)
+{
+	struct rng rng = { seed * 0x9e3779b97f4a7c15u ^ 0xc1f4 };
+
+	options.aes = rng_chance(&rng, 512);
+}
+
 static void options_of(uint64_t seed)
 {
 	struct rng rng = { seed * 0x9e3779b97f4a7c15u ^ 0x0975 };
@@ -267,6 +275,7 @@ static void options_of(uint64_t seed)
 	apply_habit(&rng);
 	choose_loop(seed);
 	choose_soft(seed);
+	choose_cipher(seed);
 }
 
 static void run_seed(void)

@@ -78,7 +78,7 @@ static void start_engine(void)
 		},
 		.region_fd = CALLERS_REGION_FD,
 		.region_pages = options.slots,
-		.encrypt = options.encrypt,
+		.region_version = !options.encrypt ? REGION_PLAIN : options.aes ? REGION_AES : REGION_XCHACHA20,
 		.clear_bytes = options.encrypt ? PAGE_BYTES : 0,
 		.connections = options.connections,
 		.stable_writes = options.stable_writes,

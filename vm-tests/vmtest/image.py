@@ -23,7 +23,7 @@ _PACKAGES = (
     *("nbdkit", "nbdkit-plugin-python", "python3", "python3-pyroute2", "libnbd-bin"),
     *("nfs-common", "nfs-kernel-server"),
     # what builds the project and the programs in inside/
-    *("gcc", "libc6-dev", "libnfs-dev", "libsodium-dev", "pkg-config"),
+    *("gcc", "libc6-dev", "libnfs-dev", "libsodium-dev", "nettle-dev", "pkg-config"),
     *("python3-dev", "python3-pip", "python3-setuptools", "python3-wheel"),
 )
 

@@ -2,34 +2,55 @@
 #include "base/cipher.h"
 
 #include <errno.h>
+#include <nettle/ctr.h>
 #include <sodium.h>
 #include <string.h>
 #include <sys/random.h>
+#ifdef __aarch64__
+#include <sys/auxv.h>
+#endif
 
 #include "base/assert.h"
 
 _Static_assert(crypto_shorthash_siphash24_KEYBYTES == sizeof(((struct cipher_keys *)NULL)->tag), "SipHash-2-4's key");
 _Static_assert(crypto_shorthash_siphash24_BYTES == sizeof(uint64_t), "its result");
 _Static_assert(crypto_stream_xchacha20_KEYBYTES == sizeof(((struct cipher_keys *)NULL)->stream), "XChaCha20's key");
+_Static_assert(UMAC_KEY_SIZE == sizeof(((struct cipher_keys *)NULL)->tag), "UMAC's key");
+_Static_assert(UMAC64_DIGEST_SIZE == sizeof(uint64_t), "its result");
+_Static_assert(AES256_KEY_SIZE == sizeof(((struct cipher_keys *)NULL)->stream), "AES-256's key");
 _Static_assert(sizeof(struct cipher_keys) == 64, "layout of the region's header");
 
 /* What stands for "unknown" in the region's table is not a tag. */
 #define INSTEAD_OF_ZERO 1u
-#define PAGE_BYTES 4096
 
-int cipher_init(void)
+enum cipher_kind cipher_best(void)
+{
+	/* where nettle uses the processor's AES; without, it has tables, which are slow and leak by their timing */
+#if defined(__x86_64__)
+	return __builtin_cpu_supports("aes") ? CIPHER_AES : CIPHER_XCHACHA20;
+#elif defined(__aarch64__)
+	return getauxval(AT_HWCAP) & HWCAP_AES ? CIPHER_AES : CIPHER_XCHACHA20;
+#else
+	return CIPHER_XCHACHA20;
+#endif
+}
+
+int cipher_init(enum cipher_kind kind)
 {
 	static const struct cipher_keys keys = { .tag = { 1 }, .stream = { 1 } };
-	uint8_t data[PAGE_BYTES] = { 1 };
+	uint8_t data[CIPHER_PAGE_BYTES] = { 1 };
+	struct cipher cipher;
 	uint64_t tag;
 
-	if (sodium_init() < 0)
+	if (kind == CIPHER_XCHACHA20 && sodium_init() < 0)
 		return -ENOSYS;
-	tag = cipher_tag(&keys, data, sizeof(data));
-	cipher_apply(&keys, 0, tag, data, sizeof(data));
-	assert(cipher_tag(&keys, data, sizeof(data)) != tag);
-	cipher_apply(&keys, 0, tag, data, sizeof(data));
-	assert(cipher_tag(&keys, data, sizeof(data)) == tag);
+	cipher_begin(&cipher, kind, &keys);
+	tag = cipher_tag(&cipher, data);
+	cipher_apply(&cipher, 0, tag, data);
+	assert(cipher_tag(&cipher, data) != tag);
+	cipher_apply(&cipher, 0, tag, data);
+	assert(cipher_tag(&cipher, data) == tag);
+	cipher_end(&cipher);
 	return 0;
 }
 
@@ -51,20 +72,81 @@ void cipher_forget_keys(struct cipher_keys *keys)
 	sodium_memzero(keys, sizeof(*keys));
 }
 
-uint64_t cipher_tag(const struct cipher_keys *keys, const uint8_t *data, size_t length)
+void cipher_begin(struct cipher *cipher, enum cipher_kind kind, const struct cipher_keys *keys)
+{
+	cipher->kind = kind;
+	cipher->keys = keys;
+	if (kind != CIPHER_AES)
+		return;
+	umac64_set_key(&cipher->umac, keys->tag);
+	aes256_set_encrypt_key(&cipher->aes, keys->stream);
+}
+
+void cipher_end(struct cipher *cipher)
+{
+	sodium_memzero(cipher, sizeof(*cipher));
+}
+
+/* What of a context is used for whole blocks: its buffer comes last, and stays unused. */
+#define UMAC_BYTES offsetof(struct umac64_ctx, block)
+_Static_assert(CIPHER_PAGE_BYTES % UMAC_BLOCK_SIZE == 0, "whole blocks");
+
+/* With the nonce that a key begins with. A context counts nonces, so each tag takes a copy of the fresh one. */
+static uint64_t umac_tag(const struct umac64_ctx *fresh, const uint8_t *data)
+{
+	struct umac64_ctx umac;
+	uint64_t tag;
+
+	memcpy(&umac, fresh, UMAC_BYTES);
+	umac64_update(&umac, CIPHER_PAGE_BYTES, data);
+	umac64_digest(&umac, sizeof(tag), (uint8_t *)&tag);
+	sodium_memzero(&umac, UMAC_BYTES);
+	return tag;
+}
+
+uint64_t cipher_tag(const struct cipher *cipher, const uint8_t *data)
 {
 	uint64_t tag;
 
-	crypto_shorthash_siphash24((uint8_t *)&tag, data, length, keys->tag);
+	if (cipher->kind == CIPHER_AES)
+		tag = umac_tag(&cipher->umac, data);
+	else
+		crypto_shorthash_siphash24((uint8_t *)&tag, data, CIPHER_PAGE_BYTES, cipher->keys->tag);
 	return tag != 0 ? tag : INSTEAD_OF_ZERO;
 }
 
-void cipher_apply(const struct cipher_keys *keys, uint64_t page, uint64_t tag, uint8_t *data, size_t length)
+static void aes_blocks(const void *aes, size_t length, uint8_t *to, const uint8_t *from)
+{
+	aes256_encrypt(aes, length, to, from);
+}
+
+/* The number of a page's first block, big-endian: its last byte counts to 255 and does not carry. */
+_Static_assert(CIPHER_PAGE_BYTES / AES_BLOCK_SIZE == 256, "as many blocks as a byte has values");
+
+static void aes_apply(const struct aes256_ctx *aes, uint64_t page, uint64_t tag, uint8_t *data)
+{
+	uint8_t counter[AES_BLOCK_SIZE];
+
+	memcpy(counter, &tag, sizeof(tag));
+	for (int i = 0; i < 8; i++)
+		counter[sizeof(tag) + i] = (uint8_t)(page << 8 >> (56 - 8 * i));
+	ctr_crypt(aes, aes_blocks, AES_BLOCK_SIZE, counter, CIPHER_PAGE_BYTES, data, data);
+}
+
+static void xchacha20_apply(const uint8_t *key, uint64_t page, uint64_t tag, uint8_t *data)
 {
 	uint8_t nonce[crypto_stream_xchacha20_NONCEBYTES] = { 0 };
 
-	assert(tag != 0);
 	memcpy(nonce, &page, sizeof(page));
 	memcpy(nonce + sizeof(page), &tag, sizeof(tag));
-	crypto_stream_xchacha20_xor(data, data, length, nonce, keys->stream);
+	crypto_stream_xchacha20_xor(data, data, CIPHER_PAGE_BYTES, nonce, key);
+}
+
+void cipher_apply(const struct cipher *cipher, uint64_t page, uint64_t tag, uint8_t *data)
+{
+	assert(tag != 0);
+	if (cipher->kind == CIPHER_AES)
+		aes_apply(&cipher->aes, page, tag, data);
+	else
+		xchacha20_apply(cipher->keys->stream, page, tag, data);
 }

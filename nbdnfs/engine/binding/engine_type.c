@@ -22,16 +22,29 @@ static int parse_transport(const char *name, enum nfsio_transport *transport)
 	return 0;
 }
 
+/* Without a name, the fastest for this processor. */
+static int parse_cipher(bool encrypt, const char *name, enum region_version *version)
+{
+	bool is_aes = name[0] == '\0' ? cipher_best() == CIPHER_AES : strcmp(name, "aes") == 0;
+
+	if (name[0] != '\0' && !is_aes && strcmp(name, "xchacha20") != 0) {
+		PyErr_SetString(PyExc_ValueError, "cipher must be 'aes' or 'xchacha20'");
+		return -1;
+	}
+	*version = !encrypt ? REGION_PLAIN : is_aes ? REGION_AES : REGION_XCHACHA20;
+	return 0;
+}
+
 /* Returns 0 and *options, or -1 and an exception. The texts in *options are the arguments' own. */
 static int parse_options(PyObject *args, PyObject *kwargs, struct engine_options *options)
 {
 	static char *names[] = { "url", "address", "region_fd", "region_pages", "connections", "stable_writes",
 				 "read_ahead_pages", "connect_timeout_s", "soft_limit_ms", "gone_limit_ms",
 				 "silence_ms", "owner_path", "owner_identity", "owner_refresh_ms",
-				 "exit_status_when_stolen", "transport", "encrypt", "clear_bytes", NULL };
+				 "exit_status_when_stolen", "transport", "encrypt", "clear_bytes", "cipher", NULL };
 	struct nfsio_options *nfs = &options->nfs;
 	struct owner_options *owner = &options->owner;
-	const char *transport = "wire";
+	const char *transport = "wire", *cipher = "";
 	int stable_writes = 0, encrypt = 0;
 	unsigned clear_bytes = SLOT_BYTES;
 
@@ -43,17 +56,17 @@ static int parse_options(PyObject *args, PyObject *kwargs, struct engine_options
 		.read_ahead_pages = 64,
 		.owner = { .refresh_ms = OWNER_REFRESH_MS },
 	};
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$iIIpIIIIIzzIispI", names, &nfs->url, &nfs->address,
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|$iIIpIIIIIzzIispIs", names, &nfs->url, &nfs->address,
 					 &options->region_fd, &options->region_pages, &options->connections,
 					 &stable_writes, &options->read_ahead_pages, &nfs->connect_timeout_s,
 					 &nfs->soft_limit_ms, &nfs->gone_limit_ms, &nfs->silence_ms, &owner->path,
 					 &owner->identity, &owner->refresh_ms, &options->exit_status_when_stolen,
-					 &transport, &encrypt, &clear_bytes))
+					 &transport, &encrypt, &clear_bytes, &cipher))
 		return -1;
 	options->stable_writes = stable_writes;
-	options->encrypt = encrypt;
 	options->clear_bytes = clear_bytes;
-	if (parse_transport(transport, &nfs->transport) < 0)
+	if (parse_transport(transport, &nfs->transport) < 0 ||
+	    parse_cipher(encrypt, cipher, &options->region_version) < 0)
 		return -1;
 	if (options->region_pages < ENGINE_REGION_PAGES_MIN || options->connections < 1 ||
 	    options->connections > ENGINE_CONNECTIONS_MAX) {

@@ -3,6 +3,7 @@
 #include "binding/binding.h"
 
 #include "base/cipher.h"
+#include "region/region.h"
 
 #include <errno.h>
 #ifdef __GLIBC__
@@ -25,9 +26,15 @@ static PyObject *forget_services(PyObject *module, PyObject *unused)
 	Py_RETURN_NONE;
 }
 
-static PyObject *warm_cipher(PyObject *module, PyObject *unused)
+static PyObject *warm_cipher(PyObject *module, PyObject *args)
 {
-	return none_or_errno(cipher_init());
+	int version = 0;
+
+	if (!PyArg_ParseTuple(args, "|i", &version))
+		return NULL;
+	return none_or_errno(cipher_init(version == REGION_AES	     ? CIPHER_AES
+					 : version == REGION_XCHACHA20 ? CIPHER_XCHACHA20
+								       : cipher_best()));
 }
 
 static PyMethodDef module_methods[] = {
@@ -35,8 +42,9 @@ static PyMethodDef module_methods[] = {
 	  "keep_thread_states(): keep a state for each thread that Python did not start (nbdkit's)" },
 	{ "forget_services", forget_services, METH_NOARGS,
 	  "forget_services(): from now on, looking up the name of a port reads no file and finds nothing" },
-	{ "warm_cipher", warm_cipher, METH_NOARGS,
-	  "warm_cipher(): run all code that encrypting pages needs, so that locked memory has it" },
+	{ "warm_cipher", warm_cipher, METH_VARARGS,
+	  "warm_cipher(region_version=0): run all code that encrypting pages needs, so that locked memory has it; 0: of"
+	  " a region that is new" },
 	{ NULL, NULL, 0, NULL },
 };
 

@@ -42,8 +42,8 @@ struct engine_options {
 	struct nfsio_options nfs;
 	int region_fd;          /* a memfd that remains the caller's; -1: the engine makes one */
 	uint32_t region_pages;  /* slots of a region that is new */
-	bool encrypt;           /* the pages of a region that is new; one that was made before stays as it is */
-	uint64_t clear_bytes;   /* with `encrypt`: what stays readable from the device's start; whole pages */
+	enum region_version region_version; /* of a region that is new; one that was made before stays as it is */
+	uint64_t clear_bytes;   /* of an encrypted one: what stays readable from the device's start; whole pages */
 	unsigned connections;   /* 1 to ENGINE_CONNECTIONS_MAX; all but the first serve one reader at a time */
 	bool stable_writes;     /* write with FILE_SYNC, rather than UNSTABLE and COMMIT */
 	uint32_t read_ahead_pages; /* the most to have ready for one reader; 0: no read-ahead */

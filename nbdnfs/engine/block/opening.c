@@ -30,11 +30,6 @@ static uint64_t hash_path(const char *url)
 	return hash;
 }
 
-static enum region_version new_region_version(const struct engine *engine)
-{
-	return engine->options.encrypt ? REGION_ENCRYPTED : REGION_PLAIN;
-}
-
 /*
  * Its size is what the server says, and so is what the region locks. A region that a worker has left is taken over
  * whatever its size: it is in memory already, with acknowledged pages. Returns 0, or -EFBIG and *why.
@@ -42,7 +37,7 @@ static enum region_version new_region_version(const struct engine *engine)
 static int check_memory(const struct engine *engine, struct nfsio_failure *why)
 {
 	uint64_t bytes = region_size_bytes(engine->size_bytes, engine->options.region_pages,
-					   new_region_version(engine));
+					   engine->options.region_version);
 	uint64_t memory_bytes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGE_SIZE);
 	uint64_t limit_bytes = memory_bytes / ENGINE_MEMORY_SHARE;
 	char message[sizeof(why->message)];
@@ -79,9 +74,9 @@ static int fail_region(struct nfsio_failure *why, int error, const char *message
 /* The region is mapped. Returns 0, or -errno and *why. */
 static int begin_encryption(const struct engine *engine, struct nfsio_failure *why)
 {
-	if (is_encrypted(engine) && cipher_init() != 0)
+	if (is_encrypted(engine) && cipher_init(engine->region.cipher.kind) != 0)
 		return engine_fail(why, -ENOSYS, "libsodium cannot be used on this machine");
-	if (is_encrypted(engine) != engine->options.encrypt)
+	if (is_encrypted(engine) != region_is_encrypted(engine->options.region_version))
 		log_line("pages are%s encrypted, as when the device started; the setting counts when it starts again",
 			 is_encrypted(engine) ? "" : " not");
 	return 0;
@@ -227,7 +222,7 @@ static int map_region(struct engine *engine, const struct nfsio_stat *st, struct
 	};
 	const struct region_plan plan = {
 		.slot_count = engine->options.region_pages,
-		.version = new_region_version(engine),
+		.version = engine->options.region_version,
 		.clear_bytes = engine->options.clear_bytes,
 	};
 	char message[128];

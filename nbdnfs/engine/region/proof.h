@@ -3,12 +3,12 @@
  * proof: what the region keeps of a page that is on the NAS, to tell whether the NAS returns what was written to it;
  * and how a page looks on the NAS.
  *
- * REGION_PLAIN      the CRC-32C of the page, which is on the NAS as it was written. NO_PROOF stands for "unknown": a
- *                   page whose CRC-32C happens to be 0 is not checked.
- * REGION_ENCRYPTED  the page's tag (base/cipher.h); the page is encrypted on the NAS. A page without a proof was not
- *                   written under these keys: what the NAS has of it has no meaning, and it is opened as zeros. The
- *                   pages from the device's start up to `clear_pages` are not encrypted, and are as the NAS has them
- *                   while they have no proof: a swap header is found there after a boot.
+ * Not encrypted: the CRC-32C of the page, which is on the NAS as it was written. NO_PROOF stands for "unknown": a page
+ * whose CRC-32C happens to be 0 is not checked.
+ *
+ * Encrypted: the page's tag (base/cipher.h). A page without a proof was not written under these keys: what the NAS has
+ * of it has no meaning, and it is opened as zeros. The pages from the device's start up to `clear_pages` are not
+ * encrypted, and are as the NAS has them while they have no proof: a swap header is found there after a boot.
  *
  * No locks: what is read of the region is constant.
  */
@@ -25,7 +25,7 @@
 /* Are the bytes that go to the NAS others than those that were written to the device? */
 static inline bool proof_is_sealed(const struct region *region, uint64_t page)
 {
-	return region->keys != NULL && page >= region->clear_pages;
+	return region->is_encrypted && page >= region->clear_pages;
 }
 
 /* Of a page as it was written to the device. */

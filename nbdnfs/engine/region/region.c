@@ -24,9 +24,9 @@ static int check(const struct region_header *header, uint64_t bytes, uint64_t pa
 		snprintf(message, message_bytes, "the file is not a region");
 		return -EPROTO;
 	}
-	if (header->version != REGION_PLAIN && header->version != REGION_ENCRYPTED) {
-		snprintf(message, message_bytes, "the region has version %u, this knows %u and %u", header->version,
-			 REGION_PLAIN, REGION_ENCRYPTED);
+	if (header->version < REGION_PLAIN || header->version > REGION_AES) {
+		snprintf(message, message_bytes, "the region has version %u, this knows %u to %u", header->version,
+			 REGION_PLAIN, REGION_AES);
 		return -EPROTO;
 	}
 	if (header->identity.path_hash != path_hash) {
@@ -97,7 +97,7 @@ static int make_header(struct region *region, const struct region_identity *iden
 	region->header->slot_count = plan->slot_count;
 	region->header->identity = *identity;
 	region->header->region_bytes = region->bytes;
-	if (plan->version == REGION_ENCRYPTED) {
+	if (region_is_encrypted(plan->version)) {
 		int error = cipher_make_keys(&region->header->keys);
 
 		if (error != 0)
@@ -128,10 +128,12 @@ static void set_parts(struct region *region)
 	region->slot_count = header->slot_count;
 	region->page_count = header->identity.device_bytes / SLOT_BYTES;
 	region->slots = (void *)((char *)header + (size_t)at.slots);
-	if (header->version == REGION_ENCRYPTED) {
+	region->is_encrypted = region_is_encrypted(header->version);
+	if (region->is_encrypted) {
 		region->wide_entries = (void *)((char *)header + (size_t)at.page_table);
-		region->keys = &header->keys;
 		region->clear_pages = header->clear_bytes / SLOT_BYTES;
+		cipher_begin(&region->cipher, header->version == REGION_AES ? CIPHER_AES : CIPHER_XCHACHA20,
+			     &header->keys);
 	} else {
 		region->narrow_entries = (void *)((char *)header + (size_t)at.page_table);
 	}
@@ -218,6 +220,7 @@ void region_unmap(struct region *region)
 	if (region->header != NULL)
 		munmap(region->header, region->bytes);
 	close(region->fd);
+	cipher_end(&region->cipher);
 	*region = (struct region){ .fd = -1 };
 }
 

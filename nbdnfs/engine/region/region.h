@@ -12,8 +12,8 @@
  * The version says whether pages are encrypted on the NAS. It is chosen when the region is laid out, and stays, as the
  * keys do: what is on the NAS can be read in this way alone. Slots are never encrypted: they are locked memory.
  *
- *   REGION_PLAIN      entries of 4 bytes, which are CRC-32Cs; what earlier versions of nbdnfs have made, too
- *   REGION_ENCRYPTED  entries of 8 bytes, which are tags, and keys in the header
+ *   REGION_PLAIN                  entries of 4 bytes, which are CRC-32Cs; the only one of early versions of nbdnfs
+ *   REGION_XCHACHA20, REGION_AES  entries of 8 bytes, which are tags, and keys in the header (base/cipher.h)
  *
  * A worker may be killed between any two instructions. Only what was acknowledged must survive, so each change is made
  * in an order that keeps the old state until the new one is complete; see cache.c.
@@ -33,7 +33,12 @@
 
 /* What one slot holds: a page of the device, which is what "page" means in the engine. The kernel's may be larger. */
 #define SLOT_BYTES 4096u
-enum region_version { REGION_PLAIN = 2, REGION_ENCRYPTED = 3 };
+enum region_version { REGION_PLAIN = 2, REGION_XCHACHA20 = 3, REGION_AES = 4 };
+
+static inline bool region_is_encrypted(enum region_version version)
+{
+	return version != REGION_PLAIN;
+}
 
 /* Room for sums that do not wrap, and for page numbers in slot_value() and page_set.h. */
 #define REGION_DEVICE_BYTES_MAX (1ull << 48)
@@ -122,7 +127,7 @@ struct region_header {
 	_Atomic uint64_t generation;    /* the number of workers that have mapped it */
 	struct region_counters counters;
 	struct region_waits waits;      /* zeros in a region that an earlier version has made */
-	/* Of REGION_ENCRYPTED; zeros in others. Constant once the magic is there. The keys are written nowhere else. */
+	/* Of an encrypted one; zeros in others. Constant once the magic is there. The keys are written nowhere else. */
 	struct cipher_keys keys;
 	uint64_t clear_bytes;           /* so much of the device is not encrypted: its first page of the kernel */
 };
@@ -175,8 +180,9 @@ struct region {
 	uint8_t *data;                  /* slot n's page at n * SLOT_BYTES */
 	uint32_t slot_count;
 	uint64_t page_count;
-	const struct cipher_keys *keys; /* NULL: the pages are not encrypted */
-	uint64_t clear_pages;           /* so many from the first on are not, either */
+	bool is_encrypted;
+	uint64_t clear_pages;           /* of an encrypted one: so many from the first on are not */
+	struct cipher cipher;           /* of an encrypted one; in this process alone, overwritten at the end */
 };
 
 /* Where each part begins. In 64 bits on every machine: what does not fit is refused, and must not wrap before that. */
@@ -193,7 +199,7 @@ static inline struct region_layout region_lay_out(uint64_t device_bytes, uint32_
 						  enum region_version version)
 {
 	uint64_t pages = device_bytes / SLOT_BYTES;
-	uint64_t entry_bytes = version == REGION_ENCRYPTED ? sizeof(uint64_t) : sizeof(uint32_t);
+	uint64_t entry_bytes = region_is_encrypted(version) ? sizeof(uint64_t) : sizeof(uint32_t);
 	struct region_layout at;
 
 	at.slots = region_round_up(sizeof(struct region_header));
@@ -214,7 +220,7 @@ static inline uint64_t region_size_bytes(uint64_t device_bytes, uint32_t slot_co
 struct region_plan {
 	uint32_t slot_count;
 	enum region_version version;
-	uint64_t clear_bytes;   /* with REGION_ENCRYPTED: what is not encrypted from the device's start */
+	uint64_t clear_bytes;   /* of an encrypted one: what is not encrypted from the device's start */
 };
 
 /*
