@@ -111,7 +111,7 @@ def version_of(descriptor: int) -> int | None:
 def forget_keys(descriptor: int) -> None:
     """Overwrite the keys of a region that is not needed again: what is on the NAS is of no use from here on.
 
-    Not while a worker has it locked, which would encrypt with what is there then: the kernel frees the region soon, and
+    Not while a worker has it locked, which may encrypt with what is there then: the kernel frees the region soon, and
     no process can read its pages after that.
     """
     import fcntl  # not for the worker

@@ -124,7 +124,7 @@ class Worker:
         _refuse_region(region_fd)
         version = region.version_of(region_fd) if region_fd >= 0 else None
         if version is None and self._settings.numbers.get("encrypt"):
-            warm_cipher()
+            warm_cipher(0)  # the worker that lays it out may be of an earlier version
         elif version in region.ENCRYPTED:
             warm_cipher(version)
         if self._settings.lock != "off":
@@ -270,6 +270,7 @@ def _refuse_region(descriptor: int) -> None:
     found = region.version_of(descriptor) if descriptor >= 0 else None
     if found is not None and found not in region.VERSIONS:
         raise ConfigError(
-            f"the region that is in use has version {found}, this nbdnfs has version {region.VERSIONS[-1]}",
+            f"the region that is in use has version {found},"
+            f" this nbdnfs knows {region.VERSIONS[0]} to {region.VERSIONS[-1]}",
             "nbdnfs down and up again, or install the version that was there before",
         )

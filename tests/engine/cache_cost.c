@@ -159,12 +159,14 @@ int main(int argc, char **argv)
 	struct cipher_keys keys;
 
 	measure_pages("plain", &region);
-	region.is_encrypted = true;
 	for (enum cipher_kind kind = CIPHER_XCHACHA20; kind <= CIPHER_AES; kind++) {
 		if (cipher_init(kind) != 0 || cipher_make_keys(&keys) != 0)
 			return 71;
-		cipher_begin(&region.cipher, kind, &keys);
+		region.cipher = cipher_begin(kind, &keys);
+		if (region.cipher == NULL)
+			return 71;
 		measure_pages(names[kind], &region);
+		cipher_end(region.cipher);
 	}
 	for (int i = 1; i < argc; i++) {
 		unsigned slots, gib;

@@ -44,12 +44,6 @@ class CipherKeys(Structure):
     _fields_ = (("tag", c_uint8 * 16), ("stream", c_uint8 * 32), ("reserved", c_uint8 * 16))
 
 
-class CipherStruct(Structure):
-    """struct cipher, and room for what the keys of AES expand to."""
-
-    _fields_ = (("kind", c_int), ("keys", POINTER(CipherKeys)), ("expanded", c_uint64 * 500))
-
-
 class RegionStruct(Structure):
     """struct region"""
 
@@ -64,9 +58,8 @@ class RegionStruct(Structure):
         ("data", c_void_p),
         ("slot_count", c_uint32),
         ("page_count", c_uint64),
-        ("is_encrypted", c_bool),
         ("clear_pages", c_uint64),
-        ("cipher", CipherStruct),
+        ("cipher", c_void_p),
     )
 
 
@@ -107,11 +100,11 @@ def build(directory: Path) -> ctypes.CDLL:
         "crc32c_by_table": (c_uint32, c_char_p, c_size_t),
         "cipher_init": (c_int, c_int),
         "cipher_best": (c_int,),
-        "cipher_begin": (None, POINTER(CipherStruct), c_int, POINTER(CipherKeys)),
-        "cipher_end": (None, POINTER(CipherStruct)),
+        "cipher_begin": (c_void_p, c_int, POINTER(CipherKeys)),
+        "cipher_end": (None, c_void_p),
         "cipher_make_keys": (c_int, POINTER(CipherKeys)),
-        "cipher_tag": (c_uint64, POINTER(CipherStruct), c_char_p),
-        "cipher_apply": (None, POINTER(CipherStruct), c_uint64, c_uint64, c_char_p),
+        "cipher_tag": (c_uint64, c_void_p, c_char_p),
+        "cipher_apply": (None, c_void_p, c_uint64, c_uint64, c_char_p),
         "region_map": (c_int, POINTER(RegionStruct), c_int, POINTER(Identity), POINTER(RegionPlan), c_char_p, c_size_t),
         "region_adopt": (c_int, POINTER(RegionStruct), c_int, c_uint64, c_char_p, c_size_t),
         "region_unmap": (None, POINTER(RegionStruct)),

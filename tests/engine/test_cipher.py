@@ -8,11 +8,13 @@ import ctypes
 import random
 import struct
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from aes_reference import aes_block, aes_ctr, umac_64
 from cipher_reference import chacha20_block, hchacha20, siphash24, xchacha20_xor
-from core_library import PAGE, CipherKeys, CipherStruct, build
+from core_library import PAGE, CipherKeys, build
 
 KINDS = XCHACHA20, AES = range(2)
 
@@ -34,18 +36,19 @@ class Cipher:
     def __init__(self, library: ctypes.CDLL, kind: int, keys: CipherKeys) -> None:
         self._library = library
         self._keys = keys  # must stay
-        self.struct = CipherStruct()
-        library.cipher_begin(ctypes.byref(self.struct), kind, ctypes.byref(keys))
+        self._pointer = library.cipher_begin(kind, ctypes.byref(keys))
+        assert self._pointer
+        weakref.finalize(self, library.cipher_end, self._pointer)
 
     def tag(self, data: bytes) -> int:
         """Of a page."""
         assert len(data) == PAGE
-        return int(self._library.cipher_tag(ctypes.byref(self.struct), data))
+        return int(self._library.cipher_tag(self._pointer, data))
 
     def applied(self, page: int, tag: int, data: bytes) -> bytes:
         """Encrypted, or decrypted."""
         buffer = ctypes.create_string_buffer(data, PAGE)
-        self._library.cipher_apply(ctypes.byref(self.struct), page, tag, buffer)
+        self._library.cipher_apply(self._pointer, page, tag, buffer)
         return buffer.raw
 
 
@@ -140,12 +143,16 @@ def test_what_changes_the_ciphertext(library: ctypes.CDLL, kind: int) -> None:
             assert 0.45 < (one ^ other).bit_count() / (8 * PAGE) < 0.55
 
 
-def test_the_end_leaves_nothing(library: ctypes.CDLL) -> None:
-    """What the keys expand to is overwritten."""
-    cipher = Cipher(library, AES, keys_of(1))
-    assert any(bytes(cipher.struct))
-    library.cipher_end(ctypes.byref(cipher.struct))
-    assert not any(bytes(cipher.struct))
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_share_a_cipher(library: ctypes.CDLL, kind: int) -> None:
+    """Each finds what one alone finds: a tag is of one page, and no thread sees another's."""
+    cipher, draw = Cipher(library, kind, keys_of(1)), random.Random(2)
+    pages = [draw.randbytes(PAGE) for _ in range(50)]
+    expected = [cipher.tag(page) for page in pages]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(cipher.tag, pages * 40)) == expected * 40
+        decrypted = pool.map(lambda page: cipher.applied(5, 7, cipher.applied(5, 7, page)), pages)
+        assert list(decrypted) == pages
 
 
 def test_the_best_cipher(library: ctypes.CDLL) -> None:

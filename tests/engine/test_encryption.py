@@ -9,12 +9,15 @@ from __future__ import annotations
 import errno
 import os
 import random
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 
 import pytest
 from support.engines import OpenEngine, read_pages, write_pages, write_pages_and_flush
 from support.fake_nfs import NFS3ERR_NOENT, FakeNfsServer
+from support.nfs_server import LOOPBACK
 from support.waiting import DEADLINE_S, in_background
 
 from nbdnfs import region as shared_region
@@ -319,11 +322,70 @@ def test_a_region_stays_as_it_was_made(
     write_all(first, range(1, 300))
     first.close()
     assert shared_region.version_of(region_fd) == made
-    second = open_engine(fake.url(), region_fd=region_fd, encrypt=not encrypted)
+    other = {"aes": "xchacha20", "xchacha20": "aes"}[cipher]
+    for encrypt in (True, not encrypted):
+        open_engine(fake.url(), region_fd=region_fd, encrypt=encrypt, cipher=other).close()
+    second = open_engine(fake.url(), region_fd=region_fd, encrypt=not encrypted, cipher=other)
     assert second.is_encrypted is encrypted
     write_pages_and_flush(second, 1, marked(1 + PAGES))
     assert [read_pages(second, page) for page in range(2, 300)] == [marked(page) for page in range(2, 300)]
     assert (MARKER in page_on_server(fake, 1)) is not encrypted
+
+
+# Opens an engine, and closes it when a line comes.
+HOLDER = """
+import sys
+from nbdnfs.engine import Engine
+url, address, region_fd, cipher = sys.argv[1:]
+engine = Engine(url, address, region_fd=int(region_fd), region_pages=256, encrypt=True, cipher=cipher)
+engine.pwrite(bytes(range(256)) * 16, 4096)
+engine.flush()
+print("open", flush=True)
+sys.stdin.readline()
+engine.close()
+print("closed", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_keys_are_in_no_core_file(fake: FakeNfsServer, region_fd: int, cipher: str) -> None:
+    """Neither they nor what they expand to, which begins with the key, lies in memory that a core file would have; and
+    after the end none of it is in the process at all."""
+    command = [sys.executable, "-c", HOLDER, fake.url(), LOOPBACK, str(region_fd), cipher]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[region_fd], text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        keys = os.pread(region_fd, 48, shared_region.KEYS_OFFSET)
+        for key in (keys[:16], keys[16:]):
+            places = mappings_with(process.pid, key)
+            assert places
+            assert all("dd" in flags for _, flags in places), "not marked with MADV_DONTDUMP"
+        assert len(mappings_with(process.pid, keys[16:])) == (2 if cipher == "aes" else 1)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "closed\n"
+        assert mappings_with(process.pid, keys[:16]) == mappings_with(process.pid, keys[16:]) == []
+        process.stdin.close()
+        process.wait(DEADLINE_S)
+
+
+def mappings_with(pid: int, wanted: bytes) -> list[tuple[str, list[str]]]:
+    """Of a process: each mapping with these bytes in it, and its flags (proc_pid_smaps(5))."""
+    found: list[tuple[str, list[str]]] = []
+    with open(f"/proc/{pid}/smaps") as smaps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for line in smaps:
+            head, *rest = line.split()
+            if not head.endswith(":"):
+                addresses, mode = head, rest[0]
+            elif head == "VmFlags:" and mode.startswith("rw"):
+                start, end = (int(address, 16) for address in addresses.split("-"))
+                memory.seek(start)
+                if wanted in memory.read(end - start):
+                    found.append((addresses, rest))
+    return found
 
 
 def test_forgotten_keys(fake: FakeNfsServer, open_engine: OpenEngine, region_fd: int) -> None:

@@ -566,7 +566,7 @@ def test_a_worker_of_another_region_version_is_no_standby(setup: Setup, capfd: p
         os.pwrite(setup.parked["region"], b"\xff\0\0\0", 8)
         said = SaidOnStderr(capfd)
         os.kill(os.getpid(), signal.SIGHUP)
-        said.wait_for("has version 255, this nbdnfs has version")
+        said.wait_for("has version 255, this nbdnfs knows")
         time.sleep(0.5)
         assert keeper.serving.worker.pid == pid
         os.pwrite(setup.parked["region"], version, 8)

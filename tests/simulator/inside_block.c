@@ -22,7 +22,7 @@ static bool has_zeros(const struct cipher_keys *keys)
 
 void check_idle_block(struct engine *engine)
 {
-	if (options.encrypt && (!engine->region.is_encrypted || has_zeros(&engine->region.header->keys)))
+	if (options.encrypt && (engine->region.cipher == NULL || has_zeros(&engine->region.header->keys)))
 		sim_fail("pages are to be encrypted, and the keys are not random");
 	if (engine->waiting != 0 || engine->waiting_for_stable != 0 || engine->waiting_for_slot != 0)
 		sim_fail("no request is under way, and the engine counts %u that wait, %u for the NAS, %u for a slot",

@@ -52,7 +52,7 @@ def test_a_region_of_another_version() -> None:
         made = worker(
             "nfs://nas/export/x", address="192.0.2.7", region_fd=str(descriptor), control_fd=str(theirs.fileno())
         )
-        with pytest.raises(ConfigError, match=f"has version 255, this nbdnfs has version {region.VERSIONS[-1]}"):
+        with pytest.raises(ConfigError, match="has version 255, this nbdnfs knows 2 to 4"):
             made.wait_until_activated()
         ours.setblocking(False)
         with pytest.raises(BlockingIOError):

@@ -3,8 +3,10 @@
 
 #include <errno.h>
 #include <nettle/ctr.h>
+#include <nettle/version.h>
 #include <sodium.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/random.h>
 #ifdef __aarch64__
 #include <sys/auxv.h>
@@ -28,11 +30,21 @@ enum cipher_kind cipher_best(void)
 	/* where nettle uses the processor's AES; without, it has tables, which are slow and leak by their timing */
 #if defined(__x86_64__)
 	return __builtin_cpu_supports("aes") ? CIPHER_AES : CIPHER_XCHACHA20;
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && (NETTLE_VERSION_MAJOR > 3 || NETTLE_VERSION_MINOR >= 8)
 	return getauxval(AT_HWCAP) & HWCAP_AES ? CIPHER_AES : CIPHER_XCHACHA20;
 #else
 	return CIPHER_XCHACHA20;
 #endif
+}
+
+static void expand(struct cipher *cipher, enum cipher_kind kind, const struct cipher_keys *keys)
+{
+	cipher->kind = kind;
+	cipher->keys = keys;
+	if (kind != CIPHER_AES)
+		return;
+	umac64_set_key(&cipher->umac, keys->tag);
+	aes256_set_encrypt_key(&cipher->aes, keys->stream);
 }
 
 int cipher_init(enum cipher_kind kind)
@@ -44,13 +56,12 @@ int cipher_init(enum cipher_kind kind)
 
 	if (kind == CIPHER_XCHACHA20 && sodium_init() < 0)
 		return -ENOSYS;
-	cipher_begin(&cipher, kind, &keys);
+	expand(&cipher, kind, &keys);
 	tag = cipher_tag(&cipher, data);
 	cipher_apply(&cipher, 0, tag, data);
 	assert(cipher_tag(&cipher, data) != tag);
 	cipher_apply(&cipher, 0, tag, data);
 	assert(cipher_tag(&cipher, data) == tag);
-	cipher_end(&cipher);
 	return 0;
 }
 
@@ -72,19 +83,22 @@ void cipher_forget_keys(struct cipher_keys *keys)
 	sodium_memzero(keys, sizeof(*keys));
 }
 
-void cipher_begin(struct cipher *cipher, enum cipher_kind kind, const struct cipher_keys *keys)
+struct cipher *cipher_begin(enum cipher_kind kind, const struct cipher_keys *keys)
 {
-	cipher->kind = kind;
-	cipher->keys = keys;
-	if (kind != CIPHER_AES)
-		return;
-	umac64_set_key(&cipher->umac, keys->tag);
-	aes256_set_encrypt_key(&cipher->aes, keys->stream);
+	struct cipher *cipher =
+		mmap(NULL, sizeof(*cipher), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (cipher == MAP_FAILED)
+		return NULL;
+	madvise(cipher, sizeof(*cipher), MADV_DONTDUMP);
+	expand(cipher, kind, keys);
+	return cipher;
 }
 
 void cipher_end(struct cipher *cipher)
 {
 	sodium_memzero(cipher, sizeof(*cipher));
+	munmap(cipher, sizeof(*cipher));
 }
 
 /* What of a context is used for whole blocks: its buffer comes last, and stays unused. */

@@ -44,9 +44,9 @@ struct cipher {
 enum cipher_kind cipher_best(void);
 
 /*
- * Before any other function but cipher_best(), for the kind that is used: choose the implementation for this processor,
- * and run all code and use all tables that the functions below will use, so that they fault in nothing later. Any
- * thread, any number of times. Returns 0 or -ENOSYS.
+ * Before the first page, for the kind that is used: choose the implementation for this processor, and run all code and
+ * use all tables that cipher_tag() and cipher_apply() will use, so that they fault in nothing later. Any thread, any
+ * number of times. Returns 0 or -ENOSYS.
  */
 int cipher_init(enum cipher_kind kind);
 
@@ -56,8 +56,11 @@ int cipher_make_keys(struct cipher_keys *keys);
 /* Overwrite them, even where nothing reads them any more. */
 void cipher_forget_keys(struct cipher_keys *keys);
 
-/* The keys must stay where they are until cipher_end(), which overwrites what was made of them. */
-void cipher_begin(struct cipher *cipher, enum cipher_kind kind, const struct cipher_keys *keys);
+/*
+ * In memory of its own, which is in no core file. The keys must stay where they are until cipher_end(), which
+ * overwrites what was made of them. NULL: out of memory.
+ */
+struct cipher *cipher_begin(enum cipher_kind kind, const struct cipher_keys *keys);
 void cipher_end(struct cipher *cipher);
 
 #define CIPHER_PAGE_BYTES 4096

@@ -280,7 +280,7 @@ static PyType_Slot engine_slots[] = {
 	  (void *)"Engine(url, address, *, region_fd=-1, region_pages=4096, connections=1, stable_writes=False, "
 		  "read_ahead_pages=64, connect_timeout_s=15, soft_limit_ms=0, gone_limit_ms=300000, "
 		  "silence_ms=15000, owner_path=None, owner_identity=None, owner_refresh_ms=10000, "
-		  "exit_status_when_stolen=0, transport='wire', encrypt=False, clear_bytes=4096): "
+		  "exit_status_when_stolen=0, transport='wire', encrypt=False, clear_bytes=4096, cipher=''): "
 		  "a block device over a file on an NFS server" },
 	{ 0, NULL },
 };

@@ -28,13 +28,15 @@ static PyObject *forget_services(PyObject *module, PyObject *unused)
 
 static PyObject *warm_cipher(PyObject *module, PyObject *args)
 {
-	int version = 0;
+	int version, error = 0;
 
-	if (!PyArg_ParseTuple(args, "|i", &version))
+	if (!PyArg_ParseTuple(args, "i", &version))
 		return NULL;
-	return none_or_errno(cipher_init(version == REGION_AES	     ? CIPHER_AES
-					 : version == REGION_XCHACHA20 ? CIPHER_XCHACHA20
-								       : cipher_best()));
+	if (version != REGION_AES)
+		error = cipher_init(CIPHER_XCHACHA20);
+	if (version != REGION_XCHACHA20 && error == 0)
+		error = cipher_init(CIPHER_AES);
+	return none_or_errno(error);
 }
 
 static PyMethodDef module_methods[] = {
@@ -43,8 +45,8 @@ static PyMethodDef module_methods[] = {
 	{ "forget_services", forget_services, METH_NOARGS,
 	  "forget_services(): from now on, looking up the name of a port reads no file and finds nothing" },
 	{ "warm_cipher", warm_cipher, METH_VARARGS,
-	  "warm_cipher(region_version=0): run all code that encrypting pages needs, so that locked memory has it; 0: of"
-	  " a region that is new" },
+	  "warm_cipher(region_version): run all code that encrypting the pages of such a region needs, so that locked"
+	  " memory has it; 0: of any" },
 	{ NULL, NULL, 0, NULL },
 };
 

@@ -174,7 +174,7 @@ static inline struct region_waits *waits(struct engine *engine)
 /* engine_is_encrypted(), for opening.c as well. */
 static inline bool is_encrypted(const struct engine *engine)
 {
-	return engine->region.is_encrypted;
+	return engine->region.cipher != NULL;
 }
 
 /* Count what the NAS does not have stably. Lock held. */

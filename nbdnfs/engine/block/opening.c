@@ -74,7 +74,7 @@ static int fail_region(struct nfsio_failure *why, int error, const char *message
 /* The region is mapped. Returns 0, or -errno and *why. */
 static int begin_encryption(const struct engine *engine, struct nfsio_failure *why)
 {
-	if (is_encrypted(engine) && cipher_init(engine->region.cipher.kind) != 0)
+	if (is_encrypted(engine) && cipher_init(engine->region.cipher->kind) != 0)
 		return engine_fail(why, -ENOSYS, "libsodium cannot be used on this machine");
 	if (is_encrypted(engine) != region_is_encrypted(engine->options.region_version))
 		log_line("pages are%s encrypted, as when the device started; the setting counts when it starts again",

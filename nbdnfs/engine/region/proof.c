@@ -10,7 +10,7 @@ _Static_assert(SLOT_BYTES == CIPHER_PAGE_BYTES, "what is encrypted at once");
 
 uint64_t proof_of(const struct region *region, const uint8_t *data)
 {
-	return region->is_encrypted ? cipher_tag(&region->cipher, data) : crc32c(data, SLOT_BYTES);
+	return region->cipher != NULL ? cipher_tag(region->cipher, data) : crc32c(data, SLOT_BYTES);
 }
 
 void proof_seal(const struct region *region, uint64_t page, uint64_t proof, uint8_t *data)
@@ -18,7 +18,7 @@ void proof_seal(const struct region *region, uint64_t page, uint64_t proof, uint
 	if (!proof_is_sealed(region, page))
 		return;
 	assert(proof != NO_PROOF); /* else two pages might have the same key stream */
-	cipher_apply(&region->cipher, page, proof, data);
+	cipher_apply(region->cipher, page, proof, data);
 }
 
 bool proof_open(const struct region *region, uint64_t page, uint64_t proof, uint8_t *data)
@@ -29,6 +29,6 @@ bool proof_open(const struct region *region, uint64_t page, uint64_t proof, uint
 		return true;
 	}
 	if (proof_is_sealed(region, page))
-		cipher_apply(&region->cipher, page, proof, data);
+		cipher_apply(region->cipher, page, proof, data);
 	return proof_of(region, data) == proof;
 }

@@ -25,7 +25,7 @@
 /* Are the bytes that go to the NAS others than those that were written to the device? */
 static inline bool proof_is_sealed(const struct region *region, uint64_t page)
 {
-	return region->is_encrypted && page >= region->clear_pages;
+	return region->cipher != NULL && page >= region->clear_pages;
 }
 
 /* Of a page as it was written to the device. */

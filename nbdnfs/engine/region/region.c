@@ -119,7 +119,8 @@ static void protect(const struct region *region)
 	fcntl(region->fd, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL);
 }
 
-static void set_parts(struct region *region)
+/* Returns 0 or -ENOMEM. */
+static int set_parts(struct region *region)
 {
 	struct region_header *header = region->header;
 	struct region_layout at = region_lay_out(header->identity.device_bytes, header->slot_count, header->version);
@@ -128,25 +129,31 @@ static void set_parts(struct region *region)
 	region->slot_count = header->slot_count;
 	region->page_count = header->identity.device_bytes / SLOT_BYTES;
 	region->slots = (void *)((char *)header + (size_t)at.slots);
-	region->is_encrypted = region_is_encrypted(header->version);
-	if (region->is_encrypted) {
+	if (region_is_encrypted(header->version)) {
 		region->wide_entries = (void *)((char *)header + (size_t)at.page_table);
 		region->clear_pages = header->clear_bytes / SLOT_BYTES;
-		cipher_begin(&region->cipher, header->version == REGION_AES ? CIPHER_AES : CIPHER_XCHACHA20,
-			     &header->keys);
+		region->cipher = cipher_begin(header->version == REGION_AES ? CIPHER_AES : CIPHER_XCHACHA20,
+					      &header->keys);
+		if (region->cipher == NULL)
+			return -ENOMEM;
 	} else {
 		region->narrow_entries = (void *)((char *)header + (size_t)at.page_table);
 	}
 	region->filled = (void *)((char *)header + (size_t)at.filled);
 	region->data = (uint8_t *)header + (size_t)at.data;
+	return 0;
 }
 
-/* It is locked, mapped and whole: begin to use it. */
-static void begin(struct region *region)
+/* It is locked, mapped and whole: begin to use it. Returns 0 or -ENOMEM. */
+static int begin(struct region *region)
 {
+	int error;
+
 	protect(region);
-	set_parts(region);
-	count(&region->header->generation, 1);
+	error = set_parts(region);
+	if (error == 0)
+		count(&region->header->generation, 1);
+	return error;
 }
 
 int region_adopt(struct region *region, int fd, uint64_t path_hash, char *message, size_t message_bytes)
@@ -173,8 +180,8 @@ int region_adopt(struct region *region, int fd, uint64_t path_hash, char *messag
 	if (error == 0)
 		error = check(region->header, region->bytes, path_hash, message, message_bytes);
 	if (error == 0)
-		begin(region);
-	else
+		error = begin(region);
+	if (error != 0)
 		region_unmap(region);
 	return error;
 }
@@ -209,8 +216,8 @@ int region_map(struct region *region, int fd, const struct region_identity *iden
 		error = -EINVAL;
 	}
 	if (error == 0)
-		begin(region);
-	else
+		error = begin(region);
+	if (error != 0)
 		region_unmap(region);
 	return error;
 }
@@ -220,7 +227,8 @@ void region_unmap(struct region *region)
 	if (region->header != NULL)
 		munmap(region->header, region->bytes);
 	close(region->fd);
-	cipher_end(&region->cipher);
+	if (region->cipher != NULL)
+		cipher_end(region->cipher);
 	*region = (struct region){ .fd = -1 };
 }
 

@@ -180,9 +180,8 @@ struct region {
 	uint8_t *data;                  /* slot n's page at n * SLOT_BYTES */
 	uint32_t slot_count;
 	uint64_t page_count;
-	bool is_encrypted;
 	uint64_t clear_pages;           /* of an encrypted one: so many from the first on are not */
-	struct cipher cipher;           /* of an encrypted one; in this process alone, overwritten at the end */
+	struct cipher *cipher;          /* NULL: the pages are not encrypted */
 };
 
 /* Where each part begins. In 64 bits on every machine: what does not fit is refused, and must not wrap before that. */
