@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,9 +141,62 @@ def test_what_does_not_apply_and_what_has_no_time_is_not_run() -> None:
 
 
 def test_tests_of_data_have_the_first_turns() -> None:
-    """One of each group in turn, each test once, and none that was not asked for."""
+    """One of each group in turn, each test once, and none that was not asked for or is in no group."""
     groups = [["g/2", "g/4", "g/9"], ["g/4", "g/5"]]
-    assert xfstests.in_turn(groups, ["g/1", "g/2", "g/3", "g/4", "g/5"]) == ["g/2", "g/4", "g/5", "g/1", "g/3"]
+    assert xfstests.in_turn(groups, ["g/1", "g/2", "g/3", "g/4", "g/5"]) == ["g/2", "g/4", "g/5"]
+
+
+# Tests that pass, one that does not, one that hangs for ever, and one that ends it all. Each call leaves a line.
+FAKE_CHECK = """#!/bin/sh
+echo "$@" >> calls
+echo "FSTYP -- ext4"
+for name; do
+    printf "%s " "$name"
+    case $name in
+        generic/3) echo "- output mismatch"; echo "    +wrong" ;;
+        generic/4) [ -e was_hung ] || { touch was_hung; sleep 1000; }; echo " 4s" ;;
+        generic/6) exit 1 ;;
+        *) sleep 0.1; echo " 1s" ;;
+    esac
+done
+echo "Ran: $*"
+echo "Passed all tests"
+"""
+
+
+def test_one_check_runs_many_tests(tmp_path: Path) -> None:
+    """Each call tells of its test alone. What hangs is killed with the call, and the next test has another `check`, as
+    has the one after a `check` that ended by itself."""
+    (tmp_path / "check").write_text(FAKE_CHECK)
+    (tmp_path / "check").chmod(0o755)
+    script = Path(__file__).parent / "inside/check_in_turn.sh"
+    found: list[tuple[str, str] | None] = []
+    names = [f"generic/{number}" for number in range(1, 9)]
+    for name, row in xfstests.in_rows(names):
+        command = ["sh", str(script), str(tmp_path), str(tmp_path / "work"), *row.split()]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=2 if name == "generic/4" else 60
+            )
+        except subprocess.TimeoutExpired:
+            found.append(None)
+        else:
+            found.append(xfstests.judged(Result("x", done.returncode, done.stdout, done.stderr)))
+    failed = ("failed", "generic/3 - output mismatch +wrong")
+    lost = ("failed", "generic/6")
+    passed = ("passed", "")
+    assert found == [passed, passed, failed, None, passed, lost, passed, passed]
+    rows = [" ".join(names[at:]) for at in (0, 4, 6)]
+    assert (tmp_path / "calls").read_text().splitlines() == rows
+
+
+def test_rows_of_tests() -> None:
+    """Ten for each `check`."""
+    names = [str(number) for number in range(12)]
+    rows = dict(xfstests.in_rows(names))
+    assert rows["0"] == " ".join(names[:10])
+    assert rows["7"] == "7 8 9"
+    assert (rows["10"], rows["11"]) == ("10 11", "11")
 
 
 def test_an_outcome_has_a_reason_unless_it_passed() -> None:
@@ -215,10 +269,14 @@ def test_the_page_counts_very_many_names() -> None:
         (blktests.judged, 0, "block/003 => nbd0 (trim)\nblock/003 => nbd0 (trim)  [passed]\n  runtime ...", "passed"),
         (blktests.judged, 0, "block/011 => nbd0 (disable PCI)  [not run]\n    no PCI device", "not run"),
         (blktests.judged, 1, "block/003 => nbd0 (trim)  [failed]\n    exited with 1", "failed"),
-        (xfstests.judged, 0, "generic/001   12s\nRan: generic/001\nPassed all 1 tests", "passed"),
-        (xfstests.judged, 0, "generic/009  [not run] no fiemap\nPassed all 1 tests", "not run"),
-        (xfstests.judged, 1, "generic/013 - output mismatch (see x)\nFailures: generic/013", "failed"),
-        (xfstests.judged, 1, "generic/009  [not run] no fiemap\nFailures: generic/009", "failed"),
+        (xfstests.judged, 0, "generic/001   12s", "passed"),
+        (xfstests.judged, 0, "generic/001  11s ...  12s", "passed"),
+        (xfstests.judged, 1, "generic/001   12s", "failed"),
+        (xfstests.judged, 0, "generic/001  11s ... ", "failed"),
+        (xfstests.judged, 0, "generic/001   12s\n_check_dmesg: something found in dmesg (see x)", "failed"),
+        (xfstests.judged, 0, "generic/009  [not run] no fiemap", "not run"),
+        (xfstests.judged, 0, "generic/013 - output mismatch (see x)\n    +lost", "failed"),
+        (xfstests.judged, 1, "generic/009  [not run] no fiemap", "failed"),
         (xfstests.judged, 0, "", "failed"),
     ],
 )

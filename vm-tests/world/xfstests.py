@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""xfstests' group quick, with our devices as TEST_DEV and SCRATCH_DEV. Tests of data come first: there are so many
-tests that time may be up before all had their turn."""
+"""The tests of data in xfstests' group quick, with our devices as TEST_DEV and SCRATCH_DEV."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from vmtest.machine import Result
 
@@ -17,12 +18,20 @@ from world.supplied import missing
 _DEVICE_MIB = 512
 _MEMORY_MIB = 768
 _TIMEOUT_S = 900.0
-# Groups of it that are about data: direct I/O, reads and writes, mapped files, fsync before a crash, TRIM.
+# Groups that are about data: direct I/O, reads and writes, mapped files, fsync before a crash, TRIM.
 _OF_DATA = ("aio", "rw", "mmap", "log", "trim")
+# What is said of the rest of the group quick.
+_OTHERS = {
+    f"what is in none of the groups {', '.join(_OF_DATA)}": "names, attributes, quotas, clones and the like: the file"
+    " system's own work, of which a device sees the same reads and writes"
+}
+# Tests for one call of `check`: inside/check_in_turn.sh.
+_ROW = 10
+_IN_TURN = Path(__file__).parents[1] / "inside/check_in_turn.sh"
 
 
 def suite(place: Place) -> Suite:
-    """One test after the other, each by `check`, so that a guest that is lost takes no other test with it."""
+    """One test after the other. A guest that is lost takes no other test with it."""
     return Suite("xfstests", [_on(place, kind) for kind in ("ext4", "xfs")], missing(place, "xfstests", "check"))
 
 
@@ -39,15 +48,22 @@ def _on(place: Place, kind: str) -> Part:
                 f" && echo '{settings}' > /opt/xfstests/local.config && useradd -m fsgqa && useradd -m fsgqa2",
                 600,
             )
+            bench.guest.push(_IN_TURN, "/root/in_turn.sh")
             yield bench
             bench.guest.run("umount /mnt/test /mnt/scratch; true", 300)
 
     def tests(bench: Bench) -> list[Test]:
-        quick = [name for folder in ("generic", kind) for name in _in_group(bench, folder, "quick")]
-        names = in_turn([_in_group(bench, "generic", group) for group in _OF_DATA], quick)
-        return [Test(name, f"cd /opt/xfstests && ./check {name}", _TIMEOUT_S, judged) for name in names]
+        folders = ("generic", kind)
+        quick = [name for folder in folders for name in _in_group(bench, folder, "quick")]
+        names = in_turn(
+            [[name for folder in folders for name in _in_group(bench, folder, group)] for group in _OF_DATA], quick
+        )
+        return [
+            Test(name, f"sh /root/in_turn.sh /opt/xfstests /root/in_turn {row}", _TIMEOUT_S, judged)
+            for name, row in in_rows(names)
+        ]
 
-    return Part(kind, prepare, tests)
+    return Part(kind, prepare, tests, _OTHERS)
 
 
 def _in_group(bench: Bench, folder: str, group: str) -> list[str]:
@@ -57,21 +73,32 @@ def _in_group(bench: Bench, folder: str, group: str) -> list[str]:
 
 
 def in_turn(groups: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:
-    """All `names` once: one that is in the first of `groups`, one that is in the second, and so on again and again;
-    then the others."""
+    """Those of `names` that are in a group, once: one of the first group, one of the second, and so on again and
+    again."""
     known = set(names)
     turns = itertools.chain.from_iterable(itertools.zip_longest(*groups))
-    return list(dict.fromkeys([*(name for name in turns if name in known), *names]))
+    return list(dict.fromkeys(name for name in turns if name in known))
+
+
+def in_rows(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Each name, with those that one `check` runs from there on."""
+    return [(name, " ".join(names[at : at - at % _ROW + _ROW])) for at, name in enumerate(names)]
+
+
+# Its seconds, after those of the last time if there were any.
+_PASSED = re.compile(r"\S+\s+(\d+s \.\.\.\s+)?\d+s")
 
 
 def judged(result: Result) -> tuple[str, str]:
-    """`check` prints the test's name with its seconds, or with "[not run]" and the reason."""
-    for line in result.stdout.splitlines():
-        if "[not run]" in line and result.status == 0:
-            return "not run", line.partition("[not run]")[2].strip() or "the suite gives no reason"
-        if "[expunged]" in line:
+    """`check` prints the test's name with its seconds, or with "[not run]" and the reason. Any other line says what is
+    wrong."""
+    first, *others = result.stdout.rstrip().splitlines() or [""]
+    if result.status == 0 and not others:
+        if "[not run]" in first:
+            return "not run", first.partition("[not run]")[2].strip() or "the suite gives no reason"
+        if "[expunged]" in first:
             return "not run", "expunged"
-    if result.status == 0 and "Passed all 1 tests" in result.stdout:
-        return "passed", ""
-    lines = [line.strip() for line in result.stdout.splitlines() if "output mismatch" in line or line[:5] == "    +"]
+        if _PASSED.fullmatch(first):
+            return "passed", ""
+    lines = [line.strip() for line in (first, *others) if "output mismatch" in line or line[:5] == "    +"]
     return "failed", " ".join(lines[:3]) or last_words(result)
