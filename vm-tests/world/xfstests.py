@@ -45,9 +45,11 @@ def _on(place: Place, kind: str) -> Part:
             )
             bench.guest.run(
                 f"modprobe {kind}; mkdir -p /mnt/test /mnt/scratch && mkfs.{kind} -q {test}"
-                f" && echo '{settings}' > /opt/xfstests/local.config && for user in fsgqa fsgqa2; do id $user > /dev/null 2>&1 || useradd -m $user; done",
+                f" && echo '{settings}' > /opt/xfstests/local.config",
                 600,
             )
+            # the users' names are the suite's own; an earlier guest may have made them
+            bench.guest.run("for user in fsgqa fsgqa2; do id $user > /dev/null 2>&1 || useradd -m $user; done", 120)
             bench.guest.push(_IN_TURN, "/root/in_turn.sh")
             yield bench
             bench.guest.run("umount /mnt/test /mnt/scratch; true", 300)
