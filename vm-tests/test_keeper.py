@@ -66,7 +66,7 @@ def swapping(
 
 def memory_of(guest: Guest) -> str:
     """Resident and locked memory of keeper, heir, worker and standby in KiB (swap.memory_of; Pss has a share of what is
-    mapped more than once), and the size of a page."""
+    mapped more than once; the heir's memory is the keeper's), and the size of a page."""
     return guest.run(
         "echo pages of $(getconf PAGESIZE) bytes;"
         f" for p in $(cat /sys/fs/cgroup/nbdnfs.slice/nbdnfs@{_NAME}.service/cgroup.procs"

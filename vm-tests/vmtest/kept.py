@@ -6,6 +6,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
+from nbdnfs.keeper import heir
 from vmtest.guest import Guest
 
 _START_TIMEOUT_S = 600
@@ -46,10 +47,12 @@ def worker_pid(guest: Guest, name: str) -> int:
 
 
 def memory_kib(guest: Guest, name: str) -> Mapping[str, int]:
-    """Of all processes of the unit: Pss, which has a share of what several map, and what is locked and there."""
+    """Of all processes of the unit: Pss, which has a share of what several map, and what is locked and there. The heir
+    does not count: it has the keeper's memory, and the kernel counts that for each of the two, undivided."""
     text = guest.run(
         f"group=$(systemctl show -P ControlGroup nbdnfs@{name});"
-        " cat $(sed 's|.*|/proc/&/smaps_rollup|' /sys/fs/cgroup$group/cgroup.procs)"
+        f" for p in $(cat /sys/fs/cgroup$group/cgroup.procs); do [ $(cat /proc/$p/comm) = {heir.COMMAND} ] ||"
+        " cat /proc/$p/smaps_rollup; done"
         ' | awk \'/^(Pss|Locked):/ { kib[$1] += $2 } END { print kib["Pss:"], kib["Locked:"] }\''
     ).stdout
     pss, locked = text.split()
