@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import shutil
 import signal
 import socket
 import sys
@@ -46,12 +45,12 @@ def find_program(name: str, package: str) -> str:
     Relative folders in $PATH do not count: what they mean depends on where the caller stands.
     """
     folders = [folder for folder in os.environ.get("PATH", "").split(os.pathsep) if os.path.isabs(folder)]
-    path = shutil.which(name, path=os.pathsep.join(folders)) or shutil.which(
-        name, path="/usr/sbin:/sbin:/usr/local/sbin"
-    )
-    if path is None:
-        raise UnavailableError(f"the program '{name}' is not installed", f"install it (Debian: apt install {package})")
-    return path
+    # not shutil.which(): with shutil, the keeper has half a megabyte more in locked memory
+    for folder in (*folders, "/usr/sbin", "/sbin", "/usr/local/sbin"):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    raise UnavailableError(f"the program '{name}' is not installed", f"install it (Debian: apt install {package})")
 
 
 def python(module: str, *arguments: str) -> list[str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from nbdnfs import cli
+from nbdnfs import parser as command_parser
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Command:
 
 def program() -> Command:
     """The options that stand before the command."""
-    parser = cli._parser()
+    parser = command_parser.make()
     return Command("", "", parser.description or "", _arguments(parser))
 
 
 def commands() -> list[Command]:
     """The commands in the order of the help. One without a summary is not for users, and left out."""
-    (action,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (action,) = (action for action in command_parser.make()._actions if isinstance(action, argparse._SubParsersAction))
     found = []
     for entry in action._get_subactions():
         parser = action.choices[entry.dest]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdnfs import __version__, cli, errors
+from nbdnfs import __version__, cli, errors, parser
 from nbdnfs.commands import serve
 from nbdnfs.errors import NbdnfsError
 from nbdnfs.keeper.records import Records
@@ -82,7 +82,7 @@ def test_threads_out_of_range(capsys: pytest.CaptureFixture[str], threads: str) 
 
 def subparsers() -> dict[str, argparse.ArgumentParser]:
     """Command ▸ its parser."""
-    (action,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (action,) = (action for action in parser.make()._actions if isinstance(action, argparse._SubParsersAction))
     return dict(action.choices)
 
 
@@ -91,7 +91,7 @@ def test_every_command_has_its_function(command: str) -> None:
     """The module and the function that the parser names by strings exist."""
     function = subparsers()[command].get_default("run")
     names = inspect.getclosurevars(function).nonlocals
-    if names:  # what serve and run have is a function of cli.py
+    if names:  # what serve and run have is a function of parser.py
         assert callable(getattr(importlib.import_module(f"nbdnfs.commands.{names['module']}"), names["function"]))
 
 
@@ -103,10 +103,10 @@ def test_every_option_is_explained(command: str) -> None:
 
 def test_help_loads_no_command() -> None:
     """The help comes without the commands' modules, the engine among them: each is imported when it is called."""
-    code = "import sys; from nbdnfs import cli; cli._parser().format_help(); print(*sys.modules)"
+    code = "import sys; from nbdnfs import cli, parser; parser.make().format_help(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
     loaded = {name for name in done.stdout.split() if name.startswith("nbdnfs")}
-    assert loaded == {"nbdnfs", "nbdnfs.cli", "nbdnfs.defaults", "nbdnfs.errors"}
+    assert loaded == {"nbdnfs", "nbdnfs.cli", "nbdnfs.defaults", "nbdnfs.errors", "nbdnfs.parser"}
 
 
 @pytest.mark.parametrize("module", ["attach", "doctor", "install_units", "status", "top", "up_down"])

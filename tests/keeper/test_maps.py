@@ -85,8 +85,11 @@ def test_neither_engine_nor_libnfs_is_mapped(keeper_process: dict[str, list[str]
 
 @pytest.mark.parametrize(
     "module",
-    ["nbdnfs.engine", "nbdnfs.nas.explain", "nbdnfs.nas.ownership", "nbdnfs.nas.backing_file", "nbdnfs.worker.life"],
+    [
+        *("nbdnfs.engine", "nbdnfs.nas.explain", "nbdnfs.nas.ownership", "nbdnfs.nas.backing_file"),
+        *("nbdnfs.worker.life", "nbdnfs.parser", "argparse", "shutil"),
+    ],
 )
 def test_what_stays_unloaded(keeper_process: dict[str, list[str]], module: str) -> None:
-    """What helpers and workers need, they import themselves."""
+    """What helpers and workers need, they import themselves; and the unit's command line needs no parser."""
     assert module not in keeper_process["modules"]

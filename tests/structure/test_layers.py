@@ -19,8 +19,9 @@ RANKS = {
     "worker": 3,
     "keeper": 4,
     "commands": 5,
-    "cli": 6,
-    "__main__": 7,
+    "parser": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 
 
