@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -14,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +35,7 @@ from nbdnfs.keeper.worker_handle import WorkerHandle
 from nbdnfs.kernel import nbd_handshake, nbd_netlink
 from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.own_root import OwnRoot
+from nbdnfs.worker import protocol
 
 TESTS = Path(__file__).resolve().parents[1]
 DEVICE = Attached(7, 1 << 20)
@@ -182,6 +185,36 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
     made = Scene(tmp_path)
     yield made
     made.end()
+
+
+@pytest.fixture
+def keeping(scene: Scene) -> Iterator[heir.Heir]:
+    """What a keeper has of its heir, in this process, which has the lock."""
+    records = Records("t", run=scene.folder)
+    prepared: Any = Prepared(scene.netlink.peer.fileno(), scene.netlink.peer.fileno())
+    lock = only_keeper.become(records)
+    made = heir.Heir(records, Reporter(records, Notifier({})), lambda device: prepared)
+    yield made
+    made.close()
+    os.close(lock)
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[socket.socket]]:
+    """No process is started as heir: the heirs' ends of their channels are here, and they are ready. The pids of these
+    heirs are 1, 2, ..."""
+    made: list[socket.socket] = []
+
+    def start(descriptors: tuple[int, ...], *_: object) -> int:
+        made.append(socket.socket(fileno=os.dup(descriptors[0])))
+        made[-1].setblocking(False)
+        made[-1].send(b"r")
+        return len(made)
+
+    monkeypatch.setattr(heir._heir, "start", start)
+    yield made
+    for end in made:
+        end.close()
 
 
 def keeper_first(scene: Scene) -> None:
@@ -454,6 +487,89 @@ def test_another_one_is_started(scene: Scene) -> None:
     assert scene.heir not in (0, first)
     scene.kill_both()
     scene.kernel.wait_for_link(2)
+
+
+def test_another_one_is_started_after_a_pause(
+    keeping: heir.Heir, ends: list[socket.socket], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """That the one before has ended is said."""
+    keeping.keep(0.0, DEVICE, None, None, "")
+    assert keeping.descriptors() != []
+    ends[0].close()
+    for now_s in (1.0, 10.9):
+        keeping.keep(now_s, DEVICE, None, None, "")
+        assert keeping.descriptors() == []
+    keeping.keep(11.0, DEVICE, None, None, "")
+    assert (keeping.pid, len(ends)) == (2, 2)
+    assert keeping.descriptors() != []
+    for _ in range(2):
+        keeping.end()
+        assert keeping.descriptors() == []
+    text = "the heir, process 1, has ended: starting another one"
+    assert capfd.readouterr().err.splitlines() == [f"nbdnfs: t: {text}"]
+
+
+@pytest.mark.parametrize("hangs_up", [True, False])
+def test_one_that_does_not_answer(
+    keeping: heir.Heir, hangs_up: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It may have copies of descriptors that are not its own: it is none, and that is said."""
+    silent: list[int] = []
+
+    def start(descriptors: tuple[int, ...], *_: object) -> int:
+        if not hangs_up:
+            silent.append(os.dup(descriptors[0]))
+        return 1
+
+    monkeypatch.setattr(heir, "_READY_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(heir._heir, "start", start)
+    keeping.keep(0.0, DEVICE, None, None, "")
+    assert keeping.descriptors() == []
+    assert capfd.readouterr().err.splitlines() == ["nbdnfs: t: cannot start an heir: it does not answer"]
+    for end in silent:
+        os.close(end)
+
+
+def test_what_it_is_told(keeping: heir.Heir, ends: list[socket.socket], scene: Scene) -> None:
+    """The worker once that has a process, the parked standby, and the address; all of it when one of them changes, and
+    nothing when none does."""
+
+    def told() -> list[tuple[bytes, list[str]]]:
+        found = []
+        with contextlib.suppress(BlockingIOError):
+            while (received := socket.recv_fds(ends[0], 128, 3))[0]:
+                found.append((received[0], [os.readlink(f"/proc/self/fd/{one}") for one in received[1]]))
+                for descriptor in received[1]:
+                    os.close(descriptor)
+        return found
+
+    def keep(worker: Any, standby: Any, address: str = "") -> list[tuple[bytes, list[str]]]:
+        keeping.keep(0.0, DEVICE, worker, standby, address)
+        return told()
+
+    control = scene.netlink.peer.fileno()
+    link = os.readlink(f"/proc/self/fd/{control}")
+    has_worker, has_standby = heir._heir.HAS_WORKER, heir._heir.HAS_STANDBY
+    worker = SimpleNamespace(pid=os.getpid(), pidfd=os.open(os.devnull, os.O_RDONLY))
+    standby = SimpleNamespace(pid=1, make_parkable=lambda: control)
+    assert keep(None, None) == [(b"\0" + protocol.activation(), [])]
+    assert keep(SimpleNamespace(pidfd=-1), None) == []
+    assert keep(worker, None) == [(bytes([has_worker]) + protocol.activation(), [os.devnull])]
+    both = [(bytes([has_worker | has_standby]) + protocol.activation("192.0.2.7"), [os.devnull, link])]
+    assert keep(worker, standby, "192.0.2.7") == both
+    assert keep(worker, standby, "192.0.2.7") == []
+    assert keep(None, standby) == [(bytes([has_standby]) + protocol.activation(), [link])]
+    keeping.end()
+    assert told() == [(bytes([heir._heir.END]), [])]
+    os.close(worker.pidfd)
+
+
+def test_another_process_than_an_heir_is_not_ended() -> None:
+    """Where the pid has got another meaning."""
+    with subprocess.Popen(["/bin/sleep", "60"]) as other:
+        heir.end(other.pid)
+        other.terminate()
+        assert other.wait(DEADLINE_S) == -signal.SIGTERM
 
 
 def test_the_keeper_returns_to_its_root(scene: Scene) -> None:

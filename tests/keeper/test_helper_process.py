@@ -88,12 +88,13 @@ def test_a_helper_without_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_worker_that_cannot_be_started(region: int) -> None:
-    """It has ended, and says why; killing it is nothing."""
+    """It has ended, and says why; to activate or to kill it is nothing."""
     before = open_descriptors()
     worker = WorkerHandle.start("/nowhere/worker", ["worker"], {}, region)
     wait_until(worker.has_ended, "its failure")
     assert worker.start_error == os.strerror(errno.ENOENT)
     assert worker.status == 0
+    worker.activate()
     worker.kill()
     worker.close()
     wait_until(lambda: open_descriptors() == before, "all descriptors are closed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import mmap
 import os
 import signal
@@ -42,6 +43,7 @@ from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.reporter import Reporter
 from nbdnfs.keeper.sd_notify import Notifier
+from nbdnfs.keeper.standby import Standby
 from nbdnfs.keeper.worker_handle import WorkerHandle, recipe
 from nbdnfs.kernel.nbd_device import Attached
 from nbdnfs.worker.protocol import STOLEN_STATUS
@@ -265,6 +267,29 @@ def test_no_memory_to_activate(
     assert capfd.readouterr().err.splitlines().count(text) == 2
 
 
+def test_a_worker_is_not_offered_before_its_time(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else wakes the loop: a kernel without memory is left alone for a moment."""
+    keep = serving_module.Serving.keep
+    left: list[tuple[int, int]] = []
+
+    def keep_twice(serving: serving_module.Serving, now: float) -> None:
+        keep(serving, now)
+        if serving._unoffered is not None:
+            before = len(setup.kernel.refuses)
+            keep(serving, now)
+            left.append((before, len(setup.kernel.refuses)))
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        setup.kernel.refuses = [NoMemoryError("cannot: Cannot allocate memory") for _ in range(3)]
+        os.kill(setup.work.started[0].pid, signal.SIGKILL)
+        setup.kernel.wait_for_link(2)
+
+    monkeypatch.setattr(serving_module.Serving, "keep", keep_twice)
+    assert setup.run(scenario) == 0
+    assert set(left) == {(2, 2), (1, 1), (0, 0)}
+
+
 def test_no_memory_to_reconnect(setup: Setup, capfd: pytest.CaptureFixture[str]) -> None:
     """The kernel is offered the worker until it can take it: there may be no other one."""
 
@@ -424,6 +449,49 @@ def test_first_worker_fails_for_now(setup: Setup) -> None:
     setup.run(watches)
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_worker_whose_program_cannot_be_started(
+    setup: Setup, failing: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The one that is to serve, or its standby: why is said, and another one is started."""
+    start, starts = setup.work.start_worker, itertools.count()
+
+    def start_or_not(region_fd: int) -> WorkerHandle:
+        if next(starts) == failing:
+            return WorkerHandle.start("/nowhere/worker", ["worker"], {}, region_fd)
+        return start(region_fd)
+
+    monkeypatch.setattr(setup.work, "start_worker", start_or_not)
+    assert setup.run(watches) == 0
+    text = f"nbdnfs: t: cannot start a worker: {os.strerror(errno.ENOENT)}"
+    assert capfd.readouterr().err.splitlines().count(text) == 1
+
+
+def test_a_standby_that_cannot_be_started(setup: Setup) -> None:
+    """There is a pause before the next try, a longer one each time."""
+    setup.work.behaviours = ["none"] * 3 + ["serve"]
+    notifier = Notifier({})
+    standby = Standby(setup.work, setup.records, notifier, Reporter(setup.records, notifier), {})
+    for now, due_s, left in ((0.0, 0.0, 3), (0.0, 0.1, 2), (0.05, 0.1, 2), (0.1, 0.3, 1), (0.2, 0.3, 1)):
+        standby.keep(now, may_start=True)
+        assert (standby.due_s, len(setup.work.behaviours)) == (pytest.approx(due_s), left)
+
+
+def test_a_standby_that_is_late(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It does not hold up swap for ever."""
+    monkeypatch.setattr(keeper_module, "_STANDBY_TIMEOUT_S", 0.0)
+    setup.work.behaviours = ["serve", "none"]
+
+    def scenario(keeper: Keeper) -> None:
+        until(lambda: keeper.is_swap_on)
+        assert not keeper.standby.is_ready
+
+    assert setup.run(scenario) == 0
+    assert "nbdnfs: t: there is no standby yet; going on without it" in capfd.readouterr().err.splitlines()
+
+
 def test_device_in_use(setup: Setup) -> None:
     """CONNECT is refused: an error, no device, no worker left."""
     setup.kernel.refuses = [BusyError("the device is in use")]
@@ -517,6 +585,17 @@ def test_another_machine_has_taken_the_file(setup: Setup, swapped_on: bool, use:
     assert setup.records.read(Records.STATE) == (Records.STOLEN if use else None)
 
 
+def test_another_machine_has_the_file_before_there_is_a_device(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first worker finds it so: the keeper ends for good, and the kernel is asked nothing."""
+    asked: list[Attached] = []
+    monkeypatch.setattr(setup.kernel, "refuse_if_used", asked.append)
+    setup.work.behaviours = [f"exit:{STOLEN_STATUS}", "serve"]
+    with pytest.raises(OwnedError) as caught:
+        setup.run(None)
+    assert caught.value.exit_code == os.EX_NOPERM
+    assert (len(setup.work.started), setup.kernel.attaches, asked) == (1, 0, [])
+
+
 def test_standbys_that_fail_do_not_disturb_the_connection(setup: Setup) -> None:
     """They are started again, slower and slower."""
 
@@ -607,6 +686,28 @@ def test_a_new_keeper_that_cannot_look_its_device_up(setup: Setup) -> None:
     setup.kernel.unreadable = 2
     assert setup.run(scenario) == 0
     assert setup.kernel.links == 1
+
+
+def test_a_new_keeper_whose_first_worker_fails(setup: Setup) -> None:
+    """The last keeper has left none: it looks again, and starts another one, on the same region."""
+    stored: dict[str, int] = {}
+
+    def first(keeper: Keeper) -> None:
+        watches(keeper)
+        stored["region"] = os.dup(keeper._region)
+
+    def second(keeper: Keeper) -> None:
+        setup.kernel.wait_for_link(2)
+        assert setup.kernel.read(0, 4096) == bytes(4096)
+        assert os.path.sameopenfile(keeper._region, region.fileno())
+
+    assert setup.run(first) == 0
+    with open(os.dup(stored["region"]), "rb") as region:
+        os.kill(setup.work.started[0].pid, signal.SIGKILL)
+        until(lambda: proc_stat.start_time_ticks(setup.work.started[0].pid) is None)
+        setup.work.behaviours = ["none", "serve"]
+        assert setup.run(second, setup.make(stored)) == 0
+    assert (setup.kernel.attaches, setup.kernel.reconnects) == (1, 1)
 
 
 def test_swap_that_cannot_be_looked_up(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -762,3 +863,32 @@ def test_a_server_with_a_new_address(setup: Setup, monkeypatch: pytest.MonkeyPat
 
     assert setup.run(scenario) == 0
     assert sent == ["", "192.0.2.9", "192.0.2.9"]
+
+
+def test_a_server_with_a_new_address_and_no_worker(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None can be started at the moment: the next one is sent there."""
+    monkeypatch.setattr(keeper_module, "RESOLVE_AFTER_S", 0.0)
+    monkeypatch.setattr(keeper_module, "RESOLVE_EVERY_S", 0.1)
+    sent: list[str] = []
+    activate = WorkerHandle.activate
+
+    def note_and_activate(self: WorkerHandle, address: str = "") -> None:
+        sent.append(address)
+        activate(self, address)
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        setup.work.behaviours = ["none"]
+        os.kill(setup.work.started[1].pid, signal.SIGKILL)
+        until(lambda: keeper.standby.worker is None)
+        os.kill(setup.work.started[0].pid, signal.SIGKILL)
+        until(lambda: keeper.serving.worker is None)
+        setup.work.addresses = ["192.0.2.9"]
+        until(lambda: keeper.serving.address == "192.0.2.9")
+        setup.work.behaviours = ["serve"]
+        setup.kernel.wait_for_link(2)
+
+    monkeypatch.setattr(WorkerHandle, "activate", note_and_activate)
+    setup.work.addresses = [""]
+    assert setup.run(scenario) == 0
+    assert sent == ["", "192.0.2.9"]

@@ -96,6 +96,21 @@ def test_without_a_place_for_the_lock(
     assert "going on for the device that is attached" in capsys.readouterr().err
 
 
+def test_another_keeper_where_there_is_no_lock(
+    root: Path, other_process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record counts for a device that is attached, too."""
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    records(root).put_process(Records.KEEPER, other_process.pid, "0.0.1")
+    monkeypatch.setattr(name_lock, "take", refuse)
+    monkeypatch.setattr(only_keeper.nbd_device, "find", lambda backend: object())
+    with pytest.raises(BusyError, match=f"process {other_process.pid}"):
+        only_keeper.become(records(root))
+
+
 @pytest.mark.parametrize("errors", [3, 1000])
 def test_no_descriptor_for_the_lock(root: Path, monkeypatch: pytest.MonkeyPatch, errors: int) -> None:
     """It is tried again; no keeper goes on without a lock for that, whatever is attached."""

@@ -623,6 +623,40 @@ def test_one_that_cannot_be_taken_for_want_of_descriptors(room: int) -> None:
     os.close(region_fd)
 
 
+def no_memory(*_: object) -> None:
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+class PoorPoll:
+    """Stands for select.poll: there is no memory to look at anything."""
+
+    def register(self, descriptor: int, events: int) -> None:
+        pass
+
+    def poll(self, timeout_ms: float) -> None:
+        no_memory()
+
+
+@pytest.mark.parametrize(("call", "poor"), [("socket.socket.recvmsg", no_memory), ("select.poll", PoorPoll)])
+def test_one_that_cannot_be_taken_for_want_of_memory(call: str, poor: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever call fails, it is not given up: it waits, and is taken when there is memory again."""
+    region_fd = region.create()
+    with FakeNfsServer(bytes(DEVICE_BYTES)) as server:
+        standby, made = start(server, region_fd)
+        parked = os.dup(standby.make_parkable())
+        with monkeypatch.context() as patched:
+            patched.setattr(call, poor)
+            with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
+                WorkerHandle.take(parked, made)
+        taken = WorkerHandle.take(parked, made)
+        assert taken is not None
+        taken.kill()
+        wait_until_ended(standby.pid)
+        assert standby.has_ended()
+        taken.close()
+    os.close(region_fd)
+
+
 def test_a_standby_that_cannot_be_looked_at_at_first(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """A keeper that comes without descriptors looks again: the parked standby serves."""
     standby = parked_by_a_killed_keeper(setup)

@@ -116,6 +116,16 @@ def test_what_cannot_be_read_is_not_missing(records: Records) -> None:
     os.close(lock)
 
 
+def test_a_record_that_is_written_again_and_again(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read until it is the same twice; one that never is, as it was in the end."""
+    records.write(Records.STATE, "")
+    texts = [b"att", b"attach", b"attach", b"on", b"watch", b"swap_on"]
+    monkeypatch.setattr(os, "pread", lambda *_: texts.pop(0))
+    assert records.read(Records.STATE) == "attach"
+    assert records.read(Records.STATE) == "swap_on"
+    assert texts == []
+
+
 def test_records_that_an_administrator_removes(records: Records) -> None:
     """A keeper writes them again; after its own `remove` it does not."""
     records.put(Records.DEVICE, "nbd0")

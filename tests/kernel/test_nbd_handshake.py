@@ -252,6 +252,12 @@ def test_the_deadline_is_over_everything() -> None:
     assert time.monotonic() - before < 2
 
 
+def test_a_deadline_that_has_passed() -> None:
+    """Nothing is read after it, also what is there already."""
+    with pytest.raises(UnavailableError, match="within 0 s"):
+        negotiate(GREETING + info_export(4096, 1) + reply(ACK), timeout_s=0.0)
+
+
 def test_a_reset_connection() -> None:
     """An error of the socket is a server that hung up, too."""
     with said_by_server(b"", hang_up=False) as (client, server):
