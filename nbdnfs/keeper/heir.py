@@ -140,6 +140,7 @@ class Heir:
             )
         # until then it has copies of all descriptors of this process
         if not _is_readable(ours, _READY_TIMEOUT_S) or not ours.recv(1):
+            end(self.pid)  # it would live for as long as this keeper, knowing nothing, and there can be one only
             raise TimeoutError("it does not answer")
         self._told = None
 

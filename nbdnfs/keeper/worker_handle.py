@@ -337,9 +337,4 @@ def _hang_up(control: socket.socket) -> None:
 def _is_readable(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    while True:
-        try:
-            return bool(poll.poll(0))
-        except OSError as error:
-            if error.errno != errno.EINTR:
-                raise
+    return bool(poll.poll(0))

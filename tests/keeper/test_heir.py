@@ -530,6 +530,19 @@ def test_one_that_does_not_answer(
         os.close(end)
 
 
+def test_one_that_does_not_answer_is_ended(keeping: heir.Heir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It would know nothing, and keep another one from being started."""
+    program = tmp_path / heir.COMMAND
+    program.symlink_to("/bin/sleep")
+    with subprocess.Popen([program, "1000"]) as process:
+        while not heir.is_heir(process.pid):  # until it has its own name
+            assert process.poll() is None
+        monkeypatch.setattr(heir, "_READY_TIMEOUT_S", 0.0)
+        monkeypatch.setattr(heir._heir, "start", lambda *_: process.pid)
+        keeping.keep(0.0, DEVICE, None, None, "")
+        assert process.wait(DEADLINE_S) == -signal.SIGKILL
+
+
 def test_what_it_is_told(keeping: heir.Heir, ends: list[socket.socket], scene: Scene) -> None:
     """The worker once that has a process, the parked standby, and the address; all of it when one of them changes, and
     nothing when none does."""
