@@ -476,9 +476,10 @@ def test_region_of_another_version_or_none_is_refused(library: ctypes.CDLL) -> N
     """Never guessed at: a version that is not ours, and bytes that are no region."""
     fd = os.memfd_create("region")
     Region(library, fd, IDENTITY, SLOTS).unmap()
-    os.pwrite(fd, (99).to_bytes(4, "little"), 8)
-    with pytest.raises(OSError, match="version 99"):
-        Region(library, fd, IDENTITY, SLOTS)
+    for version in (0, 99):
+        os.pwrite(fd, version.to_bytes(4, "little"), 8)
+        with pytest.raises(OSError, match=f"version {version}, "):
+            Region(library, fd, IDENTITY, SLOTS)
     os.pwrite(fd, b"garbage!", 0)
     with pytest.raises(OSError, match="not a region"):
         Region(library, fd, IDENTITY, SLOTS)

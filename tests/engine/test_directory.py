@@ -157,6 +157,38 @@ def test_a_server_that_puts_everything_off(nas: FakeNas, op: str, call: Callable
         call(export)
 
 
+def test_a_server_that_puts_off_what_has_little_time(nas: FakeNas) -> None:
+    """The time of the call is over before the server has put it off for too long: that is said."""
+    with contextlib.closing(NfsFile(nas.url("/export/x"), LOOPBACK, names_only=True, silence_ms=150)) as export:
+        nas.jukebox("FSSTAT")
+        with pytest.raises(NfsError, match="puts it off") as caught:
+            export.space()
+        assert caught.value.errno == errno.ETIMEDOUT
+        nas.end_faults()
+        assert export.space()["total"] == 2 << 30
+
+
+def test_a_server_that_was_slow_before(nas: FakeNas) -> None:
+    """What may be done once only has no more time because of that, and its error says that its time is over. An older
+    call that has more is made again.
+    """
+    with contextlib.closing(NfsFile(nas.url("/export/x"), LOOPBACK, names_only=True, silence_ms=500)) as export:
+        nas.drop("FSSTAT")
+        assert export.space()["total"] == 2 << 30
+        assert len(nas.calls("FSSTAT")) == 2
+        nas.drop("READDIRPLUS")
+        listing = in_background(export.names)
+        wait_until(lambda: nas.struck("READDIRPLUS"), "it has arrived")
+        nas.drop("REMOVE", executed=False)
+        with pytest.raises(NfsError, match="has not answered") as caught:
+            export.unlink("/one")
+        assert caught.value.errno == errno.ETIMEDOUT
+        assert sorted(listing.result(DEADLINE_S)) == ["one", "sub"]
+        assert len(nas.calls("REMOVE")) == 1
+        export.unlink("/one")
+    assert nas.names("/export") == ["sub"]
+
+
 @pytest.mark.parametrize("after", range(4))
 @pytest.mark.parametrize("fault", ["later", "refused", "silence", "another file"])
 def test_attributes_while_a_file_is_opened(nas: FakeNas, after: int, fault: str) -> None:

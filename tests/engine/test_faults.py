@@ -27,6 +27,7 @@ from support.fake_nfs import (
 from support.nfs_server import Ganesha
 from support.proxy import TcpProxy
 from support.small_filesystem import small_filesystem
+from support.sunrpc import u32
 from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
 from nbdnfs.engine import Engine
@@ -267,13 +268,15 @@ def test_soft_forgets_nothing_at_its_end(backing_file: FileOnServer, proxy: TcpP
     assert backing_file.path.read_bytes()[:PAGE] == data
 
 
+@pytest.mark.parametrize("pages", [SLOTS, SLOTS + 50])
 def test_the_end_says_what_it_waits_for(
-    backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine, said: SaidOnStderr
+    backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine, said: SaidOnStderr, pages: int
 ) -> None:
-    """One line, with the number of pages, those that repeat one word too. Nothing is said where it takes no time."""
+    """One line, with the number of pages, those that repeat one word too, also where these do not fit into the region
+    together. Nothing is said where it takes no time."""
     open_engine(backing_file.url()).close()
     engine = open_engine(backing_file.url(nfsport=proxy.port))
-    data = os.urandom(3 * PAGE) + b"".join(bytes([word]) * PAGE for word in range(1, 254))
+    data = os.urandom(3 * PAGE) + b"".join(bytes([1 + number % 255]) * PAGE for number in range(pages - 3))
     proxy.black_hole = True
     write_pages(engine, 0, data)
     closed = in_background(engine.close)
@@ -281,7 +284,7 @@ def test_the_end_says_what_it_waits_for(
     proxy.black_hole = False
     closed.result(DEADLINE_S)
     lines = [line for line in said.lines if "the end waits" in line]
-    assert lines == ["nbdnfs: the end waits for the server: 256 pages are still to be written (1 MiB)"]
+    assert lines == [f"nbdnfs: the end waits for the server: {pages} pages are still to be written (1 MiB)"]
     assert backing_file.path.read_bytes()[: len(data)] == data
 
 
@@ -452,6 +455,27 @@ def test_a_file_that_is_gone(fake: FakeNfsServer, open_engine: OpenEngine, said:
     assert [number for number, line in enumerate(said.lines) if "was deleted" in line or "was replaced" in line] == [0]
 
 
+def test_a_file_that_is_gone_and_then_another(fake: FakeNfsServer, open_engine: OpenEngine, said: SaidOnStderr) -> None:
+    """It is said once that requests fail from now on: of all connections, and whatever the name has later."""
+    engine = open_engine(fake.url(), gone_limit_ms=300, connections=2)
+    fileid, content = fake.fileid, fake.content
+    fake.fail("LOOKUP", NFS3ERR_NOENT)
+    fake.expire_handles()
+    for page in range(2):  # over each of them
+        with io_error():
+            in_background(read_pages, engine, page).result(DEADLINE_S)
+    wait_for_counter(engine, "file_state", REMOVED)
+    fake.replace(os.urandom(4 * MIB), fileid + 1)
+    fake.fail("LOOKUP", NFS3_OK)
+    wait_for_counter(engine, "file_state", REPLACED)
+    with io_error():
+        in_background(read_pages, engine, 2).result(DEADLINE_S)
+    fake.replace(content, fileid)
+    wait_for_counter(engine, "file_state", THERE)
+    assert read_pages(engine, 3) == content[3 * PAGE : 4 * PAGE]
+    assert sum("requests that need it fail from now on" in line for line in said.lines) == 1
+
+
 def test_an_export_that_is_mounted_late(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
     """A NAS that boots serves the folder before the disk with the file is there: everybody waits, nobody fails."""
     engine = open_engine(fake.url())
@@ -569,6 +593,45 @@ def test_a_cut_that_the_next_write_mends(fake: FakeNfsServer, open_engine: OpenE
     assert counter(engine, "file_state") == CUT
     with io_error():
         in_background(read_pages, engine, 500).result(DEADLINE_S)
+
+
+def test_what_was_cut_is_not_read_ahead(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
+    """Neither where the file ends, nor what lies there once it is long again."""
+    engine = open_engine(fake.url(), read_ahead_pages=64)
+    content, cut = fake.content, MIB // PAGE
+    fake.content = content[:MIB]
+    for page in range(cut - 64, cut):
+        assert read_pages(engine, page) == content[page * PAGE : (page + 1) * PAGE]
+    with io_error():
+        in_background(read_pages, engine, cut).result(DEADLINE_S)
+    assert counter(engine, "read_ahead_hits") > 0
+    before = len(fake.calls("READ"))
+    fake.content = content
+    for page in range(cut + 1, cut + 128):
+        with io_error():
+            in_background(read_pages, engine, page).result(DEADLINE_S)
+    assert max(call.count for call in fake.calls("READ")[before:]) > PAGE  # it was tried
+
+
+def test_a_page_that_is_wrong_and_then_not_there(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
+    """It is read again because of its checksum, and the server says that the file ends before it: EIO, for that."""
+    engine = open_engine(fake.url())
+    write_pages(engine, 9, os.urandom(PAGE))
+    fill_region(engine)
+    in_background(engine.flush).result(DEADLINE_S)
+    fill_region(engine)  # the first one out of it
+    in_background(engine.flush).result(DEADLINE_S)
+    fake.overwrite(9 * PAGE, os.urandom(PAGE))
+    before = len(fake.calls("READ"))
+
+    def change(result: bytes) -> bytes:
+        return result if len(fake.calls("READ")) == before + 1 else result[: -PAGE - 12] + u32(0, 1, 0)
+
+    fake.mangle("READ", change)
+    with io_error():
+        in_background(read_pages, engine, 9).result(DEADLINE_S)
+    assert (counter(engine, "checksum_rereads"), counter(engine, "checksum_failures")) == (1, 0)
+    assert len(fake.calls("READ")) == before + 4  # that it ends is believed when three answers say so
 
 
 # Writes that are repeated

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -13,14 +14,15 @@ from pathlib import Path
 import pytest
 from support.engines import PAGE, OpenEngine, opening, read_pages, write_pages_and_flush
 from support.fake_nas import FakeNas, Oddities
+from support.fake_nfs import NFS3ERR_ACCES
 from support.file_tree import SYMLINK, Node
 from support.nfs_server import LOOPBACK
 from support.owner_records import machine
 from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
-from nbdnfs.engine import Engine
+from nbdnfs.engine import Engine, NfsError
 from nbdnfs.nas import owner_record
-from nbdnfs.region import FILE_DELETED, FILE_THERE
+from nbdnfs.region import FILE_DELETED, FILE_REPLACED, FILE_THERE, OWNER_HELD
 
 PAGES = 64
 OPTIONS = {"region_pages": 256, "silence_ms": 300, "connect_timeout_s": 1}
@@ -117,7 +119,11 @@ def test_a_symbolic_link_on_the_way(nas: FakeNas, open_engine: OpenEngine, targe
 
 
 @pytest.mark.parametrize(
-    "target", ["way", "/elsewhere", "/exported/real", "x" * 1025, "nowhere", "x" * 256, "/exporter", "/export"]
+    "target",
+    [
+        *("way", "way/" + "x/" * 500, "/elsewhere", "/exported/real", "x" * 1025, "nowhere", "x" * 256, "/exporter"),
+        "/export",
+    ],
 )
 def test_a_symbolic_link_that_leads_nowhere(
     nas: FakeNas, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str], target: str
@@ -131,6 +137,7 @@ def test_a_symbolic_link_that_leads_nowhere(
     nas.expire_handles()
     reading = in_background(read_pages, engine, 30)
     said.wait_for("waiting for")
+    assert not target.startswith("way/") or "File name too long" in said.lines[0]  # and not too many links
     assert not reading.done()
     with nas.files():
         link.target = "real"
@@ -149,15 +156,36 @@ def test_a_symbolic_link_below_the_root(target: str) -> None:
         read_again(engine, content, 30)
 
 
+@pytest.mark.parametrize("stale", ["all handles", "the file's"])
 @pytest.mark.parametrize("target", ["real/swap", "/export/real/swap", "./real//swap"])
-def test_a_file_that_is_a_symbolic_link(nas: FakeNas, open_engine: OpenEngine, target: str) -> None:
+def test_a_file_that_is_a_symbolic_link(nas: FakeNas, open_engine: OpenEngine, target: str, stale: str) -> None:
     """Its name is one. An absolute target begins at what is mounted, which mountd has to say."""
     link = make_link(nas, "swap", "real/swap")
     engine, content = served(nas, open_engine, "/export/real/swap", "/export/swap")
     with nas.files():
         link.target = target
-    nas.expire_handles()
+    if stale == "all handles":
+        nas.expire_handles()
+    else:
+        put_back(nas, "/export/real", "swap")
+    mounts = len(nas.calls("MNT"))
     read_again(engine, content, 30)
+    assert len(nas.calls("MNT")) - mounts == (stale == "all handles" or target[0] == "/")
+
+
+def test_a_directory_in_the_files_place(nas: FakeNas, open_engine: OpenEngine) -> None:
+    """It has the file's name: that is another file. The old one is waited for."""
+    engine, content = served(nas, open_engine, "/export/swap")
+    with nas.files() as tree:
+        tree.remove(tree.make_directories("/export"), "swap")
+        tree.make_directories("/export/swap")
+    reading = in_background(read_pages, engine, 30)
+    wait_until(lambda: engine.counters()["file_state"] == FILE_REPLACED, "it is noticed")
+    assert not reading.done()
+    with nas.files() as tree:
+        tree.remove(tree.make_directories("/export"), "swap")
+        tree.add("/export/swap", content)
+    assert reading.result(DEADLINE_S) == content[30 * PAGE : 31 * PAGE]
 
 
 def test_the_file_was_deleted_and_mountd_is_dead(nas: FakeNas, open_engine: OpenEngine) -> None:
@@ -267,6 +295,33 @@ def test_a_directory_that_is_always_stale(
     assert in_background(read_pages, engine, 5).result(DEADLINE_S) == bytes(PAGE)
 
 
+@pytest.mark.parametrize("times", [1, None], ids=["once", "always"])
+def test_a_directory_that_was_not_found_at_first(nas: FakeNas, open_engine: OpenEngine, times: int | None) -> None:
+    """The file was, and the look-up of its directory, which only the owner's record needs, was refused: it is looked up
+    again before the first look. Where it is refused then, the look is."""
+    me = machine("box1")
+    nas.add("/export/a/swap", bytes(PAGES * PAGE))
+    record = f"/export/a/{owner_record.name_of('swap')}"
+    nas.add(record, owner_record.new(me, "keeper:swap0", None, "held", owner_record.TIMING).to_bytes())
+    owner = {"owner_path": f"/{owner_record.name_of('swap')}", "owner_identity": f"\nboot {me.boot}\n"}
+    open_engine(nas.url("/export/a/swap"), **owner).close()
+    names = [call.name for call in nas.calls("LOOKUP")]
+    of_the_directory = max(number for number, name in enumerate(names) if name == "a")
+    mounts, refreshed = len(nas.calls("MNT")), nas.content(record)
+    nas.fail("LOOKUP", NFS3ERR_ACCES, times=times, after=of_the_directory)
+    if times is None:
+        with pytest.raises(NfsError) as caught:
+            open_engine(nas.url("/export/a/swap"), **owner)
+        assert caught.value.errno == errno.EACCES
+        assert nas.content(record) == refreshed
+    else:
+        engine = open_engine(nas.url("/export/a/swap"), **owner)
+        assert nas.struck("LOOKUP")
+        assert engine.counters()["owner_state"] == OWNER_HELD
+        assert nas.content(record) != refreshed
+    assert len(nas.calls("MNT")) == 2 * mounts + 1
+
+
 @pytest.mark.long
 def test_a_read_that_is_refused_before_and_after_a_pause(nas: FakeNas, open_engine: OpenEngine) -> None:
     """Between the two there was no connection for longer than refusals are borne: the second is a first one again."""
@@ -303,7 +358,7 @@ def test_a_file_that_is_gone_before_and_after_a_silence(nas: FakeNas, open_engin
 
 
 MOVES = """
-import os, sys
+import os, socket, sys
 from support.engines import PAGE, opening, read_pages
 from support.fake_nas import FakeNas, Oddities
 from support.nfs_server import free_ports
@@ -324,12 +379,15 @@ with FakeNas(portmap_port=111) as nas:
         if "away" in sys.argv:  # portmapper comes later than the server
             nas._portmap_port = None
             nas.start()
-            wait_until(lambda: engine.counters()["disconnected"], "there is no connection")
+            with socket.create_server(("{host}", 111)) as another:
+                another.settimeout(DEADLINE_S)
+                another.accept()[0].close()
             nas._portmap_port = 111
         if "unknown" in sys.argv:  # to portmapper, which says 0
             nas.mutate(lambda call, message: record(message[:-4] + bytes(4)) if call.op == "PORTMAP" else None)
+            asked = len(nas.calls("PORTMAP"))
             nas.start()
-            wait_until(lambda: len(nas.calls("PORTMAP")) > 2, "it is asked again")
+            wait_until(lambda: len(nas.calls("PORTMAP")) > asked + 1, "it has answered, and is asked again")
             nas.mutate(None)
         nas.start()
         assert reading.result(DEADLINE_S) == content[5 * PAGE : 6 * PAGE]

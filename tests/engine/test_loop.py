@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engines import PAGE, opening
-from support.fake_nfs import NFS3ERR_ACCES, NFS3ERR_NOSPC, FakeNfsServer
+from support.fake_nfs import NFS3ERR_ACCES, NFS3ERR_NOENT, NFS3ERR_NOSPC, FakeNfsServer
 from support.nbd_client import FLAG_FUA, FLUSH, READ, TRIM, WRITE, NbdClient, Request
 from support.waiting import DEADLINE_S, in_background, wait_until
 
@@ -555,6 +555,19 @@ def test_a_read_that_the_server_refuses(serve: Callable[..., Served], fake: Fake
     assert errno_of(lambda: client.read(0, PAGE)) == errno.EIO
     fake.fail("READ", 0)
     assert len(client.read(0, PAGE)) == PAGE
+
+
+def test_a_file_that_is_gone(serve: Callable[..., Served], fake: FakeNfsServer) -> None:
+    """After gone_limit reads fail, the first ones on each connection and those that come later, until it is there."""
+    served = serve(gone_limit_ms=300)
+    client = served.client()
+    fake.fail("LOOKUP", NFS3ERR_NOENT)
+    fake.expire_handles()
+    for page in range(4):
+        assert errno_of(lambda page=page: client.read(page * PAGE, PAGE)) == errno.EIO
+    fake.fail("LOOKUP", 0)
+    wait_until(lambda: counter(served, "file_state") == region.FILE_THERE, "it is there again")
+    assert client.read(PAGE, PAGE) == fake.content[PAGE : 2 * PAGE]
 
 
 def test_a_soft_limit(serve: Callable[..., Served], fake: FakeNfsServer) -> None:

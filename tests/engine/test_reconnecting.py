@@ -121,14 +121,15 @@ def test_other_file_numbers_after_a_boot(fake: FakeNfsServer, open_engine: OpenE
         assert reading.result(DEADLINE_S) == page_of(fake, 200)
 
 
+@pytest.mark.parametrize("step", [1, 30], ids=["the first that is compared", "others are right"])
 def test_other_file_numbers_and_one_wrong_page(
-    fake: FakeNfsServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str]
+    fake: FakeNfsServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str], step: int
 ) -> None:
     """A copy from yesterday is not the file, even if most of it is the same."""
     engine = open_engine(fake.url(), gone_limit_ms=0)
     said = SaidOnStderr(capfd)
     for number in range(4):
-        write_pages_and_flush(engine, number, os.urandom(PAGE))
+        write_pages_and_flush(engine, number * step, os.urandom(PAGE))
     before = fake.content
     fake.replace(bytes(2 * PAGE) + before[2 * PAGE :], fake.fileid + 1)
     fake.crash()

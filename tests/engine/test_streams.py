@@ -172,6 +172,15 @@ def test_strides_to_the_end_of_the_device(reader: Reader, stride: int) -> None:
     assert reader.hits(reads[-3:]) == 1
 
 
+@pytest.mark.parametrize(
+    "reads", [range(410, 0, -100), range(510, 100, -100), range(DEVICE_PAGES - 750, DEVICE_PAGES - 300, 100)]
+)
+def test_strides_that_begin_before_the_end_of_the_device(reader: Reader, reads: range) -> None:
+    """What they would lead to lies beyond it, wholly or in part, at either end: nothing is fetched."""
+    reader.hits(reads)
+    assert reader.fetched == 0
+
+
 def test_what_could_not_be_fetched(reader: Reader) -> None:
     """There is room for some of it only: the rest is named again, and no walker loses pages for good."""
     assert reader.hits(walks([0, 9000, 18_000, 27_000], 400), room=8) >= 0.85

@@ -31,6 +31,7 @@ from support.fake_nfs import (
 )
 from support.nfs_server import LOOPBACK, Ganesha
 from support.proxy import TcpProxy
+from support.sunrpc import opaque
 from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
 from nbdnfs.engine import Engine, NfsError
@@ -557,6 +558,30 @@ def test_a_file_that_was_replaced_is_not_written_into(
     fake.replace(content, fileid)
     written.result(DEADLINE_S)
     assert fake.content == page + content[PAGE:]
+
+
+@pytest.mark.parametrize("how", ["it breaks", "less data than the answer says"])
+def test_a_connection_that_fails_while_the_file_is_recognised(
+    fake: FakeNfsServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str], how: str
+) -> None:
+    """By libnfs: it says nothing about the file. The next connection does, and everything goes on."""
+    engine = open_engine(fake.url(), transport="libnfs")
+    write_pages_and_flush(engine, 0, os.urandom(PAGE))
+    said = SaidOnStderr(capfd)
+    if how == "it breaks":
+        fake.hold("READ", times=1)
+    else:
+        fake.mangle("READ", lambda result: result[: -PAGE - 4] + opaque(result[-PAGE:][:1000]))
+    fake.expire_handles()
+    fake.disconnect()
+    if how == "it breaks":
+        fake.wait_for(1, DEADLINE_S)
+        fake.disconnect()
+    else:
+        said.wait_for("no connection (Protocol error)")
+        fake.mangle("READ", None)
+    assert in_background(read_pages, engine, 7).result(DEADLINE_S) == fake.content[7 * PAGE : 8 * PAGE]
+    assert not [line for line in said.lines if "another" in line]
 
 
 # The end

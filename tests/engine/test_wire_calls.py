@@ -285,7 +285,7 @@ def test_a_call_that_the_socket_has_no_room_for(pair: Pair) -> None:
 
 @pytest.mark.parametrize("has_attributes", [True, False])
 @pytest.mark.parametrize("first", [0, 4, 24, 40, 60, 200, 1000])
-@pytest.mark.parametrize("empty", [200, 253, 254, 255, 256, 300, 500, 1000])
+@pytest.mark.parametrize("empty", [200, 253, 254, 255, 256, 300, 500, 760, 1000])
 def test_fragments_without_bytes(pair: Pair, empty: int, first: int, has_attributes: bool) -> None:
     """So many of them that the room for the data has marks alone, before the head is there."""
     content = os.urandom(3000)
