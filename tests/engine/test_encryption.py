@@ -21,7 +21,7 @@ from support.nfs_server import LOOPBACK
 from support.waiting import DEADLINE_S, in_background
 
 from nbdnfs import region as shared_region
-from nbdnfs.engine import Engine
+from nbdnfs.engine import Engine, warm_cipher
 
 PAGE = 4096
 PAGES = 1024
@@ -330,6 +330,14 @@ def test_a_region_stays_as_it_was_made(
     write_pages_and_flush(second, 1, marked(1 + PAGES))
     assert [read_pages(second, page) for page in range(2, 300)] == [marked(page) for page in range(2, 300)]
     assert (MARKER in page_on_server(fake, 1)) is not encrypted
+
+
+@pytest.mark.parametrize("version", [0, *shared_region.ENCRYPTED])
+def test_a_cipher_is_warmed(version: int) -> None:
+    """For a region of a version, or of any. What a standby calls before its memory is locked has to exist."""
+    assert warm_cipher(version) is None
+    with pytest.raises(TypeError):
+        warm_cipher("aes")  # type: ignore[arg-type]
 
 
 # Opens an engine, and closes it when a line comes.
