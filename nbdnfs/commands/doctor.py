@@ -13,7 +13,6 @@ from pathlib import Path
 
 from nbdnfs import config
 from nbdnfs.commands import (
-    counters,
     file_checks,
     installation_checks,
     json_output,
@@ -22,8 +21,9 @@ from nbdnfs.commands import (
     status,
 )
 from nbdnfs.commands.findings import Finding, judge
+from nbdnfs.commands.health import Problem
 from nbdnfs.config import Config
-from nbdnfs.errors import NbdnfsError
+from nbdnfs.errors import NbdnfsError, NoInputError
 from nbdnfs.keeper import last_good
 from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import nbd_device
@@ -66,6 +66,12 @@ def exit_status(findings: list[Finding]) -> int:
 
 
 def _device(name: str, root: Path) -> Iterator[Finding]:
+    """All that is known of one device. What `status` calls a problem is bad here, too: its verdict is taken over."""
+    try:
+        found = status.read(name, root)
+    except NoInputError as error:
+        yield Finding(f"{name}: device", False, error.message, error.hint)
+        return
     realtime = True
     settings = None
     is_attached = nbd_device.find(nbd_device.backend_of(name), root) is not None
@@ -75,29 +81,33 @@ def _device(name: str, root: Path) -> Iterator[Finding]:
         yield judge(f"{name}: configuration", not problem, problem or "valid", f"correct it: nbdnfs check {name}")
     except NbdnfsError as error:
         yield Finding(f"{name}: configuration", False, error.message, error.hint)
-    if (refused := Records(name, root).read(Records.REFUSED)) is not None and not is_attached:
-        what, _, advice = refused.partition("\n")
-        yield Finding(f"{name}: last start", False, what, advice or f"see: journalctl -u nbdnfs@{name}")
+    for one in found.problems:
+        # where the same is found now, it is said above
+        if one.subject != status.CONFIGURATION or (settings is not None and not problem):
+            yield _of_status(name, one)
     if settings is not None:
         yield from _backing_file(settings, root)
     records = _records(name, root)
     if not records:
-        yield Finding(f"{name}: processes", True, "not up, nothing to check")
+        yield Finding(f"{name}: processes", True, "none to check")
     for role, record in records.items():
         yield from process_checks.process(f"{name}: {role}", record.pid, root, realtime=realtime)
-    if settings is not None and Records.WORKER in records:
-        yield from _pages(settings, records[Records.WORKER].pid, root)
+    if settings is not None and found.encrypted is not None:
+        yield _pages(settings, is_encrypted=found.encrypted)
 
 
-def _pages(settings: Config, worker_pid: int, root: Path) -> Iterator[Finding]:
+def _of_status(name: str, problem: Problem) -> Finding:
+    """The command at the end of a sentence of systemd's is not said twice."""
+    found = problem.text.removesuffix(f": {problem.advice}")
+    return Finding(f"{name}: {problem.subject}", False, found, problem.advice)
+
+
+def _pages(settings: Config, *, is_encrypted: bool) -> Finding:
     """What the device was started with may be no longer what its configuration says."""
-    reading = counters.of_worker(worker_pid, root)
-    if reading is None:
-        return
-    yield judge(
+    return judge(
         f"{settings.name}: pages",
-        reading.is_encrypted or not settings.encrypt,
-        f"{'' if reading.is_encrypted else 'not '}encrypted on the NAS",
+        is_encrypted or not settings.encrypt,
+        f"{'' if is_encrypted else 'not '}encrypted on the NAS",
         "the device was started without encryption, and the configuration asks for it: boot, or nbdnfs down"
         f" {settings.name} and nbdnfs up {settings.name}; or set encrypt = false, where network and server are trusted",
     )

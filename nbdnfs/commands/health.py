@@ -25,6 +25,7 @@ _FILE_PROBLEMS = {
     region.FILE_REPLACED: "the backing file was replaced on the server: nothing is written to the new file",
     region.FILE_TRUNCATED: "the backing file was truncated on the server: the pages behind its end are lost",
 }
+_WAIT = "swap goes on by itself when the server answers: look at the server, and at the network to it"
 _WRONG_CHECKSUM = (
     "pages had a wrong checksum: the server lost writes that it had confirmed (is the export 'async'?),"
     " or something else writes to the file"
@@ -46,10 +47,12 @@ _ORDER = (Level.OK, Level.WARNING, Level.UNKNOWN, Level.CRITICAL)
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong, in a sentence."""
+    """What is wrong, in a sentence; for doctor what that is about, and what to do."""
 
     level: Level
     text: str
+    subject: str = "status"
+    advice: str = ""
 
 
 def worst(levels: Iterable[Level]) -> Level:
@@ -57,22 +60,44 @@ def worst(levels: Iterable[Level]) -> Level:
     return max(levels, key=_ORDER.index, default=Level.OK)
 
 
-def of_region(reading: Reading) -> list[Problem]:
-    """The problems that a worker shows in its region: those of the server and of the file."""
+def restart(name: str) -> str:
+    """What to do where a device needs its file anew, as commands."""
+    return f"end what uses the swap, then: nbdnfs down {name}; nbdnfs up {name}"
+
+
+def put_back(name: str) -> str:
+    """What to do where the file is not under its name any more. Of a file that is deleted, nothing can be put back."""
+    return f"was it renamed or moved? on the NAS, put it back under its name. Else {restart(name)}"
+
+
+def of_region(reading: Reading, name: str) -> list[Problem]:
+    """The problems that the worker of the device `name` shows in its region: those of the server and of the file."""
     found = reading.counters
     problems = _of_server(found, reading.waits)
     if number(found, "owner_state") == region.OWNER_STOLEN:
-        problems.insert(0, Problem(Level.CRITICAL, STOLEN))
+        problems.insert(0, stolen())
     if number(found, "owner_state") == region.OWNER_UNSURE:
-        problems.append(Problem(Level.WARNING, "the owner record cannot be checked: writes wait until it can"))
+        text = "the owner record cannot be checked: writes wait until it can"
+        problems.append(Problem(Level.WARNING, text, "owner record", _WAIT))
     if file_state := number(found, "file_state"):
         unknown = f"the backing file is in the unknown state {file_state}"
-        problems.append(Problem(Level.CRITICAL, _FILE_PROBLEMS.get(file_state, unknown)))
+        text = _FILE_PROBLEMS.get(file_state, unknown)
+        can_return = file_state in (region.FILE_DELETED, region.FILE_REPLACED)
+        advice = put_back(name) if can_return else restart(name)
+        problems.append(Problem(Level.CRITICAL, text, "backing file", advice))
     if write_back_error := number(found, "write_back_error"):
-        problems.append(Problem(Level.CRITICAL, f"the server rejects writes ({os.strerror(write_back_error)})"))
+        text = f"the server rejects writes ({os.strerror(write_back_error)})"
+        advice = "mend that on the server: the pages wait meanwhile"
+        problems.append(Problem(Level.CRITICAL, text, "connection", advice))
     if number(found, "checksum_failures"):
-        problems.append(Problem(Level.CRITICAL, _WRONG_CHECKSUM))
+        advice = "export 'sync', and see who else can write there; what could not be read is lost"
+        problems.append(Problem(Level.CRITICAL, _WRONG_CHECKSUM, "backing file", advice))
     return problems
+
+
+def stolen() -> Problem:
+    """Another machine has the file."""
+    return Problem(Level.CRITICAL, STOLEN, "owner record", "what was swapped out is lost: reboot")
 
 
 def _of_server(found: Counters, waits: Waits | None) -> list[Problem]:
@@ -82,11 +107,13 @@ def _of_server(found: Counters, waits: Waits | None) -> list[Problem]:
     request_s = waits.oldest_request_s if waits is not None else 0.0
     if number(found, "disconnected"):
         since = f", unheard for {duration(unheard_s)}" if unheard_s >= 1 else ""
-        return [Problem(Level.CRITICAL, f"the server does not answer{since}")]
+        return [Problem(Level.CRITICAL, f"the server does not answer{since}", "connection", _WAIT)]
     if unheard_s >= UNHEARD_WARNING_S:
         level = Level.CRITICAL if unheard_s >= UNHEARD_CRITICAL_S else Level.WARNING
-        return [Problem(level, f"the server is unheard for {duration(unheard_s)}, and answers are outstanding")]
+        text = f"the server is unheard for {duration(unheard_s)}, and answers are outstanding"
+        return [Problem(level, text, "connection", _WAIT)]
     if request_s >= REQUEST_WARNING_S:
         level = Level.CRITICAL if request_s >= REQUEST_CRITICAL_S else Level.WARNING
-        return [Problem(level, f"a request of the kernel has waited for {duration(request_s)}")]
+        text = f"a request of the kernel has waited for {duration(request_s)}"
+        return [Problem(level, text, "connection", "see whether NFS write moves: nbdnfs top; the server may be busy")]
     return []

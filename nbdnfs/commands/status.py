@@ -26,6 +26,8 @@ from nbdnfs.sizes import SLOT_BYTES
 
 # Of the JSON: it grows when a key changes its meaning or goes, not when one is added.
 SCHEMA = 1
+# The subject of a problem that doctor finds by itself, too.
+CONFIGURATION = "configuration in use"
 
 
 @dataclass(frozen=True)
@@ -191,18 +193,16 @@ def read(
     swap = swap_area.find(attached.path, root) if attached is not None else None
     reading = counters.of_worker(worker.pid, root) if worker is not None else None
     state = records.read(Records.STATE)
-    problems = []
-    if state == Records.STOLEN and not _is_stolen(reading):
-        problems.append(Problem(Level.CRITICAL, health.STOLEN))
     if attached is None:
         if unit_state is None:
             unit_state = systemd_unit.why_not_running if root == Path("/") else lambda name: None
-        problems += _why_not_up(records, keeper, unit_state, is_stolen=bool(problems))
+        problems = _why_not_up(records, keeper, unit_state, is_stolen=state == Records.STOLEN)
     else:
-        problems += _what_is_missing(attached, swap, keeper, worker, reading)
-    if (wrong := records.read(Records.CONFIG_ERROR)) and attached is not None:
-        problems.append(Problem(Level.WARNING, f"it runs with its last good configuration: {wrong}"))
-    problems += health.of_region(reading) if reading is not None else []
+        problems = _what_is_missing(name, attached, swap, keeper, worker, reading)
+        problems += _wrong_configuration(records)
+    problems += health.of_region(reading, name) if reading is not None else []
+    if state == Records.STOLEN and all(problem.text != health.STOLEN for problem in problems):
+        problems.insert(0, health.stolen())  # the region may say so, too
     found = reading.counters if reading is not None else {}
     return Status(
         name=name,
@@ -229,12 +229,8 @@ def _setting(records: Records) -> bool | None:
     return settings.encrypt if settings is not None else None
 
 
-def _is_stolen(reading: Reading | None) -> bool:
-    """Whether the region says so, which health reports."""
-    return reading is not None and any(problem.text == health.STOLEN for problem in health.of_region(reading))
-
-
 def _what_is_missing(
+    name: str,
     attached: Attached,
     swap: Swap | None,
     keeper: ProcessRecord | None,
@@ -242,17 +238,28 @@ def _what_is_missing(
     reading: Reading | None,
 ) -> list[Problem]:
     """Of a device that is up. Without a keeper it works until its worker dies."""
+    journal = f"see why: journalctl -u nbdnfs@{name}"
+    up = f"nbdnfs up {name}"
     missing = {
-        Problem(Level.CRITICAL, "not in use as swap"): swap,
-        Problem(Level.WARNING, "no keeper is running"): keeper,
-        Problem(Level.CRITICAL, "no worker is running"): worker,
+        Problem(Level.CRITICAL, "not in use as swap", "device", f"{up} turns swap on again"): swap,
+        Problem(Level.WARNING, "no keeper is running", "keeper", f"{up}, or {journal}"): keeper,
+        Problem(Level.CRITICAL, "no worker is running", "worker", journal): worker,
     }
     problems = [problem for problem, part in missing.items() if part is None]
     if worker is not None and reading is None:
-        problems.append(
-            Problem(Level.UNKNOWN, f"unknown: the counters of process {worker.pid} cannot be read (run this as root)")
-        )
+        text = f"unknown: the counters of process {worker.pid} cannot be read (run this as root)"
+        problems.append(Problem(Level.UNKNOWN, text, "counters", f"sudo nbdnfs status {name}"))
     return problems
+
+
+def _wrong_configuration(records: Records) -> list[Problem]:
+    """Of a device that is up: the keeper has found it so at its start, and reads it again at its next."""
+    wrong = records.read(Records.CONFIG_ERROR)
+    if not wrong:
+        return []
+    advice = f"correct it: nbdnfs check {records.name}; then systemctl restart nbdnfs@{records.name}"
+    text = f"it runs with its last good configuration: {wrong}"
+    return [Problem(Level.WARNING, text, CONFIGURATION, advice)]
 
 
 def _why_not_up(
@@ -263,9 +270,19 @@ def _why_not_up(
     is_stolen: bool,
 ) -> list[Problem]:
     """The reason, as far as there is one: why the last start failed, what the keeper waits for, what systemd says."""
-    refused = (records.read(Records.REFUSED) or "").partition("\n")[0]
-    reasons = [refused, records.read(Records.WAITING)]
-    if keeper is None and not is_stolen and not any(reasons):
-        reasons.append(unit_state(records.name))
-    texts = [*([] if is_stolen else ["not up"]), *(reason for reason in reasons if reason)]
-    return [Problem(Level.CRITICAL, text) for text in texts]
+    name, reasons = records.name, []
+    journal = f"see: journalctl -u nbdnfs@{name}"
+    refused, _, advice = (records.read(Records.REFUSED) or "").partition("\n")
+    if refused:
+        reasons.append(Problem(Level.CRITICAL, refused, "last start", advice or journal))
+    waits_for = records.read(Records.WAITING)
+    if waits_for:
+        advice = f"it tries again by itself; after a change of the configuration: systemctl restart nbdnfs@{name}"
+        reasons.append(Problem(Level.CRITICAL, waits_for, "the keeper waits", advice))
+    if keeper is None and not is_stolen and not reasons and (unit := unit_state(name)):
+        _, _, command = unit.rpartition(": ")
+        reasons.append(Problem(Level.CRITICAL, unit, "unit", command if command != unit else journal))
+    if is_stolen:
+        return reasons
+    up = f"nbdnfs up {name}" if not reasons else "the next line says why"
+    return [Problem(Level.CRITICAL, "not up", "device", up), *reasons]

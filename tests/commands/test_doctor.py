@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """`nbdnfs doctor` on golden trees: a machine that is set up well, and each thing that can be wrong with one."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from nbdnfs.commands import counters, doctor, machine_checks
-from nbdnfs.commands.counters import Reading
+from nbdnfs.commands import counters, doctor, machine_checks, status
+from nbdnfs.commands.counters import Counters, Reading
 from nbdnfs.commands.findings import Finding
 from nbdnfs.config import Config
 from nbdnfs.errors import UnavailableError, UsageError
@@ -78,6 +79,33 @@ def process(
         f"proc/{pid}/comm": f"{name}\n",
         f"proc/{pid}/cmdline": command,
     }
+
+
+def up(policy: int = 2) -> dict[str, str]:
+    """swap0 is configured, up, and in use as swap: keeper 500, worker 300, /dev/nbd0."""
+    return {
+        **MACHINE,
+        **process(300, policy=policy),
+        **process(500, name="python3", policy=policy, command="python3\0-m\0nbdnfs\0run\0swap0\0"),
+        "etc/nbdnfs/swap0.toml": 'url = "nfs://nas/export/swap"\n',
+        "run/nbdnfs/swap0/worker": "300 7476 0.1.0\n",
+        "run/nbdnfs/swap0/keeper": "500 7476 0.1.0\n",
+        "run/nbdnfs/swap0/state": "watch\n",
+        "run/nbdnfs/swap0/address": "nfs://nas/export/swap\n192.0.2.7\n",
+        "sys/block/nbd0/size": "16\n",
+        "sys/block/nbd0/pid": "300\n",
+        "sys/block/nbd0/backend": "nbdnfs:swap0\n",
+        "proc/swaps": "Filename Type Size Used Priority\n/dev/nbd0 partition 8 0 100\n",
+        "run/systemd/sleep.conf.d/nbdnfs@swap0.conf": "x",
+    }
+
+
+@pytest.fixture
+def region(monkeypatch: pytest.MonkeyPatch) -> Counters:
+    """What the worker's region shows: nothing bad. The files of proc_pid_fd(5) cannot be made."""
+    found: dict[str, int | list[int]] = {}
+    monkeypatch.setattr(counters, "of_worker", lambda pid, root: Reading(found, is_encrypted=True))
+    return found
 
 
 def bad(root: Path, name: str | None = None) -> dict[str, Finding]:
@@ -189,19 +217,11 @@ def test_an_unsafe_worker(tmp_path: Path, wrong: dict[str, int], subject: str) -
     assert list(bad(tmp_path)) == [subject]
 
 
+@pytest.mark.usefixtures("region")
 def test_a_device(tmp_path: Path) -> None:
     """The configuration, and the keeper and the worker of the records; realtime = false is respected."""
-    write(
-        tmp_path,
-        {
-            **MACHINE,
-            **process(300, policy=0),
-            **process(500, name="python3", policy=0, command="python3\0-m\0nbdnfs\0run\0swap0\0"),
-            "etc/nbdnfs/swap0.toml": 'url = "nfs://nas/export/swap"\nrealtime = false\n',
-            "run/nbdnfs/swap0/worker": "300 7476 0.1.0\n",
-            "run/nbdnfs/swap0/keeper": "500 7476 0.1.0\n",
-        },
-    )
+    write(tmp_path, up(policy=0))
+    write(tmp_path, {"etc/nbdnfs/swap0.toml": 'url = "nfs://nas/export/swap"\nrealtime = false\n'})
     assert bad(tmp_path, "swap0") == {}
     subjects = {one.subject for one in doctor.examine("swap0", tmp_path)}
     assert {"swap0: worker, memory", "swap0: keeper, memory", "swap0: configuration"} <= subjects
@@ -229,20 +249,16 @@ def test_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encrypted: bool,
     assert ("nbdnfs down swap0 and nbdnfs up swap0" in found.advice) is not good
 
 
+@pytest.mark.usefixtures("region")
 def test_a_bad_configuration_of_a_device_that_is_up(tmp_path: Path) -> None:
     """It is one bad finding. The rest is judged by what the device runs with."""
     write(
         tmp_path,
         {
-            **MACHINE,
-            **process(300, policy=0),
+            **up(policy=0),
             "etc/nbdnfs/swap0.toml": "siez = 1\n",
-            "run/nbdnfs/swap0/worker": "300 7476 0.1.0\n",
             "run/nbdnfs/swap0/config": last_good.to_text(Config("swap0", "nfs://nas/export/swap", realtime=False)),
-            "sys/block/nbd0/size": "16\n",
-            "sys/block/nbd0/pid": "300\n",
-            "sys/block/nbd0/backend": "nbdnfs:swap0\n",
-            "run/systemd/sleep.conf.d/nbdnfs@swap0.conf": "x",
+            "run/nbdnfs/swap0/config_error": "unknown key 'siez'\n",
         },
     )
     found = bad(tmp_path, "swap0")
@@ -268,8 +284,10 @@ def test_hibernation(tmp_path: Path, states: str, drop_in: str, good: bool) -> N
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
-    """A missing configuration makes a bad finding; a name that no device can have is an error."""
-    assert list(bad(write(tmp_path, MACHINE), "swap0")) == ["swap0: configuration"]
+    """It makes one bad finding; a name that no device can have is an error."""
+    assert bad(write(tmp_path, MACHINE), "swap0") == {
+        "swap0: device": Finding("swap0: device", False, "there is no device 'swap0'", "write /etc/nbdnfs/swap0.toml"),
+    }
     with pytest.raises(UsageError):
         doctor.examine("../etc", tmp_path)
 
@@ -277,12 +295,72 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
 def test_a_start_that_failed(tmp_path: Path) -> None:
     """Why the last keeper ended for good makes a bad finding, with its own advice, while the device is not up."""
     write(tmp_path, {**MACHINE, "etc/nbdnfs/swap0.toml": 'url = "nfs://nas/export/swap"\n'})
-    assert bad(tmp_path, "swap0") == {}
+    assert bad(tmp_path, "swap0") == {
+        "swap0: device": Finding("swap0: device", False, "not up", "nbdnfs up swap0"),
+    }
     refused = "x is in use as swap by box2\nrun nbdnfs down there\n"
     write(tmp_path, {"run/nbdnfs/.swap0.refused": refused})
     assert bad(tmp_path, "swap0") == {
+        "swap0: device": Finding("swap0: device", False, "not up", "the next line says why"),
         "swap0: last start": Finding("swap0: last start", False, *refused.splitlines()),
     }
+
+
+def test_a_keeper_that_waits(tmp_path: Path) -> None:
+    """Why it does so is a bad finding, and the advice says that it does not read a changed configuration by itself."""
+    write(tmp_path, {name: text for name, text in up().items() if "nbd0" not in name and not name.endswith("worker")})
+    write(tmp_path, {"run/nbdnfs/swap0/waiting": "/export has no directory swpa\n"})
+    found = bad(tmp_path, "swap0")
+    assert list(found) == ["swap0: device", "swap0: the keeper waits"]
+    assert found["swap0: the keeper waits"].found == "/export has no directory swpa"
+    assert "systemctl restart nbdnfs@swap0" in found["swap0: the keeper waits"].advice
+
+
+def test_what_systemd_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why a device that is configured is not up, and the command once."""
+    write(tmp_path, {**MACHINE, "etc/nbdnfs/swap0.toml": 'url = "nfs://nas/export/swap"\n'})
+    read = status.read
+    text = "nbdnfs@swap0.service is not started: systemctl enable --now nbdnfs@swap0.service"
+    monkeypatch.setattr(status, "read", lambda name, root: read(name, root, lambda name: text))
+    assert bad(tmp_path, "swap0")["swap0: unit"] == Finding("swap0: unit", False, *text.split(": "))
+
+
+@pytest.mark.parametrize(
+    ("files", "shown"),
+    [
+        ({}, {"file_state": 1}),
+        ({}, {"file_state": 2}),
+        ({}, {"file_state": 3}),
+        ({}, {"write_back_error": errno.ENOSPC}),
+        ({}, {"checksum_failures": 1}),
+        ({}, {"disconnected": 1}),
+        ({}, {"owner_state": 2}),
+        ({}, {"owner_state": 3}),
+        ({"proc/swaps": ""}, {}),
+        ({"proc/300/stat": ""}, {}),
+        ({"proc/500/stat": ""}, {}),
+        ({"sys/block/nbd0/backend": ""}, {}),
+        ({"run/nbdnfs/swap0/state": "stolen\n"}, {}),
+        ({"run/nbdnfs/swap0/config_error": "unknown key 'siez'\n"}, {}),
+    ],
+)
+def test_never_green_where_status_is_not(
+    tmp_path: Path, region: dict[str, int], files: dict[str, str], shown: dict[str, int]
+) -> None:
+    """Each problem of `status` is a bad finding, with what to do."""
+    write(tmp_path, up())
+    assert status.read("swap0", tmp_path).is_green
+    assert bad(tmp_path, "swap0") == {}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        if not text:
+            (tmp_path / name).unlink()
+    region.update(shown)
+    texts = status.read("swap0", tmp_path).texts
+    found = [one for one in doctor.examine("swap0", tmp_path) if not one.good]
+    assert texts
+    assert set(texts) <= {one.found for one in found}
+    assert all(one.advice for one in found)
 
 
 def test_without_proc(tmp_path: Path) -> None:
