@@ -15,8 +15,8 @@ from nbdnfs import config, quantities
 from nbdnfs.commands import check, counters, health, json_output, systemd_unit
 from nbdnfs.commands.counters import Counters, Reading, Waits, number
 from nbdnfs.commands.health import Level, Problem
-from nbdnfs.errors import NbdnfsError, NoInputError, PermissionDeniedError, UsageError
-from nbdnfs.keeper import last_good
+from nbdnfs.errors import NbdnfsError, NoInputError, PermissionDeniedError, UnreadableError, UsageError
+from nbdnfs.keeper import last_good, only_keeper
 from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import nbd_device, swap_area
 from nbdnfs.kernel import state as kernel_state
@@ -138,15 +138,41 @@ def run(args: argparse.Namespace) -> int:
 
 
 def names(root: Path = Path("/")) -> list[str]:
-    """The devices that are configured or up, in order. What cannot be the name of a device is left out.
+    """The devices that are configured or up, in order. What cannot be the name of a device is left out, and so is one
+    of which nothing but records is left, or their empty folder: systemd keeps that (RuntimeDirectoryPreserve=).
 
     PermissionDeniedError: a folder cannot be read.
     """
     try:
-        found = {*config.names(root), *filter(_is_name, Records.names(root))}
+        found = set(config.names(root))
+        recorded = [name for name in Records.names(root) if _is_name(name) and name not in found]
+        found.update(name for name in recorded if _is_left(Records(name, root)))
     except OSError as error:
         raise PermissionDeniedError(f"cannot read {error.filename}: {error.strerror}", "run this as root") from None
     return sorted(found)
+
+
+def _is_left(records: Records) -> bool:
+    """Whether there is anything of a device without a configuration: itself, a process; or a theft to be told of.
+    What cannot be looked at is there."""
+    try:
+        return (
+            only_keeper.is_up(records, records.root)
+            or any(records.living(role) for role in (Records.WORKER, Records.STANDBY))
+            or records.read(Records.STATE) == Records.STOLEN
+        )
+    except (UnreadableError, OSError):
+        return True
+
+
+def require(name: str, root: Path = Path("/")) -> None:
+    """UsageError: no device can have this name. NoInputError: the device is neither configured nor up."""
+    config.check_name(name)
+    if nbd_device.find(nbd_device.backend_of(name), root) is None and name not in names(root):
+        known = ", ".join(names(root))
+        raise NoInputError(
+            f"there is no device '{name}'", f"there are: {known}" if known else f"write /etc/nbdnfs/{name}.toml"
+        )
 
 
 def _is_name(name: str) -> bool:
@@ -182,13 +208,9 @@ def read(
     """
     config.check_name(name)
     kernel_state.require_proc(root)
+    require(name, root)
     records = Records(name, root)
     attached = nbd_device.find(nbd_device.backend_of(name), root)
-    if attached is None and name not in names(root):
-        known = ", ".join(names(root))
-        raise NoInputError(
-            f"there is no device '{name}'", f"there are: {known}" if known else f"write /etc/nbdnfs/{name}.toml"
-        )
     keeper, worker = records.living(Records.KEEPER), records.living(Records.WORKER)
     swap = swap_area.find(attached.path, root) if attached is not None else None
     reading = counters.of_worker(worker.pid, root) if worker is not None else None

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from nbdnfs import config, quantities
+from nbdnfs import quantities
 from nbdnfs.commands import counters, status
 from nbdnfs.commands.counters import Counters
 from nbdnfs.commands.frame import Frame
@@ -23,12 +23,13 @@ SCHEMA = 1
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show the activity until Ctrl-C, or `--count` times. UsageError: an option is out of range; others as `watch`."""
+    """Show the activity until Ctrl-C, or `--count` times. UsageError: an option is out of range; others as
+    `status.require` and `watch`."""
     interval_s = quantities.parse_duration_s(args.interval)
     if interval_s <= 0 or (args.count is not None and args.count < 1):
         raise UsageError("--interval and --count must be greater than zero", "for example --interval 2s --count 5")
     if args.name is not None:
-        config.check_name(args.name)
+        status.require(args.name)
     show([args.name] if args.name else [], interval_s=interval_s, count=args.count, as_json=args.json)
     return 0
 

@@ -292,6 +292,14 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
         doctor.examine("../etc", tmp_path)
 
 
+def test_a_device_that_is_gone(tmp_path: Path) -> None:
+    """Of one that was removed, the empty folder of its records is left. It is not looked at; asked for, it is none."""
+    write(tmp_path, MACHINE)
+    (tmp_path / "run/nbdnfs/swap1").mkdir(parents=True)
+    assert bad(tmp_path) == {}
+    assert bad(tmp_path, "swap1")["swap1: device"].found == "there is no device 'swap1'"
+
+
 def test_a_start_that_failed(tmp_path: Path) -> None:
     """Why the last keeper ended for good makes a bad finding, with its own advice, while the device is not up."""
     write(tmp_path, {**MACHINE, "etc/nbdnfs/swap0.toml": 'url = "nfs://nas/export/swap"\n'})

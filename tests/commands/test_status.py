@@ -15,7 +15,7 @@ from nbdnfs.commands import counters, health, status
 from nbdnfs.commands.counters import Counters, Reading, Waits
 from nbdnfs.commands.health import Level
 from nbdnfs.config import Config
-from nbdnfs.errors import NoInputError, UnavailableError, UsageError
+from nbdnfs.errors import NoInputError, UnavailableError, UnreadableError, UsageError
 from nbdnfs.keeper import last_good
 from nbdnfs.keeper.records import Records
 
@@ -155,9 +155,40 @@ def test_why_the_last_start_failed(root: Path) -> None:
     assert status.read("swap0", root).texts == ["not up"]
 
 
-def test_names(root: Path) -> None:
-    """Devices that are configured, and devices that are up without a configuration."""
+@pytest.mark.parametrize(
+    ("files", "is_listed"),
+    [
+        ({}, False),
+        ({"run/nbdnfs/old/state": "watch\n", "run/nbdnfs/old/worker": "12 1 1.0\n"}, False),
+        ({"run/nbdnfs/old/worker": "11 200 1.0\n"}, True),
+        ({"run/nbdnfs/old/standby": "11 200 1.0\n"}, True),
+        ({"run/nbdnfs/old/keeper": "10 100 1.0\n"}, True),
+        ({"run/nbdnfs/old/state": "stolen\n"}, True),
+        ({"sys/block/nbd4/backend": "nbdnfs:old\n", "sys/block/nbd4/pid": "9\n", "sys/block/nbd4/size": "8\n"}, True),
+        ({"etc/nbdnfs/old.toml": ""}, True),
+    ],
+)
+def test_names(root: Path, files: dict[str, str], is_listed: bool) -> None:
+    """Devices that are configured, and devices without a configuration of which there is more than a folder."""
     (root / "run/nbdnfs/old").mkdir()
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    assert status.names(root) == (["old", "swap0"] if is_listed else ["swap0"])
+    assert [one.name for one in status.read_all(root)] == status.names(root)
+    if not is_listed:
+        with pytest.raises(NoInputError, match="there is no device 'old'"):
+            status.read("old", root)
+
+
+def test_names_that_cannot_be_looked_at(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever may be there is listed."""
+
+    def fail(records: Records, key: str) -> None:
+        raise UnreadableError("cannot read the record: Too many open files")
+
+    (root / "run/nbdnfs/old").mkdir()
+    monkeypatch.setattr(Records, "living", fail)
     assert status.names(root) == ["old", "swap0"]
 
 
@@ -239,7 +270,7 @@ def test_one_bad_entry(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of other programs, of damaged records: the others are reported all the same."""
     (root / "run/nbdnfs/not a device").mkdir()
     os.mkdir(os.fsencode(root / "run/nbdnfs") + b"/\xff")
-    (root / "run/nbdnfs/bad").mkdir()
+    (root / "etc/nbdnfs/bad.toml").write_text("")
     monkeypatch.setattr(status, "read", spoilt(status.read, "bad"))
     assert status.names(root) == ["bad", "swap0"]
     bad, good = status.read_all(root)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 from pathlib import Path
@@ -84,3 +85,10 @@ def test_nothing_to_watch(tmp_path: Path) -> None:
         next(top.watch(["swap0"], root=tmp_path))
     assert "swap0" in caught.value.message
     assert caught.value.hint == "see why: nbdnfs status; only root can read a region"
+
+
+def test_no_such_device() -> None:
+    """A name of which there is nothing is no device whose worker has ended."""
+    arguments = argparse.Namespace(name="no-such-device", interval="1s", count=1, json=False)
+    with pytest.raises(NoInputError, match="there is no device 'no-such-device'"):
+        top.run(arguments)
