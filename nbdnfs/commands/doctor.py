@@ -7,11 +7,12 @@ Changes nothing, and works without root, though it sees less then.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from nbdnfs import config
+from nbdnfs import config, nfs_url
 from nbdnfs.commands import (
     file_checks,
     installation_checks,
@@ -23,7 +24,7 @@ from nbdnfs.commands import (
 from nbdnfs.commands.findings import Finding, judge
 from nbdnfs.commands.health import Problem
 from nbdnfs.config import Config
-from nbdnfs.errors import NbdnfsError, NoInputError
+from nbdnfs.errors import NbdnfsError, NoInputError, UsageError
 from nbdnfs.keeper import last_good
 from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import nbd_device
@@ -72,28 +73,53 @@ def _device(name: str, root: Path) -> Iterator[Finding]:
     except NoInputError as error:
         yield Finding(f"{name}: device", False, error.message, error.hint)
         return
-    realtime = True
-    settings = None
-    is_attached = nbd_device.find(nbd_device.backend_of(name), root) is not None
-    try:
-        settings, problem = last_good.load(Records(name, root), is_attached=is_attached)
-        realtime = settings.realtime
-        yield judge(f"{name}: configuration", not problem, problem or "valid", f"correct it: nbdnfs check {name}")
-    except NbdnfsError as error:
-        yield Finding(f"{name}: configuration", False, error.message, error.hint)
-    for one in found.problems:
-        # where the same is found now, it is said above
-        if one.subject != status.CONFIGURATION or (settings is not None and not problem):
-            yield _of_status(name, one)
+    settings, configuration = _configuration(Records(name, root), is_attached=found.device is not None)
+    yield configuration
+    for problem in found.problems:
+        if configuration.good or problem.subject != status.CONFIGURATION:  # else it has been said
+            yield _of_status(name, problem)
     if settings is not None:
         yield from _backing_file(settings, root)
     records = _records(name, root)
     if not records:
         yield Finding(f"{name}: processes", True, "none to check")
+    realtime = settings is None or settings.realtime
     for role, record in records.items():
         yield from process_checks.process(f"{name}: {role}", record.pid, root, realtime=realtime)
     if settings is not None and found.encrypted is not None:
         yield _pages(settings, is_encrypted=found.encrypted)
+
+
+def _configuration(records: Records, *, is_attached: bool) -> tuple[Config | None, Finding]:
+    """The settings by which the device is judged, and whether they are the configuration's. One that is attached stays
+    on the file that it was started with, whatever its configuration says since."""
+    name = records.name
+    subject = f"{name}: configuration"
+    try:
+        settings, problem = last_good.load(records, is_attached=is_attached)
+    except NbdnfsError as error:
+        return None, Finding(subject, False, error.message, error.hint)
+    if problem:
+        return settings, Finding(subject, False, problem, f"correct it: nbdnfs check {name}")
+    used = _url_in_use(records) if is_attached else None
+    if used is None or used == settings.url:
+        return settings, Finding(subject, True, "valid")
+    # its size is that of the file that it names
+    in_use = dataclasses.replace(settings, url=used, size_bytes=0, owner=records.read(Records.OWNER) != "no")
+    return in_use, Finding(
+        subject,
+        False,
+        f"it names {settings.url}, and the device uses {used} until nbdnfs down",
+        f"a mistake? correct url =. Meant? nbdnfs down {name}; nbdnfs up {name}",
+    )
+
+
+def _url_in_use(records: Records) -> str | None:
+    """Of a device that is attached, in the canonical form. None where no keeper has recorded it."""
+    try:
+        return nfs_url.parse_recorded((records.read(Records.ADDRESS) or "").partition("\n")[0]).text
+    except UsageError:
+        return None
 
 
 def _of_status(name: str, problem: Problem) -> Finding:

@@ -266,6 +266,32 @@ def test_a_bad_configuration_of_a_device_that_is_up(tmp_path: Path) -> None:
     assert "unknown key 'siez'; the device runs with the last good one" in found["swap0: configuration"].found
 
 
+@pytest.mark.usefixtures("region")
+def test_a_configuration_that_names_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a device that is up, that is said first, with both and what to do. The file in use is looked at."""
+    looked_at: list[Config] = []
+    monkeypatch.setattr(doctor, "_backing_file", lambda settings, root: looked_at.append(settings) or ())
+    write(tmp_path, {**up(), "etc/nbdnfs/swap0.toml": 'url = "nfs://nas/swpa/box"\nsize = "1G"\n'})
+    findings = [one for one in doctor.examine("swap0", tmp_path) if one.subject.startswith("swap0")]
+    assert findings[0] == Finding(
+        "swap0: configuration",
+        False,
+        "it names nfs://nas/swpa/box, and the device uses nfs://nas/export/swap until nbdnfs down",
+        "a mistake? correct url =. Meant? nbdnfs down swap0; nbdnfs up swap0",
+    )
+    assert [one.subject for one in findings if not one.good] == ["swap0: configuration"]
+    assert [(one.url, one.size_bytes) for one in looked_at] == [("nfs://nas/export/swap", 0)]
+
+
+@pytest.mark.usefixtures("region")
+@pytest.mark.parametrize("recorded", ["nfs://nas/export/swap\n192.0.2.7\n", "damaged\n", ""])
+def test_a_configuration_that_names_the_file_in_use(tmp_path: Path, recorded: str) -> None:
+    """In whatever form; and without a record, nothing is known to differ."""
+    write(tmp_path, {**up(), "etc/nbdnfs/swap0.toml": 'url = "nfs://nas/export/%73wap"\n'})
+    (tmp_path / "run/nbdnfs/swap0/address").write_text(recorded)
+    assert bad(tmp_path, "swap0") == {}
+
+
 @pytest.mark.parametrize(
     ("states", "drop_in", "good"),
     [
