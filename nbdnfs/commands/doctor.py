@@ -15,6 +15,7 @@ from pathlib import Path
 from nbdnfs import config, nfs_url
 from nbdnfs.commands import (
     file_checks,
+    file_in_use,
     installation_checks,
     json_output,
     machine_checks,
@@ -79,7 +80,7 @@ def _device(name: str, root: Path) -> Iterator[Finding]:
         if configuration.good or problem.subject != status.CONFIGURATION:  # else it has been said
             yield _of_status(name, problem)
     if settings is not None:
-        yield from _backing_file(settings, root)
+        yield from _backing_file(settings, found.worker_pid, root)
     records = _records(name, root)
     if not records:
         yield Finding(f"{name}: processes", True, "none to check")
@@ -139,7 +140,7 @@ def _pages(settings: Config, *, is_encrypted: bool) -> Finding:
     )
 
 
-def _backing_file(settings: Config, root: Path) -> Iterator[Finding]:
+def _backing_file(settings: Config, worker_pid: int | None, root: Path) -> Iterator[Finding]:
     """Asks the server, so that it is not done for another root. Servers may refuse who is not root (exports(5))."""
     if root != kernel_state.ROOT:
         return
@@ -147,7 +148,11 @@ def _backing_file(settings: Config, root: Path) -> Iterator[Finding]:
         yield Finding(f"{settings.name}: server", True, "not asked: only root can")
         return
     attached = nbd_device.find(nbd_device.backend_of(settings.name), root)
-    yield from file_checks.backing_file(settings, attached.size_bytes if attached is not None else None)
+    yield from file_checks.backing_file(
+        settings,
+        attached.size_bytes if attached is not None else None,
+        used_file_id=file_in_use.file_id(worker_pid, root) if worker_pid is not None else None,
+    )
 
 
 def _records(name: str, root: Path) -> dict[str, ProcessRecord]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from nbdnfs import nfs_url, quantities, swap_header
+from nbdnfs.commands import health
 from nbdnfs.commands.findings import Finding, judge
 from nbdnfs.config import Config
 from nbdnfs.errors import NbdnfsError, UnavailableError
@@ -38,6 +39,7 @@ class FileFacts:
     head     its first 64 KiB
     record   what has the name of its owner record
     me       this machine, as the record names it
+    file_id  its number on the server
     """
 
     address: str
@@ -46,6 +48,7 @@ class FileFacts:
     head: bytes
     record: FoundRecord
     me: Identity
+    file_id: int | None = None
 
 
 def within(seconds: float, work: Callable[[], T], what: str) -> T:
@@ -74,11 +77,12 @@ def backing_file(
     settings: Config,
     attached_bytes: int | None,
     *,
+    used_file_id: int | None = None,
     look: Callable[[str], FileFacts | None] | None = None,
     deadline_s: float = DEADLINE_S,
 ) -> Iterator[Finding]:
     """The findings about the file of a device. `attached_bytes` is the size of its block device, None when it is not
-    up."""
+    up. `used_file_id`: the number of the file that its worker uses, where that is known."""
     name = settings.name
     try:
         found = within(deadline_s, lambda: (look or _look)(settings.url), nfs_url.parse(settings.url).host)
@@ -89,6 +93,9 @@ def backing_file(
         yield from _missing(settings, attached_bytes)
         return
     yield Finding(f"{name}: server", True, f"answers ({found.address})")
+    if attached_bytes is not None and None not in (used_file_id, found.file_id) and used_file_id != found.file_id:
+        yield _other_file(name, f"the server has another file under this name now (number {found.file_id})")
+        return  # what that one is like says nothing about the device's
     yield judge(
         f"{name}: file mode",
         found.mode == _MODE,
@@ -104,7 +111,7 @@ def _missing(settings: Config, attached_bytes: int | None) -> Iterator[Finding]:
     name = settings.name
     yield Finding(f"{name}: server", True, "answers")
     if attached_bytes is not None:
-        yield Finding(f"{name}: file", False, "gone from the server, and the device uses it", "stop using it now")
+        yield _other_file(name, "the server has no file of this name any more")
     elif settings.size_bytes:
         yield Finding(f"{name}: file", True, "does not exist yet; the first start makes it")
     else:
@@ -116,6 +123,16 @@ def _missing(settings: Config, attached_bytes: int | None) -> Iterator[Finding]:
         )
 
 
+def _other_file(name: str, what: str) -> Finding:
+    """Of a device that is up. A worker holds its file by a handle, which a file keeps when it is renamed."""
+    return Finding(
+        f"{name}: file",
+        False,
+        f"{what}; the device may still reach its own by its handle, and nothing need be lost yet",
+        health.put_back(name),
+    )
+
+
 def _size(settings: Config, found: FileFacts, attached_bytes: int | None) -> Finding:
     size = quantities.format_size
     subject = f"{settings.name}: file size"
@@ -124,7 +141,7 @@ def _size(settings: Config, found: FileFacts, attached_bytes: int | None) -> Fin
             subject,
             False,
             f"{size(found.size_bytes)}, and the device has {size(attached_bytes)}",
-            "the file was truncated: what lay behind its end is lost; stop using it",
+            f"the file was truncated: what lay behind its end is lost; {health.restart(settings.name)}",
         )
     return judge(
         subject,
@@ -205,4 +222,5 @@ def _look(url: str) -> FileFacts | None:
             head = bytearray(min(swap_header.HEAD_BYTES, stat["size"]))
             count = file.pread(head, 0) if head else 0
         record = RecordFile(target, address).read()
-    return FileFacts(address, stat["size"], stat["mode"] & 0o7777, bytes(head[:count]), record, owner_record.identity())
+    me = owner_record.identity()
+    return FileFacts(address, stat["size"], stat["mode"] & 0o7777, bytes(head[:count]), record, me, stat["ino"])

@@ -270,7 +270,7 @@ def test_a_bad_configuration_of_a_device_that_is_up(tmp_path: Path) -> None:
 def test_a_configuration_that_names_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a device that is up, that is said first, with both and what to do. The file in use is looked at."""
     looked_at: list[Config] = []
-    monkeypatch.setattr(doctor, "_backing_file", lambda settings, root: looked_at.append(settings) or ())
+    monkeypatch.setattr(doctor, "_backing_file", lambda settings, pid, root: looked_at.append(settings) or ())
     write(tmp_path, {**up(), "etc/nbdnfs/swap0.toml": 'url = "nfs://nas/swpa/box"\nsize = "1G"\n'})
     findings = [one for one in doctor.examine("swap0", tmp_path) if one.subject.startswith("swap0")]
     assert findings[0] == Finding(

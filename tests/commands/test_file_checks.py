@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from pathlib import Path
 
 import pytest
+from support.engines import OpenEngine
 from support.nfs_server import FileOnServer, Ganesha
 from support.owner_records import HOLDER, machine
 
-from nbdnfs.commands import file_checks
+from nbdnfs import region
+from nbdnfs.commands import file_checks, file_in_use
 from nbdnfs.commands.file_checks import FileFacts
 from nbdnfs.commands.findings import Finding
 from nbdnfs.config import Config
@@ -74,7 +77,7 @@ def test_all_is_well() -> None:
             "owner record",
             "whose owner record is damaged owns",
         ),
-        (None, "file", "gone from the server"),
+        (None, "file", "no file of this name any more; the device may still reach its own by its handle"),
     ],
 )
 def test_what_is_wrong_with_a_device_that_is_up(found: FileFacts | None, subject: str, words: str) -> None:
@@ -82,6 +85,60 @@ def test_what_is_wrong_with_a_device_that_is_up(found: FileFacts | None, subject
     ((name, text),) = bad(findings(found, attached_bytes=MIB)).items()
     assert name == f"swap0: {subject}"
     assert words in text
+
+
+def test_a_file_that_is_not_under_its_name() -> None:
+    """What is known is said, and what to do in commands. Pages are safe where it was renamed: nobody is to stop."""
+    (found,) = (one for one in findings(None, attached_bytes=MIB) if not one.good)
+    assert "nothing need be lost yet" in found.found
+    assert found.advice == (
+        "was it renamed or moved? on the NAS, put it back under its name."
+        " Else end what uses the swap, then: nbdnfs down swap0; nbdnfs up swap0"
+    )
+    (found,) = (one for one in findings(facts(size_bytes=MIB // 2), attached_bytes=MIB) if not one.good)
+    assert "nbdnfs down swap0; nbdnfs up swap0" in found.advice
+
+
+def test_another_file_under_the_name() -> None:
+    """Where the device's own is known: nothing else about that one is judged. Not where the device is not up."""
+
+    def check(used: int | None, attached_bytes: int | None, there: int | None = 7) -> list[Finding]:
+        found = facts(OTHER, file_id=there)
+        return list(
+            file_checks.backing_file(SETTINGS, attached_bytes, used_file_id=used, look=lambda url: found),
+        )
+
+    server, other = check(8, MIB)
+    assert server.good
+    assert "the server has another file under this name now (number 7)" in other.found
+    assert "put it back under its name" in other.advice
+    for same in (check(7, MIB), check(None, MIB), check(8, MIB, None), check(8, None)):
+        assert list(bad(same)) == ["swap0: owner record"]
+
+
+def test_which_file_a_worker_uses(swap_file: FileOnServer, open_engine: OpenEngine) -> None:
+    """The engine's own note of it in the region is read, the newer of two and only a whole one."""
+    descriptor = region.create()
+    assert file_in_use.in_region(descriptor) is None
+    engine = open_engine(swap_file.url(), region_fd=descriptor)
+    engine.pwrite(bytes(4096), 0)
+    try:
+        file_id = swap_file.path.stat().st_ino
+        assert file_in_use.in_region(descriptor) == file_id
+        assert file_in_use.file_id(os.getpid()) in (file_id, None)  # the process may have other regions
+        found = list(file_checks.backing_file(Config("swap0", swap_file.url()), 4 * MIB, used_file_id=file_id))
+        assert "swap0: file" not in bad(found)
+        copy = swap_file.path.with_name("copy")
+        copy.write_bytes(bytes(4 * MIB))
+        copy.replace(swap_file.path)
+        found = list(file_checks.backing_file(Config("swap0", swap_file.url()), 4 * MIB, used_file_id=file_id))
+        assert "another file under this name" in bad(found)["swap0: file"]
+        older = os.pread(descriptor, region.LAST_PLACE_BYTES, region.LAST_PLACE_OFFSET)
+        os.pwrite(descriptor, bytes([older[40] ^ 1]), region.LAST_PLACE_OFFSET + 40)
+        os.pwrite(descriptor, bytes(region.LAST_PLACE_BYTES), region.LAST_PLACE_OFFSET + region.LAST_PLACE_BYTES)
+        assert file_in_use.in_region(descriptor) is None
+    finally:
+        os.close(descriptor)
 
 
 def test_settings_decide() -> None:
