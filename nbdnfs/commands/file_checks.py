@@ -16,7 +16,7 @@ from nbdnfs.commands import health
 from nbdnfs.commands.findings import Finding, judge
 from nbdnfs.config import Config
 from nbdnfs.errors import NbdnfsError, UnavailableError
-from nbdnfs.sizes import KERNEL_PAGE_BYTES
+from nbdnfs.sizes import KERNEL_PAGE_BYTES, SLOT_BYTES
 
 if TYPE_CHECKING:
     from nbdnfs.nas.owner_record import Identity
@@ -143,12 +143,30 @@ def _size(settings: Config, found: FileFacts, attached_bytes: int | None) -> Fin
             f"{size(found.size_bytes)}, and the device has {size(attached_bytes)}",
             f"the file was truncated: what lay behind its end is lost; {health.restart(settings.name)}",
         )
+    configured = f", configured: {size(settings.size_bytes)}" if settings.size_bytes else ""
     return judge(
         subject,
         settings.size_bytes in (0, found.size_bytes),
-        f"{size(found.size_bytes)}" + (f", configured: {size(settings.size_bytes)}" if settings.size_bytes else ""),
-        "an existing file keeps its size: change size =, or take the device down and make another file",
+        f"{size(found.size_bytes)}{configured}",
+        "an existing file is used with the size that it has: "
+        + _resize(settings, found.size_bytes, is_up=attached_bytes is not None),
     )
+
+
+def _resize(settings: Config, size_bytes: int, *, is_up: bool) -> str:
+    """What to do where file and configuration differ. No command makes a file smaller."""
+    ways = []
+    if settings.size_bytes > size_bytes:
+        ways.append(f"nbdnfs grow {settings.name} {_setting(settings.size_bytes)}{' --restart' if is_up else ''}")
+    if size_bytes % SLOT_BYTES == 0:  # no other can be configured
+        ways.append(f'size = "{_setting(size_bytes)}"')
+    return ", or ".join(ways or ["name another file"])
+
+
+def _setting(size_bytes: int) -> str:
+    """As a configuration has a size, which is a multiple of SLOT_BYTES."""
+    suffix, unit = next((it for it in (("G", 1 << 30), ("M", 1 << 20)) if size_bytes % it[1] == 0), ("K", 1 << 10))
+    return f"{size_bytes // unit}{suffix}"
 
 
 def _swap_header(settings: Config, found: FileFacts) -> Finding:

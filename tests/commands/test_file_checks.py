@@ -13,7 +13,7 @@ from support.engines import OpenEngine
 from support.nfs_server import FileOnServer, Ganesha
 from support.owner_records import HOLDER, machine
 
-from nbdnfs import region
+from nbdnfs import backing_size, region
 from nbdnfs.commands import file_checks, file_in_use
 from nbdnfs.commands.file_checks import FileFacts
 from nbdnfs.commands.findings import Finding
@@ -139,6 +139,26 @@ def test_which_file_a_worker_uses(swap_file: FileOnServer, open_engine: OpenEngi
         assert file_in_use.in_region(descriptor) is None
     finally:
         os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("configured", "found", "attached", "advice"),
+    [
+        (256 * MIB, 128 * MIB, 128 * MIB, 'nbdnfs grow swap0 256M --restart, or size = "128M"'),
+        (2048 * MIB, 128 * MIB, None, 'nbdnfs grow swap0 2G, or size = "128M"'),
+        (128 * MIB, 256 * MIB, None, 'size = "256M"'),
+        (MIB, MIB + 4096, None, 'size = "1028K"'),
+        (MIB, MIB + 512, None, "name another file"),
+    ],
+)
+def test_another_size_than_configured(configured: int, found: int, attached: int | None, advice: str) -> None:
+    """The file can grow, and not shrink; or the configuration is made to fit."""
+    settings = dataclasses.replace(SETTINGS, size_bytes=configured)
+    (one,) = (one for one in findings(facts(size_bytes=found), settings, attached) if not one.good)
+    assert one.subject == "swap0: file size"
+    assert one.advice == f"an existing file is used with the size that it has: {advice}"
+    if '"' in advice:
+        assert backing_size.parse(advice.split('"')[1], Path("/")) == found
 
 
 def test_settings_decide() -> None:
