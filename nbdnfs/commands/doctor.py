@@ -156,7 +156,12 @@ def _backing_file(settings: Config, worker_pid: int | None, root: Path) -> Itera
 
 
 def _records(name: str, root: Path) -> dict[str, ProcessRecord]:
-    """Role ▸ record, of the device's processes that are running."""
+    """Role ▸ record, of the device's processes that are running. A standby has a record where systemd keeps it for the
+    next keeper; that stays when it becomes the worker."""
     records = Records(name, root)
-    living = {role: records.living(role) for role in (Records.KEEPER, Records.WORKER)}
-    return {role: record for role, record in living.items() if record is not None}
+    found: dict[str, ProcessRecord] = {}
+    for role in (Records.KEEPER, Records.WORKER, Records.STANDBY):
+        record = records.living(role)
+        if record is not None and all(record.pid != other.pid for other in found.values()):
+            found[role] = record
+    return found

@@ -227,6 +227,18 @@ def test_a_device(tmp_path: Path) -> None:
     assert {"swap0: worker, memory", "swap0: keeper, memory", "swap0: configuration"} <= subjects
 
 
+@pytest.mark.usefixtures("region")
+@pytest.mark.parametrize("name", ["swap0", None])
+def test_a_standby(tmp_path: Path, name: str | None) -> None:
+    """It is a process of its device, with a name and without, and no worker by hand; and once only when it serves."""
+    write(tmp_path, {**up(), **process(303), "run/nbdnfs/swap0/standby": "303 7476 0.1.0\n"})
+    subjects = [one.subject for one in doctor.examine(name, tmp_path) if one.subject.endswith(", memory")]
+    assert subjects == ["swap0: keeper, memory", "swap0: worker, memory", "swap0: standby, memory"]
+    write(tmp_path, {"run/nbdnfs/swap0/standby": "300 7476 0.1.0\n"})
+    subjects = [one.subject for one in doctor.examine("swap0", tmp_path) if one.subject.endswith(", memory")]
+    assert subjects == ["swap0: keeper, memory", "swap0: worker, memory"]
+
+
 @pytest.mark.parametrize(
     ("encrypted", "line", "good"),
     [(True, "", True), (True, "encrypt = false", True), (False, "encrypt = false", True), (False, "", False)],
