@@ -15,7 +15,9 @@ from nbdnfs import nfs_url, quantities, swap_header
 from nbdnfs.commands import health
 from nbdnfs.commands.findings import Finding, judge
 from nbdnfs.config import Config
-from nbdnfs.errors import NbdnfsError, UnavailableError
+from nbdnfs.errors import NbdnfsError, UnavailableError, UnreadableError
+from nbdnfs.keeper import only_keeper
+from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.sizes import KERNEL_PAGE_BYTES, SLOT_BYTES
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class FileFacts:
     record   what has the name of its owner record
     me       this machine, as the record names it
     file_id  its number on the server
+    is_used  whether the record's owner runs on this machine, in this boot
     """
 
     address: str
@@ -49,6 +52,7 @@ class FileFacts:
     record: FoundRecord
     me: Identity
     file_id: int | None = None
+    is_used: bool = False
 
 
 def within(seconds: float, work: Callable[[], T], what: str) -> T:
@@ -207,18 +211,45 @@ def _owner(settings: Config, found: FileFacts, *, is_up: bool) -> Finding:
         found.me,
         owner_record.keeper_holder(settings.name),
         age_s=_LONG_AGO_S,
-        holder_lives=False,
+        holder_lives=found.is_used,
     )
     if verdict is Verdict.KEEP:
         return Finding(subject, True, "this machine owns the file")
+    if verdict is Verdict.REFUSE_BUSY and record is not None:
+        return _used_here(subject, settings.name, record.holder)
     if verdict in owner_record.REFUSALS:
         return Finding(
             subject, False, f"{found.record.text()} owns the file", "run nbdnfs down there, or nbdnfs up --steal here"
         )
-    text = "none" if verdict in (Verdict.CREATE, Verdict.TAKE) else "of an earlier use of this machine's"
+    text = "none" if verdict in (Verdict.CREATE, Verdict.TAKE) else "of an earlier use by this machine"
     return judge(
         subject, not is_up, text, "it was removed or replaced while the device is up: another machine may take the file"
     )
+
+
+def _used_here(subject: str, name: str, holder: str) -> Finding:
+    """Another device of this machine has the file, or a process: `holder` as the record names it."""
+    kind, _, rest = holder.partition(":")
+    if kind == "keeper":
+        other, end = rest, f"nbdnfs down {rest}"
+    else:
+        other = f"process {rest.partition(':')[0]}"
+        end = f"end {other}, nbdnfs serve"
+    return Finding(
+        subject, False, f"this machine uses the file, as {other}", f"give {name} a file of its own, or first: {end}"
+    )
+
+
+def _lives(holder: str) -> bool:
+    """Whether a holder runs on this machine. Where that is not known, it is not said."""
+    kind, _, rest = holder.partition(":")
+    try:
+        if kind == "keeper":
+            return only_keeper.is_up(Records(rest))
+        pid, _, ticks = rest.partition(":")
+        return ProcessRecord(int(pid), int(ticks), "").is_alive()
+    except (UnreadableError, OSError):
+        return False
 
 
 def _look(url: str) -> FileFacts | None:
@@ -241,4 +272,8 @@ def _look(url: str) -> FileFacts | None:
             count = file.pread(head, 0) if head else 0
         record = RecordFile(target, address).read()
     me = owner_record.identity()
-    return FileFacts(address, stat["size"], stat["mode"] & 0o7777, bytes(head[:count]), record, me, stat["ino"])
+    found = record.record
+    is_used = found is not None and found.boot == me.boot and _lives(found.holder)
+    return FileFacts(
+        address, stat["size"], stat["mode"] & 0o7777, bytes(head[:count]), record, me, stat["ino"], is_used
+    )

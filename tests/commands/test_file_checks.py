@@ -19,6 +19,7 @@ from nbdnfs.commands.file_checks import FileFacts
 from nbdnfs.commands.findings import Finding
 from nbdnfs.config import Config
 from nbdnfs.errors import UnavailableError
+from nbdnfs.keeper import only_keeper
 from nbdnfs.nas import owner_record, ownership
 from nbdnfs.nas.owner_record import Identity
 from nbdnfs.nas.record_file import FoundRecord
@@ -174,6 +175,39 @@ def test_settings_decide() -> None:
     before = dataclasses.replace(ME, boot="e" * 32)
     assert bad(findings(facts(before))) == {}
     assert list(bad(findings(facts(before), attached_bytes=MIB))) == ["swap0: owner record"]
+
+
+@pytest.mark.parametrize(
+    ("holder", "found", "advice"),
+    [
+        ("keeper:swap0", "as swap0", "give swap1 a file of its own, or first: nbdnfs down swap0"),
+        ("serve:12:34", "as process 12", "give swap1 a file of its own, or first: end process 12, nbdnfs serve"),
+    ],
+)
+def test_a_file_that_this_machine_uses(holder: str, found: str, advice: str) -> None:
+    """As another device, or over nbdnfs serve: the start would refuse it. What has ended there is an earlier use."""
+    record = owner_record.new(ME, holder, None, "held")
+    known = facts(record=FoundRecord(record.to_bytes(), record), is_used=True)
+    settings = dataclasses.replace(SETTINGS, name="swap1")
+    (one,) = (one for one in findings(known, settings) if not one.good)
+    assert one == Finding("swap1: owner record", False, f"this machine uses the file, {found}", advice)
+    known = dataclasses.replace(known, is_used=False)
+    (one,) = (one for one in findings(known, settings) if one.subject == "swap1: owner record")
+    assert (one.good, one.found) == (True, "of an earlier use by this machine")
+
+
+@pytest.mark.parametrize("is_up", [True, False])
+def test_whether_the_owner_runs_here(swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch, is_up: bool) -> None:
+    """A keeper is asked for by its device's name, a process by its pid and start time."""
+    asked = []
+    monkeypatch.setattr(only_keeper, "is_up", lambda records: asked.append(records.name) or is_up)
+    settings = Config("swap1", swap_file.url(), size_bytes=swap_file.size_bytes)
+    ownership.claim(swap_file.url(), HOLDER, owner_record.identity())
+    assert ("swap1: owner record" in bad(list(file_checks.backing_file(settings, None)))) is is_up
+    assert asked == ["swap0"]
+    ownership.release(swap_file.url(), HOLDER, owner_record.identity())
+    ownership.claim(swap_file.url(), ownership.serve_holder(), owner_record.identity())
+    assert f"process {os.getpid()}" in bad(list(file_checks.backing_file(settings, None)))["swap1: owner record"]
 
 
 @pytest.mark.parametrize("head", [header(4096, version=0), b"LUKS\xba\xbe" + bytes(65530), b"\1" * 100])
