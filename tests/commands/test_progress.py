@@ -48,7 +48,12 @@ def test_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     assert second.endswith("\n")
 
 
-def test_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    """A total of 0 bytes is 100 percent at once."""
+def test_nothing_to_do(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a total of 0 bytes nothing is said: "0 B of 0 B" tells nobody anything. A keeper's status is 100 percent."""
     progress.reporter()(0, 0)
-    assert capsys.readouterr().err.startswith("nbdnfs: 100% ")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress.reporter()(0, 0)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv(programs.STATUS_VARIABLE, "x")
+    progress.reporter()(0, 0)
+    assert capsys.readouterr() == ("x: 100%\n", "")
