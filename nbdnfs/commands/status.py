@@ -306,5 +306,5 @@ def _why_not_up(
         reasons.append(Problem(Level.CRITICAL, unit, "unit", command if command != unit else journal))
     if is_stolen:
         return reasons
-    up = f"nbdnfs up {name}" if not reasons else "the next line says why"
+    up = f"nbdnfs up {name}" if not reasons else "the next finding says why, and what to do"
     return [Problem(Level.CRITICAL, "not up", "device", up), *reasons]

@@ -347,7 +347,7 @@ def test_a_start_that_failed(tmp_path: Path) -> None:
     refused = "x is in use as swap by box2\nrun nbdnfs down there\n"
     write(tmp_path, {"run/nbdnfs/.swap0.refused": refused})
     assert bad(tmp_path, "swap0") == {
-        "swap0: device": Finding("swap0: device", False, "not up", "the next line says why"),
+        "swap0: device": Finding("swap0: device", False, "not up", "the next finding says why, and what to do"),
         "swap0: last start": Finding("swap0: last start", False, *refused.splitlines()),
     }
 
