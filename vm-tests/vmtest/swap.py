@@ -16,6 +16,8 @@ from vmtest.verdict import Pass, Progress, Verdict
 
 _RUN = "/run/nbdnfs"
 _CGROUP = "/sys/fs/cgroup/nbdnfs-hog"
+# Longer than any use of a guest: what ends before its time takes the device away from its file system.
+_SERVING_MAX_S = 7 * 24 * 3600.0
 _SERVE_TIMEOUT_S = 90
 # Of the end. What is not encrypted is written then, however slow the NAS is: pages that repeat one word, all of them.
 _END_TIMEOUT_S = 60
@@ -90,7 +92,9 @@ def serving(
     machine.run(f"mkdir -p {_RUN}; rm -f {pid_file}")  # not to take the last one's for this one's
     options = "".join(f" --plugin-setting {shlex.quote(setting)}" for setting in settings)
     options += " --encrypt" if encrypt else ""
-    serve = machine.start(f"echo $$ > {pid_file}; exec nbdnfs serve {shlex.quote(url)} --socket {socket}{options}")
+    serve = machine.start(
+        f"echo $$ > {pid_file}; exec nbdnfs serve {shlex.quote(url)} --socket {socket}{options}", _SERVING_MAX_S
+    )
     end = f"pid=$(cat {pid_file}); kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done"
     with _tidy(machine, end, _END_TIMEOUT_S if encrypt else _WRITE_OUT_TIMEOUT_S):
         # The socket alone proves little: it is bound before nbdkit runs. Its plugin connects to the NAS first.
