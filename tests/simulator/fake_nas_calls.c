@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#define CALLS_MAX 512u
+#define CALLS_MAX 2048u
 #define DATA_BYTES_MAX (132u * 1024)
 #define RPC_LAST 0x80000000u
 #define NFS3_OK 0u

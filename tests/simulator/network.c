@@ -10,7 +10,7 @@
 
 #include "wrapped.h"
 
-#define CONNS_MAX 96u
+#define CONNS_MAX 144u
 #define UP_BYTES (3u << 20)
 #define DOWN_BYTES (6u << 20)
 #define FDS_MAX 64u
