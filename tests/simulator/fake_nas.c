@@ -10,7 +10,9 @@ int64_t stolen_at_ns;
 
 static uint8_t current_bytes[PAGES_MAX * PAGE_BYTES], stable_bytes[PAGES_MAX * PAGE_BYTES];
 static uint64_t unstable_pages[PAGES_MAX / 64]; /* as bits */
-static uint8_t wrong_reads[PAGES_MAX];
+/* A page that is right on the disk is read wrongly so often at most: the engine reads it again three times. */
+#define WRONG_READS_MAX 2
+static uint8_t wrong_reads[PAGES_MAX]; /* which of its READs were to be wrong; every second one is, until it is written */
 
 uint64_t disk_bytes(void)
 {
@@ -53,12 +55,9 @@ void disk_commit(void)
 
 bool disk_read_is_wrong(uint64_t page)
 {
-	if (wrong_reads[page] % 2 == 1 || wrong_reads[page] > 4) {
-		wrong_reads[page]++;
+	if (wrong_reads[page] > WRONG_READS_MAX * 2 - 2)
 		return false;
-	}
-	wrong_reads[page]++;
-	return true;
+	return wrong_reads[page]++ % 2 == 0;
 }
 
 /* Of each page in the cache, any sectors may have reached the disk, and the others have not. */

@@ -44,7 +44,10 @@ uint8_t *disk_current(uint64_t offset_bytes);
 void disk_write(uint64_t offset_bytes, const uint8_t *data, uint32_t bytes, bool stably);
 void disk_commit(void);
 uint64_t disk_bytes(void);
-/* Is the READ of this page to be answered wrongly? Not twice in a row. */
+/*
+ * Is the READ of this page to be answered wrongly? Not twice in a row, and not more than twice until it is written: where
+ * READs are answered in pieces, or others read the page as well, each of the engine's three could have a wrong one.
+ */
 bool disk_read_is_wrong(uint64_t page);
 
 uint32_t nas_handle(enum nas_object object, uint8_t *handle);

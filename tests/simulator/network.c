@@ -66,6 +66,7 @@ static uint64_t conn_number;
 static struct rng net, cuts;
 /* Silent connections that the worker has given up; each doubles the limits, up to eight times. */
 static uint32_t given_up;
+int64_t lost_at_ns;
 
 /* Decision 0011: 15 s of silence, an answered probe, 5 s more; and a second for all that is in between. */
 #define SILENT_NS (15 * S)
@@ -78,6 +79,7 @@ void network_reset(void)
 	memset(fds, 0, sizeof(fds));
 	conn_number = 0;
 	given_up = 0;
+	lost_at_ns = -60 * S;
 	net.state = options.seed ^ 0x4e7;
 	cuts.state = options.seed ^ 0xc075;
 }
@@ -707,6 +709,8 @@ static void conn_close(struct sim_conn *conn)
 	conn->deliver_rest = rng_chance(&cuts, 512);
 	given_up += conn->blackhole;
 	conn->client_open = false;
+	if (conn->established)
+		lost_at_ns = now_ns;
 	tell(conn, "is closed");
 	if (conn->refs == 0)
 		conn->used = false;

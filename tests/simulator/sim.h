@@ -224,6 +224,7 @@ void network_reset(void);
 /* The worker has ended: its sockets are closed. */
 void network_close_all(void);
 void network_fault(enum fault fault, bool begins);
+extern int64_t lost_at_ns;      /* when the worker last closed a connection that had been made */
 /* What the server does with a connection. */
 struct sim_conn *conn_hold(struct sim_conn *conn);
 void conn_let_go(struct sim_conn *conn);
