@@ -12,7 +12,8 @@ static uint8_t current_bytes[PAGES_MAX * PAGE_BYTES], stable_bytes[PAGES_MAX * P
 static uint64_t unstable_pages[PAGES_MAX / 64]; /* as bits */
 /* A page that is right on the disk is read wrongly so often at most: the engine reads it again three times. */
 #define WRONG_READS_MAX 2
-static uint8_t wrong_reads[PAGES_MAX]; /* which of its READs were to be wrong; every second one is, until it is written */
+/* which of its READs were to be wrong; every second one is, until it is written */
+static uint8_t wrong_reads[PAGES_MAX];
 
 uint64_t disk_bytes(void)
 {

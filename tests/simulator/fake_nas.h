@@ -45,8 +45,9 @@ void disk_write(uint64_t offset_bytes, const uint8_t *data, uint32_t bytes, bool
 void disk_commit(void);
 uint64_t disk_bytes(void);
 /*
- * Is the READ of this page to be answered wrongly? Not twice in a row, and not more than twice until it is written: where
- * READs are answered in pieces, or others read the page as well, each of the engine's three could have a wrong one.
+ * Is the READ of this page to be answered wrongly? Not twice in a row, and not more than twice until it is written:
+ * where READs are answered in pieces, or others read the page as well, each of the engine's three could have a wrong
+ * one.
  */
 bool disk_read_is_wrong(uint64_t page);
 

@@ -724,7 +724,6 @@ static void read_early(struct call *call)
 static void take_call(struct sim_conn *conn, const uint8_t *at, int64_t sent_at_ns)
 {
 	struct call *call = spare;
-	int64_t woke_servers_ns = woke_at_ns + slept_ns; /* nobody has slept since */
 	uint32_t program, procedure;
 
 	if (call == NULL) {
@@ -738,8 +737,7 @@ static void take_call(struct sim_conn *conn, const uint8_t *at, int64_t sent_at_
 	call->conn = conn_hold(conn);
 	call->epoch = nas.epoch;
 	call->forgotten = nas.forgotten;
-	/* what a thread was about to send when the machine fell asleep leaves after it: decision 0030 */
-	call->sent_at_ns = sent_at_ns >= woke_servers_ns && sent_at_ns - woke_servers_ns < 50 * MS ? 0 : sent_at_ns;
+	call->sent_at_ns = sent_at_ns;
 	call->taken = true;
 	call->object = OBJECT_NONE;
 	call->xid = get32(&at);

@@ -389,8 +389,8 @@ static void check_time(const struct requester *me)
 	int64_t limit_ns = 5 * S + (options.pages / options.slots + 1) * 24 * options.latency_ns * options.read_factor;
 
 	/*
-	 * with an owner, a sleep may end a look, and a connection with half a WRITE: what it had is held back, from what
-	 * was asked after that, too
+	 * with an owner, a sleep may end a look, and a connection with half a WRITE: what it had is held back, for
+	 * what is asked after that, too
 	 */
 	if (held_ns > 0)
 		limit_ns += held_ns < HELD_NS ? held_ns : HELD_NS;

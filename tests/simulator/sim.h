@@ -230,7 +230,7 @@ struct sim_conn *conn_hold(struct sim_conn *conn);
 void conn_let_go(struct sim_conn *conn);
 bool conn_is_open(const struct sim_conn *conn);
 bool conn_has_client(const struct sim_conn *conn);
-/* When the client sent the last of the next `count` bytes, by the server's clock. */
+/* When the client sent the last of the next `count` bytes, by the server's clock; 0: as soon as it had woken up. */
 int64_t conn_sent_ns(struct sim_conn *conn, uint32_t count);
 /* Room for an answer of `bytes`, to be filled before conn_answer(). */
 uint8_t *conn_room(struct sim_conn *conn, uint32_t bytes);
