@@ -31,6 +31,7 @@ struct sim_conn {
 	bool used, established, client_open, server_open;
 	bool blackhole;         /* what is sent is acknowledged, and goes nowhere */
 	bool deliver_rest;      /* what was under way when the client closed it still arrives */
+	unsigned cuts;          /* what was sent, did not arrive, and will be sent again */
 	bool server_gone;       /* the server does not know it any more */
 	bool eof;
 	int error;              /* what the client's next call gets */
@@ -258,7 +259,7 @@ void network_fault(enum fault fault, bool begins)
 			conn->blackhole = true;
 			event_at(now_ns + 4 * DEAD_NS, keepalive_ends, conn, conn->number, 0);
 		} else {
-			conn->deliver_rest = rng_chance(&cuts, 512);
+			conn->deliver_rest = rng_chance(&cuts, 512) && conn->cuts == 0;
 			send_reset(conn, now_ns, ECONNRESET);
 		}
 	}
@@ -315,6 +316,15 @@ int64_t conn_sent_ns(struct sim_conn *conn, uint32_t count)
 	return all[conn->sends_begin % SENDS_MAX].at_ns;
 }
 
+static void arrive_up(void *a, uint64_t b, uint64_t c);
+
+/* An event: b bytes, sent first at time c, are sent again. */
+static void arrive_again(void *a, uint64_t b, uint64_t c)
+{
+	((struct sim_conn *)a)->cuts--;
+	arrive_up(a, b, c);
+}
+
 /*
  * An event: b bytes, sent at time c, reach the server. What a partition has held up may come after what was sent later:
  * it is so many bytes of the stream, in its order.
@@ -328,7 +338,8 @@ static void arrive_up(void *a, uint64_t b, uint64_t c)
 
 	if (conn->client_open && !conn->blackhole && is_cut(up, &again_ns)) {
 		if (servers_ns() - (int64_t)c < DEAD_NS) {
-			event_at(again_ns, arrive_up, conn, b, c);
+			conn->cuts++;
+			event_at(again_ns, arrive_again, conn, b, c);
 			return;
 		}
 		conn_error(conn, ETIMEDOUT);
@@ -708,7 +719,8 @@ ssize_t __wrap_read(int fd, void *buffer, size_t bytes)
 
 static void conn_close(struct sim_conn *conn)
 {
-	conn->deliver_rest = rng_chance(&cuts, 512);
+	/* who is reset sends nothing again, and what came after it has a gap before it */
+	conn->deliver_rest = rng_chance(&cuts, 512) && conn->cuts == 0;
 	given_up += conn->blackhole;
 	conn->client_open = false;
 	if (conn->established)
