@@ -53,7 +53,10 @@ def _on(place: Place, kind: str) -> Part:
             bench.guest.run("for user in fsgqa fsgqa2; do id $user > /dev/null 2>&1 || useradd -m $user; done", 120)
             bench.guest.push(_IN_TURN, "/root/in_turn.sh")
             yield bench
-            bench.guest.run("umount /mnt/test /mnt/scratch; true", 300)
+            # a `check` may be under way, for tests that are not waited for any more
+            bench.guest.run(
+                "kill -9 -- -$(cat /root/in_turn/pid) 2> /dev/null; sleep 1; umount /mnt/test /mnt/scratch; true", 300
+            )
 
     def tests(bench: Bench) -> list[Test]:
         folders = ("generic", kind)
