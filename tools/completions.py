@@ -246,6 +246,8 @@ def files() -> dict[str, str]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    if sys.argv[1].startswith("-"):
+        sys.exit(f"{Path(__file__).name}: give a folder, which is made")
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files().items():
         (folder / name).write_text(text)

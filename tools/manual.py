@@ -125,6 +125,8 @@ def _render(prose: str) -> str:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    if sys.argv[1].startswith("-"):
+        sys.exit(f"{Path(__file__).name}: give a folder, which is made")
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in pages().items():
         (folder / name).write_text(text)

@@ -74,6 +74,10 @@ def _device(name: str, root: Path) -> Iterator[Finding]:
     except NoInputError as error:
         yield Finding(f"{name}: device", False, error.message, error.hint)
         return
+    except (NbdnfsError, OSError, ValueError) as error:  # as `status` shows it among others
+        hint = error.hint if isinstance(error, NbdnfsError) else f"see: nbdnfs status {name}"
+        yield Finding(f"{name}: device", False, f"its state is unknown: {error}", hint)
+        return
     settings, configuration = _configuration(Records(name, root), is_attached=found.device is not None)
     yield configuration
     for problem in found.problems:
@@ -102,16 +106,18 @@ def _configuration(records: Records, *, is_attached: bool) -> tuple[Config | Non
         return None, Finding(subject, False, error.message, error.hint)
     if problem:
         return settings, Finding(subject, False, problem, f"correct it: nbdnfs check {name}")
+    if is_attached and (owned := records.read(Records.OWNER)) is not None:
+        settings = dataclasses.replace(settings, owner=owned != "no")  # until the next start
     used = _url_in_use(records) if is_attached else None
     if used is None or used == settings.url:
         return settings, Finding(subject, True, "valid")
     # its size is that of the file that it names
-    in_use = dataclasses.replace(settings, url=used, size_bytes=0, owner=records.read(Records.OWNER) != "no")
+    in_use = dataclasses.replace(settings, url=used, size_bytes=0)
     return in_use, Finding(
         subject,
         False,
         f"it names {settings.url}, and the device uses {used} until nbdnfs down",
-        f"a mistake? correct url =. Meant? nbdnfs down {name}; nbdnfs up {name}",
+        f"if that is a mistake, correct url; if it is meant: nbdnfs down {name}; nbdnfs up {name}",
     )
 
 

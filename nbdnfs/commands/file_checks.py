@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from nbdnfs import nfs_url, quantities, swap_header
+from nbdnfs import backing_size, nfs_url, quantities, swap_header
 from nbdnfs.commands import health
 from nbdnfs.commands.findings import Finding, judge
 from nbdnfs.config import Config
@@ -162,7 +162,7 @@ def _resize(settings: Config, size_bytes: int, *, is_up: bool) -> str:
     ways = []
     if settings.size_bytes > size_bytes:
         ways.append(f"nbdnfs grow {settings.name} {_setting(settings.size_bytes)}{' --restart' if is_up else ''}")
-    if size_bytes % SLOT_BYTES == 0:  # no other can be configured
+    if size_bytes % SLOT_BYTES == 0 and size_bytes >= backing_size.MIN_BYTES:  # no other can be configured
         ways.append(f'size = "{_setting(size_bytes)}"')
     return ", or ".join(ways or ["name another file"])
 

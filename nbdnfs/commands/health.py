@@ -61,13 +61,13 @@ def worst(levels: Iterable[Level]) -> Level:
 
 
 def restart(name: str) -> str:
-    """What to do where a device needs its file anew, as commands."""
-    return f"end what uses the swap, then: nbdnfs down {name}; nbdnfs up {name}"
+    """What to do where a device needs its file anew, as commands. Down reads back what the server still has."""
+    return f"nbdnfs down {name}; nbdnfs up {name}; where down fails, end what uses the swap first"
 
 
 def put_back(name: str) -> str:
     """What to do where the file is not under its name any more. Of a file that is deleted, nothing can be put back."""
-    return f"was it renamed or moved? on the NAS, put it back under its name. Else {restart(name)}"
+    return f"was it renamed or moved? on the NAS, put it back under its name. Else, at once: {restart(name)}"
 
 
 def of_region(reading: Reading, name: str) -> list[Problem]:

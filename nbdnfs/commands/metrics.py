@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
 
     UsageError, CannotCreateError: as `write`.
     """
-    found = [status.read(args.name)] if args.name else status.read_all()
+    found = [status.read(args.name)] if args.name is not None else status.read_all()
     text = render(found)
     if args.textfile is None:
         print(text, end="")

@@ -129,7 +129,7 @@ def _process(pid: int | None) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Print the state of one device or of all. The exit status is that of the worst one: health.Level."""
-    found = [read(args.name)] if args.name else read_all()
+    found = [read(args.name)] if args.name is not None else read_all()
     if args.json:
         json_output.print_list([one.to_json() for one in found])
     else:
@@ -147,19 +147,29 @@ def names(root: Path = Path("/")) -> list[str]:
         found = set(config.names(root))
         recorded = [name for name in Records.names(root) if _is_name(name) and name not in found]
         found.update(name for name in recorded if _is_left(Records(name, root)))
+        found.update(_attached(root))
     except OSError as error:
         raise PermissionDeniedError(f"cannot read {error.filename}: {error.strerror}", "run this as root") from None
     return sorted(found)
 
 
+def _attached(root: Path) -> list[str]:
+    """The names of the devices that the kernel has, whatever is left of them elsewhere."""
+    prefix = nbd_device.backend_of("")
+    backends = [device.backend or "" for device in kernel_state.nbd_devices(root) if device.attached]
+    return [name for backend in backends if _is_name(name := backend.removeprefix(prefix)) and name != backend]
+
+
 def _is_left(records: Records) -> bool:
-    """Whether there is anything of a device without a configuration: itself, a process; or a theft to be told of.
+    """Whether there is anything of a device without a configuration: itself, a process; or a theft or a start that has
+    failed to be told of.
     What cannot be looked at is there."""
     try:
         return (
             only_keeper.is_up(records, records.root)
             or any(records.living(role) for role in (Records.WORKER, Records.STANDBY))
             or records.read(Records.STATE) == Records.STOLEN
+            or bool(records.read(Records.REFUSED))
         )
     except (UnreadableError, OSError):
         return True
@@ -270,7 +280,7 @@ def _what_is_missing(
     problems = [problem for problem, part in missing.items() if part is None]
     if worker is not None and reading is None:
         text = f"unknown: the counters of process {worker.pid} cannot be read (run this as root)"
-        problems.append(Problem(Level.UNKNOWN, text, "counters", f"sudo nbdnfs status {name}"))
+        problems.append(Problem(Level.UNKNOWN, text, "counters", "run this as root"))
     return problems
 
 
@@ -300,11 +310,16 @@ def _why_not_up(
     waits_for = records.read(Records.WAITING)
     if waits_for:
         advice = f"it tries again by itself; after a change of the configuration: systemctl restart nbdnfs@{name}"
+        if keeper is None:
+            advice = f"no keeper is running any more: nbdnfs up {name}"
         reasons.append(Problem(Level.CRITICAL, waits_for, "the keeper waits", advice))
     if keeper is None and not is_stolen and not reasons and (unit := unit_state(name)):
         _, _, command = unit.rpartition(": ")
-        reasons.append(Problem(Level.CRITICAL, unit, "unit", command if command != unit else journal))
+        is_command = command.startswith(("systemctl ", "journalctl ", "nbdnfs "))
+        reasons.append(Problem(Level.CRITICAL, unit, "unit", command if is_command else journal))
     if is_stolen:
         return reasons
-    up = f"nbdnfs up {name}" if not reasons else "the next finding says why, and what to do"
+    up = f"nbdnfs up {name}" if keeper is None else f"its keeper is starting it: wait, and {journal}"
+    if reasons:
+        up = "the next finding says why, and what to do"
     return [Problem(Level.CRITICAL, "not up", "device", up), *reasons]

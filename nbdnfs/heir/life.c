@@ -220,8 +220,8 @@ int heir_live(struct heir *heir)
 {
 	char ready = HEIR_READY;
 
+	prctl(PR_SET_NAME, heir->command, 0, 0, 0); /* first: by this it is known, and can be ended, from here on */
 	close_others(heir);
-	prctl(PR_SET_NAME, heir->command, 0, 0, 0);
 	heir_has_device(heir); /* once, now: the kernel allocates a buffer for the file, and keeps it */
 	if (send(heir->channel, &ready, 1, MSG_NOSIGNAL | MSG_DONTWAIT) == 1 && guard(heir))
 		heir_take_over(heir);

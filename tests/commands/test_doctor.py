@@ -289,7 +289,7 @@ def test_a_configuration_that_names_another_file(tmp_path: Path, monkeypatch: py
         "swap0: configuration",
         False,
         "it names nfs://nas/swpa/box, and the device uses nfs://nas/export/swap until nbdnfs down",
-        "a mistake? correct url =. Meant? nbdnfs down swap0; nbdnfs up swap0",
+        "if that is a mistake, correct url; if it is meant: nbdnfs down swap0; nbdnfs up swap0",
     )
     assert [one.subject for one in findings if not one.good] == ["swap0: configuration"]
     assert [(one.url, one.size_bytes) for one in looked_at] == [("nfs://nas/export/swap", 0)]

@@ -94,7 +94,7 @@ def test_a_file_that_is_not_under_its_name() -> None:
     assert "nothing need be lost yet" in found.found
     assert found.advice == (
         "was it renamed or moved? on the NAS, put it back under its name."
-        " Else end what uses the swap, then: nbdnfs down swap0; nbdnfs up swap0"
+        " Else, at once: nbdnfs down swap0; nbdnfs up swap0; where down fails, end what uses the swap first"
     )
     (found,) = (one for one in findings(facts(size_bytes=MIB // 2), attached_bytes=MIB) if not one.good)
     assert "nbdnfs down swap0; nbdnfs up swap0" in found.advice

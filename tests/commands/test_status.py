@@ -164,6 +164,7 @@ def test_why_the_last_start_failed(root: Path) -> None:
         ({"run/nbdnfs/old/standby": "11 200 1.0\n"}, True),
         ({"run/nbdnfs/old/keeper": "10 100 1.0\n"}, True),
         ({"run/nbdnfs/old/state": "stolen\n"}, True),
+        ({"run/nbdnfs/.old.refused": "the file has another owner\nnbdnfs up --steal"}, True),
         ({"sys/block/nbd4/backend": "nbdnfs:old\n", "sys/block/nbd4/pid": "9\n", "sys/block/nbd4/size": "8\n"}, True),
         ({"etc/nbdnfs/old.toml": ""}, True),
     ],
@@ -179,6 +180,35 @@ def test_names(root: Path, files: dict[str, str], is_listed: bool) -> None:
     if not is_listed:
         with pytest.raises(NoInputError, match="there is no device 'old'"):
             status.read("old", root)
+
+
+def test_a_device_of_which_the_kernel_alone_knows(root: Path) -> None:
+    """It is listed without a folder in /run. An nbd device of somebody else's is not."""
+    for number, backend in enumerate(("nbdnfs:old", "nbdnfs:", "old", "nbdnfs:a b"), 4):
+        folder = root / f"sys/block/nbd{number}"
+        folder.mkdir(parents=True)
+        for name, text in (("backend", backend), ("pid", "9"), ("size", "8")):
+            (folder / name).write_text(f"{text}\n")
+    assert status.names(root) == ["old", "swap0"]
+
+
+def test_advice_that_fits(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits is a keeper; without one, nothing tries again. What systemd says is no command."""
+
+    def advices() -> list[str]:
+        return [problem.advice for problem in status.read("swap0", root, unit_state=lambda name: unit).problems]
+
+    (root / "sys/block/nbd3/pid").unlink()
+    unit = "asking systemd: Failed to connect to bus: Permission denied"
+    records = Records("swap0", root)
+    monkeypatch.setattr(Records, "living", lambda self, role: None)
+    assert advices() == ["the next finding says why, and what to do", "see: journalctl -u nbdnfs@swap0"]
+    records.write(Records.WAITING, "the server does not answer")
+    assert advices()[1] == "no keeper is running any more: nbdnfs up swap0"
+    monkeypatch.undo()
+    assert advices()[1].startswith("it tries again by itself")
+    records.write(Records.WAITING, "")
+    assert advices() == ["its keeper is starting it: wait, and see: journalctl -u nbdnfs@swap0"]
 
 
 def test_names_that_cannot_be_looked_at(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,24 +97,6 @@ def test_one_large_read_is_several_in_flight(new_fake: Callable[..., FakeNfsServ
     ]
 
 
-def test_four_requests_to_a_slow_server_take_the_time_of_one(
-    backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine
-) -> None:
-    """Replies 200 ms late: a read takes 200 ms, and four reads at once take hardly more, not 800."""
-    backing_file.path.write_bytes(content := os.urandom(backing_file.size_bytes))
-    engine = open_engine(backing_file.url(nfsport=proxy.port))
-    proxy.delay_s = 0.2
-    start = time.monotonic()
-    assert read_pages(engine, 0) == content[:PAGE]
-    one_s = time.monotonic() - start
-    start = time.monotonic()
-    pages = results([in_background(read_pages, engine, number * MIB_PAGES) for number in range(4)])
-    four_s = time.monotonic() - start
-    assert pages == [content[number * MIB : number * MIB + PAGE] for number in range(4)]
-    assert one_s >= 0.2
-    assert 0.2 <= four_s < 2 * one_s + 0.1
-
-
 # Servers that do less than they are asked to
 
 
