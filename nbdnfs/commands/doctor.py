@@ -28,7 +28,6 @@ from nbdnfs.config import Config
 from nbdnfs.errors import NbdnfsError, NoInputError, UsageError
 from nbdnfs.keeper import last_good
 from nbdnfs.keeper.records import ProcessRecord, Records
-from nbdnfs.kernel import nbd_device
 from nbdnfs.kernel import state as kernel_state
 
 
@@ -84,7 +83,7 @@ def _device(name: str, root: Path) -> Iterator[Finding]:
         if configuration.good or problem.subject != status.CONFIGURATION:  # else it has been said
             yield _of_status(name, problem)
     if settings is not None:
-        yield from _backing_file(settings, found.worker_pid, root)
+        yield from _backing_file(settings, found, root)
     records = _records(name, root)
     if not records:
         yield Finding(f"{name}: processes", True, "none to check")
@@ -146,19 +145,15 @@ def _pages(settings: Config, *, is_encrypted: bool) -> Finding:
     )
 
 
-def _backing_file(settings: Config, worker_pid: int | None, root: Path) -> Iterator[Finding]:
+def _backing_file(settings: Config, found: status.Status, root: Path) -> Iterator[Finding]:
     """Asks the server, so that it is not done for another root. Servers may refuse who is not root (exports(5))."""
     if root != kernel_state.ROOT:
         return
     if os.geteuid() != 0:
         yield Finding(f"{settings.name}: server", True, "not asked: only root can")
         return
-    attached = nbd_device.find(nbd_device.backend_of(settings.name), root)
-    yield from file_checks.backing_file(
-        settings,
-        attached.size_bytes if attached is not None else None,
-        used_file_id=file_in_use.file_id(worker_pid, root) if worker_pid is not None else None,
-    )
+    used_file_id = file_in_use.file_id(found.worker_pid, root) if found.worker_pid is not None else None
+    yield from file_checks.backing_file(settings, found.device_bytes, used_file_id=used_file_id)
 
 
 def _records(name: str, root: Path) -> dict[str, ProcessRecord]:

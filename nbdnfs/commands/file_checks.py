@@ -6,9 +6,11 @@ All of it happens in a thread with a deadline, because a server that hangs ends 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from nbdnfs import backing_size, nfs_url, quantities, swap_header
@@ -16,8 +18,6 @@ from nbdnfs.commands import health
 from nbdnfs.commands.findings import Finding, judge
 from nbdnfs.config import Config
 from nbdnfs.errors import NbdnfsError, UnavailableError, UnreadableError
-from nbdnfs.keeper import only_keeper
-from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.sizes import KERNEL_PAGE_BYTES, SLOT_BYTES
 
 if TYPE_CHECKING:
@@ -229,33 +229,19 @@ def _owner(settings: Config, found: FileFacts, *, is_up: bool) -> Finding:
 
 def _used_here(subject: str, name: str, holder: str) -> Finding:
     """Another device of this machine has the file, or a process: `holder` as the record names it."""
-    kind, _, rest = holder.partition(":")
-    if kind == "keeper":
-        other, end = rest, f"nbdnfs down {rest}"
-    else:
-        other = f"process {rest.partition(':')[0]}"
-        end = f"end {other}, nbdnfs serve"
+    from nbdnfs.nas import owner_record
+
+    other = owner_record.shown_holder(holder)
+    end = f"nbdnfs down {other}" if holder.startswith("keeper:") else f"end {other}, nbdnfs serve"
     return Finding(
         subject, False, f"this machine uses the file, as {other}", f"give {name} a file of its own, or first: {end}"
     )
 
 
-def _lives(holder: str) -> bool:
-    """Whether a holder runs on this machine. Where that is not known, it is not said."""
-    kind, _, rest = holder.partition(":")
-    try:
-        if kind == "keeper":
-            return only_keeper.is_up(Records(rest))
-        pid, _, ticks = rest.partition(":")
-        return ProcessRecord(int(pid), int(ticks), "").is_alive()
-    except (UnreadableError, OSError):
-        return False
-
-
 def _look(url: str) -> FileFacts | None:
     """None where the file does not exist. NbdnfsError: the server or the file does not answer as it should."""
     from nbdnfs.engine import libnfs_version
-    from nbdnfs.nas import explain, owner_record, remote_file
+    from nbdnfs.nas import explain, owner_record, ownership, remote_file
     from nbdnfs.nas.record_file import RecordFile
 
     target = nfs_url.parse(url)
@@ -272,8 +258,10 @@ def _look(url: str) -> FileFacts | None:
             count = file.pread(head, 0) if head else 0
         record = RecordFile(target, address).read()
     me = owner_record.identity()
-    found = record.record
-    is_used = found is not None and found.boot == me.boot and _lives(found.holder)
+    is_used = False
+    if record.record is not None and record.record.boot == me.boot:
+        with contextlib.suppress(UnreadableError, OSError):  # where it is not known, it is not said
+            is_used = ownership.holder_lives(record.record.holder, Path("/"))
     return FileFacts(
         address, stat["size"], stat["mode"] & 0o7777, bytes(head[:count]), record, me, stat["ino"], is_used
     )

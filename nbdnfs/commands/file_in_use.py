@@ -42,12 +42,12 @@ def in_region(descriptor: int) -> int | None:
             continue
         crc, format_number, number, _, _, file_number = _PLACE.unpack_from(data)
         # the engine may be writing this half
-        if format_number == _FORMAT and number > newest and crc == _crc32c(data[_CRC_BYTES:]):
+        if format_number == _FORMAT and number > newest and crc == crc32c(data[_CRC_BYTES:]):
             newest, found = number, file_number
     return found or None
 
 
-def _crc32c(data: bytes) -> int:
+def crc32c(data: bytes) -> int:
     """RFC 3720, B.4, bit by bit: it is little, and Python has none."""
     crc = 0xFFFFFFFF
     for byte in data:

@@ -61,7 +61,7 @@ def worst(levels: Iterable[Level]) -> Level:
 
 
 def restart(name: str) -> str:
-    """What to do where a device needs its file anew, as commands. Down reads back what the server still has."""
+    """The commands that start a device again on a new file. `down` reads back what the server still has."""
     return f"nbdnfs down {name}; nbdnfs up {name}; where down fails, end what uses the swap first"
 
 

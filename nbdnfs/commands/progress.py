@@ -30,7 +30,7 @@ def reporter() -> Callable[[int, int], None]:
         if what is not None and percent != status_shown:
             status_shown = percent
             print(f"{what}: {percent}%", flush=True)
-        if not total_bytes:  # nothing was swapped out, say: there is no progress to show
+        if not total_bytes:  # for example, nothing was swapped out: there is no progress to show
             return
         step = percent if on_terminal else percent // 10 * 10
         if step == shown:

@@ -122,6 +122,12 @@ def keeper_holder(name: str) -> str:
     return f"keeper:{name}"
 
 
+def shown_holder(holder: str) -> str:
+    """A device by its name, or a process by its number."""
+    kind, _, rest = holder.partition(":")
+    return rest if kind == "keeper" else f"process {rest.partition(':')[0]}"
+
+
 def _hashed(text: str) -> str:
     """32 digits; "-" for what is not an id of one machine."""
     if not machine_ids.is_own(text):

@@ -67,7 +67,7 @@ class _Claimant:
             self.me,
             self.holder,
             age_s=found.age_s or 0.0,
-            holder_lives=record is not None and record.boot == self.me.boot and _lives(record.holder, self.root),
+            holder_lives=record is not None and record.boot == self.me.boot and holder_lives(record.holder, self.root),
             watched=watched,
             steal=steal,
         )
@@ -303,8 +303,9 @@ def _put_into_force(location: RecordFile, ours: Record, state: str) -> Record | 
         return settled
 
 
-def _lives(holder: str, root: Path) -> bool:
-    """Whether a holder runs on this machine: a device has a keeper or is attached, a process has not ended."""
+def holder_lives(holder: str, root: Path) -> bool:
+    """Whether a holder of this boot runs on this machine: a device has a keeper or is attached, a process has not
+    ended. UnreadableError, OSError: it is not known."""
     kind, _, rest = holder.partition(":")
     if kind == "keeper":
         if name_lock.holder(rest, name_lock.KEEPER, root=root) is not None:
@@ -319,9 +320,8 @@ def _refusal(verdict: Verdict, found: FoundRecord, target: NfsUrl) -> OwnedError
     what, record = f"{target.path} on {target.host}", found.record
     if verdict is Verdict.REFUSE_BUSY:
         assert record is not None
-        kind, _, rest = record.holder.partition(":")
         return OwnedError(
-            f"{what} is in use on this machine, by {rest if kind == 'keeper' else 'process ' + rest.partition(':')[0]}",
+            f"{what} is in use on this machine, by {owner_record.shown_holder(record.holder)}",
             "give each device a file of its own, or stop that one first",
         )
     if verdict is Verdict.REFUSE_DAMAGED or record is None:

@@ -13,13 +13,12 @@ from support.engines import OpenEngine
 from support.nfs_server import FileOnServer, Ganesha
 from support.owner_records import HOLDER, machine
 
-from nbdnfs import backing_size, region
+from nbdnfs import backing_size, name_lock, region
 from nbdnfs.commands import file_checks, file_in_use
 from nbdnfs.commands.file_checks import FileFacts
 from nbdnfs.commands.findings import Finding
 from nbdnfs.config import Config
 from nbdnfs.errors import UnavailableError
-from nbdnfs.keeper import only_keeper
 from nbdnfs.nas import owner_record, ownership
 from nbdnfs.nas.owner_record import Identity
 from nbdnfs.nas.record_file import FoundRecord
@@ -89,7 +88,7 @@ def test_what_is_wrong_with_a_device_that_is_up(found: FileFacts | None, subject
 
 
 def test_a_file_that_is_not_under_its_name() -> None:
-    """What is known is said, and what to do in commands. Pages are safe where it was renamed: nobody is to stop."""
+    """The finding says what is known and gives commands. A renamed file still has its pages."""
     (found,) = (one for one in findings(None, attached_bytes=MIB) if not one.good)
     assert "nothing need be lost yet" in found.found
     assert found.advice == (
@@ -200,7 +199,7 @@ def test_a_file_that_this_machine_uses(holder: str, found: str, advice: str) -> 
 def test_whether_the_owner_runs_here(swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch, is_up: bool) -> None:
     """A keeper is asked for by its device's name, a process by its pid and start time."""
     asked = []
-    monkeypatch.setattr(only_keeper, "is_up", lambda records: asked.append(records.name) or is_up)
+    monkeypatch.setattr(name_lock, "holder", lambda name, *_, **__: asked.append(name) or (1 if is_up else None))
     settings = Config("swap1", swap_file.url(), size_bytes=swap_file.size_bytes)
     ownership.claim(swap_file.url(), HOLDER, owner_record.identity())
     assert ("swap1: owner record" in bad(list(file_checks.backing_file(settings, None)))) is is_up

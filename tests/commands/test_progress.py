@@ -49,7 +49,7 @@ def test_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
 
 def test_nothing_to_do(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a total of 0 bytes nothing is said: "0 B of 0 B" tells nobody anything. A keeper's status is 100 percent."""
+    """A total of 0 bytes prints nothing: "0 B of 0 B" is no information. A keeper's status is 100 percent."""
     progress.reporter()(0, 0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress.reporter()(0, 0)

@@ -183,7 +183,7 @@ def test_names(root: Path, files: dict[str, str], is_listed: bool) -> None:
 
 
 def test_a_device_of_which_the_kernel_alone_knows(root: Path) -> None:
-    """It is listed without a folder in /run. An nbd device of somebody else's is not."""
+    """It is listed without a folder in /run. Another program's nbd device is not."""
     for number, backend in enumerate(("nbdnfs:old", "nbdnfs:", "old", "nbdnfs:a b"), 4):
         folder = root / f"sys/block/nbd{number}"
         folder.mkdir(parents=True)
@@ -193,7 +193,7 @@ def test_a_device_of_which_the_kernel_alone_knows(root: Path) -> None:
 
 
 def test_advice_that_fits(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waits is a keeper; without one, nothing tries again. What systemd says is no command."""
+    """It depends on whether a keeper is running. Text from systemd is not taken for a command."""
 
     def advices() -> list[str]:
         return [problem.advice for problem in status.read("swap0", root, unit_state=lambda name: unit).problems]

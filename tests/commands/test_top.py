@@ -88,7 +88,7 @@ def test_nothing_to_watch(tmp_path: Path) -> None:
 
 
 def test_no_such_device() -> None:
-    """A name of which there is nothing is no device whose worker has ended."""
+    """An unknown name is refused, and not shown as a device whose worker has ended."""
     arguments = argparse.Namespace(name="no-such-device", interval="1s", count=1, json=False)
     with pytest.raises(NoInputError, match="there is no device 'no-such-device'"):
         top.run(arguments)

@@ -17,6 +17,7 @@ from support.sunrpc import record, u32
 from support.waiting import DEADLINE_S, in_background, wait_until
 
 from nbdnfs import nfs_url
+from nbdnfs.commands.file_in_use import crc32c
 from nbdnfs.engine import Engine, NfsError
 from nbdnfs.nas.explain import open_error
 from nbdnfs.region import FILE_REPLACED, LAST_PLACE_BYTES, LAST_PLACE_OFFSET
@@ -124,16 +125,6 @@ def patch_place(region_fd: int, changes: dict[int, bytes]) -> None:
         place[16 + offset : 16 + offset + len(data)] = data
     place[:4] = crc32c(bytes(place[4:])).to_bytes(4, sys.byteorder)
     os.pwrite(region_fd, place, at)
-
-
-def crc32c(data: bytes) -> int:
-    """RFC 3720, B.4, bit by bit."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-    return crc ^ 0xFFFFFFFF
 
 
 _FILE = 32  # struct nfsio_handle: its length, and 64 bytes

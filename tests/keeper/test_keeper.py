@@ -830,20 +830,26 @@ def test_a_keeper_at_rest_rests(setup: Setup, monkeypatch: pytest.MonkeyPatch) -
     setup.run(waiting)
 
 
-def test_a_server_with_a_new_address(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The address with which each worker is activated."""
+    found: list[str] = []
+    activate = WorkerHandle.activate
+
+    def note_and_activate(self: WorkerHandle, address: str = "") -> None:
+        found.append(address)
+        activate(self, address)
+
+    monkeypatch.setattr(WorkerHandle, "activate", note_and_activate)
+    return found
+
+
+def test_a_server_with_a_new_address(setup: Setup, sent: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Away for long: its name is looked up, again and again; when it means another address, the standby is sent there,
     and so are all that come after it. With the server back, the lookups end.
     """
     monkeypatch.setattr(keeper_module, "RESOLVE_AFTER_S", 0.1)
     monkeypatch.setattr(keeper_module, "RESOLVE_EVERY_S", 0.1)
-    sent: list[str] = []
-    activate = WorkerHandle.activate
-
-    def note_and_activate(self: WorkerHandle, address: str = "") -> None:
-        sent.append(address)
-        activate(self, address)
-
-    monkeypatch.setattr(WorkerHandle, "activate", note_and_activate)
     setup.work.addresses = ["", "192.0.2.9"]
 
     def scenario(keeper: Keeper) -> None:
@@ -865,16 +871,12 @@ def test_a_server_with_a_new_address(setup: Setup, monkeypatch: pytest.MonkeyPat
     assert sent == ["", "192.0.2.9", "192.0.2.9"]
 
 
-def test_a_server_with_a_new_address_and_no_worker(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_with_a_new_address_and_no_worker(
+    setup: Setup, sent: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """None can be started at the moment: the next one is sent there."""
     monkeypatch.setattr(keeper_module, "RESOLVE_AFTER_S", 0.0)
     monkeypatch.setattr(keeper_module, "RESOLVE_EVERY_S", 0.1)
-    sent: list[str] = []
-    activate = WorkerHandle.activate
-
-    def note_and_activate(self: WorkerHandle, address: str = "") -> None:
-        sent.append(address)
-        activate(self, address)
 
     def scenario(keeper: Keeper) -> None:
         watches(keeper)
@@ -888,7 +890,6 @@ def test_a_server_with_a_new_address_and_no_worker(setup: Setup, monkeypatch: py
         setup.work.behaviours = ["serve"]
         setup.kernel.wait_for_link(2)
 
-    monkeypatch.setattr(WorkerHandle, "activate", note_and_activate)
     setup.work.addresses = [""]
     assert setup.run(scenario) == 0
     assert sent == ["", "192.0.2.9"]

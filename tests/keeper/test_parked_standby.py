@@ -598,6 +598,16 @@ def test_a_keeper_that_died_just_before_it_activated() -> None:
     os.close(region_fd)
 
 
+def take_and_end(standby: WorkerHandle, parked: int, made: bytes) -> None:
+    """It is there to be taken, and ends."""
+    taken = WorkerHandle.take(parked, made)
+    assert taken is not None
+    taken.kill()
+    wait_until_ended(standby.pid)
+    assert standby.has_ended()
+    taken.close()
+
+
 @pytest.mark.parametrize("room", [0, 1, 2])
 def test_one_that_cannot_be_taken_for_want_of_descriptors(room: int) -> None:
     """It is not given up: it waits, and is taken when there are descriptors again. It is not known either whose the
@@ -614,12 +624,7 @@ def test_one_that_cannot_be_taken_for_want_of_descriptors(room: int) -> None:
                 look()
         with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
             WorkerHandle.adopt(standby.pid)
-        taken = WorkerHandle.take(parked, made)
-        assert taken is not None
-        taken.kill()
-        wait_until_ended(standby.pid)
-        assert standby.has_ended()
-        taken.close()
+        take_and_end(standby, parked, made)
     os.close(region_fd)
 
 
@@ -628,7 +633,7 @@ def no_memory(*_: object) -> None:
 
 
 class PoorPoll:
-    """Stands for select.poll: there is no memory to look at anything."""
+    """A fake of select.poll that fails for want of memory."""
 
     def register(self, descriptor: int, events: int) -> None:
         pass
@@ -648,12 +653,7 @@ def test_one_that_cannot_be_taken_for_want_of_memory(call: str, poor: object, mo
             patched.setattr(call, poor)
             with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
                 WorkerHandle.take(parked, made)
-        taken = WorkerHandle.take(parked, made)
-        assert taken is not None
-        taken.kill()
-        wait_until_ended(standby.pid)
-        assert standby.has_ended()
-        taken.close()
+        take_and_end(standby, parked, made)
     os.close(region_fd)
 
 

@@ -59,10 +59,10 @@ def refused(file: FileOnServer, me: Identity, *words: str, **options: str | Path
 
 def test_a_keeper_lives_from_its_start(tmp_path: Path) -> None:
     """Not only once its device is attached: two names for one file may start at the same moment."""
-    assert not ownership._lives("keeper:swap0", tmp_path)
+    assert not ownership.holder_lives("keeper:swap0", tmp_path)
     lock = name_lock.take("swap0", name_lock.KEEPER, root=tmp_path)
-    assert ownership._lives("keeper:swap0", tmp_path)
-    assert not ownership._lives("keeper:swap1", tmp_path)
+    assert ownership.holder_lives("keeper:swap0", tmp_path)
+    assert not ownership.holder_lives("keeper:swap1", tmp_path)
     os.close(lock)
 
 

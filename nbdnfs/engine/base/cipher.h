@@ -7,7 +7,7 @@
  * another page, or other bytes, have another one. Who decrypts knows the tag, computes it from the bytes that come out,
  * and compares. This is the composition of SIV (RFC 5297), with the tag kept here instead of beside the ciphertext.
  *
- * No locks, no allocation. A cipher is constant while it is used.
+ * No locks, and no allocation for a page. A cipher is constant while it is used.
  */
 #ifndef NBDNFS_CIPHER_H
 #define NBDNFS_CIPHER_H
