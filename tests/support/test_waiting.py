@@ -54,7 +54,9 @@ def test_no_line_on_stderr_is_lost(capfd: pytest.CaptureFixture[str]) -> None:
     """However often it looks while another thread writes, all lines are there, and in their order."""
     said = SaidOnStderr(capfd)
     lines = [f"line {number}" for number in range(20_000)]
-    writing = in_background(lambda: [os.write(2, f"{line}\n".encode()) for line in lines])
+    # twenty at a time: after each call the writer may wait 5 ms for the interpreter, which the other thread has
+    texts = ["".join(f"{line}\n" for line in lines[at : at + 20]).encode() for at in range(0, len(lines), 20)]
+    writing = in_background(lambda: [os.write(2, text) for text in texts])
     while not writing.done():
         seen = said.lines
         assert seen == lines[: len(seen)]
