@@ -156,6 +156,7 @@ def test_a_changed_page_that_is_read_ahead(fake: FakeNfsServer, open_engine: Ope
     """It is dropped, and EIO when it is asked for; its neighbours are served."""
     engine = open_engine(fake.url(), read_ahead_pages=64)
     write_all(engine, range(1, 600))
+    drop_clean_pages(engine, range(600, 600 + SLOTS))  # page 300 among them, however late its WRITE was answered
     fake.overwrite(300 * PAGE + 17, bytes([page_on_server(fake, 300)[17] ^ 4]))
     for page in range(250, 350):
         if page == 300:

@@ -129,6 +129,18 @@ def counter(served: Served, name: str) -> int:
     return value
 
 
+def write_and_evict(client: NbdClient, data: bytes) -> None:
+    """Write page 0, and have it on the server and in no slot.
+
+    It is clean before the others are written: one whose WRITE is answered late outlives those that came after it.
+    """
+    client.write(0, data)
+    client.flush()
+    for page in range(1, 2 * SLOTS):
+        client.write(page * PAGE, os.urandom(PAGE))
+    client.flush()
+
+
 def wait_for_reads(served: Served, count: int) -> None:
     wait_until(lambda: counter(served, "reads") >= count, f"{count} reads are done")
 
@@ -445,11 +457,7 @@ def test_a_page_that_is_written_while_it_is_read(serve: Callable[..., Served], f
     """The server's older bytes do not agree with the page's checksum any more; those of the slot are returned."""
     served, data = serve(), os.urandom(PAGE)
     client = served.client()
-    client.write(0, os.urandom(PAGE))
-    client.flush()
-    for page in range(1, 2 * SLOTS):  # so that page 0 is in no slot
-        client.write(page * PAGE, os.urandom(PAGE))
-    client.flush()
+    write_and_evict(client, os.urandom(PAGE))
     fake.hold("READ", after=True)
     served.send(READ, 1, 0, PAGE)
     fake.wait_for(1, DEADLINE_S)
@@ -463,10 +471,7 @@ def test_a_page_that_the_server_changed(serve: Callable[..., Served], fake: Fake
     """It is read again, by a thread that may wait, and is an error then; others are served, and it is, once right."""
     served, data = serve(), os.urandom(PAGE)
     client = served.client()
-    client.write(0, data)
-    for page in range(1, 2 * SLOTS):
-        client.write(page * PAGE, os.urandom(PAGE))
-    client.flush()
+    write_and_evict(client, data)
     fake.overwrite(0, os.urandom(PAGE))
     assert errno_of(lambda: client.read(0, PAGE)) == errno.EIO
     assert (counter(served, "checksum_failures"), counter(served, "checksum_rereads")) == (1, 3)
@@ -502,10 +507,7 @@ def test_a_read_that_needs_a_longer_look_while_the_server_is_full(
     """FLUSHes that wait for the server to take writes, more than there are waiters, do not hold it up."""
     served, data = serve(), os.urandom(PAGE)
     client = served.client()
-    client.write(0, data)
-    for page in range(1, 2 * SLOTS):  # so that page 0 is in no slot
-        client.write(page * PAGE, os.urandom(PAGE))
-    client.flush()
+    write_and_evict(client, data)
     fake.fail("WRITE", NFS3ERR_NOSPC)
     client.write(PAGE, os.urandom(PAGE))
     for cookie in range(4):
