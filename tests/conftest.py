@@ -19,6 +19,8 @@ from support.engines import OpenEngine, opening
 from support.nfs_server import FileOnServer, Ganesha
 from support.proxy import TcpProxy
 
+from nbdnfs import region
+
 MIB = 1 << 20
 
 # How fast the machine is, is not tested.
@@ -94,6 +96,14 @@ def proxy(ganesha: Ganesha) -> Iterator[TcpProxy]:
     """A proxy before the session's server: `backing_file.url(nfsport=proxy.port)`."""
     with TcpProxy(ganesha.nfs_port) as proxy:
         yield proxy
+
+
+@pytest.fixture
+def region_fd() -> Iterator[int]:
+    """An empty region, as a keeper makes it."""
+    descriptor = region.create()
+    yield descriptor
+    os.close(descriptor)
 
 
 @pytest.fixture

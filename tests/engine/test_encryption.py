@@ -48,14 +48,6 @@ def engine_options(cipher: str) -> dict[str, object]:
     return {"region_pages": SLOTS, "encrypt": True, "cipher": cipher}
 
 
-@pytest.fixture
-def region_fd() -> Iterator[int]:
-    """An empty region."""
-    descriptor = shared_region.create()
-    yield descriptor
-    os.close(descriptor)
-
-
 def marked(page: int) -> bytes:
     """Text that compresses well, with the marker and the number in it."""
     return (MARKER + b"%08d\n" % page).ljust(64, b".") * (PAGE // 64)

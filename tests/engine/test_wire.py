@@ -33,6 +33,7 @@ from support.sunrpc import (
 from support.tcp_queues import TcpQueues
 from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
+from nbdnfs import region
 from nbdnfs.engine import Engine
 
 MIB = 1 << 20
@@ -92,6 +93,13 @@ def caller(call: Call) -> str:
     """The machine name of who has made it."""
     assert call.credentials is not None
     return call.credentials.machine
+
+
+def heard_ms(region_fd: int) -> int:
+    """When an engine with this region has last heard its server."""
+    waits = region.read_waits(region_fd)
+    assert waits is not None
+    return waits[0]
 
 
 def callers(fake: FakeNfsServer, *ops: str) -> set[str]:
@@ -618,6 +626,28 @@ def test_writes_that_do_not_fit_into_the_socket(
     assert sum(call.count for call in fake.calls("WRITE")) == MIB
     assert max(call.count for call in fake.calls("WRITE")) > in_socket, "no WRITE was too long for the socket"
     assert list(connections_of(fake.calls("READ", "WRITE", "COMMIT"))) == [first.connection]
+
+
+def test_a_server_that_only_takes_is_not_heard(
+    new_fake: Callable[..., FakeNfsServer], open_engine: OpenEngine, region_fd: int
+) -> None:
+    """It takes what is sent over a new connection and answers nothing: it was last heard when that was made."""
+    fake = new_fake(narrow=True)
+    engine = open_engine(fake.url(), region_pages=1024, region_fd=region_fd)
+    connected = heard_ms(region_fd)
+    fake.receive(0)
+    fake.hold("WRITE")
+    write_pages(engine, 0, os.urandom(MIB))
+    flushed = in_background(engine.flush)
+    port = fake.calls("FSINFO")[-1].client_port
+    with TcpQueues() as queues:
+        wait_until(lambda: queues.of(port, fake.port)[1] > 2 * PAGE, "the beginning of a WRITE is in the socket")
+    fake.receive(None)
+    fake.wait_for(2, DEADLINE_S)  # the rest of the first has followed
+    assert heard_ms(region_fd) == connected
+    fake.release()
+    flushed.result(DEADLINE_S)
+    assert heard_ms(region_fd) > connected
 
 
 def test_an_answer_to_half_a_call(new_fake: Callable[..., FakeNfsServer], open_engine: OpenEngine) -> None:

@@ -357,6 +357,7 @@ static void arrive_up(void *a, uint64_t b, uint64_t c)
 		return;
 	}
 	up->tail -= bytes; /* nothing that was sent after it arrives either */
+	notify(conn); /* a hole acknowledges what it takes: there is room for more */
 	conn_let_go(conn);
 }
 

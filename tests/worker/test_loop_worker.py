@@ -14,7 +14,7 @@ from support.fake_nfs import FakeNfsServer
 from support.keeper_run import until
 from support.nbd_client import READ, WRITE, NbdClient, Request
 
-from nbdnfs import proc_stat, region
+from nbdnfs import proc_stat
 from nbdnfs.config import Config
 from nbdnfs.errors import ConfigError
 from nbdnfs.keeper.real_work import RealWork
@@ -50,14 +50,6 @@ def worker(server: FakeNfsServer, region_fd: int) -> Iterator[tuple[WorkerHandle
     finally:
         handle.kill()
         until(handle.has_ended)
-
-
-@pytest.fixture
-def region_fd() -> Iterator[int]:
-    """The keeper's."""
-    descriptor = region.create()
-    yield descriptor
-    os.close(descriptor)
 
 
 def threads(pid: int) -> int:

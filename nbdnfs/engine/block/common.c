@@ -62,6 +62,13 @@ bool may_wait(struct engine *engine, uint64_t since_ms, uint64_t *end_ms)
 	return now_ms() < *end_ms;
 }
 
+uint64_t read_ends_ms(const struct engine *engine, uint64_t since_ms)
+{
+	uint64_t limit_ms = engine->options.nfs.soft_limit_ms;
+
+	return limit_ms == 0 ? NO_END : since_ms + limit_ms;
+}
+
 int check_page(struct engine *engine, uint64_t page, uint8_t *data, uint64_t *proof)
 {
 	enum cache_lookup newer = CACHE_MISS;

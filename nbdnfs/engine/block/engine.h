@@ -107,7 +107,7 @@ struct engine_request {
 	_Atomic uint64_t *place; /* in the region */
 	uint64_t started_us;
 	uint64_t asked_us;
-	uint64_t wait_until_ms; /* of a write that waits: see engine_write_step() */
+	uint64_t wait_until_ms; /* of one that waits: see engine_read_step(), engine_write_step() */
 	uint64_t page;          /* the number of pages that are done with */
 	uint32_t missed, used;  /* pages that are in no slot; how many of `reqs` are for them */
 	atomic_uint outstanding; /* of these */
@@ -118,14 +118,14 @@ struct engine_request {
 void engine_note_request(struct engine *engine, struct engine_request *request);
 /*
  * Begin a read, or go on. 0 or -errno: it has ended, see engine_read(). -EAGAIN: a page is being fetched, go on after
- * engine_take_progress(). -EINPROGRESS: the NAS has been asked, and `answered` will be called; then engine_read_end().
+ * engine_take_progress(), or at request->wait_until_ms by CLOCK_MONOTONIC: waiting is an error then. -EINPROGRESS: the
+ * NAS has been asked, and `answered` will be called; then engine_read_end().
  */
 int engine_read_step(struct engine *engine, struct engine_request *request);
-/*
- * 0 or -errno: it has ended. -EAGAIN: it has, without a result: something is not what was expected. engine_read(),
- * which waits, finds out; in another thread.
- */
+/* 0 or -errno: it has ended. -EAGAIN: something is not what was expected, engine_read_again() finds out. */
 int engine_read_end(struct engine *engine, struct engine_request *request);
+/* Read all of it again, and wait, in another thread. The time that the read has taken counts. See engine_read(). */
+int engine_read_again(struct engine *engine, struct engine_request *request);
 /*
  * Begin a write without FUA, or go on. 0 or -errno: it has ended. -EAGAIN: the region is full; go on after
  * engine_take_progress(), or at request->wait_until_ms by CLOCK_MONOTONIC: waiting may have become an error by then.

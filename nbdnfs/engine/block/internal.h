@@ -269,6 +269,8 @@ int result_of(struct engine *engine);
  * too long, or the mount is soft and the NAS has taken nothing for too long. Lock held.
  */
 bool may_wait(struct engine *engine, uint64_t since_ms, uint64_t *end_ms);
+/* Until when may a read that has waited since `since_ms`? NO_END: the mount is hard. */
+uint64_t read_ends_ms(const struct engine *engine, uint64_t since_ms);
 /*
  * May the page be kept as a word alone? Not with FUA, and not where a request may wait for an older write to it: that
  * one would never reach the NAS, nor would this one before the next FLUSH. It has a slot then, which takes this write.
@@ -284,6 +286,12 @@ int check_page(struct engine *engine, uint64_t page, uint8_t *data, uint64_t *pr
 
 /* requests.c */
 
+/*
+ * Read whole pages of the device. A soft limit counts from `*since_ms`; NULL: anew for each BATCH_PAGES. 0 or -errno,
+ * as engine_read(). Takes the lock.
+ */
+int read_range(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes,
+	       const uint64_t *since_ms);
 /* As engine_flush(), uncounted. -EAGAIN: it is not over at `until_ms`, by now_ms(), and goes on. Takes the lock. */
 int flush_until(struct engine *engine, uint64_t until_ms);
 

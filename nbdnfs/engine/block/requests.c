@@ -13,11 +13,25 @@
 #define CHECKSUM_TRIES 3
 
 /*
+ * Copy a page out, once it is not being fetched. 0 and *found, or -EIO: it still is at `end_ms`, by now_ms(). Lock held;
+ * dropped while waiting.
+ */
+static int read_slot(struct engine *engine, uint64_t page, uint8_t *data, uint64_t end_ms, enum cache_lookup *found)
+{
+	while ((*found = cache_read(engine->cache, page, data)) == CACHE_WAIT) {
+		if (now_ms() >= end_ms)
+			return -EIO;
+		engine_wait(engine, end_ms); /* until the fetch ends, as every READ does */
+	}
+	return 0;
+}
+
+/*
  * Check that a page that the NAS returned is what was written to it. That counts against the server only where what was
  * written is still what it was when the READ was sent: a page that others keep writing is read until it is not
- * overtaken.
+ * overtaken. The request waits since `since_ms`.
  */
-static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
+static int verify_page(struct engine *engine, uint64_t page, uint8_t *data, uint64_t since_ms)
 {
 	struct region_counters *c = counters(engine);
 	uint64_t asked_for = NO_PROOF; /* the first READ was sent elsewhere: it may have been overtaken */
@@ -25,7 +39,11 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 
 	for (;;) {
 		struct nfsio_req req = {
-			.op = NFSIO_READ, .offset_bytes = page * SLOT_BYTES, .length_bytes = SLOT_BYTES, .data = data
+			.op = NFSIO_READ,
+			.offset_bytes = page * SLOT_BYTES,
+			.length_bytes = SLOT_BYTES,
+			.data = data,
+			.waits_since_ms = (int64_t)since_ms,
 		};
 		enum cache_lookup newer;
 		uint64_t proof;
@@ -35,12 +53,11 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 			return error;
 		wrong = proof == asked_for ? wrong + 1 : 0;
 		engine_lock(engine);
-		while ((newer = cache_read(engine->cache, page, data)) == CACHE_WAIT)
-			engine_wait(engine, NO_END); /* until the fetch ends, as every READ does */
+		error = read_slot(engine, page, data, read_ends_ms(engine, since_ms), &newer);
 		asked_for = cache_proof(engine->cache, page);
 		engine_unlock(engine);
-		if (newer == CACHE_HIT)
-			return 0;
+		if (error != 0 || newer == CACHE_HIT)
+			return error;
 		if (wrong == CHECKSUM_TRIES)
 			break;
 		count(&c->checksum_rereads, 1);
@@ -56,8 +73,8 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data)
 	return -EIO;
 }
 
-/* The result of a READ of consecutive pages, each of them checked. */
-static int verify_request(struct engine *engine, const struct nfsio_req *req)
+/* The result of a READ of consecutive pages, each of them checked, for a request that waits since `since_ms`. */
+static int verify_request(struct engine *engine, const struct nfsio_req *req, uint64_t since_ms)
 {
 	int error = req->error;
 
@@ -65,7 +82,7 @@ static int verify_request(struct engine *engine, const struct nfsio_req *req)
 	if (error == 0 && req->moved_bytes != req->length_bytes)
 		error = -EIO; /* the file ends before the device: it was truncated */
 	for (uint32_t at = 0; error == 0 && at < req->length_bytes; at += SLOT_BYTES)
-		error = verify_page(engine, (req->offset_bytes + at) / SLOT_BYTES, req->data + at);
+		error = verify_page(engine, (req->offset_bytes + at) / SLOT_BYTES, req->data + at, since_ms);
 	return error;
 }
 
@@ -81,31 +98,24 @@ static unsigned lend(struct engine *engine)
 }
 
 /*
- * Read at most BATCH_PAGES pages. What is in no slot comes straight into the request's buffer and gets no slot: the
- * reader has it in memory then.
+ * Copy out the pages that have a slot, and write a READ into `reqs` for each run of the others. Returns how many there
+ * are, or -EIO. Lock held; dropped while waiting.
  */
-static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint32_t pages)
+static int look_up(struct engine *engine, uint8_t *data, uint64_t page, uint32_t pages, uint64_t since_ms,
+		   struct nfsio_req reqs[BATCH_PAGES])
 {
-	struct nfsio_req reqs[BATCH_PAGES];
-	struct nfsio_batch batch;
-	uint64_t started_us;
-	uint32_t missed = 0;
-	size_t used = 0;
-	unsigned io = 0;
-	int error = 0;
+	uint64_t end_ms = read_ends_ms(engine, since_ms);
+	int used = 0;
 
-	assert(pages <= BATCH_PAGES);
-	engine_lock(engine);
 	for (uint32_t i = 0; i < pages; i++) {
 		uint8_t *target = data + (size_t)i * SLOT_BYTES;
 		struct nfsio_req *last = used > 0 ? &reqs[used - 1] : NULL;
 		enum cache_lookup found;
 
-		while ((found = cache_read(engine->cache, page + i, target)) == CACHE_WAIT)
-			engine_wait(engine, NO_END); /* until the fetch ends, as every READ does */
+		if (read_slot(engine, page + i, target, end_ms, &found) != 0)
+			return -EIO;
 		if (found == CACHE_HIT)
 			continue;
-		missed++;
 		if (last != NULL && last->data + last->length_bytes == target &&
 		    last->length_bytes + SLOT_BYTES <= engine->piece_bytes)
 			last->length_bytes += SLOT_BYTES;
@@ -115,14 +125,36 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 				.offset_bytes = (page + i) * SLOT_BYTES,
 				.length_bytes = SLOT_BYTES,
 				.data = target,
+				.waits_since_ms = (int64_t)since_ms,
 			};
 	}
+	return used;
+}
+
+/*
+ * Read at most BATCH_PAGES pages, for a request that waits since `since_ms`. What is in no slot comes straight into the
+ * request's buffer and gets no slot: the reader has it in memory then.
+ */
+static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint32_t pages, uint64_t since_ms)
+{
+	struct nfsio_req reqs[BATCH_PAGES];
+	struct nfsio_batch batch;
+	uint64_t started_us;
+	uint32_t missed = 0;
+	unsigned io = 0;
+	int used, error = 0;
+
+	assert(pages <= BATCH_PAGES);
+	engine_lock(engine);
+	used = look_up(engine, data, page, pages, since_ms, reqs);
 	if (used > 0)
 		io = lend(engine);
 	engine_unlock(engine);
+	if (used < 0)
+		return used;
 	started_us = now_us();
 	if (used > 0)
-		nfsio_batch_start(engine->ios[io], &batch, reqs, used);
+		nfsio_batch_start(engine->ios[io], &batch, reqs, (size_t)used);
 	readahead_follow(engine, page, pages); /* sent after what this thread waits for */
 	if (used > 0)
 		nfsio_batch_wait(&batch);
@@ -132,11 +164,12 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 		engine->lent[io] = false;
 		engine_unlock(engine);
 	}
-	for (size_t i = 0; i < used; i++) {
+	for (int i = 0; i < used; i++) {
+		missed += reqs[i].length_bytes / SLOT_BYTES;
 		count(&counters(engine)->nfs_reads, 1);
 		count(&counters(engine)->nfs_read_bytes, reqs[i].length_bytes);
 		if (error == 0)
-			error = verify_request(engine, &reqs[i]);
+			error = verify_request(engine, &reqs[i], since_ms);
 	}
 	if (used > 0)
 		count_duration(counters(engine)->nfs_read_us, now_us() - started_us);
@@ -145,19 +178,16 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 	return error;
 }
 
-int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes)
+int read_range(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes,
+	       const uint64_t *since_ms)
 {
-	_Atomic uint64_t *place = request_began(engine);
-	uint64_t started_us = now_us();
 	uint64_t page = offset_bytes / SLOT_BYTES, pages = length_bytes / SLOT_BYTES;
-	int error = check_range(engine, offset_bytes, length_bytes);
+	int error = result_of(engine);
 
-	if (error == 0)
-		error = result_of(engine);
 	while (error == 0 && pages > 0) {
 		uint32_t now = pages < BATCH_PAGES ? (uint32_t)pages : BATCH_PAGES;
 
-		error = read_batch(engine, data, page, now);
+		error = read_batch(engine, data, page, now, since_ms != NULL ? *since_ms : now_ms());
 		if (error == -ESTALE)
 			error = -EIO; /* the file is gone: NBD has no ESTALE */
 		if (error == 0)
@@ -166,6 +196,17 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 		page += now;
 		pages -= now;
 	}
+	return error;
+}
+
+int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes)
+{
+	_Atomic uint64_t *place = request_began(engine);
+	uint64_t started_us = now_us();
+	int error = check_range(engine, offset_bytes, length_bytes);
+
+	if (error == 0)
+		error = read_range(engine, data, offset_bytes, length_bytes, NULL);
 	count(&counters(engine)->reads, 1);
 	count(&counters(engine)->read_bytes, length_bytes);
 	count_duration(counters(engine)->read_us, now_us() - started_us);

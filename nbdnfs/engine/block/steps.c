@@ -61,6 +61,7 @@ static void add_missed(const struct engine *engine, struct engine_request *reque
 		.data = target,
 		.done = read_answered,
 		.context = request,
+		.waits_since_ms = (int64_t)(request->started_us / 1000),
 	};
 }
 
@@ -79,9 +80,11 @@ int engine_read_step(struct engine *engine, struct engine_request *request)
 		enum cache_lookup found = cache_read(engine->cache, first + request->page, target);
 
 		if (found == CACHE_WAIT) {
-			engine->attendant_waits = true;
+			request->wait_until_ms = read_ends_ms(engine, request->started_us / 1000);
+			error = now_ms() < request->wait_until_ms ? -EAGAIN : -EIO;
+			engine->attendant_waits = error == -EAGAIN;
 			engine_unlock(engine);
-			return -EAGAIN;
+			return error == -EAGAIN ? error : read_ended(engine, request, error);
 		}
 		if (found == CACHE_MISS)
 			add_missed(engine, request, target);
@@ -130,15 +133,24 @@ int engine_read_end(struct engine *engine, struct engine_request *request)
 	for (uint32_t i = 0; i < request->used; i++) {
 		count(&counters(engine)->nfs_reads, 1);
 		count(&counters(engine)->nfs_read_bytes, request->reqs[i].length_bytes);
-		if (error == 0)
-			error = check_answer(engine, &request->reqs[i]);
+		if (error == 0 || error == -EAGAIN) {
+			int found = check_answer(engine, &request->reqs[i]);
+
+			error = found != 0 ? found : error; /* a longer look does not help against an error */
+		}
 	}
 	count_duration(counters(engine)->nfs_read_us, now_us() - request->asked_us);
-	if (error == -EAGAIN) {
-		request_ended(request->place); /* what finds out counts it */
+	if (error == -EAGAIN)
 		return error;
-	}
 	return read_ended(engine, request, error != 0 ? error : result_of(engine)); /* it may be another machine's */
+}
+
+int engine_read_again(struct engine *engine, struct engine_request *request)
+{
+	uint64_t since_ms = request->started_us / 1000;
+
+	return read_ended(engine, request,
+			  read_range(engine, request->data, request->offset_bytes, request->length_bytes, &since_ms));
 }
 
 /* The write waits for a slot, or does not any more. Lock held. */

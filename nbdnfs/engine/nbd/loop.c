@@ -71,17 +71,22 @@ void nbd_loop_destroy(struct nbd_loop *loop)
 	free(loop);
 }
 
+/* `due`, or when the first that waits may not any more: those behind it came later, and may wait for longer. */
+static uint64_t earlier_us(uint64_t due, const struct request_queue *waiting)
+{
+	if (waiting->head == NULL || waiting->head->step.wait_until_ms >= due / 1000)
+		return due;
+	return waiting->head->step.wait_until_ms * 1000;
+}
+
 /* When what waits for the engine is to be looked at, although that has not called: NO_TIME where nothing waits. */
 static uint64_t due_us(const struct nbd_loop *loop)
 {
-	uint64_t due = loop->looked_at_us + (uint64_t)loop->tick_ms * 1000, until_ms;
+	uint64_t due = loop->looked_at_us + (uint64_t)loop->tick_ms * 1000;
 
 	if (loop->fetches.head == NULL && loop->writes.head == NULL)
 		return NO_TIME;
-	if (loop->writes.head == NULL)
-		return due;
-	until_ms = loop->writes.head->step.wait_until_ms; /* those behind it came later, and may wait for longer */
-	return until_ms < due / 1000 ? until_ms * 1000 : due;
+	return earlier_us(earlier_us(due, &loop->fetches), &loop->writes);
 }
 
 /* When poll(2) is to end at the latest, given that the engine allows for `timeout_ms`. */

@@ -30,7 +30,7 @@ static int run(struct nbd_loop *loop, struct request *request)
 {
 	switch (request->type) {
 	case NBD_CMD_READ:
-		return engine_read(loop->engine, request->data, request->offset_bytes, request->length_bytes);
+		return engine_read_again(loop->engine, &request->step);
 	case NBD_CMD_WRITE:
 		return engine_write(loop->engine, request->data, request->offset_bytes, request->length_bytes, true);
 	case NBD_CMD_FLUSH:

@@ -34,8 +34,10 @@ static int may_write(struct nfsio *io)
 /* 0: send it; -EAGAIN: not yet; another -errno: it fails. */
 static int may_send(struct nfsio *io, const struct nfsio_req *req)
 {
-	if (req->fail_at_ms != 0 && now_ms() >= req->fail_at_ms)
-		return -ETIMEDOUT;
+	int hopeless = is_hopeless(io, req, now_ms()); /* else its deadline would end the connection */
+
+	if (hopeless != 0)
+		return hopeless;
 	if (req->op == NFSIO_LOOKUP && req->handle->length_bytes == 0)
 		return seek_directory(io) ? -EAGAIN : -EACCES;
 	return writes_pages(req) ? may_write(io) : 0;

@@ -107,6 +107,7 @@ struct nfsio_req {
 	uint8_t *data;          /* writes only read from it */
 	void (*done)(struct nfsio_req *req); /* called once, in some thread, without locks; must not block */
 	void *context;          /* for `done` */
+	int64_t waits_since_ms; /* CLOCK_MONOTONIC: nfsio_options.soft_limit_ms counts from then. 0: from now on */
 
 	/* result */
 	int error;              /* 0 or -errno */
@@ -125,7 +126,6 @@ struct nfsio_req {
 	struct nfsio *io;
 	struct nfsio_batch *batch;
 	struct wire_call call;
-	int64_t queued_at_ms;
 	int64_t give_up_at_ms;  /* while in flight: then it is sent again over a new connection */
 	struct nfsio_told refused; /* a READ: how long the server has refused it over this connection */
 	unsigned ends;          /* a READ: how often it met the end of the file */

@@ -131,7 +131,7 @@ int is_hopeless(const struct nfsio *io, const struct nfsio_req *req, int64_t now
 		return 0;
 	if (io->state.gone_too_long)
 		return -ESTALE;
-	return io->options.soft_limit_ms > 0 && now - req->queued_at_ms >= io->options.soft_limit_ms ? -EIO : 0;
+	return io->options.soft_limit_ms > 0 && now - req->waits_since_ms >= io->options.soft_limit_ms ? -EIO : 0;
 }
 
 /* Fail what has waited too long to be issued. */
@@ -181,7 +181,8 @@ void req_enqueue(struct nfsio *io, struct nfsio_req *req, struct nfsio_batch *ba
 	req->error = 0;
 	req->moved_bytes = 0;
 	req->stable = req->resent = false;
-	req->queued_at_ms = now_ms();
+	if (req->waits_since_ms == 0)
+		req->waits_since_ms = now_ms();
 	req->refused = (struct nfsio_told){ 0 };
 	req_list_push(&io->pending, req);
 }

@@ -85,13 +85,13 @@ static void serve_wire(struct nfsio *io, short revents)
 	struct wire_answer answer;
 	int status = 1;
 
+	io->wire.has_received = false; /* what came while it was made is no sign of life now */
 	if (revents & POLLOUT && wire_flush(&io->wire) < 0)
 		io->broken = true;
 	while (!io->broken && (status = wire_receive(&io->wire, &answer)) > 0)
 		wire_answered(io, &answer);
 	if (io->wire.has_received)
 		note_received(io);
-	io->wire.has_received = false;
 	if (status < 0)
 		io->broken = true;
 	if (status == -EPROTO || status == -EACCES)
