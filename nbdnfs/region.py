@@ -164,26 +164,38 @@ def read_waits(descriptor: int) -> tuple[int, int, int] | None:
     Of a region that is_made. None where its worker is of a version that does not write these. OSError where it cannot
     be read.
     """
-    found = _waits(descriptor)
+    found = _waits(os.pread(descriptor, HEADER_BYTES, 0))
     if found is None:
         return None
     last_received_ms, *since_ms = found
+    return last_received_ms, _earliest_ms(since_ms[:CONNECTIONS]), _earliest_ms(since_ms[CONNECTIONS:])
 
-    def earliest_ms(found: list[int]) -> int:
-        return min((at_ms for at_ms in found if at_ms), default=0)
 
-    return last_received_ms, earliest_ms(since_ms[:CONNECTIONS]), earliest_ms(since_ms[CONNECTIONS:])
+def unheard_since_ms(mapping: mmap.mmap) -> int:
+    """Since when the server owes an answer and has sent nothing, by CLOCK_MONOTONIC in ms; 0: it owes none, or the
+    worker is of a version that does not say. Of a mapped region that is_made."""
+    found = _waits(mapping[:HEADER_BYTES])
+    return owed_since_ms(found[0], _earliest_ms(found[1 : 1 + CONNECTIONS])) if found is not None else 0
+
+
+def owed_since_ms(last_received_ms: int, waiting_since_ms: int) -> int:
+    """The same of the first two of `read_waits`."""
+    return max(last_received_ms, waiting_since_ms) if waiting_since_ms else 0
 
 
 def read_connection_waits(descriptor: int) -> list[int]:
     """Since when each connection has waited for answers, as in `read_waits`; none where that is None."""
-    found = _waits(descriptor)
+    found = _waits(os.pread(descriptor, HEADER_BYTES, 0))
     return found[1 : 1 + CONNECTIONS] if found is not None else []
 
 
-def _waits(descriptor: int) -> list[int] | None:
-    """struct region_waits less its writer; None where another version wrote it."""
-    header = os.pread(descriptor, HEADER_BYTES, 0).ljust(HEADER_BYTES, b"\0")
+def _earliest_ms(found: list[int]) -> int:
+    return min((at_ms for at_ms in found if at_ms), default=0)
+
+
+def _waits(header: bytes) -> list[int] | None:
+    """struct region_waits less its writer, of a region's header; None where another version wrote it."""
+    header = header.ljust(HEADER_BYTES, b"\0")
     writer, *numbers = (
         int.from_bytes(header[offset : offset + _COUNTER_BYTES], sys.byteorder)
         for offset in range(WAITS_OFFSET, HEADER_BYTES, _COUNTER_BYTES)

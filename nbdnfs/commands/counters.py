@@ -93,7 +93,7 @@ def _waits(found_ms: tuple[int, int, int] | None, now_ms: int) -> Waits | None:
     def age_s(since_ms: int) -> float:
         return max(0, now_ms - since_ms) / 1000 if since_ms else 0.0
 
-    unheard_since_ms = max(last_received_ms, waiting_since_ms) if waiting_since_ms else 0
+    unheard_since_ms = region.owed_since_ms(last_received_ms, waiting_since_ms)
     return Waits(age_s(unheard_since_ms), age_s(request_since_ms), age_s(last_received_ms))
 
 

@@ -45,6 +45,9 @@ _MORE_TIME = "EXTEND_TIMEOUT_USEC=60000000"
 # How long the server has been away when its name is looked up again, and how often from then on.
 RESOLVE_AFTER_S = 60.0
 RESOLVE_EVERY_S = 300.0
+# How long the server owes an answer and sends nothing when that is reported. After as long, the worker tests the
+# connection (engine/nfs/silence.c), and status is critical (commands/health.py).
+SILENT_AFTER_S = 15.0
 # How often records are written again that could not be written.
 _RECORDS_EVERY_S = 5.0
 # How long the standby may hold up swapon. The first one is read from the disk.
@@ -112,6 +115,7 @@ class Keeper:
         self._mapping: mmap.mmap | None = None
         self._watchdog_sent_s = 0.0
         self._is_root_silent = False
+        self._silent_since_s: float | None = None  # of a server's silence that has been reported
 
         self._stop: str | None = None
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -285,6 +289,7 @@ class Keeper:
         if not self._is_ready_told and self._notifier.is_enabled:
             self._is_ready_told = self._notifier.send("READY=1", f"STATUS={self._swap_text}")
         self._look_for_server(now)
+        self._look_for_silence(now)
         successor = self.standby.worker
         is_wanted = self._is_new_worker_wanted or self.serving.is_outdated
         if is_wanted and successor is not None and successor.is_ready and self.serving.is_connected:
@@ -319,6 +324,24 @@ class Keeper:
             self._resolve_due_s = now + RESOLVE_EVERY_S
             with contextlib.suppress(OSError):
                 self._resolver = self._work.resolve()
+
+    def _look_for_silence(self, now: float) -> None:
+        """Report a server that owes an answer and sends nothing. Its connection may be up: the worker has no word of
+        that."""
+        if self._mapping is None or not self.serving.is_connected:
+            return
+        unheard_s = self._work.unheard_s(self._mapping)
+        if unheard_s >= SILENT_AFTER_S:
+            text = f"the server has not answered for {int(unheard_s)} s: swap waits until it does"
+            if self._reporter.complain("silent server", text, events.SERVER_SILENT):
+                self._silent_since_s = now - unheard_s
+                self._notifier.send(f"STATUS={text}")
+        elif self._silent_since_s is not None:
+            fields = {"silent_ms": int((now - self._silent_since_s) * 1000)}
+            self._silent_since_s = None
+            text = f"the server answers again, after {fields['silent_ms'] // 1000} s"
+            self._reporter.say(text, events.SERVER_ANSWERS, **fields)
+            self._notifier.send(f"STATUS={self._swap_text}")
 
     def _look_for_root(self, now: float) -> None:
         """Report a root file system that does not answer: then no program starts. The loop goes on."""

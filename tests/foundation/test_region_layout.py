@@ -173,10 +173,14 @@ def test_waits_of_a_live_region(stops: bool) -> None:
             heard_ms, waiting_ms, request_ms = region.read_waits(descriptor) or (0, 0, 0)
             assert began_ms <= request_ms <= now_ms()
             assert began_ms <= waiting_ms <= now_ms()
+            with region.hold_in_memory(descriptor) as mapping:
+                assert max(heard_ms, waiting_ms) <= region.unheard_since_ms(mapping) <= now_ms()
             server.release()
             reader.join(10)
             assert wait_until(lambda: (region.read_waits(descriptor) or (0, 1, 1))[1:] == (0, 0), 10)
             assert (region.read_waits(descriptor) or (0, 0, 0))[0] > 0
+            with region.hold_in_memory(descriptor) as mapping:
+                assert region.unheard_since_ms(mapping) == 0
             os.pwrite(descriptor, b"\x7f", region.GENERATION_OFFSET)
             assert region.read_waits(descriptor) is None
         finally:
@@ -190,6 +194,8 @@ def test_waits_of_an_earlier_version() -> None:
     os.truncate(descriptor, 2 * PAGE)
     os.pwrite(descriptor, b"\1", region.GENERATION_OFFSET)
     assert region.read_waits(descriptor) is None
+    with region.hold_in_memory(descriptor) as mapping:
+        assert region.unheard_since_ms(mapping) == 0
     os.close(descriptor)
 
 

@@ -64,6 +64,7 @@ class FakeWork:
         self.swap_ons = [0]
         self.on = False
         self.away = False
+        self.unheard = 0.0
         self.addresses = [""]
         self.resolves = 0
         self.started: list[WorkerHandle] = []
@@ -103,6 +104,9 @@ class FakeWork:
 
     def is_server_away(self, region: mmap.mmap) -> bool:
         return self.away
+
+    def unheard_s(self, region: mmap.mmap) -> float:
+        return self.unheard
 
     def resolve(self) -> HelperProcess:
         self.resolves += 1
@@ -828,6 +832,40 @@ def test_a_keeper_at_rest_rests(setup: Setup, monkeypatch: pytest.MonkeyPatch) -
         assert at_rest() <= 5
 
     setup.run(waiting)
+
+
+def test_a_server_that_falls_silent(setup: Setup, tmp_path: Path) -> None:
+    """Its connection is up, and it owes an answer: a line and the unit's status say so, and when it answers again. A
+    short silence is not worth a line."""
+    journal = FakeJournal(tmp_path)
+    found: list[dict[str, str]] = []
+
+    def lines() -> list[str]:
+        found.extend(journal.entries())
+        kinds = (events.SERVER_SILENT, events.SERVER_ANSWERS)
+        return [one["MESSAGE"] for one in found if one.get("MESSAGE_ID") in kinds]
+
+    silent = "nbdnfs: t: the server has not answered for 17 s: swap waits until it does"
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        setup.work.unheard = keeper_module.SILENT_AFTER_S - 1
+        time.sleep(1.2)  # a turn of the loop and more
+        assert lines() == []
+        setup.work.unheard = 17.5
+        until(lambda: lines() == [silent])
+        time.sleep(1.2)
+        setup.work.unheard = 0.0
+        until(lambda: len(lines()) == 2)
+
+    opened = journal.open()
+    assert setup.run(scenario, setup.make(journal=opened)) == 0
+    answers = found[-1] if found[-1].get("MESSAGE_ID") == events.SERVER_ANSWERS else found[-2]
+    assert int(answers["NBDNFS_SILENT_MS"]) >= 17_500
+    assert lines()[1] == f"nbdnfs: t: the server answers again, after {int(answers['NBDNFS_SILENT_MS']) // 1000} s"
+    assert [one["PRIORITY"] for one in found if one.get("MESSAGE_ID") == events.SERVER_SILENT] == ["4"]
+    opened.close()
+    journal.close()
 
 
 @pytest.fixture

@@ -70,6 +70,9 @@ class Work(FakeSwap):
     def is_server_away(self, region: object) -> bool:
         return self.away
 
+    def unheard_s(self, region: object) -> float:
+        return 0.0
+
     def resolve(self) -> HelperProcess:
         return HelperProcess([str(self.silent.path), "/bin/true"], {})
 

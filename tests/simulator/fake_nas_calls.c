@@ -692,7 +692,7 @@ static void check_mountd(void)
 	uint32_t reasons = 1u << FAULT_replaced | 1u << FAULT_refuse | 1u << FAULT_owner_refused;
 	bool is_stale = nas.generations[OBJECT_DIRECTORY] + nas.generations[OBJECT_ROOT] > 0;
 
-	if (worker_place_is_known && !is_stale && !file_is_stale_again() && (options.faults & reasons) == 0 &&
+	if (worker_directory_is_known && !is_stale && !file_is_stale_again() && (options.faults & reasons) == 0 &&
 	    options.fail_at == 0)
 		sim_fail("mountd is asked, although the directory's handle is known and the server knows it");
 }

@@ -20,6 +20,14 @@ static bool has_zeros(const struct cipher_keys *keys)
 	return false;
 }
 
+bool block_knows_directory(const struct engine *engine)
+{
+	for (unsigned i = 0; i < engine->io_count; i++)
+		if (!nfs_knows_directory(engine->ios[i]))
+			return false; /* the server has put the look-up off */
+	return true;
+}
+
 void check_idle_block(struct engine *engine)
 {
 	if (options.encrypt && (engine->region.cipher == NULL || has_zeros(&engine->region.header->keys)))

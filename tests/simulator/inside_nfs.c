@@ -4,6 +4,11 @@
 
 #include "sim.h"
 
+bool nfs_knows_directory(const struct nfsio *io)
+{
+	return io->directory.length_bytes > 0;
+}
+
 void check_idle_nfs(struct nfsio *io, unsigned number)
 {
 	if (io->batches != 0)

@@ -6,11 +6,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 
 #include "wrapped.h"
 
-#define CONNS_MAX 144u
+#define CONNS_MAX 512u
 #define UP_BYTES (3u << 20)
 #define DOWN_BYTES (6u << 20)
 #define FDS_MAX 64u
@@ -54,7 +56,7 @@ struct fd {
 	uint64_t pollers;       /* threads, as bits */
 };
 
-static uint8_t up_bytes[CONNS_MAX][UP_BYTES], down_bytes[CONNS_MAX][DOWN_BYTES];
+static uint8_t *stream_bytes; /* CONNS_MAX times UP_BYTES and DOWN_BYTES, mapped: too much for a program */
 static struct sim_conn conns[CONNS_MAX];
 /* When the bytes of up_bytes were sent, call by call. */
 #define SENDS_MAX 2048u
@@ -133,6 +135,17 @@ static void tell(const struct sim_conn *conn, const char *what)
 			what);
 }
 
+/* Of connection i, in each direction. Only those are in memory that have been used. */
+static uint8_t *bytes_of(unsigned i)
+{
+	const size_t each = UP_BYTES + DOWN_BYTES;
+
+	if (stream_bytes == NULL) /* not by mmap(2), which is the simulated worker's */
+		stream_bytes = (uint8_t *)syscall(SYS_mmap, NULL, CONNS_MAX * each, PROT_READ | PROT_WRITE,
+						  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	return stream_bytes + i * each;
+}
+
 static struct sim_conn *conn_new(uint32_t fd, uint16_t port)
 {
 	for (unsigned i = 0; i < CONNS_MAX; i++) {
@@ -140,8 +153,8 @@ static struct sim_conn *conn_new(uint32_t fd, uint16_t port)
 			continue;
 		conns[i] = (struct sim_conn){
 			.used = true, .client_open = true, .fd = fd, .port = port, .number = ++conn_number,
-			.up = { .bytes = up_bytes[i], .room = UP_BYTES },
-			.down = { .bytes = down_bytes[i], .room = DOWN_BYTES },
+			.up = { .bytes = bytes_of(i), .room = UP_BYTES },
+			.down = { .bytes = bytes_of(i) + UP_BYTES, .room = DOWN_BYTES },
 		};
 		return &conns[i];
 	}

@@ -339,8 +339,8 @@ void nbd_socket_wake_kernel(void);
 
 struct engine;
 extern struct engine *worker_engine;
-/* A worker has started: from then on the region says where the file and its directory are. */
-extern bool worker_place_is_known;
+/* A worker has started: from then on the region says where the file is, and its directory where that was found. */
+extern bool worker_place_is_known, worker_directory_is_known;
 void worker_reset(void);
 void worker_start(void);
 /* Kill it as soon as no thread runs. */
@@ -356,6 +356,8 @@ void worker_requester_ended(void);
 struct nfsio;
 void check_idle_block(struct engine *engine);
 void check_idle_nfs(struct nfsio *io, unsigned number);
+bool block_knows_directory(const struct engine *engine);
+bool nfs_knows_directory(const struct nfsio *io);
 
 /* ---- stores.c ---- */
 

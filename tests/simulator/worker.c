@@ -14,7 +14,7 @@
 enum phase { PHASE_LOAD, PHASE_FLUSH, PHASE_CHECK };
 
 struct engine *worker_engine;
-bool worker_place_is_known;
+bool worker_place_is_known, worker_directory_is_known;
 
 static bool kill_is_due, has_exited;
 static uint32_t requesters_running;
@@ -96,6 +96,7 @@ static void start_engine(void)
 		thread_sleep(rng_between(&workers, 50 * MS, 500 * MS));
 	}
 	worker_place_is_known = true;
+	worker_directory_is_known = block_knows_directory(worker_engine);
 }
 
 /* Serve the client until it disconnects; until it leaves: then the worker ends, as in nbdnfs/worker/life.py. */
@@ -206,7 +207,7 @@ void worker_killed(void)
 
 void worker_reset(void)
 {
-	kill_is_due = has_exited = worker_place_is_known = false;
+	kill_is_due = has_exited = worker_place_is_known = worker_directory_is_known = false;
 	phase = PHASE_LOAD;
 	workers.state = options.seed ^ 0x303c;
 	memory_reset();

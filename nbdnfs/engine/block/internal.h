@@ -9,7 +9,8 @@
  * flusher.c           write-backs and COMMITs, and the thread that starts them
  * read_ahead.c        fetches of what a reader will want next
  * common.c            what all requests have in common
- * requests.c          read, write, flush and trim, which wait
+ * reads.c             reads, which wait
+ * writes.c            write, flush and trim, which wait
  * steps.c             read and write in steps, which do not
  * attend.c            the thread that makes them, and receives
  * opening.c           the file and the region, and which comes first
@@ -284,7 +285,7 @@ bool may_fill(const struct engine *engine, uint64_t page, bool fua);
  */
 int check_page(struct engine *engine, uint64_t page, uint8_t *data, uint64_t *proof);
 
-/* requests.c */
+/* reads.c */
 
 /*
  * Read whole pages of the device. A soft limit counts from `*since_ms`; NULL: anew for each BATCH_PAGES. 0 or -errno,
@@ -292,6 +293,9 @@ int check_page(struct engine *engine, uint64_t page, uint8_t *data, uint64_t *pr
  */
 int read_range(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes,
 	       const uint64_t *since_ms);
+
+/* writes.c */
+
 /* As engine_flush(), uncounted. -EAGAIN: it is not over at `until_ms`, by now_ms(), and goes on. Takes the lock. */
 int flush_until(struct engine *engine, uint64_t until_ms);
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Read and write in steps: what requests.c does, for a thread that may not wait. engine.h has the contract. */
+/* Read and write in steps: what reads.c and writes.c do, for a thread that may not wait. engine.h has the contract. */
 #include "block/internal.h"
 
 #include <errno.h>
