@@ -30,6 +30,7 @@ from support.small_filesystem import small_filesystem
 from support.sunrpc import u32
 from support.waiting import DEADLINE_S, SaidOnStderr, in_background, wait_until
 
+from nbdnfs import region
 from nbdnfs.engine import Engine
 
 MIB = 1 << 20
@@ -251,6 +252,21 @@ def test_soft(backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngi
     in_background(engine.flush).result(DEADLINE_S)
     assert backing_file.path.read_bytes()[:PAGE] == acknowledged
     assert read_pages(engine, 100) == bytes(PAGE)
+
+
+def test_nothing_waits_after_a_soft_error(
+    backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine, region_fd: int
+) -> None:
+    """Nor does the region say so to other processes, while there is no connection."""
+    engine = open_engine(backing_file.url(nfsport=proxy.port), soft_limit_ms=300, region_fd=region_fd)
+    proxy.refuse = True
+    proxy.cut()
+    wait_for_counter(engine, "disconnected", 1)
+    with io_error():
+        in_background(read_pages, engine, 100).result(DEADLINE_S)
+    wait_until(lambda: (region.read_waits(region_fd) or (0, 1, 1))[1:] == (0, 0), "nothing waits")
+    assert counter(engine, "disconnected") == 1
+    proxy.refuse = False
 
 
 def test_soft_forgets_nothing_at_its_end(backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine) -> None:

@@ -523,6 +523,20 @@ def test_a_read_that_needs_a_longer_look_while_the_server_is_full(
     assert sorted(served.receive()[:2] for _ in range(4)) == [(cookie, 0) for cookie in range(4)]
 
 
+def test_what_waits_for_a_waiter_is_noted(serve: Callable[..., Served], fake: FakeNfsServer, region_fd: int) -> None:
+    """Since it came, however many FLUSHes are before it: `status` shows the age, and a soft limit counts it."""
+    served = serve(region_fd=region_fd)
+    client = served.client()
+    fake.hold("WRITE")
+    client.write(PAGE, os.urandom(PAGE))
+    for cookie in range(9):
+        served.send(FLUSH, cookie)
+    wait_until(lambda: requests_under_way(region_fd) == 9, "all of them are noted")
+    fake.release()
+    assert sorted(served.receive()[:2] for _ in range(9)) == [(cookie, 0) for cookie in range(9)]
+    wait_until(lambda: requests_under_way(region_fd) == 0, "none is any more")
+
+
 # The server's faults
 
 

@@ -33,6 +33,20 @@ void request_ended(_Atomic uint64_t *place)
 		set_counter(place, 0);
 }
 
+void note_read(struct engine *engine, uint64_t length_bytes, uint64_t started_us)
+{
+	count(&counters(engine)->reads, 1);
+	count(&counters(engine)->read_bytes, length_bytes);
+	count_duration(counters(engine)->read_us, now_us() - started_us);
+}
+
+void note_write(struct engine *engine, uint64_t length_bytes, uint64_t started_us)
+{
+	count(&counters(engine)->writes, 1);
+	count(&counters(engine)->written_bytes, length_bytes);
+	count_duration(counters(engine)->write_us, now_us() - started_us);
+}
+
 int result_of(struct engine *engine)
 {
 	return atomic_load(&engine->stolen) ? -EIO : 0;

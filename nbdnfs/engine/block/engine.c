@@ -221,7 +221,7 @@ static bool write_out(struct engine *engine)
 	while (error != 0 && !is_final) {
 		unsigned long long left;
 
-		error = flush_until(engine, until_ms); /* after a soft limit it is tried again */
+		error = flush_until(engine, now_ms(), until_ms); /* after a soft limit it is tried again */
 		if (error == 0)
 			error = end_write_backs(engine, until_ms);
 		engine_lock(engine);

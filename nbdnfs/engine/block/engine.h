@@ -114,23 +114,31 @@ struct engine_request {
 	bool has_begun, needs_slot;
 };
 
-/* A read or write has come: its time counts from now on, however late its first step is. Before that, once. */
+/* A request has come: its time counts from now on, however late its first step is. Before that, once. */
 void engine_note_request(struct engine *engine, struct engine_request *request);
+/* It has its result, of whatever function. Once. */
+void engine_note_result(struct engine_request *request);
 /*
  * Begin a read, or go on. 0 or -errno: it has ended, see engine_read(). -EAGAIN: a page is being fetched, go on after
  * engine_take_progress(), or at request->wait_until_ms by CLOCK_MONOTONIC: waiting is an error then. -EINPROGRESS: the
  * NAS has been asked, and `answered` will be called; then engine_read_end().
  */
 int engine_read_step(struct engine *engine, struct engine_request *request);
-/* 0 or -errno: it has ended. -EAGAIN: something is not what was expected, engine_read_again() finds out. */
+/* 0 or -errno: it has ended. -EAGAIN: something is not what was expected, engine_finish_read() finds out. */
 int engine_read_end(struct engine *engine, struct engine_request *request);
-/* Read all of it again, and wait, in another thread. The time that the read has taken counts. See engine_read(). */
-int engine_read_again(struct engine *engine, struct engine_request *request);
 /*
  * Begin a write without FUA, or go on. 0 or -errno: it has ended. -EAGAIN: the region is full; go on after
  * engine_take_progress(), or at request->wait_until_ms by CLOCK_MONOTONIC: waiting may have become an error by then.
  */
 int engine_write_step(struct engine *engine, struct engine_request *request);
+
+/*
+ * What the attendant leaves to another thread, which may wait: engine_read(), engine_write() of the payload with FUA or
+ * without, and engine_flush(). The time that the request has taken already counts.
+ */
+int engine_finish_read(struct engine *engine, struct engine_request *request);
+int engine_finish_write(struct engine *engine, struct engine_request *request, bool fua);
+int engine_finish_flush(struct engine *engine, struct engine_request *request);
 
 /*
  * Make the calling thread the attendant. `wake_fd`, an eventfd(2) of its own, is written to when it should look. Every

@@ -263,6 +263,9 @@ int check_range(const struct engine *engine, uint64_t offset_bytes, uint64_t len
  */
 _Atomic uint64_t *request_began(struct engine *engine);
 void request_ended(_Atomic uint64_t *place);
+/* A read or a write of so many bytes has ended, by now_us() at its begin. */
+void note_read(struct engine *engine, uint64_t length_bytes, uint64_t started_us);
+void note_write(struct engine *engine, uint64_t length_bytes, uint64_t started_us);
 /* What a request returns that has met no error. */
 int result_of(struct engine *engine);
 /*
@@ -285,19 +288,13 @@ bool may_fill(const struct engine *engine, uint64_t page, bool fua);
  */
 int check_page(struct engine *engine, uint64_t page, uint8_t *data, uint64_t *proof);
 
-/* reads.c */
-
-/*
- * Read whole pages of the device. A soft limit counts from `*since_ms`; NULL: anew for each BATCH_PAGES. 0 or -errno,
- * as engine_read(). Takes the lock.
- */
-int read_range(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes,
-	       const uint64_t *since_ms);
-
 /* writes.c */
 
-/* As engine_flush(), uncounted. -EAGAIN: it is not over at `until_ms`, by now_ms(), and goes on. Takes the lock. */
-int flush_until(struct engine *engine, uint64_t until_ms);
+/*
+ * As engine_flush(), uncounted, for a request that waits since `since_ms`. -EAGAIN: it is not over at `until_ms`, by
+ * now_ms(), and goes on. Takes the lock.
+ */
+int flush_until(struct engine *engine, uint64_t since_ms, uint64_t until_ms);
 
 /* Wait for write-backs that are under way, also of pages that were trimmed since. As flush_until(). */
 int end_write_backs(struct engine *engine, uint64_t until_ms);

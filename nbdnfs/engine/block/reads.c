@@ -75,7 +75,6 @@ static int verify_request(struct engine *engine, const struct nfsio_req *req, ui
 {
 	int error = req->error;
 
-	file_look(engine);
 	if (error == 0 && req->moved_bytes != req->length_bytes)
 		error = -EIO; /* the file ends before the device: it was truncated */
 	for (uint32_t at = 0; error == 0 && at < req->length_bytes; at += SLOT_BYTES)
@@ -161,6 +160,11 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 		engine->lent[io] = false;
 		engine_unlock(engine);
 	}
+	if (used > 0)
+		file_look(engine);
+	for (int i = 0; i < used; i++)
+		if (reqs[i].error != 0)
+			error = reqs[i].error; /* then no page needs a longer look */
 	for (int i = 0; i < used; i++) {
 		missed += reqs[i].length_bytes / SLOT_BYTES;
 		count(&counters(engine)->nfs_reads, 1);
@@ -175,8 +179,12 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 	return error;
 }
 
-int read_range(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes,
-	       const uint64_t *since_ms)
+/*
+ * Read whole pages of the device. A soft limit counts from `*since_ms`; NULL: anew for each BATCH_PAGES. 0 or -errno,
+ * as engine_read().
+ */
+static int read_range(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes,
+		      const uint64_t *since_ms)
 {
 	uint64_t page = offset_bytes / SLOT_BYTES, pages = length_bytes / SLOT_BYTES;
 	int error = result_of(engine);
@@ -204,9 +212,16 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 
 	if (error == 0)
 		error = read_range(engine, data, offset_bytes, length_bytes, NULL);
-	count(&counters(engine)->reads, 1);
-	count(&counters(engine)->read_bytes, length_bytes);
-	count_duration(counters(engine)->read_us, now_us() - started_us);
+	note_read(engine, length_bytes, started_us);
 	request_ended(place);
+	return error;
+}
+
+int engine_finish_read(struct engine *engine, struct engine_request *request)
+{
+	uint64_t since_ms = request->started_us / 1000;
+	int error = read_range(engine, request->data, request->offset_bytes, request->length_bytes, &since_ms);
+
+	note_read(engine, request->length_bytes, request->started_us);
 	return error;
 }

@@ -13,6 +13,12 @@ void engine_note_request(struct engine *engine, struct engine_request *request)
 	request->started_us = now_us();
 }
 
+void engine_note_result(struct engine_request *request)
+{
+	request_ended(request->place);
+	request->place = NULL;
+}
+
 /* Returns whether this is the first step, and *error. */
 static bool begin(struct engine *engine, struct engine_request *request, int *error)
 {
@@ -28,10 +34,7 @@ static bool begin(struct engine *engine, struct engine_request *request, int *er
 
 static int read_ended(struct engine *engine, struct engine_request *request, int error)
 {
-	count(&counters(engine)->reads, 1);
-	count(&counters(engine)->read_bytes, request->length_bytes);
-	count_duration(counters(engine)->read_us, now_us() - request->started_us);
-	request_ended(request->place);
+	note_read(engine, request->length_bytes, request->started_us);
 	return error == -ESTALE ? -EIO : error; /* the file is gone: NBD has no ESTALE */
 }
 
@@ -82,7 +85,8 @@ int engine_read_step(struct engine *engine, struct engine_request *request)
 		if (found == CACHE_WAIT) {
 			request->wait_until_ms = read_ends_ms(engine, request->started_us / 1000);
 			error = now_ms() < request->wait_until_ms ? -EAGAIN : -EIO;
-			engine->attendant_waits = error == -EAGAIN;
+			if (error == -EAGAIN)
+				engine->attendant_waits = true;
 			engine_unlock(engine);
 			return error == -EAGAIN ? error : read_ended(engine, request, error);
 		}
@@ -143,14 +147,6 @@ int engine_read_end(struct engine *engine, struct engine_request *request)
 	if (error == -EAGAIN)
 		return error;
 	return read_ended(engine, request, error != 0 ? error : result_of(engine)); /* it may be another machine's */
-}
-
-int engine_read_again(struct engine *engine, struct engine_request *request)
-{
-	uint64_t since_ms = request->started_us / 1000;
-
-	return read_ended(engine, request,
-			  read_range(engine, request->data, request->offset_bytes, request->length_bytes, &since_ms));
 }
 
 /* The write waits for a slot, or does not any more. Lock held. */
@@ -216,9 +212,6 @@ int engine_write_step(struct engine *engine, struct engine_request *request)
 		return error;
 	if (error == 0)
 		error = result_of(engine);
-	count(&counters(engine)->writes, 1);
-	count(&counters(engine)->written_bytes, request->length_bytes);
-	count_duration(counters(engine)->write_us, now_us() - request->started_us);
-	request_ended(request->place);
+	note_write(engine, request->length_bytes, request->started_us);
 	return error;
 }

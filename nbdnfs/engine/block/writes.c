@@ -30,12 +30,11 @@ static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
 }
 
 /*
- * Wait until the NAS has every write up to `sequence` to these pages, stably. Returns 0 or -EIO. Lock held; dropped
- * while waiting.
+ * Wait until the NAS has every write up to `sequence` to these pages, stably, for a request that waits since
+ * `since_ms`. Returns 0 or -EIO. Lock held; dropped while waiting.
  */
-static int wait_pages_stable(struct engine *engine, uint64_t page, uint64_t pages, uint64_t sequence)
+static int wait_pages_stable(struct engine *engine, uint64_t page, uint64_t pages, uint64_t sequence, uint64_t since_ms)
 {
-	uint64_t since_ms = now_ms();
 	int error = 0;
 
 	engine->waiting_for_stable++;
@@ -49,12 +48,15 @@ static int wait_pages_stable(struct engine *engine, uint64_t page, uint64_t page
 	return error;
 }
 
-/* Write at most BATCH_PAGES pages. After an error, some of them may be written. */
-static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page, uint32_t pages, bool fua)
+/*
+ * Write at most BATCH_PAGES pages, for a request that waits since `since_ms`. After an error, some of them may be
+ * written.
+ */
+static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page, uint32_t pages, bool fua,
+		       uint64_t since_ms)
 {
 	uint64_t proofs[BATCH_PAGES];
 	uint32_t filled = 0;
-	uint64_t since_ms = now_ms();
 	bool was_idle;
 	int error = 0;
 
@@ -81,16 +83,16 @@ static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page
 	if (was_idle || is_half_full(engine))
 		flusher_call(engine);
 	if (fua && error == 0)
-		error = wait_pages_stable(engine, page, pages, cache_sequence(engine->cache));
+		error = wait_pages_stable(engine, page, pages, cache_sequence(engine->cache), since_ms);
 	engine_unlock(engine);
 	count(&counters(engine)->filled_pages_written, filled);
 	return error != 0 ? error : result_of(engine);
 }
 
-int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes, bool fua)
+/* engine_write(), for a request that waits since `started_us`, by now_us(). */
+static int write_range(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes,
+		       bool fua, uint64_t started_us)
 {
-	_Atomic uint64_t *place = request_began(engine);
-	uint64_t started_us = now_us();
 	uint64_t page = offset_bytes / SLOT_BYTES, pages = length_bytes / SLOT_BYTES;
 	int error = check_range(engine, offset_bytes, length_bytes);
 
@@ -99,16 +101,28 @@ int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_byt
 	while (error == 0 && pages > 0) {
 		uint32_t now = pages < BATCH_PAGES ? (uint32_t)pages : BATCH_PAGES;
 
-		error = write_batch(engine, data, page, now, fua);
+		error = write_batch(engine, data, page, now, fua, started_us / 1000);
 		data += (size_t)now * SLOT_BYTES;
 		page += now;
 		pages -= now;
 	}
-	count(&counters(engine)->writes, 1);
-	count(&counters(engine)->written_bytes, length_bytes);
-	count_duration(counters(engine)->write_us, now_us() - started_us);
+	note_write(engine, length_bytes, started_us);
+	return error;
+}
+
+int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes, bool fua)
+{
+	_Atomic uint64_t *place = request_began(engine);
+	int error = write_range(engine, data, offset_bytes, length_bytes, fua, now_us());
+
 	request_ended(place);
 	return error;
+}
+
+int engine_finish_write(struct engine *engine, struct engine_request *request, bool fua)
+{
+	return write_range(engine, request->payload, request->offset_bytes, request->length_bytes, fua,
+			   request->started_us);
 }
 
 /*
@@ -136,9 +150,9 @@ static int materialise(struct engine *engine, uint64_t since_ms, uint64_t until_
 	}
 }
 
-int flush_until(struct engine *engine, uint64_t until_ms)
+int flush_until(struct engine *engine, uint64_t since_ms, uint64_t until_ms)
 {
-	uint64_t sequence, since_ms = now_ms();
+	uint64_t sequence;
 	int error;
 
 	engine_lock(engine);
@@ -178,9 +192,15 @@ int engine_flush(struct engine *engine)
 	int error;
 
 	count(&counters(engine)->flushes, 1);
-	error = flush_until(engine, NO_END);
+	error = flush_until(engine, now_ms(), NO_END);
 	request_ended(place);
 	return error;
+}
+
+int engine_finish_flush(struct engine *engine, struct engine_request *request)
+{
+	count(&counters(engine)->flushes, 1);
+	return flush_until(engine, request->started_us / 1000, NO_END);
 }
 
 int engine_trim(struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes)

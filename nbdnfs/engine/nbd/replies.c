@@ -36,6 +36,7 @@ void nbd_reply(struct nbd_loop *loop, struct request *request, int error)
 	uint8_t *at = put_be32(request->head, NBD_REPLY_MAGIC);
 
 	assert(error <= 0 && error != -EAGAIN && error != -EINPROGRESS);
+	engine_note_result(&request->step);
 	request->error = error;
 	at = put_be32(at, error_number(error));
 	memcpy(at, &request->cookie, sizeof(request->cookie));

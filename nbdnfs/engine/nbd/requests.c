@@ -50,8 +50,7 @@ void nbd_begin_request(struct nbd_loop *loop, struct request *request, const uin
 	request->step.offset_bytes = request->offset_bytes;
 	request->step.length_bytes = request->length_bytes;
 	request->step.answered = nbd_note_answered;
-	if (is_plain_write || request->type == NBD_CMD_READ)
-		engine_note_request(loop->engine, &request->step);
+	engine_note_request(loop->engine, &request->step);
 	if (is_plain_write && loop->writes.head == NULL) { /* none overtakes those that wait for room */
 		request->step.payload = payload != NULL ? payload : request->data;
 		error = engine_write_step(loop->engine, &request->step);

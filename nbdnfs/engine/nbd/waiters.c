@@ -12,16 +12,17 @@
 #include <errno.h>
 #include <unistd.h>
 
-static int write_zeroes(struct nbd_loop *loop, const struct request *request)
+static int write_zeroes(struct nbd_loop *loop, struct request *request)
 {
 	bool fua = (request->flags & NBD_CMD_FLAG_FUA) != 0;
 	uint64_t end = request->offset_bytes + request->length_bytes;
 	int error = request->length_bytes == 0 || end < request->offset_bytes ? -EINVAL : 0;
 
+	request->step.payload = loop->zeros;
 	for (uint64_t at = request->offset_bytes; at < end && error == 0; at += PIECE_BYTES) {
-		uint64_t now = end - at < PIECE_BYTES ? end - at : PIECE_BYTES;
-
-		error = engine_write(loop->engine, loop->zeros, at, now, fua);
+		request->step.offset_bytes = at;
+		request->step.length_bytes = end - at < PIECE_BYTES ? end - at : PIECE_BYTES;
+		error = engine_finish_write(loop->engine, &request->step, fua);
 	}
 	return error;
 }
@@ -30,11 +31,11 @@ static int run(struct nbd_loop *loop, struct request *request)
 {
 	switch (request->type) {
 	case NBD_CMD_READ:
-		return engine_read_again(loop->engine, &request->step);
+		return engine_finish_read(loop->engine, &request->step);
 	case NBD_CMD_WRITE:
-		return engine_write(loop->engine, request->data, request->offset_bytes, request->length_bytes, true);
+		return engine_finish_write(loop->engine, &request->step, true);
 	case NBD_CMD_FLUSH:
-		return engine_flush(loop->engine);
+		return engine_finish_flush(loop->engine, &request->step);
 	case NBD_CMD_TRIM:
 		return engine_trim(loop->engine, request->offset_bytes, request->length_bytes);
 	case NBD_CMD_WRITE_ZEROES:

@@ -9,6 +9,17 @@
 /* How often an idle NFSv4 client reads something: leases are 10 s and longer. */
 #define TOUCH_MS 4000
 
+/* How long a request may be outstanding at least, however late it was sent: the connection ends with it. */
+#define SENT_LATE_MS 1000
+
+/* A request in flight has waited too long, and the server has had the time to answer it. */
+static bool is_given_up(const struct nfsio *io, const struct nfsio_req *req, int64_t now)
+{
+	int64_t least_ms = io->options.soft_limit_ms < SENT_LATE_MS ? io->options.soft_limit_ms : SENT_LATE_MS;
+
+	return is_hopeless(io, req, now) != 0 && (req->handle != NULL || now - req->sent_at_ms >= least_ms);
+}
+
 /* A call has been outstanding for too long. It cannot be cancelled, so all of them go over a new connection. */
 static void give_up_on_slow(struct nfsio *io)
 {
@@ -17,7 +28,7 @@ static void give_up_on_slow(struct nfsio *io)
 	for (struct name_op *op = io->name_ops; op != NULL && !io->broken; op = op->next)
 		io->broken = now >= op->limit_at_ms;
 	for (struct nfsio_req *req = io->inflight.head; req != NULL && !io->broken; req = req->next)
-		io->broken = is_hopeless(io, req, now) != 0;
+		io->broken = is_given_up(io, req, now);
 }
 
 /* Is it a WRITE to the file that is open? */
@@ -97,8 +108,11 @@ void issue_pending(struct nfsio *io)
 		io->rest_has_pages |= writes_pages(req);
 		req->give_up_at_ms = note_outstanding(io, req->repeat_after_ms,
 						      req->fail_at_ms != 0 ? req->fail_at_ms : INT64_MAX);
+		if (io->options.soft_limit_ms > 0)
+			req->sent_at_ms = now_ms();
 	}
 	issue_names(io);
+	note_waiting(io); /* what may not be sent has ended */
 	if (io->transport->push != NULL && !io->broken)
 		io->transport->push(io);
 }

@@ -127,6 +127,7 @@ struct nfsio_req {
 	struct nfsio_batch *batch;
 	struct wire_call call;
 	int64_t give_up_at_ms;  /* while in flight: then it is sent again over a new connection */
+	int64_t sent_at_ms;     /* while in flight: when it was sent last */
 	struct nfsio_told refused; /* a READ: how long the server has refused it over this connection */
 	unsigned ends;          /* a READ: how often it met the end of the file */
 	unsigned restarts;      /* a write: how often all of it was sent again for another verifier */

@@ -30,8 +30,8 @@ void submit(struct nfsio *io, struct nfsio_req *req)
 {
 	req_enqueue(io, req, NULL);
 	io->detached++;
-	if (io->state.gone_too_long)
-		fail_hopeless(io);
+	if (!is_up(io))
+		fail_hopeless(io); /* as it may be already: the file is gone, or a soft limit is over */
 	issue_pending(io);
 	wake_if_needed(io);
 }
@@ -54,8 +54,8 @@ void nfsio_batch_start(struct nfsio *io, struct nfsio_batch *batch, struct nfsio
 	io->batches++;
 	for (size_t i = 0; i < count; i++)
 		req_enqueue(io, &reqs[i], batch);
-	if (io->state.gone_too_long)
-		fail_hopeless(io);
+	if (!is_up(io))
+		fail_hopeless(io); /* as it may be already: the file is gone, or a soft limit is over */
 	issue_pending(io);
 	wake_if_needed(io);
 	pthread_mutex_unlock(&io->lock);

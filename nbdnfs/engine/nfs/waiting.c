@@ -51,6 +51,7 @@ void tend_waiting(struct nfsio *io)
 	pthread_mutex_lock(&io->lock);
 	fail_hopeless(io);
 	fail_late_names(io);
+	note_waiting(io);
 	give_back(io);
 	pthread_mutex_unlock(&io->lock);
 }
