@@ -82,6 +82,7 @@ KEYS_OFFSET, KEYS_BYTES = HEADER_BYTES, 64
 # Where the backing file was last found (engine/region/last_place.h), twice.
 LAST_PLACE_OFFSET, LAST_PLACE_BYTES = 2048, 256
 _DISCONNECTED_OFFSET = COUNTERS_OFFSET + _COUNTER_BYTES * COUNTERS.index("disconnected")
+_FILE_STATE_OFFSET = COUNTERS_OFFSET + _COUNTER_BYTES * COUNTERS.index("file_state")
 
 # The counter `file_state`: enum region_file.
 FILE_THERE, FILE_DELETED, FILE_REPLACED, FILE_TRUNCATED = range(4)
@@ -171,15 +172,26 @@ def read_waits(descriptor: int) -> tuple[int, int, int] | None:
     return last_received_ms, _earliest_ms(since_ms[:CONNECTIONS]), _earliest_ms(since_ms[CONNECTIONS:])
 
 
-def unheard_since_ms(mapping: mmap.mmap) -> int:
-    """Since when the server owes an answer and has sent nothing, by CLOCK_MONOTONIC in ms; 0: it owes none, or the
-    worker is of a version that does not say. Of a mapped region that is_made."""
-    found = _waits(mapping[:HEADER_BYTES])
-    return owed_since_ms(found[0], _earliest_ms(found[1 : 1 + CONNECTIONS])) if found is not None else 0
+def server_times(mapping: mmap.mmap) -> tuple[int, int]:
+    """When the server was last heard, and since when it owes an answer and has sent nothing over a connection that is
+    up: CLOCK_MONOTONIC in ms, 0 for never and for nothing. Of a mapped region that is_made.
+
+    It owes nothing while the file is gone: it may answer each attempt to find that. Both are 0 where the worker is of a
+    version that does not write these.
+    """
+    header = mapping[:HEADER_BYTES]
+    found = _waits(header)
+    if found is None:
+        return 0, 0
+    state = header[_FILE_STATE_OFFSET : _FILE_STATE_OFFSET + _COUNTER_BYTES]
+    is_gone = int.from_bytes(state, sys.byteorder) in (FILE_DELETED, FILE_REPLACED)
+    if is_gone or is_disconnected(mapping):
+        return found[0], 0
+    return found[0], owed_since_ms(found[0], _earliest_ms(found[1 : 1 + CONNECTIONS]))
 
 
 def owed_since_ms(last_received_ms: int, waiting_since_ms: int) -> int:
-    """The same of the first two of `read_waits`."""
+    """Since when the server owes an answer and has sent nothing, from the first two values of `read_waits`."""
     return max(last_received_ms, waiting_since_ms) if waiting_since_ms else 0
 
 

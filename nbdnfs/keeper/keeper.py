@@ -20,8 +20,9 @@ import time
 
 from nbdnfs import __version__, region
 from nbdnfs.errors import BusyError, NbdnfsError, OwnedError, UnreadableError
-from nbdnfs.keeper import events, failures
+from nbdnfs.keeper import events, failures, silence
 from nbdnfs.keeper.serving import Serving
+from nbdnfs.keeper.silence import Silence
 from nbdnfs.keeper.standby import STORED_NAME as _STORED_STANDBY
 from nbdnfs.keeper.standby import Standby
 
@@ -45,9 +46,6 @@ _MORE_TIME = "EXTEND_TIMEOUT_USEC=60000000"
 # How long the server has been away when its name is looked up again, and how often from then on.
 RESOLVE_AFTER_S = 60.0
 RESOLVE_EVERY_S = 300.0
-# How long the server owes an answer and sends nothing when that is reported. After as long, the worker tests the
-# connection (engine/nfs/silence.c), and status is critical (commands/health.py).
-SILENT_AFTER_S = 15.0
 # How often records are written again that could not be written.
 _RECORDS_EVERY_S = 5.0
 # How long the standby may hold up swapon. The first one is read from the disk.
@@ -114,8 +112,9 @@ class Keeper:
         self._is_new_worker_wanted = False  # when there is a standby
         self._mapping: mmap.mmap | None = None
         self._watchdog_sent_s = 0.0
-        self._is_root_silent = False
-        self._silent_since_s: float | None = None  # of a server's silence that has been reported
+        self._root_status = ""  # of a root file system that does not answer
+        self._silence = Silence(reporter)
+        self._shown = ""  # as the unit's status
 
         self._stop: str | None = None
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -191,6 +190,7 @@ class Keeper:
             self.standby.keep(now, may_start=self.serving.is_connected)
             self._keep_heir(now)
         self._look_for_root(now)
+        self._look_for_silence()
         if self.serving.is_connected and now >= self._records_due_s:
             self._records_due_s = now + _RECORDS_EVERY_S
             if not self._is_recorded:
@@ -289,7 +289,7 @@ class Keeper:
         if not self._is_ready_told and self._notifier.is_enabled:
             self._is_ready_told = self._notifier.send("READY=1", f"STATUS={self._swap_text}")
         self._look_for_server(now)
-        self._look_for_silence(now)
+        self._show_status()
         successor = self.standby.worker
         is_wanted = self._is_new_worker_wanted or self.serving.is_outdated
         if is_wanted and successor is not None and successor.is_ready and self.serving.is_connected:
@@ -325,37 +325,30 @@ class Keeper:
             with contextlib.suppress(OSError):
                 self._resolver = self._work.resolve()
 
-    def _look_for_silence(self, now: float) -> None:
-        """Report a server that owes an answer and sends nothing. Its connection may be up: the worker has no word of
-        that."""
-        if self._mapping is None or not self.serving.is_connected:
-            return
-        unheard_s = self._work.unheard_s(self._mapping)
-        if unheard_s >= SILENT_AFTER_S:
-            text = f"the server has not answered for {int(unheard_s)} s: swap waits until it does"
-            if self._reporter.complain("silent server", text, events.SERVER_SILENT):
-                self._silent_since_s = now - unheard_s
-                self._notifier.send(f"STATUS={text}")
-        elif self._silent_since_s is not None:
-            fields = {"silent_ms": int((now - self._silent_since_s) * 1000)}
-            self._silent_since_s = None
-            text = f"the server answers again, after {fields['silent_ms'] // 1000} s"
-            self._reporter.say(text, events.SERVER_ANSWERS, **fields)
-            self._notifier.send(f"STATUS={self._swap_text}")
+    def _look_for_silence(self) -> None:
+        if self._mapping is not None and self.serving.is_connected:
+            self._silence.look(*self._work.server_times(self._mapping), time.monotonic_ns() // 1_000_000)
+
+    def _show_status(self) -> None:
+        """What `systemctl status` has of a device that is watched; again where systemd did not take it."""
+        text = self._root_status or (silence.STATUS if self._silence.is_on else self._swap_text)
+        if text != self._shown and self._notifier.send(f"STATUS={text}"):
+            self._shown = text
 
     def _look_for_root(self, now: float) -> None:
         """Report a root file system that does not answer: then no program starts. The loop goes on."""
         starting = (self.serving.worker, self.standby.worker, self._helper, self._resolver)
         is_silent = any(one is not None and one.is_late(now) for one in starting)
-        if is_silent == self._is_root_silent:
+        if is_silent == bool(self._root_status):
             return
-        self._is_root_silent = is_silent
         text = "the root file system answers again"
         if is_silent:
             goes_on = "swap goes on" if self.serving.is_connected else "swap waits"
             text = f"the root file system does not answer, so no program starts: {goes_on} until it does"
+        self._root_status = text if is_silent else ""
         self._reporter.say(text, events.ROOT_SILENT if is_silent else events.ROOT_ANSWERS)
-        self._notifier.send(f"STATUS={text}")
+        if self._step != "watch":
+            self._notifier.send(f"STATUS={text}")
 
     def _await_helper(
         self, now: float, start: Callable[[], HelperProcess | None], *, following: str, on_server: bool = False

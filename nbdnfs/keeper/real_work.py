@@ -8,7 +8,6 @@ elsewhere.
 from __future__ import annotations
 
 import os
-import time
 
 from nbdnfs import programs
 from nbdnfs import region as shared_region
@@ -118,10 +117,8 @@ class RealWork:
     def is_server_away(self, region: mmap.mmap) -> bool:
         return shared_region.is_disconnected(region)
 
-    def unheard_s(self, region: mmap.mmap) -> float:
-        """For how long the server has owed an answer and sent nothing; 0.0: it owes none."""
-        since_ms = shared_region.unheard_since_ms(region)
-        return max(0.0, time.monotonic() - since_ms / 1000) if since_ms else 0.0
+    def server_times(self, region: mmap.mmap) -> tuple[int, int]:
+        return shared_region.server_times(region)
 
     def resolve(self) -> HelperProcess:
         """resolve_server: look the server's name up again. It answers on a pipe: a file in /run may be swapped out."""

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -174,13 +175,19 @@ def test_waits_of_a_live_region(stops: bool) -> None:
             assert began_ms <= request_ms <= now_ms()
             assert began_ms <= waiting_ms <= now_ms()
             with region.hold_in_memory(descriptor) as mapping:
-                assert max(heard_ms, waiting_ms) <= region.unheard_since_ms(mapping) <= now_ms()
+                times = (heard_ms, max(heard_ms, waiting_ms))
+                assert wait_until(lambda: region.server_times(mapping) == times, 10), "once it is connected"
+                for name, value in (("disconnected", 1), ("file_state", region.FILE_REPLACED)):
+                    offset = region.COUNTERS_OFFSET + 8 * region.COUNTERS.index(name)
+                    os.pwrite(descriptor, value.to_bytes(8, sys.byteorder), offset)
+                    assert region.server_times(mapping) == (heard_ms, 0)
+                    os.pwrite(descriptor, bytes(8), offset)
             server.release()
             reader.join(10)
             assert wait_until(lambda: (region.read_waits(descriptor) or (0, 1, 1))[1:] == (0, 0), 10)
             assert (region.read_waits(descriptor) or (0, 0, 0))[0] > 0
             with region.hold_in_memory(descriptor) as mapping:
-                assert region.unheard_since_ms(mapping) == 0
+                assert region.server_times(mapping)[1] == 0
             os.pwrite(descriptor, b"\x7f", region.GENERATION_OFFSET)
             assert region.read_waits(descriptor) is None
         finally:
@@ -195,7 +202,7 @@ def test_waits_of_an_earlier_version() -> None:
     os.pwrite(descriptor, b"\1", region.GENERATION_OFFSET)
     assert region.read_waits(descriptor) is None
     with region.hold_in_memory(descriptor) as mapping:
-        assert region.unheard_since_ms(mapping) == 0
+        assert region.server_times(mapping) == (0, 0)
     os.close(descriptor)
 
 

@@ -34,7 +34,7 @@ from nbdnfs.errors import (
     UnavailableError,
     UnreadableError,
 )
-from nbdnfs.keeper import events, failures
+from nbdnfs.keeper import events, failures, silence
 from nbdnfs.keeper import keeper as keeper_module
 from nbdnfs.keeper import serving as serving_module
 from nbdnfs.keeper.helper_process import HelperProcess
@@ -64,7 +64,7 @@ class FakeWork:
         self.swap_ons = [0]
         self.on = False
         self.away = False
-        self.unheard = 0.0
+        self.times = (0, 0)
         self.addresses = [""]
         self.resolves = 0
         self.started: list[WorkerHandle] = []
@@ -105,8 +105,8 @@ class FakeWork:
     def is_server_away(self, region: mmap.mmap) -> bool:
         return self.away
 
-    def unheard_s(self, region: mmap.mmap) -> float:
-        return self.unheard
+    def server_times(self, region: mmap.mmap) -> tuple[int, int]:
+        return self.times
 
     def resolve(self) -> HelperProcess:
         self.resolves += 1
@@ -834,36 +834,31 @@ def test_a_keeper_at_rest_rests(setup: Setup, monkeypatch: pytest.MonkeyPatch) -
     setup.run(waiting)
 
 
-def test_a_server_that_falls_silent(setup: Setup, tmp_path: Path) -> None:
-    """Its connection is up, and it owes an answer: a line and the unit's status say so, and when it answers again. A
-    short silence is not worth a line."""
-    journal = FakeJournal(tmp_path)
+def test_a_server_that_falls_silent(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection is up, and it owes an answer: a line and the unit's status say so until it is heard again."""
+    journal, shown = FakeJournal(tmp_path), list[str]()
+    opened = journal.open()
+    monkeypatch.setattr(Notifier, "send", lambda self, *lines, descriptors=(): shown.extend(lines) is None)
     found: list[dict[str, str]] = []
 
-    def lines() -> list[str]:
+    def of(event: str) -> list[dict[str, str]]:
         found.extend(journal.entries())
-        kinds = (events.SERVER_SILENT, events.SERVER_ANSWERS)
-        return [one["MESSAGE"] for one in found if one.get("MESSAGE_ID") in kinds]
-
-    silent = "nbdnfs: t: the server has not answered for 17 s: swap waits until it does"
+        return [one for one in found if one.get("MESSAGE_ID") == event]
 
     def scenario(keeper: Keeper) -> None:
         watches(keeper)
-        setup.work.unheard = keeper_module.SILENT_AFTER_S - 1
-        time.sleep(1.2)  # a turn of the loop and more
-        assert lines() == []
-        setup.work.unheard = 17.5
-        until(lambda: lines() == [silent])
-        time.sleep(1.2)
-        setup.work.unheard = 0.0
-        until(lambda: len(lines()) == 2)
+        until(lambda: shown[-1] == "STATUS=swap is on: /dev/nbd7")
+        since_ms = time.monotonic_ns() // 1_000_000 - silence.REPORTED_AFTER_MS - 2_500
+        setup.work.times = (since_ms, since_ms)
+        until(lambda: shown[-1] == f"STATUS={silence.STATUS}")
+        setup.work.times = (since_ms + 27_200, 0)
+        until(lambda: shown[-1] == "STATUS=swap is on: /dev/nbd7")
 
-    opened = journal.open()
     assert setup.run(scenario, setup.make(journal=opened)) == 0
-    answers = found[-1] if found[-1].get("MESSAGE_ID") == events.SERVER_ANSWERS else found[-2]
-    assert int(answers["NBDNFS_SILENT_MS"]) >= 17_500
-    assert lines()[1] == f"nbdnfs: t: the server answers again, after {int(answers['NBDNFS_SILENT_MS']) // 1000} s"
-    assert [one["PRIORITY"] for one in found if one.get("MESSAGE_ID") == events.SERVER_SILENT] == ["4"]
+    (silent,), (answers,) = of(events.SERVER_SILENT), of(events.SERVER_ANSWERS)
+    assert silent["PRIORITY"] == "4"
+    assert answers["NBDNFS_SILENT_MS"] == "27200"
+    assert answers["MESSAGE"] == "nbdnfs: t: the server answers again, after 27 s"
     opened.close()
     journal.close()
 

@@ -130,8 +130,8 @@ class DistantWork:
     def is_server_away(self, region: mmap.mmap) -> bool:
         return False
 
-    def unheard_s(self, region: mmap.mmap) -> float:
-        return 0.0
+    def server_times(self, region: mmap.mmap) -> tuple[int, int]:
+        return 0, 0
 
     def resolve(self) -> HelperProcess:
         return HelperProcess(["/bin/true"], {})
