@@ -86,6 +86,7 @@ _FILE_STATE_OFFSET = COUNTERS_OFFSET + _COUNTER_BYTES * COUNTERS.index("file_sta
 
 # The counter `file_state`: enum region_file.
 FILE_THERE, FILE_DELETED, FILE_REPLACED, FILE_TRUNCATED = range(4)
+FILE_GONE = (FILE_DELETED, FILE_REPLACED)
 # The counter `owner_state`: enum owner_state of owner_watch.h.
 OWNER_NONE, OWNER_HELD, OWNER_UNSURE, OWNER_STOLEN = range(4)
 
@@ -176,16 +177,15 @@ def server_times(mapping: mmap.mmap) -> tuple[int, int]:
     """When the server was last heard, and since when it owes an answer and has sent nothing over a connection that is
     up: CLOCK_MONOTONIC in ms, 0 for never and for nothing. Of a mapped region that is_made.
 
-    It owes nothing while the file is gone: it may answer each attempt to find that. Both are 0 where the worker is of a
-    version that does not write these.
+    It owes nothing while the file is gone: it may be answering each attempt to find that. Both are 0 where the worker
+    is of a version that does not write these.
     """
     header = mapping[:HEADER_BYTES]
     found = _waits(header)
     if found is None:
         return 0, 0
     state = header[_FILE_STATE_OFFSET : _FILE_STATE_OFFSET + _COUNTER_BYTES]
-    is_gone = int.from_bytes(state, sys.byteorder) in (FILE_DELETED, FILE_REPLACED)
-    if is_gone or is_disconnected(mapping):
+    if int.from_bytes(state, sys.byteorder) in FILE_GONE or is_disconnected(mapping):
         return found[0], 0
     return found[0], owed_since_ms(found[0], _earliest_ms(found[1 : 1 + CONNECTIONS]))
 

@@ -82,7 +82,7 @@ def of_region(reading: Reading, name: str) -> list[Problem]:
     if file_state := number(found, "file_state"):
         unknown = f"the backing file is in the unknown state {file_state}"
         text = _FILE_PROBLEMS.get(file_state, unknown)
-        can_return = file_state in (region.FILE_DELETED, region.FILE_REPLACED)
+        can_return = file_state in region.FILE_GONE
         advice = put_back(name) if can_return else restart(name)
         problems.append(Problem(Level.CRITICAL, text, "backing file", advice))
     if write_back_error := number(found, "write_back_error"):

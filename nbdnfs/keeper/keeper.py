@@ -287,7 +287,7 @@ class Keeper:
             self.is_swap_on = True
             self._reporter.say(self._swap_text, events.SWAP_ON, device=device.path)
         if not self._is_ready_told and self._notifier.is_enabled:
-            self._is_ready_told = self._notifier.send("READY=1", f"STATUS={self._swap_text}")
+            self._is_ready_told = self._notifier.send("READY=1")
         self._look_for_server(now)
         self._show_status()
         successor = self.standby.worker

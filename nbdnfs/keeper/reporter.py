@@ -44,13 +44,9 @@ class Reporter:
         self._said_at_s = _parsed(said or "")
         self._is_waiting = False
 
-    def say(self, text: str, event: str = "", **fields: str | int) -> None:
+    def say(self, text: str, event: str = "", priority: int = INFO, **fields: str | int) -> None:
         """One line about a change of state. `event` is one of events.py; the journal has `fields` as NBDNFS_*."""
-        self._print(f"nbdnfs: {self._records.name}: {text}", INFO, event, fields)
-
-    def warn(self, text: str, event: str) -> None:
-        """As `say`, for a change to the worse."""
-        self._print(f"nbdnfs: {self._records.name}: {text}", WARNING, event, {})
+        self._print(f"nbdnfs: {self._records.name}: {text}", priority, event, fields)
 
     def complain(self, kind: str, text: str, event: str = events.COMPLAINT, **fields: str | int) -> bool:
         """Say what is wrong, but one kind of complaint only once in REPEAT_AFTER_S, until `all_is_well`. Whether it was

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The server's silence: it owes an answer and sends nothing, although its connection is up. The worker logs nothing of
-that, or of its own record of the owner alone."""
+that but, with an owner, that the owner record is not refreshed."""
 
 from __future__ import annotations
 
 from nbdnfs.keeper import events
+from nbdnfs.keeper.journal import WARNING
 
 TYPE_CHECKING = False  # typing's own, without typing
 if TYPE_CHECKING:
     from nbdnfs.keeper.reporter import Reporter
 
-# Longer than the worker takes to see that only its connection is silent (engine/nfs/silence.c), and than a suspend that
-# fails, in which the clock goes on (docs/decisions/0026).
+# Longer than the worker takes, the first time, to see that only its connection is silent (engine/nfs/silence.c), and
+# than a suspend that fails, in which the clock goes on (docs/decisions/0026).
 REPORTED_AFTER_MS = 25_000
-STATUS = "the server does not answer: requests that need it wait"
+_ADVICE = "look at it, and at the network to it"
+STATUS = f"the server does not answer: {_ADVICE}"
 
 
 class Silence:
@@ -22,6 +24,7 @@ class Silence:
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
         self._since_ms = 0
+        self._owes_since_ms = 0  # when it was first seen to owe an answer: not before its connection was up
 
     @property
     def is_on(self) -> bool:
@@ -38,7 +41,10 @@ class Silence:
                 silent_ms, self._since_ms = heard_ms - self._since_ms, 0
                 text = f"the server answers again, after {silent_ms // 1000} s"
                 self._reporter.say(text, events.SERVER_ANSWERS, silent_ms=silent_ms)
-        elif owed_since_ms and now_ms - owed_since_ms >= REPORTED_AFTER_MS:
-            self._since_ms = owed_since_ms
-            text = f"the server has not answered for {(now_ms - owed_since_ms) // 1000} s: requests that need it wait"
-            self._reporter.warn(text, events.SERVER_SILENT)
+            return
+        self._owes_since_ms = (self._owes_since_ms or now_ms) if owed_since_ms else 0
+        silent_ms = now_ms - max(owed_since_ms, self._owes_since_ms)
+        if owed_since_ms and silent_ms >= REPORTED_AFTER_MS:
+            self._since_ms = now_ms - silent_ms
+            text = f"the server has not answered for {silent_ms // 1000} s: {_ADVICE}"
+            self._reporter.say(text, events.SERVER_SILENT, WARNING)

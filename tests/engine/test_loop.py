@@ -424,21 +424,19 @@ def test_a_full_region(serve: Callable[..., Served], fake: FakeNfsServer) -> Non
     assert fake.on_disk[801 * PAGE : 802 * PAGE] == data[1]
 
 
-def test_writes_that_wait_are_timed(serve: Callable[..., Served], fake: FakeNfsServer) -> None:
+def test_writes_that_wait_are_timed(serve: Callable[..., Served], fake: FakeNfsServer, region_fd: int) -> None:
     """Each from when it came, also one that waits behind another: health and a soft limit go by that."""
-    descriptor = region.create()
-    served = serve(region_fd=descriptor)
+    served = serve(region_fd=region_fd)
     client = served.client()
     fake.hold("WRITE")
     for page in range(SLOTS):
         client.write(2 * page * PAGE, os.urandom(PAGE))
     for cookie in range(3):
         served.send(WRITE, cookie, (701 + 2 * cookie) * PAGE, 0, os.urandom(PAGE))
-    wait_until(lambda: requests_under_way(descriptor) == 3, "three requests are noted")
+    wait_until(lambda: requests_under_way(region_fd) == 3, "three requests are noted")
     fake.release()
     assert [served.receive()[:2] for _ in range(3)] == [(0, 0), (1, 0), (2, 0)]
-    wait_until(lambda: requests_under_way(descriptor) == 0, "they are over")
-    os.close(descriptor)
+    wait_until(lambda: requests_under_way(region_fd) == 0, "they are over")
 
 
 def test_read_ahead(serve: Callable[..., Served], fake: FakeNfsServer) -> None:
@@ -524,7 +522,7 @@ def test_a_read_that_needs_a_longer_look_while_the_server_is_full(
 
 
 def test_what_waits_for_a_waiter_is_noted(serve: Callable[..., Served], fake: FakeNfsServer, region_fd: int) -> None:
-    """Since it came, however many FLUSHes are before it: `status` shows the age, and a soft limit counts it."""
+    """From when it comes, however many FLUSHes are before it."""
     served = serve(region_fd=region_fd)
     client = served.client()
     fake.hold("WRITE")

@@ -31,13 +31,6 @@ BY_NAME = ("MOUNT_NULL", "MNT", "EXPORT", "LOOKUP", "ACCESS")
 
 
 @pytest.fixture
-def region_fd() -> Iterator[int]:
-    descriptor = os.memfd_create("region", os.MFD_ALLOW_SEALING)
-    yield descriptor
-    os.close(descriptor)
-
-
-@pytest.fixture
 def open_engine() -> Iterator[OpenEngine]:
     with opening(**OPTIONS) as open_it:
         yield open_it

@@ -835,30 +835,39 @@ def test_a_keeper_at_rest_rests(setup: Setup, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_server_that_falls_silent(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its connection is up, and it owes an answer: a line and the unit's status say so until it is heard again."""
-    journal, shown = FakeJournal(tmp_path), list[str]()
+    """Its connection is up, and it owes an answer: a line and the unit's status say so until it is heard again. systemd
+    does not take the status each time."""
+    monkeypatch.setattr(silence, "REPORTED_AFTER_MS", 500)
+    journal, tries = FakeJournal(tmp_path), list[str]()
     opened = journal.open()
-    monkeypatch.setattr(Notifier, "send", lambda self, *lines, descriptors=(): shown.extend(lines) is None)
+
+    def send(self: Notifier, *lines: str, descriptors: object = ()) -> bool:
+        tries.extend(lines)
+        return tries.count(lines[-1]) > 1
+
+    monkeypatch.setattr(Notifier, "send", send)
     found: list[dict[str, str]] = []
 
     def of(event: str) -> list[dict[str, str]]:
         found.extend(journal.entries())
         return [one for one in found if one.get("MESSAGE_ID") == event]
 
+    def shows(status: str, times: int) -> None:
+        until(lambda: tries.count(f"STATUS={status}") == times)
+
     def scenario(keeper: Keeper) -> None:
         watches(keeper)
-        until(lambda: shown[-1] == "STATUS=swap is on: /dev/nbd7")
-        since_ms = time.monotonic_ns() // 1_000_000 - silence.REPORTED_AFTER_MS - 2_500
+        shows("swap is on: /dev/nbd7", 2)
+        since_ms = time.monotonic_ns() // 1_000_000
         setup.work.times = (since_ms, since_ms)
-        until(lambda: shown[-1] == f"STATUS={silence.STATUS}")
-        setup.work.times = (since_ms + 27_200, 0)
-        until(lambda: shown[-1] == "STATUS=swap is on: /dev/nbd7")
+        shows(silence.STATUS, 2)
+        setup.work.times = (since_ms + 60_000, 0)
+        shows("swap is on: /dev/nbd7", 3)
 
     assert setup.run(scenario, setup.make(journal=opened)) == 0
     (silent,), (answers,) = of(events.SERVER_SILENT), of(events.SERVER_ANSWERS)
     assert silent["PRIORITY"] == "4"
-    assert answers["NBDNFS_SILENT_MS"] == "27200"
-    assert answers["MESSAGE"] == "nbdnfs: t: the server answers again, after 27 s"
+    assert 0 < int(answers["NBDNFS_SILENT_MS"]) <= 60_000
     opened.close()
     journal.close()
 

@@ -143,6 +143,8 @@ static uint8_t *bytes_of(unsigned i)
 	if (stream_bytes == NULL) /* not by mmap(2), which is the simulated worker's */
 		stream_bytes = (uint8_t *)syscall(SYS_mmap, NULL, CONNS_MAX * each, PROT_READ | PROT_WRITE,
 						  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (stream_bytes == MAP_FAILED)
+		abort();
 	return stream_bytes + i * each;
 }
 

@@ -91,10 +91,14 @@ int engine_trim(struct engine *engine, uint64_t offset_bytes, uint64_t length_by
 
 /*
  * Reads and writes in steps, for a thread that serves many of them and may wait for none: the *attendant*. It also
- * receives the NAS's answers (nfsio_attend()). There is one at most; the functions below are for its thread alone.
+ * receives the NAS's answers (nfsio_attend()). There is one at most; the functions below are for its thread alone,
+ * but for engine_finish_*().
  */
 
-/* A read or write in steps. The attendant's, which keeps it in place until it has ended. */
+/*
+ * A request of the attendant's, which keeps it in place until it has ended. Used by one thread at a time: the
+ * attendant, or the one that it was left to, until that gives it back.
+ */
 struct engine_request {
 	/* set by the attendant; the rest zero */
 	uint8_t *data;          /* of a read */
@@ -104,8 +108,8 @@ struct engine_request {
 	void (*answered)(struct engine_request *request); /* of a read: called once, in any thread, without locks */
 
 	/* the engine's own */
-	_Atomic uint64_t *place; /* in the region */
-	uint64_t started_us;
+	_Atomic uint64_t *place; /* in the region; NULL: it has none there */
+	uint64_t started_us;    /* constant after engine_note_request() */
 	uint64_t asked_us;
 	uint64_t wait_until_ms; /* of one that waits: see engine_read_step(), engine_write_step() */
 	uint64_t page;          /* the number of pages that are done with */
@@ -114,9 +118,9 @@ struct engine_request {
 	bool has_begun, needs_slot;
 };
 
-/* A request has come: its time counts from now on, however late its first step is. Before that, once. */
+/* A request has come: its time counts from now. Once, before its first step. */
 void engine_note_request(struct engine *engine, struct engine_request *request);
-/* It has its result, of whatever function. Once. */
+/* It has ended, whichever function gave the result. Once. */
 void engine_note_result(struct engine_request *request);
 /*
  * Begin a read, or go on. 0 or -errno: it has ended, see engine_read(). -EAGAIN: a page is being fetched, go on after

@@ -291,8 +291,8 @@ int check_page(struct engine *engine, uint64_t page, uint8_t *data, uint64_t *pr
 /* writes.c */
 
 /*
- * As engine_flush(), uncounted, for a request that waits since `since_ms`. -EAGAIN: it is not over at `until_ms`, by
- * now_ms(), and goes on. Takes the lock.
+ * As engine_flush(), uncounted, for a request that has waited since `since_ms`. -EAGAIN: it is not over at `until_ms`,
+ * by now_ms(), and goes on. Takes the lock.
  */
 int flush_until(struct engine *engine, uint64_t since_ms, uint64_t until_ms);
 

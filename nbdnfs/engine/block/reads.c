@@ -70,7 +70,7 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data, uint
 	return -EIO;
 }
 
-/* The result of a READ of consecutive pages, each of them checked, for a request that waits since `since_ms`. */
+/* The result of a READ of consecutive pages, each of them checked, for a request that has waited since `since_ms`. */
 static int verify_request(struct engine *engine, const struct nfsio_req *req, uint64_t since_ms)
 {
 	int error = req->error;
@@ -128,8 +128,8 @@ static int look_up(struct engine *engine, uint8_t *data, uint64_t page, uint32_t
 }
 
 /*
- * Read at most BATCH_PAGES pages, for a request that waits since `since_ms`. What is in no slot comes straight into the
- * request's buffer and gets no slot: the reader has it in memory then.
+ * Read at most BATCH_PAGES pages, for a request that has waited since `since_ms`. What is in no slot comes straight
+ * into the request's buffer and gets no slot: the reader has it in memory then.
  */
 static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint32_t pages, uint64_t since_ms)
 {

@@ -49,7 +49,7 @@ static int wait_pages_stable(struct engine *engine, uint64_t page, uint64_t page
 }
 
 /*
- * Write at most BATCH_PAGES pages, for a request that waits since `since_ms`. After an error, some of them may be
+ * Write at most BATCH_PAGES pages, for a request that has waited since `since_ms`. After an error, some of them may be
  * written.
  */
 static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page, uint32_t pages, bool fua,

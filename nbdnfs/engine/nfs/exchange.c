@@ -9,7 +9,7 @@
 /* How often an idle NFSv4 client reads something: leases are 10 s and longer. */
 #define TOUCH_MS 4000
 
-/* How long a request may be outstanding at least, however late it was sent: the connection ends with it. */
+/* The least time that the server has to answer, however late a request was sent: giving up ends the connection. */
 #define SENT_LATE_MS 1000
 
 /* A request in flight has waited too long, and the server has had the time to answer it. */

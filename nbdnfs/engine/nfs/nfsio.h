@@ -107,7 +107,7 @@ struct nfsio_req {
 	uint8_t *data;          /* writes only read from it */
 	void (*done)(struct nfsio_req *req); /* called once, in some thread, without locks; must not block */
 	void *context;          /* for `done` */
-	int64_t waits_since_ms; /* CLOCK_MONOTONIC: nfsio_options.soft_limit_ms counts from then. 0: from now on */
+	int64_t waits_since_ms; /* CLOCK_MONOTONIC: soft_limit_ms counts from then. 0: from now, and nfsio sets it */
 
 	/* result */
 	int error;              /* 0 or -errno */
@@ -127,7 +127,7 @@ struct nfsio_req {
 	struct nfsio_batch *batch;
 	struct wire_call call;
 	int64_t give_up_at_ms;  /* while in flight: then it is sent again over a new connection */
-	int64_t sent_at_ms;     /* while in flight: when it was sent last */
+	int64_t sent_at_ms;     /* while in flight, with a soft limit: when it was sent last */
 	struct nfsio_told refused; /* a READ: how long the server has refused it over this connection */
 	unsigned ends;          /* a READ: how often it met the end of the file */
 	unsigned restarts;      /* a write: how often all of it was sent again for another verifier */
@@ -173,8 +173,8 @@ struct nfsio_options {
 	 */
 	unsigned silence_ms;
 	/*
-	 * Reads, and what nfsio_transfer() runs, fail with -EIO after waiting for so long ("soft" in nfs(5)). 0: never
-	 * ("hard").
+	 * Reads, and what nfsio_transfer() runs, fail with -EIO after waiting for so long ("soft" in nfs(5)), or
+	 * up to a second later where they were sent late. 0: never ("hard").
 	 */
 	unsigned soft_limit_ms;
 	/*
