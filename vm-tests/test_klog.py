@@ -29,6 +29,8 @@ _TROUBLE = [
     ("io", "[   55.5] Write-error on swap-device (43:0:2048)"),
     ("io", "[   55.5] Read-error on swap-device (43:0:2048)"),
     ("io", "[   55.5] Buffer I/O error on dev nbd0, logical block 0, async page read"),
+    ("dm", "[   55.5] Buffer I/O error on dev dm-0, logical block 262128, async page read"),
+    ("dm", "[   55.5] EXT4-fs warning (device dm-3): ext4_end_bio:343: I/O error 3 writing to inode 395)"),
     ("nbd", "[   60.0] block nbd0: Receive control failed (result -104)"),
     ("nbd", "[   60.0] block nbd0: Connection timed out, retrying (0/1 alive)"),
     ("nbd", "[   60.0] block nbd0: Dead connection, failed to find a fallback"),

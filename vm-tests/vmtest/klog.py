@@ -20,7 +20,9 @@ _KINDS: dict[str, str] = {
     "oom": r"oom-kill:|[Oo]ut of memory: Killed|\binvoked oom-killer",
     "nomem": r"page allocation failure|page allocation stalls",
     # block/blk-core.c, mm/page_io.c, fs/buffer.c
-    "io": r"I/O error|(Read|Write)-error on swap-device|lost async page write",
+    "io": r"^(?!.*\bdm-\d).*(I/O error|(Read|Write)-error on swap-device|lost async page write)",
+    # the same of a device-mapper target, which may be there to make errors; one of what lies under it is an "io"
+    "dm": r"\bdm-\d.*(I/O error|lost async page write)|(I/O error|lost async page write).*\bdm-\d",
     # drivers/block/nbd.c; "shutting down sockets" is not an error, every detach ends with it
     "nbd": r"\bnbd\d*: .*(error|failed|[Tt]imed out|timeout|Dead connection|invalid socket)",
     # drivers/block/nbd.c: a request has taken longer than queue/io_timeout, not an error while there is no TIMEOUT

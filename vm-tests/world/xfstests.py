@@ -65,7 +65,8 @@ def _on(place: Place, kind: str) -> Part:
             [[name for folder in folders for name in _in_group(bench, folder, group)] for group in _OF_DATA], quick
         )
         return [
-            Test(name, f"sh /root/in_turn.sh /opt/xfstests /root/in_turn {row}", _TIMEOUT_S, judged)
+            # some have a target of device-mapper make errors; what the device under it makes is one of that
+            Test(name, f"sh /root/in_turn.sh /opt/xfstests /root/in_turn {row}", _TIMEOUT_S, judged, allow={"dm"})
             for name, row in in_rows(names)
         ]
 
