@@ -650,6 +650,25 @@ def test_a_page_that_is_wrong_and_then_not_there(fake: FakeNfsServer, open_engin
     assert len(fake.calls("READ")) == before + 4  # that it ends is believed when three answers say so
 
 
+def test_a_page_that_is_wrong_and_then_refused(fake: FakeNfsServer, open_engine: OpenEngine) -> None:
+    """Of a soft file: it is read again because of its checksum, and the server refuses that until the limit."""
+    engine = open_engine(fake.url(), soft_limit_ms=1000)
+    write_pages(engine, 9, os.urandom(PAGE))
+    in_background(engine.flush).result(DEADLINE_S)
+    fill_region(engine)  # page 9 is out of it then
+    in_background(engine.flush).result(DEADLINE_S)
+    fake.overwrite(9 * PAGE, os.urandom(PAGE))
+    fake.hold("READ", after=True, times=1)
+    reading = in_background(read_pages, engine, 9)
+    fake.wait_for(1, DEADLINE_S)
+    fake.fail("READ", NFS3ERR_IO)
+    fake.release()
+    with io_error():
+        reading.result(DEADLINE_S)
+    assert (counter(engine, "checksum_rereads"), counter(engine, "checksum_failures")) == (1, 0)
+    fake.fail("READ", NFS3_OK)
+
+
 # Writes that are repeated
 
 

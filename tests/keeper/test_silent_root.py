@@ -163,6 +163,20 @@ def test_a_worker_that_dies_is_replaced_and_the_loop_goes_on(setup: Setup, capfd
     assert said.count("the root file system answers again") == 1
 
 
+def test_a_root_that_is_silent_from_the_start(setup: Setup) -> None:
+    """The first worker waits for it, and the unit's status says so; swap comes up when it answers."""
+    setup.silent.be_silent()
+
+    def scenario(keeper: Keeper) -> None:
+        text = "the root file system does not answer, so no program starts: swap waits until it does"
+        until(lambda: f"STATUS={text}" in setup.messages.all())
+        setup.silent.answer()
+        ready(keeper)
+        until(lambda: setup.messages.status().startswith("swap is on"))
+
+    setup.run(scenario)
+
+
 def test_a_helper_waits_alone(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server's name is to be looked up again while the root is away: the loop does not wait for the helper."""
     monkeypatch.setattr(keeper_module, "RESOLVE_AFTER_S", 0.0)

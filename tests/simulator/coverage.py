@@ -60,6 +60,8 @@ def run_simulator(seconds: int) -> None:
     simulate(program, 1, seconds=seconds, keep=1)
     for habit in (1, 2, 3):
         simulate(program, 1, seconds=max(1, seconds // 10), habit=habit, keep=1)
+    for soft_ms in (1000, 4000):
+        simulate(program, 1, seconds=max(1, seconds // 10), soft_ms=soft_ms, keep=1)
     for seed, words in FAILING:
         calls = simulate(program, seed, only="", **words).summary["failable"]
         simulate(program, seed, only="", fail_at=1, fail_end=calls, keep=1, **words)
