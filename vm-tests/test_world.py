@@ -181,6 +181,7 @@ def test_one_check_runs_many_tests(tmp_path: Path) -> None:
         except subprocess.TimeoutExpired:
             found.append(None)
         else:
+            assert done.stderr == "", "what hung has been killed"
             found.append(xfstests.judged(Result("x", done.returncode, done.stdout, done.stderr)))
     failed = ("failed", "generic/3 - output mismatch +wrong")
     lost = ("failed", "generic/6")

@@ -26,7 +26,7 @@ about() {
 
 begin() {
     if is_running; then
-        kill -9 -- "-$(cat "$work/pid")"
+        kill -s KILL -- "-$(cat "$work/pid")"
         umount /mnt/test /mnt/scratch 2>/dev/null
     fi
     printf '%s\n' "$@" >"$work/names"

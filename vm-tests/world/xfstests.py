@@ -55,7 +55,8 @@ def _on(place: Place, kind: str) -> Part:
             yield bench
             # a `check` may be under way, for tests that are not waited for any more
             bench.guest.run(
-                "kill -9 -- -$(cat /root/in_turn/pid) 2> /dev/null; sleep 1; umount /mnt/test /mnt/scratch; true", 300
+                "kill -s KILL -- -$(cat /root/in_turn/pid) 2> /dev/null; sleep 1; umount /mnt/test /mnt/scratch; true",
+                300,
             )
 
     def tests(bench: Bench) -> list[Test]:
