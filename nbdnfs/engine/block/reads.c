@@ -26,7 +26,7 @@ static int read_slot(struct engine *engine, uint64_t page, uint8_t *data, uint64
 /*
  * Check that a page that the NAS returned is what was written to it. That counts against the server only where what was
  * written is still what it was when the READ was sent: a page that others keep writing is read until it is not
- * overtaken. The request waits since `since_ms`.
+ * overtaken. The request has waited since `since_ms`.
  */
 static int verify_page(struct engine *engine, uint64_t page, uint8_t *data, uint64_t since_ms)
 {
@@ -180,8 +180,8 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 }
 
 /*
- * Read whole pages of the device. A soft limit counts from `*since_ms`; NULL: anew for each BATCH_PAGES. 0 or -errno,
- * as engine_read().
+ * Read whole pages of the device. A soft limit counts from `*since_ms`. NULL: it restarts for each BATCH_PAGES. 0 or
+ * -errno, as engine_read().
  */
 static int read_range(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes,
 		      const uint64_t *since_ms)

@@ -9,8 +9,8 @@
 #define TRIM_PAGES 1024
 
 /*
- * Wait for `progress`, not beyond `until_ms`. Returns false when waiting is an error, for a request that waits since
- * `since_ms`. Lock held; dropped while waiting.
+ * Wait for `progress`, not beyond `until_ms`. Returns false when waiting is an error, for a request that has waited
+ * since `since_ms`. Lock held; dropped while waiting.
  */
 static bool wait_for_nas_until(struct engine *engine, uint64_t since_ms, uint64_t until_ms)
 {
@@ -23,15 +23,15 @@ static bool wait_for_nas_until(struct engine *engine, uint64_t since_ms, uint64_
 	return true;
 }
 
-/* The same, for as long as waiting is no error. */
+/* The same, without a limit other than may_wait()'s. */
 static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
 {
 	return wait_for_nas_until(engine, since_ms, NO_END);
 }
 
 /*
- * Wait until the NAS has every write up to `sequence` to these pages, stably, for a request that waits since
- * `since_ms`. Returns 0 or -EIO. Lock held; dropped while waiting.
+ * Wait until the NAS has every write up to `sequence` to these pages, stably, for a request that has waited
+ * since `since_ms`. Returns 0 or -EIO. Lock held; dropped while waiting.
  */
 static int wait_pages_stable(struct engine *engine, uint64_t page, uint64_t pages, uint64_t sequence, uint64_t since_ms)
 {
@@ -89,7 +89,7 @@ static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page
 	return error != 0 ? error : result_of(engine);
 }
 
-/* engine_write(), for a request that waits since `started_us`, by now_us(). */
+/* engine_write(), for a request that has waited since `started_us`, by now_us(). */
 static int write_range(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes,
 		       bool fua, uint64_t started_us)
 {

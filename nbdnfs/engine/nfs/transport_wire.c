@@ -85,7 +85,7 @@ static void serve_wire(struct nfsio *io, short revents)
 	struct wire_answer answer;
 	int status = 1;
 
-	io->wire.has_received = false; /* what came while it was made is no sign of life now */
+	io->wire.has_received = false; /* answers from while it was being made do not count */
 	if (revents & POLLOUT && wire_flush(&io->wire) < 0)
 		io->broken = true;
 	while (!io->broken && (status = wire_receive(&io->wire, &answer)) > 0)
