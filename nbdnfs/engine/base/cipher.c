@@ -2,7 +2,6 @@
 #include "base/cipher.h"
 
 #include <errno.h>
-#include <nettle/ctr.h>
 #include <nettle/version.h>
 #include <sodium.h>
 #include <string.h>
@@ -129,22 +128,45 @@ uint64_t cipher_tag(const struct cipher *cipher, const uint8_t *data)
 	return tag != 0 ? tag : INSTEAD_OF_ZERO;
 }
 
-static void aes_blocks(const void *aes, size_t length, uint8_t *to, const uint8_t *from)
-{
-	aes256_encrypt(aes, length, to, from);
-}
+/*
+ * Counter mode over nettle's AES. nettle's own function for it does the same in half as many instructions again
+ * (docs/decisions/0028, "Cost").
+ */
+typedef uint8_t aes_block __attribute__((vector_size(AES_BLOCK_SIZE)));
+
+/* What is encrypted in one call: a part of a page, as threads have small stacks. */
+#define STREAM_BLOCKS 64
+_Static_assert(CIPHER_PAGE_BYTES % (STREAM_BLOCKS * AES_BLOCK_SIZE) == 0, "whole parts");
 
 /* The number of a page's first block, big-endian: its last byte counts to 255 and does not carry. */
 _Static_assert(CIPHER_PAGE_BYTES / AES_BLOCK_SIZE == 256, "as many blocks as a byte has values");
 
 static void aes_apply(const struct aes256_ctx *aes, uint64_t page, uint64_t tag, uint8_t *data)
 {
-	uint8_t counter[AES_BLOCK_SIZE];
+	static const aes_block one = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1 };
+	aes_block stream[STREAM_BLOCKS], counter;
+	uint8_t number[sizeof(page)];
 
-	memcpy(counter, &tag, sizeof(tag));
-	for (int i = 0; i < 8; i++)
-		counter[sizeof(tag) + i] = (uint8_t)(page << 8 >> (56 - 8 * i));
-	ctr_crypt(aes, aes_blocks, AES_BLOCK_SIZE, counter, CIPHER_PAGE_BYTES, data, data);
+	for (unsigned i = 0; i < sizeof(number); i++)
+		number[i] = (uint8_t)(page << 8 >> (56 - 8 * i));
+	memcpy(&counter, &tag, sizeof(tag));
+	memcpy((uint8_t *)&counter + sizeof(tag), number, sizeof(number));
+	for (uint8_t *part = data; part < data + CIPHER_PAGE_BYTES; part += sizeof(stream)) {
+#pragma GCC unroll 8
+		for (unsigned i = 0; i < STREAM_BLOCKS; i++) {
+			stream[i] = counter;
+			counter += one;
+		}
+		aes256_encrypt(aes, sizeof(stream), (uint8_t *)stream, (const uint8_t *)stream);
+#pragma GCC unroll 8
+		for (unsigned i = 0; i < STREAM_BLOCKS; i++) {
+			aes_block text;
+
+			memcpy(&text, part + (size_t)i * sizeof(text), sizeof(text));
+			text ^= stream[i];
+			memcpy(part + (size_t)i * sizeof(text), &text, sizeof(text));
+		}
+	}
 }
 
 static void xchacha20_apply(const uint8_t *key, uint64_t page, uint64_t tag, uint8_t *data)
