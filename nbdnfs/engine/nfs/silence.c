@@ -127,7 +127,7 @@ static void note_no_silence(struct nfsio *io, int64_t now)
 		io->given_up_at_ms = 0;
 	}
 	if (!io->broken && is_overdue(io, now))
-		give_up_connection(io, "a request was not answered while others were");
+		give_up_connection(io, "a request was not answered in time");
 }
 
 /* Apply both rules. Called whenever something was received, and after silence_sleep_ms(). */
