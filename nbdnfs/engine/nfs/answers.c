@@ -135,11 +135,17 @@ void note_links(struct nfsio *io, uint32_t links)
 		atomic_store(&io->unlinked, links == 0);
 }
 
+void note_heard(struct nfsio *io, int64_t at_ms)
+{
+	io->last_received_ms = at_ms;
+	if (io->noted_received_ms != NULL)
+		atomic_store_explicit(io->noted_received_ms, (uint64_t)at_ms, memory_order_relaxed);
+}
+
 void note_received(struct nfsio *io)
 {
-	io->last_received_ms = io->silent_since_ms = now_ms();
-	if (io->noted_received_ms != NULL)
-		atomic_store_explicit(io->noted_received_ms, (uint64_t)io->last_received_ms, memory_order_relaxed);
+	note_heard(io, now_ms());
+	io->silent_since_ms = io->last_received_ms;
 }
 
 /* Did this answer come from the server, over the context in use? */

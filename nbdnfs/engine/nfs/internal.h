@@ -208,7 +208,7 @@ struct nfsio {
 	int64_t deadline_ms;    /* nothing outstanding is given up before; it may have been answered meanwhile */
 	int64_t polls_until_ms; /* when the poll() that began last ends at the latest; 0 after it */
 	int64_t connected_at_ms; /* when the last connection was made */
-	int64_t last_received_ms; /* when something was last received, or the connection was made */
+	int64_t last_received_ms; /* when something was last received, or the connection was made: note_heard() */
 	bool waits;             /* for an answer, or for a connection to send a request over */
 	_Atomic uint64_t *noted_received_ms, *noted_waiting_ms; /* nfsio_note_waits(): where both are noted, or NULL */
 	_Atomic uint64_t *noted_twins_ms; /* nfsio_note_twins(), or NULL */
@@ -315,7 +315,8 @@ void fail_hopeless(struct nfsio *io);
 void try_later(struct nfsio *io, struct req_list *list, struct nfsio_req *req);
 void give_back(struct nfsio *io);
 
-/* answers.c, all with the lock held. */
+/* answers.c, all with the lock held. Something was received, or the connection made, at that time by now_ms(): */
+void note_heard(struct nfsio *io, int64_t at_ms);
 void note_received(struct nfsio *io);
 bool counts_as_answer(struct nfsio *io, int rpc_status);
 void note_size(struct nfsio *io, uint64_t bytes);

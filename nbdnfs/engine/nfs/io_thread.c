@@ -87,7 +87,8 @@ static void publish(struct nfsio *io, const struct connection *made)
 		io->directory_is_stale = false;
 		io->directory_found = true;
 	}
-	io->last_received_ms = io->connected_at_ms = now_ms();
+	io->connected_at_ms = now_ms();
+	note_heard(io, io->connected_at_ms);
 	io->deadline_ms = INT64_MAX;
 	io->useful = false;
 	io->state.condition = NFSIO_UP;

@@ -43,7 +43,7 @@ void nfsio_note_waits(struct nfsio *io, _Atomic uint64_t *last_received_ms, _Ato
 	pthread_mutex_lock(&io->lock);
 	io->noted_received_ms = last_received_ms;
 	io->noted_waiting_ms = waiting_since_ms;
-	atomic_store_explicit(last_received_ms, (uint64_t)io->last_received_ms, memory_order_relaxed);
+	note_heard(io, io->last_received_ms);
 	io->waits = false;
 	note_waiting(io);
 	pthread_mutex_unlock(&io->lock);
