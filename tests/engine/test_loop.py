@@ -265,8 +265,10 @@ def test_requests(serve: Callable[..., Served], fake: FakeNfsServer) -> None:
     assert fake.on_disk == content
     client.write(PAGE, data[:PAGE], fua=True)
     assert fake.on_disk[PAGE : 2 * PAGE] == data[:PAGE]
+    writes = counter(served, "writes")
     served.send(WRITE_ZEROES, 9, 2 * PAGE, 100 * PAGE)
     assert served.receive() == (9, 0, b"")
+    assert counter(served, "writes") == writes + 1
     assert client.read(0, 103 * PAGE)[2 * PAGE : 102 * PAGE] == bytes(100 * PAGE)
     client.trim(0, SIZE)
     client.trim(0, PAGE)

@@ -83,6 +83,26 @@ uint64_t read_ends_ms(const struct engine *engine, uint64_t since_ms)
 	return limit_ms == 0 ? NO_END : since_ms + limit_ms;
 }
 
+struct nfsio_req *add_read(const struct engine *engine, struct nfsio_req *reqs, uint32_t *used, uint64_t page,
+			   uint8_t *target, uint64_t since_ms)
+{
+	struct nfsio_req *last = *used > 0 ? &reqs[*used - 1] : NULL;
+
+	if (last != NULL && last->data + last->length_bytes == target &&
+	    last->length_bytes + SLOT_BYTES <= engine->piece_bytes) {
+		last->length_bytes += SLOT_BYTES;
+		return last;
+	}
+	reqs[*used] = (struct nfsio_req){
+		.op = NFSIO_READ,
+		.offset_bytes = page * SLOT_BYTES,
+		.length_bytes = SLOT_BYTES,
+		.data = target,
+		.waits_since_ms = (int64_t)since_ms,
+	};
+	return &reqs[(*used)++];
+}
+
 int check_page(struct engine *engine, uint64_t page, uint8_t *data, uint64_t *proof)
 {
 	enum cache_lookup newer = CACHE_MISS;

@@ -138,10 +138,12 @@ int engine_write_step(struct engine *engine, struct engine_request *request);
 
 /*
  * What the attendant leaves to another thread, which may wait: engine_read(), engine_write() of the payload with FUA or
- * without, and engine_flush(). The time that the request has taken already counts.
+ * without, or of a payload of one page to each of its pages, and engine_flush(). The time that the request has taken
+ * already counts.
  */
 int engine_finish_read(struct engine *engine, struct engine_request *request);
 int engine_finish_write(struct engine *engine, struct engine_request *request, bool fua);
+int engine_finish_fill(struct engine *engine, struct engine_request *request, bool fua);
 int engine_finish_flush(struct engine *engine, struct engine_request *request);
 
 /*

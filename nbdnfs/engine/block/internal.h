@@ -282,6 +282,12 @@ uint64_t read_ends_ms(const struct engine *engine, uint64_t since_ms);
  */
 bool may_fill(const struct engine *engine, uint64_t page, bool fua);
 /*
+ * Ask the NAS for a page, with the request before it where that is possible, else with one more: `*used` counts them.
+ * Returns the request, for a reader that has waited since `since_ms`.
+ */
+struct nfsio_req *add_read(const struct engine *engine, struct nfsio_req *reqs, uint32_t *used, uint64_t page,
+			   uint8_t *target, uint64_t since_ms);
+/*
  * Is a page that the NAS returned what was written to it? 0, -EIO, or -EAGAIN: it is not, since a write after the READ
  * was sent makes them differ (its bytes are in a slot, or on the NAS already), or the server is wrong. *proof is what
  * it was compared with. Takes the lock.

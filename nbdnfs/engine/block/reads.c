@@ -73,10 +73,10 @@ static int verify_page(struct engine *engine, uint64_t page, uint8_t *data, uint
 /* The result of a READ of consecutive pages, each of them checked, for a request that has waited since `since_ms`. */
 static int verify_request(struct engine *engine, const struct nfsio_req *req, uint64_t since_ms)
 {
-	int error = req->error;
+	/* else the file ends before the device: it was truncated */
+	int error = req->moved_bytes == req->length_bytes ? 0 : -EIO;
 
-	if (error == 0 && req->moved_bytes != req->length_bytes)
-		error = -EIO; /* the file ends before the device: it was truncated */
+	assert(req->error == 0);
 	for (uint32_t at = 0; error == 0 && at < req->length_bytes; at += SLOT_BYTES)
 		error = verify_page(engine, (req->offset_bytes + at) / SLOT_BYTES, req->data + at, since_ms);
 	return error;
@@ -101,30 +101,18 @@ static int look_up(struct engine *engine, uint8_t *data, uint64_t page, uint32_t
 		   struct nfsio_req reqs[BATCH_PAGES])
 {
 	uint64_t end_ms = read_ends_ms(engine, since_ms);
-	int used = 0;
+	uint32_t used = 0;
 
 	for (uint32_t i = 0; i < pages; i++) {
 		uint8_t *target = data + (size_t)i * SLOT_BYTES;
-		struct nfsio_req *last = used > 0 ? &reqs[used - 1] : NULL;
 		enum cache_lookup found;
 
 		if (read_slot(engine, page + i, target, end_ms, &found) != 0)
 			return -EIO;
-		if (found == CACHE_HIT)
-			continue;
-		if (last != NULL && last->data + last->length_bytes == target &&
-		    last->length_bytes + SLOT_BYTES <= engine->piece_bytes)
-			last->length_bytes += SLOT_BYTES;
-		else
-			reqs[used++] = (struct nfsio_req){
-				.op = NFSIO_READ,
-				.offset_bytes = (page + i) * SLOT_BYTES,
-				.length_bytes = SLOT_BYTES,
-				.data = target,
-				.waits_since_ms = (int64_t)since_ms,
-			};
+		if (found != CACHE_HIT)
+			add_read(engine, reqs, &used, page + i, target, since_ms);
 	}
-	return used;
+	return (int)used;
 }
 
 /*
@@ -180,11 +168,11 @@ static int read_batch(struct engine *engine, uint8_t *data, uint64_t page, uint3
 }
 
 /*
- * Read whole pages of the device. A soft limit counts from `*since_ms`. NULL: it restarts for each BATCH_PAGES. 0 or
+ * Read whole pages of the device. A soft limit counts from `since_ms`. 0: it restarts for each BATCH_PAGES. 0 or
  * -errno, as engine_read().
  */
 static int read_range(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes,
-		      const uint64_t *since_ms)
+		      uint64_t since_ms)
 {
 	uint64_t page = offset_bytes / SLOT_BYTES, pages = length_bytes / SLOT_BYTES;
 	int error = result_of(engine);
@@ -192,7 +180,7 @@ static int read_range(struct engine *engine, uint8_t *data, uint64_t offset_byte
 	while (error == 0 && pages > 0) {
 		uint32_t now = pages < BATCH_PAGES ? (uint32_t)pages : BATCH_PAGES;
 
-		error = read_batch(engine, data, page, now, since_ms != NULL ? *since_ms : now_ms());
+		error = read_batch(engine, data, page, now, since_ms != 0 ? since_ms : now_ms());
 		if (error == -ESTALE)
 			error = -EIO; /* the file is gone: NBD has no ESTALE */
 		if (error == 0)
@@ -211,7 +199,7 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 	int error = check_range(engine, offset_bytes, length_bytes);
 
 	if (error == 0)
-		error = read_range(engine, data, offset_bytes, length_bytes, NULL);
+		error = read_range(engine, data, offset_bytes, length_bytes, 0);
 	note_read(engine, length_bytes, started_us);
 	request_ended(place);
 	return error;
@@ -220,7 +208,7 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 int engine_finish_read(struct engine *engine, struct engine_request *request)
 {
 	uint64_t since_ms = request->started_us / 1000;
-	int error = read_range(engine, request->data, request->offset_bytes, request->length_bytes, &since_ms);
+	int error = read_range(engine, request->data, request->offset_bytes, request->length_bytes, since_ms);
 
 	note_read(engine, request->length_bytes, request->started_us);
 	return error;

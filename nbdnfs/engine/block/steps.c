@@ -46,26 +46,15 @@ static void read_answered(struct nfsio_req *req)
 		request->answered(request);
 }
 
-/* A page is in no slot: ask the NAS for it, together with those before it where that is possible. */
-static void add_missed(const struct engine *engine, struct engine_request *request, uint8_t *target)
+/* A page is in no slot: the NAS will be asked for it. */
+static void add_missed(const struct engine *engine, struct engine_request *request, uint64_t page, uint8_t *target)
 {
-	struct nfsio_req *last = request->used > 0 ? &request->reqs[request->used - 1] : NULL;
+	struct nfsio_req *req;
 
 	request->missed++;
-	if (last != NULL && last->data + last->length_bytes == target &&
-	    last->length_bytes + SLOT_BYTES <= engine->piece_bytes) {
-		last->length_bytes += SLOT_BYTES;
-		return;
-	}
-	request->reqs[request->used++] = (struct nfsio_req){
-		.op = NFSIO_READ,
-		.offset_bytes = request->offset_bytes + request->page * SLOT_BYTES,
-		.length_bytes = SLOT_BYTES,
-		.data = target,
-		.done = read_answered,
-		.context = request,
-		.waits_since_ms = (int64_t)(request->started_us / 1000),
-	};
+	req = add_read(engine, request->reqs, &request->used, page, target, request->started_us / 1000);
+	req->done = read_answered;
+	req->context = request;
 }
 
 int engine_read_step(struct engine *engine, struct engine_request *request)
@@ -91,7 +80,7 @@ int engine_read_step(struct engine *engine, struct engine_request *request)
 			return error == -EAGAIN ? error : read_ended(engine, request, error);
 		}
 		if (found == CACHE_MISS)
-			add_missed(engine, request, target);
+			add_missed(engine, request, first + request->page, target);
 	}
 	io = engine->ios[engine->io_count > 1 && !engine->is_down[1] ? 1 : 0];
 	engine_unlock(engine);
@@ -171,8 +160,7 @@ static int write_pages(struct engine *engine, struct engine_request *request, ui
 	int error = 0;
 
 	assert(pages <= PROOFS_AT_ONCE);
-	for (uint32_t i = 0; i < pages; i++)
-		proofs[i] = proof_of(&engine->region, data + (size_t)i * SLOT_BYTES);
+	proofs_of(&engine->region, data, SLOT_BYTES, pages, proofs);
 	engine_lock(engine);
 	was_idle = cache_unstable_count(engine->cache) == 0;
 	for (; done < pages && error == 0; done += error == 0) {

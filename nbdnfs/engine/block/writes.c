@@ -52,8 +52,8 @@ static int wait_pages_stable(struct engine *engine, uint64_t page, uint64_t page
  * Write at most BATCH_PAGES pages, for a request that has waited since `since_ms`. After an error, some of them may be
  * written.
  */
-static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page, uint32_t pages, bool fua,
-		       uint64_t since_ms)
+static int write_batch(struct engine *engine, const uint8_t *data, size_t stride_bytes, uint64_t page, uint32_t pages,
+		       bool fua, uint64_t since_ms)
 {
 	uint64_t proofs[BATCH_PAGES];
 	uint32_t filled = 0;
@@ -61,14 +61,13 @@ static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page
 	int error = 0;
 
 	assert(pages <= BATCH_PAGES);
-	for (uint32_t i = 0; i < pages; i++)
-		proofs[i] = proof_of(&engine->region, data + (size_t)i * SLOT_BYTES);
+	proofs_of(&engine->region, data, stride_bytes, pages, proofs);
 	engine_lock(engine);
 	was_idle = cache_unstable_count(engine->cache) == 0;
 	for (uint32_t i = 0; i < pages && error == 0; i++) {
 		enum cache_store stored;
 
-		while ((stored = cache_write(engine->cache, page + i, data + (size_t)i * SLOT_BYTES, proofs[i],
+		while ((stored = cache_write(engine->cache, page + i, data + i * stride_bytes, proofs[i],
 					     may_fill(engine, page + i, fua))) == CACHE_FULL &&
 		       error == 0) {
 			count(&counters(engine)->stalls, 1);
@@ -89,9 +88,12 @@ static int write_batch(struct engine *engine, const uint8_t *data, uint64_t page
 	return error != 0 ? error : result_of(engine);
 }
 
-/* engine_write(), for a request that has waited since `started_us`, by now_us(). */
-static int write_range(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes,
-		       bool fua, uint64_t started_us)
+/*
+ * engine_write(), for a request that has waited since `started_us`, by now_us(). The bytes of a page are
+ * `stride_bytes` from those of the one before it; 0: they are the same ones.
+ */
+static int write_range(struct engine *engine, const uint8_t *data, size_t stride_bytes, uint64_t offset_bytes,
+		       uint64_t length_bytes, bool fua, uint64_t started_us)
 {
 	uint64_t page = offset_bytes / SLOT_BYTES, pages = length_bytes / SLOT_BYTES;
 	int error = check_range(engine, offset_bytes, length_bytes);
@@ -101,8 +103,8 @@ static int write_range(struct engine *engine, const uint8_t *data, uint64_t offs
 	while (error == 0 && pages > 0) {
 		uint32_t now = pages < BATCH_PAGES ? (uint32_t)pages : BATCH_PAGES;
 
-		error = write_batch(engine, data, page, now, fua, started_us / 1000);
-		data += (size_t)now * SLOT_BYTES;
+		error = write_batch(engine, data, stride_bytes, page, now, fua, started_us / 1000);
+		data += (size_t)now * stride_bytes;
 		page += now;
 		pages -= now;
 	}
@@ -113,7 +115,7 @@ static int write_range(struct engine *engine, const uint8_t *data, uint64_t offs
 int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes, bool fua)
 {
 	_Atomic uint64_t *place = request_began(engine);
-	int error = write_range(engine, data, offset_bytes, length_bytes, fua, now_us());
+	int error = write_range(engine, data, SLOT_BYTES, offset_bytes, length_bytes, fua, now_us());
 
 	request_ended(place);
 	return error;
@@ -121,7 +123,13 @@ int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_byt
 
 int engine_finish_write(struct engine *engine, struct engine_request *request, bool fua)
 {
-	return write_range(engine, request->payload, request->offset_bytes, request->length_bytes, fua,
+	return write_range(engine, request->payload, SLOT_BYTES, request->offset_bytes, request->length_bytes, fua,
+			   request->started_us);
+}
+
+int engine_finish_fill(struct engine *engine, struct engine_request *request, bool fua)
+{
+	return write_range(engine, request->payload, 0, request->offset_bytes, request->length_bytes, fua,
 			   request->started_us);
 }
 

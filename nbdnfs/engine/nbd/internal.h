@@ -57,7 +57,7 @@ struct nbd_loop {
 	int fd, wake_fd;
 	uint32_t tick_ms;
 	uint8_t *arena;         /* PIECES * PIECE_BYTES */
-	uint8_t *zeros;         /* PIECE_BYTES */
+	uint8_t *zeros;         /* PAGE_BYTES */
 	struct nfsio_req *reqs; /* one for each page of the arena */
 	pthread_t thread;       /* that runs the loop */
 

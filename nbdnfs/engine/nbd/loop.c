@@ -41,7 +41,7 @@ int nbd_loop_create(struct engine *engine, int fd, uint32_t tick_ms, struct nbd_
 	pthread_cond_init(&loop->work, NULL);
 	pthread_cond_init(&loop->reads_work, NULL);
 	loop->arena = allocate((size_t)PIECES * PIECE_BYTES);
-	loop->zeros = allocate(PIECE_BYTES);
+	loop->zeros = allocate(PAGE_BYTES);
 	loop->received = allocate(RECEIVED_BYTES);
 	loop->reqs = allocate(sizeof(struct nfsio_req) * PIECES * (PIECE_BYTES / PAGE_BYTES));
 	if (loop->arena == NULL || loop->zeros == NULL || loop->received == NULL || loop->reqs == NULL)

@@ -14,17 +14,8 @@
 
 static int write_zeroes(struct nbd_loop *loop, struct request *request)
 {
-	bool fua = (request->flags & NBD_CMD_FLAG_FUA) != 0;
-	uint64_t end = request->offset_bytes + request->length_bytes;
-	int error = request->length_bytes == 0 || end < request->offset_bytes ? -EINVAL : 0;
-
 	request->step.payload = loop->zeros;
-	for (uint64_t at = request->offset_bytes; at < end && error == 0; at += PIECE_BYTES) {
-		request->step.offset_bytes = at;
-		request->step.length_bytes = end - at < PIECE_BYTES ? end - at : PIECE_BYTES;
-		error = engine_finish_write(loop->engine, &request->step, fua);
-	}
-	return error;
+	return engine_finish_fill(loop->engine, &request->step, (request->flags & NBD_CMD_FLAG_FUA) != 0);
 }
 
 static int run(struct nbd_loop *loop, struct request *request)

@@ -10,13 +10,15 @@
 #define TOUCH_MS 4000
 
 /* The least time that the server has to answer, however late a request was sent: giving up ends the connection. */
-#define SENT_LATE_MS 1000
+#define ANSWER_TIME_MIN_MS 1000
 
 /* A request in flight has waited too long, and the server has had the time to answer it. */
 static bool is_given_up(const struct nfsio *io, const struct nfsio_req *req, int64_t now)
 {
-	int64_t least_ms = io->options.soft_limit_ms < SENT_LATE_MS ? io->options.soft_limit_ms : SENT_LATE_MS;
+	int64_t least_ms = io->options.soft_limit_ms;
 
+	if (least_ms > ANSWER_TIME_MIN_MS)
+		least_ms = ANSWER_TIME_MIN_MS;
 	return is_hopeless(io, req, now) != 0 && (req->handle != NULL || now - req->sent_at_ms >= least_ms);
 }
 

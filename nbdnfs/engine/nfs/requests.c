@@ -26,14 +26,20 @@ static void call_receiver(struct nfsio *io)
 	call_attendant(io);
 }
 
+/* Requests have been added to what waits. */
+static void send_added(struct nfsio *io)
+{
+	if (!is_up(io))
+		fail_hopeless(io); /* as one may be already: the file is gone, or a soft limit is over */
+	issue_pending(io);
+	wake_if_needed(io);
+}
+
 void submit(struct nfsio *io, struct nfsio_req *req)
 {
 	req_enqueue(io, req, NULL);
 	io->detached++;
-	if (!is_up(io))
-		fail_hopeless(io); /* as it may be already: the file is gone, or a soft limit is over */
-	issue_pending(io);
-	wake_if_needed(io);
+	send_added(io);
 }
 
 void nfsio_submit(struct nfsio *io, struct nfsio_req *req)
@@ -54,10 +60,7 @@ void nfsio_batch_start(struct nfsio *io, struct nfsio_batch *batch, struct nfsio
 	io->batches++;
 	for (size_t i = 0; i < count; i++)
 		req_enqueue(io, &reqs[i], batch);
-	if (!is_up(io))
-		fail_hopeless(io); /* as it may be already: the file is gone, or a soft limit is over */
-	issue_pending(io);
-	wake_if_needed(io);
+	send_added(io);
 	pthread_mutex_unlock(&io->lock);
 }
 

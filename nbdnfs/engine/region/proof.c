@@ -13,6 +13,12 @@ uint64_t proof_of(const struct region *region, const uint8_t *data)
 	return region->cipher != NULL ? cipher_tag(region->cipher, data) : crc32c(data, SLOT_BYTES);
 }
 
+void proofs_of(const struct region *region, const uint8_t *data, size_t stride_bytes, uint32_t pages, uint64_t *proofs)
+{
+	for (uint32_t i = 0; i < pages; i++)
+		proofs[i] = proof_of(region, data + i * stride_bytes);
+}
+
 void proof_seal(const struct region *region, uint64_t page, uint64_t proof, uint8_t *data)
 {
 	if (!proof_is_sealed(region, page))
