@@ -376,13 +376,47 @@ static void tell(const struct requester *me, const char *what)
 			me->now.page, me->now.count, me->now.fua ? " FUA" : "", (unsigned)(me - requesters));
 }
 
+/* How long it has waited of a silence that the engine did not make itself, by holding pages back. */
+static int64_t waited_in(const struct requester *me, const struct silence *silence, int64_t to_ns)
+{
+	int64_t from_ns = silence->from_ns + (silence->has_twins ? HELD_NS : 0);
+
+	return to_ns - (from_ns > me->since_ns ? from_ns : me->since_ns);
+}
+
+/*
+ * A soft request is an error in time, however long the server is away. A READ: a thread reads 64 pages at once, and the
+ * loop has one thread for those that need a longer look. The others have the limit anew from each answer, and from the
+ * end of a hold.
+ */
+static void check_soft_limit(const struct requester *me)
+{
+	const uint32_t away = 1u << FAULT_partition | 1u << FAULT_blackhole | 1u << FAULT_reset | 1u << FAULT_slow;
+	int64_t limit_ns = options.soft_limit_ms * MS, waited_ns;
+
+	if (limit_ns == 0 || !run_is_calm(away))
+		return;
+	if (me->now.kind == KIND_READ) {
+		limit_ns *= options.loop ? 2 : (me->now.count + 63) / 64;
+		waited_ns = now_ns - me->since_ns;
+	} else {
+		int64_t before_ns = waited_in(me, &silence_before, silence_before.to_ns);
+
+		waited_ns = waited_in(me, &silence_now, now_ns);
+		waited_ns = before_ns > waited_ns ? before_ns : waited_ns;
+	}
+	if (waited_ns > 5 * S + limit_ns)
+		sim_fail("%s of %u pages at page %u took %.3f s, and was to be an error after %u ms",
+			 kind_names[me->now.kind], me->now.count, me->now.page, (double)(now_ns - me->since_ns) / 1e9,
+			 options.soft_limit_ms);
+}
+
 /*
  * A calm run keeps nobody waiting: a FLUSH has a write-back and a COMMIT to wait for, a few times for each region full
  * of pages, however often they are written again meanwhile.
  */
 static void check_time(const struct requester *me)
 {
-	const uint32_t away = 1u << FAULT_partition | 1u << FAULT_blackhole | 1u << FAULT_reset | 1u << FAULT_slow;
 	bool has_slept = options.owner && woke_at_ns > me->since_ns;
 	int64_t from_ns = has_slept ? woke_at_ns : me->since_ns, took_ns = now_ns - from_ns;
 	int64_t held_ns = options.owner ? lost_at_ns + HELD_NS - from_ns : 0;
@@ -397,14 +431,7 @@ static void check_time(const struct requester *me)
 	if (run_is_calm(1u << FAULT_suspend) && options.habit != HABIT_WALKS && took_ns > limit_ns)
 		sim_fail("%s of %u pages at page %u took %.3f s, and nothing was in its way", kind_names[me->now.kind],
 			 me->now.count, me->now.page, (double)took_ns / 1e9);
-	/*
-	 * a soft READ is an error in time, however long the server is away: a thread reads 64 pages at once, and the
-	 * loop has one thread for those that need a longer look
-	 */
-	if (options.soft_limit_ms > 0 && me->now.kind == KIND_READ && run_is_calm(away) &&
-	    now_ns - me->since_ns > 5 * S + (options.loop ? 2 : (me->now.count + 63) / 64) * options.soft_limit_ms * MS)
-		sim_fail("a READ of %u pages at page %u took %.3f s, and was to be an error after %u ms", me->now.count,
-			 me->now.page, (double)took_ns / 1e9, options.soft_limit_ms);
+	check_soft_limit(me);
 }
 
 static void begin(struct requester *me)

@@ -70,6 +70,7 @@ static struct rng net, cuts;
 /* Silent connections that the worker has given up; each doubles the limits, up to eight times. */
 static uint32_t given_up;
 int64_t lost_at_ns;
+struct silence silence_now, silence_before;
 
 /* Decision 0011: 15 s of silence, an answered probe, 5 s more; and a second for all that is in between. */
 #define SILENT_NS (15 * S)
@@ -83,6 +84,7 @@ void network_reset(void)
 	conn_number = 0;
 	given_up = 0;
 	lost_at_ns = -60 * S;
+	silence_now = silence_before = (struct silence){ 0 };
 	net.state = options.seed ^ 0x4e7;
 	cuts.state = options.seed ^ 0xc075;
 }
@@ -651,6 +653,16 @@ ssize_t __wrap_send(int fd, const void *buffer, size_t bytes, int flags)
 	return __wrap_sendmsg(fd, &message, flags);
 }
 
+static void note_heard(void)
+{
+	if (now_ns - silence_now.from_ns > S) {
+		silence_before = silence_now;
+		silence_before.to_ns = now_ns;
+	}
+	silence_now.from_ns = now_ns;
+	silence_now.has_twins |= lost_at_ns >= 0;
+}
+
 static ssize_t receive_from_nas(int fd, const struct msghdr *message)
 {
 	struct fd *socket = fd_of(fd, FD_SOCKET);
@@ -677,6 +689,8 @@ static ssize_t receive_from_nas(int fd, const struct msghdr *message)
 		left -= part;
 	}
 	conn->down.ready -= (uint32_t)bytes;
+	if (bytes > 0)
+		note_heard();
 	return (ssize_t)bytes;
 }
 

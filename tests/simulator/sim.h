@@ -225,6 +225,11 @@ void network_reset(void);
 void network_close_all(void);
 void network_fault(enum fault fault, bool begins);
 extern int64_t lost_at_ns;      /* when the worker last closed a connection that had been made */
+/* The worker receives nothing of the server. */
+extern struct silence {
+	int64_t from_ns, to_ns; /* to_ns: of the one before, which was longer than a second */
+	bool has_twins;         /* it has closed a connection by then: what it sends again may be held back */
+} silence_now, silence_before;
 /* What the server does with a connection. */
 struct sim_conn *conn_hold(struct sim_conn *conn);
 void conn_let_go(struct sim_conn *conn);
