@@ -20,7 +20,7 @@ from pathlib import Path
 
 from nbdnfs import defaults
 from nbdnfs.config_keys import KEYS, shown
-from nbdnfs.errors import ConfigError, NoInputError, UsageError
+from nbdnfs.errors import ConfigError, NoInputError, PermissionDeniedError, UsageError
 from nbdnfs.sizes import SLOT_BYTES
 
 # In this order of precedence.
@@ -89,9 +89,25 @@ def load(name: str, root: Path = Path("/")) -> Config:
 
 
 def names(root: Path = Path("/")) -> list[str]:
-    """The names of all devices that have a configuration, valid or not, in order."""
-    found = {path.stem for folder in FOLDERS for path in (root / folder).glob("*.toml") if path.is_file()}
-    return sorted(name for name in found if _is_name(name))
+    """The names of all devices that have a configuration, valid or not, in order. PermissionDeniedError: a folder
+    cannot be read."""
+    paths = [path for folder in FOLDERS for path in _in_folder(root / folder)]
+    return sorted({path.stem for path in paths if _is_name(path.stem) and (path.is_file() or _leads_nowhere(path))})
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """What ends in .toml; nothing where there is no folder. PermissionDeniedError: it cannot be read."""
+    try:
+        return [folder / name for name in os.listdir(folder) if name.endswith(".toml")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise PermissionDeniedError(f"{folder} cannot be read: {error.strerror}", "run this as root") from None
+
+
+def _leads_nowhere(path: Path) -> bool:
+    """Whether it is a link to what does not exist."""
+    return path.is_symlink() and not path.exists()
 
 
 def check_name(name: str) -> None:
@@ -113,7 +129,7 @@ def _is_name(name: str) -> bool:
 def _files(name: str, root: Path) -> list[Path]:
     """The main file and the drop-ins that apply, in the order in which they are read."""
     candidates = [root / folder / f"{name}.toml" for folder in FOLDERS]
-    main = next((path for path in candidates if os.path.exists(path)), None)
+    main = next((path for path in candidates if os.path.lexists(path)), None)
     if main is None:
         import difflib  # only here: the keeper is resident
 
@@ -124,11 +140,15 @@ def _files(name: str, root: Path) -> list[Path]:
         )
     drop_ins: dict[str, Path] = {}
     for folder in reversed(FOLDERS):
-        drop_ins |= {path.name: path for path in (root / folder / f"{name}.toml.d").glob("*.toml")}
+        drop_ins |= {path.name: path for path in _in_folder(root / folder / f"{name}.toml.d")}
     return [main, *(drop_ins[key] for key in sorted(drop_ins))]
 
 
 def _read(path: Path) -> str:
+    if _leads_nowhere(path):
+        raise ConfigError(
+            f"{path} is a link to {os.readlink(path)}, which does not exist", "mend the link, or remove it"
+        )
     try:
         if path.is_char_device():  # masked: a link to /dev/null
             return ""

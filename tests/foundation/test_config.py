@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import socket
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from nbdnfs import config, config_keys
 from nbdnfs.config import Config
-from nbdnfs.errors import ConfigError, NbdnfsError, NoInputError, UsageError
+from nbdnfs.errors import ConfigError, NbdnfsError, NoInputError, PermissionDeniedError, UsageError
 
 URL = 'url = "nfs://nas/export/a.swap"\n'
 MACHINE_ID = "0123456789abcdef0123456789abcdef"
@@ -262,6 +263,31 @@ def test_impossible_names(root: Path, name: str) -> None:
         config.load(name, root)
     write(root, URL, "etc/nbdnfs/.hidden.toml")
     assert config.names(root) == []
+
+
+def test_link_that_leads_nowhere(root: Path) -> None:
+    """It is a device whose configuration is not valid, and hides the file of that name in a later folder."""
+    (root / "etc/nbdnfs/swap0.toml").symlink_to("/nowhere")
+    write(root, URL, "run/nbdnfs-config/swap0.toml")
+    assert config.names(root) == ["swap0"]
+    with pytest.raises(ConfigError, match=r"swap0\.toml is a link to /nowhere, which does not exist"):
+        config.load("swap0", root)
+
+
+@pytest.mark.parametrize("folder", ["etc/nbdnfs", "etc/nbdnfs/swap0.toml.d"])
+def test_folder_that_cannot_be_read(root: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    """That is not the same as one without files."""
+    write(root, URL)
+    real = os.listdir
+
+    def listdir(path: Path) -> list[str]:
+        if path == root / folder:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(PermissionDeniedError, match="cannot be read: Permission denied"):
+        config.names(root) if folder == "etc/nbdnfs" else config.load("swap0", root)
 
 
 def test_folder_instead_of_a_file(root: Path) -> None:
