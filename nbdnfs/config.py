@@ -155,7 +155,8 @@ def _read(path: Path) -> str:
         with open(path, "rb") as file:
             data = file.read(_FILE_BYTES_MAX + 1)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}", "make it a file that root can read") from None
+        hint = "run this as root" if isinstance(error, PermissionError) else "make it a file that root can read"
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", hint) from None
     if len(data) > _FILE_BYTES_MAX:
         raise ConfigError(f"{path} is larger than {_FILE_BYTES_MAX // 1024} KiB", "check that this is the right file")
     try:

@@ -27,7 +27,7 @@ from nbdnfs.sizes import SLOT_BYTES
 # Of the JSON: it grows when a key changes its meaning or goes, not when one is added.
 SCHEMA = 1
 # The subject of a problem that doctor finds by itself, too.
-CONFIGURATION = "configuration in use"
+CONFIGURATION = "configuration"
 
 
 @dataclass(frozen=True)
@@ -294,6 +294,15 @@ def _wrong_configuration(records: Records) -> list[Problem]:
     return [Problem(Level.WARNING, text, CONFIGURATION, advice)]
 
 
+def _not_valid(records: Records) -> list[Problem]:
+    """Of a device that nothing has tried to start since."""
+    try:
+        wrong = check.find_problems(records.name, records.root).get(records.name)
+    except NoInputError:
+        return []  # only its records are left
+    return [] if wrong is None else [Problem(Level.CRITICAL, wrong.message, CONFIGURATION, wrong.hint)]
+
+
 def _why_not_up(
     records: Records,
     keeper: ProcessRecord | None,
@@ -313,6 +322,8 @@ def _why_not_up(
         if keeper is None:
             advice = f"no keeper is running any more: nbdnfs up {name}"
         reasons.append(Problem(Level.CRITICAL, waits_for, "the keeper waits", advice))
+    if keeper is None and not is_stolen and not reasons:
+        reasons.extend(_not_valid(records))
     if keeper is None and not is_stolen and not reasons and (unit := unit_state(name)):
         _, _, command = unit.rpartition(": ")
         is_command = command.startswith(("systemctl ", "journalctl ", "nbdnfs "))
@@ -320,6 +331,8 @@ def _why_not_up(
     if is_stolen:
         return reasons
     up = f"nbdnfs up {name}" if keeper is None else f"its keeper is starting it: wait, and {journal}"
-    if reasons:
+    if reasons and reasons[0].subject == CONFIGURATION:
+        up = f"correct its configuration: nbdnfs check {name}"
+    elif reasons:
         up = "the next finding says why, and what to do"
     return [Problem(Level.CRITICAL, "not up", "device", up), *reasons]

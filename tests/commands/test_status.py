@@ -286,6 +286,14 @@ def test_why_it_is_not_up(root: Path) -> None:
     found = status.read("swap0", root, lambda name: f"nbdnfs@{name}.service is not started")
     assert found.texts == ["not up", "nbdnfs@swap0.service is not started"]
     assert found.level is Level.CRITICAL
+    (root / "etc/nbdnfs/swap0.toml").write_text("ulr = 'x'")
+    found = status.read("swap0", root, lambda name: "is not asked")
+    assert found.texts[0] == "not up"
+    assert "unknown key 'ulr'" in found.texts[1]
+    assert [problem.advice for problem in found.problems] == [
+        "correct its configuration: nbdnfs check swap0",
+        "did you mean 'url'?",
+    ]
 
 
 def test_a_configuration_that_is_not_used(root: Path) -> None:
