@@ -24,7 +24,6 @@ class Silence:
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
         self._since_ms = 0
-        self._owes_since_ms = 0  # when it was first seen to owe an answer: not before its connection was up
 
     @property
     def is_on(self) -> bool:
@@ -32,7 +31,8 @@ class Silence:
         return self._since_ms > 0
 
     def look(self, heard_ms: int, owed_since_ms: int, now_ms: int) -> None:
-        """The first two are of region.server_times(); `now_ms` is of the same clock.
+        """Report one that has begun, or ended, by the times that region.server_times() has returned, and the present
+        time of the same clock.
 
         It ends when something is received. That nothing is owed any more is no end: the requests may have failed.
         """
@@ -42,9 +42,8 @@ class Silence:
                 text = f"the server answers again, after {silent_ms // 1000} s"
                 self._reporter.say(text, events.SERVER_ANSWERS, silent_ms=silent_ms)
             return
-        self._owes_since_ms = (self._owes_since_ms or now_ms) if owed_since_ms else 0
-        silent_ms = now_ms - max(owed_since_ms, self._owes_since_ms)
+        silent_ms = now_ms - owed_since_ms
         if owed_since_ms and silent_ms >= REPORTED_AFTER_MS:
-            self._since_ms = now_ms - silent_ms
+            self._since_ms = owed_since_ms
             text = f"the server has not answered for {silent_ms // 1000} s: {_ADVICE}"
             self._reporter.say(text, events.SERVER_SILENT, WARNING)
