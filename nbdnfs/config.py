@@ -89,25 +89,28 @@ def load(name: str, root: Path = Path("/")) -> Config:
 
 
 def names(root: Path = Path("/")) -> list[str]:
-    """The names of all devices that have a configuration, valid or not, in order. PermissionDeniedError: a folder
-    cannot be read."""
+    """The names of all devices that have a configuration, valid or not, in order. PermissionDeniedError: a folder may
+    not be read. OSError: it cannot be."""
     paths = [path for folder in FOLDERS for path in _in_folder(root / folder)]
-    return sorted({path.stem for path in paths if _is_name(path.stem) and (path.is_file() or _leads_nowhere(path))})
+    return sorted(
+        {path.stem for path in paths if _is_name(path.stem) and (os.path.isfile(path) or _leads_nowhere(path))}
+    )
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """What ends in .toml; nothing where there is no folder. PermissionDeniedError: it cannot be read."""
+    """What ends in .toml, without hidden files; nothing where there is no folder. Errors as names()."""
     try:
-        return [folder / name for name in os.listdir(folder) if name.endswith(".toml")]
+        found = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except OSError as error:
+    except PermissionError as error:
         raise PermissionDeniedError(f"{folder} cannot be read: {error.strerror}", "run this as root") from None
+    return [folder / name for name in found if name.endswith(".toml") and not name.startswith(".")]
 
 
 def _leads_nowhere(path: Path) -> bool:
-    """Whether it is a link to what does not exist."""
-    return path.is_symlink() and not path.exists()
+    """Whether it is a link to what does not exist, or may not be looked at."""
+    return os.path.islink(path) and not os.path.exists(path)
 
 
 def check_name(name: str) -> None:
@@ -145,15 +148,17 @@ def _files(name: str, root: Path) -> list[Path]:
 
 
 def _read(path: Path) -> str:
-    if _leads_nowhere(path):
-        raise ConfigError(
-            f"{path} is a link to {os.readlink(path)}, which does not exist", "mend the link, or remove it"
-        )
     try:
         if path.is_char_device():  # masked: a link to /dev/null
             return ""
         with open(path, "rb") as file:
             data = file.read(_FILE_BYTES_MAX + 1)
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise ConfigError(
+                f"{path} is a link that leads nowhere: {os.readlink(path)}", "mend it, or remove it"
+            ) from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", "look whether it is being replaced") from None
     except OSError as error:
         hint = "run this as root" if isinstance(error, PermissionError) else "make it a file that root can read"
         raise ConfigError(f"{path} cannot be read: {error.strerror}", hint) from None

@@ -180,12 +180,13 @@ def server_times(mapping: mmap.mmap) -> tuple[int, int]:
     It owes nothing while the file is gone: it may be answering each attempt to find that. Both are 0 where the worker
     is of a version that does not write these.
     """
+    is_away = is_disconnected(mapping)  # first: the worker notes when it has connected, and then that it has
     header = mapping[:HEADER_BYTES]
     found = _waits(header)
     if found is None:
         return 0, 0
     state = header[_FILE_STATE_OFFSET : _FILE_STATE_OFFSET + _COUNTER_BYTES]
-    if int.from_bytes(state, sys.byteorder) in FILE_GONE or is_disconnected(mapping):
+    if int.from_bytes(state, sys.byteorder) in FILE_GONE or is_away:
         return found[0], 0
     return found[0], owed_since_ms(found[0], _earliest_ms(found[1 : 1 + CONNECTIONS]))
 

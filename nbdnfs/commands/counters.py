@@ -24,7 +24,8 @@ class Waits:
 
     unheard_s         nothing has been received from the server for so long, though answers are outstanding
     oldest_request_s  the age of the kernel's oldest request
-    last_heard_s      how long ago the server last answered anything, whether or not something is outstanding
+    last_heard_s      how long ago the server last answered anything, or was connected to, whether or not something is
+                      outstanding
     """
 
     unheard_s: float

@@ -30,6 +30,8 @@ from nbdnfs.keeper import last_good
 from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import state as kernel_state
 
+_SAID_BY_CONFIGURATION = (status.CONFIGURATION, status.CONFIGURATION_IN_USE)
+
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings. The exit status is 0 when all are good, else EX_CONFIG. Errors as `examine`."""
@@ -80,7 +82,7 @@ def _device(name: str, root: Path) -> Iterator[Finding]:
     settings, configuration = _configuration(Records(name, root), is_attached=found.device is not None)
     yield configuration
     for problem in found.problems:
-        if configuration.good or problem.subject != status.CONFIGURATION:  # else it has been said
+        if configuration.good or problem.subject not in _SAID_BY_CONFIGURATION:  # else it has been said
             yield _of_status(name, problem)
     if settings is not None:
         yield from _backing_file(settings, found, root)

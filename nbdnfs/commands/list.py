@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nbdnfs import config, quantities
 from nbdnfs.commands import claiming, where
-from nbdnfs.errors import NbdnfsError
+from nbdnfs.errors import NbdnfsError, PermissionDeniedError
 from nbdnfs.kernel import nbd_device, swap_area
 from nbdnfs.kernel import state as kernel_state
 
@@ -75,8 +76,13 @@ def _print_json(**parts: list[dict[str, object]]) -> None:
 def devices(root: Path = Path("/")) -> list[Device]:
     """All of them: configured ones by name, then the others by device."""
     attached = {state.backend or "": state for state in kernel_state.nbd_devices(root) if state.attached}
+    try:
+        names = config.names(root)
+    except PermissionDeniedError as error:
+        print(f"nbdnfs: {error.message}: what is attached is listed all the same", file=sys.stderr)
+        names = []
     found = []
-    for name in config.names(root):
+    for name in names:
         url, problem = _configured(name, root)
         found.append(_device("configured", name, attached.pop(nbd_device.backend_of(name), None), root, url, problem))
     for state in sorted(kernel_state.nbd_devices(root), key=lambda state: state.index):

@@ -68,7 +68,7 @@ _GAUGES = (
     ),
     _gauge(
         "server_last_heard_seconds",
-        "How long ago the server last answered anything.",
+        "How long ago the server last answered anything, or was connected to.",
         lambda one: one.waits.last_heard_s if one.waits is not None else None,
     ),
     _gauge(

@@ -15,7 +15,7 @@ from nbdnfs import config, quantities
 from nbdnfs.commands import check, counters, health, json_output, systemd_unit
 from nbdnfs.commands.counters import Counters, Reading, Waits, number
 from nbdnfs.commands.health import Level, Problem
-from nbdnfs.errors import NbdnfsError, NoInputError, PermissionDeniedError, UnreadableError, UsageError
+from nbdnfs.errors import ConfigError, NbdnfsError, NoInputError, PermissionDeniedError, UnreadableError, UsageError
 from nbdnfs.keeper import last_good, only_keeper
 from nbdnfs.keeper.records import ProcessRecord, Records
 from nbdnfs.kernel import nbd_device, swap_area
@@ -26,8 +26,8 @@ from nbdnfs.sizes import SLOT_BYTES
 
 # Of the JSON: it grows when a key changes its meaning or goes, not when one is added.
 SCHEMA = 1
-# The subject of a problem that doctor finds by itself, too.
-CONFIGURATION = "configuration"
+# The subjects of problems that doctor finds by itself, too.
+CONFIGURATION, CONFIGURATION_IN_USE = "configuration", "configuration in use"
 
 
 @dataclass(frozen=True)
@@ -291,16 +291,18 @@ def _wrong_configuration(records: Records) -> list[Problem]:
         return []
     advice = f"correct it: nbdnfs check {records.name}; then systemctl restart nbdnfs@{records.name}"
     text = f"it runs with its last good configuration: {wrong}"
-    return [Problem(Level.WARNING, text, CONFIGURATION, advice)]
+    return [Problem(Level.WARNING, text, CONFIGURATION_IN_USE, advice)]
 
 
 def _not_valid(records: Records) -> list[Problem]:
-    """Of a device that nothing has tried to start since."""
+    """Of a device that is not up, where no start has left its reason."""
     try:
         wrong = check.find_problems(records.name, records.root).get(records.name)
     except NoInputError:
         return []  # only its records are left
-    return [] if wrong is None else [Problem(Level.CRITICAL, wrong.message, CONFIGURATION, wrong.hint)]
+    if not isinstance(wrong, ConfigError):
+        return []
+    return [Problem(Level.CRITICAL, wrong.message, CONFIGURATION, wrong.hint)]
 
 
 def _why_not_up(

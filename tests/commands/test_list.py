@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from support.nbd_tree import add_device
 
-from nbdnfs import cli
+from nbdnfs import cli, config
 from nbdnfs.commands import list as list_command
 from nbdnfs.commands.list import Device
+from nbdnfs.errors import PermissionDeniedError
 
 MIB = 1 << 20
 
@@ -51,6 +52,19 @@ def test_devices(root: Path) -> None:
         Device("foreign", None, "/dev/nbd5", 8 * MIB),
     ]
     assert list_command.devices(root / "none") == []
+
+
+def test_configurations_that_may_not_be_read(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is attached is there all the same."""
+
+    def names(root: Path) -> list[str]:
+        raise PermissionDeniedError("/etc/nbdnfs cannot be read: Permission denied", "run this as root")
+
+    monkeypatch.setattr(config, "names", names)
+    assert [device.device for device in list_command.devices(root)] == [f"/dev/nbd{n}" for n in range(1, 6)]
+    assert capsys.readouterr().err.startswith("nbdnfs: /etc/nbdnfs cannot be read: Permission denied: ")
 
 
 def test_output(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

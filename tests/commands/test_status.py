@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdnfs import config
 from nbdnfs.commands import counters, health, status
 from nbdnfs.commands.counters import Counters, Reading, Waits
 from nbdnfs.commands.health import Level
@@ -294,6 +295,19 @@ def test_why_it_is_not_up(root: Path) -> None:
         "correct its configuration: nbdnfs check swap0",
         "did you mean 'url'?",
     ]
+
+
+def test_a_configuration_that_is_not_known(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that is wrong: what systemd says of the unit is what is known."""
+    (root / "sys/block/nbd3/pid").unlink()
+    (root / "proc/10/stat").unlink()
+
+    def load(name: str, root: Path) -> None:
+        raise UnavailableError("%M: there is no network yet")
+
+    monkeypatch.setattr(config, "load", load)
+    found = status.read("swap0", root, lambda name: f"nbdnfs@{name}.service is not started")
+    assert found.texts == ["not up", "nbdnfs@swap0.service is not started"]
 
 
 def test_a_configuration_that_is_not_used(root: Path) -> None:

@@ -270,8 +270,36 @@ def test_link_that_leads_nowhere(root: Path) -> None:
     (root / "etc/nbdnfs/swap0.toml").symlink_to("/nowhere")
     write(root, URL, "run/nbdnfs-config/swap0.toml")
     assert config.names(root) == ["swap0"]
-    with pytest.raises(ConfigError, match=r"swap0\.toml is a link to /nowhere, which does not exist"):
+    with pytest.raises(ConfigError, match=r"swap0\.toml is a link that leads nowhere: /nowhere"):
         config.load("swap0", root)
+
+
+def test_hidden_drop_ins(root: Path) -> None:
+    """What an editor leaves beside a file is not read: Emacs locks it with a link that leads nowhere."""
+    write(root, URL)
+    write(root, "x", "etc/nbdnfs/swap0.toml.d/.10-a.toml")
+    (root / "etc/nbdnfs/swap0.toml.d/.#10-a.toml").symlink_to("me@here.1")
+    assert config.load("swap0", root).url.endswith("a.swap")
+    (root / "etc/nbdnfs/swap0.toml.d/10-a.toml").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"10-a\.toml is a link that leads nowhere: nowhere"):
+        config.load("swap0", root)
+
+
+@pytest.mark.parametrize("folder", ["etc/nbdnfs", "etc/nbdnfs/swap0.toml.d"])
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOMEM])
+def test_folder_that_cannot_be_read_now(root: Path, monkeypatch: pytest.MonkeyPatch, folder: str, error: int) -> None:
+    """That passes: it is no reason for a unit not to be started again."""
+    write(root, URL)
+    real = os.listdir
+
+    def listdir(path: Path) -> list[str]:
+        if path == root / folder:
+            raise OSError(error, os.strerror(error), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(OSError, match=os.strerror(error)):
+        config.names(root) if folder == "etc/nbdnfs" else config.load("swap0", root)
 
 
 @pytest.mark.parametrize("folder", ["etc/nbdnfs", "etc/nbdnfs/swap0.toml.d"])

@@ -198,6 +198,32 @@ def test_waits_of_a_live_region(stops: bool) -> None:
     os.close(descriptor)
 
 
+class ReconnectsMeanwhile:
+    """A mapped region whose worker connects after the first look at it, and notes first that the server was heard."""
+
+    def __init__(self) -> None:
+        self._looks = 0
+
+    def __getitem__(self, at: slice) -> bytes:
+        heard_ms, disconnected = (600_000, 0) if self._looks else (1_000, 1)
+        self._looks += 1
+        header = bytearray(region.HEADER_BYTES)
+        for offset, number in (
+            (region.GENERATION_OFFSET, 1),
+            (region.COUNTERS_OFFSET + 8 * region.COUNTERS.index("disconnected"), disconnected),
+            (region.WAITS_OFFSET, 1),
+            (region.WAITS_OFFSET + 8, heard_ms),
+            (region.WAITS_OFFSET + 16, 900),
+        ):
+            header[offset : offset + 8] = number.to_bytes(8, sys.byteorder)
+        return bytes(header[at])
+
+
+def test_a_connection_that_is_made_while_it_is_looked_at() -> None:
+    """The time before it is no silence."""
+    assert region.server_times(ReconnectsMeanwhile())[1] in (0, 600_000)  # type: ignore[arg-type]
+
+
 def test_waits_of_an_earlier_version() -> None:
     """Its worker has left zeros there: unknown."""
     descriptor = region.create()

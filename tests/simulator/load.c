@@ -22,6 +22,9 @@
 #define COUNT_MAX 96u
 /* Pages of a WRITE that was sent twice are not sent again for so long, whatever is written to them (0011). */
 #define HELD_NS (5 * S)
+/* nbd/places.c: what comes while all are taken is not received before others have ended. */
+#define LOOP_PLACES 64u
+#define LOOP_PLACE_PAGES 8u
 
 enum kind { KIND_NONE, KIND_READ, KIND_WRITE, KIND_FLUSH, KIND_TRIM };
 
@@ -36,6 +39,7 @@ struct request {
 struct requester {
 	struct request now;     /* KIND_NONE: it has none */
 	int64_t since_ns;
+	uint32_t turns;         /* of the loop's places for data, which have as often to be free again before it has one */
 	uint32_t next_page;     /* of its walk over the device */
 	uint32_t lowest[PAGES_MAX]; /* for a READ or FLUSH: the versions that were complete when it began */
 	bool torn[COUNT_MAX];
@@ -392,7 +396,7 @@ static int64_t waited_in(const struct requester *me, const struct silence *silen
 static void check_soft_limit(const struct requester *me)
 {
 	const uint32_t away = 1u << FAULT_partition | 1u << FAULT_blackhole | 1u << FAULT_reset | 1u << FAULT_slow;
-	int64_t limit_ns = options.soft_limit_ms * MS, waited_ns;
+	int64_t limit_ns = (1 + me->turns) * options.soft_limit_ms * MS, waited_ns;
 
 	if (limit_ns == 0 || !run_is_calm(away))
 		return;
@@ -434,9 +438,21 @@ static void check_time(const struct requester *me)
 	check_soft_limit(me);
 }
 
+/* Of the loop's places for data: what READs and WRITEs have, or wait for. */
+static uint32_t places_under_way(void)
+{
+	uint32_t places = 0;
+
+	for (uint32_t i = 0; i < REQUESTERS_MAX; i++)
+		if (requesters[i].now.kind == KIND_READ || requesters[i].now.kind == KIND_WRITE)
+			places += (requesters[i].now.count + LOOP_PLACE_PAGES - 1) / LOOP_PLACE_PAGES;
+	return places;
+}
+
 static void begin(struct requester *me)
 {
 	me->since_ns = now_ns;
+	me->turns = options.loop ? places_under_way() / (LOOP_PLACES - COUNT_MAX / LOOP_PLACE_PAGES) : 0;
 	tell(me, "begins");
 	prepare(me);
 }

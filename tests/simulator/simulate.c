@@ -231,7 +231,7 @@ static void choose_soft(uint64_t seed)
 	if (forced_soft_ms >= 0)
 		options.soft_limit_ms = (uint32_t)forced_soft_ms;
 	if (options.soft_limit_ms > 0 && options.habit == HABIT_MIXED && rng_chance(&rng, 512)) {
-		/* the server is away for longer than the limit, and that is all that happens */
+		/* the server is away, for longer than most limits, and that is all that happens */
 		options.faults = (options.faults & CALM_FAULTS) | 1u << FAULT_partition;
 		options.fault_gap_ns = 20 * S;
 		options.fault_length_ns = 40 * S;

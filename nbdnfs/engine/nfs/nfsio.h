@@ -250,8 +250,8 @@ typedef void (*nfsio_changed_fn)(void *context);
 void nfsio_watch(struct nfsio *io, nfsio_changed_fn changed, void *context);
 
 /*
- * Keep two times up to date from now on, by CLOCK_MONOTONIC in ms: when an answer was last received, over this
- * connection or any other that is given the same place; and since when this one has waited for answers without a
+ * Keep two times up to date from now on, by CLOCK_MONOTONIC in ms: when an answer came, or a connection was made, last,
+ * over this one or any other that is given the same place; and since when this one has waited for answers without a
  * pause, 0 while it waits for none. A request without a connection to go out on waits, too. Both places outlive
  * nfsio_join().
  */

@@ -113,7 +113,7 @@ struct region_counters {
  */
 struct region_waits {
 	_Atomic uint64_t writer;        /* the generation whose worker writes this; of another one it is out of date */
-	_Atomic uint64_t last_received_ms; /* an answer of the server, or a new connection to it; any of them */
+	_Atomic uint64_t last_received_ms; /* an answer came, or a connection was made; any of them */
 	_Atomic uint64_t waiting_since_ms[REGION_CONNECTIONS]; /* for answers, without a pause */
 	_Atomic uint64_t request_since_ms[REGION_REQUESTS]; /* NBD requests, in no order */
 };
