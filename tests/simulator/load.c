@@ -39,7 +39,7 @@ struct request {
 struct requester {
 	struct request now;     /* KIND_NONE: it has none */
 	int64_t since_ns;
-	uint32_t turns;         /* of the loop's places for data, which have as often to be free again before it has one */
+	uint32_t turns;         /* how often all of the loop's places must be free again before it has one */
 	uint32_t next_page;     /* of its walk over the device */
 	uint32_t lowest[PAGES_MAX]; /* for a READ or FLUSH: the versions that were complete when it began */
 	bool torn[COUNT_MAX];

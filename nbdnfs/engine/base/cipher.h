@@ -21,7 +21,7 @@
 
 enum cipher_kind {
 	CIPHER_XCHACHA20,       /* and SipHash-2-4 for the tag: libsodium's, on any processor */
-	CIPHER_AES,             /* AES-256 in counter mode, and UMAC-64: of nettle's parts, where the processor has AES */
+	CIPHER_AES,             /* AES-256 in counter mode, and UMAC-64: nettle, where the processor has AES */
 };
 
 /* Random, and known to this machine alone until it boots. The same for each kind. */
