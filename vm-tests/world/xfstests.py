@@ -26,6 +26,11 @@ _OTHERS = {
     f"what is in none of the groups {', '.join(_OF_DATA)}": "names, attributes, quotas, clones and the like: the file"
     " system's own work, of which a device sees the same reads and writes"
 }
+# The folders of its tests, and what is said of the others.
+_ON = {
+    "ext4": (("generic", "ext4"), _OTHERS),
+    "xfs": (("xfs",), {**_OTHERS, "generic": "they run on ext4: what lies between them and the device is not tested"}),
+}
 # Tests for one call of `check`: inside/check_in_turn.sh.
 _ROW = 10
 _IN_TURN = Path(__file__).parents[1] / "inside/check_in_turn.sh"
@@ -33,10 +38,12 @@ _IN_TURN = Path(__file__).parents[1] / "inside/check_in_turn.sh"
 
 def suite(place: Place) -> Suite:
     """One test after the other. A guest that is lost takes no other test with it."""
-    return Suite("xfstests", [_on(place, kind) for kind in ("ext4", "xfs")], missing(place, "xfstests", "check"))
+    return Suite("xfstests", [_on(place, kind) for kind in _ON], missing(place, "xfstests", "check"))
 
 
 def _on(place: Place, kind: str) -> Part:
+    folders, others = _ON[kind]
+
     @contextlib.contextmanager
     def prepare() -> Iterator[Bench]:
         with place.plain([_DEVICE_MIB, _DEVICE_MIB], memory_mib=_MEMORY_MIB, extras=["xfstests"]) as bench:
@@ -60,7 +67,6 @@ def _on(place: Place, kind: str) -> Part:
             )
 
     def tests(bench: Bench) -> list[Test]:
-        folders = ("generic", kind)
         quick = [name for folder in folders for name in _in_group(bench, folder, "quick")]
         names = in_turn(
             [[name for folder in folders for name in _in_group(bench, folder, group)] for group in _OF_DATA], quick
@@ -71,7 +77,7 @@ def _on(place: Place, kind: str) -> Part:
             for name, row in in_rows(names)
         ]
 
-    return Part(kind, prepare, tests, _OTHERS)
+    return Part(kind, prepare, tests, others)
 
 
 def _in_group(bench: Bench, folder: str, group: str) -> list[str]:
