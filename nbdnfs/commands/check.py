@@ -54,14 +54,14 @@ def _unused(root: Path) -> dict[str, NbdnfsError]:
     names = set(config.names(root))
     found: dict[str, NbdnfsError] = {}
     for folder in (root / folder for folder in config.FOLDERS):
-        for path in sorted(folder.glob("*.toml")):
-            if path.is_file() and path.stem not in names:
+        for path in sorted(folder.glob("[!.]*.toml")):
+            if os.path.isfile(path) and path.stem not in names:
                 found[path.stem] = ConfigError(
                     f"{path} is not read: '{path.stem}' cannot be the name of a device",
                     "use at most 64 letters, digits, '_', '-' and '.'",
                 )
         for path in sorted(folder.glob(f"*{_DROP_INS}")):
             stem = path.name.removesuffix(_DROP_INS)
-            if stem not in names and any(path.glob("*.toml")):
+            if stem not in names and any(path.glob("[!.]*.toml")):
                 found[stem] = ConfigError(f"{path} is not read: there is no {stem}.toml", f"write {folder}/{stem}.toml")
     return found

@@ -78,8 +78,9 @@ def devices(root: Path = Path("/")) -> list[Device]:
     attached = {state.backend or "": state for state in kernel_state.nbd_devices(root) if state.attached}
     try:
         names = config.names(root)
-    except PermissionDeniedError as error:
-        print(f"nbdnfs: {error.message}: what is attached is listed all the same", file=sys.stderr)
+    except (PermissionDeniedError, OSError) as error:
+        text = error.message if isinstance(error, PermissionDeniedError) else f"{error.filename}: {error.strerror}"
+        print(f"nbdnfs: {text}: what is attached is listed all the same", file=sys.stderr)
         names = []
     found = []
     for name in names:
@@ -100,6 +101,8 @@ def _configured(name: str, root: Path) -> tuple[str | None, str | None]:
         return config.load(name, root).url, None
     except NbdnfsError as error:
         return None, error.message
+    except OSError as error:
+        return None, f"{error.filename} cannot be read: {error.strerror}"
 
 
 def _device(

@@ -298,10 +298,10 @@ def _not_valid(records: Records) -> list[Problem]:
     """Of a device that is not up, where no start has left its reason."""
     try:
         wrong = check.find_problems(records.name, records.root).get(records.name)
-    except NoInputError:
-        return []  # only its records are left
-    if not isinstance(wrong, ConfigError):
-        return []
+    except (NoInputError, OSError):
+        return []  # only its records are left, or nothing can be read now
+    if not isinstance(wrong, ConfigError) or isinstance(wrong.__context__, PermissionError):
+        return []  # it may be right: it is not known yet, or only root may read it
     return [Problem(Level.CRITICAL, wrong.message, CONFIGURATION, wrong.hint)]
 
 

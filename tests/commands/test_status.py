@@ -297,7 +297,8 @@ def test_why_it_is_not_up(root: Path) -> None:
     ]
 
 
-def test_a_configuration_that_is_not_known(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("why", ["no network", "only root may read it", "it cannot be read now"])
+def test_a_configuration_that_is_not_known(root: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     """Not one that is wrong: what systemd says of the unit is what is known."""
     (root / "sys/block/nbd3/pid").unlink()
     (root / "proc/10/stat").unlink()
@@ -305,7 +306,16 @@ def test_a_configuration_that_is_not_known(root: Path, monkeypatch: pytest.Monke
     def load(name: str, root: Path) -> None:
         raise UnavailableError("%M: there is no network yet")
 
-    monkeypatch.setattr(config, "load", load)
+    def fail(path: Path, *mode: str) -> None:
+        number = errno.EACCES if why == "only root may read it" else errno.EIO
+        raise OSError(number, os.strerror(number), str(path))
+
+    if why == "no network":
+        monkeypatch.setattr(config, "load", load)
+    elif why == "only root may read it":
+        monkeypatch.setattr(config, "open", fail, raising=False)
+    else:
+        monkeypatch.setattr(config, "load", fail)
     found = status.read("swap0", root, lambda name: f"nbdnfs@{name}.service is not started")
     assert found.texts == ["not up", "nbdnfs@swap0.service is not started"]
 

@@ -29,7 +29,7 @@ _OTHERS = {
 # The folders of its tests, and what is said of the others.
 _ON = {
     "ext4": (("generic", "ext4"), _OTHERS),
-    "xfs": (("xfs",), {**_OTHERS, "generic": "they run on ext4: what lies between them and the device is not tested"}),
+    "xfs": (("xfs",), {**_OTHERS, "generic": "they run on ext4; the file system itself is not what is tested"}),
 }
 # Tests for one call of `check`: inside/check_in_turn.sh.
 _ROW = 10
