@@ -304,7 +304,7 @@ def test_a_configuration_that_is_not_known(root: Path, monkeypatch: pytest.Monke
     (root / "proc/10/stat").unlink()
 
     def load(name: str, root: Path) -> None:
-        raise UnavailableError("%M: there is no network yet")
+        raise UnavailableError("%M needs a default route, and there is none yet")
 
     def fail(path: Path, *mode: str) -> None:
         number = errno.EACCES if why == "only root may read it" else errno.EIO

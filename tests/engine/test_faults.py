@@ -257,7 +257,7 @@ def test_soft(backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngi
 def test_nothing_waits_after_a_soft_error(
     backing_file: FileOnServer, proxy: TcpProxy, open_engine: OpenEngine, region_fd: int
 ) -> None:
-    """Once it has failed, the region no longer shows a wait, even though there is no connection."""
+    """After the request fails, the region shows nothing waiting, even without a connection."""
     engine = open_engine(backing_file.url(nfsport=proxy.port), soft_limit_ms=300, region_fd=region_fd)
     proxy.refuse = True
     proxy.cut()

@@ -288,7 +288,7 @@ def test_hidden_drop_ins(root: Path) -> None:
 @pytest.mark.parametrize("folder", ["etc/nbdnfs", "etc/nbdnfs/swap0.toml.d"])
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOMEM])
 def test_folder_that_cannot_be_read_now(root: Path, monkeypatch: pytest.MonkeyPatch, folder: str, error: int) -> None:
-    """That passes: it is no reason for a unit not to be started again."""
+    """Such an error is temporary: systemd must restart the unit."""
     write(root, URL)
     real = os.listdir
 

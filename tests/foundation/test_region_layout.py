@@ -220,7 +220,7 @@ class ReconnectsMeanwhile:
 
 
 def test_a_connection_that_is_made_while_it_is_looked_at() -> None:
-    """The time before it is no silence."""
+    """The time before the connection does not count as silence."""
     assert region.server_times(ReconnectsMeanwhile())[1] in (0, 600_000)  # type: ignore[arg-type]
 
 

@@ -390,8 +390,8 @@ static int64_t waited_in(const struct requester *me, const struct silence *silen
 
 /*
  * A soft request is an error in time, however long the server is away. A READ: a thread reads 64 pages at once, and the
- * loop has one thread for those that need a longer look. The others have the limit anew from each answer, and from the
- * end of a hold.
+ * loop has one thread for those that need a longer look. For the others, the limit restarts with each answer, and at
+ * the end of a hold.
  */
 static void check_soft_limit(const struct requester *me)
 {
