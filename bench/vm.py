@@ -49,12 +49,13 @@ def main() -> int:
     shift = options.time_shift if options.time == "virtual" else None
     load = Load(
         size_mib=options.size,
-        limit_mib=None if options.own_memory else options.size // 4,
-        processes=options.processes,
+        limit_mib=None if options.own_memory else options.limit or options.size // 4,
+        processes=tuple(options.processes),
         timeout_s=options.timeout,
         time_shift=shift,
         memory_mib=_SMALL_GUEST_MIB if options.own_memory else Load.memory_mib,
         passes=tuple(options.passes),
+        is_compressible=options.compressible,
     )
     try:
         if options.continued and options.json is None:
@@ -99,9 +100,9 @@ def _add_what_is_run(parser: argparse.ArgumentParser) -> None:
         "--size",
         type=int,
         metavar="MIB",
-        help="size of the pages; the cgroup has a quarter of it (default 128, eight times the region; 256 with"
-        " --own-memory)",
+        help="size of the pages (default 128, eight times the region; 256 with --own-memory)",
     )
+    parser.add_argument("--limit", type=int, metavar="MIB", help="size of the cgroup (default a quarter of --size)")
     parser.add_argument(
         "--own-memory",
         action="store_true",
@@ -114,8 +115,13 @@ def _add_what_is_run(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help=f"after filling (default {','.join(Load.passes)})",
     )
+    parser.add_argument("--compressible", action="store_true", help="pages that compress to a third (zswap)")
     parser.add_argument(
-        "--processes", type=int, default=4, metavar="N", help="how many the second run on each peer has (default 4)"
+        "--processes",
+        type=_counts,
+        default=list(Load.processes),
+        metavar="N,N",
+        help="a run on each peer with so many (default 1,4)",
     )
     parser.add_argument(
         "--delays-ms",
@@ -162,6 +168,10 @@ def _numbers(text: str) -> list[float]:
     return [float(word) for word in text.split(",")]
 
 
+def _counts(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
 def _peers(text: str) -> list[str]:
     names = text.split(",")
     if unknown := set(names) - set(PEERS):
@@ -192,11 +202,13 @@ def _measure(options: argparse.Namespace, load: Load, earlier: Results) -> Resul
     vm_time.go_first()
     results = earlier
     # rounds that were there count: the next one begins with the next peer
-    first = max((len(earlier.of(peer, options.delays_ms[0], 1)) for peer in options.peers), default=0)
+    first = max(
+        (len(earlier.of(peer, options.delays_ms[0], options.processes[0])) for peer in options.peers), default=0
+    )
     with contextlib.ExitStack() as stack:
         workdir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdnfs-bench-")))
         server = stack.enter_context(Ganesha(workdir / "nas"))
-        files = _files(server, load.device_mib)
+        files = files_on(server, load.device_mib)
         # a request is "stuck" after two seconds, which a busy machine may take; what is killed is counted elsewhere
         guest = stack.enter_context(
             Guest(
@@ -229,7 +241,7 @@ def _measure(options: argparse.Namespace, load: Load, earlier: Results) -> Resul
     return results
 
 
-def _files(server: Ganesha, size_mib: int) -> Files:
+def files_on(server: Ganesha, size_mib: int) -> Files:
     """Three files of the same size, all of their blocks written: one for each peer that is not memory."""
     for name in ("ours.swap", "kernel.swap", "nbd.swap"):
         host.run(
@@ -277,7 +289,8 @@ def tables(results: Results) -> str:
 def title_of(load: Load) -> str:
     """What was swapped, and in how much memory."""
     where = f"a guest of {load.memory_mib} MiB" if load.limit_mib is None else f"a cgroup of {load.limit_mib} MiB"
-    return f"{load.size_mib} MiB of pages in {where}"
+    kind = "compressible pages" if load.is_compressible else "pages"
+    return f"{load.size_mib} MiB of {kind} in {where}"
 
 
 def _medians(results: Results, peer: str, delay_ms: float, processes: int) -> list[float]:

@@ -8,6 +8,8 @@ nbdnfs      ours, unencrypted: no peer encrypts
 nbdnfs-encrypted  ours, as a device is by default
 nbdnfs-loop  ours, served by the engine's loop
 kernel-nbd-4, kernel-nfs-4  the kernel's own two, over four connections
+nbdnfs-zswap, kernel-nfs-zswap  behind zswap, which keeps compressed pages in memory; needs Debian's generic kernel
+nbdnfs-folios, kernel-nbd-folios  with anonymous memory in folios of 64 KiB, which Linux 6.10 swaps out in one request
 
 All but the first two use files on the same NFS server, and `nbdkit file` serves one beside them.
 """
@@ -32,6 +34,18 @@ from vmtest.outcome import GuestFailedError, HarnessError
 OURS, ENCRYPTED, LOOP = "nbdnfs", "nbdnfs-encrypted", "nbdnfs-loop"
 KERNEL_NFS, KERNEL_NBD, FLOOR = "kernel-nfs", "kernel-nbd", "zram"
 KERNEL_NFS_4, KERNEL_NBD_4 = "kernel-nfs-4", "kernel-nbd-4"
+OURS_ZSWAP, KERNEL_NFS_ZSWAP = "nbdnfs-zswap", "kernel-nfs-zswap"
+OURS_FOLIOS, KERNEL_NBD_FOLIOS = "nbdnfs-folios", "kernel-nbd-folios"
+# Without its shrinker, which Linux 6.8 has, something in a cgroup is killed once the compressed pages fill it.
+_ZSWAP: Mapping[str, str | int] = {
+    "zpool": "zsmalloc",
+    "compressor": "lz4",
+    "max_pool_percent": 50,
+    "shrinker_enabled": "Y",
+    "enabled": "Y",
+}
+_ZSWAP_PARAMETERS = "/sys/module/zswap/parameters"
+_FOLIOS_ENABLED = "/sys/kernel/mm/transparent_hugepage/hugepages-64kB/enabled"
 
 _ATTACH_TCP = Path(__file__).parent / "attach_tcp.py"
 _MOUNT = "/mnt/bench"
@@ -134,6 +148,28 @@ def loop(guest: Guest, files: Files, size_mib: int) -> AbstractContextManager[Sw
     return _ours(guest, files, "encrypt = false\nloop = true\n")
 
 
+def _behind(peer: Peer, turn_on: str, turn_off: str) -> Peer:
+    """The peer, with a setting of the kernel's memory management."""
+
+    @contextlib.contextmanager
+    def changed(guest: Guest, files: Files, size_mib: int) -> Iterator[Swapping]:
+        guest.run(turn_on)
+        with peer(guest, files, size_mib) as swapping:
+            yield swapping
+        guest.run(turn_off)
+
+    return changed
+
+
+def _behind_zswap(peer: Peer) -> Peer:
+    settings = " && ".join(f"{{ [ ! -e {name} ] || echo {value} > {name}; }}" for name, value in _ZSWAP.items())
+    return _behind(peer, f"cd {_ZSWAP_PARAMETERS} && {settings}", f"echo N > {_ZSWAP_PARAMETERS}/enabled")
+
+
+def _with_folios(peer: Peer) -> Peer:
+    return _behind(peer, f"echo always > {_FOLIOS_ENABLED}", f"echo never > {_FOLIOS_ENABLED}")
+
+
 PEERS: Mapping[str, Peer] = {
     FLOOR: zram,
     KERNEL_NBD: _kernel_nbd,
@@ -143,10 +179,14 @@ PEERS: Mapping[str, Peer] = {
     LOOP: loop,
     KERNEL_NBD_4: functools.partial(_kernel_nbd, connections=4),
     KERNEL_NFS_4: functools.partial(_kernel_nfs, connections=4),
+    OURS_ZSWAP: _behind_zswap(ours),
+    KERNEL_NFS_ZSWAP: _behind_zswap(_kernel_nfs),
+    OURS_FOLIOS: _with_folios(ours),
+    KERNEL_NBD_FOLIOS: _with_folios(_kernel_nbd),
 }
 # What is compared unless others are named.
 DEFAULT = (FLOOR, KERNEL_NBD, KERNEL_NFS, OURS, ENCRYPTED, LOOP)
-OURS_ALL = (OURS, ENCRYPTED, LOOP)
+OURS_ALL = (OURS, ENCRYPTED, LOOP, OURS_ZSWAP, OURS_FOLIOS)
 
 
 @contextlib.contextmanager

@@ -28,19 +28,21 @@ class NotFinishedError(GuestFailedError):
 
 @dataclass(frozen=True)
 class Load:
-    """What is run: `size_mib` of pages, a cgroup of `limit_mib`; once by one process, once by `processes` at once.
+    """What is run: `size_mib` of pages, a cgroup of `limit_mib`; by so many processes at once, one after the other.
 
     `limit_mib` None: no cgroup. What the peer itself needs of the guest's `memory_mib` is missing for the pages then.
-    `passes` are the stress program's, after filling. `time_shift` is of virtual time; None: in real time.
+    `passes` are the stress program's, after filling; its pages do not compress, or to a third. `time_shift` is of
+    virtual time; None: in real time.
     """
 
     size_mib: int
     limit_mib: int | None
-    processes: int
     timeout_s: float
+    processes: tuple[int, ...] = (1, 4)
     time_shift: int | None = None
     memory_mib: int = 512
     passes: tuple[str, ...] = ("sequential", "random", "sequential", "zipf", "strided")
+    is_compressible: bool = False
 
     @property
     def device_mib(self) -> int:
@@ -95,7 +97,8 @@ class Results:
     def load_from(cls, path: Path, load: Load) -> Results:
         """What `save` wrote. HarnessError when that was another load."""
         data = json.loads(path.read_text())
-        there = Load(**{**data["load"], "passes": tuple(data["load"].get("passes", ()))})
+        lists = {name: tuple(data["load"].get(name, ())) for name in ("passes", "processes")}
+        there = Load(**{**data["load"], **lists})
         if there != load:
             raise HarnessError(f"{path} is about another load: {there}", "name another file, or give the same sizes")
         samples = [Sample(**{**sample, "passes": tuple(sample["passes"])}) for sample in data["samples"]]
@@ -124,7 +127,7 @@ def one_round(
                 clock.line(guest, files, delay_ms) as seen,
                 PEERS[peer](guest, seen, load.device_mib) as swapping,
             ):
-                for processes in sorted({1, load.processes}):
+                for processes in load.processes:
                     try:
                         sample = _run(guest, load, peer, delay_ms, processes, swapping.counters)
                         sample = in_model_time(sample, clock.scale)
@@ -183,6 +186,7 @@ def _memory_for(guest: Guest, load: Load) -> AbstractContextManager[str | None]:
 def _stress(guest: Guest, load: Load, processes: int, cgroup: str | None, passes: Sequence[str]) -> verdict.Verdict:
     """The stress program's verdict, from its stdout: the verdict port has the verdicts of earlier runs as well."""
     command = f"exec hog --size {load.size_mib} --processes {processes} --passes {','.join(passes)}"
+    command += " --compressible" if load.is_compressible else ""
     command += f" --cgroup {cgroup}" if cgroup is not None else ""
     result = guest.start(command, load.timeout_s).wait()
     if result.status == _HOG_WAS_KILLED:

@@ -10,6 +10,7 @@
 // Progress and the verdict are JSON, one object a line, on stdout and to the file given with --report. The
 // last line is {"event": "verdict", ...}; a hog that was killed has none, or one with "complete": false.
 // With --pause MS it rests before each pass but the first, so that pages lie in swap for a while.
+// With --compressible a page's words stand there four times each: LZO and LZ4 make a third of it.
 // With --until FILE it does one more pass when FILE has appeared, and no further one.
 // Exit status: 0 all pages right, 1 wrong pages, 2 it could not start, 3 one of its processes was killed.
 #include <errno.h>
@@ -48,6 +49,7 @@ static int pass_count = 4;
 static uint64_t seed = 1;
 static unsigned rewrite_percent = 25;
 static unsigned pause_ms;
+static bool is_compressible;
 static long spoiled_page = -1; // process 0 gets it wrong on purpose, to see the check at work
 static int report_fd = -1;
 static const char *until_path;
@@ -100,6 +102,8 @@ static uint64_t mix(uint64_t x)
 // The first two words name the page in clear, the others are a stream that follows from the name and the seed.
 static uint64_t word_at(uint64_t key, size_t index, uint64_t id, unsigned generation)
 {
+    if (is_compressible && index > 1)
+        index |= 3;
     return index == 0 ? id : index == 1 ? generation : (key + index * 0x9e3779b97f4a7c15) * (key | 1);
 }
 
@@ -317,7 +321,7 @@ static void parse_options(int argc, char **argv)
         {"rewrite", required_argument, NULL, 'w'}, {"report", required_argument, NULL, 'r'},
         {"cgroup", required_argument, NULL, 'c'},  {"spoil", required_argument, NULL, 'x'},
         {"until", required_argument, NULL, 'u'},   {"pause", required_argument, NULL, 'm'},
-        {0},
+        {"compressible", no_argument, NULL, 'z'},  {0},
     };
     for (int option; (option = getopt_long(argc, argv, "", known, NULL)) != -1;) {
         switch (option) {
@@ -330,6 +334,7 @@ static void parse_options(int argc, char **argv)
         case 'x': spoiled_page = atol(optarg); break;
         case 'u': until_path = optarg; break;
         case 'm': pause_ms = (unsigned)atoi(optarg); break;
+        case 'z': is_compressible = true; break;
         case 'r':
             if ((report_fd = open(optarg, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600)) < 0)
                 die(optarg);
@@ -340,7 +345,7 @@ static void parse_options(int argc, char **argv)
     if (optind < argc || processes < 1 || processes > MAX_PROCESSES || size_mib < 1 || pass_count < 1) {
         fprintf(stderr, "usage: hog [--size MIB] [--processes N] [--passes fill,sequential,random,...] [--seed N]\n"
                         "           [--rewrite PERCENT] [--cgroup FOLDER] [--report FILE] [--spoil PAGE]\n"
-                        "           [--until FILE] [--pause MS]\n");
+                        "           [--until FILE] [--pause MS] [--compressible]\n");
         exit(2);
     }
 }
