@@ -127,6 +127,7 @@ class Guest:
     time_shift      None: its time is the host's. Else it is *virtual* (QEMU's -icount): each instruction that it
                     executes is 2**time_shift ns of it, however long the host needs for that, and while it idles its
                     time goes on with the host's. One CPU then.
+    plugin          a plugin of QEMU's TCG, with its arguments
     arguments       more kernel arguments
     disks           more raw disks, as /dev/vdc and on
     forwards        TCP ports of the guest by those of the host's loopback that lead there, also after another boot
@@ -151,6 +152,7 @@ class Guest:
         memory_mib: int = 512,
         cpus: int = 2,
         time_shift: int | None = None,
+        plugin: str | None = None,
         network: bool = True,
         arguments: Sequence[str] = (),
         disks: Sequence[Path] = (),
@@ -170,6 +172,7 @@ class Guest:
         self._memory_mib = memory_mib
         self._cpus = cpus if time_shift is None else 1  # with -icount a second one was seen to hang as it came up
         self._time_shift = time_shift
+        self._plugin = plugin
         self._network = network
         self._arguments = tuple(arguments)
         self._disks = tuple(disks)
@@ -314,6 +317,7 @@ class Guest:
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
             *("-machine", kind.machine, "-cpu", kind.cpu, "-smp", str(self._cpus), "-m", f"{self._memory_mib}M"),
             *accelerator(self._time_shift),
+            *(() if self._plugin is None else ("-plugin", self._plugin)),
             *("-kernel", self.image.kernel, "-initrd", initrd),
             *("-append", " ".join([*arguments, *self._arguments])),
             *(word for disk in disks for word in ("-drive", f"if=virtio,cache=unsafe,{disk}")),
