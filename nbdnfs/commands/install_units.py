@@ -63,6 +63,7 @@ class Layout:
             _TIMER: f"{self.systemd}/system/{_TIMER}",
             "nbdnfs-generator": f"{self.systemd}/system-generators/nbdnfs-generator",
             "reserve": f"{self.lib}/nbdnfs/reserve",
+            "no-pressure": f"{self.lib}/nbdnfs/no-pressure",
             "pace": f"{self.lib}/nbdnfs/pace",
             "start-timeout": f"{self.lib}/nbdnfs/start-timeout",
             "modules-load.conf": f"{self.lib}/modules-load.d/nbdnfs.conf",
@@ -80,7 +81,7 @@ LOCAL = Layout()
 # As a merged /usr shows it, whatever the package calls it.
 PACKAGE = Layout(lib="usr/lib", systemd="usr/lib/systemd", udev="usr/lib/udev")
 _EXAMPLE = "etc/nbdnfs/example.toml.disabled"
-_EXECUTABLE = frozenset({"nbdnfs-generator", "reserve", "pace", "start-timeout"})
+_EXECUTABLE = frozenset({"nbdnfs-generator", "reserve", "no-pressure", "pace", "start-timeout"})
 
 
 @dataclass(frozen=True)

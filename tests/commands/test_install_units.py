@@ -472,6 +472,30 @@ def test_reserve_reads_proc_at_once() -> None:
     subprocess.run(["/bin/sh", SYSTEMD / "reserve", "/proc/sys/kernel/pid_max"], check=True, timeout=10)
 
 
+def test_no_pressure_figures_of_the_unit_and_its_slice(tmp_path: Path) -> None:
+    """Theirs alone are switched off. A slice of the administrator's keeps its own, and so does the machine."""
+    groups = ("", "/nbdnfs.slice", "/nbdnfs.slice/nbdnfs@swap0.service", "/a.slice", "/a.slice/nbdnfs@swap0.service")
+    for group in groups:
+        (tmp_path / group.lstrip("/")).mkdir(exist_ok=True)
+        (tmp_path / group.lstrip("/") / "cgroup.pressure").write_text("1\n")
+
+    def switched_off(unit: str) -> list[str]:
+        subprocess.run(["/bin/sh", SYSTEMD / "no-pressure", tmp_path, unit], check=True, timeout=10)
+        return [group for group in groups if (tmp_path / group.lstrip("/") / "cgroup.pressure").read_text() == "0\n"]
+
+    assert switched_off("/a.slice") == []
+    assert switched_off(groups[2]) == list(groups[1:3])
+    assert switched_off(groups[4]) == [*groups[1:3], groups[4]]
+
+
+def test_no_pressure_where_the_kernel_has_no_such_file(tmp_path: Path) -> None:
+    """Linux before 6.1, or without PSI: nothing is made, and nothing fails."""
+    (tmp_path / "nbdnfs.slice/nbdnfs@swap0.service").mkdir(parents=True)
+    group = "/nbdnfs.slice/nbdnfs@swap0.service"
+    subprocess.run(["/bin/sh", SYSTEMD / "no-pressure", tmp_path, group], check=True, timeout=10)
+    assert list(tmp_path.rglob("cgroup.pressure")) == []
+
+
 # the generator
 
 
