@@ -186,6 +186,25 @@ def test_the_reserve() -> None:
     assert machine_checks.reserve_bytes(1000, 64, 16 * gib) == 22232 << 10
 
 
+@pytest.mark.parametrize(
+    ("settings", "good", "word"),
+    [
+        ({"enabled": "N", "shrinker_enabled": "N"}, True, "off"),
+        ({"enabled": "Y", "shrinker_enabled": "Y"}, True, "on"),
+        ({"enabled": "Y"}, True, "on"),  # before Linux 6.8
+        ({"enabled": "Y", "shrinker_enabled": "N"}, False, "on"),
+    ],
+)
+def test_zswap(tmp_path: Path, settings: dict[str, str], good: bool, word: str) -> None:
+    """On, it needs its shrinker, where the kernel has one; off, it is mentioned."""
+    folder = "sys/module/zswap/parameters"
+    write(tmp_path, {**MACHINE, **{f"{folder}/{name}": f"{value}\n" for name, value in settings.items()}})
+    (found,) = [one for one in doctor.examine(root=tmp_path) if one.subject == "zswap"]
+    assert found.good is good
+    assert found.found.startswith(word)
+    assert ("/sys/module/zswap/parameters/shrinker_enabled" in found.advice) is not good
+
+
 def test_an_interface_without_a_speed(tmp_path: Path) -> None:
     """Virtual interfaces report -1, or fail to read: 1 Gbit/s is assumed."""
     write(tmp_path, {**MACHINE, "sys/class/net/eth0/speed": "-1\n"})
