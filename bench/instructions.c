@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * A plugin of QEMU's TCG that counts the instructions a guest executes, by address:
- * -plugin instructions.so,counts=PATH. Whenever PATH.ask appears, it writes "ADDRESS COUNT" lines to PATH, in hexadecimal
- * and decimal, since the start, and removes PATH.ask. bench/vm_profile.py says whose the addresses are.
+ * -plugin instructions.so,counts=PATH. Whenever PATH.ask appears, it writes "ADDRESS COUNT" lines to PATH, in
+ * hexadecimal and decimal, since the start, and removes PATH.ask. bench/vm_profile.py says whose the addresses are.
  *
  * Debian's QEMU comes without the header. What is declared here is version 1 of the interface, which QEMU 7.2 accepts:
  * https://www.qemu.org/docs/master/devel/tcg-plugins.html
