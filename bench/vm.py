@@ -131,7 +131,7 @@ def _add_what_is_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--peers",
-        type=_peers,
+        type=peer_names,
         default=list(DEFAULT),
         metavar="A,B",
         help=f"{','.join(PEERS)} (default: all but {','.join(sorted(PEERS.keys() - set(DEFAULT)))})",
@@ -157,6 +157,8 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="show the programs that are started")
     options = parser.parse_args()
+    if options.own_memory and options.limit:
+        parser.error("--own-memory has no cgroup, and --limit is the size of one")
     if options.size is None:
         options.size = 256 if options.own_memory else 128
     if options.delays_ms is None:
@@ -169,10 +171,14 @@ def _numbers(text: str) -> list[float]:
 
 
 def _counts(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+    found = sorted({int(word) for word in text.split(",")})
+    if found[0] < 1:
+        raise argparse.ArgumentTypeError("at least one process")
+    return found
 
 
-def _peers(text: str) -> list[str]:
+def peer_names(text: str) -> list[str]:
+    """Some of PEERS, with commas between; for argparse."""
     names = text.split(",")
     if unknown := set(names) - set(PEERS):
         raise argparse.ArgumentTypeError(f"not known: {', '.join(sorted(unknown))}")

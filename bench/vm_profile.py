@@ -30,6 +30,7 @@ from support.nfs_server import Ganesha
 from vm_peers import DEFAULT, FLOOR, PEERS
 from vmtest import host, image, swap
 from vmtest.guest import Guest
+from vmtest.outcome import HarnessError
 from vmtest.payload import payload
 
 _ASK_TIMEOUT_S = 30.0
@@ -68,6 +69,7 @@ _MODULES: Mapping[str, str] = {
 }
 _HOG = "the stress program"
 _OTHERS = "other programs"
+_SEVERAL = "several programs"
 # Static programs of the harness, which lie at the same addresses; the second does nothing meanwhile.
 _HOGS = ("hog", "agent")
 # Rows below this share of all are not shown; they count in the sum.
@@ -104,22 +106,25 @@ def _kernel_part(name: str, module: str) -> str:
 
 
 def user_symbols(maps: Mapping[str, str]) -> Symbols:
-    """Of /proc/PID/maps of all processes, by name and PID: executable mappings, by process and file. The gaps between
-    them are of others."""
-    found = {}
+    """Of /proc/PID/maps of all processes, by name and PID: executable mappings, by process and file.
+
+    Programs that are not position-independent lie at the same addresses: what two of them share is of several.
+    """
+    ranges = []
     for head, text in maps.items():
         process = head.rpartition(" ")[0]
         for line in text.splitlines():
             words = line.split(maxsplit=5)
             start, end = (int(word, 16) for word in words[0].split("-"))
-            if "x" not in words[1]:
-                continue
-            file = words[5].rpartition("/")[2] if len(words) > 5 else "memory"
-            part = _HOG if file in _HOGS else f"{process}: {file}"
-            found[start] = (file, part)
-            found.setdefault(end, ("?", _OTHERS))
-    starts = sorted(found)
-    return Symbols(starts, [found[start] for start in starts])
+            if "x" in words[1]:
+                file = words[5].rpartition("/")[2] if len(words) > 5 else "memory"
+                ranges.append((start, end, (file, _HOG if file in _HOGS else f"{process}: {file}")))
+    starts = sorted({edge for start, end, _ in ranges for edge in (start, end)})
+    names = []
+    for edge in starts:
+        there = {name for start, end, name in ranges if start <= edge < end}
+        names.append(there.pop() if len(there) == 1 else ("?", _SEVERAL if there else _OTHERS))
+    return Symbols(starts, names)
 
 
 def ask(path: Path) -> Counter[int]:
@@ -153,7 +158,7 @@ def _maps(guest: Guest) -> dict[str, str]:
         120,
     ).stdout
     found: dict[str, str] = {}
-    for block in text.split("= ")[1:]:
+    for block in f"\n{text}".split("\n= ")[1:]:
         head, _, rest = block.partition("\n")
         found[head] = rest
     return found
@@ -183,17 +188,19 @@ def _run(guest: Guest, counts: Path, size_mib: int, passes: str, kernel: Symbols
 
 
 def table(title: str, columns: Mapping[str, tuple[Counter[str], int, int]], top: int) -> str:
-    """Instructions for each page, by row. A column: counts, pages, context switches."""
+    """Instructions for each page, by row. A column: counts, pages, context switches. HarnessError without pages."""
+    if short := [peer for peer, (_, pages, _) in columns.items() if pages < 1]:
+        raise HarnessError(f"nothing was swapped to {', '.join(short)}", "take more --size")
     rows: Counter[str] = Counter()
     for counts, pages, _ in columns.values():
         for name, count in counts.items():
-            rows[name] = max(rows[name], count // max(pages, 1))
+            rows[name] = max(rows[name], count // pages)
     lines = [title, f"  {'':44}" + "".join(f"{peer:>18}" for peer in columns)]
 
     def line(name: str, values: Iterable[float], form: str = ",.0f") -> str:
         return f"  {name[:44]:44}" + "".join(f"{format(value, form):>18}" for value in values)
 
-    cells = [(counts, max(pages, 1), switches) for counts, pages, switches in columns.values()]
+    cells = list(columns.values())
     least = _LEAST * max(counts.total() / pages for counts, pages, _ in cells)
     for name, most in rows.most_common(top):
         if most >= least:
@@ -206,7 +213,8 @@ def table(title: str, columns: Mapping[str, tuple[Counter[str], int, int]], top:
 def main() -> int:
     """Run it; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--peers", default=",".join(name for name in DEFAULT if name != FLOOR))
+    peers = [name for name in DEFAULT if name != FLOOR]
+    parser.add_argument("--peers", type=vm.peer_names, default=peers, metavar="A,B", help=f"default {','.join(peers)}")
     parser.add_argument("--size", type=int, default=64, metavar="MIB", help="of the pages (default 64)")
     parser.add_argument("--top", type=int, default=0, metavar="N", help="show the N functions that take most, too")
     options = parser.parse_args()
@@ -240,7 +248,7 @@ def main() -> int:
         )
         guest.settle()
         clock = vm_time.virtual(workdir, vm_time.SHIFT)
-        for peer in options.peers.split(","):
+        for peer in options.peers:
             with clock.line(guest, files, 0.2) as seen, PEERS[peer](guest, seen, options.size * 4):
                 kernel = kernel_symbols(guest.run("cat /proc/kallsyms", 120).stdout)
                 found[peer] = (

@@ -97,8 +97,10 @@ class Results:
     def load_from(cls, path: Path, load: Load) -> Results:
         """What `save` wrote. HarnessError when that was another load."""
         data = json.loads(path.read_text())
-        lists = {name: tuple(data["load"].get(name, ())) for name in ("passes", "processes")}
-        there = Load(**{**data["load"], **lists})
+        # an earlier version's may lack a list, or have a number in its place: another load
+        lists = {name: data["load"].get(name) for name in ("passes", "processes")}
+        tuples = {name: tuple(value) if isinstance(value, list) else () for name, value in lists.items()}
+        there = Load(**{**data["load"], **tuples})
         if there != load:
             raise HarnessError(f"{path} is about another load: {there}", "name another file, or give the same sizes")
         samples = [Sample(**{**sample, "passes": tuple(sample["passes"])}) for sample in data["samples"]]

@@ -207,6 +207,9 @@ def test_kernel_command_line_alone(boot: Callable[..., Guest], ganesha: Ganesha)
         assert (ganesha.export_path / f"{file_id}.swap").stat().st_size == 256 << 20
         assert guest.run("awk '/nbd/ {print $5}' /proc/swaps").stdout == "7\n"
         assert guest.run("ls /etc/nbdnfs").stdout == "example.toml.disabled\n"
+        groups = ("nbdnfs.slice", "nbdnfs.slice/nbdnfs@cmdline.service")
+        files = " ".join(f"/sys/fs/cgroup/{group}/cgroup.pressure" for group in groups)
+        assert guest.run(f"cat {files}").stdout == "0\n0\n"
         _check_journal(guest, 0)
         seconds = guest.shutdown(_POWER_OFF_TIMEOUT_S)
         print(f"power-off: {seconds:.1f} s")

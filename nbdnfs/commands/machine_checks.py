@@ -238,22 +238,21 @@ def _vm(root: Path) -> Iterator[Finding]:
 
 
 def _compression_and_pages(root: Path) -> Iterator[Finding]:
-    """Settings that are neither good nor bad for swap over the network, but change what its figures mean; and one of
-    zswap's that has programs killed (docs/performance.md)."""
-    zswap = root / "sys/module/zswap/parameters"
-    pool = read_number(zswap / "max_pool_percent")
-    if read_text(zswap / "enabled") in ("Y", "1"):
-        yield judge(
-            "zswap",
-            read_text(zswap / "shrinker_enabled") != "N",
-            f"on, with up to {pool} % of memory before pages go to the NAS",
-            "programs are killed in a cgroup that is full of compressed pages, which do not go to the NAS:"
-            f" echo Y > /{(zswap / 'shrinker_enabled').relative_to(root)}, and zswap.shrinker_enabled=1 for the kernel",
-        )
-    else:
-        yield Finding("zswap", True, "off: pages that compress could stay in memory")
+    """Settings that are neither good nor bad for swap over the network, but change what its figures mean:
+    docs/performance.md, "zswap and large folios"."""
+    yield Finding("zswap", True, _zswap(root / "sys/module/zswap/parameters"))
     match = re.search(r"\[(\w+)\]", read_text(root / "sys/kernel/mm/transparent_hugepage/enabled") or "")
     yield Finding("transparent huge pages", True, match[1] if match else "not supported")
+
+
+def _zswap(parameters: Path) -> str:
+    enabled = read_text(parameters / "enabled")
+    if enabled not in ("Y", "1"):
+        return "not supported" if enabled is None else "off"
+    found = f"on, with up to {read_number(parameters / 'max_pool_percent')} % of memory before pages go to the NAS"
+    if read_text(parameters / "shrinker_enabled") == "Y":
+        return found
+    return f"{found}; without its shrinker, a cgroup with a limit that compressed pages fill has programs killed"
 
 
 def _hibernation(root: Path) -> Finding:

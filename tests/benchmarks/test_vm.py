@@ -72,11 +72,14 @@ def test_json(results: Results, tmp_path: Path) -> None:
         Results.load_from(path, Load(48, 12, 60))
 
 
-def test_json_of_an_earlier_version(results: Results, tmp_path: Path) -> None:
-    """It says nothing of the passes: another load, and no traceback."""
+@pytest.mark.parametrize("change", [{"passes": None}, {"processes": 4}])
+def test_json_of_an_earlier_version(results: Results, tmp_path: Path, change: dict[str, int | None]) -> None:
+    """It says nothing of the passes, or has one number of processes: another load, and no traceback."""
     results.save(path := tmp_path / "bench.json")
     data = json.loads(path.read_text())
-    del data["load"]["passes"]
+    for name, value in change.items():
+        del data["load"][name]
+        data["load"].update({name: value} if value is not None else {})
     path.write_text(json.dumps(data))
     with pytest.raises(HarnessError, match="another load"):
         Results.load_from(path, LOAD)
@@ -88,6 +91,23 @@ def test_a_pass_that_there_is_not(capsys: pytest.CaptureFixture[str], monkeypatc
     with pytest.raises(SystemExit):
         vm.main()
     assert "not known: zip; choose from sequential,random,zipf,strided" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--processes", "1,0"], "at least one process"),
+        (["--own-memory", "--limit", "8"], "--own-memory has no cgroup"),
+    ],
+)
+def test_what_cannot_be_run(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before a guest boots."""
+    monkeypatch.setattr("sys.argv", ["vm.py", *words])
+    with pytest.raises(SystemExit):
+        vm.main()
+    assert message in capsys.readouterr().err
 
 
 def test_picture(results: Results) -> None:

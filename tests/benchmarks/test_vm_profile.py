@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import vm_profile
+from vmtest.outcome import HarnessError
 
 KALLSYMS = """\
 ffffffff81000000 T _stext
@@ -48,6 +50,25 @@ def test_user_space_is_told_by_process_and_file() -> None:
     assert symbols.at(0x7FFF00000000) == ("memory", "nbdkit: memory")
     for outside in (0x1000, 0x555500000800, 0x555500003000, 0x7FFF00002000):
         assert symbols.at(outside)[1] == "other programs"
+
+
+def test_programs_at_the_same_addresses() -> None:
+    """What two of them share is nobody's in particular; the rest of each is its own."""
+    maps = {
+        "agent 5": "401000-497000 r-xp 00000000 08:01 9 /usr/local/bin/agent\n",
+        "python3 6": "41f000-6d2000 r-xp 00000000 08:01 10 /usr/bin/python3.11\n",
+        "python3 7": "41f000-6d2000 r-xp 00000000 08:01 10 /usr/bin/python3.11\n",
+    }
+    symbols = vm_profile.user_symbols(maps)
+    assert symbols.at(0x402000)[1] == "the stress program"
+    assert symbols.at(0x420000)[1] == "several programs"
+    assert symbols.at(0x4A0000)[1] == "python3: python3.11"
+
+
+def test_the_table_needs_pages() -> None:
+    """Nothing was swapped: an error, and no figure."""
+    with pytest.raises(HarnessError, match="nothing was swapped to b"):
+        vm_profile.table("title", {"a": (Counter(), 1, 0), "b": (Counter(), 0, 0)}, top=1)
 
 
 def test_the_table_is_for_each_page() -> None:

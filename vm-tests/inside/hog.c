@@ -10,7 +10,7 @@
 // Progress and the verdict are JSON, one object a line, on stdout and to the file given with --report. The
 // last line is {"event": "verdict", ...}; a hog that was killed has none, or one with "complete": false.
 // With --pause MS it rests before each pass but the first, so that pages lie in swap for a while.
-// With --compressible a page's words stand there four times each: LZO and LZ4 make a third of it.
+// With --compressible nearly all of a page's words stand there four times each: LZO and LZ4 make a third of it.
 // With --until FILE it does one more pass when FILE has appeared, and no further one.
 // Exit status: 0 all pages right, 1 wrong pages, 2 it could not start, 3 one of its processes was killed.
 #include <errno.h>
