@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import vm
-from vm_peers import ENCRYPTED, KERNEL_NBD, KERNEL_NFS, OURS
+from vm_peers import ENCRYPTED, FLOOR, KERNEL_NBD, KERNEL_NFS, OURS
 from vm_rounds import Load, Results, Sample, in_model_time
 from vmtest.outcome import HarnessError
 
@@ -111,9 +111,11 @@ def test_what_cannot_be_run(
 
 
 def test_picture(results: Results) -> None:
-    """Well-formed, with a bar for each peer that ran."""
+    """Well-formed, with each pass of each peer that ran, and no other peer."""
     texts = [element.text for element in ElementTree.fromstring(vm.picture(results)).iter() if element.text]
-    assert {"30.0", "40.0", "20.0", "none"} <= set(texts)
+    assert {f"0 ms, 1 process: {name}" for name in ("fill", "sequential", "random", "all")} <= set(texts)
+    assert {"3.0", "15.0", "30.0", "20.0", "40.0"} <= set(texts)
+    assert FLOOR not in texts
 
 
 def test_repeatability() -> None:
