@@ -50,9 +50,9 @@ static struct block *block_at(uint64_t address)
 	uint64_t at = (address * 0x9e3779b97f4a7c15u) >> (64 - BLOCKS_LOG2);
 
 	for (unsigned tries = 0; tries < BLOCKS; tries++, at = (at + 1) % BLOCKS) {
-		uint64_t nobody = 0;
+		uint64_t empty = 0;
 
-		if (atomic_compare_exchange_strong(&blocks[at].address, &nobody, address) || nobody == address)
+		if (atomic_compare_exchange_strong(&blocks[at].address, &empty, address) || empty == address)
 			return &blocks[at];
 	}
 	fprintf(stderr, "instructions.so: more than %u blocks\n", BLOCKS);

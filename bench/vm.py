@@ -276,7 +276,7 @@ def tables(results: Results) -> str:
     names = ("fill", *load.passes)
     for delay_ms, processes in _cells(results):
         rounds = max(len(results.of(peer, delay_ms, processes)) for peer in PEERS)
-        lines += ["", f"{delay_ms:g} ms added, {processes} process{'es' if processes > 1 else ''}, {rounds} rounds"]
+        lines += ["", f"{delay_ms:g} ms added, {_by(processes)}, {rounds} rounds"]
         lines.append(f"  {'':{_NAME}}" + "".join(f"{name:>12}" for name in (*names, "all")))
         ours = _medians(results, OURS, delay_ms, processes)
         for peer in PEERS:
@@ -297,6 +297,10 @@ def title_of(load: Load) -> str:
     where = f"a guest of {load.memory_mib} MiB" if load.limit_mib is None else f"a cgroup of {load.limit_mib} MiB"
     kind = "compressible pages" if load.is_compressible else "pages"
     return f"{load.size_mib} MiB of {kind} in {where}"
+
+
+def _by(processes: int) -> str:
+    return f"{processes} process{'es' if processes > 1 else ''}"
 
 
 def _medians(results: Results, peer: str, delay_ms: float, processes: int) -> list[float]:
@@ -325,7 +329,7 @@ def repeatability(results: Results) -> str:
                 max((abs(sample.seconds / middle - 1) for sample in found), default=0.0)
                 for found in (results.of(peer, delay_ms, processes, host_was_busy=is_busy) for is_busy in (False, True))
             ]
-            name = f"{peer}, {delay_ms:g} ms, {processes} process{'es' if processes > 1 else ''}"
+            name = f"{peer}, {delay_ms:g} ms, {_by(processes)}"
             lines.append(f"{name:38}{middle:>12.2f}" + "".join(f"{100 * value:>11.1f}%" for value in furthest))
     return "\n".join(lines)
 
@@ -370,7 +374,7 @@ def picture(results: Results) -> str:
     groups = []
     for delay_ms, processes in _cells(results):
         medians = {peer: _medians(results, peer, delay_ms, processes) for peer in peers}
-        cell = f"{delay_ms:g} ms, {processes} process{'es' if processes > 1 else ''}"
+        cell = f"{delay_ms:g} ms, {_by(processes)}"
         for number, name in enumerate(("fill", *load.passes, "all")):
             values = {peer: found[number] if found else None for peer, found in medians.items()}
             groups.append(Group(f"{cell}: {name}", values))

@@ -20,19 +20,21 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import vm
 import vm_time
-from support.nfs_server import Ganesha
+from support.nfs_server import Ganesha, ServerError
 from vm_peers import DEFAULT, FLOOR, PEERS
 from vmtest import host, image, swap
 from vmtest.guest import Guest
-from vmtest.outcome import HarnessError
+from vmtest.outcome import GuestFailedError, HarnessError, LostGuestError
 from vmtest.payload import payload
 
+_SOURCE = Path(__file__).parent / "instructions.c"
+_ALL = 100  # rows: more than there are parts
 _ASK_TIMEOUT_S = 30.0
 _HOG_TIMEOUT_S = 1800.0
 # The kernel's functions by name; the first that fits counts. Modules and user space are told by what they are of.
@@ -50,12 +52,12 @@ _PARTS: tuple[tuple[str, str], ...] = (
     ),
     (
         "scheduler, timers, interrupts",
-        r"sched|schedule|pick_next|put_prev|set_next|enqueue|dequeue|update_(?!page)|try_to_wake|ttwu|wake|hrtimer|tick"
-        r"|timer|run_timers|clockevents|lapic|apic|irq|softirq|do_softirq|switch_|finish_task|rcu|read_tsc|ktime|futex"
+        r"sched|pick_next|put_prev|set_next|enqueue|dequeue|update_(?!page)|try_to_wake|ttwu|wake|hrtimer|tick"
+        r"|timer|clockevents|lapic|apic|irq|softirq|do_softirq|switch_|finish_task|rcu|read_tsc|ktime|futex"
         r"|ep_|eventfd|psi|record_times|reweight|place_entity|cpu|check_preempt|resched|idle|do_idle|default_idle|menu"
         r"|teo|worker|process_one_work|queue_work|insert_work|kthread|select_task|account_(?!page)|sysvec|asm_sysvec"
         r"|handle_(irq|edge|fasteoi)|ack_|note_|common_interrupt|rt_|rto_|pull_|push_|available_idle|prepare_to_wait"
-        r"|finish_wait|nohz|run_|get_next_timer|calc_|yield|native_sched_clock|poll_freewait|poll_initwait",
+        r"|finish_wait|nohz|run_|get_next_timer|calc_|yield|native_sched_clock",
     ),
     ("block layer", r"blk|bio|submit_bio|dd_|sbitmap|elv|end_swap|swap_writepage|swap_readpage|part_"),
     ("virtio, PCI", r"virt|vring|vp_|detach_buf|iowrite|ioread|dma"),
@@ -134,7 +136,7 @@ def ask(path: Path) -> Counter[int]:
     deadline = time.monotonic() + _ASK_TIMEOUT_S
     while question.exists():
         if time.monotonic() > deadline:
-            raise TimeoutError("the plugin does not answer")
+            raise HarnessError("the plugin that counts instructions does not answer", "see whether QEMU still runs")
         time.sleep(0.01)
     lines = path.read_text().splitlines()
     return Counter({int(address, 16): int(count) for address, count in map(str.split, lines)})
@@ -152,7 +154,7 @@ class Taken:
 
 
 def _maps(guest: Guest) -> dict[str, str]:
-    # hog is not there yet: what is at no known address is its, or that of a program that came and went
+    # hog is not there yet, and need not be: it lies where the agent does
     text = guest.run(
         'for p in /proc/[0-9]*; do [ -r $p/maps ] && echo "= $(cat $p/comm) ${p#/proc/}" && cat $p/maps; done; true',
         120,
@@ -210,14 +212,8 @@ def table(title: str, columns: Mapping[str, tuple[Counter[str], int, int]], top:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Run it; returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    peers = [name for name in DEFAULT if name != FLOOR]
-    parser.add_argument("--peers", type=vm.peer_names, default=peers, metavar="A,B", help=f"default {','.join(peers)}")
-    parser.add_argument("--size", type=int, default=64, metavar="MIB", help="of the pages (default 64)")
-    parser.add_argument("--top", type=int, default=0, metavar="N", help="show the N functions that take most, too")
-    options = parser.parse_args()
+def _measure(peers: Sequence[str], size_mib: int) -> dict[str, tuple[Taken, Taken]]:
+    """What filling took, and filling and visiting at random, by peer."""
     host.need_root("the throwaway NFS server")
     built = image.default_image()
     disk = payload(built, project=True)
@@ -226,20 +222,14 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         workdir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdnfs-profile-")))
         plugin, counts = workdir / "instructions.so", workdir / "counts"
-        source = Path(__file__).parent / "instructions.c"
-        host.run(
-            ["gcc", "-O2", "-shared", "-fPIC", "-D_GNU_SOURCE", "-o", plugin, source],
-            what="compiling bench/instructions.c",
-            timeout_s=60,
-        )
+        vm_time.compile_program(_SOURCE, plugin, "-shared", "-fPIC")
         server = stack.enter_context(Ganesha(workdir / "nas"))
-        files = vm.files_on(server, options.size * 4)
+        files = vm.files_on(server, size_mib * 4)
         guest = stack.enter_context(
             Guest(
                 built,
                 disk,
                 workdir / "guest",
-                memory_mib=512,
                 time_shift=vm_time.SHIFT,
                 plugin=f"{plugin},counts={counts}",
                 allow={"slow", "oom"},
@@ -248,25 +238,45 @@ def main() -> int:
         )
         guest.settle()
         clock = vm_time.virtual(workdir, vm_time.SHIFT)
-        for peer in options.peers:
-            with clock.line(guest, files, 0.2) as seen, PEERS[peer](guest, seen, options.size * 4):
+        for peer in peers:
+            with clock.line(guest, files, 0.2) as seen, PEERS[peer](guest, seen, size_mib * 4):
                 kernel = kernel_symbols(guest.run("cat /proc/kallsyms", 120).stdout)
-                found[peer] = (
-                    _run(guest, counts, options.size, "fill", kernel),
-                    _run(guest, counts, options.size, "fill,random", kernel),
-                )
-            print(f"{peer}: {found[peer][0].pages_out} pages out; then {found[peer][1].pages_in} in", file=sys.stderr)
+                fill = _run(guest, counts, size_mib, "fill", kernel)
+                both = _run(guest, counts, size_mib, "fill,random", kernel)
+            found[peer] = fill, both
+            print(f"{peer}: {fill.pages_out} pages out; then {both.pages_in} in", file=sys.stderr)
         guest.shutdown()
-    for what, top in (("by_part", 100), *([("by_function", options.top)] if options.top else [])):
-        print(table("fill: for each page that goes out", {
-            peer: (getattr(fill, what), fill.pages_out, fill.switches) for peer, (fill, _) in found.items()
-        }, top))  # fmt: skip
-        columns = {}
-        for peer, (fill, both) in found.items():
-            counts_of = Counter(getattr(both, what))
-            counts_of.subtract(getattr(fill, what))
-            columns[peer] = (counts_of, both.pages_in - fill.pages_in, both.switches - fill.switches)
-        print(table("\nrandom: for each page that comes in, with what goes out for it", columns, top))
+    return found
+
+
+def _print(found: Mapping[str, tuple[Taken, Taken]], counts_of: Callable[[Taken], Counter[str]], top: int) -> None:
+    """Two tables: for a page that goes out, and for one that comes in."""
+    filled, visited = {}, {}
+    for peer, (fill, both) in found.items():
+        filled[peer] = (counts_of(fill), fill.pages_out, fill.switches)
+        more = Counter(counts_of(both))
+        more.subtract(counts_of(fill))
+        visited[peer] = (more, both.pages_in - fill.pages_in, both.switches - fill.switches)
+    print(table("fill: for each page that goes out", filled, top))
+    print(table("\nrandom: for each page that comes in, with what goes out for it", visited, top))
+
+
+def main() -> int:
+    """Run it; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    peers = [name for name in DEFAULT if name != FLOOR]
+    parser.add_argument("--peers", type=vm.peer_names, default=peers, metavar="A,B", help=f"default {','.join(peers)}")
+    parser.add_argument("--size", type=int, default=64, metavar="MIB", help="of the pages (default 64)")
+    parser.add_argument("--top", type=int, default=0, metavar="N", help="show the N functions that take most, too")
+    options = parser.parse_args()
+    try:
+        found = _measure(options.peers, options.size)
+        _print(found, lambda taken: taken.by_part, _ALL)
+        if options.top:
+            _print(found, lambda taken: taken.by_function, options.top)
+    except (HarnessError, ServerError, GuestFailedError, LostGuestError) as error:
+        print(f"vm_profile: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -96,12 +96,17 @@ class VirtualTime:
 def virtual(directory: Path, shift: int) -> VirtualTime:
     """Compile the proxy into `directory`."""
     program = directory / "service"
+    compile_program(_SOURCE, program, "-pthread")
+    return VirtualTime(program, shift)
+
+
+def compile_program(source: Path, target: Path, *flags: str) -> None:
+    """Compile a source of bench/. HarnessError where that fails."""
     host.run(
-        [host.find_program("gcc", "gcc"), "-O2", "-D_GNU_SOURCE", "-pthread", "-o", program, _SOURCE],
-        what="compiling bench/service.c",
+        [host.find_program("gcc", "gcc"), "-O2", "-D_GNU_SOURCE", *flags, "-o", target, source],
+        what=f"compiling bench/{source.name}",
         timeout_s=120,
     )
-    return VirtualTime(program, shift)
 
 
 def go_first() -> None:

@@ -53,7 +53,7 @@ def test_user_space_is_told_by_process_and_file() -> None:
 
 
 def test_programs_at_the_same_addresses() -> None:
-    """What two of them share is nobody's in particular; the rest of each is its own."""
+    """An address that two of them share counts for neither; the rest counts for the program it belongs to."""
     maps = {
         "agent 5": "401000-497000 r-xp 00000000 08:01 9 /usr/local/bin/agent\n",
         "python3 6": "41f000-6d2000 r-xp 00000000 08:01 10 /usr/bin/python3.11\n",
