@@ -449,7 +449,7 @@ def test_crc_is_crc32c(library: ctypes.CDLL) -> None:
     """RFC 3720, B.4: 32 bytes of zeros, of ones, and counting up; and the instruction agrees with the table."""
     for data, crc in ((bytes(32), 0x8A9136AA), (b"\xff" * 32, 0x62A8AB43), (bytes(range(32)), 0x46DD794E)):
         assert library.crc32c(data, 32) == library.crc32c_by_table(data, 32) == crc
-    for length in (0, 1, 7, 9, 4095, 4096):
+    for length in (0, 1, 7, 9, 4079, 4080, 4081, 4095, 4096, 8159, 8160, 12_299):
         data = random.Random(length).randbytes(length)
         assert library.crc32c(data, length) == library.crc32c_by_table(data, length)
 
