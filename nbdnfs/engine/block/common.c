@@ -12,10 +12,8 @@ int check_range(const struct engine *engine, uint64_t offset_bytes, uint64_t len
 	return 0;
 }
 
-_Atomic uint64_t *request_began(struct engine *engine)
+_Atomic uint64_t *request_began(struct engine *engine, uint64_t since_ms)
 {
-	uint64_t since_ms = now_ms();
-
 	for (unsigned i = 0; i < REGION_REQUESTS; i++) {
 		_Atomic uint64_t *place = &waits(engine)->request_since_ms[i];
 		uint64_t none = 0;

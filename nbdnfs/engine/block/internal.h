@@ -258,10 +258,10 @@ void readahead_follow(struct engine *engine, uint64_t page, uint32_t pages);
 
 int check_range(const struct engine *engine, uint64_t offset_bytes, uint64_t length_bytes);
 /*
- * A request begins. Returns its place in the region, where other processes see how long it takes; NULL where all are
- * taken. Takes no lock.
+ * A request has begun at `since_ms`, by now_ms(). Returns its place in the region, where other processes see how long
+ * it takes; NULL where all are taken. Takes no lock.
  */
-_Atomic uint64_t *request_began(struct engine *engine);
+_Atomic uint64_t *request_began(struct engine *engine, uint64_t since_ms);
 void request_ended(_Atomic uint64_t *place);
 /* A read or a write of so many bytes has ended, by now_us() at its begin. */
 void note_read(struct engine *engine, uint64_t length_bytes, uint64_t started_us);

@@ -194,8 +194,8 @@ static int read_range(struct engine *engine, uint8_t *data, uint64_t offset_byte
 
 int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes)
 {
-	_Atomic uint64_t *place = request_began(engine);
 	uint64_t started_us = now_us();
+	_Atomic uint64_t *place = request_began(engine, started_us / 1000);
 	int error = check_range(engine, offset_bytes, length_bytes);
 
 	if (error == 0)

@@ -9,8 +9,8 @@
 
 void engine_note_request(struct engine *engine, struct engine_request *request)
 {
-	request->place = request_began(engine);
 	request->started_us = now_us();
+	request->place = request_began(engine, request->started_us / 1000);
 }
 
 void engine_note_result(struct engine_request *request)

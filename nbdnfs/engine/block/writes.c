@@ -114,8 +114,9 @@ static int write_range(struct engine *engine, const uint8_t *data, size_t stride
 
 int engine_write(struct engine *engine, const uint8_t *data, uint64_t offset_bytes, uint64_t length_bytes, bool fua)
 {
-	_Atomic uint64_t *place = request_began(engine);
-	int error = write_range(engine, data, SLOT_BYTES, offset_bytes, length_bytes, fua, now_us());
+	uint64_t started_us = now_us();
+	_Atomic uint64_t *place = request_began(engine, started_us / 1000);
+	int error = write_range(engine, data, SLOT_BYTES, offset_bytes, length_bytes, fua, started_us);
 
 	request_ended(place);
 	return error;
@@ -196,11 +197,12 @@ int end_write_backs(struct engine *engine, uint64_t until_ms)
 
 int engine_flush(struct engine *engine)
 {
-	_Atomic uint64_t *place = request_began(engine);
+	uint64_t since_ms = now_ms();
+	_Atomic uint64_t *place = request_began(engine, since_ms);
 	int error;
 
 	count(&counters(engine)->flushes, 1);
-	error = flush_until(engine, now_ms(), NO_END);
+	error = flush_until(engine, since_ms, NO_END);
 	request_ended(place);
 	return error;
 }

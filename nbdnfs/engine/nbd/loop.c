@@ -89,6 +89,13 @@ static uint64_t due_us(const struct nbd_loop *loop)
 	return earlier_us(earlier_us(due, &loop->fetches), &loop->writes);
 }
 
+static bool is_due(const struct nbd_loop *loop)
+{
+	uint64_t due = due_us(loop);
+
+	return due != NO_TIME && nbd_now_us() >= due;
+}
+
 /* When poll(2) is to end at the latest, given that the engine allows for `timeout_ms`. */
 static uint64_t poll_until_us(const struct nbd_loop *loop, uint64_t now, int timeout_ms)
 {
@@ -154,15 +161,13 @@ static void serve(struct nbd_loop *loop)
 	/* all places are free: nothing is under way */
 	while (!loop->ended || loop->free_count < REQUESTS) {
 		struct request_queue answered;
-		uint64_t now;
 
 		take_in(loop);
 		answered = loop->answered;
 		loop->answered = (struct request_queue){ 0 };
 		nbd_end_requests(loop, answered);
-		now = nbd_now_us();
-		if (engine_take_progress(loop->engine) || now >= due_us(loop)) {
-			loop->looked_at_us = now;
+		if (engine_take_progress(loop->engine) || is_due(loop)) {
+			loop->looked_at_us = nbd_now_us();
 			nbd_go_on(loop);
 		}
 		do

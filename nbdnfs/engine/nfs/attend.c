@@ -2,18 +2,6 @@
 /* Receiving by a thread that polls more than this connection. */
 #include "nfs/internal.h"
 
-#include <unistd.h>
-
-/* There is a connection again, or the end is near: have the attendant look, which may poll other things only. */
-void call_attendant(struct nfsio *io)
-{
-	uint64_t one = 1;
-
-	assert_locked(&io->lock);
-	if (io->attendant_fd >= 0)
-		(void)!write(io->attendant_fd, &one, sizeof(one));
-}
-
 void nfsio_attend(struct nfsio *io, int wake_fd, uint32_t tick_ms)
 {
 	pthread_mutex_lock(&io->lock);

@@ -23,10 +23,8 @@ static bool is_given_up(const struct nfsio *io, const struct nfsio_req *req, int
 }
 
 /* A call has been outstanding for too long. It cannot be cancelled, so all of them go over a new connection. */
-static void give_up_on_slow(struct nfsio *io)
+static void give_up_on_slow(struct nfsio *io, int64_t now)
 {
-	int64_t now = now_ms();
-
 	for (struct name_op *op = io->name_ops; op != NULL && !io->broken; op = op->next)
 		io->broken = now >= op->limit_at_ms;
 	for (struct nfsio_req *req = io->inflight.head; req != NULL && !io->broken; req = req->next)
@@ -45,9 +43,9 @@ static int may_write(struct nfsio *io)
 }
 
 /* 0: send it; -EAGAIN: not yet; another -errno: it fails. */
-static int may_send(struct nfsio *io, const struct nfsio_req *req)
+static int may_send(struct nfsio *io, const struct nfsio_req *req, int64_t now)
 {
-	int hopeless = is_hopeless(io, req, now_ms()); /* else its deadline would end the connection */
+	int hopeless = is_hopeless(io, req, now); /* else its deadline would end the connection */
 
 	if (hopeless != 0)
 		return hopeless;
@@ -81,21 +79,16 @@ void note_waiting(struct nfsio *io)
 	atomic_store_explicit(io->noted_waiting_ms, waits ? (uint64_t)now_ms() : 0, memory_order_relaxed);
 }
 
-/* Send what waits, as far as the socket takes it. */
-void issue_pending(struct nfsio *io)
+/* Send what is pending, as far as the socket takes it. */
+static void issue_requests(struct nfsio *io)
 {
+	int64_t now = now_ms();
 	struct nfsio_req *req;
 
-	assert_locked(&io->lock);
-	note_waiting(io);
-	if (!is_up(io) || io->broken)
-		return;
-	check_rest(io);
-	if ((io->pending.head != NULL || io->waiting_names != NULL) && io->inflight.head == NULL &&
-	    io->name_ops == NULL)
-		io->silent_since_ms = now_ms(); /* there was nothing to wait for */
+	if (io->inflight.head == NULL && io->name_ops == NULL)
+		io->silent_since_ms = now; /* there was nothing to wait for */
 	while ((req = io->pending.head) != NULL && !io->broken && io->transport->has_room(io)) {
-		int refused = may_send(io, req);
+		int refused = may_send(io, req, now);
 
 		if (refused != 0 && refused != -EAGAIN) {
 			req_finish(&io->pending, req, refused);
@@ -108,13 +101,26 @@ void issue_pending(struct nfsio *io)
 		req_list_remove(&io->pending, req);
 		req_list_push(&io->inflight, req);
 		io->rest_has_pages |= writes_pages(req);
-		req->give_up_at_ms = note_outstanding(io, req->repeat_after_ms,
+		req->give_up_at_ms = note_outstanding(io, now, req->repeat_after_ms,
 						      req->fail_at_ms != 0 ? req->fail_at_ms : INT64_MAX);
 		if (io->options.soft_limit_ms > 0)
-			req->sent_at_ms = now_ms();
+			req->sent_at_ms = now;
 	}
-	issue_names(io);
-	note_waiting(io); /* what may not be sent has ended */
+}
+
+/* Send what waits. */
+void issue_pending(struct nfsio *io)
+{
+	assert_locked(&io->lock);
+	note_waiting(io);
+	if (!is_up(io) || io->broken)
+		return;
+	check_rest(io);
+	if (io->pending.head != NULL || io->waiting_names != NULL) {
+		issue_requests(io);
+		issue_names(io);
+		note_waiting(io); /* what may not be sent has ended */
+	}
 	if (io->transport->push != NULL && !io->broken)
 		io->transport->push(io);
 }
@@ -130,9 +136,9 @@ static void touch_done(struct nfsio_req *req)
  * An NFSv4 server forgets a client that sends nothing for a lease. A call with the open file's state id renews it (RFC
  * 7530, 9.5), such as READ; GETATTR has none.
  */
-static void touch_lease(struct nfsio *io)
+static void touch_lease(struct nfsio *io, int64_t now)
 {
-	if (io->version == 3 || io->touching || io->inflight.head != NULL || now_ms() - io->silent_since_ms < TOUCH_MS)
+	if (io->version == 3 || io->touching || io->inflight.head != NULL || now - io->silent_since_ms < TOUCH_MS)
 		return;
 	io->touching = true;
 	io->touch = (struct nfsio_req){
@@ -146,9 +152,9 @@ static void touch_lease(struct nfsio *io)
 }
 
 /* How long a receiver may sleep. Requests that are submitted meanwhile do not wake it. */
-static int sleep_ms(const struct nfsio *io)
+static int sleep_ms(const struct nfsio *io, int64_t now)
 {
-	int64_t ms = silence_sleep_ms(io);
+	int64_t ms = silence_sleep_ms(io, now);
 
 	if (io->version != 3 && ms > TOUCH_MS / 4)
 		ms = TOUCH_MS / 4;
@@ -157,7 +163,7 @@ static int sleep_ms(const struct nfsio *io)
 	if (io->waiting_names != NULL && ms > RETRY_LATER_MS)
 		ms = RETRY_LATER_MS;
 	if (io->later.head != NULL) {
-		int64_t left_ms = io->later_at_ms - now_ms();
+		int64_t left_ms = io->later_at_ms - now;
 
 		if (left_ms < ms)
 			ms = left_ms > 0 ? left_ms : 0;
@@ -167,20 +173,22 @@ static int sleep_ms(const struct nfsio *io)
 
 int before_poll(struct nfsio *io, struct pollfd fds[NFSIO_POLLED])
 {
-	int timeout_ms = sleep_ms(io);
+	int64_t now = now_ms();
+	int timeout_ms = sleep_ms(io, now);
 
 	assert_locked(&io->lock);
 	fds[0] = (struct pollfd){ .fd = io->transport->socket(io), .events = io->transport->events(io) };
-	fds[1] = (struct pollfd){ .fd = io->wake_fd, .events = POLLIN };
+	fds[1] = (struct pollfd){ .fd = io->receiver == RECEIVER_ATTENDANT ? -1 : io->wake_fd, .events = POLLIN };
 	fds[2] = (struct pollfd){ .fd = io->probe.fd, .events = probe_events(&io->probe) };
 	if (io->finished.head != NULL)
 		timeout_ms = 0; /* give back at once what failed before it was sent */
-	io->polls_until_ms = now_ms() + timeout_ms;
+	io->polls_until_ms = now + timeout_ms;
 	return timeout_ms;
 }
 
 void after_poll(struct nfsio *io, const struct pollfd fds[NFSIO_POLLED])
 {
+	int64_t now = now_ms(); /* of before what is received here: nothing is late because of that */
 	uint64_t kicks;
 
 	assert(is_up(io)); /* only the I/O thread throws a connection away, and not while another thread receives */
@@ -189,19 +197,19 @@ void after_poll(struct nfsio *io, const struct pollfd fds[NFSIO_POLLED])
 	check_rest(io);
 	if (fds[0].revents != 0 && !io->broken)
 		io->transport->serve(io, fds[0].revents);
-	if (io->later.head != NULL && now_ms() >= io->later_at_ms)
+	if (io->later.head != NULL && now >= io->later_at_ms)
 		req_list_prepend(&io->pending, &io->later);
-	if (io->options.soft_limit_ms > 0 || now_ms() >= io->deadline_ms) {
+	if (io->options.soft_limit_ms > 0 || now >= io->deadline_ms) {
 		fail_hopeless(io);
-		give_up_on_slow(io);
+		give_up_on_slow(io, now);
 	}
 	if (io->probe.state == PROBE_WAITING && fds[2].fd == io->probe.fd && fds[2].revents != 0) {
 		probe_service(&io->probe, fds[2].revents);
 		if (io->probe.state != PROBE_WAITING)
-			io->probed_at_ms = now_ms();
+			io->probed_at_ms = now;
 	}
-	look_into_silence(io);
-	touch_lease(io);
+	look_into_silence(io, now);
+	touch_lease(io, now);
 	issue_pending(io);
 	give_back(io);
 }

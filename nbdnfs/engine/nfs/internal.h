@@ -303,6 +303,7 @@ static inline void set_failure(struct nfsio_failure *why, enum nfsio_phase phase
 void req_list_push(struct req_list *list, struct nfsio_req *req);
 void req_list_remove(struct req_list *list, struct nfsio_req *req);
 void req_list_prepend(struct req_list *to, struct req_list *from);
+void call_attendant(struct nfsio *io);
 void wake_poller(struct nfsio *io);
 void call_io_thread(struct nfsio *io);
 void wake_io_thread(struct nfsio *io);
@@ -341,16 +342,13 @@ void receive(struct nfsio *io);
 int before_poll(struct nfsio *io, struct pollfd fds[NFSIO_POLLED]);
 void after_poll(struct nfsio *io, const struct pollfd fds[NFSIO_POLLED]);
 
-/* attend.c, with the lock held. */
-void call_attendant(struct nfsio *io);
-
 /* requests.c: nfsio_submit() with the lock held. */
 void submit(struct nfsio *io, struct nfsio_req *req);
 
-/* silence.c, with the lock held. */
-int64_t note_outstanding(struct nfsio *io, int64_t repeat_after_ms, int64_t limit_at_ms);
-int silence_sleep_ms(const struct nfsio *io);
-void look_into_silence(struct nfsio *io);
+/* silence.c, with the lock held. `now` is by now_ms(), of the moment or shortly before. */
+int64_t note_outstanding(struct nfsio *io, int64_t now, int64_t repeat_after_ms, int64_t limit_at_ms);
+int silence_sleep_ms(const struct nfsio *io, int64_t now);
+void look_into_silence(struct nfsio *io, int64_t now);
 
 /* name_queue.c, all with the lock held. */
 void name_op_finish(struct name_op *op, int error, const char *text);

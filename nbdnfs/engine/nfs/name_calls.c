@@ -224,6 +224,7 @@ static struct name_op *next_to_send(struct nfsio *io)
 
 static void note_limits(struct nfsio *io, struct name_op *op)
 {
+	int64_t now = now_ms();
 	int64_t repeat_after_ms = NAME_REPEAT_FACTOR * (int64_t)io->options.silence_ms;
 
 	if (op->look != NULL && op->look->repeat_after_ms != 0)
@@ -231,8 +232,8 @@ static void note_limits(struct nfsio *io, struct name_op *op)
 	if (op->look != NULL)
 		op->limit_at_ms = op->look->limit_ms != 0 ? op->fail_at_ms : INT64_MAX;
 	else
-		op->limit_at_ms = name_op_may_repeat(op) ? op->fail_at_ms : now_ms() + repeat_after_ms;
-	op->give_up_at_ms = note_outstanding(io, repeat_after_ms, op->limit_at_ms);
+		op->limit_at_ms = name_op_may_repeat(op) ? op->fail_at_ms : now + repeat_after_ms;
+	op->give_up_at_ms = note_outstanding(io, now, repeat_after_ms, op->limit_at_ms);
 }
 
 /* Send those that wait, as far as the server has not put them off. There is a connection. */

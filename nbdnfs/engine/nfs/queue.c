@@ -42,12 +42,30 @@ void req_list_prepend(struct req_list *to, struct req_list *from)
 	from->head = from->tail = NULL;
 }
 
-/* Have the thread that is in poll() look again. */
-void wake_poller(struct nfsio *io)
+static void write_to(int event_fd)
 {
 	uint64_t one = 1;
 
-	(void)!write(io->wake_fd, &one, sizeof(one));
+	(void)!write(event_fd, &one, sizeof(one));
+}
+
+/* There is a connection again, or the end is near: have the attendant look, which may poll other things only. */
+void call_attendant(struct nfsio *io)
+{
+	assert_locked(&io->lock);
+	if (io->attendant_fd >= 0)
+		write_to(io->attendant_fd);
+}
+
+/* Have the thread that is in poll() look again: the attendant has a descriptor of its own for that. */
+void wake_poller(struct nfsio *io)
+{
+	bool is_attended = io->receiver == RECEIVER_ATTENDANT;
+
+	if (is_attended)
+		call_attendant(io);
+	if (!is_attended || io->io_thread_polls)
+		write_to(io->wake_fd);
 }
 
 /*

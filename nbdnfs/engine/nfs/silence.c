@@ -33,10 +33,10 @@
  * A call has been sent. Returns when it is to be taken for dropped: after repeat_after_ms (0: that of a transfer),
  * doubled as often as silence_ms is. It may not be outstanding after limit_at_ms. Lock held.
  */
-int64_t note_outstanding(struct nfsio *io, int64_t repeat_after_ms, int64_t limit_at_ms)
+int64_t note_outstanding(struct nfsio *io, int64_t now, int64_t repeat_after_ms, int64_t limit_at_ms)
 {
 	int64_t factor = io->silence_ms / io->options.silence_ms;
-	int64_t at_ms = now_ms() + (repeat_after_ms == 0 ? REPEAT_FACTOR * io->silence_ms : repeat_after_ms * factor);
+	int64_t at_ms = now + (repeat_after_ms == 0 ? REPEAT_FACTOR * io->silence_ms : repeat_after_ms * factor);
 
 	if (at_ms < io->deadline_ms)
 		io->deadline_ms = at_ms;
@@ -48,14 +48,14 @@ int64_t note_outstanding(struct nfsio *io, int64_t repeat_after_ms, int64_t limi
 }
 
 /* How long to wait for an answer before look_into_silence() is called again. Lock held. */
-int silence_sleep_ms(const struct nfsio *io)
+int silence_sleep_ms(const struct nfsio *io, int64_t now)
 {
 	int64_t ms = io->silence_ms;
 
 	if (io->inflight.head != NULL || io->name_ops != NULL)
-		ms -= now_ms() - io->silent_since_ms; /* it may have begun while this thread slept for other reasons */
-	if (io->deadline_ms != INT64_MAX && io->deadline_ms - now_ms() < ms)
-		ms = io->deadline_ms - now_ms();
+		ms -= now - io->silent_since_ms; /* it may have begun while this thread slept for other reasons */
+	if (io->deadline_ms != INT64_MAX && io->deadline_ms - now < ms)
+		ms = io->deadline_ms - now;
 	if (io->probe.state != PROBE_NONE || ms < SILENCE_TICK_MS)
 		ms = ms > 0 && ms < SILENCE_TICK_MS ? ms : SILENCE_TICK_MS;
 	return (int)ms;
@@ -131,9 +131,8 @@ static void note_no_silence(struct nfsio *io, int64_t now)
 }
 
 /* Apply both rules. Called whenever something was received, and after silence_sleep_ms(). */
-void look_into_silence(struct nfsio *io)
+void look_into_silence(struct nfsio *io, int64_t now)
 {
-	int64_t now = now_ms();
 	bool is_silent = is_suspect(io) || now - io->silent_since_ms >= io->silence_ms;
 
 	if (io->broken || (io->inflight.head == NULL && io->name_ops == NULL) || !is_silent) {
