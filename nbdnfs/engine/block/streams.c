@@ -4,22 +4,37 @@
 #include <string.h>
 
 #define FIRST_WINDOW 8
-#define STRIDE_AHEAD 4
+#define STRIDE_AHEAD 8
 /* Requests of one reader arrive through several threads, out of order. */
 #define SLACK 32
 /* The longest stride that is looked for. */
 #define REACH 1024
 /* A stream that was recognised keeps its place for so many requests, whatever others come. */
 #define KEEP 512
-#define STEPS_WANTED 2
+#define STEPS_WANTED 1
 #define STRIDES_WANTED 3
-/* After so many requests, read-ahead is tried again. */
+/* A walk is judged by about so many of its last pages. */
+#define WALK_PAGES 128
+/* Read-ahead is judged by so many pages. */
+#define JUDGED_PAGES 64
+/* After so many requests, read-ahead is tried again that was all in vain. */
 #define ANOTHER_CHANCE 256
+
+/* New streams of which any may be one that strides. */
+#define NEW_STREAMS 8
+/* A page that no device has, nor any page near it. */
+#define NOWHERE (UINT64_MAX / 2)
 
 void streams_init(struct streams *streams, uint32_t window_max)
 {
 	memset(streams, 0, sizeof(*streams));
 	streams->window_max = streams->window_limit = window_max;
+	for (unsigned i = 0; i < STREAMS; i++) {
+		streams->end[i] = streams->stride_on[i] = NOWHERE;
+		streams->of[i].older = (uint8_t)(i > 0 ? i - 1 : STREAMS);
+		streams->of[i].newer = (uint8_t)(i + 1);
+	}
+	streams->newest = STREAMS - 1;
 }
 
 static uint64_t distance(uint64_t a, uint64_t b)
@@ -27,63 +42,93 @@ static uint64_t distance(uint64_t a, uint64_t b)
 	return a > b ? a - b : b - a;
 }
 
-/* Does the request begin about where the stream's last one ended? */
-static bool is_next(const struct stream *stream, uint64_t page)
+/* Put a stream at the end of the order in which they were used. */
+static void note_used(struct streams *streams, unsigned number)
 {
-	return stream->used_at > 0 && distance(page, stream->next) <= SLACK;
+	struct stream *stream = &streams->of[number];
+
+	stream->used_at = ++streams->clock;
+	if (streams->newest == number)
+		return;
+	streams->of[stream->newer].older = stream->older;
+	if (stream->older < STREAMS)
+		streams->of[stream->older].newer = stream->newer;
+	else
+		streams->oldest = stream->newer;
+	streams->of[streams->newest].newer = (uint8_t)number;
+	stream->older = streams->newest;
+	stream->newer = STREAMS;
+	streams->newest = (uint8_t)number;
 }
 
-/* Is it as far from the last one as that was from the one before? After the first of a stream, any stride will do. */
-static bool is_a_stride_on(const struct stream *stream, uint64_t page)
+/*
+ * The stream that a request goes on with: the one that ended nearest to it, or whose stride leads to it; after its
+ * first request, any stride will do. STREAMS: none.
+ */
+static unsigned find(const struct streams *streams, uint64_t page)
 {
-	if (stream->used_at == 0)
-		return false;
-	if (stream->is_new)
-		return distance(page, stream->last) <= REACH;
-	return stream->stride != 0 && page == stream->last + (uint64_t)stream->stride;
+	uint64_t nearest = SLACK + 1;
+	unsigned found = STREAMS, strides = STREAMS;
+
+	for (unsigned i = 0; i < STREAMS; i++) {
+		if (page + SLACK - streams->end[i] <= (uint64_t)2 * SLACK) {
+			if (distance(page, streams->end[i]) < nearest) {
+				nearest = distance(page, streams->end[i]);
+				found = i;
+			}
+		} else if (page == streams->stride_on[i]) {
+			strides = i;
+		}
+	}
+	if (found < STREAMS || strides < STREAMS)
+		return found < STREAMS ? found : strides;
+	for (unsigned i = streams->newest, tries = 0; i < STREAMS && tries < NEW_STREAMS; tries++) {
+		if (streams->of[i].is_new && distance(page, streams->of[i].last) <= REACH)
+			return i;
+		i = streams->of[i].older;
+	}
+	return STREAMS;
 }
 
 /* The stream whose place a new one takes: the one that was used longest ago, but those that were recognised. */
-static struct stream *oldest_stream(struct streams *streams)
+static unsigned to_replace(const struct streams *streams)
 {
-	struct stream *oldest = NULL, *oldest_of_all = streams->of;
-
-	for (struct stream *stream = streams->of; stream < streams->of + STREAMS; stream++) {
+	for (unsigned i = streams->oldest; i < STREAMS; i = streams->of[i].newer) {
+		const struct stream *stream = &streams->of[i];
 		bool is_recognised = stream->steps > STEPS_WANTED || stream->strides >= STRIDES_WANTED;
 
-		if (stream->used_at < oldest_of_all->used_at)
-			oldest_of_all = stream;
-		if (is_recognised && streams->clock - stream->used_at < KEEP)
-			continue;
-		if (oldest == NULL || stream->used_at < oldest->used_at)
-			oldest = stream;
+		if (!is_recognised || streams->clock - stream->used_at >= KEEP)
+			return i;
 	}
-	return oldest != NULL ? oldest : oldest_of_all;
+	return streams->oldest;
 }
 
-/* The stream that the request goes on with, or a new one. */
-static struct stream *stream_of(struct streams *streams, uint64_t page)
+/* The number of the stream that the request goes on with, or of a new one. */
+static unsigned stream_of(struct streams *streams, uint64_t page)
 {
-	struct stream *found = NULL;
+	unsigned number = find(streams, page);
 
-	for (struct stream *stream = streams->of; stream < streams->of + STREAMS; stream++) {
-		bool is_nearer = found == NULL || distance(page, stream->next) < distance(page, found->next);
-
-		if (is_next(stream, page) && (is_nearer || !is_next(found, page)))
-			found = stream;
-		else if (found == NULL && is_a_stride_on(stream, page))
-			found = stream;
-	}
-	if (found == NULL) {
-		found = oldest_stream(streams);
-		*found = (struct stream){
-			.last = page, .next = page, .ahead = page, .window = FIRST_WINDOW, .is_new = true
-		};
+	if (number < STREAMS) {
+		streams->of[number].is_new = false;
 	} else {
-		found->is_new = false;
+		struct stream *stream;
+
+		number = to_replace(streams);
+		stream = &streams->of[number];
+		*stream = (struct stream){
+			.last = page,
+			.last_end = page,
+			.walk_begin = page,
+			.ahead = page,
+			.window = FIRST_WINDOW,
+			.is_new = true,
+			.older = stream->older,
+			.newer = stream->newer,
+		};
+		streams->end[number] = page;
 	}
-	found->used_at = ++streams->clock;
-	return found;
+	note_used(streams, number);
+	return number;
 }
 
 static uint32_t clipped(uint64_t first, uint64_t count, uint64_t device_pages)
@@ -93,20 +138,21 @@ static uint32_t clipped(uint64_t first, uint64_t count, uint64_t device_pages)
 	return (uint32_t)(count < device_pages - first ? count : device_pages - first);
 }
 
-static bool walk_on(struct streams *streams, struct stream *stream, uint64_t device_pages, struct prefetch *prefetch)
+static bool walk_on(struct streams *streams, unsigned number, uint64_t device_pages, struct prefetch *prefetch)
 {
+	struct stream *stream = &streams->of[number];
 	uint32_t window = stream->window < streams->window_limit ? stream->window : streams->window_limit;
 
-	if (stream->ahead < stream->next)
-		stream->ahead = stream->next;
+	if (stream->ahead < streams->end[number])
+		stream->ahead = streams->end[number];
 	/* the next window is fetched while half of the last one is still unread */
-	if (stream->ahead - stream->next > window / 2 || window < FIRST_WINDOW)
+	if (stream->ahead - streams->end[number] > window / 2 || window < FIRST_WINDOW)
 		return false;
 	prefetch->first = stream->ahead;
 	prefetch->count = clipped(stream->ahead, window, device_pages);
 	prefetch->step = 0;
 	prefetch->times = 1;
-	prefetch->stream = (unsigned)(stream - streams->of);
+	prefetch->stream = number;
 	stream->ahead += prefetch->count;
 	if (stream->window < streams->window_max)
 		stream->window *= 2;
@@ -129,38 +175,68 @@ static bool stride_on(const struct streams *streams, const struct stream *stream
 	       clipped((uint64_t)last, count, device_pages) == count;
 }
 
-bool streams_note(struct streams *streams, uint64_t page, uint32_t count, uint64_t device_pages,
-		  struct prefetch *prefetch)
+/*
+ * Pages have been read before `end`. Returns whether the walk reads at least half of what it passes: else most of what
+ * is read ahead would be in vain.
+ */
+static bool is_dense(struct stream *stream, uint64_t end, uint32_t pages)
 {
-	struct stream *stream;
-	int64_t stride;
+	uint64_t passed = end - stream->walk_begin;
 
-	if (streams->window_max == 0)
-		return false;
-	stream = stream_of(streams, page);
-	if (streams->clock % ANOTHER_CHANCE == 0 && streams->window_limit < FIRST_WINDOW)
-		streams->window_limit = FIRST_WINDOW;
-	stride = (int64_t)(page - stream->last);
-	stream->last = page;
-	if (stride != 0 && stride == stream->stride)
+	stream->walked += pages;
+	if (stream->walked > passed)
+		stream->walked = (uint32_t)passed; /* some were read twice */
+	if (passed > WALK_PAGES) {
+		stream->walk_begin += passed / 2;
+		stream->walked /= 2;
+		passed -= passed / 2;
+	}
+	return 2 * (uint64_t)stream->walked >= passed;
+}
+
+static void note_stride(struct streams *streams, unsigned number, uint64_t page, uint32_t count)
+{
+	struct stream *stream = &streams->of[number];
+	int64_t stride = (int64_t)(page - stream->last);
+
+	if (stride != 0 && stride == stream->stride && page != stream->last_end)
 		stream->strides++;
 	else
 		stream->strides = 0;
 	stream->stride = stride;
-	if (distance(page, stream->next) <= SLACK) {
-		if (page + count <= stream->next)
-			return false; /* out of order, or read twice */
-		stream->next = page + count;
-		if (++stream->steps > STEPS_WANTED)
-			return walk_on(streams, stream, device_pages, prefetch);
+	stream->last = page;
+	stream->last_end = page + count;
+	streams->stride_on[number] = stride != 0 ? page + (uint64_t)stride : NOWHERE;
+}
+
+bool streams_note(struct streams *streams, uint64_t page, uint32_t count, uint64_t device_pages,
+		  struct prefetch *prefetch)
+{
+	struct stream *stream;
+	unsigned number;
+
+	if (streams->window_max == 0)
 		return false;
+	number = stream_of(streams, page);
+	stream = &streams->of[number];
+	if (streams->clock % ANOTHER_CHANCE == 0 && streams->window_limit < FIRST_WINDOW)
+		streams->window_limit = FIRST_WINDOW;
+	note_stride(streams, number, page, count);
+	if (distance(page, streams->end[number]) > SLACK) {
+		stream->steps = 0;
+		stream->window = FIRST_WINDOW;
+		streams->end[number] = stream->ahead = page + count;
+		stream->walk_begin = page;
+		stream->walked = count;
+	} else if (page + count <= streams->end[number]) {
+		is_dense(stream, streams->end[number], count); /* out of order, or read twice */
+	} else {
+		streams->end[number] = page + count;
+		stream->steps++;
+		if (is_dense(stream, page + count, count) && stream->steps > STEPS_WANTED)
+			return walk_on(streams, number, device_pages, prefetch);
 	}
-	stream->steps = 0;
-	stream->window = FIRST_WINDOW;
-	stream->next = stream->ahead = page + count;
-	if (stream->strides >= STRIDES_WANTED)
-		return stride_on(streams, stream, page, count, device_pages, prefetch);
-	return false;
+	return stream->strides >= STRIDES_WANTED && stride_on(streams, stream, page, count, device_pages, prefetch);
 }
 
 void streams_not_fetched(struct streams *streams, const struct prefetch *prefetch, uint32_t count)
@@ -177,10 +253,15 @@ void streams_not_fetched(struct streams *streams, const struct prefetch *prefetc
 
 void streams_judge(struct streams *streams, uint32_t used, uint32_t wasted)
 {
-	if (wasted > used)
+	streams->used += used;
+	streams->wasted += wasted;
+	if (streams->used + streams->wasted < JUDGED_PAGES)
+		return;
+	if (streams->wasted > streams->used)
 		streams->window_limit /= 2;
-	else if (used > 0 && streams->window_limit < streams->window_max)
+	else
 		streams->window_limit = streams->window_limit * 2 + FIRST_WINDOW;
 	if (streams->window_limit > streams->window_max)
 		streams->window_limit = streams->window_max;
+	streams->used = streams->wasted = 0;
 }

@@ -9,25 +9,32 @@
 #include <stdint.h>
 
 /* Readers that are followed at once. */
-#define STREAMS 16
+#define STREAMS 48
 
 struct stream {
-	uint64_t last;          /* the first page of its newest request */
-	uint64_t next;          /* the page after its highest request */
+	uint64_t last, last_end; /* the first page of its newest request, and the one after it */
+	uint64_t walk_begin;    /* where it began to walk, or later: is_dense() */
 	uint64_t ahead;         /* the page after those that were read ahead */
 	int64_t stride;         /* pages from the start of one request to the start of the next */
+	uint32_t walked;        /* pages that were read since walk_begin, between there and its end */
 	uint32_t steps;         /* requests in a row that began where the last one ended */
 	uint32_t strides;       /* requests in a row with the same stride */
 	uint32_t window;        /* pages to have ready */
-	uint64_t used_at;       /* 0: never */
+	uint64_t used_at;       /* by `clock` */
 	bool is_new;            /* it has had one request */
+	uint8_t older, newer;   /* those that were used before and after it; STREAMS: none */
 };
 
 struct streams {
-	struct stream of[STREAMS];
-	uint64_t clock;
 	uint32_t window_max;
 	uint32_t window_limit;  /* less than window_max while pages are read ahead in vain */
+	uint32_t used, wasted;  /* of the pages that were read ahead, since window_limit was last set */
+	uint64_t clock;         /* requests */
+	uint8_t oldest, newest;
+	struct stream of[STREAMS];
+	/* what each request is compared with, of all streams side by side */
+	uint64_t end[STREAMS];  /* the page after the stream's highest request */
+	uint64_t stride_on[STREAMS]; /* where its stride leads */
 };
 
 /* Pages to fetch: `count` at `first`, and again every `step` pages, `times` times in all. */
