@@ -16,7 +16,7 @@ uint64_t proof_of(const struct region *region, const uint8_t *data)
 void proofs_of(const struct region *region, const uint8_t *data, size_t stride_bytes, uint32_t pages, uint64_t *proofs)
 {
 	for (uint32_t i = 0; i < pages; i++)
-		proofs[i] = proof_of(region, data + i * stride_bytes);
+		proofs[i] = i > 0 && stride_bytes == 0 ? proofs[0] : proof_of(region, data + i * stride_bytes);
 }
 
 void proof_seal(const struct region *region, uint64_t page, uint64_t proof, uint8_t *data)

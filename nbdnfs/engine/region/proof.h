@@ -31,7 +31,7 @@ static inline bool proof_is_sealed(const struct region *region, uint64_t page)
 /* Of a page as it was written to the device. */
 uint64_t proof_of(const struct region *region, const uint8_t *data);
 
-/* Of several pages, whose bytes are `stride_bytes` apart. */
+/* Of several pages, whose bytes are `stride_bytes` apart; 0: they have the same ones. */
 void proofs_of(const struct region *region, const uint8_t *data, size_t stride_bytes, uint32_t pages, uint64_t *proofs);
 
 /* `data` is a page as it was written to the device: make of it what goes to the NAS. */
