@@ -4,7 +4,7 @@
 Both are looked up in /etc/nbdnfs, then in /run/nbdnfs-config, where systemd/nbdnfs-generator puts what the kernel
 command line asks for. The first NAME.toml counts. Drop-ins of both folders are read in the order of their names; later
 ones override earlier ones, and one in /etc hides one of the same name in /run, as in systemd.unit(5). An empty file
-hides as well.
+hides as well. A name that begins with "." is no drop-in.
 
 Each file must be valid on its own, also where a later one overrides it. An error is a ConfigError with file, line and
 remedy. The keys are in config_keys.py.
@@ -12,6 +12,7 @@ remedy. The keys are in config_keys.py.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from nbdnfs import defaults
 from nbdnfs.config_keys import KEYS, shown
-from nbdnfs.errors import ConfigError, NoInputError, PermissionDeniedError, UsageError
+from nbdnfs.errors import ConfigError, NoInputError, PermissionDeniedError, UnavailableError, UsageError
 from nbdnfs.sizes import SLOT_BYTES
 
 # In this order of precedence.
@@ -28,6 +29,8 @@ FOLDERS = ("etc/nbdnfs", "run/nbdnfs-config")
 
 _MIB = 1 << 20
 _FILE_BYTES_MAX = 16 * 1024
+# Errors of what is no file, and will be none the next time. Others say nothing of what it has.
+_NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EINVAL)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Config:
     """The settings of one device, all of them valid.
 
     `url` is the canonical form of the URL, with its specifiers replaced. `size_bytes` is 0 where a missing backing file
-    must not be created, `priority` None where the kernel chooses, `device` "" for any free one.
+    must not be created, `priority` None where the kernel chooses, `device` "" for any free one, `loop` None
+    where the keeper decides by the number of processors.
     """
 
     name: str
@@ -59,7 +63,7 @@ class Config:
     gone_limit_ms: int = 300_000
     owner: bool = True
     encrypt: bool = True
-    loop: bool = False
+    loop: bool | None = None
 
     @property
     def region_bytes(self) -> int:
@@ -71,7 +75,8 @@ def load(name: str, root: Path = Path("/")) -> Config:
     """Read and check the configuration of the device `name` below `root`.
 
     UsageError: not a valid name. NoInputError: there is no such file. ConfigError: a file is not valid.
-    UnavailableError: the URL has %M, and there is no network yet.
+    PermissionDeniedError: one of its files or folders may not be read. UnavailableError: a file cannot be read now, or
+    the URL has %M, and there is no network yet. OSError: a folder cannot be read.
     """
     check_name(name)
     files = _files(name, root)
@@ -98,7 +103,7 @@ def names(root: Path = Path("/")) -> list[str]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """What ends in .toml, without hidden files; nothing where there is no folder. Errors as names()."""
+    """What ends in .toml, without hidden files, in no order; nothing where there is no folder. Errors as names()."""
     try:
         found = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -159,9 +164,13 @@ def _read(path: Path) -> str:
                 f"{path} is a link that leads nowhere: {os.readlink(path)}", "mend it, or remove it"
             ) from None
         raise ConfigError(f"{path} cannot be read: {error.strerror}", "look whether it is being replaced") from None
+    except PermissionError as error:
+        raise PermissionDeniedError(f"{path} cannot be read: {error.strerror}", "run this as root") from None
     except OSError as error:
-        hint = "run this as root" if isinstance(error, PermissionError) else "make it a file that root can read"
-        raise ConfigError(f"{path} cannot be read: {error.strerror}", hint) from None
+        what = f"{path} cannot be read: {error.strerror}"
+        if error.errno in _NO_FILE:
+            raise ConfigError(what, "make it a file that root can read") from None
+        raise UnavailableError(what, "try again later; the kernel's log may say more: dmesg | tail") from None
     if len(data) > _FILE_BYTES_MAX:
         raise ConfigError(f"{path} is larger than {_FILE_BYTES_MAX // 1024} KiB", "check that this is the right file")
     try:

@@ -36,6 +36,14 @@ def _boolean(key: str, value: object, root: Path) -> bool:
     return bool(value)
 
 
+def _boolean_or_auto(key: str, value: object, root: Path) -> bool | None:
+    if value == "auto":
+        return None
+    if not isinstance(value, bool):
+        raise UsageError(f'{key} must be true, false or "auto"', f"for example: {key} = true")
+    return value
+
+
 def _whole(low: int, high: int) -> Callable[[str, object, Path], int]:
     def check(key: str, value: object, root: Path) -> int:
         _of_type(key, value, int, str(high if low < 0 else low))
@@ -302,11 +310,11 @@ KEYS = {
     ),
     "loop": Key(
         "loop",
-        _boolean,
-        "false",
+        _boolean_or_auto,
+        '"auto"',
         "Serve the kernel's requests in one loop of the worker, in place of nbdkit's threads: less processor time for"
-        " each request. threads does not matter then, and max_sectors is at most 1M. New: off until it has been in"
-        " use for longer.",
+        ' each request, on one processor. threads does not matter then, and max_sectors is at most 1M. "auto": on a'
+        " machine with one processor.",
     ),
 }
 

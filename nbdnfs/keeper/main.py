@@ -26,10 +26,11 @@ from nbdnfs.errors import (
 from nbdnfs.keeper import failures, hibernation, journal, last_good, only_keeper, sd_notify
 from nbdnfs.keeper.heir import Heir
 from nbdnfs.keeper.keeper import Keeper
-from nbdnfs.keeper.real_work import RealWork
+from nbdnfs.keeper.real_work import RealWork, has_loop
 from nbdnfs.keeper.records import Records
 from nbdnfs.keeper.reporter import Reporter
 from nbdnfs.kernel import nbd_device, nbd_driver
+from nbdnfs.kernel import state as kernel_state
 from nbdnfs.nas import owner_record
 from nbdnfs.own_root import OwnRoot
 from nbdnfs.worker import nbdkit
@@ -131,7 +132,13 @@ def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
         device=settings.device or None,
     )
     new_file_after_s = _NEW_FILE_AFTER_S if not is_attached and settings.size_bytes and _is_booting() else 0.0
-    work = RealWork(settings, text, address, steal=steal, new_file_after_s=new_file_after_s)
+    work = RealWork(
+        dataclasses.replace(settings, loop=_has_loop(settings, backend)),
+        text,
+        address,
+        steal=steal,
+        new_file_after_s=new_file_after_s,
+    )
 
     own_root = OwnRoot(reporter.say)
 
@@ -181,6 +188,13 @@ def _require_kernel_files() -> None:
 
 def _is_attached(name: str) -> bool:
     return failures.patiently(lambda: nbd_device.find(nbd_device.backend_of(name))) is not None
+
+
+def _has_loop(settings: Config, backend: str) -> bool:
+    attached = failures.patiently(lambda: nbd_device.find(backend))
+    state = None if attached is None else failures.patiently(lambda: kernel_state.nbd_device(attached.name))
+    largest_kib = None if state is None else state.max_sectors_kb
+    return has_loop(settings, processors=len(os.sched_getaffinity(0)), attached_kib=largest_kib)
 
 
 def _is_surely_detached(name: str) -> bool:

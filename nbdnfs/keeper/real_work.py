@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _ADDRESS_BYTES_MAX = 128
 _PROGRESS_BYTES_MAX = 4096
+# The largest request that the loop takes: REQUEST_BYTES_MAX of nbdnfs/engine/nbd/internal.h.
+_LOOP_REQUEST_KIB = 1024
 
 
 def plugin_settings(settings: Config, text: str, address: str) -> dict[str, str]:
@@ -46,6 +48,16 @@ def plugin_settings(settings: Config, text: str, address: str) -> dict[str, str]
         **(nbdkit.owner_settings(text) if settings.owner else {}),
         **({"loop": "1"} if settings.loop else {}),
     }
+
+
+def has_loop(settings: Config, *, processors: int, attached_kib: int | None) -> bool:
+    """Whether workers serve the kernel in a loop: as configured, or where there is one processor.
+
+    attached_kib  the largest request of the device, None where it is not attached. One that was attached for larger
+                  requests than the loop takes keeps them, and nbdkit's threads with them.
+    """
+    wanted = processors == 1 if settings.loop is None else settings.loop
+    return wanted and (attached_kib is None or attached_kib <= _LOOP_REQUEST_KIB)
 
 
 def swap_on_command(settings: Config, path: str) -> list[str]:

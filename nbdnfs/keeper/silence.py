@@ -32,7 +32,7 @@ class Silence:
 
     def look(self, heard_ms: int, owed_since_ms: int, now_ms: int) -> None:
         """Report one that has begun, or ended, by the times that region.server_times() has returned, and the present
-        time of the same clock.
+        time of the same clock, in ms; 0 for what has not been.
 
         It ends when something is received. That nothing is owed any more is no end: the requests may have failed.
         """

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from nbdnfs import config, config_keys
 from nbdnfs.config import Config
-from nbdnfs.errors import ConfigError, NbdnfsError, NoInputError, PermissionDeniedError, UsageError
+from nbdnfs.errors import (
+    ConfigError,
+    NbdnfsError,
+    NoInputError,
+    PermissionDeniedError,
+    UnavailableError,
+    UsageError,
+)
 
 URL = 'url = "nfs://nas/export/a.swap"\n'
 MACHINE_ID = "0123456789abcdef0123456789abcdef"
@@ -322,6 +329,29 @@ def test_folder_instead_of_a_file(root: Path) -> None:
     """A file that cannot be read is reported with the reason of the system."""
     (root / "etc/nbdnfs/swap0.toml").mkdir()
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        config.load("swap0", root)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(errno.EIO, UnavailableError), (errno.ENOMEM, UnavailableError), (errno.EACCES, PermissionDeniedError)],
+)
+@pytest.mark.parametrize("file", ["swap0.toml", "swap0.toml.d/10-a.toml"])
+def test_file_that_cannot_be_read_now(
+    root: Path, monkeypatch: pytest.MonkeyPatch, file: str, number: int, error: type[NbdnfsError]
+) -> None:
+    """That is no fault of the configuration, for which a unit is not started again."""
+    write(root, URL)
+    write(root, "priority = 1", "etc/nbdnfs/swap0.toml.d/10-a.toml")
+    real = open
+
+    def refuse(path: Path, *rest: object) -> object:
+        if path == root / "etc/nbdnfs" / file:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *rest)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(config, "open", refuse, raising=False)
+    with pytest.raises(error, match=f"{file} cannot be read: {os.strerror(number)}"):
         config.load("swap0", root)
 
 

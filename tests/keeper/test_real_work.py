@@ -10,7 +10,7 @@ from support.waiting import wait_until
 
 from nbdnfs.config import Config
 from nbdnfs.keeper.helper_process import HelperProcess
-from nbdnfs.keeper.real_work import RealWork, plugin_settings
+from nbdnfs.keeper.real_work import RealWork, has_loop, plugin_settings
 
 # finds nbdkit
 pytestmark = pytest.mark.server
@@ -30,6 +30,25 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 def test_pages_are_encrypted_unless_that_is_not_wanted(settings: dict[str, bool], encrypt: str) -> None:
     """What the worker is told."""
     assert plugin_settings(Config("swap0", URL, owner=False, **settings), URL, "192.0.2.1")["encrypt"] == encrypt
+
+
+@pytest.mark.parametrize(
+    ("configured", "processors", "attached_kib", "found"),
+    [
+        (None, 1, None, True),
+        (None, 1, 128, True),
+        (None, 2, None, False),
+        (False, 1, None, False),
+        (True, 2, None, True),
+        (True, 2, 1024, True),
+        (True, 2, 1028, False),
+        (None, 1, 4096, False),
+    ],
+)
+def test_loop(*, configured: bool | None, processors: int, attached_kib: int | None, found: bool) -> None:
+    """By itself on one processor; never for a device that sends requests that are too large for it."""
+    settings = Config("swap0", URL, loop=configured)
+    assert has_loop(settings, processors=processors, attached_kib=attached_kib) is found
 
 
 def test_a_new_file_only_after_a_while(asked: list[tuple[str, ...]]) -> None:
