@@ -160,7 +160,7 @@ run-lint:
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	NBDNFS_CFLAGS=-Werror $(PYTHON) -W ignore setup.py -q build_ext --build-temp build/werror --build-lib build/werror/lib
-	gcc -std=gnu11 -D_GNU_SOURCE -Wall -Wextra -Werror -fsyntax-only $$(pkg-config --cflags libnfs) bench/*.c
+	gcc -std=gnu11 -D_GNU_SOURCE -Wall -Wextra -Werror -fsyntax-only -Inbdnfs/engine $$(pkg-config --cflags libnfs) bench/*.c
 
 format:
 	@tools/bootstrap.sh test

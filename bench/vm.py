@@ -151,6 +151,9 @@ def _options() -> argparse.Namespace:
         "--timeout", type=float, default=1800, metavar="S", help="time limit of one run of the stress program"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples to FILE, after each round")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FOLDER", help="keep there what each run asks nbd for (vm_trace.py)"
+    )
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the picture to FILE")
     parser.add_argument(
         "--continue", dest="continued", action="store_true", help="add rounds to those in the JSON file"
@@ -237,7 +240,14 @@ def _measure(options: argparse.Namespace, load: Load, earlier: Results) -> Resul
             tell(f"round {number + 1}{', on a busy host' if is_busy else ''}: {', '.join(order)}")
             with vm_time.busy(os.cpu_count() or 1) if is_busy else contextlib.nullcontext():
                 samples = one_round(
-                    guest, files, load, peers=order, delays_ms=options.delays_ms, clock=clock, tell=tell
+                    guest,
+                    files,
+                    load,
+                    peers=order,
+                    delays_ms=options.delays_ms,
+                    clock=clock,
+                    tell=tell,
+                    traces=options.trace,
                 )
             samples = [replace(sample, host_was_busy=is_busy) for sample in samples]
             results = Results(load, (*results.samples, *samples))

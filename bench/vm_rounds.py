@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vm_peers import OURS_ALL, PEERS, Files
 from vm_time import RealTime, VirtualTime
+from vm_trace import recorded
 from vmtest import swap, verdict
 from vmtest.counters import Counters
 from vmtest.guest import Guest
@@ -116,8 +117,10 @@ def one_round(
     delays_ms: Sequence[float],
     clock: RealTime | VirtualTime,
     tell: Callable[[str], None],
+    traces: Path | None = None,
 ) -> list[Sample]:
-    """Each peer in that order, with each delay, by one process and by several.
+    """Each peer in that order, with each delay, by one process and by several. With `traces`, what each run asks an nbd
+    device for is kept in that folder.
 
     GuestFailedError for a wrong page, and when something is killed that swaps to ours. Others may fail (a small cgroup
     that swaps to the kernel's NFS runs out of memory now and then): that is reported, and there is no sample of it.
@@ -130,8 +133,10 @@ def one_round(
                 PEERS[peer](guest, seen, load.device_mib) as swapping,
             ):
                 for processes in load.processes:
+                    name = f"{peer}-{load.size_mib}-{processes}-{delay_ms:g}.gz"
+                    trace = contextlib.nullcontext() if traces is None else recorded(guest, traces / name)
                     try:
-                        sample = _run(guest, load, peer, delay_ms, processes, swapping.counters)
+                        sample = _run(guest, load, peer, delay_ms, processes, swapping.counters, trace)
                         sample = in_model_time(sample, clock.scale)
                     except NotFinishedError as error:
                         if peer in OURS_ALL:
@@ -151,7 +156,15 @@ def in_model_time(sample: Sample, scale: int) -> Sample:
     return replace(sample, seconds=sample.seconds / scale, passes=passes, counters=counters)
 
 
-def _run(guest: Guest, load: Load, peer: str, delay_ms: float, processes: int, read: Callable[[], Counters]) -> Sample:
+def _run(
+    guest: Guest,
+    load: Load,
+    peer: str,
+    delay_ms: float,
+    processes: int,
+    read: Callable[[], Counters],
+    trace: AbstractContextManager[None],
+) -> Sample:
     guest.run("sync; echo 3 > /proc/sys/vm/drop_caches", 120)
     swap_out = {}
     if counted := read():
@@ -159,7 +172,7 @@ def _run(guest: Guest, load: Load, peer: str, delay_ms: float, processes: int, r
             _stress(guest, load, processes, cgroup, ["fill"])
         swap_out = _difference(counted, read())
     before, counted = swap.counters(guest), read()
-    with _memory_for(guest, load) as cgroup:
+    with trace, _memory_for(guest, load) as cgroup:
         found = _stress(guest, load, processes, cgroup, ["fill", *load.passes]).check()
     now, after = read(), swap.counters(guest)
     pages_out, pages_in = after["pswpout"] - before["pswpout"], after["pswpin"] - before["pswpin"]

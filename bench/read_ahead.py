@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the engine's read-ahead makes of traces of vm_trace.py: `read_ahead.py [--engine FOLDER] TRACE ...`
+
+For each trace, of how many reads the reader waits for the NAS, and how many pages were fetched ahead and read. The
+model is read_ahead.c. `--engine` takes streams.c and streams.h from another copy of nbdnfs/engine, to compare two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+_ENGINE = _HERE.parent / "nbdnfs/engine"
+_PAGES_A_MIB = 256
+_WINDOW_PAGES = 64
+
+
+@dataclass(frozen=True)
+class Guessed:
+    """Requests: `reads`, and those `waiting` for a page that was in no slot; READs to the NAS: `fetches`. Pages:
+    `fetched` ahead, of which `used` were read and `wasted` were dropped unread."""
+
+    reads: int
+    waiting: int
+    fetched: int
+    fetches: int
+    used: int
+    wasted: int
+
+
+def build(engine: Path, folder: Path) -> Path:
+    """The model with that engine's streams.c. CalledProcessError when it does not compile."""
+    program = folder / "read_ahead"
+    sources = [str(_HERE / "read_ahead.c"), str(engine / "block/streams.c")]
+    subprocess.run(["gcc", "-std=gnu11", "-O2", f"-I{engine}", "-o", str(program), *sources], check=True)
+    return program
+
+
+def play(program: Path, trace: str, region_mib: int) -> Guessed:
+    """The text of a trace. CalledProcessError when it is none."""
+    command = [str(program), str(region_mib * _PAGES_A_MIB), str(_WINDOW_PAGES)]
+    done = subprocess.run(command, input=trace, capture_output=True, text=True, check=True)
+    return Guessed(**json.loads(done.stdout))
+
+
+def main() -> int:
+    """Print a line for each trace."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE")
+    parser.add_argument("--region", type=int, default=16, metavar="MIB", help="default 16")
+    parser.add_argument("--engine", type=Path, default=_ENGINE, metavar="FOLDER")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="nbdnfs-bench-") as folder:
+        program = build(options.engine, Path(folder))
+        print(f"{'':28} {'reads':>9} {'waiting':>9} {'share':>6} {'fetched':>9} {'used':>6}")
+        for path in options.traces:
+            with gzip.open(path, "rt") as file:
+                found = play(program, file.read(), options.region)
+            print(
+                f"{path.name:28} {found.reads:9,} {found.waiting:9,} {found.waiting / max(found.reads, 1):6.3f}"
+                f" {found.fetched:9,} {found.used / max(found.fetched, 1):6.2f}"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
