@@ -6,7 +6,7 @@ kernel-nbd  the kernel's nbd over TCP to `nbdkit file` on the server: what the 2
 kernel-nfs  the kernel's swap file on an NFSv3 mount
 nbdnfs      ours, unencrypted: no peer encrypts
 nbdnfs-encrypted  ours, as a device is by default
-nbdnfs-loop  ours, served by the engine's loop
+nbdnfs-loop, nbdnfs-threads  ours, served by the engine's loop (the default with one processor), by nbdkit's threads
 kernel-nbd-4, kernel-nfs-4  the kernel's own two, over four connections
 nbdnfs-zswap, kernel-nfs-zswap  behind zswap, which keeps compressed pages in memory; needs Debian's generic kernel
 nbdnfs-folios, kernel-nbd-folios  with anonymous memory in folios of 64 KiB, which Linux 6.10 swaps out in one request
@@ -31,7 +31,8 @@ from vmtest.counters import Counters, read
 from vmtest.guest import HOST_ADDRESS, Guest
 from vmtest.outcome import GuestFailedError, HarnessError
 
-OURS, ENCRYPTED, LOOP = "nbdnfs", "nbdnfs-encrypted", "nbdnfs-loop"
+OURS, ENCRYPTED = "nbdnfs", "nbdnfs-encrypted"
+LOOP, THREADS = "nbdnfs-loop", "nbdnfs-threads"
 KERNEL_NFS, KERNEL_NBD, FLOOR = "kernel-nfs", "kernel-nbd", "zram"
 KERNEL_NFS_4, KERNEL_NBD_4 = "kernel-nfs-4", "kernel-nbd-4"
 OURS_ZSWAP, KERNEL_NFS_ZSWAP = "nbdnfs-zswap", "kernel-nfs-zswap"
@@ -144,8 +145,13 @@ def encrypted(guest: Guest, files: Files, size_mib: int) -> AbstractContextManag
 
 
 def loop(guest: Guest, files: Files, size_mib: int) -> AbstractContextManager[Swapping]:
-    """The same, unencrypted and without nbdkit's threads."""
+    """The same, unencrypted and without nbdkit's threads, however many processors there are."""
     return _ours(guest, files, "encrypt = false\nloop = true\n")
+
+
+def threads(guest: Guest, files: Files, size_mib: int) -> AbstractContextManager[Swapping]:
+    """The same, unencrypted and with nbdkit's threads."""
+    return _ours(guest, files, "encrypt = false\nloop = false\n")
 
 
 def _behind(peer: Peer, turn_on: str, turn_off: str) -> Peer:
@@ -177,6 +183,7 @@ PEERS: Mapping[str, Peer] = {
     OURS: ours,
     ENCRYPTED: encrypted,
     LOOP: loop,
+    THREADS: threads,
     KERNEL_NBD_4: functools.partial(_kernel_nbd, connections=4),
     KERNEL_NFS_4: functools.partial(_kernel_nfs, connections=4),
     OURS_ZSWAP: _behind_zswap(ours),
@@ -185,8 +192,8 @@ PEERS: Mapping[str, Peer] = {
     KERNEL_NBD_FOLIOS: _with_folios(_kernel_nbd),
 }
 # What is compared unless others are named.
-DEFAULT = (FLOOR, KERNEL_NBD, KERNEL_NFS, OURS, ENCRYPTED, LOOP)
-OURS_ALL = (OURS, ENCRYPTED, LOOP, OURS_ZSWAP, OURS_FOLIOS)
+DEFAULT = (FLOOR, KERNEL_NBD, KERNEL_NFS, OURS, ENCRYPTED, THREADS)
+OURS_ALL = (OURS, ENCRYPTED, LOOP, THREADS, OURS_ZSWAP, OURS_FOLIOS)
 
 
 @contextlib.contextmanager
