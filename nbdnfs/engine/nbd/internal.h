@@ -76,6 +76,8 @@ struct nbd_loop {
 	bool lacks_place;       /* there is a request that finds no place */
 	uint64_t gather_until_us; /* the client is in the middle of a request, which is left to come: 0, or until */
 	uint32_t gather_us;     /* how long that was, for this request */
+	unsigned gather_shift;  /* it is so often doubled for a request of several pages */
+	unsigned gathered_enough; /* and was long enough so many times in a row */
 	unsigned in_vain;       /* how often that brought nothing for a last page; then, how many had no wait */
 	bool ended;             /* nothing more is received: the client has disconnected, or broken the protocol */
 	bool gone;              /* nobody receives replies */

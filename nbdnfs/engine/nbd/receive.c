@@ -13,12 +13,15 @@
  * The kernel sends a request in pieces, its head and each page with a send of its own, and each wakes this thread,
  * which takes the processor from the kernel where both have the same one: 33 times for 128 KiB. Therefore the rest of a
  * request is left to come for as long as the kernel may need to send it; with it come more requests. Where that was too
- * short, because the machine is slow, it is twice as long the next time, until the request is complete. The last page
- * is one send only: it is left to come while others come with it. Where none did so often, that is tried now and then.
+ * short, because the machine is slow, it is twice as long the next time, until the request is complete, and so it is
+ * for the requests after it, until that was long enough several times. The last page is one send only: it is left to
+ * come while others come with it. Where none did so often, that is tried now and then.
  */
 #define GATHER_US 20
 #define GATHER_BYTES_PER_US 2000
 #define GATHER_LIMIT_US 500
+#define SHIFT_LIMIT 4
+#define ENOUGH 8
 #define VAIN_TRIES 3
 #define NOT_TRIED 16
 
@@ -128,11 +131,26 @@ static size_t missing_bytes(const struct nbd_loop *loop)
 	return received_bytes(loop) > 0 ? NBD_REQUEST_BYTES - received_bytes(loop) : 0;
 }
 
+/* A request of several pages was left to come: it has, or not. */
+static void note_gathered(struct nbd_loop *loop, bool has_come)
+{
+	if (!has_come) {
+		loop->gather_shift += loop->gather_shift < SHIFT_LIMIT;
+		loop->gathered_enough = 0;
+	} else if (loop->gather_shift > 0 && ++loop->gathered_enough == ENOUGH) {
+		loop->gather_shift--;
+		loop->gathered_enough = 0;
+	}
+}
+
 /* Bytes have come, and complete requests have been taken. `is_the_same`: the one that is not has been waited for. */
 static void gather(struct nbd_loop *loop, bool is_the_same)
 {
 	size_t missing = loop->lacks_place ? 0 : missing_bytes(loop);
 	uint64_t us = GATHER_US + missing / GATHER_BYTES_PER_US;
+
+	if (missing > PAGE_BYTES)
+		us <<= loop->gather_shift;
 
 	if (missing > 0 && missing <= PAGE_BYTES && loop->in_vain >= VAIN_TRIES) {
 		missing = 0;
@@ -175,6 +193,8 @@ void nbd_receive(struct nbd_loop *loop)
 		end(loop, false);
 		return;
 	}
+	if (gathered && wanted > PAGE_BYTES)
+		note_gathered(loop, (size_t)got >= wanted);
 	if (gathered && wanted > 0 && wanted <= PAGE_BYTES)
 		loop->in_vain = (size_t)got > wanted ? 0 : loop->in_vain + 1;
 	if ((size_t)got > wanted) {
