@@ -79,17 +79,19 @@ def _swap_out(guest: Guest, mib: int) -> None:
 
 
 @pytest.mark.timeout(2700)
-@pytest.mark.parametrize("memory_mib", [512, 256])
-def test_enable_reboot_power_off(boot: Callable[..., Guest], ganesha: Ganesha, memory_mib: int) -> None:
+@pytest.mark.parametrize(("memory_mib", "cpus"), [(512, 2), (256, 1)])
+def test_enable_reboot_power_off(boot: Callable[..., Guest], ganesha: Ganesha, memory_mib: int, cpus: int) -> None:
     """enable --now makes the file and swaps; a reboot swaps again, and every page is right; with 200 MiB swapped out it
-    goes off in time."""
+    goes off in time. The engine's loop serves where there is one processor."""
     url = seen_from_guest(ganesha.url("swap0.swap"))
-    with boot(project=True, memory_mib=memory_mib, arguments=[_TELL], allow={"slow"}) as guest:
+    with boot(project=True, memory_mib=memory_mib, cpus=cpus, arguments=[_TELL], allow={"slow"}) as guest:
         guest.settle()
         _install(guest, "swap0", f'url = "{url}"\nsize = "256M"\n')
         guest.run("systemctl enable --now nbdnfs@swap0", 300, check=False)
         _wait_for_swap(guest, "swap0")
         assert (ganesha.export_path / "swap0.swap").stat().st_size == 256 << 20
+        loops = guest.run(r"cat /proc/[0-9]*/cmdline 2>&- | tr '\0' '\n' | grep -c ^loop=1$", check=False).stdout
+        assert (int(loops) > 0) is (cpus == 1)
         page_bytes = int(guest.run("getconf PAGESIZE").stdout)
         assert _status(guest, "swap0")["swap_bytes"] == (256 << 20) - page_bytes
         assert guest.run("nbdnfs install-units").stdout == "everything is already installed\n"
