@@ -106,7 +106,7 @@ static void begin(uint32_t window)
 {
 	slots = calloc(slot_count + 1, sizeof(*slots));
 	slot_of = malloc(PAGES_MAX * sizeof(*slot_of));
-	if (slots == NULL || slot_of == NULL || window == 0)
+	if (slots == NULL || slot_of == NULL || window == 0 || slot_count == 0)
 		exit(64);
 	for (uint64_t page = 0; page < PAGES_MAX; page++)
 		slot_of[page] = NONE;
@@ -147,6 +147,8 @@ int main(int argc, char **argv)
 		if (streams_note(&streams, page, (uint32_t)count, PAGES_MAX, &prefetch))
 			fetch(&prefetch);
 	}
+	if (!feof(stdin))
+		return 65; /* that is no line of a trace */
 	printf("{\"reads\": %" PRIu64 ", \"waiting\": %" PRIu64 ", \"fetched\": %" PRIu64 ", \"fetches\": %" PRIu64
 	       ", \"used\": %" PRIu64 ", \"wasted\": %" PRIu64 "}\n",
 	       reads, waiting, fetched, fetches, used_in_all, wasted_in_all);

@@ -45,7 +45,7 @@ def build(engine: Path, folder: Path) -> Path:
 
 
 def play(program: Path, trace: str, region_mib: int) -> Guessed:
-    """The text of a trace. CalledProcessError when it is none."""
+    """The text of a trace. CalledProcessError for one with a line that is none."""
     command = [str(program), str(region_mib * _PAGES_A_MIB), str(_WINDOW_PAGES)]
     done = subprocess.run(command, input=trace, capture_output=True, text=True, check=True)
     return Guessed(**json.loads(done.stdout))
@@ -58,12 +58,18 @@ def main() -> int:
     parser.add_argument("--region", type=int, default=16, metavar="MIB", help="default 16")
     parser.add_argument("--engine", type=Path, default=_ENGINE, metavar="FOLDER")
     options = parser.parse_args()
+    if options.region < 1:
+        parser.error("--region: at least 1")
     with tempfile.TemporaryDirectory(prefix="nbdnfs-bench-") as folder:
         program = build(options.engine, Path(folder))
         print(f"{'':28} {'reads':>9} {'waiting':>9} {'share':>6} {'fetched':>9} {'used':>6}")
         for path in options.traces:
-            with gzip.open(path, "rt") as file:
-                found = play(program, file.read(), options.region)
+            try:
+                with gzip.open(path, "rt") as file:
+                    found = play(program, file.read(), options.region)
+            except (OSError, ValueError, EOFError, subprocess.CalledProcessError):
+                print(f"read_ahead.py: {path} is no trace: record one with vm.py --trace", file=sys.stderr)
+                return 65
             print(
                 f"{path.name:28} {found.reads:9,} {found.waiting:9,} {found.waiting / max(found.reads, 1):6.3f}"
                 f" {found.fetched:9,} {found.used / max(found.fetched, 1):6.2f}"

@@ -247,7 +247,7 @@ def _measure(options: argparse.Namespace, load: Load, earlier: Results) -> Resul
                     delays_ms=options.delays_ms,
                     clock=clock,
                     tell=tell,
-                    traces=options.trace,
+                    traces=options.trace and options.trace / f"round-{number + 1}",
                 )
             samples = [replace(sample, host_was_busy=is_busy) for sample in samples]
             results = Results(load, (*results.samples, *samples))

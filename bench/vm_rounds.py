@@ -120,7 +120,7 @@ def one_round(
     traces: Path | None = None,
 ) -> list[Sample]:
     """Each peer in that order, with each delay, by one process and by several. With `traces`, what each run asks an nbd
-    device for is kept in that folder.
+    device for is kept in that folder; there is nothing of peers that have none.
 
     GuestFailedError for a wrong page, and when something is killed that swaps to ours. Others may fail (a small cgroup
     that swaps to the kernel's NFS runs out of memory now and then): that is reported, and there is no sample of it.

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vmtest.guest import Guest
-from vmtest.outcome import GuestFailedError
 
 _TRACING = "/sys/kernel/tracing"
 # Room for some 900,000 requests, in the guest's memory and outside of the pages' cgroup.
@@ -28,7 +27,8 @@ _REQUEST = re.compile(rb" (\d+\.\d+): block_rq_issue: (\d+),\d+ ([RW])\S* \d+ \(
 
 @contextlib.contextmanager
 def recorded(guest: Guest, path: Path) -> Iterator[None]:
-    """Record into `path`, gzipped, while the context is open. It costs the guest some 3% of its time."""
+    """Record into `path`, gzipped, while the context is open; no file where nothing was asked of an nbd device. It
+    costs the guest some 3% of its time. After an error the guest is of no use."""
     guest.run(
         f"mountpoint -q {_TRACING} || mount -t tracefs tracefs {_TRACING}; cd {_TRACING} && echo {_BUFFER_KIB} >"
         " buffer_size_kb && echo > trace && echo 1 > events/block/block_rq_issue/enable && echo 1 > tracing_on"
@@ -40,7 +40,7 @@ def recorded(guest: Guest, path: Path) -> Iterator[None]:
     )
     lines = list(requests(gzip.decompress(guest.pull(_PACKED))))
     if not lines:
-        raise GuestFailedError("the trace has no request to an nbd device")
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(path, "wt") as file:
         file.writelines(lines)

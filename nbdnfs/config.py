@@ -21,7 +21,14 @@ from pathlib import Path
 
 from nbdnfs import defaults
 from nbdnfs.config_keys import KEYS, shown
-from nbdnfs.errors import ConfigError, NoInputError, PermissionDeniedError, UnavailableError, UsageError
+from nbdnfs.errors import (
+    ConfigError,
+    NbdnfsError,
+    NoInputError,
+    PermissionDeniedError,
+    UnavailableError,
+    UsageError,
+)
 from nbdnfs.sizes import SLOT_BYTES
 
 # In this order of precedence.
@@ -76,7 +83,7 @@ def load(name: str, root: Path = Path("/")) -> Config:
 
     UsageError: not a valid name. NoInputError: there is no such file. ConfigError: a file is not valid.
     PermissionDeniedError: one of its files or folders may not be read. UnavailableError: a file cannot be read now, or
-    the URL has %M, and there is no network yet. OSError: a folder cannot be read.
+    the URL has %M, and there is no network yet.
     """
     check_name(name)
     files = _files(name, root)
@@ -95,7 +102,7 @@ def load(name: str, root: Path = Path("/")) -> Config:
 
 def names(root: Path = Path("/")) -> list[str]:
     """The names of all devices that have a configuration, valid or not, in order. PermissionDeniedError: a folder may
-    not be read. OSError: it cannot be."""
+    not be read. UnavailableError: it cannot be, now."""
     paths = [path for folder in FOLDERS for path in _in_folder(root / folder)]
     return sorted(
         {path.stem for path in paths if _is_name(path.stem) and (os.path.isfile(path) or _leads_nowhere(path))}
@@ -108,9 +115,28 @@ def _in_folder(folder: Path) -> list[Path]:
         found = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except PermissionError as error:
-        raise PermissionDeniedError(f"{folder} cannot be read: {error.strerror}", "run this as root") from None
+    except OSError as error:
+        raise _unreadable(folder, error) from None
     return [folder / name for name in found if name.endswith(".toml") and not name.startswith(".")]
+
+
+def _unreadable(path: Path, error: OSError) -> NbdnfsError:
+    """That says nothing of what is there, and is no fault of the configuration."""
+    what = f"{path} cannot be read: {error.strerror}"
+    if isinstance(error, PermissionError):
+        return PermissionDeniedError(what, "run this as root")
+    return UnavailableError(what, "try again later; the kernel's log may say more: dmesg | tail")
+
+
+def _exists(path: Path) -> bool:
+    """os.path.lexists() takes every error for a no: another folder's file would be taken instead."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    return True
 
 
 def _leads_nowhere(path: Path) -> bool:
@@ -137,7 +163,7 @@ def _is_name(name: str) -> bool:
 def _files(name: str, root: Path) -> list[Path]:
     """The main file and the drop-ins that apply, in the order in which they are read."""
     candidates = [root / folder / f"{name}.toml" for folder in FOLDERS]
-    main = next((path for path in candidates if os.path.lexists(path)), None)
+    main = next((path for path in candidates if _exists(path)), None)
     if main is None:
         import difflib  # only here: the keeper is resident
 
@@ -163,14 +189,11 @@ def _read(path: Path) -> str:
             raise ConfigError(
                 f"{path} is a link that leads nowhere: {os.readlink(path)}", "mend it, or remove it"
             ) from None
-        raise ConfigError(f"{path} cannot be read: {error.strerror}", "look whether it is being replaced") from None
-    except PermissionError as error:
-        raise PermissionDeniedError(f"{path} cannot be read: {error.strerror}", "run this as root") from None
+        raise _unreadable(path, error) from None  # it has just been removed, or is being replaced
     except OSError as error:
-        what = f"{path} cannot be read: {error.strerror}"
-        if error.errno in _NO_FILE:
-            raise ConfigError(what, "make it a file that root can read") from None
-        raise UnavailableError(what, "try again later; the kernel's log may say more: dmesg | tail") from None
+        if error.errno not in _NO_FILE:
+            raise _unreadable(path, error) from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", "make it a file that root can read") from None
     if len(data) > _FILE_BYTES_MAX:
         raise ConfigError(f"{path} is larger than {_FILE_BYTES_MAX // 1024} KiB", "check that this is the right file")
     try:

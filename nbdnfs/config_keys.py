@@ -313,7 +313,8 @@ KEYS = {
         _boolean_or_auto,
         '"auto"',
         "Serve the kernel's requests in one loop of the worker, in place of nbdkit's threads: less processor time for"
-        ' each request, on one processor. threads does not matter then, and max_sectors is at most 1M. "auto": on a'
+        " each request, on one processor. threads does not matter then, and max_sectors is at most 1M; a device"
+        ' that is up with a larger one keeps the threads. "auto": on a'
         " machine with one processor.",
     ),
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nbdnfs import config, quantities
 from nbdnfs.commands import claiming, where
-from nbdnfs.errors import NbdnfsError, PermissionDeniedError
+from nbdnfs.errors import NbdnfsError
 from nbdnfs.kernel import nbd_device, swap_area
 from nbdnfs.kernel import state as kernel_state
 
@@ -78,9 +78,8 @@ def devices(root: Path = Path("/")) -> list[Device]:
     attached = {state.backend or "": state for state in kernel_state.nbd_devices(root) if state.attached}
     try:
         names = config.names(root)
-    except (PermissionDeniedError, OSError) as error:
-        text = error.message if isinstance(error, PermissionDeniedError) else f"{error.filename}: {error.strerror}"
-        print(f"nbdnfs: {text}: what is attached is listed all the same", file=sys.stderr)
+    except NbdnfsError as error:
+        print(f"nbdnfs: {error.message}: what is attached is listed all the same", file=sys.stderr)
         names = []
     found = []
     for name in names:
@@ -101,8 +100,6 @@ def _configured(name: str, root: Path) -> tuple[str | None, str | None]:
         return config.load(name, root).url, None
     except NbdnfsError as error:
         return None, error.message
-    except OSError as error:
-        return None, f"{error.filename} cannot be read: {error.strerror}"
 
 
 def _device(

@@ -141,7 +141,7 @@ def names(root: Path = Path("/")) -> list[str]:
     """The devices that are configured or up, in order. What cannot be the name of a device is left out, and so is one
     of which nothing but records is left, or their empty folder: systemd keeps that (RuntimeDirectoryPreserve=).
 
-    PermissionDeniedError: a folder cannot be read.
+    PermissionDeniedError: a folder cannot be read. UnavailableError: not now.
     """
     try:
         found = set(config.names(root))

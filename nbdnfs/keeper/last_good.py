@@ -11,7 +11,7 @@ import dataclasses
 
 from nbdnfs import config, nfs_url
 from nbdnfs.config import Config
-from nbdnfs.errors import NbdnfsError, UnavailableError, UsageError
+from nbdnfs.errors import NbdnfsError, PermissionDeniedError, UnavailableError, UsageError
 from nbdnfs.keeper import failures
 from nbdnfs.keeper.records import Records
 
@@ -56,13 +56,18 @@ def load(records: Records, *, is_attached: bool) -> tuple[Config, str]:
         if not is_attached:
             raise
         problem = error.message if isinstance(error, NbdnfsError) else str(error)
+        is_wrong = not isinstance(error, (OSError, PermissionDeniedError, UnavailableError))
     kept = from_text(failures.read_patiently(records, Records.CONFIG) or "=") or _of_other_records(records)
     if kept is None:
         raise UnavailableError(
-            f"the configuration file is wrong, and there is no record of what the device runs with: {problem}",
+            f"{_file_of(is_wrong)}, and there is no record of what the device runs with: {problem}",
             "correct it; the device and its worker go on meanwhile, and a next keeper takes them over",
         )
-    return kept, f"the configuration file is wrong: {problem}; the device runs with the last good one"
+    return kept, f"{_file_of(is_wrong)}: {problem}; the device runs with the last good one"
+
+
+def _file_of(is_wrong: bool) -> str:
+    return "the configuration file is wrong" if is_wrong else "the configuration cannot be read now"
 
 
 def _of_other_records(records: Records) -> Config | None:

@@ -133,7 +133,7 @@ def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
     )
     new_file_after_s = _NEW_FILE_AFTER_S if not is_attached and settings.size_bytes and _is_booting() else 0.0
     work = RealWork(
-        dataclasses.replace(settings, loop=_has_loop(settings, backend)),
+        dataclasses.replace(settings, loop=_has_loop(settings, backend, reporter)),
         text,
         address,
         steal=steal,
@@ -190,11 +190,17 @@ def _is_attached(name: str) -> bool:
     return failures.patiently(lambda: nbd_device.find(nbd_device.backend_of(name))) is not None
 
 
-def _has_loop(settings: Config, backend: str) -> bool:
+def _has_loop(settings: Config, backend: str, reporter: Reporter) -> bool:
     attached = failures.patiently(lambda: nbd_device.find(backend))
     state = None if attached is None else failures.patiently(lambda: kernel_state.nbd_device(attached.name))
     largest_kib = None if state is None else state.max_sectors_kb
-    return has_loop(settings, processors=len(os.sched_getaffinity(0)), attached_kib=largest_kib)
+    found = has_loop(settings, processors=len(os.sched_getaffinity(0)), attached_kib=largest_kib)
+    if settings.loop and not found:
+        reporter.say(
+            f"the device sends requests of up to {largest_kib} KiB, too large for loop = true: nbdkit's threads serve"
+            f" it until nbdnfs down {settings.name} and the next start"
+        )
+    return found
 
 
 def _is_surely_detached(name: str) -> bool:

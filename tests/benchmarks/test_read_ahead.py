@@ -59,9 +59,11 @@ def test_patterns(program: Path) -> None:
     assert read_ahead.play(program, trace_of([draw.randrange(1 << 20) for _ in range(2000)]), 16).fetched < 100
 
 
-@pytest.mark.parametrize("text", ["0.0 R 16777216 1\n", "0.0 R 0 18446744073709551615\n"])
-def test_pages_that_no_device_has(program: Path, text: str) -> None:
-    """They are refused."""
+@pytest.mark.parametrize(
+    "text", ["0.0 R 16777216 1\n", "0.0 R 0 18446744073709551615\n", "hello\n", "0.0 R 1 1\n0.0 R 2\nhello\n"]
+)
+def test_what_is_no_trace(program: Path, text: str) -> None:
+    """Pages that no device has, and lines that are none, are refused."""
     with pytest.raises(subprocess.CalledProcessError):
         read_ahead.play(program, text, 1)
 
@@ -75,3 +77,17 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     _, walk, none = capsys.readouterr().out.splitlines()
     assert walk.split()[:2] == ["walk.gz", "500"]
     assert none.split() == ["none.gz", "0", "0", "0.000", "0", "0.00"]
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"hello", gzip.compress(b"hello"), gzip.compress(trace_of([1]).encode())[:-4]]
+)
+def test_files_that_are_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    """One line for the first of them."""
+    if content is not None:
+        (tmp_path / "a.gz").write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["read_ahead.py", str(tmp_path / "a.gz")])
+    assert read_ahead.main() == 65
+    assert "a.gz is no trace: record one" in capsys.readouterr().err

@@ -202,6 +202,61 @@ def test_runs_of_several_walkers(reader: Reader) -> None:
     assert reader.hits(reads) >= 0.75
 
 
+@pytest.mark.parametrize("length", [8, 16, 32])
+def test_short_runs(library: ctypes.CDLL, reader: Reader, length: int) -> None:
+    """At random places, as objects of some pages are read: all but the first two reads of each hit, although most of
+    what is fetched for the short ones is in vain."""
+    draw = random.Random(6)
+    starts = draw.sample(range(0, DEVICE_PAGES - 100, 100), 300)
+    hits = 0.0
+    for start in starts:
+        before, found = reader.fetched, reader.hits(range(start, start + length))
+        hits += found / len(starts)
+        used = round(found * length)
+        library.streams_judge(byref(reader.streams), used, reader.fetched - before - used)
+    assert hits >= (length - 2) / length - 0.05
+    assert reader.fetched <= 4 * len(starts) * length
+
+
+def test_striders_in_turn(reader: Reader) -> None:
+    """A dozen of them, with large strides."""
+    assert reader.hits(walks([j * 5000 for j in range(12)], 40, 100)) >= 0.85
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_a_small_window(library: ctypes.CDLL, reader: Reader, window: int) -> None:
+    """No more is fetched at once than is configured, also after another chance; nor for a stride."""
+    library.streams_init(byref(reader.streams), window)
+    prefetch = Prefetch()
+    for page in [*range(400), *range(1000, 40_000, 100)]:
+        library.streams_judge(byref(reader.streams), 0, 3)
+        if library.streams_note(byref(reader.streams), page, 1, DEVICE_PAGES, byref(prefetch)):
+            assert prefetch.count * prefetch.times <= window
+
+
+def test_strides_of_long_requests(library: ctypes.CDLL, reader: Reader) -> None:
+    """No more of them is fetched at once than the window has room for."""
+    prefetch = Prefetch()
+    found = set()
+    for page in range(0, 8000, 200):
+        if library.streams_note(byref(reader.streams), page, 32, DEVICE_PAGES, byref(prefetch)):
+            found.add((prefetch.count, prefetch.times))
+    assert found == {(32, WINDOW // 32), (32, 1)}
+
+
+def test_another_chance(library: ctypes.CDLL, reader: Reader) -> None:
+    """One in vain costs few pages."""
+    draw = random.Random(7)
+    for _ in range(40):
+        library.streams_judge(byref(reader.streams), 0, 16)
+    for _ in range(2000):
+        before = reader.fetched
+        page = draw.randrange(DEVICE_PAGES - 2)
+        reader.hits([page, page + 1])
+        library.streams_judge(byref(reader.streams), 0, reader.fetched - before)
+    assert 0 < reader.fetched <= 4000 // 256 * 3 * 8
+
+
 def test_read_ahead_in_vain(library: ctypes.CDLL, reader: Reader) -> None:
     """Where most of it is dropped unread it stops, is tried again now and then, and comes back where it is used. A few
     pages that are used do not make up for many that are not."""

@@ -305,7 +305,7 @@ def test_folder_that_cannot_be_read_now(root: Path, monkeypatch: pytest.MonkeyPa
         return real(path)
 
     monkeypatch.setattr(os, "listdir", listdir)
-    with pytest.raises(OSError, match=os.strerror(error)):
+    with pytest.raises(UnavailableError, match=f"cannot be read: {os.strerror(error)}"):
         config.names(root) if folder == "etc/nbdnfs" else config.load("swap0", root)
 
 
@@ -352,6 +352,23 @@ def test_file_that_cannot_be_read_now(
 
     monkeypatch.setattr(config, "open", refuse, raising=False)
     with pytest.raises(error, match=f"{file} cannot be read: {os.strerror(number)}"):
+        config.load("swap0", root)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOMEM])
+def test_file_that_cannot_be_looked_at(root: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """It is not a missing one: the file of that name in the next folder may be another device's."""
+    write(root, URL)
+    write(root, 'url = "nfs://nas/export/other.swap"', "run/nbdnfs-config/swap0.toml")
+    real = os.lstat
+
+    def lstat(path: Path) -> os.stat_result:
+        if path == root / "etc/nbdnfs/swap0.toml":
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    with pytest.raises(UnavailableError, match=f"swap0.toml cannot be read: {os.strerror(number)}"):
         config.load("swap0", root)
 
 

@@ -3,6 +3,7 @@
 #include "binding/binding.h"
 
 #include "base/cipher.h"
+#include "base/crc32c.h"
 #include "region/region.h"
 
 #include <errno.h>
@@ -69,6 +70,7 @@ PyMODINIT_FUNC PyInit__engine(void)
 		return NULL;
 	if (thread_state_init() < 0)
 		goto fail;
+	crc32c("", 0); /* its tables: a standby is to touch nothing first when its turn comes */
 	nfs_error = PyErr_NewExceptionWithDoc("nbdnfs.engine.NfsError",
 					      "An OSError with `phase`: connect, mount, open or name.", PyExc_OSError,
 					      NULL);

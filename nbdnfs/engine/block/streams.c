@@ -17,11 +17,13 @@
 #define WALK_PAGES 128
 /* Read-ahead is judged by so many pages. */
 #define JUDGED_PAGES 64
-/* After so many requests, read-ahead is tried again that was all in vain. */
+/* A page costs little where a READ is made anyway, and a round trip much: so many may be wasted for one that is used. */
+#define WASTED_PER_USED 3
+/* After so many requests, read-ahead that was all in vain is tried again, and judged by fewer pages. */
 #define ANOTHER_CHANCE 256
-
-/* New streams of which any may be one that strides. */
-#define NEW_STREAMS 8
+#define CHANCE_PAGES 16
+/* Of so many new streams, any may be one that strides. */
+#define NEW_STREAMS 16
 /* A page that no device has, nor any page near it. */
 #define NOWHERE (UINT64_MAX / 2)
 
@@ -29,6 +31,7 @@ void streams_init(struct streams *streams, uint32_t window_max)
 {
 	memset(streams, 0, sizeof(*streams));
 	streams->window_max = streams->window_limit = window_max;
+	streams->judged_pages = JUDGED_PAGES;
 	for (unsigned i = 0; i < STREAMS; i++) {
 		streams->end[i] = streams->stride_on[i] = NOWHERE;
 		streams->of[i].older = (uint8_t)(i > 0 ? i - 1 : STREAMS);
@@ -82,10 +85,10 @@ static unsigned find(const struct streams *streams, uint64_t page)
 	}
 	if (found < STREAMS || strides < STREAMS)
 		return found < STREAMS ? found : strides;
-	for (unsigned i = streams->newest, tries = 0; i < STREAMS && tries < NEW_STREAMS; tries++) {
+	for (unsigned i = streams->newest, tries = 0; i < STREAMS && tries < NEW_STREAMS; i = streams->of[i].older) {
 		if (streams->of[i].is_new && distance(page, streams->of[i].last) <= REACH)
 			return i;
-		i = streams->of[i].older;
+		tries += streams->of[i].is_new;
 	}
 	return STREAMS;
 }
@@ -138,15 +141,32 @@ static uint32_t clipped(uint64_t first, uint64_t count, uint64_t device_pages)
 	return (uint32_t)(count < device_pages - first ? count : device_pages - first);
 }
 
+static uint32_t smaller(uint32_t a, uint32_t b)
+{
+	return a < b ? a : b;
+}
+
+/* The least that is read ahead. */
+static uint32_t first_window(const struct streams *streams)
+{
+	return smaller(FIRST_WINDOW, streams->window_max);
+}
+
+/* All of it was in vain. */
+static bool is_given_up(const struct streams *streams)
+{
+	return streams->window_limit < first_window(streams);
+}
+
 static bool walk_on(struct streams *streams, unsigned number, uint64_t device_pages, struct prefetch *prefetch)
 {
 	struct stream *stream = &streams->of[number];
-	uint32_t window = stream->window < streams->window_limit ? stream->window : streams->window_limit;
+	uint32_t window = smaller(stream->window, streams->window_limit);
 
 	if (stream->ahead < streams->end[number])
 		stream->ahead = streams->end[number];
 	/* the next window is fetched while half of the last one is still unread */
-	if (stream->ahead - streams->end[number] > window / 2 || window < FIRST_WINDOW)
+	if (stream->ahead - streams->end[number] > stream->fetched / 2 || is_given_up(streams))
 		return false;
 	prefetch->first = stream->ahead;
 	prefetch->count = clipped(stream->ahead, window, device_pages);
@@ -154,6 +174,7 @@ static bool walk_on(struct streams *streams, unsigned number, uint64_t device_pa
 	prefetch->times = 1;
 	prefetch->stream = number;
 	stream->ahead += prefetch->count;
+	stream->fetched = prefetch->count;
 	if (stream->window < streams->window_max)
 		stream->window *= 2;
 	return prefetch->count > 0;
@@ -162,16 +183,18 @@ static bool walk_on(struct streams *streams, unsigned number, uint64_t device_pa
 static bool stride_on(const struct streams *streams, const struct stream *stream, uint64_t page, uint32_t count,
 		      uint64_t device_pages, struct prefetch *prefetch)
 {
-	int64_t last = (int64_t)page + stream->stride * STRIDE_AHEAD, first;
+	uint32_t steps = smaller(STRIDE_AHEAD, streams->window_limit / count);
+	int64_t last = (int64_t)page + stream->stride * (int64_t)steps, first;
 
+	if (steps == 0 || is_given_up(streams))
+		return false;
 	/* the first time everything up to there, later one more each time */
-	prefetch->times = stream->strides == STRIDES_WANTED ? STRIDE_AHEAD : 1;
+	prefetch->times = stream->strides == STRIDES_WANTED ? steps : 1;
 	first = last - stream->stride * (int64_t)(prefetch->times - 1);
 	prefetch->step = stream->stride;
 	prefetch->first = (uint64_t)first;
 	prefetch->count = count;
-	return streams->window_limit >= FIRST_WINDOW && first >= 0 && last >= 0 &&
-	       clipped((uint64_t)first, count, device_pages) == count &&
+	return first >= 0 && last >= 0 && clipped((uint64_t)first, count, device_pages) == count &&
 	       clipped((uint64_t)last, count, device_pages) == count;
 }
 
@@ -219,12 +242,15 @@ bool streams_note(struct streams *streams, uint64_t page, uint32_t count, uint64
 		return false;
 	number = stream_of(streams, page);
 	stream = &streams->of[number];
-	if (streams->clock % ANOTHER_CHANCE == 0 && streams->window_limit < FIRST_WINDOW)
-		streams->window_limit = FIRST_WINDOW;
+	if (streams->clock % ANOTHER_CHANCE == 0 && is_given_up(streams)) {
+		streams->window_limit = first_window(streams);
+		streams->judged_pages = CHANCE_PAGES;
+	}
 	note_stride(streams, number, page, count);
 	if (distance(page, streams->end[number]) > SLACK) {
 		stream->steps = 0;
 		stream->window = FIRST_WINDOW;
+		stream->fetched = 0;
 		streams->end[number] = stream->ahead = page + count;
 		stream->walk_begin = page;
 		stream->walked = count;
@@ -255,13 +281,14 @@ void streams_judge(struct streams *streams, uint32_t used, uint32_t wasted)
 {
 	streams->used += used;
 	streams->wasted += wasted;
-	if (streams->used + streams->wasted < JUDGED_PAGES)
+	if (streams->used + streams->wasted < streams->judged_pages)
 		return;
-	if (streams->wasted > streams->used)
+	if (streams->wasted > WASTED_PER_USED * streams->used)
 		streams->window_limit /= 2;
 	else
 		streams->window_limit = streams->window_limit * 2 + FIRST_WINDOW;
 	if (streams->window_limit > streams->window_max)
 		streams->window_limit = streams->window_max;
 	streams->used = streams->wasted = 0;
+	streams->judged_pages = JUDGED_PAGES;
 }

@@ -20,6 +20,7 @@ struct stream {
 	uint32_t steps;         /* requests in a row that began where the last one ended */
 	uint32_t strides;       /* requests in a row with the same stride */
 	uint32_t window;        /* pages to have ready */
+	uint32_t fetched;       /* pages that were read ahead last */
 	uint64_t used_at;       /* by `clock` */
 	bool is_new;            /* it has had one request */
 	uint8_t older, newer;   /* those that were used before and after it; STREAMS: none */
@@ -29,6 +30,7 @@ struct streams {
 	uint32_t window_max;
 	uint32_t window_limit;  /* less than window_max while pages are read ahead in vain */
 	uint32_t used, wasted;  /* of the pages that were read ahead, since window_limit was last set */
+	uint32_t judged_pages;  /* it is set again after so many of them */
 	uint64_t clock;         /* requests */
 	uint8_t oldest, newest;
 	struct stream of[STREAMS];

@@ -144,11 +144,11 @@ static void take_in(struct nbd_loop *loop)
 	if (poll_until(fds, sizeof(fds) / sizeof(fds[0]), now, poll_until_us(loop, now, timeout_ms)) < 0)
 		return; /* by a signal, which is another thread's business */
 	loop->send_lacks_memory = loop->receive_lacks_memory = false;
+	if (fds[1].revents != 0)
+		(void)!read(loop->wake_fd, &kicks, sizeof(kicks)); /* before what it may be about is looked at */
 	engine_after_poll(loop->engine, fds + 2);
-	if (fds[1].revents != 0) {
-		(void)!read(loop->wake_fd, &kicks, sizeof(kicks));
+	if (fds[1].revents != 0)
 		nbd_end_requests(loop, nbd_take_ended_elsewhere(loop));
-	}
 	has_left = (fds[0].revents & (POLLHUP | POLLERR)) != 0;
 	if (fds[0].revents & POLLIN || (gathers && (has_left || nbd_now_us() >= loop->gather_until_us)))
 		nbd_receive(loop);
