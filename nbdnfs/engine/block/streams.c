@@ -17,7 +17,7 @@
 #define WALK_PAGES 128
 /* Read-ahead is judged by so many pages. */
 #define JUDGED_PAGES 64
-/* A page costs little where a READ is made anyway, and a round trip much: so many may be wasted for one that is used. */
+/* A page costs little beside the round trip of a READ: so many may be wasted for one that is used. */
 #define WASTED_PER_USED 3
 /* After so many requests, read-ahead that was all in vain is tried again, and judged by fewer pages. */
 #define ANOTHER_CHANCE 256
