@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the engine's read-ahead makes of traces of vm_trace.py: `read_ahead.py [--engine FOLDER] TRACE ...`
+"""What the engine's read-ahead makes of traces of vm_trace.py: `read_ahead.py [--runs] [--engine FOLDER] [TRACE ...]`
 
 For each trace, of how many reads the reader waits for the NAS, and how many pages were fetched ahead and read. The
 model is read_ahead.c. `--engine` takes streams.c and streams.h from another copy of nbdnfs/engine, to compare two.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,9 @@ _HERE = Path(__file__).parent
 _ENGINE = _HERE.parent / "nbdnfs/engine"
 _PAGES_A_MIB = 256
 _WINDOW_PAGES = 64
+_RUNS = (2, 4, 8, 16, 32, 64)
+_RUN_READS = 60_000
+_DEVICE_PAGES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -51,18 +55,35 @@ def play(program: Path, trace: str, region_mib: int) -> Guessed:
     return Guessed(**json.loads(done.stdout))
 
 
+def runs(pages: int) -> str:
+    """A trace of reads of one page each: so many in a row, and then at another place of a device of 1 GiB."""
+    draw = random.Random(pages)
+    starts = (draw.randrange(_DEVICE_PAGES - pages) for _ in range(_RUN_READS // pages))
+    return "".join(f"0 R {start + at} 1\n" for start in starts for at in range(pages))
+
+
+def _line(name: str, found: Guessed) -> str:
+    share, used = found.waiting / max(found.reads, 1), found.used / max(found.fetched, 1)
+    return f"{name:28} {found.reads:9,} {found.waiting:9,} {share:6.3f} {found.fetched:9,} {used:6.2f}"
+
+
 def main() -> int:
     """Print a line for each trace."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE")
+    parser.add_argument("traces", nargs="*", type=Path, metavar="TRACE")
+    parser.add_argument("--runs", action="store_true", help="runs of pages at random places, read one by one")
     parser.add_argument("--region", type=int, default=16, metavar="MIB", help="default 16")
     parser.add_argument("--engine", type=Path, default=_ENGINE, metavar="FOLDER")
     options = parser.parse_args()
     if options.region < 1:
         parser.error("--region: at least 1")
+    if not options.traces and not options.runs:
+        parser.error("name a trace, or give --runs")
     with tempfile.TemporaryDirectory(prefix="nbdnfs-bench-") as folder:
         program = build(options.engine, Path(folder))
         print(f"{'':28} {'reads':>9} {'waiting':>9} {'share':>6} {'fetched':>9} {'used':>6}")
+        for pages in _RUNS if options.runs else ():
+            print(_line(f"runs of {pages} pages", play(program, runs(pages), options.region)))
         for path in options.traces:
             try:
                 with gzip.open(path, "rt") as file:
@@ -70,10 +91,7 @@ def main() -> int:
             except (OSError, ValueError, EOFError, subprocess.CalledProcessError):
                 print(f"read_ahead.py: {path} is no trace: record one with vm.py --trace", file=sys.stderr)
                 return 65
-            print(
-                f"{path.name:28} {found.reads:9,} {found.waiting:9,} {found.waiting / max(found.reads, 1):6.3f}"
-                f" {found.fetched:9,} {found.used / max(found.fetched, 1):6.2f}"
-            )
+            print(_line(path.name, found))
     return 0
 
 
