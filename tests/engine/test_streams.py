@@ -119,6 +119,15 @@ def test_walkers(reader: Reader, starts: list[int]) -> None:
     assert reader.fetched <= len(starts) * (400 + WINDOW)
 
 
+def test_more_walkers_than_streams(reader: Reader) -> None:
+    """They take each other's places, and little is fetched; with fewer again, all is as before."""
+    reader.hits(walks([*range(0, 40_000, 1000)], 40))
+    fetched = reader.fetched
+    reader.hits(walks([*range(40, 60_000, 1000)], 20))
+    assert reader.fetched - fetched <= 60 * (20 + WINDOW)
+    assert reader.hits(walks([*range(500, 40_000, 1000)], 400)) >= 0.9
+
+
 def test_walkers_that_meet(reader: Reader) -> None:
     """One that begins where another is later."""
     assert reader.hits(walks([0, 300], 700)) >= 0.95

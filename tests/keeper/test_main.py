@@ -14,6 +14,7 @@ from support.nfs_server import LOOPBACK, FileOnServer
 from support.owner_records import HOLDER, beside, record_path
 
 from nbdnfs import programs
+from nbdnfs.config import Config
 from nbdnfs.errors import (
     BusyError,
     CannotCreateError,
@@ -332,3 +333,19 @@ def test_starts_again_with_an_environment_of_its_own(monkeypatch: pytest.MonkeyP
     assert (environment["LD_BIND_NOW"], environment["LC_ALL"]) == ("1", "C.UTF-8")
     assert "somewhere" not in environment["PYTHONPATH"]
     assert all(map(os.path.isabs, environment["PYTHONPATH"].split(":")))
+
+
+def test_a_loop_that_has_to_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`loop = true` for a device that was attached for larger requests: the journal says why it has none yet."""
+    device = SimpleNamespace(max_sectors_kb=4096)
+    monkeypatch.setattr(nbd_device, "find", lambda backend: SimpleNamespace(name="nbd0"))
+    monkeypatch.setattr(main.kernel_state, "nbd_device", lambda name: device)
+    reporter = Reporter(Records("swap0", run=tmp_path), Notifier({}))
+    settings = Config("swap0", "nfs://127.0.0.1/export/a.swap", loop=True)
+    assert not main._has_loop(settings, "nbdnfs:swap0", reporter)
+    assert "requests of up to 4096 KiB, too large for loop = true" in capfd.readouterr().err
+    device.max_sectors_kb = 1024
+    assert main._has_loop(settings, "nbdnfs:swap0", reporter)
+    assert capfd.readouterr().err == ""

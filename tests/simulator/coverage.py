@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -93,7 +94,8 @@ def run_engine_tests() -> int:
 
 
 def forget() -> None:
-    """What was counted before."""
+    """What was counted before, and objects of earlier sources: gcov(1) would have their lines, too."""
+    shutil.rmtree(BUILD / "objects/coverage", ignore_errors=True)
     for root in (BUILD, FOLDER):
         for counters in root.rglob("*.gcda"):
             counters.unlink()
