@@ -80,7 +80,9 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    "content", [None, b"hello", gzip.compress(b"hello"), gzip.compress(trace_of([1]).encode())[:-4]]
+    "content",
+    [None, b"hello", gzip.compress(b"hello"), gzip.compress(trace_of([1]).encode())[:-4]],
+    ids=["missing", "no gzip", "no lines", "cut"],
 )
 def test_files_that_are_no_trace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: bytes | None
