@@ -122,6 +122,7 @@ int main(int argc, char **argv)
 	struct prefetch prefetch;
 	double seconds;
 	char kind;
+	int fields;
 
 	if (argc != 3) {
 		fputs("usage: read_ahead SLOTS WINDOW_PAGES, with a trace on stdin\n", stderr);
@@ -130,8 +131,8 @@ int main(int argc, char **argv)
 	slot_count = (uint32_t)atoi(argv[1]);
 	begin((uint32_t)atoi(argv[2]));
 	streams_init(&streams, (uint32_t)atoi(argv[2]));
-	while (scanf("%lf %c %" SCNu64 " %" SCNu64, &seconds, &kind, &page, &count) == 4) {
-		if (count > PAGES_MAX || page > PAGES_MAX - count)
+	while ((fields = scanf("%lf %c %" SCNu64 " %" SCNu64, &seconds, &kind, &page, &count)) == 4) {
+		if (count == 0 || count > PAGES_MAX || page > PAGES_MAX - count)
 			return 65;
 		if (kind == 'W') {
 			for (uint64_t at = page; at < page + count; at++)
@@ -147,7 +148,7 @@ int main(int argc, char **argv)
 		if (streams_note(&streams, page, (uint32_t)count, PAGES_MAX, &prefetch))
 			fetch(&prefetch);
 	}
-	if (!feof(stdin))
+	if (fields != EOF)
 		return 65; /* that is no line of a trace */
 	printf("{\"reads\": %" PRIu64 ", \"waiting\": %" PRIu64 ", \"fetched\": %" PRIu64 ", \"fetches\": %" PRIu64
 	       ", \"used\": %" PRIu64 ", \"wasted\": %" PRIu64 "}\n",

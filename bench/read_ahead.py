@@ -15,6 +15,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def main() -> int:
             try:
                 with gzip.open(path, "rt") as file:
                     found = play(program, file.read(), options.region)
-            except (OSError, ValueError, EOFError, subprocess.CalledProcessError):
+            except (OSError, ValueError, EOFError, zlib.error, subprocess.CalledProcessError):
                 print(f"read_ahead.py: {path} is no trace: record one with vm.py --trace", file=sys.stderr)
                 return 65
             print(_line(path.name, found))

@@ -36,7 +36,7 @@ FOLDERS = ("etc/nbdnfs", "run/nbdnfs-config")
 
 _MIB = 1 << 20
 _FILE_BYTES_MAX = 16 * 1024
-# Errors of what is no file, and will be none the next time. Others say nothing of what it has.
+# Errors of what is no file or folder, and will be none the next time. Others say nothing of what it has.
 _NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EINVAL)
 
 
@@ -104,9 +104,7 @@ def names(root: Path = Path("/")) -> list[str]:
     """The names of all devices that have a configuration, valid or not, in order. PermissionDeniedError: a folder may
     not be read. UnavailableError: it cannot be, now."""
     paths = [path for folder in FOLDERS for path in _in_folder(root / folder)]
-    return sorted(
-        {path.stem for path in paths if _is_name(path.stem) and (os.path.isfile(path) or _leads_nowhere(path))}
-    )
+    return sorted({path.stem for path in paths if _is_name(path.stem) and _may_be_file(path)})
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -121,10 +119,14 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def _unreadable(path: Path, error: OSError) -> NbdnfsError:
-    """That says nothing of what is there, and is no fault of the configuration."""
+    """Most errors say nothing of what is there, and are no fault of the configuration."""
     what = f"{path} cannot be read: {error.strerror}"
     if isinstance(error, PermissionError):
         return PermissionDeniedError(what, "run this as root")
+    if error.errno in _NO_FILE:
+        return ConfigError(what, f"look at it: ls -ld {path}")
+    if isinstance(error, FileNotFoundError):
+        return UnavailableError(what, "it has just been removed or replaced: try again")
     return UnavailableError(what, "try again later; the kernel's log may say more: dmesg | tail")
 
 
@@ -139,9 +141,15 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _leads_nowhere(path: Path) -> bool:
-    """Whether it is a link to what does not exist, or may not be looked at."""
-    return os.path.islink(path) and not os.path.exists(path)
+def _may_be_file(path: Path) -> bool:
+    """Also a link that leads nowhere, and what cannot be looked at: load() says what is wrong with these."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return os.path.islink(path)
+    except OSError:
+        return True
+    return os.path.isfile(path)
 
 
 def check_name(name: str) -> None:
@@ -189,11 +197,9 @@ def _read(path: Path) -> str:
             raise ConfigError(
                 f"{path} is a link that leads nowhere: {os.readlink(path)}", "mend it, or remove it"
             ) from None
-        raise _unreadable(path, error) from None  # it has just been removed, or is being replaced
+        raise _unreadable(path, error) from None
     except OSError as error:
-        if error.errno not in _NO_FILE:
-            raise _unreadable(path, error) from None
-        raise ConfigError(f"{path} cannot be read: {error.strerror}", "make it a file that root can read") from None
+        raise _unreadable(path, error) from None
     if len(data) > _FILE_BYTES_MAX:
         raise ConfigError(f"{path} is larger than {_FILE_BYTES_MAX // 1024} KiB", "check that this is the right file")
     try:

@@ -56,18 +56,17 @@ def load(records: Records, *, is_attached: bool) -> tuple[Config, str]:
         if not is_attached:
             raise
         problem = error.message if isinstance(error, NbdnfsError) else str(error)
-        is_wrong = not isinstance(error, (OSError, PermissionDeniedError, UnavailableError))
+        if isinstance(error, (OSError, PermissionDeniedError, UnavailableError)):
+            what, advice = "the configuration could not be used", f"see nbdnfs check {records.name}"
+        else:
+            what, advice = "the configuration file is wrong", "correct it"
     kept = from_text(failures.read_patiently(records, Records.CONFIG) or "=") or _of_other_records(records)
     if kept is None:
         raise UnavailableError(
-            f"{_file_of(is_wrong)}, and there is no record of what the device runs with: {problem}",
-            "correct it; the device and its worker go on meanwhile, and a next keeper takes them over",
+            f"{what}, and there is no record of what the device runs with: {problem}",
+            f"{advice}; the device and its worker go on meanwhile, and a next keeper takes them over",
         )
-    return kept, f"{_file_of(is_wrong)}: {problem}; the device runs with the last good one"
-
-
-def _file_of(is_wrong: bool) -> str:
-    return "the configuration file is wrong" if is_wrong else "the configuration cannot be read now"
+    return kept, f"{what}: {problem}; the device runs with the last good one"
 
 
 def _of_other_records(records: Records) -> Config | None:

@@ -34,6 +34,9 @@ def trace_of(pages: list[int]) -> str:
     return "".join(f"{at}.0 R {page} 1\n" for at, page in enumerate(pages))
 
 
+_TRACE = gzip.compress(trace_of(list(range(100))).encode())
+
+
 def test_lines_of_the_kernel() -> None:
     """Reads and writes of nbd devices, in pages; no other device, and no flush."""
     assert list(vm_trace.requests(KERNELS)) == ["95.314876 W 19733 32\n", "95.330424 R 19735 8\n"]
@@ -60,7 +63,15 @@ def test_patterns(program: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["0.0 R 16777216 1\n", "0.0 R 0 18446744073709551615\n", "hello\n", "0.0 R 1 1\n0.0 R 2\nhello\n"]
+    "text",
+    [
+        "0.0 R 16777216 1\n",
+        "0.0 R 0 18446744073709551615\n",
+        "hello\n",
+        "0.0 R 1 1\n0.0 R 2\nhello\n",
+        "0.0 R 2",
+        "0 R 1 0\n",
+    ],
 )
 def test_what_is_no_trace(program: Path, text: str) -> None:
     """Pages that no device has, and lines that are none, are refused."""
@@ -81,8 +92,8 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 @pytest.mark.parametrize(
     "content",
-    [None, b"hello", gzip.compress(b"hello"), gzip.compress(trace_of([1]).encode())[:-4]],
-    ids=["missing", "no gzip", "no lines", "cut"],
+    [None, b"hello", gzip.compress(b"hello"), _TRACE[:-4], _TRACE[:12] + b"\xff" * 8 + _TRACE[20:]],
+    ids=["missing", "no gzip", "no lines", "cut", "damaged"],
 )
 def test_files_that_are_no_trace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: bytes | None

@@ -66,6 +66,15 @@ class Reader:
         library.streams_init(byref(self.streams), WINDOW)
         self._ahead: set[int] = set()
         self.fetched = 0
+        self.most_at_once = 0
+
+    def fetches(self, page: int) -> list[tuple[int, int]]:
+        """The first page and the number of pages of each fetch that a read of this page brings."""
+        prefetch = Prefetch.from_buffer_copy(b"\xff" * ctypes.sizeof(Prefetch))
+        if not self._library.streams_note(byref(self.streams), page, 1, DEVICE_PAGES, byref(prefetch)):
+            return []
+        self.most_at_once = max(self.most_at_once, prefetch.count * prefetch.times)
+        return [(prefetch.first + prefetch.step * turn, prefetch.count) for turn in range(prefetch.times)]
 
     def hits(self, pages: Sequence[int], room: int = 1 << 20) -> float:
         """The share of these reads, one page each, that hits. At most `room` pages are fetched at once."""
@@ -233,14 +242,64 @@ def test_striders_in_turn(reader: Reader) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 4])
-def test_a_small_window(library: ctypes.CDLL, reader: Reader, window: int) -> None:
-    """No more is fetched at once than is configured, also after another chance; nor for a stride."""
+@pytest.mark.parametrize("wasted", [0, 3])
+@pytest.mark.parametrize("pages", [range(1000), range(1000, 60_000, 100)], ids=["walk", "stride"])
+def test_a_small_window(library: ctypes.CDLL, reader: Reader, window: int, wasted: int, pages: range) -> None:
+    """No more is fetched at once than is configured, also after another chance."""
     library.streams_init(byref(reader.streams), window)
-    prefetch = Prefetch()
-    for page in [*range(400), *range(1000, 40_000, 100)]:
-        library.streams_judge(byref(reader.streams), 0, 3)
-        if library.streams_note(byref(reader.streams), page, 1, DEVICE_PAGES, byref(prefetch)):
-            assert prefetch.count * prefetch.times <= window
+    most = 0
+    for page in pages:
+        library.streams_judge(byref(reader.streams), 0, wasted)
+        most = max(most, *(count for _, count in reader.fetches(page)), 0)
+    assert most == (window if len(pages) == 1000 else 1)
+    assert reader.most_at_once == window
+
+
+def test_windows_of_a_walk(reader: Reader) -> None:
+    """The second request has the first window fetched; each time that half of the last one is read, one of twice as
+    many pages follows it, up to the largest."""
+    found = {page: reader.fetches(page) for page in range(140)}
+    assert {page: pages for page, pages in found.items() if pages} == {
+        1: [(2, 8)],
+        5: [(10, 16)],
+        17: [(26, 32)],
+        41: [(58, 64)],
+        89: [(122, 64)],
+    }
+    reader.fetches(40_000)
+    reader.fetches(40_001)
+    assert reader.fetches(40_005) == [(40_010, 16)]
+
+
+def test_strides_that_are_given_up(library: ctypes.CDLL, reader: Reader) -> None:
+    """Nothing is fetched for them either, before the next chance."""
+    for _ in range(40):
+        library.streams_judge(byref(reader.streams), 0, 16)
+    assert reader.hits(range(0, 20_000, 100)) == 0
+    assert reader.fetched == 0
+
+
+def test_a_chance_is_not_judged_by_what_was_before(library: ctypes.CDLL, reader: Reader) -> None:
+    """Pages that were read ahead long ago are dropped while it is given up."""
+    for _ in range(40):
+        library.streams_judge(byref(reader.streams), 0, 16)
+    library.streams_judge(byref(reader.streams), 0, 40)
+    reader.hits(range(256))
+    library.streams_judge(byref(reader.streams), 2, 1)
+    assert reader.streams.window_limit == 8
+    assert reader.hits(range(256, 300)) > 0.5
+
+
+def test_a_chance_that_is_taken(library: ctypes.CDLL, reader: Reader) -> None:
+    """After it, read-ahead is judged by as many pages as before."""
+    for _ in range(40):
+        library.streams_judge(byref(reader.streams), 0, 16)
+    reader.hits(range(300))
+    library.streams_judge(byref(reader.streams), 16, 0)
+    limit = reader.streams.window_limit
+    assert limit > 8
+    library.streams_judge(byref(reader.streams), 0, 63)
+    assert reader.streams.window_limit == limit
 
 
 def test_strides_of_long_requests(library: ctypes.CDLL, reader: Reader) -> None:

@@ -372,6 +372,30 @@ def test_file_that_cannot_be_looked_at(root: Path, monkeypatch: pytest.MonkeyPat
         config.load("swap0", root)
 
 
+def test_names_of_files_that_cannot_be_looked_at(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are devices, of which load() says what is wrong: else a device would be said to have no file."""
+    write(root, URL)
+    write(root, "x", "etc/nbdnfs/other.txt")
+    (root / "etc/nbdnfs/folder.toml").mkdir()
+    real = os.stat
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        if path == root / "etc/nbdnfs/swap0.toml":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert config.names(root) == ["swap0"]
+
+
+def test_a_folder_that_is_a_link_to_itself(root: Path) -> None:
+    """It stays so: that is a configuration that is not valid."""
+    (root / "etc/nbdnfs/swap0.toml.d").symlink_to("swap0.toml.d")
+    write(root, URL)
+    with pytest.raises(ConfigError, match="Too many levels of symbolic links"):
+        config.load("swap0", root)
+
+
 toml_values = st.one_of(
     st.integers().map(str),
     st.booleans().map(lambda value: str(value).lower()),

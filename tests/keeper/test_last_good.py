@@ -10,7 +10,7 @@ import pytest
 
 from nbdnfs import config
 from nbdnfs.config import Config
-from nbdnfs.errors import ConfigError, NbdnfsError, NoInputError, UnavailableError
+from nbdnfs.errors import ConfigError, NbdnfsError, NoInputError, PermissionDeniedError, UnavailableError
 from nbdnfs.keeper import last_good
 from nbdnfs.keeper.records import Records
 
@@ -51,6 +51,25 @@ def test_another_versions_fields() -> None:
 def test_damaged(text: str) -> None:
     """It is as good as none."""
     assert last_good.from_text(text) is None
+
+
+@pytest.mark.parametrize(
+    "error", [UnavailableError("a.toml cannot be read: EIO"), PermissionDeniedError("no"), OSError("no")]
+)
+def test_a_file_that_cannot_be_read(records: Records, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """It is not said to be wrong."""
+
+    def load(name: str, root: Path) -> Config:
+        raise error
+
+    monkeypatch.setattr(config, "load", load)
+    with pytest.raises(UnavailableError, match="the configuration could not be used, and there is no record") as caught:
+        last_good.load(records, is_attached=True)
+    assert caught.value.hint.startswith("see nbdnfs check swap0; the device and its worker go on")
+    records.write(Records.CONFIG, last_good.to_text(SETTINGS))
+    kept, problem = last_good.load(records, is_attached=True)
+    assert kept == SETTINGS
+    assert problem.startswith("the configuration could not be used: ")
 
 
 @pytest.mark.usefixtures("broken")

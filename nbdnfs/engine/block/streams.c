@@ -245,6 +245,7 @@ bool streams_note(struct streams *streams, uint64_t page, uint32_t count, uint64
 	if (streams->clock % ANOTHER_CHANCE == 0 && is_given_up(streams)) {
 		streams->window_limit = first_window(streams);
 		streams->judged_pages = CHANCE_PAGES;
+		streams->used = streams->wasted = 0; /* of what was read ahead before */
 	}
 	note_stride(streams, number, page, count);
 	if (distance(page, streams->end[number]) > SLACK) {
