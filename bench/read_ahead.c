@@ -149,7 +149,7 @@ int main(int argc, char **argv)
 			fetch(&prefetch);
 	}
 	if (fields != EOF)
-		return 65; /* that is no line of a trace */
+		return 65; /* not a line of a trace */
 	printf("{\"reads\": %" PRIu64 ", \"waiting\": %" PRIu64 ", \"fetched\": %" PRIu64 ", \"fetches\": %" PRIu64
 	       ", \"used\": %" PRIu64 ", \"wasted\": %" PRIu64 "}\n",
 	       reads, waiting, fetched, fetches, used_in_all, wasted_in_all);

@@ -50,7 +50,7 @@ def build(engine: Path, folder: Path) -> Path:
 
 
 def play(program: Path, trace: str, region_mib: int) -> Guessed:
-    """The text of a trace. CalledProcessError for one with a line that is none."""
+    """`trace` is the text. CalledProcessError where a line is not a request."""
     command = [str(program), str(region_mib * _PAGES_A_MIB), str(_WINDOW_PAGES)]
     done = subprocess.run(command, input=trace, capture_output=True, text=True, check=True)
     return Guessed(**json.loads(done.stdout))
@@ -81,7 +81,11 @@ def main() -> int:
     if not options.traces and not options.runs:
         parser.error("name a trace, or give --runs")
     with tempfile.TemporaryDirectory(prefix="nbdnfs-bench-") as folder:
-        program = build(options.engine, Path(folder))
+        try:
+            program = build(options.engine, Path(folder))
+        except (OSError, subprocess.CalledProcessError):
+            print("read_ahead.py: the model was not built: see above, and check --engine", file=sys.stderr)
+            return 69
         print(f"{'':28} {'reads':>9} {'waiting':>9} {'share':>6} {'fetched':>9} {'used':>6}")
         for pages in _RUNS if options.runs else ():
             print(_line(f"runs of {pages} pages", play(program, runs(pages), options.region)))
@@ -90,7 +94,7 @@ def main() -> int:
                 with gzip.open(path, "rt") as file:
                     found = play(program, file.read(), options.region)
             except (OSError, ValueError, EOFError, zlib.error, subprocess.CalledProcessError):
-                print(f"read_ahead.py: {path} is no trace: record one with vm.py --trace", file=sys.stderr)
+                print(f"read_ahead.py: {path} is not a trace: record one with vm.py --trace", file=sys.stderr)
                 return 65
             print(_line(path.name, found))
     return 0

@@ -73,8 +73,8 @@ def test_patterns(program: Path) -> None:
         "0 R 1 0\n",
     ],
 )
-def test_what_is_no_trace(program: Path, text: str) -> None:
-    """Pages that no device has, and lines that are none, are refused."""
+def test_invalid_lines(program: Path, text: str) -> None:
+    """Pages beyond every device, and lines that are not requests, are refused."""
     with pytest.raises(subprocess.CalledProcessError):
         read_ahead.play(program, text, 1)
 
@@ -95,7 +95,7 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     [None, b"hello", gzip.compress(b"hello"), _TRACE[:-4], _TRACE[:12] + b"\xff" * 8 + _TRACE[20:]],
     ids=["missing", "no gzip", "no lines", "cut", "damaged"],
 )
-def test_files_that_are_no_trace(
+def test_invalid_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: bytes | None
 ) -> None:
     """One line for the first of them."""
@@ -103,4 +103,13 @@ def test_files_that_are_no_trace(
         (tmp_path / "a.gz").write_bytes(content)
     monkeypatch.setattr(sys, "argv", ["read_ahead.py", str(tmp_path / "a.gz")])
     assert read_ahead.main() == 65
-    assert "a.gz is no trace: record one" in capsys.readouterr().err
+    assert "a.gz is not a trace: record one" in capsys.readouterr().err
+
+
+def test_an_engine_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line after the compiler's."""
+    monkeypatch.setattr(sys, "argv", ["read_ahead.py", "--runs", "--engine", str(tmp_path)])
+    assert read_ahead.main() == 69
+    assert capsys.readouterr().err.splitlines()[-1].endswith("check --engine")

@@ -340,7 +340,7 @@ def test_folder_instead_of_a_file(root: Path) -> None:
 def test_file_that_cannot_be_read_now(
     root: Path, monkeypatch: pytest.MonkeyPatch, file: str, number: int, error: type[NbdnfsError]
 ) -> None:
-    """That is no fault of the configuration, for which a unit is not started again."""
+    """The configuration is not to blame: the unit has to be started again."""
     write(root, URL)
     write(root, "priority = 1", "etc/nbdnfs/swap0.toml.d/10-a.toml")
     real = open
