@@ -4,7 +4,7 @@
 Both are looked up in /etc/nbdnfs, then in /run/nbdnfs-config, where systemd/nbdnfs-generator puts what the kernel
 command line asks for. The first NAME.toml counts. Drop-ins of both folders are read in the order of their names; later
 ones override earlier ones, and one in /etc hides one of the same name in /run, as in systemd.unit(5). An empty file
-hides as well. A name that begins with "." is no drop-in.
+hides as well. Files whose names begin with "." are ignored.
 
 Each file must be valid on its own, also where a later one overrides it. An error is a ConfigError with file, line and
 remedy. The keys are in config_keys.py.
@@ -36,7 +36,7 @@ FOLDERS = ("etc/nbdnfs", "run/nbdnfs-config")
 
 _MIB = 1 << 20
 _FILE_BYTES_MAX = 16 * 1024
-# Errors of what is no file or folder, and will be none the next time. Others say nothing of what it has.
+# Permanent errors: the path is not a readable file or folder. Others may go away.
 _NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EINVAL)
 
 
@@ -83,7 +83,7 @@ def load(name: str, root: Path = Path("/")) -> Config:
 
     UsageError: not a valid name. NoInputError: there is no such file. ConfigError: a file is not valid.
     PermissionDeniedError: one of its files or folders may not be read. UnavailableError: a file cannot be read now, or
-    the URL has %M, and there is no network yet.
+    the URL has %M and the network is not up yet.
     """
     check_name(name)
     files = _files(name, root)
@@ -108,7 +108,7 @@ def names(root: Path = Path("/")) -> list[str]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """What ends in .toml, without hidden files, in no order; nothing where there is no folder. Errors as names()."""
+    """The *.toml files in `folder`, except hidden ones, in any order; [] where it does not exist. Errors as names()."""
     try:
         found = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):

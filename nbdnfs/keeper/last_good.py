@@ -63,7 +63,7 @@ def load(records: Records, *, is_attached: bool) -> tuple[Config, str]:
     kept = from_text(failures.read_patiently(records, Records.CONFIG) or "=") or _of_other_records(records)
     if kept is None:
         raise UnavailableError(
-            f"{what}, and there is no record of what the device runs with: {problem}",
+            f"{what}, and the settings that the device runs with are not recorded: {problem}",
             f"{advice}; the device and its worker go on meanwhile, and a next keeper takes them over",
         )
     return kept, f"{what}: {problem}; the device runs with the last good one"

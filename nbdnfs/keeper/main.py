@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from nbdnfs.config import Config
+    from nbdnfs.kernel.nbd_device import Attached
     from nbdnfs.nfs_url import NfsUrl
 
 # How the names of the files begin whose code the keeper runs.
@@ -104,7 +105,8 @@ def run(name: str, *, steal: bool = False) -> int:
 def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
     name = records.name
     backend = nbd_device.backend_of(name)
-    is_attached = _is_attached(name)
+    attached = _attached(name)
+    is_attached = attached is not None
     settings, problem = last_good.load(records, is_attached=is_attached)
     _lock_memory(settings)
     programs.prepare_to_spawn()  # after that: the thread inherits some of it
@@ -133,7 +135,7 @@ def _run(records: Records, reporter: Reporter, *, steal: bool) -> int:
     )
     new_file_after_s = _NEW_FILE_AFTER_S if not is_attached and settings.size_bytes and _is_booting() else 0.0
     work = RealWork(
-        dataclasses.replace(settings, loop=_has_loop(settings, backend, reporter)),
+        dataclasses.replace(settings, loop=_has_loop(settings, attached, reporter)),
         text,
         address,
         steal=steal,
@@ -186,12 +188,11 @@ def _require_kernel_files() -> None:
             raise UnavailableError(f"{folder} is not mounted", f"mount -t {kind} {kind} {folder}")
 
 
-def _is_attached(name: str) -> bool:
-    return failures.patiently(lambda: nbd_device.find(nbd_device.backend_of(name))) is not None
+def _attached(name: str) -> Attached | None:
+    return failures.patiently(lambda: nbd_device.find(nbd_device.backend_of(name)))
 
 
-def _has_loop(settings: Config, backend: str, reporter: Reporter) -> bool:
-    attached = failures.patiently(lambda: nbd_device.find(backend))
+def _has_loop(settings: Config, attached: Attached | None, reporter: Reporter) -> bool:
     state = None if attached is None else failures.patiently(lambda: kernel_state.nbd_device(attached.name))
     largest_kib = None if state is None else state.max_sectors_kb
     found = has_loop(settings, processors=len(os.sched_getaffinity(0)), attached_kib=largest_kib)
@@ -206,7 +207,7 @@ def _has_loop(settings: Config, backend: str, reporter: Reporter) -> bool:
 def _is_surely_detached(name: str) -> bool:
     """For what follows an error, which stays the one that is raised: a device of which nothing is known is attached."""
     try:
-        return not _is_attached(name)
+        return _attached(name) is None
     except UnreadableError:
         return False
 

@@ -63,7 +63,10 @@ def test_a_file_that_cannot_be_read(records: Records, monkeypatch: pytest.Monkey
         raise error
 
     monkeypatch.setattr(config, "load", load)
-    with pytest.raises(UnavailableError, match="the configuration could not be used, and there is no record") as caught:
+    with pytest.raises(
+        UnavailableError,
+        match="the configuration could not be used, and the settings that the device runs with are not recorded",
+    ) as caught:
         last_good.load(records, is_attached=True)
     assert caught.value.hint.startswith("see nbdnfs check swap0; the device and its worker go on")
     records.write(Records.CONFIG, last_good.to_text(SETTINGS))

@@ -340,12 +340,12 @@ def test_a_loop_that_has_to_wait(
 ) -> None:
     """`loop = true` for a device that was attached for larger requests: the journal says why it has none yet."""
     device = SimpleNamespace(max_sectors_kb=4096)
-    monkeypatch.setattr(nbd_device, "find", lambda backend: SimpleNamespace(name="nbd0"))
+    attached = nbd_device.Attached(0, 1 << 20)
     monkeypatch.setattr(main.kernel_state, "nbd_device", lambda name: device)
     reporter = Reporter(Records("swap0", run=tmp_path), Notifier({}))
     settings = Config("swap0", "nfs://127.0.0.1/export/a.swap", loop=True)
-    assert not main._has_loop(settings, "nbdnfs:swap0", reporter)
+    assert not main._has_loop(settings, attached, reporter)
     assert "requests of up to 4096 KiB, too large for loop = true" in capfd.readouterr().err
     device.max_sectors_kb = 1024
-    assert main._has_loop(settings, "nbdnfs:swap0", reporter)
+    assert main._has_loop(settings, attached, reporter)
     assert capfd.readouterr().err == ""
