@@ -172,7 +172,7 @@ def test_a_bad_configuration(
     without the device, or without a good one, the error is the file's."""
     machine = Machine(monkeypatch)
     machine.problem = problem
-    with pytest.raises(UnavailableError, match="there is no record of what the device runs with"):
+    with pytest.raises(UnavailableError, match="the settings that the device runs with are not recorded"):
         up_down.up("swap0")
     machine.records["config"] = last_good.to_text(Config("swap0", "nfs://nas/export/f"))
     up_down.up("swap0")
