@@ -25,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "smoke: the whole path in one guest; part of `make test`")
     config.addinivalue_line("markers", "meta: about the harness itself, without a guest; part of `make test`")
     config.addinivalue_line("markers", "negative_control: what happens without; with --negative-control only")
+    config.addinivalue_line("filterwarnings", "default::vmtest.outcome.HungBootWarning")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

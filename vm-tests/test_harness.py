@@ -6,10 +6,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
 from vmtest import cache, initramfs
+from vmtest.architecture import ARCHITECTURES
+from vmtest.guest import Guest
+from vmtest.image import Image
+from vmtest.outcome import HungBootWarning, LostGuestError
 
 pytestmark = pytest.mark.meta
 
@@ -91,3 +96,88 @@ def test_lost_is_neither_failed_nor_passed(tmp_path: Path) -> None:
     assert "1 failed, 1 passed, 1 lost" in done.stdout
     assert "LOST GUESTS" in done.stdout
     assert "it died: [panic] no more swap" in done.stdout
+
+
+# As its arguments say: write what the kernel would log, and let the agent say that it is there.
+_FAKE_QEMU = """\
+import os, sys, time
+log, said, channel, is_there = sys.argv[1:]
+open(log, "w").write(said)
+if is_there == "True":
+    os.write(int(channel), b"READY boot\\n")
+time.sleep(100)
+"""
+_HUNG = "[   99.0] INFO: task systemd:1 blocked for more than 60 seconds."
+
+
+class FakeGuest(Guest):
+    """With a fake of QEMU, whose first boots log `hung` and go no further."""
+
+    def __init__(self, workdir: Path, *, hung_boots: int, **options: object) -> None:
+        (workdir / "disk").write_bytes(bytes(1 << 20))
+        image = FakeImage("none", "none", ARCHITECTURES["amd64"], workdir)
+        super().__init__(image, workdir / "payload", workdir, **options)  # type: ignore[arg-type]
+        self.hung_boots = hung_boots
+
+    def _qemu(self, channel_fd: int) -> list[str | Path]:
+        hangs = self._boots <= self.hung_boots
+        log = "\n".join(["first", _HUNG, *["trace"] * 30, "last"]) if hangs else "fine"
+        return [sys.executable, "-c", _FAKE_QEMU, self.kernel_log_path, log, str(channel_fd), str(not hangs)]
+
+
+class FakeImage(Image):
+    """Nothing but a disk."""
+
+    disk = property(lambda self: self.folder / "disk")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at the kernel log all the time, and do not wait for what a lost guest logs."""
+    monkeypatch.setattr("vmtest.guest._BOOT_LOOK_S", 0.0)
+    monkeypatch.setattr("vmtest.guest._SYSRQ_QUIET_S", 0.0)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_boot_that_hangs_is_tried_again(tmp_path: Path) -> None:
+    """Once, from a new disk, with a warning that has the kernel's finding and the end of its log."""
+    guest = FakeGuest(tmp_path, hung_boots=1)
+    with pytest.warns(HungBootWarning) as warned:
+        guest.boot()
+    assert guest.channel.boot_id == "boot"
+    assert guest.kernel_log == "fine"
+    guest.crash()
+    text = str(warned[0].message)
+    assert text.startswith(f"one more try: guest hangs as it boots: {_HUNG}")
+    assert "first\n" not in text
+    assert text.endswith("last")
+    assert (tmp_path / "guest.1.kernel.log").exists()
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("hung_boots", "options"), [(2, {}), (1, {"arguments": ("nbdnfs=nfs://nas/export/box.swap",)})]
+)
+def test_a_boot_that_hangs_is_lost(tmp_path: Path, hung_boots: int, options: dict[str, object]) -> None:
+    """The second time, and where the project may have a part in it."""
+    guest = FakeGuest(tmp_path, hung_boots=hung_boots, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HungBootWarning)
+        with pytest.raises(LostGuestError, match="hangs as it boots") as caught, guest:
+            pass
+    assert f"kernel.log:\n{_HUNG}\ntrace" in caught.value.__notes__[0]
+    assert guest._boots == hung_boots
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_later_boot_that_hangs_is_lost(tmp_path: Path) -> None:
+    """Its disk has what the test has done."""
+    guest = FakeGuest(tmp_path, hung_boots=0)
+    with guest:
+        guest.hung_boots = 2
+        guest.crash()
+        guest.allow = frozenset()
+        with pytest.raises(LostGuestError, match="hangs as it boots"):
+            guest.boot()
+        guest.allow = frozenset({"hung"})
+    assert guest._boots == 2

@@ -24,3 +24,11 @@ class GuestFailedError(AssertionError):
 
 class LostGuestError(Exception):
     """The guest died, or has been silent for longer than a living one would be."""
+
+
+class HungBootError(LostGuestError):
+    """The guest's kernel reports a task that hangs before the agent is there."""
+
+
+class HungBootWarning(Warning):
+    """A boot has hung, in which nothing of the project's runs."""
