@@ -67,7 +67,9 @@ def write_all(engine: Engine, pages: range) -> None:
 
 
 def drop_clean_pages(engine: Engine, pages: range) -> None:
-    """Fill the region with other pages: what was in it is on the server alone."""
+    """Fill the region with other pages: what was in it is on the server alone. Flushed first, since a page that is
+    written back later than one of these is behind it."""
+    in_background(engine.flush).result(DEADLINE_S)
     for page in pages:
         write_pages(engine, page, os.urandom(PAGE))
     in_background(engine.flush).result(DEADLINE_S)
