@@ -31,6 +31,9 @@
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22 /* Linux 5.14 */
 #endif
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24 /* Linux 5.18 */
+#endif
 
 #define NEVER_TRIM_BYTES (1 << 30)
 
@@ -125,7 +128,12 @@ static PyObject *drop(PyObject *module, PyObject *args)
 
 	if (!PyArg_ParseTuple(args, "KK", &start, &length))
 		return NULL;
-	return none_or_errno(madvise((void *)(uintptr_t)start, length, MADV_DONTNEED) == 0 ? 0 : errno);
+	if (madvise((void *)(uintptr_t)start, length, MADV_DONTNEED_LOCKED) == 0)
+		Py_RETURN_NONE;
+	/* an older kernel, which drops nothing that is locked: then it stays */
+	if (madvise((void *)(uintptr_t)start, length, MADV_DONTNEED) == 0 || errno == EINVAL)
+		Py_RETURN_NONE;
+	return none_or_errno(errno);
 }
 
 /* Append the whole pages of one table to the list `found`. Returns 0, or -1 with an exception. */
@@ -313,7 +321,7 @@ static PyMethodDef methods[] = {
 	{ "get_default_stack", get_default_stack, METH_NOARGS, "get_default_stack() -> bytes" },
 	{ "populate", populate, METH_VARARGS, "populate(start, length): read a mapping's pages in, madvise(2)" },
 	{ "drop", drop, METH_VARARGS,
-	  "drop(start, length): drop a file mapping's pages, which are read again when touched" },
+	  "drop(start, length): drop a file mapping's pages, which are read again when touched (locked: Linux 5.18)" },
 	{ "linker_tables", linker_tables, METH_NOARGS,
 	  "linker_tables() -> [(start, length)]: whole pages that are read only to load a library, or to unwind" },
 	{ "set_io_flusher", set_io_flusher, METH_NOARGS,

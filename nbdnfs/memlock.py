@@ -35,8 +35,8 @@ HEAP_BYTES = defaults.THREADS * 128 * 1024 + 512 * 1024
 LIBNFS_HEAP_BYTES = 5 * 1024 * 1024 // 2
 _TOP_PAD_BYTES = 1024 * 1024
 
-# Needed like code, by every process: the table of characters of its locale, which functions of libc look into. In
-# another locale than C.UTF-8 it may be part of an archive of megabytes, which is not locked.
+# Needed like code: the table of characters of a process's locale, which functions of libc look into. That of the locale
+# C is in libc. There is another where a unit of an earlier release starts the keeper, which has C.UTF-8.
 _TABLES = ("LC_CTYPE",)
 
 # The lowest real-time priority: enough to run before all ordinary tasks, and to allocate below the min watermark
@@ -95,9 +95,14 @@ def lock(code: Iterable[str], *, skip: Iterable[str] = (), one_cpu: bool = False
     )
 
 
-def settle(code: Iterable[str], *, heap_bytes: int = HEAP_BYTES, skip: Iterable[str] = ()) -> list[Measure]:
-    """Once everything that stays is loaded and allocated: touch the memory that will be needed on top."""
-    return list(_run({"gc": _gc, "code": lambda: _code(code), "heap": lambda: _heap(heap_bytes)}, skip))
+def settle(
+    code: Iterable[str], *, heap_bytes: int = HEAP_BYTES, touched: Iterable[str] = (), skip: Iterable[str] = ()
+) -> list[Measure]:
+    """Once everything that stays is loaded and allocated: touch the memory that will be needed on top.
+
+    touched  names like those of `code`, of files that keep the pages that are there, and get no more
+    """
+    return list(_run({"gc": _gc, "code": lambda: _code(code, touched), "heap": lambda: _heap(heap_bytes)}, skip))
 
 
 def drop_privileges() -> None:
@@ -211,17 +216,23 @@ def _gc() -> Measure:
 
 
 def _lock(code: Iterable[str]) -> Measure:
-    """mlockall(2), for what is touched. First drop the pages that only the dynamic linker has touched."""
-    names = (*code, *_TABLES)
+    """mlockall(2), for what is touched."""
     _linker_tables.extend(sorted(_memlock.linker_tables()))  # first: it touches each library
+    _drop_all_but(code)
+    _memlock.lock_on_fault()
+    locked = _read("/proc/self/status").partition("\nVmLck:")[2].split(maxsplit=1)[0]
+    return Measure("lock", locked != "0", f"{locked} KiB mapped, locked once touched")
+
+
+def _drop_all_but(code: Iterable[str]) -> None:
+    """Drop the pages of files that nothing needs any more: the dynamic linker alone has touched them, to load a library
+    or to look a function up."""
+    names = (*code, *_TABLES)
     for mapping in list(_file_mappings()):
         if not mapping.name.startswith(names) and mapping.permissions in ("r-xp", "r--p") and mapping.is_clean:
             _memlock.drop(mapping.start, mapping.length)
     for start, length in _linker_tables:
         _memlock.drop(start, length)
-    _memlock.lock_on_fault()
-    locked = _read("/proc/self/status").partition("\nVmLck:")[2].split(maxsplit=1)[0]
-    return Measure("lock", locked != "0", f"{locked} KiB mapped, locked once touched")
 
 
 class _Mapping:
@@ -250,14 +261,16 @@ def _file_mappings() -> Iterator[_Mapping]:
             yield mapping
 
 
-def _code(names: Iterable[str]) -> Measure:
-    """Read in the code and the constants of every mapped file whose name begins with one of `names`.
+def _code(names: Iterable[str], touched: Iterable[str]) -> Measure:
+    """Read in the code and the constants of every mapped file whose name begins with one of `names`, and drop what has
+    been read of others since they were locked: the linker has looked into all of them for each library that came later.
 
     Under MCL_ONFAULT code that never ran is still on the disk, and on an NFS root that is a deadlock. Not the tables of
     relocations and symbols, which the dynamic linker has read to load a library and to bind its functions
     (LD_BIND_NOW), and not those of how functions are unwound, which C++ needs: together 1.3 MiB of libpython.
     """
     names = (*names, *_TABLES)
+    _drop_all_but((*names, *touched))
     total_bytes = 0
     for mapping in list(_file_mappings()):
         if mapping.name.startswith(names) and mapping.permissions[0] == "r":

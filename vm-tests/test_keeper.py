@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.nfs_server import Ganesha
-from vmtest import host, kept, more_settings
+from vmtest import host, kept, more_settings, swap
 from vmtest.guest import Guest, GuestJob, seen_from_guest
 from vmtest.image import Image
 from vmtest.journal import refuse_tracebacks
@@ -172,6 +172,22 @@ def worker_of(guest: Guest) -> Running:
     record, mapping, inode = found.stdout.splitlines()
     pid, version = record.split()
     return Running(int(pid), version, mapping.split()[4] == inode)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("loop", ["false", "true"])
+def test_memory_with_a_large_device(
+    boot: Callable[..., Guest], ganesha: Ganesha, monkeypatch: pytest.MonkeyPatch, loop: str
+) -> None:
+    """A worker with an encrypted device of 2 GiB has at most 38 MiB resident."""
+    monkeypatch.setenv("NBDNFS_TEST_SETTINGS", f"loop = {loop}")
+    with swapping(boot, ganesha, device_mib=2048) as guest:
+        hog = start_hog(guest, 48, 16, 600, "fill,random,sequential")
+        guest.wait_verdict(hog, 600).check()
+        hog.wait()
+        assert "pages    encrypted" in guest.run(f"nbdnfs status {_NAME}", 60).stdout
+        _, resident_kib = swap.memory_of(guest, worker_of(guest).pid)
+        assert resident_kib <= 38 * 1024
 
 
 @pytest.mark.timeout(1800)

@@ -269,10 +269,10 @@ def _survive_shutdown() -> None:
 
 def _start_again(name: str, options: list[str]) -> NoReturn:
     """With what only a new process can have: CPython's own allocator maps and unmaps memory all the time, the
-    dynamic linker looks a function up at its first call, and another locale may be too large to lock. The unit sets
-    all of these."""
+    dynamic linker looks a function up at its first call, and another locale has a table of characters in a file. The
+    unit sets all of these."""
     command = programs.python("nbdnfs", "run", name, *options)
-    added = {"PYTHONMALLOC": "malloc", "LD_BIND_NOW": "1", "LC_ALL": "C.UTF-8"}
+    added = {"PYTHONMALLOC": "malloc", "LD_BIND_NOW": "1", "LC_ALL": "C", "PYTHONUTF8": "1"}
     os.execve(command[0], command, {**programs.python_environment(), **added})
 
 

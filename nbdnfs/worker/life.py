@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from nbdnfs.worker.reference_engine import Engine as ReferenceEngine
     from nbdnfs.worker.settings import WorkerSettings
 
-# What the engine allocates when it opens, on top of memlock.HEAP_BYTES: a standby touches it beforehand.
+# What the engine allocates when it opens, on top of what is free then: a standby touches it beforehand.
 ENGINE_HEAP_BYTES = 5 * 1024 * 1024 // 2
 
-# What the loop takes (nbdnfs/engine/nbd/loop.c) beyond the buffers of nbdkit's threads, in whose place it has its own.
-LOOP_HEAP_BYTES = 1024 * 1024
+# What the loop takes (nbdnfs/engine/nbd/loop.c), and what libnfs takes to connect again. nbdkit has no threads then.
+LOOP_HEAP_BYTES = 5 * 1024 * 1024 // 2
 
 _RETRY_PAUSES_S = (0.2, 0.5, 1)
 # How long an attempt to connect may take: each that was too short makes the next one longer.
@@ -43,8 +43,8 @@ PUT_OFF_LIMIT_S = 120.0
 # How the names of the files begin whose code a worker runs. nbdkit's TLS libraries are not among them: they are
 # most of what it maps, and a Unix socket needs none.
 CODE = ("nbdkit", "libpython3", "libc.so", "ld-linux", "libnfs.so", "_engine.", "_memlock.", "_own_root.")
-# Of libsodium or nettle a worker runs a few pages, and only to encrypt: warm_cipher() touches these, and no others are
-# locked.
+# Of these a worker runs a few pages, and only to encrypt: warm_cipher() touches these, and no others are locked.
+_CIPHERS = ("libsodium.so", "libnettle.so")
 
 
 def check_url(text: str) -> tuple[str, str]:
@@ -129,7 +129,7 @@ class Worker:
             warm_cipher(version)
         if self._settings.lock != "off":
             heap_bytes = self._heap_bytes() + ENGINE_HEAP_BYTES
-            self._apply(memlock.settle(CODE, heap_bytes=heap_bytes, skip=self._settings.without))
+            self._settle(heap_bytes)
         # nbdkit -s asks for a SIGTERM when its parent ends; a standby ends by the control socket, or goes on
         memlock.outlive_parent()
         try:
@@ -176,7 +176,7 @@ class Worker:
     def settle_memory(self) -> None:
         """When the engine is open. Raises ConfigError."""
         if self._settings.lock != "off":
-            self._apply(memlock.settle(CODE, heap_bytes=self._heap_bytes(), skip=self._settings.without))
+            self._settle(self._heap_bytes())
 
     def note_client(self, change: bytes) -> None:
         """Tell `serve` of a client: CLIENT_CAME or CLIENT_WENT. In any thread."""
@@ -218,9 +218,12 @@ class Worker:
         return nfs_url.parse_recorded(self._url)  # its keeper may be of an earlier version
 
     def _heap_bytes(self) -> int:
-        """nbdkit's own, and what libnfs takes for calls and answers where transfers go through it."""
+        """The loop's or nbdkit's own, and what libnfs takes for calls and answers where transfers go through it."""
         more = memlock.LIBNFS_HEAP_BYTES if self._settings.is_through_libnfs else 0
-        return memlock.HEAP_BYTES + more + (LOOP_HEAP_BYTES if self._settings.loop else 0)
+        return more + (LOOP_HEAP_BYTES if self._settings.loop else memlock.HEAP_BYTES)
+
+    def _settle(self, heap_bytes: int) -> None:
+        self._apply(memlock.settle(CODE, heap_bytes=heap_bytes, touched=_CIPHERS, skip=self._settings.without))
 
     def _apply(self, measures: list[memlock.Measure]) -> None:
         """Raise or report what does not hold, as the setting `lock` says."""

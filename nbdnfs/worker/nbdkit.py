@@ -49,8 +49,9 @@ def worker_environment() -> dict[str, str]:
     LD_BIND_NOW (ld.so(8)): the linker looks a function up at its first call otherwise, in the tables of all libraries,
     which are not in locked memory. A standby makes some of its first calls when it takes over.
 
-    LC_ALL: any other locale may be in an archive of megabytes, which glibc maps, and reads where it looks up what kind
-    of character one is. That of C.UTF-8 is small enough to be locked: memlock.py.
+    LC_ALL: any other locale has a table of characters in a file, which glibc maps, and reads where it looks up what
+    kind of character one is: 350 KiB of C.UTF-8, and megabytes where it is in an archive. PYTHONUTF8 has Python use
+    UTF-8 without it.
     """
     inherited = programs.python_environment()
     paths = [inherited["PYTHONPATH"]]
@@ -59,11 +60,12 @@ def worker_environment() -> dict[str, str]:
         paths.append(str(Path(reference.origin).parents[1]))
     return {
         **inherited,
-        "LC_ALL": "C.UTF-8",
+        "LC_ALL": "C",
         "LD_BIND_NOW": "1",
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONMALLOC": "malloc",
+        "PYTHONUTF8": "1",
     }
 
 

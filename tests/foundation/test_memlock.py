@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 from pathlib import Path
 
@@ -46,3 +48,29 @@ def test_tables_of_the_linker() -> None:
         previous_end = start + length
         (permissions,) = (kind for begins, ends, kind in mappings if begins <= start and previous_end <= ends)
         assert permissions in ("r--p", "r-xp")  # on ARM the linker puts them beside the code
+
+
+def resident_kib(file: Path) -> int:
+    """Of a file that is mapped once."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    header = next(number for number, line in enumerate(lines) if line.endswith(str(file)))
+    return next(int(line.split()[1]) for line in lines[header:] if line.startswith("Rss:"))
+
+
+def test_locked_pages_are_dropped(tmp_path: Path) -> None:
+    """They are read again when touched. Kernels before 5.18 leave them where they are."""
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 16 * PAGE)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    with file.open("rb") as opened:
+        at = libc.mmap(None, ctypes.c_size_t(16 * PAGE), mmap.PROT_READ, mmap.MAP_SHARED, opened.fileno(), 0)
+    try:
+        assert libc.mlock(ctypes.c_void_p(at), ctypes.c_size_t(16 * PAGE)) == 0, os.strerror(ctypes.get_errno())
+        assert resident_kib(file) == 16 * PAGE // 1024
+        _memlock.drop(at, 16 * PAGE)
+        release = tuple(int(number) for number in os.uname().release.split("-")[0].split(".")[:2])
+        assert resident_kib(file) == (0 if release >= (5, 18) else 16 * PAGE // 1024)
+        assert ctypes.string_at(at, 16 * PAGE) == b"x" * 16 * PAGE
+    finally:
+        libc.munmap(ctypes.c_void_p(at), ctypes.c_size_t(16 * PAGE))

@@ -330,7 +330,7 @@ def test_starts_again_with_an_environment_of_its_own(monkeypatch: pytest.MonkeyP
     ((program, command, environment),) = calls
     assert command == [program, "-P", "-m", "nbdnfs", "run", "swap0", "--steal"]
     assert (environment["PYTHONMALLOC"], environment["NOTIFY_SOCKET"]) == ("malloc", "/run/x")
-    assert (environment["LD_BIND_NOW"], environment["LC_ALL"]) == ("1", "C.UTF-8")
+    assert (environment["LD_BIND_NOW"], environment["LC_ALL"], environment["PYTHONUTF8"]) == ("1", "C", "1")
     assert "somewhere" not in environment["PYTHONPATH"]
     assert all(map(os.path.isabs, environment["PYTHONPATH"].split(":")))
 

@@ -290,7 +290,7 @@ def test_the_loop_opens_nothing_on_the_root(tmp_path: Path, run_folder: Path) ->
         record = records.living(Records.WORKER)
         return record.pid if record is not None else 0
 
-    environment = {**os.environ, "PYTHONMALLOC": "malloc", "LD_BIND_NOW": "1", "LC_ALL": "C.UTF-8"}
+    environment = {**os.environ, "PYTHONMALLOC": "malloc", "LD_BIND_NOW": "1", "LC_ALL": "C", "PYTHONUTF8": "1"}
     environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
     trace = tmp_path / "trace"
     with (

@@ -20,7 +20,7 @@ from nbdnfs.errors import ConfigError
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.worker_handle import WorkerHandle
 from nbdnfs.kernel import nbd_handshake
-from nbdnfs.worker import nbdkit, settings
+from nbdnfs.worker import life, nbdkit, settings
 
 PAGE = 4096
 PAGES = 1024
@@ -34,10 +34,12 @@ def server() -> Iterator[FakeNfsServer]:
 
 
 @contextlib.contextmanager
-def worker(server: FakeNfsServer, region_fd: int) -> Iterator[tuple[WorkerHandle, NbdClient]]:
+def worker(
+    server: FakeNfsServer, region_fd: int, *, loop: bool = True, encrypt: bool = False
+) -> Iterator[tuple[WorkerHandle, NbdClient]]:
     """One that serves, and its client."""
     config = Config(
-        "t", server.url(), region_pages=256, lock="wanted", realtime=False, owner=False, encrypt=False, loop=True
+        "t", server.url(), region_pages=256, lock="wanted", realtime=False, owner=False, encrypt=encrypt, loop=loop
     )
     handle = RealWork(config, server.url(), "127.0.0.1").start_worker(region_fd)
     try:
@@ -109,6 +111,27 @@ def test_it_faults_no_page(server: FakeNfsServer, region_fd: int) -> None:
         server.disconnect()
         load(client)
         assert minor_faults(handle.pid) == before
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_no_file_has_pages_that_it_does_not_need(server: FakeNfsServer, region_fd: int, loop: bool) -> None:
+    """The dynamic linker looks into all libraries for each that is loaded, also after memory has been locked."""
+    with worker(server, region_fd, loop=loop, encrypt=True) as (handle, client):
+        client.write(0, bytes(range(256)) * 16)
+        client.flush()
+        needed = (*life.CODE, *life._CIPHERS)
+        mappings = {}
+        with Path(f"/proc/{handle.pid}/smaps").open() as smaps:
+            for line in smaps:
+                words = line.split(maxsplit=5)
+                if not words[0].endswith(":"):
+                    mapping = words
+                elif words[0] == "Rss:":
+                    resident_kib = int(words[1])
+                elif words[0] == "Anonymous:" and mapping[-1][0] == "/" and words[1] == "0" and mapping[1][1] != "w":
+                    mappings[mapping[0], mapping[5].strip().rpartition("/")[2]] = resident_kib
+    assert any(name.startswith("libgnutls") for _, name in mappings), "nbdkit has libraries that no worker needs"
+    assert {name: kib for (_, name), kib in mappings.items() if kib and not name.startswith(needed)} == {}
 
 
 def test_not_without_nbdkit_s(server: FakeNfsServer) -> None:
