@@ -650,6 +650,44 @@ def test_full_of_dirty_pages(library: ctypes.CDLL) -> None:
     assert cache.read(SLOTS) == (HIT, pages[SLOTS])
 
 
+@pytest.mark.parametrize(
+    ("steps", "displaced"),
+    [
+        ("stable", {0, 1}),
+        ("stable read3 read1", {1, 3}),
+        ("read2 stable", {2, 0}),
+        ("stable read0 write0 stable", {1, 2}),
+    ],
+)
+def test_what_was_read_gives_way_first(library: ctypes.CDLL, steps: str, displaced: set[int]) -> None:
+    """The client has it in memory: two more pages displace what was read since it was written, and then the oldest."""
+    fd = os.memfd_create("region")
+    region = Region(library, fd, IDENTITY, SLOTS)
+    cache = Cache(region)
+
+    def write(page: int) -> None:
+        assert cache.write(page, os.urandom(PAGE))
+
+    def make_stable() -> None:
+        while (run := cache.take_run(SLOTS)) is not None:
+            cache.run_stable(run)
+
+    for page in range(SLOTS):
+        write(page)
+    for step in steps.split():
+        if step == "stable":
+            make_stable()
+        else:
+            {"read": cache.read, "write": write}[step[:-1]](int(step[-1]))
+    for page in (SLOTS, SLOTS + 1):
+        write(page)
+        make_stable()
+    assert {page for page in range(SLOTS + 2) if cache.read(page)[0] == MISS} == displaced
+    cache.destroy()
+    region.unmap()
+    os.close(fd)
+
+
 def test_more_holds_than_are_remembered(library: ctypes.CDLL) -> None:
     """Beyond those nothing travels at all until the last of them ends: too much is held, never too little."""
     fd = os.memfd_create("region")

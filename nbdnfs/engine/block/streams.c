@@ -199,10 +199,10 @@ static bool stride_on(const struct streams *streams, const struct stream *stream
 }
 
 /*
- * Pages have been read before `end`. Returns whether the walk reads at least half of what it passes: else most of what
- * is read ahead would be in vain.
+ * Count pages that have been read before `end`. Returns whether the walk reads at least half of what it passes: else
+ * most of what is read ahead would be in vain.
  */
-static bool is_dense(struct stream *stream, uint64_t end, uint32_t pages)
+static bool note_walked(struct stream *stream, uint64_t end, uint32_t pages)
 {
 	uint64_t passed = end - stream->walk_begin;
 
@@ -256,11 +256,11 @@ bool streams_note(struct streams *streams, uint64_t page, uint32_t count, uint64
 		stream->walk_begin = page;
 		stream->walked = count;
 	} else if (page + count <= streams->end[number]) {
-		is_dense(stream, streams->end[number], count); /* out of order, or read twice */
+		note_walked(stream, streams->end[number], count); /* out of order, or read twice */
 	} else {
 		streams->end[number] = page + count;
 		stream->steps++;
-		if (is_dense(stream, page + count, count) && stream->steps > STEPS_WANTED)
+		if (note_walked(stream, page + count, count) && stream->steps > STEPS_WANTED)
 			return walk_on(streams, number, device_pages, prefetch);
 	}
 	return stream->strides >= STRIDES_WANTED && stride_on(streams, stream, page, count, device_pages, prefetch);

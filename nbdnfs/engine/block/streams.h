@@ -13,7 +13,7 @@
 
 struct stream {
 	uint64_t last, last_end; /* the first page of its newest request, and the one after it */
-	uint64_t walk_begin;    /* where it began to walk, or later: is_dense() */
+	uint64_t walk_begin;    /* where it began to walk, or later: note_walked() */
 	uint64_t ahead;         /* the page after those that were read ahead */
 	int64_t stride;         /* pages from the start of one request to the start of the next */
 	uint32_t walked;        /* pages that were read since walk_begin, between there and its end */

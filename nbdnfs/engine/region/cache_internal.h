@@ -45,6 +45,7 @@ struct slot {
 	bool writing;           /* a copy of it is on its way to the NAS */
 	bool fetching;
 	bool read_ahead;        /* fetched, and not read yet */
+	bool was_read;          /* since it was written */
 	bool in_commit;         /* the COMMIT in flight covers it */
 	bool overtaken;         /* written again before the NAS had the oldest write stably */
 	uint8_t oldest;         /* which of `writes` is since_of() */
@@ -173,7 +174,7 @@ uint32_t slot_find(const struct cache *cache, uint64_t page);
 void slot_init_free(struct cache *cache, uint32_t index);
 /* For cache_create(): the slot holds this page, and is on no list. slot_became_dirty() comes next. */
 void slot_init_page(struct cache *cache, uint32_t index, uint64_t page);
-/* A slot for `page`, on no list: a free one, or the least recently used clean one. */
+/* A slot for `page`, on no list: a free one, or the first of the clean ones (list_clean() of slots.c). */
 uint32_t slot_take(struct cache *cache, uint64_t page);
 /* The bytes of a clean slot are about to be replaced. */
 void slot_overwrite(struct cache *cache, uint32_t index);

@@ -45,6 +45,19 @@ static void list_move(struct cache *cache, enum list_name name, uint32_t index)
 	list_add(cache, name, index);
 }
 
+/*
+ * The first of the clean slots is the next that another page takes. What was written has just left the client's memory,
+ * and goes to the end; what was read is there now, so that it is not read again for a while.
+ */
+static void list_clean(struct cache *cache, uint32_t index)
+{
+	list_drop(cache, index);
+	if (cache->slots[index].was_read)
+		list_link(cache, ON_CLEAN, index, NO_SLOT, cache->lists[ON_CLEAN].head);
+	else
+		list_add(cache, ON_CLEAN, index);
+}
+
 /* ---- the hash ---- */
 
 static uint32_t *bucket_of(const struct cache *cache, uint64_t page)
@@ -152,7 +165,7 @@ static void make_free(struct cache *cache, uint32_t index)
 	hash_drop(cache, index);
 	if (slot->read_ahead)
 		cache->wasted++;
-	slot->read_ahead = slot->in_commit = slot->overtaken = false;
+	slot->read_ahead = slot->was_read = slot->in_commit = slot->overtaken = false;
 	list_move(cache, ON_FREE, index);
 }
 
@@ -196,8 +209,9 @@ void slot_used(struct cache *cache, uint32_t index)
 	if (slot->read_ahead)
 		cache->used++;
 	slot->read_ahead = false;
+	slot->was_read = true;
 	if (slot->list == ON_CLEAN)
-		list_move(cache, ON_CLEAN, index); /* to the end: last used */
+		list_clean(cache, index);
 }
 
 static bool is_held(const struct cache *cache, uint64_t page)
@@ -221,7 +235,7 @@ void slot_became_dirty(struct cache *cache, uint32_t index)
 	publish(cache, index, SLOT_DIRTY);
 	page_set_put(&cache->known, slot->page, false);
 	slot->in_commit = false;
-	slot->read_ahead = false;
+	slot->read_ahead = slot->was_read = false;
 	if (slot->writing) {
 		if (rewritten_of(slot) == 0)
 			unstable_add(cache, index, !slot->oldest);
@@ -244,7 +258,7 @@ static void became_clean(struct cache *cache, uint32_t index)
 	unstable_drop(cache, index, slot->oldest);
 	slot->in_commit = slot->overtaken = false;
 	publish(cache, index, SLOT_CLEAN);
-	list_move(cache, ON_CLEAN, index);
+	list_clean(cache, index);
 	note_known(cache, slot->page);
 	cache->changed = true;
 }
