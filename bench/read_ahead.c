@@ -2,8 +2,9 @@
 /*
  * What read-ahead makes of a trace: read_ahead SLOTS WINDOW_PAGES, with the trace on stdin (vm_trace.py).
  *
- * The engine's streams.c with a region of SLOTS slots, of which the one that was used longest ago is replaced. The NAS
- * answers at once, and every fetch finds a buffer: what is counted is how well the requests were guessed, not the time.
+ * The engine's streams.c with a region of SLOTS slots, of which one that was read gives way first, and then the one
+ * that was written or fetched longest ago. The NAS answers at once, and every fetch finds a buffer: what is counted is
+ * how well the requests were guessed, not the time.
  */
 #include "block/streams.h"
 
@@ -21,7 +22,7 @@ struct slot {
 	bool has_page, is_ahead; /* fetched, and not read yet */
 };
 
-static struct slot *slots; /* slots[slot_count] is the list's head: next of it was used longest ago */
+static struct slot *slots; /* slots[slot_count] is the list's head: next of it gives way first */
 static uint32_t slot_count;
 static uint32_t *slot_of;
 static uint32_t used, wasted; /* since the last request */
@@ -33,12 +34,12 @@ static void unlink_slot(uint32_t index)
 	slots[slots[index].next].prev = slots[index].prev;
 }
 
-static void make_newest(uint32_t index)
+static void put_before(uint32_t index, uint32_t next)
 {
-	slots[index].prev = slots[slot_count].prev;
-	slots[index].next = slot_count;
+	slots[index].prev = slots[next].prev;
+	slots[index].next = next;
 	slots[slots[index].prev].next = index;
-	slots[slot_count].prev = index;
+	slots[next].prev = index;
 }
 
 static void drop(uint32_t index)
@@ -47,7 +48,7 @@ static void drop(uint32_t index)
 	slots[index].is_ahead = false;
 }
 
-/* The page has its slot, which is the newest. */
+/* The page has its slot, which is the last to give way. */
 static uint32_t take(uint64_t page)
 {
 	uint32_t index = slot_of[page];
@@ -62,7 +63,7 @@ static uint32_t take(uint64_t page)
 		slot_of[page] = index;
 	}
 	unlink_slot(index);
-	make_newest(index);
+	put_before(index, slot_count);
 	return index;
 }
 
@@ -97,7 +98,8 @@ static bool read_pages(uint64_t page, uint64_t end)
 			continue; /* it goes to the reader, and gets no slot */
 		used += slots[index].is_ahead;
 		slots[index].is_ahead = false;
-		take(page);
+		unlink_slot(index);
+		put_before(index, slots[slot_count].next);
 	}
 	return all;
 }
@@ -112,7 +114,7 @@ static void begin(uint32_t window)
 		slot_of[page] = NONE;
 	slots[slot_count].prev = slots[slot_count].next = slot_count;
 	for (uint32_t index = 0; index < slot_count; index++)
-		make_newest(index);
+		put_before(index, slot_count);
 }
 
 int main(int argc, char **argv)

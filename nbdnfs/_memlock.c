@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <link.h>
 #include <linux/capability.h>
+#include <locale.h>
 #include <malloc.h>
 #include <pthread.h>
 #include <signal.h>
@@ -48,6 +49,11 @@ static PyObject *none_or_errno(int error)
 static PyObject *lock_on_fault(PyObject *module, PyObject *unused)
 {
 	return none_or_errno(mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) == 0 ? 0 : errno);
+}
+
+static PyObject *use_locale_c(PyObject *module, PyObject *unused)
+{
+	return none_or_errno(setlocale(LC_ALL, "C") != NULL ? 0 : EINVAL);
 }
 
 static PyObject *tune_malloc(PyObject *module, PyObject *args)
@@ -128,8 +134,12 @@ static PyObject *drop(PyObject *module, PyObject *args)
 
 	if (!PyArg_ParseTuple(args, "KK", &start, &length))
 		return NULL;
+	if (start % (unsigned long long)sysconf(_SC_PAGE_SIZE) != 0)
+		return none_or_errno(EINVAL);
 	if (madvise((void *)(uintptr_t)start, length, MADV_DONTNEED_LOCKED) == 0)
 		Py_RETURN_NONE;
+	if (errno != EINVAL)
+		return none_or_errno(errno);
 	/* an older kernel, which drops nothing that is locked: then it stays */
 	if (madvise((void *)(uintptr_t)start, length, MADV_DONTNEED) == 0 || errno == EINVAL)
 		Py_RETURN_NONE;
@@ -320,6 +330,8 @@ static PyMethodDef methods[] = {
 	  "set_default_stack(bytes): the stack size of threads that are started from now on" },
 	{ "get_default_stack", get_default_stack, METH_NOARGS, "get_default_stack() -> bytes" },
 	{ "populate", populate, METH_VARARGS, "populate(start, length): read a mapping's pages in, madvise(2)" },
+	{ "use_locale_c", use_locale_c, METH_NOARGS,
+	  "use_locale_c(): libc's functions look into no locale's files from here on; before there are threads" },
 	{ "drop", drop, METH_VARARGS,
 	  "drop(start, length): drop a file mapping's pages, which are read again when touched (locked: Linux 5.18)" },
 	{ "linker_tables", linker_tables, METH_NOARGS,

@@ -50,7 +50,7 @@ def is_own(text: str) -> bool:
 def read(path: str | os.PathLike[str]) -> str:
     """The text of a small file of the kernel's, without what pads it; "" where there is none."""
     try:
-        with open(path, errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             return file.read().strip("\0 \n")
     except OSError:
         return ""

@@ -35,10 +35,6 @@ HEAP_BYTES = defaults.THREADS * 128 * 1024 + 512 * 1024
 LIBNFS_HEAP_BYTES = 5 * 1024 * 1024 // 2
 _TOP_PAD_BYTES = 1024 * 1024
 
-# Needed like code: the table of characters of a process's locale, which functions of libc look into. That of the locale
-# C is in libc. There is another where a unit of an earlier release starts the keeper, which has C.UTF-8.
-_TABLES = ("LC_CTYPE",)
-
 # The lowest real-time priority: enough to run before all ordinary tasks, and to allocate below the min watermark
 # (mm/page_alloc.c: gfp_to_alloc_flags gives real-time tasks more of the reserve), without starving kernel threads.
 REALTIME_PRIORITY = 1
@@ -123,6 +119,14 @@ def drop_privileges() -> None:
     _memlock.keep_capabilities(keep | readable, keep | readable)
 
 
+def use_locale_c() -> None:
+    """Have libc use the table of characters that it has itself, for good, instead of a file's, which would have to be
+    locked: 350 KiB for C.UTF-8. What Python has taken from the locale stays, such as UTF-8 for names of files; but the
+    encoding of a text file must be given from here on. Before there are threads, which keep what they began with.
+    """
+    _memlock.use_locale_c()
+
+
 def outlive_parent() -> None:
     """Undo prctl(PR_SET_PDEATHSIG) of the main thread, which must be the caller."""
     _memlock.outlive_parent()
@@ -191,12 +195,12 @@ def _stacks() -> Measure:
 
 
 def _read(path: str) -> str:
-    with open(path) as file:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:  # of a worker's locale, see use_locale_c()
         return file.read()
 
 
 def _write(path: str, text: str) -> None:
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(text)
 
 
@@ -226,13 +230,14 @@ def _lock(code: Iterable[str]) -> Measure:
 
 def _drop_all_but(code: Iterable[str]) -> None:
     """Drop the pages of files that nothing needs any more: the dynamic linker alone has touched them, to load a library
-    or to look a function up."""
-    names = (*code, *_TABLES)
+    or to look a function up. Of the files that `code` names, that is the linker's tables."""
+    names = tuple(code)
     for mapping in list(_file_mappings()):
-        if not mapping.name.startswith(names) and mapping.permissions in ("r-xp", "r--p") and mapping.is_clean:
-            _memlock.drop(mapping.start, mapping.length)
-    for start, length in _linker_tables:
-        _memlock.drop(start, length)
+        if not mapping.is_clean or mapping.permissions not in ("r-xp", "r--p", "r--s"):
+            continue
+        kept = _without(mapping.start, mapping.length, _linker_tables) if mapping.name.startswith(names) else ()
+        for start, length in _without(mapping.start, mapping.length, list(kept)):
+            _memlock.drop(start, length)
 
 
 class _Mapping:
@@ -255,8 +260,8 @@ def _file_mappings() -> Iterator[_Mapping]:
         fields = line.split(maxsplit=5)
         if not fields[0].endswith(":"):
             mapping = _Mapping(fields) if len(fields) == 6 and fields[5].startswith("/") else None
-        elif mapping is not None and fields[0] == "Anonymous:":
-            mapping.is_clean = fields[1] == "0"
+        elif mapping is not None and fields[0] in ("Anonymous:", "Swap:"):  # in memory, or swapped out
+            mapping.is_clean = mapping.is_clean and fields[1] == "0"
         elif mapping is not None and fields[0] == "VmFlags:":
             yield mapping
 
@@ -269,7 +274,7 @@ def _code(names: Iterable[str], touched: Iterable[str]) -> Measure:
     relocations and symbols, which the dynamic linker has read to load a library and to bind its functions
     (LD_BIND_NOW), and not those of how functions are unwound, which C++ needs: together 1.3 MiB of libpython.
     """
-    names = (*names, *_TABLES)
+    names = tuple(names)
     _drop_all_but((*names, *touched))
     total_bytes = 0
     for mapping in list(_file_mappings()):

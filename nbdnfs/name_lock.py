@@ -109,7 +109,7 @@ def _holder_of(file: os.stat_result) -> int | None:
     """By /proc/locks, proc_locks(5): "1: FLOCK ADVISORY WRITE PID MAJOR:MINOR:INODE 0 EOF", numbers of devices in hex.
     Waiting processes have an arrow in place of the kind."""
     wanted = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
-    with open("/proc/locks") as locks:
+    with open("/proc/locks", encoding="utf-8") as locks:
         for line in locks:
             fields = line.split()
             if len(fields) > 5 and fields[1] == "FLOCK" and fields[5] == wanted:

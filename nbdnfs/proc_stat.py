@@ -49,7 +49,7 @@ def start_time_ticks(pid: int, root: "Path | str" = "") -> int | None:
     if pid > _PID_MAX:  # of a damaged record: not even a file's name
         return None
     try:
-        with open(f"{root}/proc/{pid}/stat", errors="replace") as file:
+        with open(f"{root}/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             found = fields(file.read())
     except (FileNotFoundError, NotADirectoryError, ProcessLookupError, PermissionError):
         return None

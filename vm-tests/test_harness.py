@@ -14,7 +14,7 @@ from vmtest import cache, initramfs
 from vmtest.architecture import ARCHITECTURES
 from vmtest.guest import Guest
 from vmtest.image import Image
-from vmtest.outcome import HungBootWarning, LostGuestError
+from vmtest.outcome import GuestFailedError, HungBootWarning, LostGuestError
 
 pytestmark = pytest.mark.meta
 
@@ -167,6 +167,17 @@ def test_a_boot_that_hangs_is_lost(tmp_path: Path, hung_boots: int, options: dic
             pass
     assert f"kernel.log:\n{_HUNG}\ntrace" in caught.value.__notes__[0]
     assert guest._boots == hung_boots
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_note_of_a_failure_has_the_end_of_the_log(tmp_path: Path) -> None:
+    """Also where the kernel has complained of nothing."""
+    guest = FakeGuest(tmp_path, hung_boots=0)
+    guest.boot()
+    guest.kernel_log_path.write_text("\n".join(str(number) for number in range(100)))
+    error = GuestFailedError()
+    guest.__exit__(GuestFailedError, error, None)
+    assert error.__notes__[0].splitlines()[1:] == [str(number) for number in range(75, 100)]
 
 
 @pytest.mark.usefixtures("impatient")

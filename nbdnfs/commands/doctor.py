@@ -106,7 +106,7 @@ def _configuration(records: Records, *, is_attached: bool) -> tuple[Config | Non
     except NbdnfsError as error:
         return None, Finding(subject, False, error.message, error.hint)
     if problem:
-        return settings, Finding(subject, False, problem, f"see: nbdnfs check {name}")
+        return settings, Finding(subject, False, problem, f"nbdnfs check {name} says what to do")
     if is_attached and (owned := records.read(Records.OWNER)) is not None:
         settings = dataclasses.replace(settings, owner=owned != "no")  # until the next start
     used = _url_in_use(records) if is_attached else None

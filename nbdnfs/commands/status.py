@@ -289,7 +289,7 @@ def _wrong_configuration(records: Records) -> list[Problem]:
     wrong = records.read(Records.CONFIG_ERROR)
     if not wrong:
         return []
-    advice = f"see: nbdnfs check {records.name}; then systemctl restart nbdnfs@{records.name}"
+    advice = f"nbdnfs check {records.name} says what to do; then systemctl restart nbdnfs@{records.name}"
     text = f"it runs with its last good configuration: {wrong}"
     return [Problem(Level.WARNING, text, CONFIGURATION_IN_USE, advice)]
 

@@ -44,9 +44,10 @@ if TYPE_CHECKING:
     from nbdnfs.nfs_url import NfsUrl
 
 # How the names of the files begin whose code the keeper runs.
+# LC_CTYPE is the table of characters of another locale than C, which a unit of an earlier release sets.
 CODE = (
     *("python3", "libpython3", "libc.so", "ld-linux"),
-    *("_memlock.", "_own_root.", "_spawner.", "_heir.", "_socket.", "_struct.", "select.", "mmap."),
+    *("_memlock.", "_own_root.", "_spawner.", "_heir.", "_socket.", "_struct.", "select.", "mmap.", "LC_CTYPE"),
 )
 
 # At boot: a server that has lost its power as well may answer before its disks are mounted, and a new file would land

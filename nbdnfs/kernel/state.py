@@ -249,7 +249,7 @@ def _unescape(text: str) -> str:
 def read_text(path: Path) -> str | None:
     """The text of a small kernel file; None when it, or the process or device behind it, no longer exists."""
     try:
-        return path.read_text(errors="surrogateescape")
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         if is_of_want(error):
             raise _unreadable(path, error) from None

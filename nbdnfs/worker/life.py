@@ -96,6 +96,7 @@ class Worker:
         if self._settings.engine == "c":
             forget_services()
         if self._settings.lock != "off":
+            memlock.use_locale_c()
             self._apply(memlock.lock(CODE, skip=self._settings.without, one_cpu=True))
         try:
             if self._settings.control_fd is not None:

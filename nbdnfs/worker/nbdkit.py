@@ -49,9 +49,8 @@ def worker_environment() -> dict[str, str]:
     LD_BIND_NOW (ld.so(8)): the linker looks a function up at its first call otherwise, in the tables of all libraries,
     which are not in locked memory. A standby makes some of its first calls when it takes over.
 
-    LC_ALL: any other locale has a table of characters in a file, which glibc maps, and reads where it looks up what
-    kind of character one is: 350 KiB of C.UTF-8, and megabytes where it is in an archive. PYTHONUTF8 has Python use
-    UTF-8 without it.
+    LC_ALL: nbdkit's Python takes UTF-8 from the locale, and from no variable. The worker leaves it when it has started:
+    memlock.use_locale_c().
     """
     inherited = programs.python_environment()
     paths = [inherited["PYTHONPATH"]]
@@ -60,12 +59,11 @@ def worker_environment() -> dict[str, str]:
         paths.append(str(Path(reference.origin).parents[1]))
     return {
         **inherited,
-        "LC_ALL": "C",
+        "LC_ALL": "C.UTF-8",
         "LD_BIND_NOW": "1",
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONMALLOC": "malloc",
-        "PYTHONUTF8": "1",
     }
 
 

@@ -688,6 +688,29 @@ def test_what_was_read_gives_way_first(library: ctypes.CDLL, steps: str, displac
     os.close(fd)
 
 
+def test_a_slot_forgets_that_it_was_read(library: ctypes.CDLL) -> None:
+    """What is read ahead into the slot of a page that was read is not the next to give way."""
+    fd = os.memfd_create("region")
+    region = Region(library, fd, IDENTITY, SLOTS)
+    cache = Cache(region)
+    ahead = os.urandom(PAGE)
+    for page in (SLOTS + 2, *range(SLOTS)):
+        assert cache.write(page, ahead if page == SLOTS + 2 else os.urandom(PAGE))
+        run = cache.take_run(SLOTS)
+        assert run is not None
+        cache.run_stable(run)
+    cache.read(0)
+    assert cache.fetch_begin(SLOTS + 2, 1, 1) == 1
+    cache.fetch_done(SLOTS + 2, [ahead], 1)
+    for page in (SLOTS, SLOTS + 1):
+        assert cache.write(page, os.urandom(PAGE))
+    assert cache.read(SLOTS + 2) == (HIT, ahead)
+    assert [cache.read(page)[0] for page in range(3)] == [MISS, MISS, MISS]
+    cache.destroy()
+    region.unmap()
+    os.close(fd)
+
+
 def test_more_holds_than_are_remembered(library: ctypes.CDLL) -> None:
     """Beyond those nothing travels at all until the last of them ends: too much is held, never too little."""
     fd = os.memfd_create("region")

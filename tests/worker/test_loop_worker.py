@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from support.nbd_client import READ, WRITE, NbdClient, Request
 
 from nbdnfs import proc_stat
 from nbdnfs.config import Config
-from nbdnfs.errors import ConfigError
+from nbdnfs.errors import ConfigError, NoInputError
 from nbdnfs.keeper.real_work import RealWork
 from nbdnfs.keeper.worker_handle import WorkerHandle
 from nbdnfs.kernel import nbd_handshake
@@ -24,6 +26,7 @@ from nbdnfs.worker import life, nbdkit, settings
 
 PAGE = 4096
 PAGES = 1024
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -132,6 +135,31 @@ def test_no_file_has_pages_that_it_does_not_need(server: FakeNfsServer, region_f
                     mappings[mapping[0], mapping[5].strip().rpartition("/")[2]] = resident_kib
     assert any(name.startswith("libgnutls") for _, name in mappings), "nbdkit has libraries that no worker needs"
     assert {name: kib for (_, name), kib in mappings.items() if kib and not name.startswith(needed)} == {}
+
+
+def test_names_that_are_not_ascii(server: FakeNfsServer, tmp_path: Path) -> None:
+    """A worker whose package lies in such a folder reads its own maps, and its messages have such names."""
+    folder = tmp_path / "größe"
+    for name in ("nbdnfs", "plugin"):
+        shutil.copytree(ROOT / name, folder / name)
+    program = (
+        "import subprocess, sys\n"
+        "from nbdnfs.worker import nbdkit\n"
+        "argv = nbdkit.serve_argv(dict(word.split('=', 1) for word in sys.argv[1:]))\n"
+        "sys.exit(subprocess.run(argv, env=nbdkit.worker_environment(), stdin=subprocess.DEVNULL).returncode)\n"
+    )
+    url = server.url().replace("/swap?", "/größe?")
+    done = subprocess.run(
+        [sys.executable, "-c", program, f"url={url}", "address=127.0.0.1", "lock=wanted", "realtime=no"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    assert done.returncode == NoInputError.exit_code, done.stderr
+    assert "größe" in done.stderr
 
 
 def test_not_without_nbdkit_s(server: FakeNfsServer) -> None:

@@ -54,13 +54,23 @@ def test_it_opens_no_file_and_binds_no_function(tmp_path: Path, loop: bool) -> N
         assert bindings.read_text(errors="replace").removeprefix(bound) == ""
 
 
+@pytest.mark.parametrize("encrypt", [False, True])
 @pytest.mark.parametrize("loop", [False, True])
-def test_it_reads_no_library_for_the_first_time(loop: bool) -> None:
+def test_it_reads_no_library_for_the_first_time(loop: bool, encrypt: bool) -> None:
     """From READY on, through the takeover, 600 pages each way, a server that disconnects and one that crashes: of none
-    of the files that it has mapped, those for TLS, XML and compression included, is a page more in memory than before.
-    Its code is, and what of the others it has touched after mlockall(2) dropped them."""
+    of the files that it has mapped, those for TLS, XML and compression included, is a page more in memory than before,
+    nor than after the takeover, which has dropped what only the linker needs. Its code is."""
     with FakeNfsServer(bytes(4 << 20)) as server:
-        settings = Config("t", server.url(), region_pages=256, lock="wanted", realtime=False, owner=False, loop=loop)
+        settings = Config(
+            "t",
+            server.url(),
+            region_pages=256,
+            lock="wanted",
+            realtime=False,
+            owner=False,
+            loop=loop,
+            encrypt=encrypt,
+        )
         work = RealWork(settings, server.url(), "127.0.0.1")
         region_fd = region.create()
         kernel = FakeKernel()
@@ -72,6 +82,7 @@ def test_it_reads_no_library_for_the_first_time(loop: bool) -> None:
             until(worker.has_greeted)
             assert worker.socket is not None
             kernel.attach(worker.socket, nbd_handshake.negotiate(worker.socket, timeout_s=20))
+            taken_over = resident_kib(worker.pid)
             for generation, disturb in enumerate((lambda: None, server.disconnect, server.crash)):
                 disturb()
                 for number in range(600):
@@ -79,7 +90,9 @@ def test_it_reads_no_library_for_the_first_time(loop: bool) -> None:
                 kernel.flush()
                 for number in range(600):
                     assert kernel.read(number * 4096, 4096) == bytes([generation + 1]) * 4096
-            assert grown(before, resident_kib(worker.pid)) == {}
+            after = resident_kib(worker.pid)
+            assert grown(before, after) == {}
+            assert grown(taken_over, after) == {}
         finally:
             worker.kill()
             until(worker.has_ended)

@@ -314,9 +314,10 @@ class Guest:
         lines = self.kernel_log.splitlines()
         first = next((number for number, line in enumerate(lines) if klog.scan(line, self.allow)), len(lines))
         found = lines[first : first + _LOG_LINES]
+        shown = first + len(found) if found else 0
         return [
             *([f"the first finding in {self.kernel_log_path}:", *found] if found else []),
-            *(f"the end of {self.kernel_log_path}:", *lines[max(first + len(found), len(lines) - _LOG_LINES) :]),
+            *(f"the end of {self.kernel_log_path}:", *lines[max(shown, len(lines) - _LOG_LINES) :]),
         ]
 
     def _log_tasks(self) -> None:

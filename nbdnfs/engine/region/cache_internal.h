@@ -23,8 +23,9 @@
 #include <string.h>
 
 /*
- * The list that a slot is on. CLEAN is in the order of last use, DIRTY and UNCOMMITTED with the oldest first. HELD are
- * the dirty ones that a hold of their page keeps from being taken. A slot that is being written or fetched is on none.
+ * The list that a slot is on. CLEAN is in the order in which they give way, DIRTY and UNCOMMITTED begin with the oldest.
+ * HELD are the dirty ones that a hold of their page keeps from being taken. A slot that is being written or fetched is
+ * on none.
  */
 enum list_name { ON_NONE, ON_FREE, ON_CLEAN, ON_DIRTY, ON_HELD, ON_UNCOMMITTED, LIST_COUNT };
 
@@ -178,7 +179,7 @@ void slot_init_page(struct cache *cache, uint32_t index, uint64_t page);
 uint32_t slot_take(struct cache *cache, uint64_t page);
 /* The bytes of a clean slot are about to be replaced. */
 void slot_overwrite(struct cache *cache, uint32_t index);
-/* The page of a clean slot was read. */
+/* The page of a slot was read. */
 void slot_used(struct cache *cache, uint32_t index);
 /* Write number cache->sequence has changed the slot's bytes. */
 void slot_became_dirty(struct cache *cache, uint32_t index);
