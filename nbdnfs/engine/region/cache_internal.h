@@ -23,9 +23,9 @@
 #include <string.h>
 
 /*
- * The list that a slot is on. CLEAN is in the order in which they give way, DIRTY and UNCOMMITTED begin with the oldest.
- * HELD are the dirty ones that a hold of their page keeps from being taken. A slot that is being written or fetched is
- * on none.
+ * The list that a slot is on. CLEAN are in the order in which they give way, DIRTY and UNCOMMITTED begin with the
+ * oldest. HELD are the dirty ones that a hold of their page keeps from being taken. A slot that is being written or
+ * fetched is on none.
  */
 enum list_name { ON_NONE, ON_FREE, ON_CLEAN, ON_DIRTY, ON_HELD, ON_UNCOMMITTED, LIST_COUNT };
 
