@@ -183,6 +183,32 @@ def test_a_read_that_stays_refused(fake: FakeNfsServer, open_engine: OpenEngine)
     assert read_pages(engine, 0) == fake.content[:PAGE]
 
 
+@pytest.mark.parametrize("status", [NFS3ERR_ACCES, NFS3ERR_PERM])
+def test_a_read_that_is_not_permitted(
+    fake: FakeNfsServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str], status: int
+) -> None:
+    """It is an error after gone_limit, as a missing file is: somebody has to see that, and to mend the export."""
+    engine = open_engine(fake.url(), gone_limit_ms=1000)
+    said = SaidOnStderr(capfd)
+    fake.fail("READ", status)
+    with pytest.raises(OSError, match="permitted|denied"):
+        in_background(read_pages, engine, 0).result(DEADLINE_S)
+    said.wait_for("asking again for 1 s, and then a program that needs such a page gets an I/O error")
+
+
+def test_a_read_that_is_not_permitted_is_asked_for_ever(
+    fake: FakeNfsServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With gone_limit = 0."""
+    engine = open_engine(fake.url(), gone_limit_ms=0)
+    said = SaidOnStderr(capfd)
+    fake.fail("READ", NFS3ERR_ACCES)
+    reading = in_background(read_pages, engine, 0)
+    said.wait_for("asking again until it does not")
+    fake.fail("READ", NFS3_OK)
+    assert reading.result(DEADLINE_S) == fake.content[:PAGE]
+
+
 @pytest.mark.parametrize("transport", ["wire", "libnfs"])
 @pytest.mark.parametrize("status", [NFS3ERR_IO, NFS3ERR_NOSPC, NFS3ERR_DQUOT, NFS3ERR_BADHANDLE])
 def test_a_commit_that_is_refused(fake: FakeNfsServer, open_engine: OpenEngine, status: int, transport: str) -> None:

@@ -20,12 +20,36 @@
 #define SEEKS_IN_ROW 3
 
 /*
+ * For how long a READ is asked again that is refused with `error`, UINT32_MAX: until it is not. A permission is taken
+ * away by mistake, and given back: that may last as long as the file may be gone. A disk's error stays.
+ */
+static uint32_t refusal_limit_ms(const struct nfsio *io, int error)
+{
+	if (io->options.soft_limit_ms > 0 || (error != -EACCES && error != -EPERM))
+		return io->options.refused_read_ms;
+	return io->options.gone_limit_ms > 0 ? io->options.gone_limit_ms : UINT32_MAX;
+}
+
+static void log_refusal(const struct nfsio *io, int error, uint32_t limit_ms)
+{
+	if (limit_ms == UINT32_MAX)
+		log_line("server %s: it refuses to read (%s): asking again until it does not; mend that on the server",
+			 io->address, strerror(-error));
+	else
+		log_line("server %s: it refuses to read (%s): asking again for %u s, and then a program that needs "
+			 "such a page gets an I/O error; mend that on the server",
+			 io->address, strerror(-error), limit_ms / 1000);
+}
+
+/*
  * The server has refused a request with `error`. A READ is asked again for a while, whatever the reason: an export, a
  * disk or a name service may not be there for a moment, and an error ends the process whose page it was. That time
  * begins again with each connection, and silence is not part of it.
  */
 void note_refused(struct nfsio *io, struct nfsio_req *req, int error)
 {
+	uint32_t limit_ms = refusal_limit_ms(io, error);
+
 	if (req->op != NFSIO_READ || req->handle != NULL || io->options.refused_read_ms == 0) {
 		req_finish(&io->inflight, req, error);
 		return;
@@ -35,11 +59,10 @@ void note_refused(struct nfsio *io, struct nfsio_req *req, int error)
 
 		req->refused = (struct nfsio_told){ 0 };
 		if (io->refusal_told_ms == 0 || now - io->refusal_told_ms > REFUSAL_LOG_MS)
-			log_line("server %s: it refuses to read (%s): asking again for %u s", io->address,
-				 strerror(-error), io->options.refused_read_ms / 1000);
+			log_refusal(io, error, limit_ms);
 		io->refusal_told_ms = now;
 	}
-	if (note_told(&req->refused) < io->options.refused_read_ms)
+	if (note_told(&req->refused) < limit_ms)
 		try_later(io, &io->inflight, req);
 	else
 		req_finish(&io->inflight, req, error);

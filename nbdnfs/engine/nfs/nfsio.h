@@ -178,8 +178,8 @@ struct nfsio_options {
 	 */
 	unsigned soft_limit_ms;
 	/*
-	 * A READ that the server refuses, whatever the reason, is sent again for so long; then it fails with that
-	 * error. 0: at once.
+	 * A READ that the server refuses is sent again for so long, or for gone_limit_ms where the reason is a
+	 * permission and there is no soft limit; then it fails with that error. 0: at once, whatever the reason.
 	 */
 	unsigned refused_read_ms;
 	/* They fail with -ESTALE, at once, when the file has been gone for so long. 0: never. */
