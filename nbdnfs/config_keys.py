@@ -17,11 +17,14 @@ LOCKS = ("required", "wanted", "off")
 RECOVERIES = ("hard", "soft")
 
 
-def shown(value: object) -> str:
+_MESSAGE_LENGTH_MAX = 400
+
+
+def shown(value: object, length_max: int = 80) -> str:
     """A value on one line, as TOML writes it, shortened where it is long."""
     text = str(value).lower() if isinstance(value, bool) else str(value)
     text = "".join(character if character.isprintable() else "?" for character in text)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= length_max else text[: length_max - 3] + "..."
 
 
 def _of_type(key: str, value: object, wanted: type, example: str) -> None:
@@ -111,7 +114,7 @@ def _parsed(key: str, text: str, parse: Callable[[str], float], example: str) ->
     try:
         return parse(text)
     except UsageError as error:
-        raise UsageError(f"{key}: {shown(error.message)}", error.hint) from None
+        raise UsageError(f"{key}: {shown(error.message, _MESSAGE_LENGTH_MAX)}", error.hint) from None
     except (ValueError, OverflowError):  # thousands of digits
         raise UsageError(f"{key} cannot be '{shown(text)}'", f'for example: {key} = "{example}"') from None
 
@@ -121,7 +124,7 @@ def _url(key: str, value: object, root: Path) -> str:
     try:
         return nfs_url.parse(str(value), root).text
     except UsageError as error:
-        raise UsageError(shown(f"{key}: {error.message}"), error.hint) from None
+        raise UsageError(shown(f"{key}: {error.message}", _MESSAGE_LENGTH_MAX), error.hint) from None
 
 
 def _device(key: str, value: object, root: Path) -> str:
@@ -282,9 +285,9 @@ KEYS = {
         "gone_limit_ms",
         _duration_ms(1.0, 86_400.0, "5min"),
         '"5min"',
-        "How long the server may answer that the file does not exist, or is another file, before requests that wait for"
-        ' it fail with an I/O error, also with recovery = "hard". A NAS that has just booted may answer so until its'
-        ' disks are mounted: "1s" to "1d".',
+        "How long the server may answer that the file does not exist, or is another file, or may not be read, before"
+        ' requests that wait for it fail with an I/O error, also with recovery = "hard". A NAS that has just booted may'
+        ' answer so until its disks are mounted: "1s" to "1d".',
     ),
     "reclaim_check": Key(
         "reclaim_check",

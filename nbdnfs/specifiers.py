@@ -118,7 +118,7 @@ def product_uuid(root: Path) -> str:
         raise UsageError("%u in the URL: only root may read the product UUID", "run this as root, or write it out")
     raise UsageError(
         "%u in the URL: the firmware of this machine has no UUID of its own (every machine of its kind has the same)",
-        "use %M (MAC address of the boot interface), or %m on a machine that keeps its /etc",
+        "use %H with a host name of its own, %M (MAC address of the boot interface), or %m where /etc is kept",
     )
 
 
@@ -139,7 +139,7 @@ def boot_mac(root: Path = Path("/")) -> str:
         raise UsageError(
             f"%M in the URL: {address} ({interface or 'BOOTIF='}) is a random or locally administered address, which"
             " other machines may have, too",
-            "use %u (product UUID), or %H with a host name of its own",
+            "use %H with a host name of its own, or %u (product UUID) where the firmware has one",
         )
     _keep(root / _KEPT_MAC, address)
     return address

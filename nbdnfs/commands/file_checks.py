@@ -219,7 +219,10 @@ def _owner(settings: Config, found: FileFacts, *, is_up: bool) -> Finding:
         return _used_here(subject, settings.name, record.holder)
     if verdict in owner_record.REFUSALS:
         return Finding(
-            subject, False, f"{found.record.text()} owns the file", "run nbdnfs down there, or nbdnfs up --steal here"
+            subject,
+            False,
+            f"{found.record.text()} owns the file",
+            f"run nbdnfs down there; or, if that machine is down for good, nbdnfs up {settings.name} --steal here",
         )
     text = "none" if verdict in (Verdict.CREATE, Verdict.TAKE) else "of an earlier use by this machine"
     return judge(

@@ -101,19 +101,22 @@ def stolen() -> Problem:
 
 
 def _of_server(found: Counters, waits: Waits | None) -> list[Problem]:
-    """Is there an answer? The connection that is down, or else the server's silence, or else the request's age."""
+    """Is there an answer? The connection that is down, or else the server's silence, and the request's age, where it is
+    more than that of the silence: a network may lose large packets alone."""
     duration = quantities.format_duration
     unheard_s = waits.unheard_s if waits is not None else 0.0
     request_s = waits.oldest_request_s if waits is not None else 0.0
     if number(found, "disconnected"):
         since = f", unheard for {duration(unheard_s)}" if unheard_s >= 1 else ""
         return [Problem(Level.CRITICAL, f"the server does not answer{since}", "connection", _WAIT)]
+    problems = []
     if unheard_s >= UNHEARD_WARNING_S:
         level = Level.CRITICAL if unheard_s >= UNHEARD_CRITICAL_S else Level.WARNING
         text = f"the server is unheard for {duration(unheard_s)}, and answers are outstanding"
-        return [Problem(level, text, "connection", _WAIT)]
-    if request_s >= REQUEST_WARNING_S:
+        problems.append(Problem(level, text, "connection", _WAIT))
+    if request_s >= REQUEST_WARNING_S and (not problems or request_s > unheard_s + REQUEST_WARNING_S):
         level = Level.CRITICAL if request_s >= REQUEST_CRITICAL_S else Level.WARNING
         text = f"a request of the kernel has waited for {duration(request_s)}"
-        return [Problem(level, text, "connection", "see whether NFS write moves: nbdnfs top; the server may be busy")]
-    return []
+        advice = "see whether NFS write moves: nbdnfs top; the server may be busy or refuse, or large packets get lost"
+        problems.append(Problem(level, text, "connection", advice))
+    return problems

@@ -51,8 +51,9 @@ def why_not_running(device: str) -> str | None:
         case "failed":
             return f"{unit} has failed ({found.get('Result')}): journalctl -u {unit}"
         case "inactive":
-            enabled = "" if found.get("UnitFileState") == "enabled" else ", and does not start at boot"
-            return f"{unit} is not started{enabled}: systemctl enable --now {unit}"
+            if found.get("UnitFileState") in ("enabled", "enabled-runtime"):  # the generator's, at each boot
+                return f"{unit} is not started: systemctl start {unit}"
+            return f"{unit} is not started, and does not start at boot: systemctl enable --now {unit}"
         case state:
             return f"{unit} is {state}: journalctl -u {unit}"
 

@@ -23,7 +23,9 @@ def load(root: Path = kernel_state.ROOT) -> None:
         programs.run([programs.find_program("modprobe", "kmod"), "nbd"], what="loading the kernel's nbd driver")
     except NbdnfsError as error:
         missing = UnavailableError(
-            f"the kernel's nbd driver is not there: {error.message}", "use a kernel that has CONFIG_BLK_DEV_NBD"
+            f"the kernel's nbd driver is not there: {error.message}",
+            "is /lib/modules complete for this kernel, or was it upgraded without a reboot? else use one that has"
+            " CONFIG_BLK_DEV_NBD",
         )
         missing.exit_code = os.EX_OSFILE
         raise missing from None

@@ -238,6 +238,7 @@ def test_no_such_device(root: Path) -> None:
         ({}, Waits(4.9, 4.9, 4.9), Level.OK, ""),
         ({}, Waits(5.0, 5.0, 5.0), Level.WARNING, "the server is unheard for 5.0 s, and answers are outstanding"),
         ({}, Waits(75.0, 74.0, 75.0), Level.CRITICAL, "the server is unheard for 1 min 15 s"),
+        ({}, Waits(8.2, 46.0, 8.2), Level.CRITICAL, "the server is unheard for 8.2 s"),
         ({}, Waits(0.0, 0.0, 9999.0), Level.OK, ""),  # it was asked nothing
         ({}, Waits(0.1, 12.0, 0.1), Level.WARNING, "a request of the kernel has waited for 12 s"),
         ({}, Waits(0.1, 31.0, 0.1), Level.CRITICAL, "a request of the kernel has waited for 31 s"),
@@ -255,6 +256,14 @@ def test_levels(
     one = status.read("swap0", root)
     assert one.level is level
     assert words in one.text().splitlines()[0]
+
+
+def test_large_packets_get_lost(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server answers small calls, now and then: how long the request has waited is said as well."""
+    shows(monkeypatch, {}, Waits(8.2, 46.0, 8.2))
+    text = status.read("swap0", root).text()
+    assert "unheard for 8.2 s" in text
+    assert "a request of the kernel has waited for 46 s" in text
 
 
 def test_counters_that_cannot_be_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

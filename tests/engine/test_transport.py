@@ -191,7 +191,7 @@ def test_a_read_that_is_not_permitted(
     engine = open_engine(fake.url(), gone_limit_ms=1000)
     said = SaidOnStderr(capfd)
     fake.fail("READ", status)
-    with pytest.raises(OSError, match="permitted|denied"):
+    with pytest.raises(OSError, match=r"permitted|denied"):
         in_background(read_pages, engine, 0).result(DEADLINE_S)
     said.wait_for("asking again for 1 s, and then a program that needs such a page gets an I/O error")
 

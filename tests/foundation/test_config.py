@@ -456,3 +456,17 @@ def test_line_of_an_unknown_key(root: Path, before: list[str]) -> None:
         return
     error = error_of(root, text)
     assert error.message.startswith(f"{root}/etc/nbdnfs/swap0.toml:{text.count(chr(10)) + 1}: ")
+
+
+def test_a_long_message_about_a_url_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is ours, and ends with what matters; a value of the file's is shortened."""
+    message = "%M in the URL: " + "a" * 200 + " which other machines may have, too"
+
+    def refuse(text: str, root: Path) -> None:
+        raise UsageError(message, "hint")
+
+    monkeypatch.setattr(config_keys.nfs_url, "parse", refuse)
+    with pytest.raises(UsageError) as caught:
+        config_keys.KEYS["url"].value("url", "nfs://nas/export/%M.swap", Path("/"))
+    assert caught.value.message == f"url: {message}"
+    assert len(config_keys.shown("b" * 200)) == 80
