@@ -187,7 +187,7 @@ def test_a_read_that_stays_refused(fake: FakeNfsServer, open_engine: OpenEngine)
 def test_a_read_that_is_not_permitted(
     fake: FakeNfsServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str], status: int
 ) -> None:
-    """It is an error after gone_limit, as a missing file is: somebody has to see that, and to mend the export."""
+    """It fails after gone_limit, as with a missing file: an administrator needs time to notice and fix the export."""
     engine = open_engine(fake.url(), gone_limit_ms=1000)
     said = SaidOnStderr(capfd)
     fake.fail("READ", status)
@@ -196,7 +196,7 @@ def test_a_read_that_is_not_permitted(
     said.wait_for("asking again for 1 s, and then a program that needs such a page gets an I/O error")
 
 
-def test_a_read_that_is_not_permitted_is_asked_for_ever(
+def test_a_read_that_is_not_permitted_is_retried_for_ever(
     fake: FakeNfsServer, open_engine: OpenEngine, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With gone_limit = 0."""

@@ -20,8 +20,8 @@
 #define SEEKS_IN_ROW 3
 
 /*
- * For how long a READ is asked again that is refused with `error`, UINT32_MAX: until it is not. A permission is taken
- * away by mistake, and given back: that may last as long as the file may be gone. A disk's error stays.
+ * How long a READ that was refused with `error` is retried; UINT32_MAX: for ever. A denied permission is usually a
+ * mistake in the server's configuration, which an administrator needs time to see and correct. A disk error stays.
  */
 static uint32_t refusal_limit_ms(const struct nfsio *io, int error)
 {

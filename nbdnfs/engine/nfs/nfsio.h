@@ -178,8 +178,8 @@ struct nfsio_options {
 	 */
 	unsigned soft_limit_ms;
 	/*
-	 * A READ that the server refuses is sent again for so long, or for gone_limit_ms where the reason is a
-	 * permission and there is no soft limit; then it fails with that error. 0: at once, whatever the reason.
+	 * A READ that the server refuses is retried for this long, or for gone_limit_ms if permission is denied and
+	 * there is no soft limit; then it fails with that error. 0: it fails at once, for any error.
 	 */
 	unsigned refused_read_ms;
 	/* They fail with -ESTALE, at once, when the file has been gone for so long. 0: never. */
