@@ -360,6 +360,26 @@ def test_many_at_once(serve: Callable[..., Served], fake: FakeNfsServer) -> None
     assert found == {i: content[page * PAGE : (page + 1) * PAGE] for i, page in enumerate(pages)}
 
 
+def test_a_request_leaves_the_socket_after_a_reply(serve: Callable[..., Served], fake: FakeNfsServer) -> None:
+    """Room in the socket wakes the client's thread that waits for replies: there is to be one for it by then."""
+    served, content = serve(), fake.content
+    client = served.client()
+    client.read(900 * PAGE, PAGE)  # a client that reads
+    fake.hold("READ")
+    for cookie, page in enumerate((100, 300, 500)):
+        served.send(READ, cookie, page * PAGE, PAGE)
+        fake.wait_for(cookie + 1, DEADLINE_S)
+    assert unread_bytes(served.socket) > 0
+    served.send(WRITE, 3, 0, PAGE, bytes(range(256)) * 16)  # all leave it before a write's data
+    assert served.receive() == (3, 0, b"")
+    wait_until(lambda: unread_bytes(served.socket) == 0, "the write has left the socket, and what was before it")
+    fake.release()
+    assert sorted(served.receive(PAGE) for _ in range(3)) == [
+        (cookie, 0, content[page * PAGE : (page + 1) * PAGE]) for cookie, page in enumerate((100, 300, 500))
+    ]
+    wait_until(lambda: unread_bytes(served.socket) == 0, "nothing is left in the socket")
+
+
 def test_a_client_that_does_not_receive(serve: Callable[..., Served], fake: FakeNfsServer) -> None:
     """The loop waits for it with nothing: its replies are complete once it does, and pages that it wrote reach the
     server meanwhile, which takes a thread that is not blocked in a send."""

@@ -42,8 +42,8 @@ def run_with(library: Path, *arguments: str | Path) -> None:
 
 
 def test_sockets_that_fail(poor_socket: Path) -> None:
-    """The loop's own tests pass while every third send and receive fails with ENOBUFS or ENOMEM, and others are cut
-    short."""
+    """The loop's own tests pass while every third send and receive fails with ENOBUFS or ENOMEM, and other sends are
+    cut short."""
     run_with(poor_socket, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", TESTS, HERE / "test_loop.py")
 
 

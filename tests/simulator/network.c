@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Sockets, eventfd and poll(2), and a network that delays, cuts, resets, and swallows. */
+/* Sockets, eventfd, poll(2) and epoll(7), and a network that delays, cuts, resets, and swallows. */
 #include "sim.h"
 
 #include <errno.h>
@@ -47,13 +47,18 @@ struct sim_conn {
 	uint32_t sends_begin, sends_end; /* in sends[], counted on and on */
 };
 
-enum fd_kind { FD_NONE, FD_SOCKET, FD_EVENT, FD_CLIENT };
+enum fd_kind { FD_NONE, FD_SOCKET, FD_EVENT, FD_CLIENT, FD_EPOLL };
 
 struct fd {
 	enum fd_kind kind;
 	struct sim_conn *conn;  /* NULL: a socket that is not connected */
 	uint64_t counter;
 	uint64_t pollers;       /* threads, as bits */
+
+	/* what epoll(7) has been told: there is one FD_EPOLL only */
+	bool watched;
+	struct epoll_event wanted;
+	bool changed;           /* since it was last told of, for EPOLLET */
 };
 
 static uint8_t *stream_bytes; /* CONNS_MAX times UP_BYTES and DOWN_BYTES, mapped: too much for a program */
@@ -476,11 +481,13 @@ int network_client_fd(void)
 	return lowest_fd(FD_CLIENT);
 }
 
-void network_client_changed(void)
+void network_client_changed(short what)
 {
 	for (unsigned i = 0; i < FDS_MAX; i++)
-		if (fds[i].kind == FD_CLIENT)
+		if (fds[i].kind == FD_CLIENT) {
+			fds[i].changed |= what == 0 || (fds[i].wanted.events & (uint32_t)what) != 0;
 			threads_wake(fds[i].pollers);
+		}
 }
 
 static bool is_client(int fd)
@@ -541,9 +548,14 @@ int __wrap_bind(int fd, const struct sockaddr *address, socklen_t bytes)
 
 int __wrap_setsockopt(int fd, int level, int name, const void *value, socklen_t bytes)
 {
-	(void)level, (void)name, (void)value, (void)bytes;
-	fd_of(fd, FD_SOCKET);
-	return call_fails(1) ? fails_with(ENOBUFS) : 0;
+	(void)level, (void)value, (void)bytes;
+	if (!is_client(fd))
+		fd_of(fd, FD_SOCKET);
+	if (call_fails(1))
+		return fails_with(ENOBUFS);
+	if (is_client(fd) && name == SO_PEEK_OFF)
+		nbd_socket_peek_behind();
+	return 0;
 }
 
 int __wrap_getsockopt(int fd, int level, int name, void *value, socklen_t *bytes)
@@ -839,7 +851,7 @@ static void check_spinning(void)
 	times = polled_at_ns == now_ns ? times + 1 : 0;
 	polled_at_ns = now_ns;
 	if (times > SPINNING)
-		sim_fail("poll(2) is called for the %uth time at one instant", times);
+		sim_fail("poll(2) or epoll_wait(2) is called for the %uth time at one instant", times);
 }
 
 static int poll_until(struct pollfd *wanted, nfds_t count, int64_t until_ns)
@@ -877,4 +889,75 @@ int __wrap_ppoll(struct pollfd *wanted, nfds_t count, const struct timespec *tim
 {
 	(void)mask;
 	return poll_until(wanted, count, timeout == NULL ? NEVER : now_ns + timeout->tv_sec * S + timeout->tv_nsec);
+}
+
+/* ---- epoll(7) ---- */
+
+int __wrap_epoll_create1(int flags)
+{
+	(void)flags;
+	return new_fd(FD_EPOLL);
+}
+
+int __wrap_epoll_ctl(int fd, int operation, int of, struct epoll_event *event)
+{
+	static const int errors[] = { 0, ENOMEM, ENOSPC };
+	uint32_t failure = call_fails(2);
+	struct fd *it;
+
+	fd_of(fd, FD_EPOLL);
+	crash_point();
+	if (of < FIRST_FD || of >= FIRST_FD + (int)FDS_MAX || fds[of - FIRST_FD].kind == FD_NONE)
+		return fails_with(EBADF);
+	it = &fds[of - FIRST_FD];
+	if (it->watched != (operation != EPOLL_CTL_ADD)) {
+		if (operation != EPOLL_CTL_DEL) /* the worker takes it for something else, which was closed */
+			sim_fail("epoll(7) is told of descriptor %d, and %s it", of, it->watched ? "has" : "lacks");
+		return fails_with(it->watched ? EEXIST : ENOENT);
+	}
+	if (failure != 0 && operation == EPOLL_CTL_ADD)
+		return fails_with(errors[failure]);
+	it->watched = it->changed = operation != EPOLL_CTL_DEL;
+	if (it->watched)
+		it->wanted = *event;
+	return 0;
+}
+
+static int look_watched(struct epoll_event *found, int most)
+{
+	int count = 0;
+
+	for (unsigned i = 0; i < FDS_MAX && count < most; i++) {
+		struct fd *it = &fds[i];
+		bool tells_once = it->wanted.events & EPOLLET;
+		short events = it->watched ? ready(it, (short)(it->wanted.events & 0xffff)) : 0;
+
+		if (events != 0 && (it->changed || !tells_once))
+			found[count++] = (struct epoll_event){ (uint32_t)events, it->wanted.data };
+		it->changed = false;
+	}
+	return count;
+}
+
+int __wrap_epoll_wait(int fd, struct epoll_event *found, int most, int timeout_ms)
+{
+	int64_t until_ns = timeout_ms < 0 ? NEVER : now_ns + timeout_ms * MS;
+	uint64_t me = thread_bit();
+	int count;
+
+	fd_of(fd, FD_EPOLL);
+	crash_point();
+	thread_preempt();
+	check_spinning();
+	if (call_fails(1))
+		return fails_with(EINTR);
+	while ((count = look_watched(found, most)) == 0 && now_ns < until_ns) {
+		for (unsigned i = 0; i < FDS_MAX; i++)
+			if (fds[i].watched)
+				fds[i].pollers |= me;
+		thread_block(until_ns);
+		for (unsigned i = 0; i < FDS_MAX; i++)
+			fds[i].pollers &= ~me;
+	}
+	return count;
 }

@@ -216,7 +216,8 @@ void region_let_go(void);       /* the process has ended */
 /* A descriptor that the worker is started with: its end of nbd_socket.c. */
 int network_client_fd(void);
 /* A poll(2) of it may end differently. */
-void network_client_changed(void);
+/* The client has sent (POLLIN), or received (POLLOUT). 0: it may be anything else. */
+void network_client_changed(short what);
 
 struct connection_end;          /* a connection as the server sees it */
 

@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -25,6 +26,7 @@ ssize_t nbd_socket_send(const struct msghdr *message, int flags);
 ssize_t nbd_socket_receive(const struct msghdr *message, int flags);
 short nbd_socket_ready(short wanted);
 void nbd_socket_worker_closes(void);
+void nbd_socket_peek_behind(void);
 
 ssize_t __real_write(int fd, const void *buffer, size_t bytes);
 void *__real_memcpy(void *to, const void *from, size_t bytes);
@@ -84,6 +86,9 @@ ssize_t __wrap_read(int fd, void *buffer, size_t bytes);
 ssize_t __wrap_write(int fd, const void *buffer, size_t bytes);
 int __wrap_close(int fd);
 int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout_ms);
+int __wrap_epoll_create1(int flags);
+int __wrap_epoll_ctl(int fd, int operation, int of, struct epoll_event *event);
+int __wrap_epoll_wait(int fd, struct epoll_event *found, int most, int timeout_ms);
 int __wrap_ppoll(struct pollfd *fds, nfds_t count, const struct timespec *timeout, const sigset_t *mask);
 
 #endif

@@ -24,15 +24,18 @@ void engine_attend(struct engine *engine, int wake_fd, uint32_t tick_ms)
 		nfsio_attend(engine->ios[i], wake_fd, tick_ms);
 }
 
-int engine_before_poll(struct engine *engine, struct pollfd fds[ENGINE_POLLED])
+int engine_before_poll(struct engine *engine, struct pollfd fds[ENGINE_POLLED], uint32_t *opened)
 {
 	int timeout_ms = -1;
 
+	*opened = 0;
 	for (unsigned i = 0; i < ENGINE_POLLED; i++)
 		fds[i] = (struct pollfd){ .fd = -1 };
 	for (unsigned i = 0; i < attended(engine); i++) {
-		int ms = nfsio_before_poll(engine->ios[i], fds + (size_t)i * NFSIO_POLLED);
+		uint32_t its;
+		int ms = nfsio_before_poll(engine->ios[i], fds + (size_t)i * NFSIO_POLLED, &its);
 
+		*opened += its;
 		if (ms >= 0 && (timeout_ms < 0 || ms < timeout_ms))
 			timeout_ms = ms;
 	}

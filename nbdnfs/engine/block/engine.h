@@ -151,10 +151,13 @@ int engine_finish_flush(struct engine *engine, struct engine_request *request);
  * `tick_ms` the engine's threads that have left their work to it look as well, in case a wake-up was lost.
  */
 void engine_attend(struct engine *engine, int wake_fd, uint32_t tick_ms);
-/* What to poll, before poll(2); returns for how many ms at most, -1: any time. And what is to be done after it. */
+/*
+ * What to poll, before poll(2); returns for how many ms at most, -1: any time. And what is to be done after it.
+ * *opened: as for nfsio_before_poll().
+ */
 #define ENGINE_ATTENDED 2
 #define ENGINE_POLLED (ENGINE_ATTENDED * NFSIO_POLLED)
-int engine_before_poll(struct engine *engine, struct pollfd fds[ENGINE_POLLED]);
+int engine_before_poll(struct engine *engine, struct pollfd fds[ENGINE_POLLED], uint32_t *opened);
 void engine_after_poll(struct engine *engine, const struct pollfd fds[ENGINE_POLLED]);
 /* May what a step waits for have come since the last call? */
 bool engine_take_progress(struct engine *engine);

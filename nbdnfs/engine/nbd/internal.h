@@ -4,12 +4,14 @@
  *
  * protocol.h          numbers and bytes
  * handshake.c         from a connected socket to the first request
+ * socket.c            bytes out of the client's socket
  * places.c            where requests and their data lie
  * replies.c           replies that are ready, and sending them
  * waiters.c           the threads that do what waits
  * requests.c          what a request has the engine do
  * receive.c           the bytes of the client, and the requests in them
- * loop.c              create, poll, destroy
+ * watch.c             waiting for the client, the NAS and other threads
+ * loop.c              create, run, destroy
  */
 #ifndef NBDNFS_NBD_INTERNAL_H
 #define NBDNFS_NBD_INTERNAL_H
@@ -18,7 +20,9 @@
 #include "nbd/loop.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
+#include <sys/uio.h>
 #include <time.h>
 
 #define PAGE_BYTES SLOT_BYTES
@@ -30,6 +34,8 @@
 /* The largest read or write. The kernel's are 128 KiB (drivers/block/nbd.c sets max_sectors to 256). */
 #define REQUEST_BYTES_MAX (32u * PIECE_BYTES)
 #define RECEIVED_BYTES (64u * 1024)
+/* What is polled: the client, the wake-ups of other threads, and what the engine says. */
+#define POLLED (2 + ENGINE_POLLED)
 /* Threads that do what waits: one for reads, which go on while the NAS takes no writes, and the others for the rest. */
 #define WAITERS 3
 
@@ -51,6 +57,12 @@ struct request_queue {
 	struct request *head, *tail;
 };
 
+/* What epoll(7) knows of a descriptor. */
+struct watched {
+	int fd;                 /* -1: nothing */
+	short events;
+};
+
 struct nbd_loop {
 	/* constant after nbd_loop_create() */
 	struct engine *engine;
@@ -68,6 +80,12 @@ struct nbd_loop {
 	uint64_t taken_pieces;  /* a bit for each */
 	uint8_t *received;      /* RECEIVED_BYTES */
 	size_t received_begin, received_end; /* what has not been looked at */
+	size_t peeked_bytes;    /* so much of what has been received, or looked at, still lies in the socket */
+	bool may_peek;          /* the socket and epoll(7) can do that */
+	bool last_was_read;     /* of the requests */
+	bool readable;          /* there may be more to receive: epoll(7) says that once */
+	bool will_end;          /* the client sends no more, and the end is still to be received */
+	bool has_left;          /* it does not receive either */
 	struct request *filling; /* a write whose data is coming */
 	uint32_t filled_bytes;
 	uint32_t skip_bytes;    /* the data of a write that was refused is still to come */
@@ -87,6 +105,9 @@ struct nbd_loop {
 	struct request_queue fetches; /* reads that wait for read-ahead */
 	struct request_queue writes; /* writes that wait for room, in this order */
 	uint64_t looked_at_us;  /* when these two were last looked at */
+	int watch_fd;           /* epoll(7); -1: ppoll(2) has to do */
+	struct watched watched[POLLED];
+	uint32_t watched_opened; /* engine_before_poll()'s, of then */
 	struct request_queue answered; /* reads that the NAS has answered */
 
 	pthread_mutex_t lock;   /* guards what follows */
@@ -131,6 +152,13 @@ static inline uint64_t nbd_now_us(void)
 	return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
 }
 
+/* Is there something to receive, and room for it? */
+static inline bool nbd_can_receive(const struct nbd_loop *loop)
+{
+	return loop->readable && !loop->ended && !loop->lacks_place && !loop->receive_lacks_memory &&
+	       loop->gather_until_us == 0;
+}
+
 static inline bool nbd_gathers(const struct nbd_loop *loop)
 {
 	return !loop->ended && loop->gather_until_us > 0;
@@ -147,6 +175,20 @@ static inline bool nbd_lacks_memory(bool *lacks_memory, int error)
 
 /* Waits for the client. 0: it may send requests. -ECONNRESET: it has left. -EPROTO: it speaks something else. */
 int nbd_handshake(int fd, uint64_t size_bytes);
+
+/* socket.c */
+
+/* The room for a look at what a client that reads has sent. */
+#define PEEK_BYTES 448 /* 16 requests */
+/* Is there a way to peek, and room for it? */
+bool nbd_can_peek(const struct nbd_loop *loop);
+/*
+ * Receive into at most two pieces, or peek. What has been peeked at before is not received again. Returns what
+ * recvmsg(2) does; -1 and EAGAIN where only that was there.
+ */
+ssize_t nbd_receive_pieces(struct nbd_loop *loop, const struct iovec *pieces, size_t count, bool peeks);
+/* Take what has been peeked at out of the socket. Where that fails, it stays there for the next time. */
+void nbd_take_out(struct nbd_loop *loop);
 
 /* places.c */
 
@@ -197,5 +239,16 @@ void nbd_go_on(struct nbd_loop *loop);
 void nbd_receive(struct nbd_loop *loop);
 /* Begin requests that have been received, as far as they find places. Returns whether there was one. */
 bool nbd_take_requests(struct nbd_loop *loop);
+
+/* watch.c */
+
+/* The client has shaken hands. */
+void nbd_watch_start(struct nbd_loop *loop);
+void nbd_watch_stop(struct nbd_loop *loop);
+/*
+ * Wait until something has come, or until_us by CLOCK_MONOTONIC, NO_TIME: for ever. fds[0] is the client's and left to
+ * this, but for its revents; the others are filled in. Returns false where that ended early: nothing is known then.
+ */
+bool nbd_watch(struct nbd_loop *loop, struct pollfd fds[POLLED], uint32_t opened, uint64_t now_us, uint64_t until_us);
 
 #endif

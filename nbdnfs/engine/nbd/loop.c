@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Create, poll, destroy. */
+/* Create, run, destroy. */
 #include "nbd/internal.h"
 
 #include "base/thread.h"
@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -37,6 +38,9 @@ int nbd_loop_create(struct engine *engine, int fd, uint32_t tick_ms, struct nbd_
 	loop->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (loop->wake_fd < 0)
 		error = -errno;
+	loop->watch_fd = epoll_create1(EPOLL_CLOEXEC);
+	for (unsigned i = 0; i < POLLED; i++)
+		loop->watched[i].fd = -1;
 	pthread_mutex_init(&loop->lock, NULL);
 	pthread_cond_init(&loop->work, NULL);
 	pthread_cond_init(&loop->reads_work, NULL);
@@ -64,6 +68,7 @@ void nbd_loop_destroy(struct nbd_loop *loop)
 	pthread_mutex_destroy(&loop->lock);
 	if (loop->wake_fd >= 0)
 		close(loop->wake_fd);
+	nbd_watch_stop(loop);
 	free(loop->arena);
 	free(loop->zeros);
 	free(loop->received);
@@ -96,12 +101,12 @@ static bool is_due(const struct nbd_loop *loop)
 	return due != NO_TIME && nbd_now_us() >= due;
 }
 
-/* When poll(2) is to end at the latest, given that the engine allows for `timeout_ms`. */
-static uint64_t poll_until_us(const struct nbd_loop *loop, uint64_t now, int timeout_ms)
+/* When waiting is to end at the latest, given that the engine allows for `timeout_ms`. */
+static uint64_t wait_until_us(const struct nbd_loop *loop, uint64_t now, int timeout_ms)
 {
 	uint64_t until = due_us(loop);
 
-	if (loop->answered.head != NULL)
+	if (loop->answered.head != NULL || nbd_can_receive(loop))
 		return now;
 	if (timeout_ms >= 0 && now + (uint64_t)timeout_ms * 1000 < until)
 		until = now + (uint64_t)timeout_ms * 1000;
@@ -112,36 +117,17 @@ static uint64_t poll_until_us(const struct nbd_loop *loop, uint64_t now, int tim
 	return until;
 }
 
-static struct pollfd client_poll(const struct nbd_loop *loop, bool gathers)
-{
-	bool may_receive = !loop->ended && !loop->lacks_place && !loop->receive_lacks_memory && !gathers;
-	bool has_replies = loop->replies.head != NULL;
-
-	return (struct pollfd){
-		.fd = loop->ended && !has_replies ? -1 : loop->fd,
-		.events = (short)((may_receive ? POLLIN : 0) | (has_replies && !loop->send_lacks_memory ? POLLOUT : 0)),
-	};
-}
-
-static int poll_until(struct pollfd *fds, nfds_t count, uint64_t now, uint64_t until)
-{
-	uint64_t us = until > now ? until - now : 0;
-	struct timespec time = { .tv_sec = (time_t)(us / 1000000), .tv_nsec = (long)(us % 1000000) * 1000 };
-
-	return ppoll(fds, count, until == NO_TIME ? NULL : &time, NULL);
-}
-
 /* Wait until there is something to do, and take in what has come. */
 static void take_in(struct nbd_loop *loop)
 {
-	struct pollfd fds[2 + ENGINE_POLLED];
-	int timeout_ms = engine_before_poll(loop->engine, fds + 2);
+	struct pollfd fds[POLLED];
+	uint32_t opened;
+	int timeout_ms = engine_before_poll(loop->engine, fds + 2, &opened);
 	uint64_t kicks, now = nbd_now_us();
-	bool gathers = nbd_gathers(loop), has_left;
+	bool gathers = nbd_gathers(loop);
 
-	fds[0] = client_poll(loop, gathers);
 	fds[1] = (struct pollfd){ .fd = loop->wake_fd, .events = POLLIN };
-	if (poll_until(fds, sizeof(fds) / sizeof(fds[0]), now, poll_until_us(loop, now, timeout_ms)) < 0)
+	if (!nbd_watch(loop, fds, opened, now, wait_until_us(loop, now, timeout_ms)))
 		return; /* by a signal, which is another thread's business */
 	loop->send_lacks_memory = loop->receive_lacks_memory = false;
 	if (fds[1].revents != 0)
@@ -149,10 +135,9 @@ static void take_in(struct nbd_loop *loop)
 	engine_after_poll(loop->engine, fds + 2);
 	if (fds[1].revents != 0)
 		nbd_end_requests(loop, nbd_take_ended_elsewhere(loop));
-	has_left = (fds[0].revents & (POLLHUP | POLLERR)) != 0;
-	if (fds[0].revents & POLLIN || (gathers && (has_left || nbd_now_us() >= loop->gather_until_us)))
+	if (nbd_can_receive(loop) || (gathers && (loop->has_left || nbd_now_us() >= loop->gather_until_us)))
 		nbd_receive(loop);
-	else if (has_left && !gathers)
+	else if (loop->has_left && !gathers)
 		nbd_client_left(loop); /* it is not received from now, and would never be seen to have left */
 }
 
@@ -185,6 +170,7 @@ int nbd_loop_run(struct nbd_loop *loop)
 	error = nbd_handshake(loop->fd, engine_size_bytes(loop->engine));
 	if (error != 0)
 		return error == -EPROTO ? error : 0;
+	nbd_watch_start(loop);
 	engine_attend(loop->engine, loop->wake_fd, loop->tick_ms);
 	serve(loop);
 	engine_leave(loop->engine);

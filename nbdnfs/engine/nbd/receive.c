@@ -6,7 +6,6 @@
 #include "base/log.h"
 
 #include <errno.h>
-#include <sys/socket.h>
 #include <sys/uio.h>
 
 /*
@@ -84,6 +83,7 @@ static bool take_request(struct nbd_loop *loop)
 	if (request == NULL)
 		return false;
 	request->type = type;
+	loop->last_was_read = type == NBD_CMD_READ;
 	request->flags = be16_at(at + 4);
 	memcpy(&request->cookie, at + 8, sizeof(request->cookie));
 	request->offset_bytes = be64_at(at + 16);
@@ -164,13 +164,19 @@ static void gather(struct nbd_loop *loop, bool is_the_same)
 		loop->gather_until_us = nbd_now_us() + loop->gather_us;
 }
 
+/* Is what comes next only to be peeked at? Not the rest of a request, nor a write: it would be copied twice. */
+static bool is_to_peek(const struct nbd_loop *loop)
+{
+	return nbd_can_peek(loop) && loop->last_was_read && loop->filling == NULL && loop->skip_bytes == 0 &&
+	       loop->received_end == 0;
+}
+
 void nbd_receive(struct nbd_loop *loop)
 {
 	struct iovec pieces[2];
-	struct msghdr message = { .msg_iov = pieces };
+	size_t count = 0, wanted = 0;
 	struct request *filling = loop->filling;
-	bool gathered = loop->gather_until_us > 0;
-	size_t wanted = 0;
+	bool gathered = loop->gather_until_us > 0, peeks = is_to_peek(loop);
 	ssize_t got;
 
 	if (loop->received_begin > 0) {
@@ -181,12 +187,12 @@ void nbd_receive(struct nbd_loop *loop)
 	if (loop->filling != NULL) {
 		assert(loop->received_end == 0); /* all of it has gone into the request */
 		wanted = loop->filling->length_bytes - loop->filled_bytes;
-		pieces[message.msg_iovlen++] = (struct iovec){ loop->filling->data + loop->filled_bytes, wanted };
+		pieces[count++] = (struct iovec){ loop->filling->data + loop->filled_bytes, wanted };
 	}
-	pieces[message.msg_iovlen++] =
-		(struct iovec){ loop->received + loop->received_end, RECEIVED_BYTES - loop->received_end };
+	pieces[count++] = (struct iovec){ loop->received + loop->received_end,
+					  peeks ? PEEK_BYTES : RECEIVED_BYTES - loop->received_end };
 	loop->gather_until_us = 0;
-	got = recvmsg(loop->fd, &message, MSG_DONTWAIT);
+	got = nbd_receive_pieces(loop, pieces, count, peeks);
 	if (got < 0 && (errno == EAGAIN || errno == EINTR || nbd_lacks_memory(&loop->receive_lacks_memory, errno)))
 		return;
 	if (got <= 0) {

@@ -99,18 +99,23 @@ static size_t gather(const struct nbd_loop *loop, struct iovec *pieces)
 
 void nbd_send_replies(struct nbd_loop *loop)
 {
+	bool has_sent = false;
+
 	while (loop->replies.head != NULL && !loop->gone) {
 		struct iovec pieces[2 * REPLIES_AT_ONCE];
 		struct msghdr message = { .msg_iov = pieces, .msg_iovlen = gather(loop, pieces) };
 		ssize_t sent = sendmsg(loop->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
 
+		has_sent |= sent >= 0;
 		if (sent >= 0)
 			note_sent(loop, (size_t)sent);
 		else if (errno == EAGAIN || nbd_lacks_memory(&loop->send_lacks_memory, errno))
-			return;
+			break;
 		else if (errno != EINTR)
 			nbd_client_left(loop);
 	}
 	if (loop->gone)
 		drop_replies(loop);
+	else if (has_sent && loop->peeked_bytes > 0)
+		nbd_take_out(loop); /* now the client is awake */
 }

@@ -20,7 +20,7 @@ static void let_go(struct nfsio *io)
 	call_io_thread(io);
 }
 
-int nfsio_before_poll(struct nfsio *io, struct pollfd fds[NFSIO_POLLED])
+int nfsio_before_poll(struct nfsio *io, struct pollfd fds[NFSIO_POLLED], uint32_t *opened)
 {
 	int timeout_ms = -1;
 
@@ -34,6 +34,7 @@ int nfsio_before_poll(struct nfsio *io, struct pollfd fds[NFSIO_POLLED])
 		io->receiver = RECEIVER_ATTENDANT; /* the I/O thread notices when its poll() ends */
 		timeout_ms = before_poll(io, fds);
 	}
+	*opened = (uint32_t)io->state.connects + io->probe.opened;
 	pthread_mutex_unlock(&io->lock);
 	return timeout_ms;
 }

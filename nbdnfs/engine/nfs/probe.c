@@ -41,6 +41,7 @@ void probe_start(struct probe *probe, int connected_fd)
 	probe->fd = socket(peer.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
 	if (probe->fd < 0)
 		return;
+	probe->opened++;
 	if (connect(probe->fd, (struct sockaddr *)&peer, length) < 0 && errno != EINPROGRESS)
 		finish(probe, PROBE_FAILED);
 	else

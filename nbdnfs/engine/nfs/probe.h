@@ -15,6 +15,7 @@ struct probe {
 	enum probe_state state;
 	int fd;                 /* -1 unless PROBE_WAITING */
 	bool sent;
+	uint32_t opened;        /* how many sockets there have been */
 	uint32_t nfs_version;
 };
 

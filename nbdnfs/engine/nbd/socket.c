@@ -1,0 +1,65 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Bytes out of the client's socket.
+ *
+ * A request that leaves the socket makes room there, and the kernel wakes whoever sleeps over the client's end because
+ * of that (unix_write_space()): the thread that waits for replies, which finds none. What a client that reads has sent
+ * is therefore only peeked at, each time behind what was peeked at before (SO_PEEK_OFF). It leaves the socket after the
+ * next replies, when that thread is awake.
+ */
+#include "nbd/internal.h"
+#include "nbd/protocol.h"
+
+#include <errno.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#define PEEKED_BYTES_MAX (2 * PEEK_BYTES)
+
+bool nbd_can_peek(const struct nbd_loop *loop)
+{
+	return loop->may_peek && loop->peeked_bytes <= PEEKED_BYTES_MAX - PEEK_BYTES;
+}
+
+ssize_t nbd_receive_pieces(struct nbd_loop *loop, const struct iovec *pieces, size_t count, bool peeks)
+{
+	uint8_t known[PEEKED_BYTES_MAX];
+	size_t known_bytes = peeks ? 0 : loop->peeked_bytes, room_bytes = known_bytes;
+	struct iovec all[3] = { { known, known_bytes } };
+	struct msghdr message = { .msg_iov = all, .msg_iovlen = count + 1 };
+	ssize_t got;
+
+	assert(count <= 2 && known_bytes <= sizeof(known));
+	for (size_t i = 0; i < count; i++) {
+		all[i + 1] = pieces[i];
+		room_bytes += pieces[i].iov_len;
+	}
+	got = recvmsg(loop->fd, &message, MSG_DONTWAIT | (peeks ? MSG_PEEK : 0));
+	/* epoll(7): where less comes than there is room for, nothing is left, and more will be told of */
+	if (!loop->will_end && (got < 0 ? errno == EAGAIN : (size_t)got < room_bytes))
+		loop->readable = false;
+	if (got <= 0)
+		return got;
+	if (peeks) {
+		loop->peeked_bytes += (size_t)got;
+		return got;
+	}
+	if ((size_t)got < known_bytes)
+		known_bytes = (size_t)got;
+	loop->peeked_bytes -= known_bytes;
+	errno = EAGAIN;
+	return (size_t)got > known_bytes ? got - (ssize_t)known_bytes : -1;
+}
+
+void nbd_take_out(struct nbd_loop *loop)
+{
+	uint8_t known[PEEKED_BYTES_MAX];
+	struct iovec piece = { known, loop->peeked_bytes };
+	struct msghdr message = { .msg_iov = &piece, .msg_iovlen = 1 };
+	ssize_t got;
+
+	assert(loop->peeked_bytes <= sizeof(known));
+	got = recvmsg(loop->fd, &message, MSG_DONTWAIT);
+	if (got > 0)
+		loop->peeked_bytes -= (size_t)got;
+}

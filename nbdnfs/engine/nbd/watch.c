@@ -1,0 +1,121 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Waiting for the client, the NAS and other threads, by epoll(7). It says only once that the client has sent something
+ * (EPOLLET): what has been peeked at stays in the socket (receive.c), and poll(2) would find it again each time. Where
+ * there is no epoll(7), ppoll(2) does, and nothing is peeked at.
+ *
+ * While the rest of a request is left to come, the client is not waited for: each of its sends would end that. That is
+ * ppoll(2)'s, too, which tells microseconds.
+ */
+#include "nbd/internal.h"
+
+#include <limits.h>
+#include <poll.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+/* The first descriptor of the engine's. */
+#define ENGINES 2
+
+void nbd_watch_start(struct nbd_loop *loop)
+{
+	int offset_bytes = 0;
+
+	loop->may_peek = loop->watch_fd >= 0 && setsockopt(loop->fd, SOL_SOCKET, SO_PEEK_OFF, &offset_bytes,
+							   sizeof(offset_bytes)) == 0;
+}
+
+void nbd_watch_stop(struct nbd_loop *loop)
+{
+	if (loop->watch_fd >= 0)
+		close(loop->watch_fd);
+	loop->watch_fd = -1;
+	loop->may_peek = false;
+}
+
+/* What the client is waited for. */
+static struct pollfd client_poll(const struct nbd_loop *loop, bool tells_once)
+{
+	bool has_replies = loop->replies.head != NULL;
+	bool may_receive = !loop->ended && !loop->lacks_place && !loop->receive_lacks_memory && !nbd_gathers(loop);
+
+	return (struct pollfd){
+		.fd = loop->ended && !has_replies ? -1 : loop->fd,
+		.events = (short)((tells_once || may_receive ? POLLIN : 0) |
+				  (has_replies && !loop->send_lacks_memory ? POLLOUT : 0)),
+	};
+}
+
+/* Tell epoll(7) what has changed. Returns false where it cannot take that. */
+static bool tell(struct nbd_loop *loop, const struct pollfd fds[POLLED], uint32_t opened)
+{
+	bool has_opened = opened != loop->watched_opened;
+
+	/* first all that goes: its number may be another's already. What was closed is not there any more. */
+	for (unsigned i = 0; i < POLLED; i++) {
+		struct watched *watched = &loop->watched[i];
+
+		if (watched->fd < 0 || (watched->fd == fds[i].fd && !(has_opened && i >= ENGINES)))
+			continue;
+		(void)epoll_ctl(loop->watch_fd, EPOLL_CTL_DEL, watched->fd, NULL);
+		watched->fd = -1;
+	}
+	for (unsigned i = 0; i < POLLED; i++) {
+		struct watched *watched = &loop->watched[i];
+		struct epoll_event event = { .events = (uint32_t)fds[i].events, .data.u32 = i };
+
+		if (fds[i].fd < 0 || (watched->fd >= 0 && watched->events == fds[i].events))
+			continue;
+		if (i == 0)
+			event.events |= EPOLLET | EPOLLRDHUP;
+		if (epoll_ctl(loop->watch_fd, watched->fd < 0 ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, fds[i].fd, &event) < 0)
+			return false;
+		*watched = (struct watched){ .fd = fds[i].fd, .events = fds[i].events };
+	}
+	loop->watched_opened = opened;
+	return true;
+}
+
+static int wait_by_epoll(struct nbd_loop *loop, struct pollfd fds[POLLED], uint64_t now_us, uint64_t until_us)
+{
+	struct epoll_event events[POLLED];
+	uint64_t ms = until_us > now_us ? (until_us - now_us + 999) / 1000 : 0;
+	int most_ms = until_us == NO_TIME ? -1 : ms < INT_MAX ? (int)ms : INT_MAX;
+	int count = epoll_wait(loop->watch_fd, events, POLLED, most_ms);
+
+	for (int i = 0; i < count; i++)
+		fds[events[i].data.u32].revents = (short)events[i].events;
+	return count;
+}
+
+static int wait_by_poll(struct pollfd fds[POLLED], uint64_t now_us, uint64_t until_us)
+{
+	uint64_t us = until_us > now_us ? until_us - now_us : 0;
+	struct timespec time = { .tv_sec = (time_t)(us / 1000000), .tv_nsec = (long)(us % 1000000) * 1000 };
+
+	return ppoll(fds, POLLED, until_us == NO_TIME ? NULL : &time, NULL);
+}
+
+bool nbd_watch(struct nbd_loop *loop, struct pollfd fds[POLLED], uint32_t opened, uint64_t now_us, uint64_t until_us)
+{
+	int count;
+
+	fds[0] = client_poll(loop, true);
+	if (loop->watch_fd >= 0 && !nbd_gathers(loop) && !tell(loop, fds, opened))
+		nbd_watch_stop(loop);
+	if (loop->watch_fd >= 0 && !nbd_gathers(loop)) {
+		count = wait_by_epoll(loop, fds, now_us, until_us);
+	} else {
+		if (loop->watch_fd < 0 && loop->peeked_bytes > 0)
+			nbd_take_out(loop);
+		fds[0] = client_poll(loop, false);
+		count = wait_by_poll(fds, now_us, until_us);
+	}
+	if (count < 0)
+		return false;
+	loop->readable |= (fds[0].revents & POLLIN) != 0;
+	loop->will_end |= (fds[0].revents & (EPOLLRDHUP | POLLHUP | POLLERR)) != 0;
+	loop->has_left |= (fds[0].revents & (POLLHUP | POLLERR)) != 0;
+	return true;
+}
