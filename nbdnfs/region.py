@@ -79,6 +79,7 @@ CONNECTIONS, REQUESTS = 16, 16
 HEADER_BYTES = WAITS_OFFSET + _COUNTER_BYTES * (2 + CONNECTIONS + REQUESTS)
 # The keys come next. They are never read here.
 KEYS_OFFSET, KEYS_BYTES = HEADER_BYTES, 64
+FAILED_READS_OFFSET = KEYS_OFFSET + KEYS_BYTES + 8
 # Where the backing file was last found (engine/region/last_place.h), twice.
 LAST_PLACE_OFFSET, LAST_PLACE_BYTES = 2048, 256
 _DISCONNECTED_OFFSET = COUNTERS_OFFSET + _COUNTER_BYTES * COUNTERS.index("disconnected")
@@ -136,7 +137,7 @@ def forget_keys(descriptor: int) -> None:
 
 def read_counters(descriptor: int) -> dict[str, int | list[int]]:
     """Every counter by its name, each histogram as a list of HISTOGRAM_BUCKETS, and `slots`, `generation` (how many
-    workers have mapped it) and `region_bytes`. Takes no lock: each number is consistent in itself only.
+    workers have mapped it), `region_bytes` and `failed_reads`. Takes no lock: each number is consistent in itself only.
 
     Of a region that is_made, of one of VERSIONS. OSError where it cannot be read.
     """
@@ -156,6 +157,8 @@ def read_counters(descriptor: int) -> dict[str, int | list[int]]:
     found["slots"] = number(SLOT_COUNT_OFFSET, 4)
     found["generation"] = number(GENERATION_OFFSET)
     found["region_bytes"] = number(REGION_BYTES_OFFSET)
+    # behind the keys, which are not read
+    found["failed_reads"] = int.from_bytes(os.pread(descriptor, _COUNTER_BYTES, FAILED_READS_OFFSET), sys.byteorder)
     return found
 
 

@@ -89,6 +89,9 @@ def of_region(reading: Reading, name: str) -> list[Problem]:
         text = f"the server rejects writes ({os.strerror(write_back_error)})"
         advice = "mend that on the server: the pages wait meanwhile"
         problems.append(Problem(Level.CRITICAL, text, "connection", advice))
+    if (count := number(found, "failed_reads")) and not problems and not number(found, "checksum_failures"):
+        text = f"reads have failed ({count}): programs that needed those pages were killed, or got I/O errors"
+        problems.append(Problem(Level.WARNING, text, "device", f"the journal says why: journalctl -u nbdnfs@{name}"))
     if number(found, "checksum_failures"):
         advice = "export 'sync', and see who else can write there; what could not be read is lost"
         problems.append(Problem(Level.CRITICAL, _WRONG_CHECKSUM, "backing file", advice))

@@ -96,6 +96,7 @@ _GAUGES = (
 _COUNTED = {
     "reads": "Reads of the kernel.",
     "writes": "Writes of the kernel.",
+    "failed_reads": "Reads of the kernel that ended with an I/O error.",
     "flushes": "Flushes of the kernel.",
     "trims": "Discards of the kernel.",
     "read_bytes": "What the kernel has read: swapped in.",

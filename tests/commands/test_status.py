@@ -116,6 +116,7 @@ def test_problems(root: Path, missing: str, problem: str) -> None:
         ("write_back_error", errno.ENOSPC, "No space left on device"),
         ("write_back_error", errno.EDQUOT, "quota exceeded"),
         ("checksum_failures", 1, "is the export 'async'?"),
+        ("failed_reads", 3, "reads have failed (3): programs"),
     ],
 )
 def test_problems_in_the_region(

@@ -666,6 +666,7 @@ def test_a_page_that_is_wrong_and_then_refused(fake: FakeNfsServer, open_engine:
     with io_error():
         reading.result(DEADLINE_S)
     assert (counter(engine, "checksum_rereads"), counter(engine, "checksum_failures")) == (1, 0)
+    assert counter(engine, "failed_reads") == 1
     fake.fail("READ", NFS3_OK)
 
 

@@ -497,6 +497,7 @@ def test_a_page_that_the_server_changed(serve: Callable[..., Served], fake: Fake
     assert (counter(served, "checksum_failures"), counter(served, "checksum_rereads")) == (1, 3)
     fake.overwrite(0, data)
     assert client.read(0, PAGE) == data
+    assert counter(served, "failed_reads") == 1
 
 
 def test_a_thread_that_receives_when_serving_begins(serve: Callable[..., Served], fake: FakeNfsServer) -> None:
@@ -591,6 +592,8 @@ def test_a_read_that_the_server_refuses(serve: Callable[..., Served], fake: Fake
     assert errno_of(lambda: client.read(0, PAGE)) == errno.EIO
     fake.fail("READ", 0)
     assert len(client.read(0, PAGE)) == PAGE
+    assert errno_of(lambda: client.read(SIZE, PAGE)) == errno.EINVAL  # the client's fault
+    assert counter(served, "failed_reads") == 1
 
 
 def test_a_file_that_is_gone(serve: Callable[..., Served], fake: FakeNfsServer) -> None:

@@ -200,7 +200,7 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 
 	if (error == 0)
 		error = read_range(engine, data, offset_bytes, length_bytes, 0);
-	note_read(engine, length_bytes, started_us);
+	note_read(engine, length_bytes, started_us, error);
 	request_ended(place);
 	return error;
 }
@@ -210,6 +210,6 @@ int engine_finish_read(struct engine *engine, struct engine_request *request)
 	uint64_t since_ms = request->started_us / 1000;
 	int error = read_range(engine, request->data, request->offset_bytes, request->length_bytes, since_ms);
 
-	note_read(engine, request->length_bytes, request->started_us);
+	note_read(engine, request->length_bytes, request->started_us, error);
 	return error;
 }

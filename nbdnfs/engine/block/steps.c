@@ -34,7 +34,7 @@ static bool begin(struct engine *engine, struct engine_request *request, int *er
 
 static int read_ended(struct engine *engine, struct engine_request *request, int error)
 {
-	note_read(engine, request->length_bytes, request->started_us);
+	note_read(engine, request->length_bytes, request->started_us, error);
 	return error == -ESTALE ? -EIO : error; /* the file is gone: NBD has no ESTALE */
 }
 
