@@ -33,6 +33,8 @@ from nbdnfs.sizes import SLOT_BYTES
 
 # In this order of precedence.
 FOLDERS = ("etc/nbdnfs", "run/nbdnfs-config")
+# The first words of a file that systemd/nbdnfs-generator makes.
+_GENERATED = "# Made by nbdnfs-generator"
 
 _MIB = 1 << 20
 _FILE_BYTES_MAX = 16 * 1024
@@ -94,7 +96,7 @@ def load(name: str, root: Path = Path("/")) -> Config:
             try:
                 fields[KEYS[key].field] = KEYS[key].value(key, value, root)
             except UsageError as error:
-                raise ConfigError(f"{path}:{_line_of(key, text)}: {error.message}", error.hint) from None
+                raise ConfigError(f"{_place(key, text, path)}: {error.message}", error.hint) from None
     if "url" not in fields:
         raise ConfigError(f"{files[0]}:1: url is missing", 'name the backing file: url = "nfs://nas/export/%H.swap"')
     return Config(name=name, **fields)  # type: ignore[arg-type]
@@ -217,6 +219,9 @@ def _parse(text: str, path: Path) -> dict[str, object]:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError also comes bare, from a number of 5,000 digits
         line, what = _place_of(error, text)
+        if what.endswith("Cannot overwrite a value"):
+            key = text.split("\n")[line - 1].partition("=")[0].strip()
+            raise ConfigError(f"{path}:{line}: {shown(key)} is set once more", "keep one of the lines") from None
         raise ConfigError(
             f"{path}:{line}: {what}",
             'write lines like size = "2G" or discard = true, with strings in quotes (TOML)',
@@ -268,6 +273,13 @@ def _statements(text: str) -> Iterator[tuple[int, dict[str, object], bool]]:
         else:
             yield first + 1, {}, True
             return
+
+
+def _place(key: str, text: str, path: Path) -> str:
+    """Where an administrator has set the key."""
+    if text.startswith(_GENERATED):
+        return f"nbdnfs.{key} on the kernel command line"
+    return f"{path}:{_line_of(key, text)}"
 
 
 def _line_of(key: str, text: str) -> int:

@@ -11,6 +11,8 @@ from nbdnfs import config
 from nbdnfs.errors import ConfigError, NbdnfsError, NoInputError
 
 _DROP_INS = ".toml.d"
+# What a configuration may be called by mistake.
+_OTHER_ENDINGS = (".conf", ".cfg", ".ini", ".json", ".tml", ".yaml", ".yml")
 
 NO_DEVICE = (
     "nbdnfs: no device is configured\n"
@@ -59,6 +61,11 @@ def _unused(root: Path) -> dict[str, NbdnfsError]:
                 found[path.stem] = ConfigError(
                     f"{path} is not read: '{path.stem}' cannot be the name of a device",
                     "use at most 64 letters, digits, '_', '-' and '.'",
+                )
+        for path in sorted(folder.glob("[!.]*")):
+            if path.suffix in _OTHER_ENDINGS and os.path.isfile(path):
+                found[path.name] = ConfigError(
+                    f"{path} is not read: its name does not end in .toml", f"mv {path} {path.with_suffix('.toml')}"
                 )
         for path in sorted(folder.glob(f"*{_DROP_INS}")):
             stem = path.name.removesuffix(_DROP_INS)

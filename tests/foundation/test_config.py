@@ -156,6 +156,10 @@ def test_run_is_looked_up_after_etc(root: Path) -> None:
     """What the kernel command line asked for counts where /etc says nothing."""
     write(root, URL + "priority = 2", "run/nbdnfs-config/cmdline.toml")
     assert config.load("cmdline", root).priority == 2
+    write(root, "# Made by nbdnfs-generator from …\n" + URL + 'size = "2X"', "run/nbdnfs-config/cmdline.toml")
+    with pytest.raises(ConfigError) as caught:
+        config.load("cmdline", root)
+    assert caught.value.message.startswith("nbdnfs.size on the kernel command line: ")
     write(root, URL + "priority = 1", "etc/nbdnfs/cmdline.toml")
     assert config.load("cmdline", root).priority == 1
     assert config.names(root) == ["cmdline"]
@@ -203,7 +207,7 @@ def test_run_is_looked_up_after_etc(root: Path) -> None:
         ('lock = "require"', 1, "lock cannot be 'require'", "did you mean 'required'?"),
         ("[lock]\na = 1", 1, "lock must be a string in quotes", 'for example: lock = "required"'),
         ("lock.a = 1", 1, "lock must be a string in quotes", 'for example: lock = "required"'),
-        ("priority = 1\npriority = 2", 2, "not valid TOML: Cannot overwrite a value", "write lines like"),
+        ("priority = 1\npriority = 2", 2, "priority is set once more", "keep one of the lines"),
         ("size = \n", 1, "not valid TOML: Invalid value", "write lines like"),
         ("# a\nsize", 2, "not valid TOML: Expected '='", "write lines like"),
         ("priority = " + "9" * 5000, 1, "not valid TOML: ", "write lines like"),
