@@ -219,9 +219,8 @@ def _parse(text: str, path: Path) -> dict[str, object]:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError also comes bare, from a number of 5,000 digits
         line, what = _place_of(error, text)
-        if what.endswith("Cannot overwrite a value"):
-            key = text.split("\n")[line - 1].partition("=")[0].strip()
-            raise ConfigError(f"{path}:{line}: {shown(key)} is set once more", "keep one of the lines") from None
+        if twice := _set_twice(text):
+            raise ConfigError(f"{path}:{twice[1]}: {twice[0]} is set once more", "keep one of the two") from None
         raise ConfigError(
             f"{path}:{line}: {what}",
             'write lines like size = "2G" or discard = true, with strings in quotes (TOML)',
@@ -275,9 +274,20 @@ def _statements(text: str) -> Iterator[tuple[int, dict[str, object], bool]]:
             return
 
 
+def _set_twice(text: str) -> tuple[str, int] | None:
+    """The first of KEYS that is set more than once, and the line where it is again."""
+    seen: set[str] = set()
+    for line, values, _ in _statements(text):
+        for key in values:
+            if key in seen and key in KEYS:
+                return key, line
+            seen.add(key)
+    return None
+
+
 def _place(key: str, text: str, path: Path) -> str:
     """Where an administrator has set the key."""
-    if text.startswith(_GENERATED):
+    if path.parent.name == Path(FOLDERS[1]).name and text.startswith(_GENERATED):
         return f"nbdnfs.{key} on the kernel command line"
     return f"{path}:{_line_of(key, text)}"
 

@@ -79,6 +79,7 @@ CONNECTIONS, REQUESTS = 16, 16
 HEADER_BYTES = WAITS_OFFSET + _COUNTER_BYTES * (2 + CONNECTIONS + REQUESTS)
 # The keys come next. They are never read here.
 KEYS_OFFSET, KEYS_BYTES = HEADER_BYTES, 64
+# Two numbers more.
 FAILED_READS_OFFSET = KEYS_OFFSET + KEYS_BYTES + 8
 # Where the backing file was last found (engine/region/last_place.h), twice.
 LAST_PLACE_OFFSET, LAST_PLACE_BYTES = 2048, 256
@@ -137,7 +138,8 @@ def forget_keys(descriptor: int) -> None:
 
 def read_counters(descriptor: int) -> dict[str, int | list[int]]:
     """Every counter by its name, each histogram as a list of HISTOGRAM_BUCKETS, and `slots`, `generation` (how many
-    workers have mapped it), `region_bytes` and `failed_reads`. Takes no lock: each number is consistent in itself only.
+    workers have mapped it), `region_bytes`, `failed_reads` and `failed_read_ms` (when the last did, CLOCK_MONOTONIC).
+    Takes no lock: each number is consistent in itself only.
 
     Of a region that is_made, of one of VERSIONS. OSError where it cannot be read.
     """
@@ -158,7 +160,9 @@ def read_counters(descriptor: int) -> dict[str, int | list[int]]:
     found["generation"] = number(GENERATION_OFFSET)
     found["region_bytes"] = number(REGION_BYTES_OFFSET)
     # behind the keys, which are not read
-    found["failed_reads"] = int.from_bytes(os.pread(descriptor, _COUNTER_BYTES, FAILED_READS_OFFSET), sys.byteorder)
+    failed = os.pread(descriptor, 2 * _COUNTER_BYTES, FAILED_READS_OFFSET)
+    found["failed_reads"] = int.from_bytes(failed[:_COUNTER_BYTES], sys.byteorder)
+    found["failed_read_ms"] = int.from_bytes(failed[_COUNTER_BYTES:], sys.byteorder)
     return found
 
 

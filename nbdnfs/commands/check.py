@@ -12,7 +12,7 @@ from nbdnfs.errors import ConfigError, NbdnfsError, NoInputError
 
 _DROP_INS = ".toml.d"
 # What a configuration may be called by mistake.
-_OTHER_ENDINGS = (".conf", ".cfg", ".ini", ".json", ".tml", ".yaml", ".yml")
+_OTHER_ENDINGS = (".conf", ".cfg", ".ini", ".tml")
 
 NO_DEVICE = (
     "nbdnfs: no device is configured\n"
@@ -62,10 +62,10 @@ def _unused(root: Path) -> dict[str, NbdnfsError]:
                     f"{path} is not read: '{path.stem}' cannot be the name of a device",
                     "use at most 64 letters, digits, '_', '-' and '.'",
                 )
-        for path in sorted(folder.glob("[!.]*")):
-            if path.suffix in _OTHER_ENDINGS and os.path.isfile(path):
+        for path in sorted([*folder.glob("[!.]*"), *folder.glob(f"*{_DROP_INS}/[!.]*")]):
+            if path.suffix in _OTHER_ENDINGS and os.path.isfile(path) and path.name not in names:
                 found[path.name] = ConfigError(
-                    f"{path} is not read: its name does not end in .toml", f"mv {path} {path.with_suffix('.toml')}"
+                    f"{path} is not read: its name does not end in .toml", "rename it, or move it to another folder"
                 )
         for path in sorted(folder.glob(f"*{_DROP_INS}")):
             stem = path.name.removesuffix(_DROP_INS)

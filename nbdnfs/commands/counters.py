@@ -36,11 +36,12 @@ class Waits:
 @dataclass(frozen=True)
 class Reading:
     """What a region shows. `is_encrypted` is about the pages on the NAS. `waits` is None where the worker is of a
-    version that does not note them."""
+    version that does not note them, `failed_read_s`, how long ago a read failed last, where none has."""
 
     counters: Counters = field(default_factory=dict)
     waits: Waits | None = None
     is_encrypted: bool = False
+    failed_read_s: float | None = None
 
 
 def of_worker(
@@ -57,10 +58,13 @@ def of_worker(
     try:
         if not region.is_made(descriptor):
             return None
+        found, now_ms = region.read_counters(descriptor), clock_ms()
+        failed_ms = number(found, "failed_read_ms")
         return Reading(
-            region.read_counters(descriptor),
-            _waits(region.read_waits(descriptor), clock_ms()),
+            found,
+            _waits(region.read_waits(descriptor), now_ms),
             region.version_of(descriptor) in region.ENCRYPTED,
+            max(0, now_ms - failed_ms) / 1000 if failed_ms else None,
         )
     except OSError:  # truncated meanwhile
         return None

@@ -18,6 +18,8 @@ from nbdnfs.commands.counters import Counters, Reading, Waits, number
 # connection that is silent for longer than the second is tested by the worker (engine/nfs/silence.c).
 UNHEARD_WARNING_S, UNHEARD_CRITICAL_S = 5.0, 15.0
 REQUEST_WARNING_S, REQUEST_CRITICAL_S = 10.0, 30.0
+# For how long after a read has failed that is told.
+FAILED_READ_S = 24 * 3600.0
 
 STOLEN = "another machine has stolen the backing file: swap has ended here, reboot this machine"
 _FILE_PROBLEMS = {
@@ -89,8 +91,9 @@ def of_region(reading: Reading, name: str) -> list[Problem]:
         text = f"the server rejects writes ({os.strerror(write_back_error)})"
         advice = "mend that on the server: the pages wait meanwhile"
         problems.append(Problem(Level.CRITICAL, text, "connection", advice))
-    if (count := number(found, "failed_reads")) and not problems and not number(found, "checksum_failures"):
-        text = f"reads have failed ({count}): programs that needed those pages were killed, or got I/O errors"
+    if (ago_s := reading.failed_read_s) is not None and ago_s < FAILED_READ_S:
+        told = f"{number(found, 'failed_reads')}, the last {quantities.format_duration(ago_s)} ago"
+        text = f"reads have failed ({told}): programs that needed those pages were killed, or got I/O errors"
         problems.append(Problem(Level.WARNING, text, "device", f"the journal says why: journalctl -u nbdnfs@{name}"))
     if number(found, "checksum_failures"):
         advice = "export 'sync', and see who else can write there; what could not be read is lost"

@@ -49,11 +49,12 @@ def test_files_that_nothing_reads(tmp_path: Path) -> None:
     (root / "etc/nbdnfs/other.toml.d").mkdir()
     (root / "etc/nbdnfs/other.toml.d/10.toml").write_text("discard = true\n")
     (root / "etc/nbdnfs/empty.toml.d").mkdir()
+    (root / "etc/nbdnfs/other.toml.d/20-x.conf").write_text("discard = true\n")
     (root / "etc/nbdnfs/swap1.conf").write_text(VALID)
     (root / "etc/nbdnfs/README").write_text("not one of ours\n")
     problems = check.find_problems(root=root)
-    assert list(problems) == ["my swap", "swap1.conf", "other"]
-    assert problems["swap1.conf"].hint == f"mv {root}/etc/nbdnfs/swap1.conf {root}/etc/nbdnfs/swap1.toml"
+    assert list(problems) == ["my swap", "20-x.conf", "swap1.conf", "other"]
+    assert problems["swap1.conf"].message.startswith(f"{root}/etc/nbdnfs/swap1.conf is not read")
     assert "cannot be the name of a device" in problems["my swap"].message
     assert problems["other"].message.endswith("other.toml.d is not read: there is no other.toml")
 

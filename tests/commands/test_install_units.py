@@ -546,6 +546,13 @@ def test_generator_makes_config_and_link(tmp_path: Path) -> None:
     assert loaded.size_bytes == 256 << 20
 
 
+def test_what_is_wrong_with_the_kernel_command_line(tmp_path: Path) -> None:
+    """What the generator lets pass and the configuration refuses is sought where it was written."""
+    Generated(tmp_path, "nbdnfs.url=nfs://nas/export/x.swap nbdnfs.size=2KK")
+    with pytest.raises(ConfigError, match="^nbdnfs.size on the kernel command line: size: '2KK' is not"):
+        config.load("cmdline", tmp_path)
+
+
 def test_generator_link_leads_to_the_unit(tmp_path: Path) -> None:
     """The link leads to the unit beside the generator, wherever that was installed."""
     install_units.install(tmp_path, program=PROGRAM)

@@ -116,7 +116,6 @@ def test_problems(root: Path, missing: str, problem: str) -> None:
         ("write_back_error", errno.ENOSPC, "No space left on device"),
         ("write_back_error", errno.EDQUOT, "quota exceeded"),
         ("checksum_failures", 1, "is the export 'async'?"),
-        ("failed_reads", 3, "reads have failed (3): programs"),
     ],
 )
 def test_problems_in_the_region(
@@ -126,6 +125,16 @@ def test_problems_in_the_region(
     shows(monkeypatch, {counter: value})
     (problem,) = status.read("swap0", root).texts
     assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("ago_s", "shown"), [(None, []), (7200.0, ["reads have failed (3, the last 2 h 0 min ago)"]), (24 * 3600.0, [])]
+)
+def test_failed_reads(root: Path, monkeypatch: pytest.MonkeyPatch, ago_s: float | None, shown: list[str]) -> None:
+    """They are told of for a day: what was killed by them may be missed later."""
+    found = Reading({"generation": 1, "failed_reads": 3}, CALM, failed_read_s=ago_s)
+    monkeypatch.setattr(counters, "of_worker", lambda pid, root: found)
+    assert [text.partition(":")[0] for text in status.read("swap0", root).texts] == shown
 
 
 def test_a_stolen_file(root: Path) -> None:

@@ -7,6 +7,9 @@
  * thread that makes three calls in turns would find that always the same one fails.
  *
  * While `no_send` is set no send goes well.
+ *
+ * With LAST_WATCHED in the environment sockets go well, and the epoll(7) of a loop takes so many descriptors, no more.
+ * It is known by the first of them, which has EPOLLET; Python's own have none.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -14,6 +17,8 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
 
 static _Thread_local unsigned sends, receives;
@@ -24,7 +29,8 @@ static int is_poor(int fd)
 	struct sockaddr_storage address;
 	socklen_t length = sizeof(address);
 
-	return getsockname(fd, (struct sockaddr *)&address, &length) == 0 && address.ss_family == AF_UNIX;
+	return getenv("LAST_WATCHED") == NULL && getsockname(fd, (struct sockaddr *)&address, &length) == 0 &&
+	       address.ss_family == AF_UNIX;
 }
 
 /* At most so many bytes, of the first piece alone, so that nothing is copied here. */
@@ -73,4 +79,23 @@ ssize_t recvmsg(int fd, struct msghdr *message, int flags)
 	if (is_poor(fd) && message->msg_iovlen > 0 && next(&receives) == 0)
 		return -1;
 	return real(fd, message, flags);
+}
+
+int epoll_ctl(int fd, int operation, int of, struct epoll_event *event)
+{
+	static int (*real)(int, int, int, struct epoll_event *);
+	static _Thread_local int loop = -1, watched; /* a loop has a thread of its own */
+	const char *last = getenv("LAST_WATCHED");
+
+	if (real == NULL)
+		*(void **)&real = dlsym(RTLD_NEXT, "epoll_ctl");
+	if (operation == EPOLL_CTL_ADD && (event->events & EPOLLET) != 0) {
+		loop = fd;
+		watched = 0;
+	}
+	if (last != NULL && operation == EPOLL_CTL_ADD && fd == loop && ++watched > atoi(last)) {
+		errno = ENOSPC;
+		return -1;
+	}
+	return real(fd, operation, of, event);
 }

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engines import PAGE, opening
-from support.fake_nfs import NFS3ERR_ACCES, NFS3ERR_NOENT, NFS3ERR_NOSPC, FakeNfsServer
+from support.fake_nfs import NFS3ERR_ACCES, NFS3ERR_INVAL, NFS3ERR_NOENT, NFS3ERR_NOSPC, FakeNfsServer
 from support.nbd_client import FLAG_FUA, FLUSH, READ, TRIM, WRITE, NbdClient, Request
 from support.waiting import DEADLINE_S, in_background, wait_until
 
@@ -593,6 +593,16 @@ def test_a_read_that_the_server_refuses(serve: Callable[..., Served], fake: Fake
     fake.fail("READ", 0)
     assert len(client.read(0, PAGE)) == PAGE
     assert errno_of(lambda: client.read(SIZE, PAGE)) == errno.EINVAL  # the client's fault
+    assert counter(served, "failed_reads") == 1
+
+
+@pytest.mark.long
+def test_a_read_that_the_server_calls_invalid(serve: Callable[..., Served], fake: FakeNfsServer) -> None:
+    """The server's EINVAL, after 30 s, has failed a read; the client's own has not."""
+    served = serve()
+    client = served.client()
+    fake.fail("READ", NFS3ERR_INVAL)
+    assert errno_of(lambda: client.read(0, PAGE)) == errno.EINVAL
     assert counter(served, "failed_reads") == 1
 
 

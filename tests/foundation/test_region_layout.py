@@ -38,7 +38,7 @@ int main(void)
     printf("{\\"versions\\": [%u, %u, %u], ", REGION_PLAIN, REGION_XCHACHA20, REGION_AES);
     printf("\\"header\\": %zu, \\"buckets\\": %d, ", sizeof(struct region_header), HISTOGRAM_BUCKETS);
     printf("\\"keys\\": [%zu, %zu], ", AT(keys), sizeof(struct cipher_keys));
-    printf("\\"failed_reads\\": %zu, ", AT(failed_reads));
+    printf("\\"failed\\": [%zu, %zu], ", AT(failed_reads), AT(failed_read_ms));
     printf("\\"last_place\\": [%d, %zu], ", LAST_PLACE_OFFSET, sizeof(struct last_place));
     printf("\\"offsets\\": {\\"magic\\": %zu, \\"version\\": %zu, ", AT(magic), AT(version));
     printf("\\"slots\\": %zu, \\"region_bytes\\": %zu, ", AT(slot_count), AT(region_bytes));
@@ -70,7 +70,7 @@ def test_layout(tmp_path: Path) -> None:
     found = json.loads(subprocess.run([program], check=True, capture_output=True).stdout)
     assert found["versions"] == list(region.VERSIONS)
     assert found["keys"] == [region.KEYS_OFFSET, region.KEYS_BYTES]
-    assert found["failed_reads"] == region.FAILED_READS_OFFSET
+    assert found["failed"] == [region.FAILED_READS_OFFSET, region.FAILED_READS_OFFSET + 8]
     assert found["last_place"] == [region.LAST_PLACE_OFFSET, region.LAST_PLACE_BYTES]
     assert region.KEYS_OFFSET == region.HEADER_BYTES, "what is read ends before the keys"
     assert found["buckets"] == region.HISTOGRAM_BUCKETS

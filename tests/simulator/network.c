@@ -915,7 +915,7 @@ int __wrap_epoll_ctl(int fd, int operation, int of, struct epoll_event *event)
 			sim_fail("epoll(7) is told of descriptor %d, and %s it", of, it->watched ? "has" : "lacks");
 		return fails_with(it->watched ? EEXIST : ENOENT);
 	}
-	if (failure != 0 && operation == EPOLL_CTL_ADD)
+	if (failure != 0 && operation != EPOLL_CTL_DEL)
 		return fails_with(errors[failure]);
 	it->watched = it->changed = operation != EPOLL_CTL_DEL;
 	if (it->watched)

@@ -215,8 +215,7 @@ void region_let_go(void);       /* the process has ended */
 
 /* A descriptor that the worker is started with: its end of nbd_socket.c. */
 int network_client_fd(void);
-/* A poll(2) of it may end differently. */
-/* The client has sent (POLLIN), or received (POLLOUT). 0: it may be anything else. */
+/* The client has sent (POLLIN), or received (POLLOUT), or anything else (0): a poll(2) of it may end differently. */
 void network_client_changed(short what);
 
 struct connection_end;          /* a connection as the server sees it */

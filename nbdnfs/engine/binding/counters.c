@@ -47,7 +47,8 @@ PyObject *counters_dict(const struct region_header *header)
 	if (add_counter(dict, "slots", header->slot_count) < 0 ||
 	    add_counter(dict, "generation", atomic_load(&header->generation)) < 0 ||
 	    add_counter(dict, "region_bytes", header->region_bytes) < 0 ||
-	    add_counter(dict, "failed_reads", atomic_load(&header->failed_reads)) < 0)
+	    add_counter(dict, "failed_reads", atomic_load(&header->failed_reads)) < 0 ||
+	    add_counter(dict, "failed_read_ms", atomic_load(&header->failed_read_ms)) < 0)
 		goto fail;
 	return dict;
 fail:

@@ -33,8 +33,10 @@ void request_ended(_Atomic uint64_t *place)
 
 void note_read(struct engine *engine, uint64_t length_bytes, uint64_t started_us, int error)
 {
-	if (error != 0 && error != -EINVAL)
+	if (error != 0) {
 		count(&engine->region.header->failed_reads, 1);
+		set_counter(&engine->region.header->failed_read_ms, now_ms());
+	}
 	count(&counters(engine)->reads, 1);
 	count(&counters(engine)->read_bytes, length_bytes);
 	count_duration(counters(engine)->read_us, now_us() - started_us);

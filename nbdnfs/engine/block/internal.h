@@ -263,7 +263,7 @@ int check_range(const struct engine *engine, uint64_t offset_bytes, uint64_t len
  */
 _Atomic uint64_t *request_began(struct engine *engine, uint64_t since_ms);
 void request_ended(_Atomic uint64_t *place);
-/* A read or a write of so many bytes has ended, by now_us() at its begin; a read with 0 or -errno. */
+/* A read or a write of so many bytes has ended, by now_us() at its begin; a read with an I/O error, or 0. */
 void note_read(struct engine *engine, uint64_t length_bytes, uint64_t started_us, int error);
 void note_write(struct engine *engine, uint64_t length_bytes, uint64_t started_us);
 /* What a request returns that has met no error. */

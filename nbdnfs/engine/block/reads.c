@@ -196,13 +196,13 @@ int engine_read(struct engine *engine, uint8_t *data, uint64_t offset_bytes, uin
 {
 	uint64_t started_us = now_us();
 	_Atomic uint64_t *place = request_began(engine, started_us / 1000);
-	int error = check_range(engine, offset_bytes, length_bytes);
+	int wrong = check_range(engine, offset_bytes, length_bytes), error = 0;
 
-	if (error == 0)
+	if (wrong == 0)
 		error = read_range(engine, data, offset_bytes, length_bytes, 0);
 	note_read(engine, length_bytes, started_us, error);
 	request_ended(place);
-	return error;
+	return wrong != 0 ? wrong : error;
 }
 
 int engine_finish_read(struct engine *engine, struct engine_request *request)

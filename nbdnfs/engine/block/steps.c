@@ -64,8 +64,11 @@ int engine_read_step(struct engine *engine, struct engine_request *request)
 	uint32_t used;
 	int error = 0;
 
-	if (begin(engine, request, &error) && error != 0)
-		return read_ended(engine, request, error);
+	if (begin(engine, request, &error) && error != 0) {
+		/* what the client asked for is not there: that is no I/O error */
+		note_read(engine, request->length_bytes, request->started_us, error == -EINVAL ? 0 : error);
+		return error;
+	}
 	engine_lock(engine);
 	for (; request->page < pages; request->page++) {
 		uint8_t *target = request->data + request->page * SLOT_BYTES;

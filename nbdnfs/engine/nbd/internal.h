@@ -246,8 +246,8 @@ bool nbd_take_requests(struct nbd_loop *loop);
 void nbd_watch_start(struct nbd_loop *loop);
 void nbd_watch_stop(struct nbd_loop *loop);
 /*
- * Wait until something has come, or until_us by CLOCK_MONOTONIC, NO_TIME: for ever. fds[0] is the client's and left to
- * this, but for its revents; the others are filled in. Returns false where that ended early: nothing is known then.
+ * Wait until something has come, or until_us by CLOCK_MONOTONIC, NO_TIME: for ever. fds[0] is the client's, and all of
+ * it is left to this; the others are filled in. Returns false where that ended early: nothing is known then.
  */
 bool nbd_watch(struct nbd_loop *loop, struct pollfd fds[POLLED], uint32_t opened, uint64_t now_us, uint64_t until_us);
 

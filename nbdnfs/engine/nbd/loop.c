@@ -173,6 +173,8 @@ int nbd_loop_run(struct nbd_loop *loop)
 	nbd_watch_start(loop);
 	engine_attend(loop->engine, loop->wake_fd, loop->tick_ms);
 	serve(loop);
+	if (loop->peeked_bytes > 0)
+		nbd_take_out(loop); /* what is left in it when it is closed would reset the client, which may receive */
 	engine_leave(loop->engine);
 	return loop->broke_protocol ? -EPROTO : 0;
 }

@@ -4,13 +4,16 @@
  * (EPOLLET): what has been peeked at stays in the socket (receive.c), and poll(2) would find it again each time. Where
  * there is no epoll(7), ppoll(2) does, and nothing is peeked at.
  *
- * While the rest of a request is left to come, the client is not waited for: each of its sends would end that. That is
- * ppoll(2)'s, too, which tells microseconds.
+ * While the rest of a request is left to come, the client is not waited for: each of its sends would end that. ppoll(2)
+ * does that wait, which is one of microseconds.
  */
 #include "nbd/internal.h"
 
+#include "base/log.h"
+
 #include <limits.h>
 #include <poll.h>
+#include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -102,8 +105,10 @@ bool nbd_watch(struct nbd_loop *loop, struct pollfd fds[POLLED], uint32_t opened
 	int count;
 
 	fds[0] = client_poll(loop, true);
-	if (loop->watch_fd >= 0 && !nbd_gathers(loop) && !tell(loop, fds, opened))
+	if (loop->watch_fd >= 0 && !nbd_gathers(loop) && !tell(loop, fds, opened)) {
+		log_line("epoll fails (%s): going on with poll, which takes more processor time", strerror(errno));
 		nbd_watch_stop(loop);
+	}
 	if (loop->watch_fd >= 0 && !nbd_gathers(loop)) {
 		count = wait_by_epoll(loop, fds, now_us, until_us);
 	} else {

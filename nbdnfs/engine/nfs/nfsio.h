@@ -308,8 +308,8 @@ int nfsio_transfer(struct nfsio *io, struct nfsio_req *req);
  *
  * nfsio_attend() makes the calling thread the attendant. `wake_fd`, an eventfd(2) of the caller's, is written to when
  * there is a connection again. Every `tick_ms` the I/O thread looks whether it has something to do, although it is
- * called then. Before each poll(2), nfsio_before_poll() fills in what to poll, and returns for how many ms, -1: any.
- * With a new *opened, it may be another file of the same number. Then nfsio_after_poll() receives, and calls back.
+ * called then. nfsio_before_poll() fills in what to poll, and returns for how many ms, -1: any. Where *opened, a count
+ * of sockets, has changed, a number may be another's. nfsio_after_poll() receives and calls back, in that thread.
  */
 #define NFSIO_POLLED 3
 void nfsio_attend(struct nfsio *io, int wake_fd, uint32_t tick_ms);

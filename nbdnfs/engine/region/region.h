@@ -130,7 +130,8 @@ struct region_header {
 	/* Of an encrypted one; zeros in others. Constant once the magic is there. The keys are written nowhere else. */
 	struct cipher_keys keys;
 	uint64_t clear_bytes;           /* so much of the device is not encrypted: its first page of the kernel */
-	_Atomic uint64_t failed_reads;  /* NBD reads that ended with an error. 0 in a region of an earlier version */
+	/* NBD reads that ended with an I/O error, and when the last did, in ms; 0 in a region of an earlier version */
+	_Atomic uint64_t failed_reads, failed_read_ms;
 };
 
 /*
@@ -158,7 +159,8 @@ _Static_assert(REGION_KEYS_OFFSET == 56 + sizeof(struct region_counters) + sizeo
 _Static_assert(offsetof(struct region_header, keys) == REGION_KEYS_OFFSET, "layout");
 _Static_assert(offsetof(struct region_header, clear_bytes) == REGION_KEYS_OFFSET + 64, "layout");
 _Static_assert(offsetof(struct region_header, failed_reads) == REGION_KEYS_OFFSET + 72, "layout");
-_Static_assert(sizeof(struct region_header) == REGION_KEYS_OFFSET + 80, "layout");
+_Static_assert(offsetof(struct region_header, failed_read_ms) == REGION_KEYS_OFFSET + 80, "layout");
+_Static_assert(sizeof(struct region_header) == REGION_KEYS_OFFSET + 88, "layout");
 _Static_assert(sizeof(struct region_header) <= SLOT_BYTES, "layout: the slot table begins after one slot's bytes");
 
 /*
