@@ -549,7 +549,7 @@ def test_generator_makes_config_and_link(tmp_path: Path) -> None:
 def test_what_is_wrong_with_the_kernel_command_line(tmp_path: Path) -> None:
     """What the generator lets pass and the configuration refuses is sought where it was written."""
     Generated(tmp_path, "nbdnfs.url=nfs://nas/export/x.swap nbdnfs.size=2KK")
-    with pytest.raises(ConfigError, match="^nbdnfs.size on the kernel command line: size: '2KK' is not"):
+    with pytest.raises(ConfigError, match=r"^nbdnfs\.size on the kernel command line: size: '2KK' is not"):
         config.load("cmdline", tmp_path)
 
 
