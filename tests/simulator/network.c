@@ -911,8 +911,8 @@ int __wrap_epoll_ctl(int fd, int operation, int of, struct epoll_event *event)
 		return fails_with(EBADF);
 	it = &fds[of - FIRST_FD];
 	if (it->watched != (operation != EPOLL_CTL_ADD)) {
-		if (operation != EPOLL_CTL_DEL) /* the worker takes it for something else, which was closed */
-			sim_fail("epoll(7) is told of descriptor %d, and %s it", of, it->watched ? "has" : "lacks");
+		if (operation == EPOLL_CTL_MOD) /* the worker takes it for something else, which was closed */
+			sim_fail("epoll(7) is to change descriptor %d, and does not know it", of);
 		return fails_with(it->watched ? EEXIST : ENOENT);
 	}
 	if (failure != 0 && operation != EPOLL_CTL_DEL)

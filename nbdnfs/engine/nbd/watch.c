@@ -50,31 +50,40 @@ static struct pollfd client_poll(const struct nbd_loop *loop, bool tells_once)
 	};
 }
 
+/*
+ * Tell epoll(7) of one descriptor. It is open, as long as this thread polls it; one that was closed is not there any
+ * more. Returns false where epoll(7) cannot take it.
+ */
+static bool tell_of(struct nbd_loop *loop, unsigned i, const struct pollfd *wanted, bool is_known)
+{
+	struct epoll_event event = { .events = (uint32_t)wanted->events, .data.u32 = i };
+
+	if (wanted->events == 0) {
+		(void)epoll_ctl(loop->watch_fd, EPOLL_CTL_DEL, wanted->fd, NULL);
+		return true;
+	}
+	if (i == 0)
+		event.events |= EPOLLET | EPOLLRDHUP;
+	if (!is_known && epoll_ctl(loop->watch_fd, EPOLL_CTL_ADD, wanted->fd, &event) == 0)
+		return true;
+	if (!is_known && errno != EEXIST)
+		return false;
+	return epoll_ctl(loop->watch_fd, EPOLL_CTL_MOD, wanted->fd, &event) == 0;
+}
+
 /* Tell epoll(7) what has changed. Returns false where it cannot take that. */
 static bool tell(struct nbd_loop *loop, const struct pollfd fds[POLLED], uint32_t opened)
 {
 	bool has_opened = opened != loop->watched_opened;
 
-	/* first all that goes: its number may be another's already. What was closed is not there any more. */
 	for (unsigned i = 0; i < POLLED; i++) {
 		struct watched *watched = &loop->watched[i];
+		bool is_known = watched->fd == fds[i].fd && !(has_opened && i >= ENGINES);
 
-		if (watched->fd < 0 || (watched->fd == fds[i].fd && !(has_opened && i >= ENGINES)))
-			continue;
-		(void)epoll_ctl(loop->watch_fd, EPOLL_CTL_DEL, watched->fd, NULL);
-		watched->fd = -1;
-	}
-	for (unsigned i = 0; i < POLLED; i++) {
-		struct watched *watched = &loop->watched[i];
-		struct epoll_event event = { .events = (uint32_t)fds[i].events, .data.u32 = i };
-
-		if (fds[i].fd < 0 || (watched->fd >= 0 && watched->events == fds[i].events))
-			continue;
-		if (i == 0)
-			event.events |= EPOLLET | EPOLLRDHUP;
-		if (epoll_ctl(loop->watch_fd, watched->fd < 0 ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, fds[i].fd, &event) < 0)
+		if (fds[i].fd >= 0 && !(is_known && watched->events == fds[i].events) &&
+		    !tell_of(loop, i, &fds[i], is_known))
 			return false;
-		*watched = (struct watched){ .fd = fds[i].fd, .events = fds[i].events };
+		*watched = (struct watched){ .fd = fds[i].events != 0 ? fds[i].fd : -1, .events = fds[i].events };
 	}
 	loop->watched_opened = opened;
 	return true;

@@ -16,8 +16,17 @@ static void let_go(struct nfsio *io)
 {
 	if (io->receiver != RECEIVER_ATTENDANT)
 		return;
+	io->is_let_go = false;
 	io->receiver = RECEIVER_NONE;
 	call_io_thread(io);
+}
+
+/* Have it poll nothing of this any more, while it is open: once it has let go, the I/O thread closes it. Lock held. */
+static void stop_polling(struct nfsio *io, struct pollfd fds[NFSIO_POLLED])
+{
+	io->is_let_go = true;
+	fds[0] = (struct pollfd){ .fd = io->transport->socket(io) };
+	fds[2] = (struct pollfd){ .fd = io->probe.fd };
 }
 
 int nfsio_before_poll(struct nfsio *io, struct pollfd fds[NFSIO_POLLED], uint32_t *opened)
@@ -29,7 +38,12 @@ int nfsio_before_poll(struct nfsio *io, struct pollfd fds[NFSIO_POLLED], uint32_
 	pthread_mutex_lock(&io->lock);
 	assert(io->attendant_fd >= 0);
 	if (!is_up(io) || io->broken || atomic_load(&io->stop)) {
-		let_go(io); /* publish() calls the attendant again */
+		if (io->receiver == RECEIVER_ATTENDANT && !io->is_let_go) {
+			stop_polling(io, fds);
+			timeout_ms = 0;
+		} else {
+			let_go(io); /* publish() calls the attendant again */
+		}
 	} else if (io->receiver != RECEIVER_WAITER) { /* one that waits for its answer still calls the attendant then */
 		io->receiver = RECEIVER_ATTENDANT; /* the I/O thread notices when its poll() ends */
 		timeout_ms = before_poll(io, fds);
@@ -44,9 +58,8 @@ void nfsio_after_poll(struct nfsio *io, const struct pollfd fds[NFSIO_POLLED])
 	pthread_mutex_lock(&io->lock);
 	if (io->receiver == RECEIVER_ATTENDANT) {
 		io->polls_until_ms = 0;
-		after_poll(io, fds);
-		if (io->broken || atomic_load(&io->stop))
-			let_go(io);
+		if (!io->is_let_go)
+			after_poll(io, fds);
 	}
 	pthread_mutex_unlock(&io->lock);
 }

@@ -305,11 +305,11 @@ int nfsio_transfer(struct nfsio *io, struct nfsio_req *req);
  * The attendant: a thread that polls several connections, and more, and receives over all of them. It takes the I/O
  * thread's place for as long as there is a connection; the I/O thread still makes new ones. The attendant never waits
  * for a request: a `done` that is called in it may not, and nfsio_transfer() may be called by other threads only.
- *
  * nfsio_attend() makes the calling thread the attendant. `wake_fd`, an eventfd(2) of the caller's, is written to when
  * there is a connection again. Every `tick_ms` the I/O thread looks whether it has something to do, although it is
- * called then. nfsio_before_poll() fills in what to poll, and returns for how many ms, -1: any. Where *opened, a count
- * of sockets, has changed, a number may be another's. nfsio_after_poll() receives and calls back, in that thread.
+ * called then. nfsio_before_poll() fills in what to poll, and returns for how many ms, -1: any. Without `events` it is
+ * to be polled no more; without a number it is closed. Where *opened, a count of sockets, has changed, a number may be
+ * another's. nfsio_after_poll() receives and calls back, in that thread.
  */
 #define NFSIO_POLLED 3
 void nfsio_attend(struct nfsio *io, int wake_fd, uint32_t tick_ms);
