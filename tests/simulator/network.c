@@ -55,7 +55,7 @@ struct fd {
 	uint64_t counter;
 	uint64_t pollers;       /* threads, as bits */
 
-	/* what epoll(7) has been told: there is one FD_EPOLL only */
+	/* its registration with epoll(7), of which the simulator has one instance */
 	bool watched;
 	struct epoll_event wanted;
 	bool changed;           /* since it was last told of, for EPOLLET */

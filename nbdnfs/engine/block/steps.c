@@ -65,7 +65,7 @@ int engine_read_step(struct engine *engine, struct engine_request *request)
 	int error = 0;
 
 	if (begin(engine, request, &error) && error != 0) {
-		/* what the client asked for is not there: that is no I/O error */
+		/* a request outside the device is the client's mistake, not an I/O error */
 		note_read(engine, request->length_bytes, request->started_us, error == -EINVAL ? 0 : error);
 		return error;
 	}

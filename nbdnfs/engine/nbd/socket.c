@@ -2,10 +2,10 @@
 /*
  * Bytes out of the client's socket.
  *
- * A request that leaves the socket makes room there, and the kernel wakes whoever sleeps over the client's end because
- * of that (unix_write_space()): the thread that waits for replies, which finds none. What a client that reads has sent
- * is therefore only peeked at, each time behind what was peeked at before (SO_PEEK_OFF). It leaves the socket after the
- * next replies, when that thread is awake.
+ * When a request leaves the socket, the kernel wakes every thread that sleeps on the client's end, because there is
+ * room again (unix_write_space()). The thread that waits for replies is woken for nothing. While a client reads, its
+ * requests are therefore only peeked at, each time from where the last peek ended (SO_PEEK_OFF). They leave the socket
+ * after the next replies have been sent, when that thread is awake anyway.
  */
 #include "nbd/internal.h"
 #include "nbd/protocol.h"

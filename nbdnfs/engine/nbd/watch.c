@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Waiting for the client, the NAS and other threads, by epoll(7). It says only once that the client has sent something
- * (EPOLLET): what has been peeked at stays in the socket (receive.c), and poll(2) would find it again each time. Where
- * there is no epoll(7), ppoll(2) does, and nothing is peeked at.
+ * Waiting for the client, the NAS and other threads, with epoll(7). The client's socket is edge-triggered (EPOLLET):
+ * what was peeked at stays in it (socket.c), and poll(2) would report that every time. If epoll(7) fails, ppoll(2) is
+ * used instead, and nothing is peeked at.
  *
- * While the rest of a request is left to come, the client is not waited for: each of its sends would end that. ppoll(2)
- * does that wait, which is one of microseconds.
+ * While the loop gives the rest of a request time to arrive, it does not wait for the client, because each of its sends
+ * would end the wait. That wait takes microseconds, so ppoll(2) is used for it.
  */
 #include "nbd/internal.h"
 
@@ -37,7 +37,7 @@ void nbd_watch_stop(struct nbd_loop *loop)
 	loop->may_peek = false;
 }
 
-/* What the client is waited for. */
+/* Which events of the client to wait for. */
 static struct pollfd client_poll(const struct nbd_loop *loop, bool tells_once)
 {
 	bool has_replies = loop->replies.head != NULL;
@@ -51,8 +51,8 @@ static struct pollfd client_poll(const struct nbd_loop *loop, bool tells_once)
 }
 
 /*
- * Tell epoll(7) of one descriptor. It is open, as long as this thread polls it; one that was closed is not there any
- * more. Returns false where epoll(7) cannot take it.
+ * Register one descriptor, change its events, or remove it. It is open: no other thread closes it while this one polls
+ * it. The kernel has already removed one that was closed. Returns false if epoll(7) fails.
  */
 static bool tell_of(struct nbd_loop *loop, unsigned i, const struct pollfd *wanted, bool is_known)
 {
@@ -71,7 +71,7 @@ static bool tell_of(struct nbd_loop *loop, unsigned i, const struct pollfd *want
 	return epoll_ctl(loop->watch_fd, EPOLL_CTL_MOD, wanted->fd, &event) == 0;
 }
 
-/* Tell epoll(7) what has changed. Returns false where it cannot take that. */
+/* Register what has changed. Returns false if epoll(7) fails. */
 static bool tell(struct nbd_loop *loop, const struct pollfd fds[POLLED], uint32_t opened)
 {
 	bool has_opened = opened != loop->watched_opened;

@@ -21,7 +21,7 @@ static void let_go(struct nfsio *io)
 	call_io_thread(io);
 }
 
-/* Have it poll nothing of this any more, while it is open: once it has let go, the I/O thread closes it. Lock held. */
+/* Have it stop polling while the sockets are open: once it lets go, the I/O thread closes them. Lock held. */
 static void stop_polling(struct nfsio *io, struct pollfd fds[NFSIO_POLLED])
 {
 	io->is_let_go = true;

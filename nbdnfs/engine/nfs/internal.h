@@ -159,7 +159,7 @@ struct nfsio {
 	bool io_thread_polls;
 	int attendant_fd;       /* nfsio_attend(): written to have it look again; -1: there is none */
 	uint32_t attended_tick_ms;
-	bool is_let_go;         /* the attendant has been told to poll nothing any more */
+	bool is_let_go;         /* the attendant has been told to stop polling this connection */
 	unsigned batches;       /* threads in nfsio_batch_wait() */
 	unsigned detached;      /* requests and name operations in flight that no batch waits for */
 	int64_t waited_at_ms;   /* when a waiter last received */
