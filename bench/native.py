@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """make bench: our worker beside its peers, on one NFS-Ganesha, one file, one machine, in turn.
 
-Peers: the same with the engine's loop in place of nbdkit's threads, qemu-nbd with its libnfs driver, the reference
-engine (PyPI's libnfs under the same plugin), and the limit: libnfs's asynchronous API in a loop and nothing else.
+Peers: the same with the engine's loop in place of nbdkit's threads, qemu-nbd with its libnfs driver, nbdkit with its
+own NFS plugin where there is one (1.44 and later, built with libnfs 6: --nbdkit, --nfs-plugin), the reference engine
+(PyPI's libnfs under the same plugin), and the limit: libnfs's asynchronous API in a loop and nothing else.
 Rounds rotate the order; the table has medians, the JSON has everything. Then once more with a round trip that is longer
 by 1 ms (bench/delay.c).
 
@@ -26,7 +27,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from native_report import LIMIT, LOOP, OURS, QEMU, Result, Row, Sample, as_json, missed_goals, picture, table
+from native_report import (
+    LIMIT,
+    LOOP,
+    NBDKIT_NFS,
+    OURS,
+    QEMU,
+    Result,
+    Row,
+    Sample,
+    as_json,
+    missed_goals,
+    picture,
+    table,
+)
 from portmap import register
 from support.nfs_server import Ganesha, free_ports, program, rpc_null_answers
 
@@ -34,7 +48,7 @@ from nbdnfs import proc_stat
 
 HERE = Path(__file__).resolve().parent
 DEVICE_BYTES = 256 << 20
-PEERS = (OURS, LOOP, QEMU, "libnfs-python", LIMIT)
+PEERS = (OURS, LOOP, QEMU, NBDKIT_NFS, "libnfs-python", LIMIT)
 DEADLINE_S = 30.0
 
 
@@ -71,8 +85,13 @@ def memory_kib(pid: int, key: str) -> int:
 
 
 @contextlib.contextmanager
-def serving(peer: str, server: Ganesha, nfs_port: int, directory: Path) -> Iterator[tuple[list[str], int | None]]:
-    """A peer's server; what load is to be pointed at, and the pid to account for."""
+def serving(
+    peer: str, server: Ganesha, nfs_port: int, directory: Path, nbdkit: tuple[str, str]
+) -> Iterator[tuple[list[str], int | None]]:
+    """A peer's server; what load is to be pointed at, and the pid to account for.
+
+    `nbdkit` is the program and the NFS plugin of `--nbdkit` and `--nfs-plugin`.
+    """
     url = server.url("device", nfsport=nfs_port)
     path = directory / "peer.sock"
     if peer == "limit":
@@ -82,6 +101,8 @@ def serving(peer: str, server: Ganesha, nfs_port: int, directory: Path) -> Itera
         image = "driver=raw,file.driver=nfs,file.server.type=inet,file.server.host=127.0.0.1"
         argv = ["qemu-nbd", "--image-opts", "-t", "-k", str(path), "--cache=none", "--shared=2"]
         argv.append(f"{image},file.path={server.export_path}/device")
+    elif peer == NBDKIT_NFS:
+        argv = [nbdkit[0], "--foreground", "--unix", str(path), nbdkit[1], f"uri={url}"]
     elif peer == LOOP:
         argv = [sys.executable, "-P", str(HERE / "loop_server.py"), str(path), url]
     else:
@@ -129,18 +150,32 @@ def run_once(tools: Path, target: list[str], pid: int | None, row: Row, seconds:
 
 
 def measure(
-    peers: list[str], server: Ganesha, nfs_port: int, directory: Path, rounds: int, seconds: float
+    peers: list[str], server: Ganesha, nfs_port: int, directory: Path, options: argparse.Namespace
 ) -> dict[Row, dict[str, Result]]:
     """All rows by all peers; each round begins with another peer. A peer has the file to itself while it runs."""
     results = {row: {peer: Result() for peer in peers} for row in ROWS}
-    for number in range(rounds):
+    for number in range(options.rounds):
         order = peers[number % len(peers) :] + peers[: number % len(peers)]
         for peer in order:
-            print(f"bench: round {number + 1} of {rounds}: {peer}", file=sys.stderr, flush=True)
-            with serving(peer, server, nfs_port, directory) as (target, pid):
+            print(f"bench: round {number + 1} of {options.rounds}: {peer}", file=sys.stderr, flush=True)
+            with serving(peer, server, nfs_port, directory, (options.nbdkit, options.nfs_plugin)) as (target, pid):
                 for row in ROWS:
-                    results[row][peer].samples.append(run_once(directory, target, pid, row, seconds))
+                    results[row][peer].samples.append(run_once(directory, target, pid, row, options.seconds))
     return results
+
+
+def _absent_peers(options: argparse.Namespace) -> set[str]:
+    """Those that this machine does not have."""
+    absent = set()
+    if not shutil.which("qemu-nbd"):
+        absent.add(QEMU)
+    if sys.version_info >= (3, 12):
+        absent.add("libnfs-python")
+    with contextlib.suppress(FileNotFoundError):
+        dump = [options.nbdkit, "--dump-plugin", options.nfs_plugin]
+        if subprocess.run(dump, capture_output=True, check=False).returncode == 0:
+            return absent
+    return absent | {NBDKIT_NFS}
 
 
 def enter_namespaces() -> None:
@@ -171,17 +206,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all samples to this file")
     parser.add_argument("--svg", type=Path, help="write the picture to this file")
     parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated, some of the default")
+    parser.add_argument("--nbdkit", default="nbdkit", help="an nbdkit that has the NFS plugin")
+    parser.add_argument("--nfs-plugin", default="nfs", help="its name or file")
     options = parser.parse_args()
-    peers = [peer for peer in options.peers.split(",") if peer != "qemu-nbd" or shutil.which("qemu-nbd")]
-    if sys.version_info >= (3, 12):
-        peers = [peer for peer in peers if peer != "libnfs-python"]
+    absent = _absent_peers(options)
+    peers = [peer for peer in options.peers.split(",") if peer not in absent]
     enter_namespaces()
     with tempfile.TemporaryDirectory(prefix="nbdnfs-bench-") as name, Ganesha(Path(name)) as server:
         directory = Path(name)
         compile_tools(directory)
         (server.export_path / "device").write_bytes(os.urandom(DEVICE_BYTES))
         results = {
-            "no added delay": measure(peers, server, server.nfs_port, directory, options.rounds, options.seconds)
+            "no added delay": measure(peers, server, server.nfs_port, directory, options)
         }
         print(table("no added delay", results["no added delay"]), flush=True)
         if options.delay_ms:
@@ -194,7 +230,7 @@ def main() -> None:
                     time.sleep(0.05)
                 register(100003, 3, port)
                 title = f"{options.delay_ms:g} ms more for each round trip"
-                results[title] = measure(peers, server, port, directory, options.rounds, options.seconds)
+                results[title] = measure(peers, server, port, directory, options)
                 print("\n" + table(title, results[title]), flush=True)
             finally:
                 delay.kill()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shlex
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -223,4 +224,8 @@ def _nbdkit(files: Files) -> Iterator[None]:
             raise GuestFailedError(f"nbdkit ended with {process.returncode} while it was swapped to")
     finally:
         process.terminate()
-        process.wait(_NBDKIT_DEADLINE_S)
+        try:
+            process.wait(_NBDKIT_DEADLINE_S)
+        except subprocess.TimeoutExpired:  # it waits for the guest's requests, where a run was interrupted
+            process.kill()
+            process.wait()

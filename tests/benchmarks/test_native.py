@@ -41,14 +41,26 @@ def test_loop() -> None:
 
 
 def test_goals() -> None:
-    """Three times where a page waits for the one before, 0.7 of the limit; what is missed is named with its figure."""
+    """1.3 times at depth 16, three times where a page waits for the one before, 0.7 of the limit; each miss is named."""
     assert native_report.missed_goals(parts(1500, 300)) == ["no goal is missed"]
     missed = native_report.missed_goals(parts(1000, 299))
     assert [line.partition(", no")[0] for line in missed] == [
+        "missed: random read 4 KiB, depth 16",  # 1.3 of qemu-nbd
         "missed: random read 4 KiB, depth 16",
         "missed: random write 4 KiB, depth 1",
     ]
-    assert "0.50 of limit, wanted 0.7" in missed[0]
+    assert "1.11 of qemu-nbd, wanted 1.3" in missed[0]
+    assert "0.50 of limit, wanted 0.7" in missed[1]
+
+
+def test_goals_beside_nbdkit_s_own_plugin() -> None:
+    """1.3 times its random reads, and no more CPU for a gigabyte."""
+    theirs = Result([Sample({"per_second": 1000}, 8.0, 9000, 0)])
+    missed = native_report.missed_goals({"near": {READ: {"nbdnfs": result(1200), "nbdkit-nfs": theirs}}})
+    assert missed == [
+        "missed: random read 4 KiB, depth 16, near: 1.20 of nbdkit-nfs, wanted 1.3",
+        "missed: random read 4 KiB, depth 16, near: 1.25 of nbdkit-nfs's CPU, wanted 1",
+    ]
 
 
 def test_picture() -> None:
