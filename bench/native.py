@@ -216,9 +216,7 @@ def main() -> None:
         directory = Path(name)
         compile_tools(directory)
         (server.export_path / "device").write_bytes(os.urandom(DEVICE_BYTES))
-        results = {
-            "no added delay": measure(peers, server, server.nfs_port, directory, options)
-        }
+        results = {"no added delay": measure(peers, server, server.nfs_port, directory, options)}
         print(table("no added delay", results["no added delay"]), flush=True)
         if options.delay_ms:
             port = free_ports(1)[0]

@@ -213,6 +213,7 @@ def _nbdkit(files: Files) -> Iterator[None]:
     process = host.start(
         [nbdkit, "--foreground", "--ipaddr", "127.0.0.1", "--port", str(files.nbd_port), "file", files.nbd_file]
     )
+    host.raise_session_priority(process.pid)
     try:
         deadline = time.monotonic() + _NBDKIT_DEADLINE_S
         while not host.listens(files.nbd_port):

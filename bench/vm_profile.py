@@ -217,7 +217,7 @@ def _measure(peers: Sequence[str], size_mib: int) -> dict[str, tuple[Taken, Take
     host.need_root("the throwaway NFS server")
     built = image.default_image()
     disk = payload(built, project=True)
-    vm_time.go_first()
+    host.raise_priority()
     found: dict[str, tuple[Taken, Taken]] = {}
     with contextlib.ExitStack() as stack:
         workdir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdnfs-profile-")))
@@ -236,6 +236,8 @@ def _measure(peers: Sequence[str], size_mib: int) -> dict[str, tuple[Taken, Take
                 name="profile",
             )
         )
+        host.raise_session_priority(server.pid)
+        host.raise_session_priority(guest.pid)
         guest.settle()
         clock = vm_time.virtual(workdir, vm_time.SHIFT)
         for peer in peers:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -80,7 +81,9 @@ class VirtualTime:
     @contextlib.contextmanager
     def _proxy(self, port: int, server_port: int, delay_ms: float, protocol: str) -> Iterator[None]:
         service_us = round(delay_ms * 1000 * self.scale)
-        process = subprocess.Popen([self.program, str(port), str(server_port), str(service_us), protocol])
+        argv = [self.program, str(port), str(server_port), str(service_us), protocol]
+        process = host.start(argv, output=sys.stderr.fileno())
+        host.raise_session_priority(process.pid)
         try:
             deadline = time.monotonic() + _DEADLINE_S
             while not host.listens(port):
@@ -109,22 +112,17 @@ def compile_program(source: Path, target: Path, *flags: str) -> None:
     )
 
 
-def go_first() -> None:
-    """Have guest and servers, which are started after this, go before what else runs here, where that is permitted."""
-    with contextlib.suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, -10)
-
-
 @contextlib.contextmanager
 def busy(cpus: int) -> Iterator[None]:
-    """Keep each CPU of this machine busy meanwhile, as other users of it might."""
-    loops = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in range(cpus)]
+    """Keep each CPU of this machine busy meanwhile, as other users of it might: with a priority as they have."""
+    loop = f"renice --priority 0 --pid $$ > {os.devnull}; while :; do :; done"
+    loops = [subprocess.Popen(["sh", "-c", loop], start_new_session=True) for _ in range(cpus)]
     try:
         yield
     finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait(_DEADLINE_S)
+        for process in loops:
+            process.kill()
+            process.wait(_DEADLINE_S)
 
 
 def _with_port(url: str, server_port: int, port: int) -> str:

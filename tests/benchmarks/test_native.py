@@ -41,7 +41,7 @@ def test_loop() -> None:
 
 
 def test_goals() -> None:
-    """1.3 times at depth 16, three times where a page waits for the one before, 0.7 of the limit; each miss is named."""
+    """1.3 times at depth 16, three times where a page waits for the one before, 0.7 of the limit; misses are named."""
     assert native_report.missed_goals(parts(1500, 300)) == ["no goal is missed"]
     missed = native_report.missed_goals(parts(1000, 299))
     assert [line.partition(", no")[0] for line in missed] == [

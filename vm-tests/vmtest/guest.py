@@ -389,10 +389,15 @@ class Guest:
         return self.workdir / f"{self.name}.{self._boots}.verdict.jsonl"
 
     @property
+    def pid(self) -> int:
+        """QEMU's, while it runs."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def cpu_s(self) -> float:
         """The CPU time that this boot has taken of the host. Inside, a CPU that the host gives to others looks busy."""
-        assert self._process is not None
-        found = proc_stat.fields(Path(f"/proc/{self._process.pid}/stat").read_text())
+        found = proc_stat.fields(Path(f"/proc/{self.pid}/stat").read_text())
         return (int(found[_USER_TICKS]) + int(found[_SYSTEM_TICKS])) / os.sysconf("SC_CLK_TCK")
 
     def check_kernel_log(self) -> None:

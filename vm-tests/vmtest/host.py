@@ -67,6 +67,21 @@ def listens(port: int) -> bool:
     return False
 
 
+def raise_priority() -> None:
+    """Have what this thread starts from now on go before others of its session, where that is permitted."""
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, -10)
+
+
+def raise_session_priority(pid: int) -> None:
+    """Have a process that leads its session (`start`) go before those of other sessions, where that is permitted.
+
+    Sessions share the processor between them, and nice values count within one: sched(7), "The autogroup feature".
+    """
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text("-20")
+
+
 def start(
     argv: Sequence[str | Path], *, output: IO[bytes] | int = subprocess.DEVNULL, pass_fds: Collection[int] = ()
 ) -> subprocess.Popen[bytes]:
