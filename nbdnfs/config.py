@@ -220,7 +220,7 @@ def _parse(text: str, path: Path) -> dict[str, object]:
     except (ValueError, RecursionError) as error:  # ValueError also comes bare, from a number of 5,000 digits
         line, what = _place_of(error, text)
         if twice := _set_twice(text):
-            raise ConfigError(f"{path}:{twice[1]}: {twice[0]} is set once more", "keep one of the two") from None
+            raise ConfigError(f"{path}:{twice[1]}: {twice[0]} is set twice", "keep one of the two") from None
         raise ConfigError(
             f"{path}:{line}: {what}",
             'write lines like size = "2G" or discard = true, with strings in quotes (TOML)',

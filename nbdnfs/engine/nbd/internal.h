@@ -57,12 +57,6 @@ struct request_queue {
 	struct request *head, *tail;
 };
 
-/* What epoll(7) knows of a descriptor. */
-struct watched {
-	int fd;                 /* -1: nothing */
-	short events;
-};
-
 struct nbd_loop {
 	/* constant after nbd_loop_create() */
 	struct engine *engine;
@@ -106,7 +100,7 @@ struct nbd_loop {
 	struct request_queue writes; /* writes that wait for room, in this order */
 	uint64_t looked_at_us;  /* when these two were last looked at */
 	int watch_fd;           /* epoll(7); -1: ppoll(2) has to do */
-	struct watched watched[POLLED];
+	struct pollfd watched[POLLED]; /* what epoll(7) knows; fd -1: nothing */
 	uint32_t watched_opened; /* engine_before_poll()'s, of then */
 	struct request_queue answered; /* reads that the NAS has answered */
 

@@ -167,8 +167,7 @@ static void gather(struct nbd_loop *loop, bool is_the_same)
 /* Is what comes next only to be peeked at? Not the rest of a request, nor a write: it would be copied twice. */
 static bool is_to_peek(const struct nbd_loop *loop)
 {
-	return nbd_can_peek(loop) && loop->last_was_read && loop->filling == NULL && loop->skip_bytes == 0 &&
-	       loop->received_end == 0;
+	return nbd_can_peek(loop) && loop->last_was_read && loop->received_end == 0;
 }
 
 void nbd_receive(struct nbd_loop *loop)

@@ -53,13 +53,5 @@ ssize_t nbd_receive_pieces(struct nbd_loop *loop, const struct iovec *pieces, si
 
 void nbd_take_out(struct nbd_loop *loop)
 {
-	uint8_t known[PEEKED_BYTES_MAX];
-	struct iovec piece = { known, loop->peeked_bytes };
-	struct msghdr message = { .msg_iov = &piece, .msg_iovlen = 1 };
-	ssize_t got;
-
-	assert(loop->peeked_bytes <= sizeof(known));
-	got = recvmsg(loop->fd, &message, MSG_DONTWAIT);
-	if (got > 0)
-		loop->peeked_bytes -= (size_t)got;
+	(void)nbd_receive_pieces(loop, NULL, 0, false);
 }

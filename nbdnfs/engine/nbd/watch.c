@@ -77,13 +77,13 @@ static bool tell(struct nbd_loop *loop, const struct pollfd fds[POLLED], uint32_
 	bool has_opened = opened != loop->watched_opened;
 
 	for (unsigned i = 0; i < POLLED; i++) {
-		struct watched *watched = &loop->watched[i];
+		struct pollfd *watched = &loop->watched[i];
 		bool is_known = watched->fd == fds[i].fd && !(has_opened && i >= ENGINES);
 
 		if (fds[i].fd >= 0 && !(is_known && watched->events == fds[i].events) &&
 		    !tell_of(loop, i, &fds[i], is_known))
 			return false;
-		*watched = (struct watched){ .fd = fds[i].events != 0 ? fds[i].fd : -1, .events = fds[i].events };
+		*watched = (struct pollfd){ .fd = fds[i].events != 0 ? fds[i].fd : -1, .events = fds[i].events };
 	}
 	loop->watched_opened = opened;
 	return true;
