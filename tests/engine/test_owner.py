@@ -15,7 +15,7 @@ from typing import Literal
 import pytest
 from conftest import FileOnServer
 from support.fake_nas import FakeNas
-from support.fake_nfs import NFS3ERR_IO
+from support.fake_nfs import NFS3ERR_IO, NFS3ERR_NOENT, NFS3ERR_STALE
 from support.nfs_server import LOOPBACK, Ganesha
 from support.owner_records import (
     HOLDER,
@@ -336,6 +336,39 @@ def test_a_look_that_fails(transport: Literal["wire", "libnfs"], op: str, fault:
             before = nas.content("/export/.swap.owner")
             wait_until(lambda: nas.content("/export/.swap.owner") != before, "another sign of life")
             wait_until(lambda: engine.counters()["owner_state"] == OWNER_HELD, "its own")
+
+
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
+def test_a_disk_that_is_not_mounted_for_a_moment(transport: Literal["wire", "libnfs"]) -> None:
+    """While the connection stays: no name is there then, and the file's handle is stale. Nobody has taken the file; it
+    goes on when the disk is back."""
+    box1 = machine("box1")
+    record = owner_record.new(box1, HOLDER, None, "held", QUICK).to_bytes()
+    with FakeNas() as nas:
+        nas.add("/export/swap", bytes(16 * PAGE))
+        nas.add("/export/.swap.owner", record)
+        engine = Engine(
+            nas.url("/export/swap"),
+            LOOPBACK,
+            transport=transport,
+            region_pages=256,
+            connections=2,
+            owner_path="/.swap.owner",
+            owner_identity=f"\nboot {box1.boot}\n",
+            owner_refresh_ms=300,
+        )
+        with contextlib.closing(engine):
+            for op in ("GETATTR", "READ", "WRITE", "COMMIT"):
+                nas.fail(op, NFS3ERR_STALE, seconds=3)
+            nas.fail("LOOKUP", NFS3ERR_NOENT, seconds=3)
+            # each look finds no record three times in a row, if it believes what it finds, within a second
+            wait_until(lambda: engine.counters()["owner_state"] != OWNER_HELD, "it has not been refreshed")
+            assert engine.counters()["owner_state"] == OWNER_UNSURE
+            wait_until(lambda: engine.counters()["owner_state"] != OWNER_UNSURE, "the disk is back")
+            assert engine.counters()["owner_state"] == OWNER_HELD
+            engine.pwrite(b"x" * PAGE, 0)
+            engine.flush()
+        assert nas.content("/export/swap")[:PAGE] == b"x" * PAGE
 
 
 def test_both_options_or_none(swap_file: FileOnServer) -> None:

@@ -119,7 +119,7 @@ static int look_over_wire(struct nfsio *io, const char *name, struct nfsio_look 
 	return error;
 }
 
-int nfsio_look(struct nfsio *io, const char *path, struct nfsio_look *look, struct nfsio_failure *why)
+static int look_once(struct nfsio *io, const char *path, struct nfsio_look *look, struct nfsio_failure *why)
 {
 	struct name_op op = { .look = look };
 	int error;
@@ -130,5 +130,34 @@ int nfsio_look(struct nfsio *io, const char *path, struct nfsio_look *look, stru
 		return name_call(io, &op, CALL_LOOK, path, NULL, why);
 	error = look_over_wire(io, path + (path[0] == '/'), look);
 	set_failure(why, NFSIO_NAME, error, error != 0 ? strerror(-error) : NULL);
+	return error;
+}
+
+/*
+ * Wait until the open file can be read. Where the server's disk is not mounted, its names are missing and its handles
+ * stale, and only time tells that from a deletion (0010): a request for the file waits.
+ */
+static int wait_for_file(struct nfsio *io, struct nfsio_look *look)
+{
+	struct nfsio_req req = {
+		.op = NFSIO_READ,
+		.data = look->data,
+		.length_bytes = 1,
+		.fail_at_ms = look->limit_ms > 0 ? now_ms() + look->limit_ms : 0,
+	};
+
+	return not_missing(run(io, look, "READ of the file", &req));
+}
+
+int nfsio_look(struct nfsio *io, const char *path, struct nfsio_look *look, struct nfsio_failure *why)
+{
+	int error = look_once(io, path, look, why);
+
+	if (error != -ENOENT)
+		return error;
+	error = wait_for_file(io, look);
+	if (error == 0)
+		return look_once(io, path, look, why);
+	set_failure(why, NFSIO_NAME, error, strerror(-error));
 	return error;
 }

@@ -389,7 +389,7 @@ struct nfsio_look {
 
 /*
  * Find the file that has the name now, read, change. On an error not all of it was done; `changed` says whether the
- * server has taken the change.
+ * server has taken the change. -ENOENT: there is none, though the open file can be read.
  *
  * Over a wire, the calls are requests like others: they wait for a connection, and are sent again over a new one. Over
  * libnfs, the look fails with -ENOTCONN without a connection, and with -ECONNRESET or -ETIMEDOUT when that breaks or is
