@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How large the writes are that reach the server."""
+"""How large the writes are that reach the server, and what is there when a FUA write returns."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import pytest
 from support.engines import PAGE, opening
 from support.fake_nfs import FakeNfsServer
+from support.waiting import DEADLINE_S, in_background, wait_until
 
 MIB = 1 << 20
 SLOTS = 4096
@@ -40,3 +41,23 @@ def test_writers_that_take_turns(writers: int, turn_pages: int) -> None:
     assert isinstance(writes, int)
     assert written_bytes == PAGES * PAGE
     assert written_bytes / writes >= 64 * 1024
+
+
+def test_fua_of_a_page_that_is_filled_meanwhile() -> None:
+    """It waits for a slot for its second page, and another client fills the first with zeros, which are kept without a
+    slot. When it returns, the server has these bytes or newer ones."""
+    slots = 256
+    with FakeNfsServer(os.urandom(4 * MIB)) as server, opening(region_pages=slots) as open_engine:
+        engine = open_engine(server.url())
+        server.hold("WRITE")
+        for i in range(slots - 1):  # no neighbours: write-backs of several pages need slots too
+            engine.pwrite(os.urandom(PAGE), (100 + 2 * i) * PAGE)
+        first, second = os.urandom(PAGE), os.urandom(PAGE)
+        fua = in_background(engine.pwrite, first + second, 0, True)
+        wait_until(lambda: engine.counters()["stalls"] == 1, "the FUA write waits for a slot")
+        engine.pwrite(bytes(PAGE), 0)
+        server.release()
+        fua.result(DEADLINE_S)
+        on_disk = server.on_disk
+    assert on_disk[:PAGE] in (first, bytes(PAGE))
+    assert on_disk[PAGE : 2 * PAGE] == second

@@ -35,17 +35,11 @@ static bool wait_for_nas(struct engine *engine, uint64_t since_ms)
  */
 static int wait_pages_stable(struct engine *engine, uint64_t page, uint64_t pages, uint64_t sequence, uint64_t since_ms)
 {
-	int error = 0;
-
-	engine->waiting_for_stable++;
-	for (uint64_t i = 0; i < pages && error == 0; i++)
+	for (uint64_t i = 0; i < pages; i++)
 		while (!cache_page_is_stable(engine->cache, page + i, sequence))
-			if (!wait_for_nas(engine, since_ms)) {
-				error = -EIO;
-				break;
-			}
-	engine->waiting_for_stable--;
-	return error;
+			if (!wait_for_nas(engine, since_ms))
+				return -EIO;
+	return 0;
 }
 
 /*
@@ -63,6 +57,7 @@ static int write_batch(struct engine *engine, const uint8_t *data, size_t stride
 	assert(pages <= BATCH_PAGES);
 	proofs_of(&engine->region, data, stride_bytes, pages, proofs);
 	engine_lock(engine);
+	engine->waiting_for_stable += fua; /* from the first page on: none of them may be filled meanwhile */
 	was_idle = cache_unstable_count(engine->cache) == 0;
 	for (uint32_t i = 0; i < pages && error == 0; i++) {
 		enum cache_store stored;
@@ -83,6 +78,7 @@ static int write_batch(struct engine *engine, const uint8_t *data, size_t stride
 		flusher_call(engine);
 	if (fua && error == 0)
 		error = wait_pages_stable(engine, page, pages, cache_sequence(engine->cache), since_ms);
+	engine->waiting_for_stable -= fua;
 	engine_unlock(engine);
 	count(&counters(engine)->filled_pages_written, filled);
 	return error != 0 ? error : result_of(engine);
