@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.preloaded import compiled, run_with
 
 HERE = Path(__file__).parent
 # What moves much, with many requests under way, and a client that leaves.
@@ -20,30 +18,12 @@ pytestmark = pytest.mark.timeout(300)
 @pytest.fixture
 def poor_socket(tmp_path: Path) -> Path:
     """poor_socket.c, compiled."""
-    library = tmp_path / "poor_socket.so"
-    source = HERE / "poor_socket.c"
-    subprocess.run(["cc", "-std=c11", "-Wall", "-shared", "-fPIC", source, "-o", library, "-ldl"], check=True)
-    return library
-
-
-def run_with(library: Path, *arguments: str | Path, **environment: str) -> None:
-    """Python, with a library before all others; AssertionError where it fails."""
-    before = os.environ.get("LD_PRELOAD", "")  # a sanitizer's, which must be the first
-    path = os.pathsep.join(map(str, (HERE.parent, HERE.parents[1])))
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=HERE.parents[1],
-        env={**os.environ, **environment, "LD_PRELOAD": f"{before} {library}".strip(), "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    return compiled(HERE / "poor_socket.c", tmp_path)
 
 
 def test_sockets_that_fail(poor_socket: Path) -> None:
-    """The loop's own tests pass while every third send and receive fails with ENOBUFS or ENOMEM, and other sends are
-    cut short."""
+    """The loop's own tests pass while every third send and receive fails with ENOBUFS or ENOMEM, the handshake's sends
+    among them, and other sends are cut short."""
     run_with(poor_socket, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", TESTS, HERE / "test_loop.py")
 
 

@@ -136,6 +136,6 @@ void nbd_note_answered(struct engine_request *step)
 	}
 	pthread_mutex_lock(&loop->lock);
 	queue_push(&loop->ended_elsewhere, request);
+	wake(loop); /* with the lock: the loop may be destroyed as soon as it has taken the request */
 	pthread_mutex_unlock(&loop->lock);
-	wake(loop);
 }
