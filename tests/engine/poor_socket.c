@@ -70,6 +70,18 @@ ssize_t sendmsg(int fd, const struct msghdr *message, int flags)
 	return number == 0 ? -1 : real(fd, &less, flags);
 }
 
+/* The engine's alone, in the handshake: Python's have no such flag. */
+ssize_t send(int fd, const void *data, size_t length, int flags)
+{
+	static ssize_t (*real)(int, const void *, size_t, int);
+
+	if (real == NULL)
+		*(void **)&real = dlsym(RTLD_NEXT, "send");
+	if ((flags & MSG_NOSIGNAL) != 0 && is_poor(fd) && next(&sends) == 0)
+		return -1;
+	return real(fd, data, length, flags);
+}
+
 ssize_t recvmsg(int fd, struct msghdr *message, int flags)
 {
 	static ssize_t (*real)(int, struct msghdr *, int);

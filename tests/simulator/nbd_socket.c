@@ -158,9 +158,9 @@ static int call_error(uint32_t failure, int flags)
 
 	if (failure > 0 && failure <= 4)
 		return errors[failure];
-	/* one that waits, in the handshake, ends with an error that is one: not here */
-	if ((flags & MSG_DONTWAIT) != 0 && rng_chance(&chances, options.client_errors))
-		return errors[1 + rng_below(&chances, 4)];
+	/* one that waits, in the handshake, does not end with EAGAIN */
+	if (rng_chance(&chances, options.client_errors))
+		return errors[1 + rng_below(&chances, (flags & MSG_DONTWAIT) != 0 ? 4 : 3)];
 	return 0;
 }
 

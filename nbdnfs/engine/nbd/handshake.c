@@ -16,12 +16,25 @@
 /* Behind the flags where the client does not ask to leave them out. */
 #define ZEROES 124
 
+/* While the kernel has no memory for a call. */
+#define RETRY_MS 10
+
+/* Is a call that has failed to be made again? For want of memory in a moment: the client has not left. */
+static bool is_to_repeat(int error)
+{
+	bool lacks_memory;
+
+	if (nbd_lacks_memory(&lacks_memory, error))
+		nanosleep(&(struct timespec){ .tv_nsec = RETRY_MS * 1000000L }, NULL);
+	return lacks_memory || error == EINTR;
+}
+
 static int receive_all(int fd, uint8_t *data, size_t length)
 {
 	while (length > 0) {
 		ssize_t got = recv(fd, data, length, 0);
 
-		if (got == 0 || (got < 0 && errno != EINTR))
+		if (got == 0 || (got < 0 && !is_to_repeat(errno)))
 			return -ECONNRESET;
 		data += got > 0 ? got : 0;
 		length -= got > 0 ? (size_t)got : 0;
@@ -34,7 +47,7 @@ static int send_all(int fd, const uint8_t *data, size_t length)
 	while (length > 0) {
 		ssize_t sent = send(fd, data, length, MSG_NOSIGNAL);
 
-		if (sent < 0 && errno != EINTR)
+		if (sent < 0 && !is_to_repeat(errno))
 			return -ECONNRESET;
 		data += sent > 0 ? sent : 0;
 		length -= sent > 0 ? (size_t)sent : 0;
