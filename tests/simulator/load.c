@@ -47,7 +47,9 @@ struct requester {
 	_Alignas(PAGE_BYTES) uint8_t buffer[COUNT_MAX * PAGE_BYTES];
 };
 
-static struct requester requesters[REQUESTERS_MAX];
+static struct requester requesters[REQUESTERS_MAX + 1];
+/* Asks for what is checked before and after the load. A killed worker's is not asked again: the check is. */
+static struct requester *const checker = &requesters[REQUESTERS_MAX];
 static struct request again[REQUESTERS_MAX]; /* what a killed worker had under way, and WRITEs that were late */
 static uint32_t again_count;
 static uint32_t issued[PAGES_MAX], completed[PAGES_MAX], on_disk[PAGES_MAX];
@@ -326,6 +328,13 @@ static void read_ended(struct requester *me, int error)
 		check_read(me, i);
 }
 
+static void ask_again(const struct request *request)
+{
+	if (again_count == REQUESTERS_MAX)
+		sim_fail("more requests are to be asked again than there are requesters");
+	again[again_count++] = *request;
+}
+
 static void write_ended(struct requester *me, int error)
 {
 	const struct request *request = &me->now;
@@ -333,7 +342,7 @@ static void write_ended(struct requester *me, int error)
 	if (error != 0)
 		check_error(me, error, "WRITE");
 	if (error != 0 && !is_stolen()) { /* nobody knows which of its pages were written, until it is asked again */
-		again[again_count++] = *request;
+		ask_again(request);
 		return;
 	}
 	for (uint32_t i = 0; i < request->count; i++) {
@@ -673,9 +682,10 @@ void load_interrupted(bool was_killed)
 			continue;
 		for (uint32_t at = 0; was_killed && request->kind == KIND_WRITE && at < request->count; at++)
 			torn[request->page + at] = true;
-		again[again_count++] = *request;
+		ask_again(request);
 		request->kind = KIND_NONE;
 	}
+	checker->now.kind = KIND_NONE;
 }
 
 const char *load_oldest(void)
@@ -683,7 +693,7 @@ const char *load_oldest(void)
 	static char text[128];
 	const struct requester *oldest = NULL;
 
-	for (uint32_t i = 0; i < REQUESTERS_MAX; i++)
+	for (uint32_t i = 0; i <= REQUESTERS_MAX; i++)
 		if (requesters[i].now.kind != KIND_NONE &&
 		    (oldest == NULL || requesters[i].since_ns < oldest->since_ns))
 			oldest = &requesters[i];
@@ -697,31 +707,27 @@ const char *load_oldest(void)
 /* Pages whose write was cut off have bytes of that write and of the one before, and none of another page. */
 void load_check_torn(void)
 {
-	struct requester *me = &requesters[0];
-
 	for (uint32_t page = 0; page < options.pages; page++) {
 		if (!torn[page])
 			continue;
-		me->now = (struct request){ .kind = KIND_READ, .page = page, .count = 1 };
-		carry_out(me);
+		checker->now = (struct request){ .kind = KIND_READ, .page = page, .count = 1 };
+		carry_out(checker);
 	}
 }
 
 void load_flush(void)
 {
-	requesters[0].now = (struct request){ .kind = KIND_FLUSH };
-	carry_out(&requesters[0]);
+	checker->now = (struct request){ .kind = KIND_FLUSH };
+	carry_out(checker);
 }
 
 /* The last version of every page, and nothing else. */
 void load_check_all(void)
 {
-	struct requester *me = &requesters[0];
-
 	for (uint32_t page = 0; page < options.pages; page += 32) {
-		me->now = (struct request){ .kind = KIND_READ, .page = page,
+		checker->now = (struct request){ .kind = KIND_READ, .page = page,
 					    .count = options.pages - page < 32 ? options.pages - page : 32 };
-		carry_out(me);
+		carry_out(checker);
 	}
 }
 
@@ -733,7 +739,7 @@ void load_reset(void)
 	memset(torn, 0, sizeof(torn));
 	memset(trimmed_at, 0, sizeof(trimmed_at));
 	memset(on_disk, 0xff, sizeof(on_disk));
-	for (uint32_t i = 0; i < REQUESTERS_MAX; i++) {
+	for (uint32_t i = 0; i <= REQUESTERS_MAX; i++) {
 		requesters[i].now.kind = KIND_NONE;
 		requesters[i].next_page = i * 37;
 	}
