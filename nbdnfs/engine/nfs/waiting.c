@@ -14,7 +14,10 @@
 /* An attempt that takes so long is logged before it has failed. */
 #define LOG_AFTER_MS 2000
 
-/* The kernel notices a peer that has vanished; there is no limit on how slow a server may be. */
+/*
+ * The kernel notices a peer that has vanished. There is no limit on how slow a server may be, but on how long it takes
+ * nothing at all: TCP_USER_TIMEOUT also ends a connection to a peer that answers, and has no room.
+ */
 #define KEEPALIVE_IDLE_S 5
 #define KEEPALIVE_INTERVAL_S 5
 #define KEEPALIVE_PROBES 4
