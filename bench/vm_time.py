@@ -81,7 +81,7 @@ class VirtualTime:
     @contextlib.contextmanager
     def _proxy(self, port: int, server_port: int, delay_ms: float, protocol: str) -> Iterator[None]:
         service_us = round(delay_ms * 1000 * self.scale)
-        argv = [self.program, str(port), str(server_port), str(service_us), protocol]
+        argv: list[str | Path] = [self.program, str(port), str(server_port), str(service_us), protocol]
         process = host.start(argv, output=sys.stderr.fileno())
         host.raise_session_priority(process.pid)
         try:
