@@ -106,6 +106,12 @@ def is_made(descriptor: int) -> bool:
     return os.fstat(descriptor).st_size > 0
 
 
+def identity(descriptor: int) -> str:
+    """What no other region has while the machine is up, whichever descriptor it is asked of."""
+    found = os.fstat(descriptor)
+    return f"{found.st_dev}:{found.st_ino}"
+
+
 def version_of(descriptor: int) -> int | None:
     """The version of its layout; None when it is empty, or not a region. OSError where it cannot be read."""
     header = os.pread(descriptor, VERSION_OFFSET + 4, 0)

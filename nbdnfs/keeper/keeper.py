@@ -20,7 +20,7 @@ import time
 
 from nbdnfs import __version__, region
 from nbdnfs.errors import BusyError, NbdnfsError, OwnedError, UnreadableError
-from nbdnfs.keeper import events, failures, silence
+from nbdnfs.keeper import device_region, events, failures, silence
 from nbdnfs.keeper.serving import Serving
 from nbdnfs.keeper.silence import Silence
 from nbdnfs.keeper.standby import STORED_NAME as _STORED_STANDBY
@@ -120,6 +120,7 @@ class Keeper:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._is_region_parked = False
         self._region = self._take_region(stored)
+        device_region.record(records, self._region)
         self._park_region()
         self.standby.take_over(self._region, is_attached=self.serving.device is not None)
 
@@ -401,19 +402,25 @@ class Keeper:
     # What an earlier keeper left
 
     def _take_region(self, stored: dict[str, int]) -> int:
-        """The region of a device that is attached, or a new one."""
+        """The region of a device that is attached, or a new one. What else is stored is closed; `_park_region` puts
+        this region in its place."""
+        kept = stored.pop(_STORED_REGION, None)
+        found = self._find_region(kept)
+        self._is_region_parked = found == kept
+        if kept is not None and found != kept:
+            if self.serving.device is not None:
+                self._reporter.say(f"{self.serving.device.path}: systemd has stored another region; it is dropped")
+            region.forget_keys(kept)
+            os.close(kept)
+        for descriptor in stored.values():
+            os.close(descriptor)
+        return found
+
+    def _find_region(self, stored: int | None) -> int:
         device = self.serving.device
         if device is None:
-            # what is stored belongs to a device that does not exist any more
-            if _STORED_REGION in stored:
-                region.forget_keys(stored[_STORED_REGION])
-            for descriptor in stored.values():
-                os.close(descriptor)
             return region.create()
-        if _STORED_REGION in stored:
-            self._is_region_parked = True
-            return stored[_STORED_REGION]
-        found = failures.patiently(self._region_of_worker)
+        found = failures.patiently(functools.partial(device_region.find, self._records, stored))
         if found is not None:
             return found
         raise BusyError(
@@ -421,10 +428,6 @@ class Keeper:
             "pages may be missing on the NAS: end what uses the device, then nbdnfs down"
             f" {self._records.name}; swapped-out programs cannot be saved",
         )
-
-    def _region_of_worker(self) -> int | None:
-        record = self._records.living(self._records.WORKER)
-        return region.take_from(record.pid) if record is not None else None
 
     def _park_region(self) -> None:
         """Have systemd keep it for the next keeper: with this one and the worker, acknowledged pages would go."""

@@ -53,6 +53,8 @@ class Records:
     STANDBY = "standby"
     # "nbd0"
     DEVICE = "device"
+    # which region the device has: region.identity
+    REGION = "region"
     # two lines: the URL in its canonical form, and the server's address
     ADDRESS = "address"
     # "yes" where the workers look after an owner record
@@ -71,7 +73,10 @@ class Records:
     # why the last keeper ended for good, in one line, and in another what to do
     REFUSED = "refused"
 
-    KEYS = (KEEPER, WORKER, STANDBY, DEVICE, ADDRESS, OWNER, STATE, CONFIG, CONFIG_ERROR, WAITING, SAID, REFUSED)
+    KEYS = (
+        *(KEEPER, WORKER, STANDBY, DEVICE, REGION, ADDRESS, OWNER),
+        *(STATE, CONFIG, CONFIG_ERROR, WAITING, SAID, REFUSED),
+    )
     _BESIDE = (SAID, REFUSED)
 
     # The state that a keeper leaves behind when another machine has taken the file.

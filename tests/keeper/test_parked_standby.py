@@ -30,8 +30,8 @@ from nbdnfs import proc_stat, region
 from nbdnfs.commands import up_down
 from nbdnfs.config import Config
 from nbdnfs.errors import UnavailableError
+from nbdnfs.keeper import device_region, only_keeper, worker_handle
 from nbdnfs.keeper import keeper as keeper_module
-from nbdnfs.keeper import only_keeper, worker_handle
 from nbdnfs.keeper import records as records_module
 from nbdnfs.keeper.keeper import Keeper
 from nbdnfs.keeper.records import Records
@@ -495,6 +495,7 @@ def test_a_standby_of_another_region_is_not_taken(setup: Setup) -> None:
     os.write(copy, os.pread(stored["region"], os.fstat(stored["region"]).st_size, 0))
     os.dup2(copy, stored["region"], inheritable=False)
     os.close(copy)
+    device_region.record(setup.records, stored["region"])
 
     def scenario(keeper: Keeper) -> None:
         wait_until_ended(standby)
