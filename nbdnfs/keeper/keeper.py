@@ -190,6 +190,7 @@ class Keeper:
                 self.standby.discard()
             self.standby.keep(now, may_start=self.serving.is_connected)
             self._keep_heir(now)
+            self._look_for_server(now)
         self._look_for_root(now)
         self._look_for_silence()
         if self.serving.is_connected and now >= self._records_due_s:
@@ -289,7 +290,6 @@ class Keeper:
             self._reporter.say(self._swap_text, events.SWAP_ON, device=device.path)
         if not self._is_ready_told and self._notifier.is_enabled:
             self._is_ready_told = self._notifier.send("READY=1")
-        self._look_for_server(now)
         self._show_status()
         successor = self.standby.worker
         is_wanted = self._is_new_worker_wanted or self.serving.is_outdated
@@ -300,7 +300,8 @@ class Keeper:
 
     def _look_for_server(self, now: float) -> None:
         """A server that has been away for long may have another address: a helper looks it up, and the next worker
-        connects to that. docs/decisions/0012 says why the worker does not do this itself.
+        connects to that. In each step that has a worker, since none goes on without one; `provision` has a helper that
+        looks itself. docs/decisions/0012 says why the worker does not do this.
         """
         if self._resolver is not None:
             try:

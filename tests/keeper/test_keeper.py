@@ -890,12 +890,12 @@ def test_a_server_with_a_new_address(setup: Setup, sent: list[str], monkeypatch:
     """Away for long: its name is looked up, again and again; when it means another address, the standby is sent there,
     and so are all that come after it. With the server back, the lookups end.
     """
-    monkeypatch.setattr(keeper_module, "RESOLVE_AFTER_S", 0.1)
-    monkeypatch.setattr(keeper_module, "RESOLVE_EVERY_S", 0.1)
     setup.work.addresses = ["", "192.0.2.9"]
 
     def scenario(keeper: Keeper) -> None:
         watches(keeper)
+        monkeypatch.setattr(keeper_module, "RESOLVE_AFTER_S", 0.1)
+        monkeypatch.setattr(keeper_module, "RESOLVE_EVERY_S", 0.1)
         assert setup.work.resolves == 0
         setup.work.away = True
         until(lambda: sent == ["", "192.0.2.9"])
@@ -917,11 +917,11 @@ def test_a_server_with_a_new_address_and_no_worker(
     setup: Setup, sent: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None can be started at the moment: the next one is sent there."""
-    monkeypatch.setattr(keeper_module, "RESOLVE_AFTER_S", 0.0)
-    monkeypatch.setattr(keeper_module, "RESOLVE_EVERY_S", 0.1)
 
     def scenario(keeper: Keeper) -> None:
         watches(keeper)
+        monkeypatch.setattr(keeper_module, "RESOLVE_AFTER_S", 0.0)
+        monkeypatch.setattr(keeper_module, "RESOLVE_EVERY_S", 0.1)
         setup.work.behaviours = ["none"]
         os.kill(setup.work.started[1].pid, signal.SIGKILL)
         until(lambda: keeper.standby.worker is None)
@@ -933,5 +933,69 @@ def test_a_server_with_a_new_address_and_no_worker(
         setup.kernel.wait_for_link(2)
 
     setup.work.addresses = [""]
+    assert setup.run(scenario) == 0
+    assert sent == ["", "192.0.2.9"]
+
+
+def looks_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper_module, "RESOLVE_AFTER_S", 0.5)
+    monkeypatch.setattr(keeper_module, "RESOLVE_EVERY_S", 0.5)
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["first start", "next keeper"])
+def test_a_server_with_a_new_address_at_the_start(
+    setup: Setup, sent: list[str], monkeypatch: pytest.MonkeyPatch, is_first: bool
+) -> None:
+    """The first worker waits at the old address, whether the device is attached, by a keeper that has ended with its
+    worker, or is to be: it is ended, and another one is sent to the new address."""
+    looks_soon(monkeypatch)
+    stored: dict[str, int] = {}
+
+    def before(keeper: Keeper) -> None:
+        watches(keeper)
+        stored["region"] = os.dup(keeper._region)
+
+    if not is_first:
+        assert setup.run(before) == 0
+        os.kill(setup.work.started[0].pid, signal.SIGKILL)
+    sent.clear()
+    setup.work.behaviours = ["held", "serve"]
+    setup.work.addresses = ["", "192.0.2.9"]
+    assert setup.run(watches, setup.make(stored)) == 0
+    assert sent == ["", "192.0.2.9"]
+    assert setup.kernel.attaches == 1
+    assert setup.kernel.links == (1 if is_first else 2)
+
+
+@pytest.mark.parametrize("step", ["warm_up", "swap_on"])
+def test_a_server_with_a_new_address_before_swap_is_on(
+    setup: Setup, sent: list[str], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """It moves while the keeper waits for a standby, or for mkswap and swapon, which wait for the device."""
+    looks_soon(monkeypatch)
+    if step == "warm_up":
+        setup.work.behaviours = ["serve", "none"]
+    sleeping: list[HelperProcess] = []
+
+    def swap_on_waits(device: Attached) -> HelperProcess:
+        sleeping.append(HelperProcess(["/bin/sleep", "60"], {}))
+        return sleeping[0]
+
+    swap_on = setup.work.swap_on
+    if step == "swap_on":
+        monkeypatch.setattr(setup.work, "swap_on", swap_on_waits)
+
+    def scenario(keeper: Keeper) -> None:
+        until(lambda: keeper._step == step)
+        setup.work.away = True
+        setup.work.addresses = ["192.0.2.9"]
+        until(lambda: keeper.serving.address == "192.0.2.9")
+        setup.work.behaviours, setup.work.away = ["serve"], False
+        setup.kernel.wait_for_link(2)
+        monkeypatch.setattr(setup.work, "swap_on", swap_on)
+        for helper in sleeping:
+            os.kill(helper._pid, signal.SIGTERM)
+        watches(keeper)
+
     assert setup.run(scenario) == 0
     assert sent == ["", "192.0.2.9"]
