@@ -51,6 +51,8 @@ _RECORDS_EVERY_S = 5.0
 # How long the standby may hold up swapon. The first one is read from the disk.
 _STANDBY_TIMEOUT_S = 60.0
 
+_PUT_OFF = "the worker is replaced when the server is back"
+
 # The region's name in systemd's store.
 _STORED_REGION = "region"
 
@@ -110,6 +112,7 @@ class Keeper:
         self._resolve_due_s: float | None = None
         self._is_new_standby_wanted = False  # SIGHUP
         self._is_new_worker_wanted = False  # when there is a standby
+        self._is_put_off = False  # a replacement, until the server is back
         self._mapping: mmap.mmap | None = None
         self._watchdog_sent_s = 0.0
         self._root_status = ""  # of a root file system that does not answer
@@ -185,7 +188,8 @@ class Keeper:
         self._park_region()
         if self._step != "provision":
             self.serving.keep(now)
-            if self._is_new_standby_wanted:
+            self._look_whether_put_off()
+            if self._is_new_standby_wanted and not self._is_put_off:
                 self._is_new_standby_wanted, self._is_new_worker_wanted = False, True
                 self.standby.discard()
             self.standby.keep(now, may_start=self.serving.is_connected)
@@ -292,7 +296,7 @@ class Keeper:
             self._is_ready_told = self._notifier.send("READY=1")
         self._show_status()
         successor = self.standby.worker
-        is_wanted = self._is_new_worker_wanted or self.serving.is_outdated
+        is_wanted = (self._is_new_worker_wanted or self.serving.is_outdated) and not self._is_put_off
         if is_wanted and successor is not None and successor.is_ready and self.serving.is_connected:
             self._is_new_worker_wanted = self.serving.is_outdated = False
             self.serving.replace(successor)
@@ -327,6 +331,21 @@ class Keeper:
             with contextlib.suppress(OSError):
                 self._resolver = self._work.resolve()
 
+    def _look_whether_put_off(self) -> None:
+        """No worker is replaced while the server is away, and no standby: its successor could not serve before the
+        server is back. The kernel would have no socket meanwhile, and fails all requests when it has had none for long
+        (nbd_settings.DEAD_CONN_TIMEOUT_S)."""
+        is_wanted = self._is_new_standby_wanted or self._is_new_worker_wanted or self.serving.is_outdated
+        before, self._is_put_off = self._is_put_off, is_wanted and self._is_server_away()
+        if self._is_put_off and not before:
+            self._reporter.say(f"the server is away: {_PUT_OFF}")
+
+    def _is_server_away(self) -> bool:
+        """Whether the worker that the kernel has waits for the server, connected to it or not."""
+        if self._mapping is None or not self.serving.is_connected:
+            return False
+        return self._silence.is_on or self._work.is_server_away(self._mapping)
+
     def _look_for_silence(self) -> None:
         if self._mapping is not None and self.serving.is_connected:
             self._silence.look(*self._work.server_times(self._mapping), time.monotonic_ns() // 1_000_000)
@@ -334,6 +353,8 @@ class Keeper:
     def _show_status(self) -> None:
         """What `systemctl status` has of a device that is watched; again where systemd did not take it."""
         text = self._root_status or (silence.STATUS if self._silence.is_on else self._swap_text)
+        if self._is_put_off:
+            text = f"{text}; {_PUT_OFF}"
         if text != self._shown and self._notifier.send(f"STATUS={text}"):
             self._shown = text
 

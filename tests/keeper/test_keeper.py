@@ -999,3 +999,86 @@ def test_a_server_with_a_new_address_before_swap_is_on(
 
     assert setup.run(scenario) == 0
     assert sent == ["", "192.0.2.9"]
+
+
+def server_goes_away(setup: Setup, how: str) -> None:
+    """What is started from now on waits for it."""
+    setup.work.behaviours = ["held"]
+    setup.work.away = how == "disconnected"
+    if how == "silent":
+        setup.work.times = (1, time.monotonic_ns() // 1_000_000 - silence.REPORTED_AFTER_MS)
+
+
+def server_is_back(setup: Setup) -> None:
+    setup.work.behaviours = ["serve"]
+    setup.work.away = False
+    setup.work.times = (time.monotonic_ns() // 1_000_000 + 1, 0)
+
+
+def turns(keeper: Keeper, count: int) -> None:
+    """Until the loop has turned so often."""
+    turned = itertools.count()
+    do = keeper._do
+
+    def count_and_do(now: float) -> str:
+        next(turned)
+        return do(now)
+
+    keeper._do = count_and_do  # type: ignore[method-assign]
+    until(lambda: next(turned) >= count)
+
+
+@pytest.mark.parametrize("how", ["disconnected", "silent"])
+def test_a_reload_while_the_server_is_away(setup: Setup, capfd: pytest.CaptureFixture[str], how: str) -> None:
+    """The worker that waits for it stays, and so does the standby: without a socket, the kernel fails all requests when
+    the device's dead_conn_timeout is over. Both are replaced when the server is back."""
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        serving, standby = setup.work.pids()
+        server_goes_away(setup, how)
+        until(lambda: how == "disconnected" or keeper._silence.is_on)
+        os.kill(os.getpid(), signal.SIGHUP)
+        until(lambda: keeper._shown.endswith("; the worker is replaced when the server is back"))
+        turns(keeper, 3)
+        assert setup.work.pids() == [serving, standby]
+        assert keeper.serving.worker is not None
+        assert keeper.serving.worker.pid == serving
+        assert keeper.serving.is_connected
+        server_is_back(setup)
+        setup.kernel.wait_for_link(2)
+        until(lambda: keeper.serving.is_connected)
+        assert keeper.serving.worker.pid not in (serving, standby)
+        until(lambda: keeper._shown == "swap is on: /dev/nbd7")
+
+    sent = Notifier.send
+    try:
+        Notifier.send = lambda *_, **__: True  # type: ignore[method-assign,assignment]
+        assert setup.run(scenario) == 0
+    finally:
+        Notifier.send = sent  # type: ignore[method-assign]
+    lines = capfd.readouterr().err.splitlines()
+    assert lines.count("nbdnfs: t: the server is away: the worker is replaced when the server is back") == 1
+
+
+def test_an_upgrade_while_the_server_is_away(setup: Setup) -> None:
+    """The worker of the version before stays until the server is back."""
+    stored: dict[str, int] = {}
+
+    def before(keeper: Keeper) -> None:
+        watches(keeper)
+        stored["region"] = os.dup(keeper._region)
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        turns(keeper, 3)
+        assert keeper.serving.worker is not None
+        assert keeper.serving.worker.pid == serving
+        server_is_back(setup)
+        setup.kernel.wait_for_link(2)
+
+    assert setup.run(before) == 0
+    serving = setup.work.started[0].pid
+    assert setup.records.put_process(Records.WORKER, serving, "0.0.1")
+    setup.work.away = True
+    assert setup.run(scenario, setup.make(stored)) == 0
