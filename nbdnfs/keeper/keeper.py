@@ -460,12 +460,15 @@ class Keeper:
         """After an error: take down a device that is not in use. One that is stays, with its worker, its standby and
         its region, for the next keeper."""
         device = self.serving.device
-        if device is not None:
-            try:
-                failures.patiently(lambda: self._kernel.disconnect(device))
-            except NbdnfsError as error:
-                self._reporter.say(f"{device.path} stays attached: {error.message}")
-                return
+        try:
+            if device is None and self.serving.has_tried:  # it may have been attached, and the kernel's answer lost
+                device = failures.patiently(self._kernel.find)
+            if device is not None:
+                self._take_down(device)
+        except NbdnfsError as error:
+            path = device.path if device is not None else "a device that may be there"
+            self._reporter.say(f"{path} stays attached: {error.message}")
+            return
         self.standby.discard()
         if self._heir is not None:
             self._heir.end()
@@ -475,6 +478,9 @@ class Keeper:
         self._notifier.remove(_STORED_REGION)
         self._notifier.remove(_STORED_STANDBY)
         self._records.remove(keep_said=True)
+
+    def _take_down(self, device: Attached) -> None:
+        failures.patiently(lambda: self._kernel.disconnect(device))
 
     # Signals
 

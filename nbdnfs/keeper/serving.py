@@ -42,6 +42,7 @@ class Serving:
 
     device             None until it is attached
     worker             None while there is none
+    has_tried          whether it has asked the kernel to attach one: that may be there although the kernel said no
     connected_since_s  since when the kernel has the worker's socket (time.monotonic()); None while it has none
     is_outdated        whether the worker was adopted, and is of another version than this keeper
     address            the server's, for workers to come, where it has changed; "" before
@@ -49,6 +50,7 @@ class Serving:
 
     def __init__(self, kernel: Kernel, work: Work, records: Records, reporter: Reporter, standby: Standby) -> None:
         self.device = failures.patiently(kernel.find)
+        self.has_tried = False
         self.worker: WorkerHandle | None = None
         self.connected_since_s: float | None = None
         self.address = ""
@@ -167,6 +169,7 @@ class Serving:
             self._give_up(worker, f"the NBD handshake with a worker failed: {error.message}")
             return
         if self.device is None:
+            self.has_tried = True
             try:
                 self.device = self._kernel.attach(worker.socket, export)
             except UnreadableError as error:  # the worker has been greeted once: it is another one's turn

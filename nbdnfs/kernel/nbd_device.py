@@ -28,6 +28,8 @@ from nbdnfs.kernel.waiting import wait_until
 from nbdnfs.sizes import SLOT_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nbdnfs.kernel.nbd_netlink import NbdNetlink
     from nbdnfs.kernel.state import NbdDevice
 
@@ -115,11 +117,12 @@ def attach(
         )
 
     try:
-        attached = Attached(connect(), export.size_bytes)
-    except BusyError as refusal:
-        if index is None:
-            raise
-        attached = Attached(device_in_use.retry_while_opened(connect, refusal, f"nbd{index}", root), export.size_bytes)
+        attached = Attached(_connect(connect, index, root), export.size_bytes)
+    except BusyError:  # an answer: the device has not been attached
+        raise
+    except BaseException:
+        _take_down_unanswered(netlink, backend, root)
+        raise
     try:
         state = _wait_until_there(attached, timeout_s, root)
         _set_up_queue(state, export, io_timeout_ms, max_sectors_kb, root)
@@ -128,6 +131,16 @@ def attach(
             _take_down(netlink, attached, root)
         raise
     return attached
+
+
+def _connect(connect: Callable[[], int], index: int | None, root: Path) -> int:
+    """CONNECT, again for a while where a process merely has the chosen device open; its index."""
+    try:
+        return connect()
+    except BusyError as refusal:
+        if index is None:
+            raise
+        return device_in_use.retry_while_opened(connect, refusal, f"nbd{index}", root)
 
 
 class Reconnection:
@@ -184,6 +197,24 @@ def _take_down(netlink: NbdNetlink, attached: Attached, root: Path) -> None:
             device_in_use.disconnect(netlink, attached.index, root)
         except UnreadableError:
             return False
+        return True
+
+    wait_until(is_decided, _TAKE_DOWN_S)
+
+
+def _take_down_unanswered(netlink: NbdNetlink, backend: str, root: Path) -> None:
+    """Take down what CONNECT has attached although it has failed. The kernel makes its answer when the device is there,
+    and sends none where it has no memory for that (drivers/block/nbd.c: nbd_connect_reply). It handles a request
+    before the send of it returns, so that nothing is attached later."""
+
+    def is_decided() -> bool:
+        try:
+            attached = find(backend, root)
+        except UnreadableError:
+            return False
+        if attached is not None:
+            with contextlib.suppress(NbdnfsError):
+                _take_down(netlink, attached, root)
         return True
 
     wait_until(is_decided, _TAKE_DOWN_S)

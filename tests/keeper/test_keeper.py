@@ -46,6 +46,7 @@ from nbdnfs.keeper.sd_notify import Notifier
 from nbdnfs.keeper.standby import Standby
 from nbdnfs.keeper.worker_handle import WorkerHandle, recipe
 from nbdnfs.kernel.nbd_device import Attached
+from nbdnfs.kernel.nbd_handshake import Export
 from nbdnfs.worker.protocol import STOLEN_STATUS
 
 FAKE_WORKER = str(Path(__file__).resolve().parents[1] / "support/fake_worker.py")
@@ -502,6 +503,48 @@ def test_device_in_use(setup: Setup) -> None:
     with pytest.raises(BusyError):
         setup.run(None)
     until(lambda: all(proc_stat.start_time_ticks(pid) is None for pid in setup.work.pids()))
+
+
+def attach_fails(setup: Setup, monkeypatch: pytest.MonkeyPatch, error: NbdnfsError) -> None:
+    """The kernel attaches the device, and its answer is lost: nothing but /sys says that it is there."""
+    attach = setup.kernel.attach
+
+    def attach_without_an_answer(sock: socket.socket, export: Export) -> Attached:
+        attach(sock, export)
+        monkeypatch.setattr(setup.kernel, "attach", attach)
+        raise error
+
+    monkeypatch.setattr(setup.kernel, "attach", attach_without_an_answer)
+
+
+def test_attach_without_an_answer(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is taken down, and the next keeper attaches one: it has nothing to serve the first with."""
+    attach_fails(setup, monkeypatch, NoMemoryError("cannot attach a device: No buffer space available"))
+    with pytest.raises(NoMemoryError):
+        setup.run(None)
+    assert (setup.kernel.disconnects, setup.kernel.attached) == (1, None)
+    assert setup.run(watches) == 0
+    assert setup.kernel.attaches == 2
+
+
+def test_attach_without_an_answer_and_no_look(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where /sys cannot be read either, worker and records stay as with a device in use."""
+    attach_fails(setup, monkeypatch, NoMemoryError("cannot attach a device: No buffer space available"))
+    monkeypatch.setattr(failures, "_LOOKS", 1)
+    attach = setup.kernel.attach
+
+    def attach_and_be_unreadable(sock: socket.socket, export: Export) -> Attached:
+        setup.kernel.unreadable = 1
+        return attach(sock, export)
+
+    monkeypatch.setattr(setup.kernel, "attach", attach_and_be_unreadable)
+    with pytest.raises(NoMemoryError):
+        setup.run(None)
+    assert setup.kernel.disconnects == 0
+    assert setup.records.read(Records.REGION)
+    assert "a device that may be there stays attached: cannot read /sys/block" in capfd.readouterr().err
 
 
 def test_mkswap_is_refused(setup: Setup) -> None:

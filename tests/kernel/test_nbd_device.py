@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from support.nbd_tree import SIZE_BYTES, FakeNetlink, make_machine
 
-from nbdnfs.errors import BusyError, UnavailableError, UnreadableError, UsageError
+from nbdnfs.errors import BusyError, NbdnfsError, NoMemoryError, UnavailableError, UnreadableError, UsageError
 from nbdnfs.kernel import device_in_use, nbd_device, nbd_netlink
 from nbdnfs.kernel import state as kernel_state
 from nbdnfs.kernel.nbd_device import Attached
@@ -134,6 +134,62 @@ def unreadable(monkeypatch: pytest.MonkeyPatch, name: str, errors: int, *, after
         return read(*arguments)
 
     monkeypatch.setattr(kernel_state, name, fail)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnavailableError("cannot attach a device: the kernel did not answer within 10 s"),
+        NoMemoryError("cannot attach a device: No buffer space available"),
+        NbdnfsError("the kernel attached a device, but did not say which"),
+        KeyboardInterrupt(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("unreadable", [0, 2])
+def test_a_connect_whose_answer_does_not_come(
+    kernel: FakeNetlink,
+    sock: socket.socket,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    unreadable: int,
+) -> None:
+    """The kernel has attached the device all the same: it is found by its backend, and taken down, as soon as /sys can
+    be read."""
+    connect, find, refusals = kernel.connect, nbd_device.find, [1] * unreadable
+
+    def connect_without_an_answer(sockets: list[int], **settings: Any) -> int:
+        connect(sockets, **settings)
+        monkeypatch.setattr(nbd_device, "find", find_later)
+        raise error
+
+    def find_later(backend: str, root: Path) -> Attached | None:
+        if refusals:
+            refusals.pop()
+            raise UnreadableError("cannot read /sys/block: Cannot allocate memory")
+        return find(backend, root)
+
+    kernel.connect = connect_without_an_answer  # type: ignore[method-assign]
+    with pytest.raises(type(error)):
+        attach(kernel, sock)
+    assert refusals == []
+    assert find("nbdnfs:swap0", root) is None
+    assert kernel.disconnects == [2]
+
+
+def test_a_connect_that_the_kernel_refuses_takes_nothing_down(kernel: FakeNetlink, sock: socket.socket) -> None:
+    """Another one may have attached the device just now: that one keeps it."""
+    connect = kernel.connect
+
+    def too_late(sockets: list[int], **settings: Any) -> int:
+        connect(sockets, **settings)
+        raise BusyError("cannot attach a device: Device or resource busy")
+
+    kernel.connect = too_late  # type: ignore[method-assign]
+    with pytest.raises(BusyError):
+        attach(kernel, sock)
+    assert kernel.disconnects == []
 
 
 def test_a_device_that_cannot_be_read_yet(
