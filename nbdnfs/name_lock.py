@@ -23,6 +23,8 @@ KEEPER = "keeper"
 COMMAND = "command"
 
 _POLL_S = 0.02
+# How often `holder` looks at a lock that it sees no process of.
+_LOOKS = 5
 
 
 def take(name: str, what: str, *, wait_s: float = 0.0, root: Path = Path("/"), run: Path | None = None) -> int:
@@ -45,15 +47,25 @@ def open_file(name: str, what: str, *, root: Path = Path("/"), run: Path | None 
 
 
 def holder(name: str, what: str, *, root: Path = Path("/"), run: Path | None = None) -> int | None:
-    """The process that has the lock; None when none has. 0: one that this process cannot see (pid_namespaces(7)).
-    OSError: it is not known."""
-    try:
-        found = os.stat(_path(name, what, root, run))
-    except OSError as error:
-        if is_of_want(error):
-            raise
-        return None
-    return _holder_of(found)
+    """The process that has the lock; None when none has. 0: one that cannot be seen from here. OSError: it is not
+    known.
+
+    /proc/locks has no lock of another PID namespace (fs/locks.c: locks_show), and calls the file by another device than
+    stat(2) where it lies on a file system such as overlayfs. So the lock itself is asked as well.
+    """
+    path = _path(name, what, root, run)
+    for _ in range(_LOOKS):
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            if is_of_want(error):
+                raise
+            return None
+        pid = _holder_of(found)
+        if pid is not None or not _is_locked(path):
+            return pid
+        time.sleep(_POLL_S)  # whoever has taken it for a moment, to see whether it is free, has let it go by then
+    return 0
 
 
 def _path(name: str, what: str, root: Path, run: Path | None) -> Path:
@@ -103,6 +115,24 @@ def _is_file_of(path: Path, descriptor: int) -> bool:
     except FileNotFoundError:
         return False
     return os.path.samestat(named, os.fstat(descriptor))
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process has it: it is asked for, as a shared one, and let go at once. False where the file cannot be
+    opened. OSError: it is not known."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        if is_of_want(error):
+            raise
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _holder_of(file: os.stat_result) -> int | None:

@@ -34,9 +34,9 @@ class OtherKeeperError(BusyError):
 def become(records: Records) -> int:
     """Become the keeper of the device, for as long as the descriptor that this returns is open; -1 without a lock.
 
-    OtherKeeperError: another process is, even one that is stopped or hangs. UnavailableError: there is no place for
-    the lock, and no device that has to be kept all the same. UnreadableError: there is no memory or descriptor to see
-    who is.
+    OtherKeeperError: another process is, even one that is stopped, hangs, or cannot be seen from here.
+    UnavailableError: there is no place for the lock, and no device that has to be kept all the same. UnreadableError:
+    there is no memory or descriptor to see who is.
     """
     name = records.name
     descriptor = -1
@@ -129,11 +129,14 @@ def is_up(records: Records, root: Path = Path("/")) -> bool:
     return keeper_of(records) is not None or nbd_device.find(nbd_device.backend_of(records.name), root) is not None
 
 
-def _refusal(name: str, pid: int | None) -> OtherKeeperError:
-    return OtherKeeperError(
-        f"{name} already has a keeper, or is being taken down: {f'process {pid}' if pid else 'another process'}",
-        f"see: nbdnfs status {name}; nbdnfs down {name} ends both",
-    )
+def _refusal(name: str, pid: int) -> OtherKeeperError:
+    text = f"{name} already has a keeper, or is being taken down"
+    if not pid:
+        return OtherKeeperError(
+            f"{text}: a process that cannot be seen from here",
+            f"it may be in a container, or this is one: nbdnfs down {name} there ends it",
+        )
+    return OtherKeeperError(f"{text}: process {pid}", f"see: nbdnfs status {name}; nbdnfs down {name} ends both")
 
 
 def _file_of(recorded: str) -> tuple[str, int, str] | None:

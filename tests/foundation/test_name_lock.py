@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.want import no_descriptors
 
 from nbdnfs import name_lock
 from nbdnfs.errors import BusyError
@@ -106,3 +107,34 @@ def test_the_file_is_for_its_owner_alone(tmp_path: Path) -> None:
     take(tmp_path / "new")
     assert (tmp_path / "new/.swap0.keeper").stat().st_mode & 0o777 == 0o600
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new/.swap0.keeper"]
+
+
+def test_a_holder_that_cannot_be_seen(
+    holder: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/proc/locks calls the file by another device, as for one on overlayfs: that a process has the lock is known."""
+    monkeypatch.setattr(name_lock, "_holder_of", lambda file: None)
+    assert name_lock.holder("swap0", name_lock.KEEPER, run=tmp_path) == 0
+    assert name_lock.holder("swap1", name_lock.KEEPER, run=tmp_path) is None
+    with pytest.raises(BusyError, match="by another process"):
+        take(tmp_path)
+    holder.kill()
+    holder.wait()
+    assert name_lock.holder("swap0", name_lock.KEEPER, run=tmp_path) is None
+    take(tmp_path)
+
+
+def test_one_that_looks_for_a_moment_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may try the lock just when this one does."""
+    take(tmp_path)
+    looks: list[bool] = [True, True]
+    monkeypatch.setattr(name_lock, "_is_locked", lambda path: bool(looks) and looks.pop())
+    assert name_lock.holder("swap0", name_lock.KEEPER, run=tmp_path) is None
+    assert looks == []
+
+
+def test_no_descriptor_to_look_with(tmp_path: Path) -> None:
+    """Whether a process has the lock is not known then."""
+    take(tmp_path)
+    with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        name_lock.holder("swap0", name_lock.KEEPER, run=tmp_path)

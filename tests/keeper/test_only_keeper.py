@@ -62,6 +62,46 @@ def test_a_second_keeper(root: Path) -> None:
     assert only_keeper.keeper_of(records(root)) is None
 
 
+# The keeper of swap0, in a PID namespace of its own.
+UNSEEN_KEEPER = """
+import sys
+from pathlib import Path
+from nbdnfs.keeper import only_keeper
+from nbdnfs.keeper.records import Records
+only_keeper.become(Records("swap0", run=Path(sys.argv[1])))
+print("has the lock", flush=True)
+sys.stdin.read()
+"""
+# Another one that comes.
+SECOND_KEEPER = UNSEEN_KEEPER.replace("print", "sys.exit('has the lock, too'); print")
+
+
+@pytest.mark.server  # root
+@pytest.mark.parametrize("seen_from", ["outside", "inside"])
+def test_a_second_keeper_in_another_pid_namespace(root: Path, seen_from: str) -> None:
+    """It is refused at once, whether it sees the other one in /proc/locks, from outside, or not."""
+    run = records(root).path.parent
+    apart = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    with subprocess.Popen(
+        [*(apart if seen_from == "outside" else []), sys.executable, "-c", UNSEEN_KEEPER, run],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "has the lock\n"
+        second = subprocess.run(
+            [*(apart if seen_from == "inside" else []), sys.executable, "-c", SECOND_KEEPER, run],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        first.kill()
+    expected = "process" if seen_from == "outside" else "a process that cannot be seen from here"
+    assert f"swap0 already has a keeper, or is being taken down: {expected}" in second.stderr
+
+
 def test_removed_records_do_not_free_the_device(root: Path) -> None:
     """The keeper that fails removes its records; the lock stays until it has ended."""
     lock = only_keeper.become(records(root))
