@@ -25,6 +25,7 @@ from nbdnfs.errors import (
     IOFailureError,
     NbdnfsError,
     NoInputError,
+    NoMemoryError,
     PermissionDeniedError,
     UnavailableError,
     UsageError,
@@ -62,18 +63,22 @@ def warm_up(path: Path, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Exercise:
     the queue allows (queue/max_sectors_kb); the block layer splits larger ones, block/blk-merge.c.
 
     NoInputError: no such device. UsageError: not a block device, or an empty one. BusyError: swap, a mount or another
-    device uses it. IOFailureError: a request failed. UnavailableError: not done within `timeout_s` seconds; the threads
-    that wait for the device stay behind, because no signal ends that wait. PermissionDeniedError: not root.
+    device uses it. IOFailureError: a request failed. NoMemoryError: there is none for its threads and their buffers.
+    UnavailableError: not done within `timeout_s` seconds; the threads that wait for the device stay behind, because no
+    signal ends that wait. PermissionDeniedError: not root.
     """
-    outcome: queue.SimpleQueue[Exercise | NbdnfsError] = queue.SimpleQueue()
+    outcome: queue.SimpleQueue[Exercise | Exception] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             outcome.put(_warm_up(path))
-        except NbdnfsError as error:
+        except Exception as error:  # whatever it is: the other thread waits for it
             outcome.put(error)
 
-    threading.Thread(target=run, name="warm-up", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="warm-up", daemon=True).start()
+    except RuntimeError as error:
+        raise _no_memory(error) from None
     try:
         done = outcome.get(timeout=timeout_s)
     except queue.Empty:
@@ -81,7 +86,7 @@ def warm_up(path: Path, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Exercise:
             f"{path} did not answer the warm-up within {timeout_s:g} s",
             "see whether the NAS answers, and the messages of the worker",
         ) from None
-    if isinstance(done, NbdnfsError):
+    if isinstance(done, Exception):
         raise done
     log.info("%s: warmed up: %d KiB read, %d KiB rewritten", path, done.read_bytes >> 10, done.rewritten_bytes >> 10)
     return done
@@ -134,25 +139,38 @@ def _explain(error: OSError, path: Path) -> NbdnfsError:
 
 
 def exercise(descriptor: int, *, largest_bytes: int, writable: bool, parallel: int = PARALLEL) -> Exercise:
-    """Read and rewrite parts of the open device from `parallel` threads, and flush. Raises OSError.
+    """Read and rewrite parts of the open device from `parallel` threads, and flush. OSError: a request failed.
+    NoMemoryError: there is none for the threads and their buffers.
 
     Each thread has a part of the device to itself, so that no page is read by one while another writes it.
     """
     size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
     parallel = min(parallel, size_bytes // SLOT_BYTES)
     stretch_bytes = size_bytes // parallel // SLOT_BYTES * SLOT_BYTES
-    errors: queue.SimpleQueue[OSError] = queue.SimpleQueue()
+    errors: queue.SimpleQueue[OSError | NoMemoryError] = queue.SimpleQueue()
     together = threading.Barrier(parallel)
     largest_bytes = min(largest_bytes, stretch_bytes)
     offsets = [*range(0, stretch_bytes, max(stretch_bytes // _SINGLE_SLOTS // SLOT_BYTES, 1) * SLOT_BYTES)]
     extents = [(0, largest_bytes), *((offset, SLOT_BYTES) for offset in offsets[:_SINGLE_SLOTS])]
 
+    def give_up(error: Exception) -> None:
+        """Not all of them will meet: those that wait at the barrier end."""
+        errors.put(_no_memory(error))
+        together.abort()
+
     def work(start: int) -> None:
-        with mmap.mmap(-1, largest_bytes) as page_aligned, memoryview(page_aligned) as buffer:
-            together.wait()
+        try:
+            page_aligned = mmap.mmap(-1, largest_bytes)
+        except (OSError, MemoryError) as error:
+            give_up(error)
+            return
+        with page_aligned, memoryview(page_aligned) as buffer:
             try:
+                together.wait()
                 for offset, length in extents:
                     _rewrite(descriptor, buffer[:length], start + offset, writable)
+            except threading.BrokenBarrierError:  # another one says why
+                pass
             except OSError as error:
                 errors.put(error)
 
@@ -160,16 +178,29 @@ def exercise(descriptor: int, *, largest_bytes: int, writable: bool, parallel: i
         threading.Thread(target=work, args=(number * stretch_bytes,), name=f"warm-up {number}", daemon=True)
         for number in range(parallel)
     ]
+    try:
+        for thread in threads:
+            thread.start()
+    except RuntimeError as error:
+        give_up(error)
     for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
     if not errors.empty():
         raise errors.get()
     if writable:
         os.fsync(descriptor)  # once: it covers the writes of all threads, and waits for the disk of the NAS
     total_bytes = parallel * sum(length for _, length in extents)
     return Exercise(total_bytes, total_bytes if writable else 0, largest_bytes)
+
+
+def _no_memory(error: Exception) -> NoMemoryError:
+    """For a thread that cannot be started, or has no buffer. Not for a request: that is the device's."""
+    why = error.strerror if isinstance(error, OSError) else str(error)
+    return NoMemoryError(
+        f"no memory to warm the worker up with{f': {why}' if why else ''}",
+        "free memory, or raise the limits of memory and of processes (ulimit -a, pids.max), and try again",
+    )
 
 
 def _rewrite(descriptor: int, buffer: memoryview, offset: int, writable: bool) -> None:

@@ -3,12 +3,16 @@
 
 import errno
 import fcntl
+import itertools
+import mmap
 import os
 import stat
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
@@ -17,6 +21,7 @@ from nbdnfs.errors import (
     IOFailureError,
     NbdnfsError,
     NoInputError,
+    NoMemoryError,
     PermissionDeniedError,
     UnavailableError,
     UsageError,
@@ -127,6 +132,66 @@ def test_a_failed_request_is_told(device: tuple[int, bytes], recorder: Recorder)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         warm_up.exercise(descriptor, largest_bytes=LARGEST, writable=True)
     assert content_of(descriptor) == content
+
+
+class PoorMmap(mmap.mmap):
+    """There is no memory for the third one."""
+
+    made: ClassVar[Iterator[int]] = itertools.count(1)
+
+    def __new__(cls, *arguments: int) -> "PoorMmap":
+        if next(cls.made) == 3:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return super().__new__(cls, *arguments)
+
+
+class PoorThread(threading.Thread):
+    """The third one cannot be started."""
+
+    made: ClassVar[Iterator[int]] = itertools.count(1)
+
+    def start(self) -> None:
+        if next(self.made) == 3:
+            raise RuntimeError("can't start new thread")
+        super().start()
+
+
+@pytest.mark.parametrize(
+    ("module", "poor", "why"),
+    [("mmap", PoorMmap, "Cannot allocate memory"), ("threading", PoorThread, "can't start new thread")],
+    ids=["buffer", "thread"],
+)
+def test_no_memory_for_a_thread(
+    device: tuple[int, bytes], recorder: Recorder, monkeypatch: pytest.MonkeyPatch, module: str, poor: Any, why: str
+) -> None:
+    """It ends at once, with all of its threads: those that have one do not wait for those that have none."""
+    poor.made = itertools.count(1)
+    monkeypatch.setattr(f"nbdnfs.kernel.warm_up.{module}.{poor.__base__.__name__}", poor)
+    before, started_s = threading.active_count(), time.monotonic()
+    with pytest.raises(NoMemoryError, match=f"no memory to warm the worker up with: {why}"):
+        warm_up.exercise(device[0], largest_bytes=LARGEST, writable=True)
+    assert time.monotonic() < started_s + 10
+    assert threading.active_count() == before
+    assert recorder.reads == []
+
+
+def test_no_memory_for_the_first_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is that taken for a server that does not answer."""
+    monkeypatch.setattr(PoorThread, "made", itertools.count(3))
+    monkeypatch.setattr(threading, "Thread", PoorThread)
+    with pytest.raises(NoMemoryError, match="can't start new thread"):
+        warm_up.warm_up(tmp_path, timeout_s=1)
+
+
+def test_what_else_goes_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, whatever it is."""
+
+    def fail(path: Path) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(warm_up, "_warm_up", fail)
+    with pytest.raises(MemoryError):
+        warm_up.warm_up(tmp_path, timeout_s=30)
 
 
 def test_not_a_device(tmp_path: Path) -> None:
