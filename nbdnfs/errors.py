@@ -93,7 +93,8 @@ class NoMemoryError(UnavailableError):
 
 
 class UnreadableError(UnavailableError):
-    """What the kernel has to say cannot be read now: `is_of_want`. It is not known, neither so nor otherwise."""
+    """What the kernel has to say cannot be read now: `is_of_want`, or /sys is not mounted. It is not known, neither so
+    nor otherwise."""
 
 
 class CannotCreateError(NbdnfsError):

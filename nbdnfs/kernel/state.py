@@ -5,8 +5,8 @@ Readers only: they need no root and cache nothing. Each takes the folder that st
 golden trees. Sizes are in bytes, in any unit that the file has. No reader touches a file outside /proc, /sys, /dev and
 the list of kernel modules, because it may lie on the NFS share that does not answer.
 
-UnreadableError, from each of them: there is no memory or descriptor to read it with. That is not the same as that there
-is nothing: a device in use must never look as if it were not there.
+UnreadableError, from each of them: there is no memory or descriptor to read it with, or /sys is not mounted. That is
+not the same as that there is nothing: a device in use must never look as if it were not there.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def swaps(root: Path = ROOT) -> list[Swap]:
 
 def nbd_devices(root: Path = ROOT) -> list[NbdDevice]:
     """All nbd disks of the kernel, by index."""
-    names = (name for name in names_in(root / "sys/block") if name.startswith("nbd"))
+    names = (name for name in _disks(root) if name.startswith("nbd"))
     devices = (nbd_device(name, root) for name in names)
     return sorted((device for device in devices if device is not None), key=lambda device: device.index)
 
@@ -131,6 +131,7 @@ def nbd_device(name: str, root: Path = ROOT) -> NbdDevice | None:
     match = re.fullmatch(r"nbd(\d+)", name)
     size_sectors = read_int(folder / "size")
     if match is None or size_sectors is None:
+        _disks(root)
         return None
     disk_and_partitions = [folder, *(folder / part for part in names_in(folder) if part.startswith(f"{name}p"))]
     numbers = (read_text(part / "dev") for part in disk_and_partitions)
@@ -175,21 +176,40 @@ def mounts(root: Path = ROOT) -> list[Mount]:
 
 def loops(root: Path = ROOT) -> dict[str, str]:
     """Loop devices in use ("loop0") and the path of the file or device behind each (drivers/block/loop.c)."""
-    names = (name for name in names_in(root / "sys/block") if name.startswith("loop"))
+    names = (name for name in _disks(root) if name.startswith("loop"))
     files = {name: read_text(root / "sys/block" / name / "loop/backing_file") for name in names}
     return {name: text.strip() for name, text in files.items() if text}
 
 
 def require_proc(root: Path = ROOT) -> None:
     """UnavailableError unless /proc is mounted: without it, what is in use looks as if it were not."""
+    if not _has_proc(root):
+        raise UnavailableError("/proc is not mounted", "mount -t proc proc /proc")
+
+
+def _has_proc(root: Path) -> bool:
     try:
-        is_mounted = bool(os.listdir(root / "proc"))
+        return bool(os.listdir(root / "proc"))
     except OSError as error:
         if is_of_want(error):
             raise _unreadable(root / "proc", error) from None
-        is_mounted = False
-    if not is_mounted:
-        raise UnavailableError("/proc is not mounted", "mount -t proc proc /proc")
+        return False
+
+
+def _disks(root: Path) -> list[str]:
+    """All names in /sys/block. UnreadableError unless /sys is mounted: without it, no device looks attached.
+
+    None below another root that has no /proc either: that is the root of an image, in which no kernel runs.
+    """
+    folder = root / "sys/block"
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        if is_of_want(error):
+            raise _unreadable(folder, error) from None
+    if root == ROOT or _has_proc(root):
+        raise UnreadableError("/sys is not mounted", "mount -t sysfs sysfs /sys")
+    return []
 
 
 def meminfo(root: Path = ROOT) -> MemInfo:

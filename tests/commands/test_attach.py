@@ -239,6 +239,7 @@ def test_no_driver(server: Server, tmp_path: Path, available: bool, hint: str) -
     """Without the driver there is no device at all; the hint depends on whether this kernel has the module."""
     root = tmp_path / "other"
     (root / "proc/sys/kernel").mkdir(parents=True)
+    (root / "sys/block").mkdir(parents=True)
     (root / "proc/sys/kernel/osrelease").write_text("6.1.0\n")
     if available:
         (root / "lib/modules/6.1.0").mkdir(parents=True)

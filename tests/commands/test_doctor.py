@@ -22,6 +22,7 @@ STAT = "{pid} ({name}) S 1 1 1 0 -1 {flags} 7036 0 {major} 0 193 166 0 0 -2 0 8 
 MACHINE = {
     "proc/sys/kernel/osrelease": "6.1.0-38-cloud-amd64\n",
     "sys/module/nbd/refcnt": "0\n",
+    "sys/block/loop0/size": "0\n",
     "sys/fs/cgroup/cgroup.controllers": "cpuset cpu io memory pids\n",
     "proc/self/limits": "Limit                     Soft Limit           Hard Limit           Units     \n"
     "Max locked memory         unlimited            unlimited            bytes     \n",

@@ -72,7 +72,8 @@ def test_differing(tmp_path: Path) -> None:
 
 
 def write_machine(root: Path) -> Path:
-    """The files of /proc without which nothing is examined."""
+    """The files of /proc and /sys without which nothing is examined."""
+    (root / "sys/block").mkdir(parents=True)
     (root / "proc").mkdir()
     (root / "proc/meminfo").write_text(
         "MemTotal: 1 kB\nMemFree: 1 kB\nMemAvailable: 1 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n"

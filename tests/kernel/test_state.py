@@ -231,6 +231,29 @@ def test_proc_that_cannot_be_read_now() -> None:
         kernel_state.require_proc()
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        kernel_state.nbd_devices,
+        kernel_state.loops,
+        lambda root: kernel_state.nbd_device("nbd0", root),
+        lambda root: nbd_device.find("nbdnfs:swap0", root),
+    ],
+    ids=["nbd_devices", "loops", "nbd_device", "find"],
+)
+def test_without_sys(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    """Of a machine that runs, an attached device would look as if it were not. The root of an image has none."""
+    assert not read(tmp_path)
+    (tmp_path / "sys").mkdir()
+    (tmp_path / "proc").mkdir()
+    assert not read(tmp_path)
+    (tmp_path / "proc/self").mkdir()
+    with pytest.raises(UnreadableError, match="/sys is not mounted"):
+        read(tmp_path)
+    (tmp_path / "sys/block").mkdir()
+    assert not read(tmp_path)
+
+
 def test_block_names(tmp_path: Path) -> None:
     """The last part of where /sys/dev/block/MAJOR:MINOR leads."""
     (tmp_path / "sys/dev/block").mkdir(parents=True)
