@@ -35,9 +35,9 @@ def page_bytes(head: bytes, kernel_page_bytes: int = KERNEL_PAGE_BYTES) -> int |
     return None
 
 
-def may_be_swap(head: bytes) -> bool:
-    """Whether a file that begins so is for swap: a swap area, an encrypted device, or zeros as `create` makes them."""
-    return page_bytes(head) is not None or head.startswith(_LUKS) or not any(head)
+def is_luks(head: bytes) -> bool:
+    """Whether it is for dm-crypt, with a header of its own. What is inside cannot be seen: swap, or a file system."""
+    return head.startswith(_LUKS)
 
 
 def grown(head: bytes, size_bytes: int) -> bytes | None:

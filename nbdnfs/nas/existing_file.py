@@ -2,7 +2,8 @@
 """A file that exists: whether it is what `create` would have made, and how it is made larger or removed.
 
 Larger without a gap: what is added is written, from the window that an interrupted call may have left incomplete. What
-a file holds that is not in use as swap has no value, so that nothing is lost where both overlap.
+a swap area holds that is not in use has no value, so that nothing is lost where both overlap. In any other file the
+window is looked at first, and only zeros are overwritten.
 """
 
 from __future__ import annotations
@@ -13,15 +14,8 @@ import threading
 from nbdnfs import backing_size, nfs_url, quantities, swap_header
 from nbdnfs.engine import NfsFile, libnfs_version
 from nbdnfs.errors import CannotCreateError, ConfigError
-from nbdnfs.nas import (
-    creator_lock,
-    explain,
-    ownership,
-    part_file,
-    patience,
-    remote_file,
-    zeros,
-)
+from nbdnfs.nas import content, creator_lock, explain, ownership, part_file, patience, remote_file, zeros
+from nbdnfs.nas.content import Content, Kind
 from nbdnfs.nas.zeros import Progress
 from nbdnfs.nfs_url import NfsUrl
 
@@ -64,11 +58,14 @@ def _other_size(target: NfsUrl, found_bytes: int, wanted_bytes: int) -> CannotCr
 
 def _check(file: NfsFile, target: NfsUrl, *, fix_mode: bool) -> None:
     path, found = f"{target.path} on {target.host}", remote_file.stat(file)
-    if not swap_header.may_be_swap(_head(file)):
+    held = content.look(file)
+    if held.kind is Kind.OTHER:
         raise CannotCreateError(
-            f"{path} exists, and holds something else: it begins with neither zeros nor a swap area",
+            f"{path} exists, and holds something else: it {held.why_not}",
             "use another name; or overwrite it with zeros: --force",
         )
+    if held.kind is Kind.LUKS:
+        log.warning("%s begins with a LUKS header: what is in it, swap or other data, cannot be seen", path)
     if found["mode"] == _MODE:
         return
     if not fix_mode:
@@ -86,7 +83,8 @@ def grow(url: str, size_bytes: int, *, progress: Progress, stop: threading.Event
     """Make the file larger; the bytes that it had before. It is owned by this process meanwhile.
 
     A swap area on it gets the new size in its header. UsageError: the size is impossible. CannotCreateError: it is
-    less than the file has, or the server has no room. OwnedError, BusyError: the file is in use. patience.Interrupted:
+    less than the file has, it holds something else than swap, or the server has no room. Behind a LUKS header may
+    be anything: no byte there is changed that is not zero. OwnedError, BusyError: it is in use. patience.Interrupted:
     `stop` was set; the file may be longer by then, and the same call goes on. Others as `ownership.claim`.
     """
     backing_size.check(size_bytes, f"{size_bytes} bytes")
@@ -104,20 +102,27 @@ def grow(url: str, size_bytes: int, *, progress: Progress, stop: threading.Event
 
 
 def _grow(file: NfsFile, target: NfsUrl, size_bytes: int, report: Progress) -> int:
-    before_bytes, head = remote_file.stat(file)["size"], _head(file)
+    held = content.look(file)
+    before_bytes = held.size_bytes
     path = f"{target.path} on {target.host}"
     if size_bytes < before_bytes:
         raise CannotCreateError(
             f"{path} has {_exactly(before_bytes)}: it is never made smaller", "ask for more than that"
         )
-    if not swap_header.may_be_swap(head):
-        raise CannotCreateError(
-            f"{path} holds something else: it begins with neither zeros nor a swap area", "check the URL"
-        )
+    window = max(swap_header.HEAD_BYTES, before_bytes - zeros.WINDOW_CHUNKS * zeros.CHUNK_BYTES)
+    start = min(window, before_bytes)
+    why_not = held.why_not
+    if held.kind is Kind.EMPTY and (offset := zeros.find_other(file, start, before_bytes)) is not None:
+        why_not = content.has_data_at(offset)
+    if why_not:
+        raise CannotCreateError(f"{path} holds something else: it {why_not}", "check the URL")
     zeros.refuse_unless_room(file, target, size_bytes)
-    start = max(swap_header.HEAD_BYTES, before_bytes - zeros.WINDOW_CHUNKS * zeros.CHUNK_BYTES)
-    zeros.write_zeros(file, min(start, before_bytes), size_bytes, target, report)
-    if (changed := swap_header.grown(head, size_bytes)) is not None:
+    if held.kind is Kind.LUKS:
+        for gap_start, gap_end in content.gaps(file, start, before_bytes):
+            zeros.write_zeros(file, gap_start, gap_end, target, lambda _done, _total: None)
+        start = before_bytes
+    zeros.write_zeros(file, start, size_bytes, target, report)
+    if (changed := swap_header.grown(held.head, size_bytes)) is not None:
         file.pwrite(changed, swap_header.INFO_OFFSET)
     zeros.warn_unless_allocated(file, target, size_bytes)
     return before_bytes
@@ -142,23 +147,19 @@ def remove(url: str, *, stop: threading.Event | None = None) -> None:
             remote_file.unlink_if_exists(names, f"/{part_file.name_of(target)}")
 
 
-def refuse_unless_swap(target: NfsUrl, address: str) -> int:
-    """The size of the file. NoInputError: there is none. CannotCreateError: it holds something else than swap."""
+def refuse_unless_swap(target: NfsUrl, address: str) -> Content:
+    """What the file holds. NoInputError: there is none. CannotCreateError: it holds something else than swap."""
     with (
         remote_file.explained(target, address),
         remote_file.closing(remote_file.open_file(target.text, address, read_only=True)) as file,
     ):
-        if not swap_header.may_be_swap(_head(file)):
-            raise CannotCreateError(
-                f"{target.path} on {target.host} begins with neither zeros nor a swap area: it is not removed",
-                "check the URL; remove it on the server if it is to go",
-            )
-        return remote_file.stat(file)["size"]
-
-
-def _head(file: NfsFile) -> bytes:
-    head = bytearray(swap_header.HEAD_BYTES)
-    return bytes(head[: file.pread(head, 0)])
+        found = content.look(file)
+    if found.kind is Kind.OTHER:
+        raise CannotCreateError(
+            f"{target.path} on {target.host} {found.why_not}: it is not removed",
+            "check the URL; remove it on the server if it is to go",
+        )
+    return found
 
 
 def swap_page_bytes(url: str) -> int | None:
@@ -173,7 +174,7 @@ def swap_page_bytes(url: str) -> int | None:
         remote_file.explained(target, address),
         remote_file.closing(remote_file.open_file(target.text, address, read_only=True)) as file,
     ):
-        found = swap_header.page_bytes(_head(file))
+        found = swap_header.page_bytes(content.head_of(file))
         if found is None and (offset := zeros.find_other(file)) is not None:
             raise CannotCreateError(
                 f"{target.path} on {target.host} is neither swap nor empty: there is data at"

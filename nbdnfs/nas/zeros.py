@@ -20,6 +20,7 @@ from nbdnfs.engine import NfsFile
 from nbdnfs.errors import CannotCreateError, IOFailureError
 from nbdnfs.nas import explain, patience, remote_file
 from nbdnfs.nfs_url import NfsUrl
+from nbdnfs.sizes import SLOT_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +38,18 @@ _POLL_S = 0.2
 Progress = Callable[[int, int], None]
 
 
-def find_other(file: NfsFile) -> int | None:
-    """Where the first chunk begins that has other bytes than zeros; None where there is none. Reads all of it."""
-    chunk, nothing = bytearray(CHUNK_BYTES), bytes(CHUNK_BYTES)
-    offset = 0
-    while count := file.pread(chunk, offset):
-        if memoryview(chunk)[:count] != memoryview(nothing)[:count]:
-            return offset
+def find_other(file: NfsFile, start: int = 0, end: int | None = None) -> int | None:
+    """The first page's offset that has other bytes than zeros; None where there is none. Reads all of it, or what lies
+    from `start` up to `end`; pages are counted from `start`. OSError."""
+    offset = start
+    while end is None or offset < end:
+        chunk = bytearray(CHUNK_BYTES if end is None else min(CHUNK_BYTES, end - offset))
+        count = file.pread(chunk, offset)
+        if not count:
+            break
+        found = chunk[:count]
+        if found != bytes(count):
+            return offset + next(at for at in range(0, count, SLOT_BYTES) if any(found[at : at + SLOT_BYTES]))
         offset += count
     return None
 

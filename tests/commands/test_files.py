@@ -257,6 +257,71 @@ def test_a_file_with_the_old_name(
     assert place.names() == (set() if name == "remove" else {f"{now}.swap"})
 
 
+# files that are not swap
+
+
+def an_image(kind: str) -> bytes:
+    """12 MiB that nbdnfs must not take for its own: a btrfs, whose superblock follows 64 KiB of zeros; a disk of zeros
+    but for some data in the middle, or at the very end; a LUKS volume."""
+    noise = os.urandom(MIB)
+    if kind == "btrfs":
+        return bytes(64 << 10) + b"_BHRfS_M".ljust(4096, b"\2") + (noise * 12)[: 12 * MIB - (68 << 10)]
+    if kind == "middle":
+        return bytes(5 * MIB) + noise + bytes(6 * MIB)
+    if kind == "end":
+        return bytes(12 * MIB - 1) + b"\1"
+    return b"LUKS\xba\xbe".ljust(64 << 10, b"\1") + (noise * 12)[: 11 * MIB] + bytes(MIB - (64 << 10))
+
+
+IMAGES = ["btrfs", "middle", "end"]
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+@pytest.mark.parametrize(
+    "command", [("grow", "16M"), ("remove", "--yes"), ("create", "--size=12M", "--if-missing")], ids=lambda it: it[0]
+)
+def test_an_image_that_begins_with_zeros(place: Folder, run: Run, command: tuple[str, ...], kind: str) -> None:
+    """It is not taken for an empty backing file, and no byte of it is changed; the message says where there is data."""
+    path = place.path / "vm.img"
+    path.write_bytes(data := an_image(kind))
+    path.chmod(0o600)
+    status, _, err = run(command[0], place.url("vm.img"), *command[1:])
+    assert status == os.EX_CANTCREAT
+    assert "has no swap area, and has data at" in err
+    assert path.read_bytes() == data
+
+
+def test_data_in_the_window_that_grow_writes(place: Folder, run: Run) -> None:
+    """A look at some places does not find it, and grow reads what it overwrites: the file stays as it is."""
+    path = place.path / "vm.img"
+    with path.open("wb") as file:
+        file.truncate(200 * MIB)
+        file.seek(194 * MIB)
+        file.write(b"thesis")
+    path.chmod(0o600)
+    status, _, err = run("grow", place.url("vm.img"), "201M")
+    assert (status, "has data at 194 MiB" in err) == (os.EX_CANTCREAT, True)
+    assert path.stat().st_size == 200 * MIB
+    assert place.names() == {"vm.img"}
+
+
+def test_a_luks_header(place: Folder, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dm-crypt on a device may have swap in it or other data: --if-missing and grow leave all of that as it is, and
+    remove says so in its question."""
+    path = place.path / "a.swap"
+    path.write_bytes(data := an_image("luks"))
+    path.chmod(0o600)
+    assert run("create", place.url("a.swap"), "--size=12M", "--if-missing")[0] == 0
+    assert path.read_bytes() == data
+    assert run("grow", place.url("a.swap"), "16M")[0] == 0
+    assert path.read_bytes() == data + bytes(4 * MIB)
+    asked: list[str] = []
+    monkeypatch.setattr(where, "confirm", lambda question, yes: asked.append(question))
+    assert run("remove", place.url("a.swap"))[0] == 1
+    assert "begins with a LUKS header, and is not certain to be swap" in asked[0]
+    assert place.names() == {"a.swap"}
+
+
 # gc
 
 

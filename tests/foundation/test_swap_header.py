@@ -36,7 +36,6 @@ def test_without_the_version_it_is_no_swap_area() -> None:
     for version in (0, 2, 1 << 16):
         found = head(4096, version=version)
         assert swap_header.page_bytes(found) is None
-        assert not swap_header.may_be_swap(found)
         assert swap_header.grown(found, 1 << 30) is None
 
 
@@ -58,4 +57,3 @@ def test_a_device_and_a_file_on_the_nas_are_judged_alike(tmp_path: Path, made_fo
     start = area.read_bytes()[: swap_header.HEAD_BYTES]
     for kernel_page in PAGE_SIZES:
         assert swap_area.swap_page_bytes(area, kernel_page) == swap_header.page_bytes(start, kernel_page) == made_for
-    assert swap_header.may_be_swap(start)
