@@ -15,7 +15,7 @@ import time
 
 from nbdnfs import nfs_url
 from nbdnfs.engine import NfsFile
-from nbdnfs.errors import NoInputError
+from nbdnfs.errors import BusyError, NoInputError
 from nbdnfs.nas import existing_file, owner_record, ownership, remote_file
 from nbdnfs.nas.owner_record import RECORD_BYTES, Identity
 from nbdnfs.nas.record_file import FoundRecord
@@ -56,10 +56,11 @@ class Folder:
         with remote_file.directory(self.target, self.address) as directory:
             now_us = self._server_time_us()
             names = set(remote_file.retry(directory.names))
-            files = sorted(name for name in names if not name.startswith("."))
+            # a hidden file is for swap where it has a record: else that would be taken for one of a missing file
+            files = {name for name in names if not name.startswith(".") or owner_record.name_of(name) in names}
             records = {owner_record.name_of(name) for name in files}
-            found = [_entry(directory, name, now_us, names) for name in files]
-            found += [_part(directory, name, now_us) for name in sorted(names) if _PART.fullmatch(name)]
+            found = [_entry(directory, name, now_us, names) for name in sorted(files)]
+            found += [_part(directory, name, now_us) for name in sorted(names - files) if _PART.fullmatch(name)]
             lone = sorted(name for name in names - records if _RECORD.fullmatch(name))
             found += [_lone_record(directory, name, now_us) for name in lone]
         return [entry for entry in found if entry is not None]
@@ -79,19 +80,34 @@ class Folder:
                     remote_file.unlink_if_exists(clock, f"/{url.name}")
 
     def remove_silent(self, entry: Entry, me: Identity, silent_s: float) -> bool:
-        """Remove a file and its record. False: its owner has come back, or this machine uses it. NbdnfsError."""
+        """Remove a file and its record. False: its owner has come back, or this machine uses it. BusyError: the file is
+        not as it was listed. CannotCreateError: it is not swap. Other NbdnfsError."""
         target = self.target.sibling(entry.name)
         holder = ownership.serve_holder()
+        self._refuse_if_changed(entry)
         if entry.kind == "file":
             existing_file.refuse_unless_swap(target, self.address)
         if not ownership.take_silent(target.text, holder, me, entry.owner, silent_s):
             return False
         try:
-            with remote_file.directory(target, self.address) as directory:
-                remote_file.unlink_if_exists(directory, f"/{entry.name}")
+            if entry.kind == "file":
+                with remote_file.directory(target, self.address) as directory:
+                    remote_file.unlink_if_exists(directory, f"/{entry.name}")
         finally:
             ownership.release_or_log(target.text, holder, me)
         return True
+
+    def _refuse_if_changed(self, entry: Entry) -> None:
+        """BusyError: somebody has put a file there since, or written to it."""
+        with remote_file.directory(self.target, self.address) as directory:
+            try:
+                now = remote_file.retry(lambda: directory.lookup(f"/{entry.name}", False))
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                return
+        if entry.kind != "file" or (now["mtime_us"], now["size"]) != (entry.mtime_us, entry.size_bytes):
+            raise BusyError("the file has changed since it was listed", "run this again")
 
 
 def find(url: str) -> Folder:

@@ -23,6 +23,7 @@ from nbdnfs.commands import gc as gc_command
 from nbdnfs.commands import grow as grow_command
 from nbdnfs.commands import list as list_command
 from nbdnfs.commands import where
+from nbdnfs.errors import BusyError
 from nbdnfs.keeper.records import Records
 from nbdnfs.kernel import nbd_device
 from nbdnfs.nas import backing_file, folder, owner_record, ownership, part_file
@@ -384,6 +385,36 @@ def test_gc_keeps_what_is_not_swap(place: Folder, run: Run) -> None:
     place.age(path, 91 * DAY_S)
     status, _, err = run("gc", place.url(), "--yes")
     assert (status, "a.swap stays" in err) == (1, True)
+    assert place.names() == {"a.swap", ".a.swap.owner"}
+
+
+@pytest.mark.parametrize("is_swap", [True, False])
+def test_gc_and_a_hidden_file(place: Folder, run: Run, is_swap: bool) -> None:
+    """One whose name begins with a dot is a file like any other with a record: it is listed, and looked at."""
+    path = place.create(".a.swap", "box1", 91 * DAY_S)
+    if not is_swap:
+        path.write_bytes(b"thesis" * 1000)
+        place.age(path, 91 * DAY_S)
+    _, out, _ = run("list", place.url(), "--json")
+    assert [(row["kind"], row["name"]) for row in json.loads(out)["files"]] == [("file", ".a.swap")]
+    status, _, err = run("gc", place.url(), "--yes")
+    assert (status, ".a.swap stays" in err) == ((0, False) if is_swap else (1, True))
+    assert place.names() == (set() if is_swap else {".a.swap", "..a.swap.owner"})
+
+
+@pytest.mark.parametrize("listed_as", ["record", "file"])
+@pytest.mark.parametrize("is_swap", [True, False])
+def test_gc_and_a_file_that_comes_back(place: Folder, listed_as: str, is_swap: bool) -> None:
+    """Between the question and the answer, somebody puts a file there, from a snapshot perhaps: it stays."""
+    path = place.create("a.swap", "box1", 91 * DAY_S)
+    if listed_as == "record":
+        path.unlink()
+    found = folder.find(place.url())
+    (entry,) = found.entries()
+    assert entry.kind == listed_as
+    path.write_bytes(bytes(MIB) if is_swap else b"thesis" * 1000)
+    with pytest.raises(BusyError, match="has changed since it was listed"):
+        found.remove_silent(entry, machine("me"), 90 * DAY_S)
     assert place.names() == {"a.swap", ".a.swap.owner"}
 
 
