@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 from nbdnfs import config, name_lock
 from nbdnfs.commands import progress, starting, systemd_unit
@@ -67,15 +68,16 @@ def run_down(args: argparse.Namespace) -> int:
 def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> None:
     """Start the keeper of the device `name`, and return when swap is on.
 
-    `steal` takes the file from another machine first, in this process: the keeper then finds that it owns the file.
-    `timeout_s` bounds the wait where systemd does not run.
+    `steal` takes the file from another machine first, in this process: the keeper then finds that it owns the file. Not
+    for a device that is attached, which has its file. `timeout_s` bounds the wait where systemd does not run.
 
     A device that is up, and whose swap was turned off by hand, swaps again. One that is attached, and whose
     configuration file is wrong or missing, runs with the last good one, as its keeper does; a line says so.
 
     PermissionDeniedError: not root. BusyError: the device is up, or something other than swap uses it.
     UnavailableError: it did not come up, with the exit status of the keeper, which has reported why; EX_TEMPFAIL where
-    the start goes on. Others as `last_good.load`, and with `steal` as `ownership.claim`.
+    the start goes on. OwnedError: with `steal`, the device is attached, and another machine has taken its file. Others
+    as `last_good.load`, and with `steal` as `stealing.taken`.
     """
     config.check_name(name)
     records = Records(name)
@@ -84,12 +86,8 @@ def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> No
     _require_root(f"nbdnfs up {name}")
     if problem:
         print(f"nbdnfs: {name}: {problem}", file=sys.stderr)
-    if steal and settings.owner:
-        from nbdnfs.commands import claiming
-        from nbdnfs.nas import owner_record, ownership  # only here: it loads libnfs
-
-        holder, me = owner_record.keeper_holder(name), owner_record.identity()
-        claiming.run_until_signal(lambda stop: ownership.claim(settings.url, holder, me, steal=True, stop=stop))
+    if steal and is_attached and records.read(Records.STATE) == Records.STOLEN:
+        raise failures.stolen(name)
     keeper = only_keeper.keeper_of(records)
     if keeper is not None and records.read(Records.STATE) == "watch" and _turn_on_again(settings):
         return
@@ -97,11 +95,18 @@ def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> No
     if keeper is not None and not (has_unit and systemd_unit.is_active(name)):
         who = f"process {keeper}" if keeper else "another process"
         raise BusyError(f"{name} is already up: its keeper is {who}", f"see: nbdnfs status {name}")
-    if has_unit:
-        starting.with_systemd(name)
-    else:
-        starting.in_background(name, timeout_s)
+    with _taken(settings, records) if steal and settings.owner and not is_attached else contextlib.nullcontext():
+        if has_unit:
+            starting.with_systemd(name)
+        else:
+            starting.in_background(name, timeout_s)
     _turn_on_again(settings)
+
+
+def _taken(settings: Config, records: Records) -> AbstractContextManager[None]:
+    from nbdnfs.commands import stealing  # loads what a worker is started with, for --steal alone
+
+    return stealing.taken(settings, records)
 
 
 def _turn_on_again(settings: Config) -> bool:

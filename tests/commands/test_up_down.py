@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`nbdnfs up` and `down`: which machine owns the file before and after, on a real server."""
+"""`nbdnfs down`: which machine owns the file before and after, on a real server."""
 
 from __future__ import annotations
 
@@ -9,21 +9,15 @@ import pytest
 from support.nfs_server import LOOPBACK, FileOnServer, Ganesha
 from support.owner_records import (
     HOLDER,
-    QUICK,
     beside,
     machine,
     record_of,
     record_path,
 )
 
-from nbdnfs import config
-from nbdnfs.commands import starting, systemd_unit, up_down
+from nbdnfs.commands import up_down
 from nbdnfs.keeper.records import Records
 from nbdnfs.nas import owner_record, ownership
-from nbdnfs.nas.owner_record import Record
-
-MIB = 1 << 20
-DEVICE_BYTES = 4 * MIB
 
 
 def test_down_releases_the_file(swap_file: FileOnServer, tmp_path: Path) -> None:
@@ -52,16 +46,3 @@ def test_down_does_not_wait_for_a_server(
     own_ganesha.kill()
     up_down._release_file(records)
     assert "the owner record stays: no answer" in capsys.readouterr().err
-
-
-def test_up_steals_before_it_starts_anything(swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --steal, this machine owns the file before the keeper starts."""
-    ownership.claim(swap_file.url(), HOLDER, machine("box2"), timing=QUICK)
-    monkeypatch.setattr(ownership.claim, "__kwdefaults__", {**(ownership.claim.__kwdefaults__ or {}), "timing": QUICK})
-    monkeypatch.setattr(config, "load", lambda name, root: config.Config(name, swap_file.url()))
-    monkeypatch.setattr(systemd_unit, "is_loaded", lambda name: False)
-    started: list[Record] = []
-    monkeypatch.setattr(starting, "in_background", lambda name, timeout_s: started.append(record_of(swap_file)))
-    up_down.up("swap0", steal=True)
-    (found,) = started
-    assert (found.boot, found.state, found.generation) == (owner_record.boot_id(), "held", 2)
