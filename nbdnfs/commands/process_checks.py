@@ -6,11 +6,12 @@ Is its memory locked, is it safe from the OOM killer, marked as an IO flusher, a
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from nbdnfs import memlock, quantities
+from nbdnfs import memlock, quantities, region
 from nbdnfs.commands.findings import Finding, judge, read_text
 from nbdnfs.kernel import processes
 from nbdnfs.kernel.processes import Process
@@ -25,12 +26,33 @@ _RESTART = "start it as root, without lock=off and without="
 
 def workers_by_hand(root: Path) -> list[int]:
     """The pids of all nbdkit processes with our plugin, whatever started them."""
-    found = []
-    for folder in (root / "proc").glob("[0-9]*"):
-        words = (read_text(folder / "cmdline") or "").split("\0")
-        if any(word.endswith("nbdnfs_plugin.py") for word in words) and read_text(folder / "comm") == "nbdkit":
-            found.append(int(folder.name))
-    return sorted(found)
+    folders = (root / "proc").glob("[0-9]*")
+    return sorted(int(folder.name) for folder in folders if _is_worker(folder))
+
+
+def _is_worker(folder: Path) -> bool:
+    """Whether /proc/PID is that of an nbdkit with our plugin.
+
+    A command line is in the process's own memory. Where that has been swapped out to a device that stands still,
+    reading it waits for ever, and doctor is run just then. So it is read of an nbdkit only, which has nothing swapped
+    out: of another one only that it has a region counts.
+    """
+    if read_text(folder / "comm") != "nbdkit":
+        return False
+    if re.search(r"(?m)^VmSwap:\s+[1-9]", read_text(folder / "status") or ""):
+        return _has_region(folder)
+    words = (read_text(folder / "cmdline") or "").split("\0")
+    return any(word.endswith("nbdnfs_plugin.py") for word in words)
+
+
+def _has_region(folder: Path) -> bool:
+    try:
+        descriptor = region.take_from(int(folder.name), folder.parents[1])
+    except OSError:
+        return False
+    if descriptor is not None:
+        os.close(descriptor)
+    return descriptor is not None
 
 
 def process(subject: str, pid: int, root: Path, *, realtime: bool) -> Iterator[Finding]:

@@ -3,11 +3,12 @@
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from nbdnfs.commands import counters, doctor, machine_checks, status
+from nbdnfs.commands import counters, doctor, machine_checks, process_checks, status
 from nbdnfs.commands.counters import Counters, Reading
 from nbdnfs.commands.findings import Finding
 from nbdnfs.config import Config
@@ -222,6 +223,39 @@ def test_a_worker_by_hand(tmp_path: Path) -> None:
     assert [one.subject for one in findings if not one.good] == []
     assert {one.subject.split(",")[0] for one in findings} == {"worker 300"}
     assert "33.2 MiB of 34.2 MiB resident are locked" in findings[0].found
+
+
+@pytest.mark.parametrize(
+    ("name", "swapped"), [("postgres", ""), ("postgres", "VmSwap:\t4 kB\n"), ("nbdkit", "VmSwap:\t4 kB\n")]
+)
+def test_a_process_that_is_swapped_out(tmp_path: Path, name: str, swapped: str) -> None:
+    """Its command line is in its own memory, and reading that waits for ever while swap stands still: it is not read.
+    A FIFO stands for such a file."""
+    write(tmp_path, process(400, name=name))
+    status = tmp_path / "proc/400/status"
+    status.write_text(status.read_text() + swapped)
+    (tmp_path / "proc/400/cmdline").unlink()
+    os.mkfifo(fifo := tmp_path / "proc/400/cmdline")
+    found: list[list[int]] = []
+    looks = threading.Thread(target=lambda: found.append(process_checks.workers_by_hand(tmp_path)), daemon=True)
+    looks.start()
+    looks.join(5)
+    if not found:  # let it go
+        os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+    assert found == [[]]
+
+
+def test_a_worker_that_is_swapped_out(tmp_path: Path) -> None:
+    """It is known by its region."""
+    write(tmp_path, process(300))
+    status = tmp_path / "proc/300/status"
+    status.write_text(status.read_text() + "VmSwap:\t4 kB\n")
+    (tmp_path / "proc/300/fd").symlink_to(f"/proc/{os.getpid()}/fd")
+    region_fd = os.memfd_create("nbdnfs-region")
+    try:
+        assert process_checks.workers_by_hand(tmp_path) == [300]
+    finally:
+        os.close(region_fd)
 
 
 @pytest.mark.parametrize(
