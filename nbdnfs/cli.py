@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 
-from nbdnfs.errors import NbdnfsError, NoMemoryError, is_of_want
+from nbdnfs.errors import EndedBySignal, NbdnfsError, NoMemoryError, is_of_want
 
 TYPE_CHECKING = False  # typing's own, without typing
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except NbdnfsError as error:
         print(*error.lines(), sep="\n", file=sys.stderr)
         status = error.exit_code
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as end:
+        status = _interrupted(end)
     except BrokenPipeError:
         status = os.EX_IOERR
     except Exception as error:
@@ -71,6 +71,17 @@ def _flushed(status: int) -> int:
             print("nbdnfs: the output is not complete: make room where it goes, and try again", file=sys.stderr)
         return os.EX_IOERR
     return status
+
+
+def _interrupted(end: KeyboardInterrupt) -> int:
+    """The status after Ctrl-C. What a signal ended that was waited for ends by that signal."""
+    if isinstance(end, EndedBySignal):
+        import signal  # not for the keeper
+
+        _flushed(0)
+        signal.signal(end.number, signal.SIG_DFL)
+        os.kill(os.getpid(), end.number)
+    return 130
 
 
 def _unforeseen(error: Exception) -> NbdnfsError:

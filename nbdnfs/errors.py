@@ -33,6 +33,15 @@ def is_of_want(error: OSError) -> bool:
     return error.errno in _OF_WANT
 
 
+class EndedBySignal(KeyboardInterrupt):
+    """The signal `number`, SIGINT or SIGTERM, has ended what the command did. It unwinds, so that what has been begun
+    is brought to its end, and `cli.main` then ends the process by that signal."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(number)
+
+
 class NbdnfsError(Exception):
     """An error that the user can understand and, in most cases, fix.
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TypeVar
 
-from nbdnfs.errors import UnavailableError
+from nbdnfs.errors import EndedBySignal, NbdnfsError, UnavailableError
 from nbdnfs.nas.patience import Interrupted
 
 # How long an interrupted claim may take to remove what it has left.
@@ -63,7 +62,8 @@ def run(work: Callable[[], T], stop: threading.Event, *, grace_s: float = _GRACE
 def run_until_signal(
     work: Callable[[threading.Event], T], *, grace_s: float = _GRACE_S, limit_s: float | None = None
 ) -> T:
-    """As `run`, for a command: SIGINT and SIGTERM set the event, and end the process as they would have."""
+    """As `run`, for a command: SIGINT and SIGTERM set the event. EndedBySignal once the work has ended, well or not:
+    nothing more is begun."""
     stop = threading.Event()
     received: list[int] = []
 
@@ -73,11 +73,30 @@ def run_until_signal(
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return run(lambda: work(stop), stop, grace_s=grace_s, limit_s=limit_s)
-    except Interrupted:
-        signal.signal(received[0], signal.SIG_DFL)
-        os.kill(os.getpid(), received[0])
+        result = run(lambda: work(stop), stop, grace_s=grace_s, limit_s=limit_s)
+    except (Interrupted, NbdnfsError):
+        if received:
+            raise EndedBySignal(received[0]) from None
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        raise EndedBySignal(received[0])
+    return result
+
+
+@contextlib.contextmanager
+def unwinding() -> Iterator[None]:
+    """SIGINT and SIGTERM raise EndedBySignal meanwhile, wherever the main thread is: for what must not be left half
+    done."""
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        raise EndedBySignal(number)
+
+    before = {number: signal.signal(number, unwind) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from nbdnfs import backing_size, quantities
 from nbdnfs.commands import claiming, progress, up_down, where
-from nbdnfs.errors import UsageError
+from nbdnfs.errors import BusyError, UsageError
 from nbdnfs.nas import existing_file
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit status. With --restart the device is taken down first and brought up again, whatever happened.
+    """The exit status. With --restart the device is taken down first and brought up again, whatever happened:
+    also after Ctrl-C and SIGTERM.
 
     Errors as `existing_file.grow`, `where.refuse_if_attached`, `up_down.down` and `up_down.up`.
     """
@@ -26,11 +28,17 @@ def run(args: argparse.Namespace) -> int:
     if where.is_url(args.where):
         raise UsageError("--restart needs the NAME of a device, not a URL", f"nbdnfs grow NAME {args.size} --restart")
     show = progress.reporter()
-    up_down.down(args.where, lambda left_bytes, total_bytes: show(total_bytes - left_bytes, total_bytes))
-    try:
-        _grow(url, size_bytes)
-    finally:
-        up_down.up(args.where)
+    with claiming.unwinding():
+        try:
+            up_down.down(args.where, lambda left_bytes, total_bytes: show(total_bytes - left_bytes, total_bytes))
+        except KeyboardInterrupt:
+            with contextlib.suppress(BusyError):  # nothing has been taken down yet
+                up_down.up(args.where)
+            raise
+        try:
+            _grow(url, size_bytes)
+        finally:
+            up_down.up(args.where)
     return 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from nbdnfs import backing_size, programs
 from nbdnfs.commands import claiming, systemd_unit
 from nbdnfs.config import Config
-from nbdnfs.errors import ConfigError, NbdnfsError, UnavailableError
+from nbdnfs.errors import ConfigError, EndedBySignal, NbdnfsError, UnavailableError
 from nbdnfs.keeper import only_keeper
 from nbdnfs.keeper.records import Records
 from nbdnfs.kernel import nbd_driver
@@ -36,7 +36,11 @@ def taken(settings: Config, records: Records) -> Iterator[None]:
     holder, me = owner_record.keeper_holder(settings.name), owner_record.identity()
     size_bytes = claiming.run_until_signal(lambda stop: backing_file.inspect(settings.url).size_bytes)
     backing_size.refuse_unless_lockable(size_bytes, Path("/"))
-    claiming.run_until_signal(lambda stop: ownership.claim(settings.url, holder, me, steal=True, stop=stop))
+    try:
+        claiming.run_until_signal(lambda stop: ownership.claim(settings.url, holder, me, steal=True, stop=stop))
+    except EndedBySignal:  # perhaps when it had just been claimed
+        ownership.release_or_log(settings.url, holder, me)
+        raise
     try:
         yield
     except NbdnfsError:

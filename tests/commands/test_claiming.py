@@ -18,7 +18,7 @@ from support.owner_records import HOLDER, machine
 from support.waiting import DEADLINE_S, wait_until
 
 from nbdnfs.commands import claiming
-from nbdnfs.errors import UnavailableError
+from nbdnfs.errors import EndedBySignal, UnavailableError
 from nbdnfs.nas import owner_record, ownership
 from nbdnfs.nas.owner_record import Record
 from nbdnfs.nas.patience import Interrupted
@@ -57,12 +57,38 @@ def test_work_that_does_not_end() -> None:
 def test_signals_are_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """The event is set by SIGTERM meanwhile, and not any more afterwards."""
     before = signal.getsignal(signal.SIGTERM)
+    assert claiming.run_until_signal(lambda stop: stop.is_set()) is False
+    with pytest.raises(EndedBySignal):
+        claiming.run_until_signal(lambda stop: os.kill(os.getpid(), signal.SIGTERM) or stop.wait(DEADLINE_S))
+    assert signal.getsignal(signal.SIGTERM) is before
 
-    def work(stop: threading.Event) -> bool:
+
+@pytest.mark.parametrize("ends", ["well", "with an error", "never"])
+def test_a_signal_unwinds(ends: str) -> None:
+    """However the work ends, what has been begun is brought to its end, and nothing more is begun."""
+    never = threading.Event()
+
+    def work(stop: threading.Event) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        return stop.wait(DEADLINE_S)
+        assert stop.wait(DEADLINE_S)
+        if ends == "with an error":
+            raise UnavailableError("the server went away")
+        if ends == "never":
+            never.wait(DEADLINE_S)
 
-    assert claiming.run_until_signal(work)
+    with pytest.raises(EndedBySignal) as caught:
+        claiming.run_until_signal(work, grace_s=0.2)
+    never.set()
+    assert caught.value.number == signal.SIGTERM
+
+
+def test_unwinding() -> None:
+    """Signals raise where the main thread is, and are as before afterwards."""
+    before = signal.getsignal(signal.SIGTERM)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(EndedBySignal) as caught, claiming.unwinding():
+            signal.raise_signal(number)
+        assert caught.value.number == number
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -7,8 +7,10 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -477,6 +479,54 @@ def test_grow_with_a_restart(place: Folder, run: Run, monkeypatch: pytest.Monkey
     assert run("grow", "swap0", "1M", "--restart")[0] == os.EX_CANTCREAT
     assert calls == ["down swap0", "up swap0"] * 2
     assert run("grow", place.url("a.swap"), "3M", "--restart")[0] == os.EX_USAGE
+
+
+# `grow --restart` with a device that it seems to take down, and bring up again; "at" says where it waits for ever
+GROW = """
+import sys, time
+from nbdnfs import cli
+from nbdnfs.commands import grow, up_down, where
+from nbdnfs.nas import existing_file, patience
+
+at = sys.argv[1]
+
+
+def wait(stop=None):
+    print("here", flush=True)
+    with patience.interruptible(stop):
+        patience.pause(60)
+
+
+def down(name, report):
+    print("down", flush=True)
+    if at == "down":
+        wait()
+
+
+def grow_file(url, size_bytes, progress, stop):
+    wait(stop)
+
+
+up_down.down, up_down.up = down, lambda name: print("up", flush=True)
+where.url_of = lambda name: "nfs://127.0.0.1/x/y"
+where.adopt_old_name = lambda url: wait() if at == "name" else None
+existing_file.grow = grow_file
+cli.main(["grow", "swap0", "8G", "--restart"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", ["down", "name", "write"])
+def test_grow_with_a_restart_that_a_signal_ends(at: str, number: int) -> None:
+    """The device comes up again, and the command has ended by that signal."""
+    process = subprocess.Popen([sys.executable, "-c", GROW, at], stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "here\n":
+            assert process.poll() is None
+        process.send_signal(number)
+        assert process.stdout.read() == "up\n"
+    assert process.returncode == -number
 
 
 # create --if-missing
