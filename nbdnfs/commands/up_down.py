@@ -138,15 +138,15 @@ def down(name: str, report: Progress, *, service: bool = False) -> None:
     """
     config.check_name(name)
     _require_root(f"nbdnfs down {name}")
-    kernel_state.require_proc()  # without it, a device that is in use as swap looks as if it were not
-    if service and systemd_unit.job(name) != "stop":
-        print(f"nbdnfs: {name}: restarting, swap stays on", file=sys.stderr)
-        return
     try:
+        kernel_state.require_proc()  # without it, a device that is in use as swap looks as if it were not
+        if service and systemd_unit.job(name) != "stop":
+            print(f"nbdnfs: {name}: restarting, swap stays on", file=sys.stderr)
+            return
         with _only_command(name, wait_s=_SERVICE_WAITS_S if service else _COMMAND_WAITS_S):
             is_for_unit = _stop(name, report, service=service)
     except NbdnfsError:
-        if service:
+        if service:  # also where systemd does not say what it is about to do: at a restart, it starts it anyway
             systemd_unit.start_after_stop(name)
         raise
     if is_for_unit:

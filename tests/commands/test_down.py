@@ -149,6 +149,20 @@ def test_a_restart_is_no_stop(machine: Machine) -> None:
     os.close(lock)
 
 
+def test_systemd_that_does_not_say_what_it_does(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is short of memory may take long to answer. Nothing is taken down, and the unit gets its keeper
+    back."""
+
+    def job(name: str) -> str:
+        raise NbdnfsError("asking systemd for its jobs: systemctl did not end within 60 s")
+
+    monkeypatch.setattr(systemd_unit, "job", job)
+    with pytest.raises(NbdnfsError, match="asking systemd"):
+        up_down.down("swap0", report, service=True)
+    assert machine.calls == ["start again"]
+    assert (machine.run / "swap0").exists()
+
+
 @pytest.mark.parametrize("service", [False, True])
 def test_one_command_at_a_time(machine: Machine, monkeypatch: pytest.MonkeyPatch, service: bool) -> None:
     """A second one is refused, with the first one's process; the unit gets its keeper back."""
