@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """`nbdnfs bench`: how fast this machine can write and read pages on a NAS. Every page is checked.
 
-The file is created, must not exist before, and is removed at the end: a file in use is never the target. The pages go
+The file is created, must not exist before, and is removed at the end, also after Ctrl-C and SIGTERM: a file in use is
+never the target. The work runs in a thread of its own, because a server that hangs keeps it waiting. The pages go
 through the engine alone; `make bench` measures it under nbdkit, and `make bench-vm` under the kernel's swap.
 """
 
@@ -9,22 +10,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import random
 import statistics
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from nbdnfs import nfs_url, quantities
-from nbdnfs.commands import json_output
+from nbdnfs.commands import claiming, json_output
 from nbdnfs.engine import Engine, NfsFile, libnfs_version
-from nbdnfs.errors import IOFailureError, UsageError
-from nbdnfs.nas import backing_file, explain
+from nbdnfs.errors import EndedBySignal, IOFailureError, UsageError
+from nbdnfs.nas import backing_file, explain, patience
 from nbdnfs.sizes import SLOT_BYTES
+
+log = logging.getLogger(__name__)
 
 MIN_SIZE_BYTES = 1 << 20
 # The engine's own region. A file has to be several times as large: else it is the region that is measured.
@@ -33,8 +38,14 @@ _REGIONS_MIN = 4
 READERS = 8
 CONNECTIONS = 4
 
+# How long a call that a signal has ended may take to remove its file.
+_GRACE_S = 5.0
+
 _NAME = struct.Struct(">QQ")
 _STEP = 64
+
+# Those of loads that were interrupted: closing one waits until the server has all of its pages, which nobody wants.
+_abandoned: list[Engine] = []
 
 
 @dataclass(frozen=True)
@@ -66,24 +77,34 @@ class Row:
 
 
 class _Device:
-    """An engine, and what each page of it must hold. The caller uses a page in one thread at a time."""
+    """An engine, and what each page of it must hold. The caller uses a page in one thread at a time.
 
-    def __init__(self, engine: Engine) -> None:
+    Once `stop` is set, each step raises patience.Interrupted.
+    """
+
+    def __init__(self, engine: Engine, stop: threading.Event) -> None:
         self.engine = engine
+        self._stop = stop
         self.generations = [0] * (engine.size_bytes // SLOT_BYTES)
         self._noise = os.urandom(SLOT_BYTES + _STEP * 1021)
 
     def write(self, page: int) -> None:
         """Write the page's next content."""
+        self._go_on()
         self.generations[page] += 1
         self.engine.pwrite(self._content(page), page * SLOT_BYTES)
 
     def check(self, page: int) -> None:
         """Read the page. IOFailureError: it does not hold what was written last."""
+        self._go_on()
         found = bytearray(SLOT_BYTES)
         self.engine.pread(found, page * SLOT_BYTES)
         if found != self._content(page):
             raise IOFailureError(f"page {page} does not hold what was written to it", "do not use this server for swap")
+
+    def _go_on(self) -> None:
+        if self._stop.is_set():
+            raise patience.Interrupted
 
     def _content(self, page: int) -> bytes:
         """What the page must hold: zeros at first, as the file was created, and then bytes that do not compress."""
@@ -97,11 +118,24 @@ class _Device:
 def run(args: argparse.Namespace) -> int:
     """Print a row for each kind of load as it ends. Errors as `measure`."""
     size_bytes, seconds = quantities.parse_size_bytes(args.size), quantities.parse_duration_s(args.time)
-    encrypt = not args.no_encrypt
+    has_file = threading.Event()
+
+    def show(row: Row) -> None:
+        if not args.json:
+            print(row.text(), flush=True)
+
+    def work(stop: threading.Event) -> list[Row]:
+        encrypt = not args.no_encrypt
+        return measure(args.url, size_bytes, seconds, show, encrypt=encrypt, stop=stop, has_file=has_file)
+
+    try:
+        rows = claiming.run_until_signal(work, grace_s=_GRACE_S)
+    except EndedBySignal:
+        if has_file.is_set():
+            log.warning("%s stays: the server has not removed it in time", args.url.partition("?")[0])
+        raise
     if args.json:
-        json_output.print_list([row.to_json() for row in measure(args.url, size_bytes, seconds, encrypt=encrypt)])
-    else:
-        measure(args.url, size_bytes, seconds, lambda row: print(row.text(), flush=True), encrypt=encrypt)
+        json_output.print_list([row.to_json() for row in rows])
     return 0
 
 
@@ -112,14 +146,17 @@ def measure(
     report: Callable[[Row], None] = lambda row: None,
     *,
     encrypt: bool = True,
+    stop: threading.Event | None = None,
+    has_file: threading.Event | None = None,
 ) -> list[Row]:
     """Run each load for about `seconds`, on a new file of `size_bytes` that is removed at the end. Pages are encrypted,
     as a device's are by default, unless that is not wanted.
 
     A smaller file than four times the region is made that large, which is reported on stderr.
 
-    `report` gets each row when its load ends. UsageError: the size is too small or not a multiple of 4096.
-    IOFailureError: a page is wrong. Others as `backing_file.create`.
+    `report` gets each row when its load ends. `stop` ends it early; `has_file` is set while there may be the file.
+    UsageError: the size is too small or not a multiple of 4096. IOFailureError: a page is wrong. patience.Interrupted:
+    `stop` was set. Others as `backing_file.create`.
     """
     if size_bytes < MIN_SIZE_BYTES or size_bytes % SLOT_BYTES:
         raise UsageError(
@@ -132,14 +169,36 @@ def measure(
         size_bytes = least_bytes
     target = nfs_url.parse(url)
     explain.refuse_unsupported(target, libnfs_version)
-    backing_file.create(url, size_bytes)
+    stop, has_file = stop or threading.Event(), has_file or threading.Event()
+
+    def note(done_bytes: int, total_bytes: int) -> None:
+        if done_bytes == total_bytes:  # it gets its name now
+            has_file.set()
+
+    with patience.interruptible(stop):
+        backing_file.create(url, size_bytes, progress=note)
     address = target.resolve()
     rows = []
-    with _removed_at_the_end(target, address), contextlib.closing(_open(target, address, encrypt)) as engine:
-        for row in _loads(_Device(engine), seconds):
+    with _removed_at_the_end(target, address, has_file), _opened(target, address, encrypt) as engine:
+        for row in _loads(_Device(engine, stop), seconds):
             report(row)
             rows.append(row)
     return rows
+
+
+@contextlib.contextmanager
+def _opened(target: nfs_url.NfsUrl, address: str, encrypt: bool) -> Iterator[Engine]:
+    """An engine, closed at the end unless that would make somebody wait who has just ended the command."""
+    engine = _open(target, address, encrypt)
+    try:
+        yield engine
+    except patience.Interrupted:
+        _abandoned.append(engine)
+        raise
+    except BaseException:
+        engine.close()
+        raise
+    engine.close()
 
 
 def _open(target: nfs_url.NfsUrl, address: str, encrypt: bool) -> Engine:
@@ -150,12 +209,13 @@ def _open(target: nfs_url.NfsUrl, address: str, encrypt: bool) -> Engine:
 
 
 @contextlib.contextmanager
-def _removed_at_the_end(target: nfs_url.NfsUrl, address: str) -> Iterator[None]:
+def _removed_at_the_end(target: nfs_url.NfsUrl, address: str, has_file: threading.Event) -> Iterator[None]:
     try:
         yield
     finally:
         with contextlib.closing(NfsFile(target.text, address)) as file:
             file.unlink(f"/{target.name}")
+        has_file.clear()
 
 
 def _loads(device: _Device, seconds: float) -> Iterator[Row]:

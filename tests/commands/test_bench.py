@@ -5,10 +5,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 
 import pytest
+from support.fake_nas import FakeNas
 from support.nfs_server import FileOnServer, Ganesha
+from support.waiting import DEADLINE_S, wait_until
 
 from nbdnfs import cli
 from nbdnfs.commands import bench
@@ -70,6 +76,51 @@ def test_wrong_page(ganesha: Ganesha, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(IOFailureError, match="page 1 "):
         bench.measure(ganesha.url("wrong.swap"), MIB, 5.0)
     assert not (ganesha.export_path / "wrong.swap").exists()
+
+
+@pytest.fixture
+def start(request: pytest.FixtureRequest) -> Callable[[str], subprocess.Popen[str]]:
+    """Start `nbdnfs bench` with loads that last for long; its output is a pipe."""
+
+    def run(url: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "nbdnfs", "bench", url, "--time", "30s"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        request.addfinalizer(process.communicate)
+        request.addfinalizer(process.kill)
+        return process
+
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal(start: Callable[[str], subprocess.Popen[str]], number: int) -> None:
+    """It ends the command, and the file is removed."""
+    with FakeNas() as nas:
+        nas.add("/export/other", b"")
+        process = start(nas.url("/export/bench.swap"))
+        wait_until(lambda: "bench.swap" in nas.names("/export"), "the file is there")
+        written = len(nas.calls("WRITE"))
+        wait_until(lambda: len(nas.calls("WRITE")) > written, "it is written to")
+        process.send_signal(number)
+        assert process.wait(DEADLINE_S) == -number
+        assert nas.names("/export") == ["other"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_server_hangs(start: Callable[[str], subprocess.Popen[str]], number: int) -> None:
+    """It ends the command all the same, which says what it leaves behind."""
+    with FakeNas() as nas:
+        nas.add("/export/other", b"")
+        process = start(nas.url("/export/bench.swap"))
+        wait_until(lambda: nas.names("/export") == ["bench.swap", "other"], "the file is there, and no part of it")
+        for op in ("NULL", "GETATTR", "LOOKUP", "REMOVE", "READ", "WRITE", "COMMIT"):
+            nas.drop(op, times=None, executed=False)
+        time.sleep(1)  # whatever is sent by then is not answered
+        process.send_signal(number)
+        assert process.wait(DEADLINE_S) == -number
+        assert process.stdout is not None
+        assert "bench.swap stays: the server has not removed it in time" in process.stdout.read()
+        assert nas.names("/export") == ["bench.swap", "other"]
 
 
 def test_an_existing_file_is_refused(new_file: Callable[..., FileOnServer]) -> None:
