@@ -8,6 +8,9 @@ import re
 from nbdnfs.errors import UsageError
 
 _SIZE_FACTORS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+# More digits than any size or time has, and fewer than Python refuses to read.
+_NUMBER = r"([0-9]{1,30}(?:\.[0-9]{1,30})?)"
+_SHOWN_CHARACTERS = 60
 _DURATION_FACTORS_S = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -16,9 +19,9 @@ def parse_size_bytes(text: str) -> int:
 
     Raises UsageError when it is not a size, or not a whole number of bytes.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(rf"\s*{_NUMBER}\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
     if match is None:
-        raise UsageError(f"'{text}' is not a size", "write a number and a unit, for example 512M or 2G")
+        raise UsageError(f"'{_shortened(text)}' is not a size", "write a number and a unit, for example 512M or 2G")
     whole, _, decimals = match[1].partition(".")
     scale: int = 10 ** len(decimals)
     size_bytes, rest = divmod(int(whole + decimals) * _SIZE_FACTORS[match[2].upper()], scale)
@@ -38,9 +41,9 @@ def format_size(size_bytes: int) -> str:
 
 def parse_duration_s(text: str) -> float:
     """Seconds in "30", "500ms", "90s", "5min", "2h", "1d". Raises UsageError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|min|h|d)?\s*", text)
+    match = re.fullmatch(rf"\s*{_NUMBER}\s*(ms|s|min|h|d)?\s*", text)
     if match is None:
-        raise UsageError(f"'{text}' is not a duration", "write a number and a unit: ms, s, min, h or d")
+        raise UsageError(f"'{_shortened(text)}' is not a duration", "write a number and a unit: ms, s, min, h or d")
     return float(match[1]) * _DURATION_FACTORS_S[match[2] or "s"]
 
 
@@ -54,3 +57,7 @@ def format_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

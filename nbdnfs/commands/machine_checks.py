@@ -71,11 +71,22 @@ def _kernel(root: Path) -> Finding:
 
 
 def _nbd(root: Path) -> Finding:
+    if not _has_sys(root):
+        return _unknown("nbd driver")
     module = kernel_state.nbd_module(root)
     if not module.loaded and not module.available:
         return Finding("nbd driver", False, "missing", "use a kernel with CONFIG_BLK_DEV_NBD")
     always = "" if install_units.is_installed("modules-load.conf", root) else "; at each boot: nbdnfs install-units"
     return judge("nbd driver", module.loaded, "loaded" if module.loaded else "not loaded", f"now: modprobe nbd{always}")
+
+
+def _has_sys(root: Path) -> bool:
+    """Whether /sys is mounted: its folder of modules is there on any kernel."""
+    return (root / "sys/module").is_dir()
+
+
+def _unknown(subject: str) -> Finding:
+    return Finding(subject, False, "unknown: /sys is not mounted", "mount -t sysfs sysfs /sys")
 
 
 def _set(root: Path, setting: str, value: int) -> str:
@@ -86,6 +97,8 @@ def _set(root: Path, setting: str, value: int) -> str:
 
 
 def _cgroup(root: Path) -> Finding:
+    if not _has_sys(root):
+        return _unknown("cgroup")
     controllers = read_text(root / "sys/fs/cgroup/cgroup.controllers")
     if controllers is not None and "memory" in controllers.split():
         return Finding("cgroup", True, "v2, with the memory controller")

@@ -8,6 +8,7 @@ dies. Machines are kept apart by the owner record and by hard links.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -54,15 +55,29 @@ def _folder() -> Path:
         folder.mkdir(mode=0o755 if user == 0 else 0o700, parents=user == 0, exist_ok=True)
         found = folder.lstat()
     except OSError as error:
-        raise CannotCreateError(
-            f"cannot make {folder} for a lock: {error.strerror}", "free space there, or set XDG_RUNTIME_DIR"
-        ) from None
+        raise _no_lock(folder, error) from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022:
         raise CannotCreateError(
             f"{folder} is not a folder that only uid {user} may write: no place for a lock",
-            "remove it, or set XDG_RUNTIME_DIR",
+            "remove it" if user == 0 else "remove it, or set XDG_RUNTIME_DIR to a folder of yours",
         )
     return folder
+
+
+def _no_lock(path: Path, error: OSError) -> CannotCreateError:
+    """The error for a folder or file that could not be made. Only root's folder is fixed."""
+    match error.errno:
+        case errno.EROFS:
+            hint = f"make {path.parent} writable: it is on a file system that is mounted read-only"
+        case errno.ENOSPC | errno.EDQUOT:
+            hint = f"free space in {path.parent}"
+        case errno.EEXIST | errno.ENOTDIR | errno.ELOOP:
+            hint = "remove what is in the way there"
+        case _:
+            hint = f"see why {path.parent} takes no file"
+    if os.geteuid() != 0:
+        hint += "; or set XDG_RUNTIME_DIR to a folder of yours"
+    return CannotCreateError(f"cannot make {path} for a lock: {error.strerror}", hint)
 
 
 def _locked(path: Path, target: NfsUrl) -> int:
@@ -71,7 +86,7 @@ def _locked(path: Path, target: NfsUrl) -> int:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise CannotCreateError(f"cannot make {path} for a lock: {error.strerror}", "free space there") from None
+            raise _no_lock(path, error) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

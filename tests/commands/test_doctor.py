@@ -216,6 +216,14 @@ def test_an_interface_without_a_speed(tmp_path: Path) -> None:
     assert "1000 Mbit/s (eth0) and 2 CPUs" in found
 
 
+def test_without_sys(tmp_path: Path) -> None:
+    """What is not known is not blamed on the kernel: it is said what to mount."""
+    write(tmp_path, {path: text for path, text in MACHINE.items() if not path.startswith("sys/")})
+    found = {one.subject: one for one in doctor.examine(root=tmp_path)}
+    for subject in ("nbd driver", "cgroup"):
+        assert found[subject] == Finding(subject, False, "unknown: /sys is not mounted", "mount -t sysfs sysfs /sys")
+
+
 def test_a_worker_by_hand(tmp_path: Path) -> None:
     """A worker without a record is found by its plugin; other nbdkit processes are left out."""
     write(tmp_path, {**MACHINE, **process(300), **process(400, command="nbdkit\0memory\0001G\0")})

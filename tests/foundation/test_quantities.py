@@ -46,6 +46,16 @@ def test_what_is_no_size(text: str) -> None:
     assert "512M or 2G" in caught.value.hint
 
 
+@pytest.mark.parametrize("text", ["9" * 5000, "1." + "9" * 5000, "9" * 31, "x" * 5000])
+def test_more_digits_than_any_size_has(text: str) -> None:
+    """Python refuses to read some of them: they are no sizes and no durations, and are not quoted in full."""
+    for parse, wrong in ((quantities.parse_size_bytes, "a size"), (quantities.parse_duration_s, "a duration")):
+        with pytest.raises(UsageError, match=rf"is not {wrong}$") as caught:
+            parse(text)
+        assert text[:30] in caught.value.message
+        assert len(caught.value.message) < 100
+
+
 @pytest.mark.parametrize("text", ["0.5", "1.1K", "0.3M"])
 def test_no_part_of_a_byte(text: str) -> None:
     """Nothing is rounded."""

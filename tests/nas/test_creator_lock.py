@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import socket
@@ -114,3 +115,37 @@ def test_a_folder_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     if os.getuid() == 0:
         os.chown(tmp_path / "nbdnfs", user, user)
         assert creator_lock._folder() == tmp_path / "nbdnfs"
+
+
+@pytest.mark.parametrize("user", [0, 4242])
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (errno.EROFS, "mounted read-only"),
+        (errno.ENOSPC, "free space in"),
+        (errno.EEXIST, "remove what is in the way"),
+        (errno.EACCES, "see why"),
+    ],
+)
+def test_no_place_for_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: int, number: int, hint: str
+) -> None:
+    """What to do depends on why, and on who asks: root's folder is always the same, whatever the environment says."""
+
+    def fail(self: Path, **_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(CannotCreateError, match="for a lock") as caught:
+        creator_lock._folder()
+    assert hint in caught.value.hint
+    assert ("XDG_RUNTIME_DIR" in caught.value.hint) == (user != 0)
+    folder = "/run" if user == 0 else str(tmp_path)
+    assert folder in caught.value.message
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "open", lambda *arguments: fail(tmp_path))
+    with pytest.raises(CannotCreateError, match="for a lock") as caught:
+        creator_lock._locked(tmp_path / "a.lock", nfs_url.parse(URL))
+    assert hint in caught.value.hint
