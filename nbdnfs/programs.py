@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 # systemd's socket activation protocol: the first descriptor handed down, sd_listen_fds(3).
 _LISTEN_FD = 3
 
+# systemd.exec(5): UMask=. With a stricter one, other users could not read what a keeper leaves in /run for `status`.
+SYSTEM_UMASK = 0o022
+
 # Set by a keeper for a helper that may take long: what it does, for the lines about its progress on stdout.
 STATUS_VARIABLE = "NBDNFS_STATUS"
 
@@ -140,7 +143,8 @@ def watch(argv: Sequence[str], progress: Callable[[], None], *, every_s: float) 
 
 
 def start(argv: Sequence[str], env: Mapping[str, str], *, output: int | None = None) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own: Ctrl-C at the terminal is not meant for it.
+    """Start a program in a session of its own: Ctrl-C at the terminal is not meant for it. Its working directory and
+    its umask are those that systemd would give it: it holds up no umount(8), and what it makes may be read.
 
     `output` is a descriptor for its stdout and stderr; without one it has those of this process.
     """
@@ -148,7 +152,14 @@ def start(argv: Sequence[str], env: Mapping[str, str], *, output: int | None = N
 
     log.debug("start: %s", shlex.join(argv))
     return subprocess.Popen(
-        argv, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        argv,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        cwd="/",
+        umask=SYSTEM_UMASK,
     )
 
 

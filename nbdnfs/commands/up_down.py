@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
-from nbdnfs import config, name_lock
+from nbdnfs import config, name_lock, programs
 from nbdnfs.commands import progress, starting, systemd_unit
 from nbdnfs.config import Config
 from nbdnfs.errors import (
@@ -65,6 +65,17 @@ def run_down(args: argparse.Namespace) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _system_umask() -> Iterator[None]:
+    """Whatever is made in /run meanwhile may be read by other users, whose `status` needs it."""
+    before = os.umask(programs.SYSTEM_UMASK)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@_system_umask()
 def up(name: str, *, steal: bool = False, timeout_s: float = UP_TIMEOUT_S) -> None:
     """Start the keeper of the device `name`, and return when swap is on.
 
@@ -125,6 +136,7 @@ def _turn_on_again(settings: Config) -> bool:
     return True
 
 
+@_system_umask()
 def down(name: str, report: Progress, *, service: bool = False) -> None:
     """Turn swap off, and take down the device, its keeper and its worker. A second call does what is left to do.
 

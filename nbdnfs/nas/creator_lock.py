@@ -20,6 +20,7 @@ from nbdnfs.errors import BusyError, CannotCreateError
 from nbdnfs.nfs_url import NfsUrl
 
 _NFS_PORT = 2049
+_ROOTS_FOLDER = Path("/run/nbdnfs")
 _ATTEMPTS = 100
 
 
@@ -47,12 +48,15 @@ def _folder() -> Path:
     """A folder that only this user may write, made where it is missing."""
     user = os.geteuid()
     if user == 0:
-        folder = Path("/run/nbdnfs")
+        folder = _ROOTS_FOLDER
     else:
         runtime = os.environ.get("XDG_RUNTIME_DIR", "")
         folder = Path(runtime) / "nbdnfs" if runtime.startswith("/") else Path(f"/tmp/nbdnfs-{user}")
     try:
-        folder.mkdir(mode=0o755 if user == 0 else 0o700, parents=user == 0, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700, parents=user == 0)
+            if user == 0:
+                folder.chmod(0o755)  # whatever the umask is: a keeper's records for `status` come here, too
         found = folder.lstat()
     except OSError as error:
         raise _no_lock(folder, error) from None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from support.owner_records import (
     record_path,
 )
 
+from nbdnfs import config
 from nbdnfs.commands import up_down
+from nbdnfs.errors import UsageError
 from nbdnfs.keeper.records import Records
 from nbdnfs.nas import owner_record, ownership
 
@@ -46,3 +49,23 @@ def test_down_does_not_wait_for_a_server(
     own_ganesha.kill()
     up_down._release_file(records)
     assert "the owner record stays: no answer" in capsys.readouterr().err
+
+
+def test_what_is_made_meanwhile_may_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By other users, for `status`, whatever umask the caller has; which it has again afterwards."""
+
+    def look(name: str) -> None:
+        (tmp_path / "nbdnfs").mkdir(mode=0o755, exist_ok=True)
+        raise UsageError("that is enough")
+
+    monkeypatch.setattr(config, "check_name", look)
+    before = os.umask(0o077)
+    try:
+        for command in (lambda: up_down.up("swap0"), lambda: up_down.down("swap0", lambda left, total: None)):
+            with pytest.raises(UsageError, match="enough"):
+                command()
+            assert (tmp_path / "nbdnfs").stat().st_mode & 0o777 == 0o755
+            (tmp_path / "nbdnfs").rmdir()
+        assert os.umask(0o077) == 0o077
+    finally:
+        os.umask(before)

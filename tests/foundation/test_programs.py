@@ -110,6 +110,20 @@ def test_start() -> None:
     assert started.wait(30) == 5
 
 
+def test_a_program_that_stays_keeps_nothing_of_where_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that `up` was called in can be unmounted; and what is made in /run has the modes that it has
+    where systemd starts a keeper."""
+    monkeypatch.chdir(tmp_path)
+    code = "import os; exit(5 if os.getcwd() == '/' and os.umask(0) == 0o022 else 1)"
+    before = os.umask(0o077)
+    try:
+        assert programs.start([sys.executable, "-c", code], {}).wait(30) == 5
+    finally:
+        os.umask(before)
+
+
 def started(spawn: programs.Spawn) -> int:
     """Its pid, once it has started."""
     wait_until(spawn.is_over, what="it has started", timeout_s=30)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -117,13 +118,28 @@ def test_a_folder_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert creator_lock._folder() == tmp_path / "nbdnfs"
 
 
+def test_the_folder_of_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other users may read it under any umask, as `status` does; one that is there is left as it is."""
+    monkeypatch.setattr(creator_lock, "_ROOTS_FOLDER", folder := tmp_path / "nbdnfs")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    for mode in (0o755, 0o750):
+        before = os.umask(0o077)
+        try:
+            with contextlib.suppress(CannotCreateError):  # without root it is another user's
+                creator_lock._folder()
+        finally:
+            os.umask(before)
+        assert folder.stat().st_mode & 0o777 == mode
+        folder.chmod(0o750)
+
+
 @pytest.mark.parametrize("user", [0, 4242])
 @pytest.mark.parametrize(
     ("number", "hint"),
     [
         (errno.EROFS, "mounted read-only"),
         (errno.ENOSPC, "free space in"),
-        (errno.EEXIST, "remove what is in the way"),
+        (errno.ENOTDIR, "remove what is in the way"),
         (errno.EACCES, "see why"),
     ],
 )
