@@ -206,14 +206,17 @@ def _owner(settings: Config, found: FileFacts, *, is_up: bool) -> Finding:
     if not settings.owner:
         return Finding(subject, True, "not looked after (owner = false)")
     record = found.record.record
+    holder = owner_record.keeper_holder(settings.name)
+    # of a version that did not say in which PID namespace: a claim would wait, and the device that is up has claimed
+    is_ours = record is not None and record.state == "held" and record.is_of(found.me, holder)
     verdict = owner_record.decide(
         record if record is not None else found.record.data,
         found.me,
-        owner_record.keeper_holder(settings.name),
+        holder,
         age_s=_LONG_AGO_S,
         holder_lives=found.is_used,
     )
-    if verdict is Verdict.KEEP:
+    if verdict is Verdict.KEEP or is_ours:
         return Finding(subject, True, "this machine owns the file")
     if verdict is Verdict.REFUSE_BUSY and record is not None:
         return _used_here(subject, settings.name, record.holder)
@@ -224,7 +227,7 @@ def _owner(settings: Config, found: FileFacts, *, is_up: bool) -> Finding:
             f"{found.record.text()} owns the file",
             f"run nbdnfs down there; or, if that machine is down for good, nbdnfs up {settings.name} --steal here",
         )
-    text = "none" if verdict in (Verdict.CREATE, Verdict.TAKE) else "of an earlier use by this machine"
+    text = "none" if record is None or record.state == "free" else "of an earlier use by this machine"
     return judge(
         subject, not is_up, text, "it was removed or replaced while the device is up: another machine may take the file"
     )

@@ -48,6 +48,13 @@ _FIELDS = {
 # machine-id(5): the id itself is confidential; a keyed hash of it may be published.
 _APPLICATION = b"nbdnfs backing file owner"
 
+# A claim's number ends with this mark and the inode number of a PID namespace. Versions before this one have random
+# digits there, and compare numbers as a whole: the format of the record is the same for both.
+_NAMESPACE_MARK = "0001"
+_CLAIM_WITH_NAMESPACE = re.compile(rf"[0-9a-f]{{20}}{_NAMESPACE_MARK}([0-9a-f]{{8}})")
+# include/linux/proc_ns.h, PROC_PID_INIT_INO: the namespace of a kernel that has only one.
+_FIRST_NAMESPACE = 0xEFFF_FFFC
+
 # Where a machine id that systemd could not write down for good is, machine-id(5).
 _TRANSIENT_MACHINE_ID = "run/machine-id"
 
@@ -75,7 +82,8 @@ EMPTY_STALE_AFTER_S = TIMING.refresh_ms * _STALE_REFRESHES / 1000
 class Identity:
     """This machine in one boot. `machine` and `hardware` are hashes ("-": none); `boot` is new at each boot.
 
-    With `has_new_machine_id` the machine id may be another at each boot, too.
+    With `has_new_machine_id` the machine id may be another at each boot, too. `pid_namespace` is a number of the
+    processes that this one sees; 0: it cannot say which it sees.
     """
 
     machine: str
@@ -83,6 +91,7 @@ class Identity:
     hardware: str
     host: str
     has_new_machine_id: bool = False
+    pid_namespace: int = 0
 
 
 def identity(root: Path = Path("/")) -> Identity:
@@ -93,7 +102,23 @@ def identity(root: Path = Path("/")) -> Identity:
     """
     host = re.sub(r"[^!-~]", "?", socket.gethostname())[:64]
     machine, hardware = _hashed(machine_ids.read(root / "etc/machine-id")), _hashed(machine_ids.hardware_id(root))
-    return Identity(machine, boot_id(root), hardware, host or "?", _is_machine_id_volatile(root))
+    return Identity(machine, boot_id(root), hardware, host or "?", _is_machine_id_volatile(root), _pid_namespace(root))
+
+
+def _pid_namespace(root: Path) -> int:
+    """The inode number of this process's PID namespace (namespaces(7)): what it does not see of that has ended.
+
+    0 where /proc does not show all of it: it is another namespace's, or hides other users' processes (hidepid=,
+    proc(5)), of which PID 1 is one.
+    """
+    try:
+        if os.readlink(root / "proc/self") != str(os.getpid()) or not machine_ids.read(root / "proc/1/stat"):
+            return 0
+        return os.stat(root / "proc/self/ns/pid").st_ino
+    except FileNotFoundError:
+        return _FIRST_NAMESPACE if (root / "proc/self/stat").exists() else 0
+    except OSError:
+        return 0
 
 
 def _is_machine_id_volatile(root: Path) -> bool:
@@ -151,7 +176,8 @@ def name_of(file_name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A record. `claim` is a number that no other record has; `claimed` is by its owner's clock, and for display only.
+    """A record. `claim` is a number that no other record has (`_claim_number`); `claimed` is by its owner's clock, and
+    for display only.
 
     state             held; waiting: taken over, but the previous owner may still write; free: released
     stops_within_ms   how long after the record was replaced no write of its owner is in flight any more
@@ -176,6 +202,17 @@ class Record:
         values["refreshed"] = f"{self.refreshed:010d}"
         text = "\n".join([_MAGIC, *(f"{key} {value}" for key, value in values.items())]) + "\n"
         return text.encode().ljust(RECORD_BYTES, b"\n")
+
+    @property
+    def pid_namespace(self) -> int:
+        """The PID namespace of its holder; 0 where that is not known: of a version before this one, too."""
+        found = _CLAIM_WITH_NAMESPACE.fullmatch(self.claim)
+        return int(found[1], 16) if found is not None else 0
+
+    def is_of(self, me: Identity, holder: str) -> bool:
+        """Whether `holder` of `me` has claimed it, and no other of the same name in another PID namespace."""
+        is_other_namespace = 0 != self.pid_namespace != me.pid_namespace != 0
+        return (self.machine, self.boot, self.holder) == (me.machine, me.boot, holder) and not is_other_namespace
 
     @property
     def stale_after_s(self) -> float:
@@ -207,7 +244,7 @@ def new(me: Identity, holder: str, before: Record | None, state: str, timing: Ti
         machine=me.machine,
         boot=me.boot,
         hardware=me.hardware,
-        claim=os.urandom(16).hex(),
+        claim=_claim_number(me),
         generation=before.generation % 9_999_999_999 + 1 if before is not None else 1,
         refresh_ms=timing.refresh_ms,
         stops_within_ms=timing.stops_within_ms,
@@ -217,13 +254,20 @@ def new(me: Identity, holder: str, before: Record | None, state: str, timing: Ti
     )
 
 
+def _claim_number(me: Identity) -> str:
+    """32 digits: random ones, and the PID namespace where that is known."""
+    if not 0 < me.pid_namespace < 1 << 32:
+        return os.urandom(16).hex()
+    return f"{os.urandom(10).hex()}{_NAMESPACE_MARK}{me.pid_namespace:08x}"
+
+
 class Verdict(enum.Enum):
     """What a claimant may do about the current record."""
 
     CREATE = "there is none: create one"
     KEEP = "the claimant owns it"
     REPLACE = "it is of the claimant's machine and not in use: replace it"
-    WATCH = "it is of an earlier boot of the claimant's machine, or still empty, but looks alive: watch it"
+    WATCH = "it is of the claimant's machine, or still empty, and its owner cannot be seen, but looks alive: watch it"
     TAKE = "replace it, and wait until its owner has certainly stopped"
     REFUSE_FRESH = "another machine owns it and is alive"
     REFUSE_STALE = "another machine owns it and shows no sign of life"
@@ -247,7 +291,7 @@ def decide(
     """What `holder` of `me` may do about what was `found` (bytes: something that is not a record; None: nothing).
 
     age_s         seconds since the owner's last sign of life, by the server's clock alone
-    holder_lives  whether the record's holder runs on this machine; counts for a record of this boot only
+    holder_lives  whether the record's holder is seen to run on this machine; counts for a record of this boot only
     watched       the record was not refreshed for as long as a live owner would take at most
     """
     if found is None:
@@ -261,20 +305,25 @@ def decide(
         return Verdict.TAKE  # not REPLACE: another claimant may decide the same at the same time
     is_same_hardware = _is_same(found.hardware, me.hardware)
     is_other_hardware = not is_same_hardware and "-" not in (found.hardware, me.hardware)
+    is_stale = watched or age_s >= found.stale_after_s
     if found.boot == me.boot and found.machine == me.machine and not is_other_hardware:
         if found.holder != holder and holder_lives:
             return Verdict.REFUSE_BUSY
         if found.state == "waiting":
             return Verdict.TAKE
-        return Verdict.KEEP if found.holder == holder else Verdict.REPLACE
-    is_stale = watched or age_s >= found.stale_after_s
+        if found.pid_namespace == me.pid_namespace != 0:
+            return Verdict.KEEP if found.holder == holder else Verdict.REPLACE
+        # A holder in another container may live unseen, one with the same name too. Not KEEP or REPLACE when it is
+        # stale: it may be slow, or cut off, and what it has sent may be in flight.
+        return Verdict.TAKE if is_stale or steal else Verdict.WATCH
     is_other_machine_id = found.machine != me.machine and "-" not in (found.machine, me.machine)
     if me.has_new_machine_id and is_same_hardware:
         is_other_machine_id = False
     is_stranger = is_other_machine_id or is_other_hardware  # one id that is the same may be shared
     if not is_stranger and (_is_same(found.machine, me.machine) or is_same_hardware):
         if is_stale:
-            return Verdict.TAKE if found.state == "waiting" else Verdict.REPLACE
+            may_live = found.boot == me.boot  # in another container, with a machine id of its own
+            return Verdict.TAKE if found.state == "waiting" or may_live else Verdict.REPLACE
         if not steal:
             return Verdict.WATCH
     if steal:

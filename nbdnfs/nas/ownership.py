@@ -213,7 +213,7 @@ def release(url: str, holder: str, me: Identity, *, address: str | None = None) 
             return False
         with contextlib.closing(file):
             record = owner_record.parse(record_file.read_all(file))
-            if record is None or (record.machine, record.boot, record.holder) != (me.machine, me.boot, holder):
+            if record is None or not record.is_of(me, holder):
                 return False
             file.pwrite(dataclasses.replace(record, state="free").to_bytes(), 0)
             if not patience.until_done(lambda: _has_name(file, location.path), location.name):
@@ -267,12 +267,10 @@ def _watch(candidate: CandidateRecord, claimant: _Claimant, *, steal: bool) -> t
     first = found = candidate.read_current()
     began_s = time.monotonic()
     while (verdict := claimant.judge(found, steal=steal)) is Verdict.WATCH:
+        if not found.is_same_record(first):  # that one was given up: this one's owner may live as well
+            first, began_s = found, time.monotonic()
         if found is first:
-            kind = "from this machine's last boot" if found.record is not None else "still empty"
-            claimant.report(
-                f"the owner record is {kind}, and {duration(found.age_s or 0)} old:"
-                " checking whether another machine refreshes it"
-            )
+            claimant.report(_what_is_watched(found, claimant.me))
         elif found.data != first.data:
             return found, Verdict.REFUSE_FRESH
         stale_after_s = found.record.stale_after_s if found.record is not None else EMPTY_STALE_AFTER_S
@@ -281,6 +279,15 @@ def _watch(candidate: CandidateRecord, claimant: _Claimant, *, steal: bool) -> t
         patience.pause(min(_WATCH_PAUSE_S, stale_after_s / 10))
         found = candidate.read_current()
     return found, verdict
+
+
+def _what_is_watched(found: FoundRecord, me: Identity) -> str:
+    kind, who = "still empty", "another machine"
+    if found.record is not None and found.record.boot == me.boot:
+        kind, who = "of this machine", "its owner, which cannot be seen from here (a container?),"
+    elif found.record is not None:
+        kind = "from this machine's last boot"
+    return f"the owner record is {kind}, and {duration(found.age_s or 0)} old: checking whether {who} refreshes it"
 
 
 def _settle(location: RecordFile, ours: Record) -> Record | None:

@@ -176,6 +176,16 @@ def test_settings_decide() -> None:
     assert list(bad(findings(facts(before), attached_bytes=MIB))) == ["swap0: owner record"]
 
 
+def test_a_record_of_the_version_before() -> None:
+    """It does not say which PID namespace its owner is in: after an upgrade with swap on, nothing is wrong with it."""
+    me = dataclasses.replace(ME, pid_namespace=4026531836)
+    record = owner_record.new(ME, "keeper:swap1", None, "held")
+    known = facts(record=FoundRecord(record.to_bytes(), record), is_used=True)
+    known = dataclasses.replace(known, me=me)
+    (one,) = (one for one in findings(known, dataclasses.replace(SETTINGS, name="swap1")) if "owner" in one.subject)
+    assert (one.good, one.found) == (True, "this machine owns the file")
+
+
 @pytest.mark.parametrize(
     ("holder", "found", "advice"),
     [

@@ -93,7 +93,8 @@ def serving(*, with_owner: bool) -> Iterator[tuple[FakeNas, Engine]]:
 
 
 def machine(boot: str = "") -> Identity:
-    return Identity(secrets.token_hex(16), boot or secrets.token_hex(16), secrets.token_hex(16), "dropped")
+    ids = secrets.token_hex(16), boot or secrets.token_hex(16), secrets.token_hex(16)
+    return Identity(*ids, "dropped", pid_namespace=0xEFFF_FFFC)
 
 
 def while_transferring(row: Row) -> str:

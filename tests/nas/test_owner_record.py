@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from nbdnfs.nas.owner_record import RECORD_BYTES, REFUSALS, Identity, Record, Ti
 # The tree's, not the package's: what is installed has no sources.
 SOURCES = Path(__file__).parents[2] / "nbdnfs/engine/nfs"
 A, B, C, D = ("a" * 31 + "1", "b" * 31 + "1", "c" * 31 + "1", "d" * 31 + "1")
-ME = Identity(machine=A, boot=B, hardware=C, host="box1")
+NAMESPACE = 4026531836
+ME = Identity(machine=A, boot=B, hardware=C, host="box1", pid_namespace=NAMESPACE)
 HOLDER = "keeper:swap0"
 
 hexadecimal = st.text("0123456789abcdef", min_size=32, max_size=32)
@@ -41,7 +43,7 @@ records = st.builds(
 
 def held(**changes: object) -> Record:
     """A record that box2 holds."""
-    record = owner_record.new(Identity(D, D, D, "box2"), HOLDER, None, "held")
+    record = owner_record.new(Identity(D, D, D, "box2", pid_namespace=NAMESPACE), HOLDER, None, "held")
     return dataclasses.replace(record, **changes)  # type: ignore[arg-type]
 
 
@@ -155,7 +157,7 @@ def test_decisions(record: dict[str, str], age_s: float, lives: bool, verdict: V
 
 def test_a_machine_without_ids() -> None:
     """A machine without any id owns what it claimed in this boot, and nothing from before."""
-    me = Identity("-", B, "-", "box1")
+    me = Identity("-", B, "-", "box1", pid_namespace=NAMESPACE)
     mine = owner_record.new(me, HOLDER, None, "held")
     assert decide(mine, me, HOLDER, age_s=0, holder_lives=False) is Verdict.KEEP
     later = dataclasses.replace(me, boot=C)
@@ -170,8 +172,8 @@ def test_a_machine_without_ids() -> None:
         (CLONE, Verdict.REFUSE_STALE),
         (TWIN | {"hardware": "-"}, Verdict.REFUSE_STALE),
         (NOW, Verdict.KEEP),
-        # containers on one host
-        (NOW | {"machine": D}, Verdict.REPLACE),
+        # containers on one host, whose owner may be slow
+        (NOW | {"machine": D}, Verdict.TAKE),
     ],
 )
 def test_a_machine_id_that_is_new_at_each_boot(record: dict[str, str], verdict: Verdict) -> None:
@@ -200,23 +202,84 @@ def test_watched() -> None:
     assert decide(held(**EARLIER), ME, HOLDER, age_s=0, holder_lives=False, watched=True) is Verdict.REPLACE
 
 
+# Claims without a PID namespace: of a version before, and of a holder that did not know its own.
+FROM_BEFORE, FROM_ELSEWHERE = {"claim": A}, {"claim": f"{A[:20]}0001{NAMESPACE + 1:08x}"}
+
+
+@pytest.mark.parametrize("claim", [FROM_BEFORE, FROM_ELSEWHERE], ids=["not known", "another"])
+@pytest.mark.parametrize("holder", [HOLDER, "serve:7:12345"])
+@pytest.mark.parametrize("ids", [{}, {"machine": "-", "hardware": "-"}], ids=["with ids", "without ids"])
+def test_containers_of_one_machine(claim: dict[str, str], holder: str, ids: dict[str, str]) -> None:
+    """A holder in another PID namespace lives unseen, one of the same name too: its file is not taken before it has
+    been silent for so long that it may not write, and then with the wait."""
+    record = held(**NOW | claim | ids | {"holder": holder})
+    me = dataclasses.replace(ME, machine=record.machine, hardware=record.hardware)
+    assert decide(record, me, HOLDER, age_s=1, holder_lives=False) is Verdict.WATCH
+    assert decide(record, me, HOLDER, age_s=26, holder_lives=False) is Verdict.TAKE
+    assert decide(record, me, HOLDER, age_s=1, holder_lives=False, watched=True) is Verdict.TAKE
+    assert decide(record, me, HOLDER, age_s=1, holder_lives=False, steal=True) is Verdict.TAKE
+    unknowing = dataclasses.replace(me, pid_namespace=0)
+    again = dataclasses.replace(record, claim=owner_record.new(unknowing, HOLDER, None, "held").claim)
+    assert decide(again, unknowing, HOLDER, age_s=1, holder_lives=False) is Verdict.WATCH
+
+
+def test_whose_record_it_is() -> None:
+    """Its holder's, by name, where it is not known to be in another PID namespace."""
+    record = owner_record.new(ME, HOLDER, None, "held")
+    assert record.pid_namespace == NAMESPACE
+    assert record.is_of(ME, HOLDER)
+    assert not record.is_of(ME, "keeper:swap1")
+    assert not record.is_of(dataclasses.replace(ME, pid_namespace=NAMESPACE + 1), HOLDER)
+    before = dataclasses.replace(record, claim=A)
+    assert before.pid_namespace == 0
+    assert before.is_of(ME, HOLDER)
+
+
+def test_the_version_before_reads_the_namespace_as_a_part_of_the_claim() -> None:
+    """It wants 32 hexadecimal digits there, and has read no other line."""
+    lines = owner_record.new(ME, HOLDER, None, "held").to_bytes().decode().rstrip("\n").split("\n")
+    assert len(lines) == 13
+    assert re.fullmatch(r"claim [0-9a-f]{32}", lines[6])
+
+
+def test_the_pid_namespace(tmp_path: Path) -> None:
+    """Only where /proc shows all of it: it has the numbers of another one in some containers, or hides processes."""
+    me = str(os.getpid())
+    assert owner_record.identity().pid_namespace == os.stat("/proc/self/ns/pid").st_ino
+    for name in ("sys/kernel/random/boot_id", f"{me}/stat", f"{me}/ns/pid", "1/stat"):
+        (tmp_path / "proc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "proc" / name).write_text(f"{B}\n")
+    (tmp_path / "proc/self").symlink_to(me)
+    namespace = tmp_path / "proc" / me / "ns/pid"
+    assert owner_record.identity(tmp_path).pid_namespace == namespace.stat().st_ino
+    namespace.unlink()  # a kernel that has but one
+    assert owner_record.identity(tmp_path).pid_namespace == 0xEFFFFFFC
+    (tmp_path / "proc/1/stat").unlink()
+    assert owner_record.identity(tmp_path).pid_namespace == 0
+    (tmp_path / "proc/self").unlink()
+    (tmp_path / "proc/self").symlink_to("1")
+    assert owner_record.identity(tmp_path).pid_namespace == 0
+
+
 identities = st.builds(
     Identity,
     machine=st.sampled_from(["-", A, D]),
     boot=st.sampled_from([B, D]),
     hardware=st.sampled_from(["-", C, D]),
     host=st.just("box"),
+    pid_namespace=st.sampled_from([0, NAMESPACE, NAMESPACE + 1]),
 )
 
 
 @given(identities, identities, st.floats(0, 1000), st.booleans(), st.sampled_from(["held", "waiting"]))
 def test_a_living_owner_is_never_replaced(me: Identity, owner: Identity, age_s: float, lives: bool, state: str) -> None:
-    """With any ids: a fresh record of another machine or boot is refused or watched, and taken with --steal only,
-    after the wait in which its owner stops."""
+    """With any ids: a fresh record of another machine, boot or PID namespace is refused or watched, and taken with
+    --steal only, after the wait in which its owner stops."""
     record = owner_record.new(owner, HOLDER, None, state)
     verdict = decide(record, me, HOLDER, age_s=age_s, holder_lives=lives)
     is_other_hardware = "-" not in (owner.hardware, me.hardware) and owner.hardware != me.hardware
-    if (owner.boot, owner.machine) != (me.boot, me.machine) or is_other_hardware:
+    may_be_unseen = not owner.pid_namespace == me.pid_namespace != 0
+    if (owner.boot, owner.machine) != (me.boot, me.machine) or is_other_hardware or (may_be_unseen and state == "held"):
         if age_s < record.stale_after_s:
             assert verdict in (*REFUSALS, Verdict.WATCH)
             assert decide(record, me, HOLDER, age_s=age_s, holder_lives=lives, steal=True) is Verdict.TAKE

@@ -137,6 +137,44 @@ def test_this_boot_keeps_its_file(swap_file: FileOnServer) -> None:
     assert claim(swap_file, box1, holder="keeper:swap1").generation == 2
 
 
+def test_a_container_of_the_same_machine(swap_file: FileOnServer) -> None:
+    """It sees no process of the other one: a record that is refreshed is somebody's, and so is the one that comes in
+    its place. `down` of a device of the same name leaves it alone."""
+    box1 = machine("box1")
+    other = dataclasses.replace(box1, pid_namespace=box1.pid_namespace + 1)
+    said: list[str] = []
+    claim(swap_file, box1)
+    with contextlib.closing(Held(swap_file.url(), swap_file, box1)):
+        for holder in (HOLDER, "serve:7:12345"):
+            refused(swap_file, other, "in use as swap by box1", holder=holder)
+            assert not ownership.release(swap_file.url(), holder, other)
+
+    grow_old(swap_file)  # it died with its container
+    record = ownership.claim(swap_file.url(), HOLDER, other, report=said.append, timing=QUICK)
+    assert record.generation == 2
+    assert said == ["waiting 1 s, until box1 has certainly stopped writing"]
+    assert claim(swap_file, other) == record
+
+
+def test_an_owner_that_gives_the_file_up_while_it_is_watched(
+    swap_file: FileOnServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when one container follows another: there is nothing to wait for any more."""
+    box1 = machine("box1")
+    other = dataclasses.replace(box1, pid_namespace=box1.pid_namespace + 1)
+    ownership.claim(swap_file.url(), HOLDER, box1)  # with the real times
+    said: list[str] = []
+
+    def end(line: str) -> None:
+        said.append(line)
+        assert ownership.release(swap_file.url(), HOLDER, box1)
+
+    assert ownership.claim(swap_file.url(), HOLDER, other, report=end, timing=QUICK).generation == 1
+    assert len(said) == 1
+    assert "of this machine" in said[0]
+    assert "whether its owner, which cannot be seen from here (a container?), refreshes it" in said[0]
+
+
 def test_a_damaged_record(swap_file: FileOnServer) -> None:
     """Bytes that are not a record are left to the administrator."""
     record_path(swap_file).write_bytes(b"nbdnfs owner 1\n")

@@ -124,9 +124,25 @@ def test_serve_refuses_what_another_machine_has(backing_file: FileOnServer, fold
     assert record_path(backing_file).exists()
 
 
-def refused(file: FileOnServer, folder: Path) -> str:
-    """What `serve` says when it does not get the file."""
-    command = [sys.executable, "-m", "nbdnfs", "serve", file.url(), "--socket", str(folder / "s")]
+def test_serve_in_another_container(backing_file: FileOnServer, folders: tuple[Path, Path]) -> None:
+    """Of the same machine, in a PID namespace of its own: it does not see the owner, which lives and keeps the file."""
+    container = ("unshare", "--pid", "--fork", "--mount-proc")
+    with serving(backing_file.url(), folders[0]) as worker:
+        before = record_path(backing_file).read_bytes()
+        said = refused(backing_file, folders[1], *container)
+        assert "the owner record is of this machine" in said
+        assert "is in use as swap by" in said
+        found, expected = (owner_record.parse(data) for data in (record_path(backing_file).read_bytes(), before))
+        assert found is not None
+        assert expected is not None
+        assert found.claim == expected.claim
+        assert worker.serve.poll() is None
+    assert not record_path(backing_file).exists()
+
+
+def refused(file: FileOnServer, folder: Path, *within: str) -> str:
+    """What `serve` says when it does not get the file. `within`: the command that starts it."""
+    command = [*within, sys.executable, "-m", "nbdnfs", "serve", file.url(), "--socket", str(folder / "s")]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == os.EX_NOPERM, done.stderr
     return done.stderr

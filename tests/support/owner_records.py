@@ -31,8 +31,9 @@ each_version = pytest.mark.parametrize("version", (3, 4) if int(libnfs_version.s
 
 
 def machine(host: str) -> Identity:
-    """A machine that has just been started."""
-    return Identity(secrets.token_hex(16), secrets.token_hex(16), secrets.token_hex(16), host)
+    """A machine that has just been started. It has one PID namespace, and knows it."""
+    machine_id, boot, hardware = (secrets.token_hex(16) for _ in range(3))
+    return Identity(machine_id, boot, hardware, host, pid_namespace=0xEFFF_FFFC)
 
 
 def record_path(file: FileOnServer) -> Path:
