@@ -78,8 +78,8 @@ def serve(
     After the first signal it goes on serving until no client is connected, and until the server has what they wrote;
     after a second one it ends at once, with 128 + SIGKILL, also while it waits for an unreachable server: what was
     written and not flushed may be lost then. While the file is being claimed, the first signal ends it within two
-    seconds. The worker reports errors in a setting, the server or the file on stderr itself. `settings` are additional
-    ones for the plugin, which checks them.
+    seconds; while it is being released, the next one does. The worker reports errors in a setting, the server or the
+    file on stderr itself. `settings` are additional ones for the plugin, which checks them.
 
     With `owned` this machine claims the file for as long: OwnedError when another machine has it. The reference engine
     does not support that.
@@ -93,7 +93,7 @@ def serve(
     argv = nbdkit.serve_argv(given, threads=threads)
     # before there is anything that a signal could leave behind
     ending = _Ending(keeps=settings.get("encrypt", "0") == "0")
-    with listening(socket_path) as listener, _owning(url, address, ending.stop) if owned else contextlib.nullcontext():
+    with listening(socket_path) as listener, _owning(url, address, ending) if owned else contextlib.nullcontext():
         if ending.stop.is_set():
             return 0
         _protect()
@@ -120,7 +120,7 @@ class _Ending:
 
     def __init__(self, *, keeps: bool) -> None:
         """`keeps`: the file is to have what the clients have written, also after the end."""
-        self.stop = threading.Event()  # a signal has come
+        self.stop = threading.Event()  # a signal has come, since `next_signal` where that was called
         self._loss = ", and what was not flushed may be lost" if keeps else ""
         self._signals = 0
         self._clients = 0
@@ -135,6 +135,11 @@ class _Ending:
     def _count(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
         self.stop.set()
+
+    def next_signal(self) -> threading.Event:
+        """Is set by a signal that comes from now on."""
+        self.stop = threading.Event()
+        return self.stop
 
     def wait(self, worker: subprocess.Popen[bytes], notes_fd: int) -> int:
         """Until the worker has ended; the exit status of the command."""
@@ -238,9 +243,9 @@ def _remove_stale(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _owning(url: str, address: str, stop: threading.Event) -> Iterator[None]:
-    """This machine and process own the file meanwhile, unless `stop` is set. Raises as ownership.claim."""
-    me, holder = owner_record.identity(), ownership.serve_holder()
+def _owning(url: str, address: str, ending: _Ending) -> Iterator[None]:
+    """This machine and process own the file meanwhile, unless a signal comes first. Raises as ownership.claim."""
+    me, holder, stop = owner_record.identity(), ownership.serve_holder(), ending.stop
     try:
         claiming.run(lambda: old_name.adopt(url, holder, stop=stop), stop)
         claiming.run(lambda: ownership.claim(url, holder, me, stop=stop), stop)
@@ -251,6 +256,6 @@ def _owning(url: str, address: str, stop: threading.Event) -> Iterator[None]:
         yield
     finally:
         try:
-            ownership.release(url, holder, me, address=address)
+            ownership.release(url, holder, me, address=address, stop=ending.next_signal())
         except NbdnfsError as error:
             log.warning("the owner record stays: %s", error.message)

@@ -42,6 +42,8 @@ _TRIES = 5
 _WATCH_PAUSE_S = 1.0
 # Short, because the machine may be shutting down, and the server with it.
 _RELEASE_TIMEOUT_S = 5
+# For all of a release. A transfer has no limit of its own.
+_RELEASE_LIMIT_S = 15.0
 
 
 def serve_holder() -> str:
@@ -62,7 +64,7 @@ class _Claimant:
     def judge(self, found: FoundRecord, *, watched: bool = False, steal: bool = False) -> Verdict:
         """What may be done about the record that was found; see `owner_record.decide`."""
         record = found.record
-        return owner_record.decide(
+        verdict = owner_record.decide(
             record if record is not None else found.data,
             self.me,
             self.holder,
@@ -71,6 +73,9 @@ class _Claimant:
             watched=watched,
             steal=steal,
         )
+        # a record that a release may still mark as free is replaced: what marks it goes to a file without a name
+        is_unfinished = verdict is Verdict.KEEP and os.path.exists(_release_note(self.holder, self.root))
+        return Verdict.REPLACE if is_unfinished else verdict
 
 
 def claim(
@@ -111,6 +116,7 @@ def claim(
             with CandidateRecord(location) as candidate:
                 record = _try_once(location, candidate, claimant, steal=steal)
             if record is not None:
+                _forget(_release_note(holder, root))
                 return record
             steal = False  # another machine was faster, and is not the one to steal from
     raise UnavailableError(f"other machines keep claiming {target.path} on {target.host}", "try again")
@@ -199,13 +205,50 @@ def take_silent(url: str, holder: str, me: Identity, expected: FoundRecord, sile
         return _settle(location, ours) is not None
 
 
-def release(url: str, holder: str, me: Identity, *, address: str | None = None) -> bool:
+def release(
+    url: str,
+    holder: str,
+    me: Identity,
+    *,
+    address: str | None = None,
+    root: Path = Path("/"),
+    stop: threading.Event | None = None,
+    limit_s: float = _RELEASE_LIMIT_S,
+) -> bool:
     """Give the file up, so that any machine may claim it. False: `holder` of `me` did not own it. Tries once.
 
-    The record is marked as free before its name is removed: if another record gets the name in between, or the removal
-    fails, no harm is done. `address` is the server's, where it is known. Errors as `claim`.
+    `address` is the server's, where it is known. UnavailableError, also: the server has not answered after `limit_s`,
+    or `stop` was set; what was sent by then may still be done. Other errors as `claim`.
     """
     target = nfs_url.parse(url)
+    note = _release_note(holder, root)
+    with contextlib.suppress(OSError):  # there is no /run/nbdnfs, or no right to write there: then no keeper's either
+        open(note, "w").close()
+    try:
+        released = patience.within(limit_s, lambda: _release(target, holder, me, address), stop)
+    except patience.TimeLimitError:
+        raise UnavailableError(f"{target.host} has not answered for {limit_s:g} s", "see whether it is up") from None
+    except patience.Interrupted:
+        raise UnavailableError(f"a signal came before {target.host} had answered") from None
+    _forget(note)
+    return released
+
+
+def _release_note(holder: str, root: Path) -> str:
+    """A file that exists while a keeper's release is not known to have ended: the server may carry it out later, when
+    the next keeper of that name has the file. "" for a process, whose number no other one has."""
+    kind, _, name = holder.partition(":")
+    return str(root / name_lock.FOLDER / f".{name}.release") if kind == "keeper" else ""
+
+
+def _forget(note: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(note)
+
+
+def _release(target: NfsUrl, holder: str, me: Identity, address: str | None) -> bool:
+    """The record is marked as free before its name is removed: if another record gets the name in between, or the
+    removal fails, no harm is done."""
     with patience.limited(_RELEASE_TIMEOUT_S), _explained(target, address) as resolved:
         location = RecordFile(target, resolved)
         file = location.open(read_only=False, connect_timeout_s=_RELEASE_TIMEOUT_S)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import contextvars
 import errno
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 PUT_OFF_LIMIT_S = 120.0
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
+_POLL_S = 0.1
 
 T = TypeVar("T")
 
@@ -28,6 +30,10 @@ _limit_s: contextvars.ContextVar[float | None] = contextvars.ContextVar("limit_s
 
 class Interrupted(Exception):
     """The wait ended early, because the event of `interruptible` was set."""
+
+
+class TimeLimitError(Exception):
+    """The work of `within` has not ended in time."""
 
 
 @contextlib.contextmanager
@@ -64,6 +70,32 @@ def pause(seconds: float) -> None:
         time.sleep(seconds)
     elif stop.wait(seconds):
         raise Interrupted
+
+
+def within(limit_s: float, work: Callable[[], T], stop: threading.Event | None = None) -> T:
+    """What `work` returns or raises, in a thread of its own: a transfer waits for its server for as long as it takes,
+    and Python runs signal handlers only after it.
+
+    TimeLimitError: it has not ended after `limit_s`. Interrupted: `stop` was set. It is left alone then.
+    """
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def call() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # a daemon: it may wait in the engine when this process ends
+    threading.Thread(target=call, name="within", daemon=True).start()
+    until_s = time.monotonic() + limit_s
+    while not future.done():
+        if stop is not None and stop.is_set():
+            raise Interrupted
+        if time.monotonic() >= until_s:
+            raise TimeLimitError
+        concurrent.futures.wait([future], _POLL_S)  # short: signal handlers run in between
+    return future.result()
 
 
 def until_done(operation: Callable[[], T], what: str) -> T:

@@ -158,6 +158,38 @@ def test_calls_that_are_put_off(start: Callable[..., subprocess.Popen[str]]) -> 
         assert nas.names("/export") == ["box.swap"]
 
 
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_server_that_answers_no_write_at_the_end_of_serve(tmp_path: Path, signals: int) -> None:
+    """The release of the file ends by itself; and at once with a further signal. The record stays."""
+    socket = tmp_path / "socket"
+    with FakeNas() as nas:
+        nas.add(PATH, bytes(SIZE))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nbdnfs", "serve", nas.url(PATH), f"--socket={socket}"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            # two of the claim, and the worker's first look
+            wait_until(lambda: len(nas.calls("WRITE")) > 2, "the worker runs")
+            nas.drop("WRITE", times=None, executed=False)
+            before = len(nas.calls("WRITE"))
+            process.send_signal(signal.SIGTERM)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            wait_until(lambda: not children.read_text(), "the worker has ended")
+            wait_until(lambda: len(nas.calls("WRITE")) > before, "the record is being released")
+            began_s = time.monotonic()
+            for _ in range(signals - 1):
+                process.send_signal(signal.SIGTERM)
+            assert process.wait(DEADLINE_S) == 0
+            assert signals == 1 or time.monotonic() - began_s < SOON_S
+            assert process.stderr is not None
+            assert "the owner record stays" in process.stderr.read()
+        finally:
+            process.kill()
+            process.communicate()
+
+
 def test_without_hard_links_a_restart_is_quick() -> None:
     """No wait at the first start, nor at the next."""
     with FakeNas(Oddities(has_hard_links=False)) as nas:

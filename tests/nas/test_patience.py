@@ -6,13 +6,14 @@ from __future__ import annotations
 import errno
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from support.fake_files import failure
 from support.fake_nas import FakeNas
 from support.nfs_server import LOOPBACK
 from support.owner_records import HOLDER, QUICK, machine
-from support.waiting import in_background
+from support.waiting import DEADLINE_S, in_background
 
 from nbdnfs.engine import NfsFile
 from nbdnfs.errors import UnavailableError
@@ -140,3 +141,44 @@ def test_names_of_any_bytes() -> None:
                 found = tree.find("/export")
                 assert found is not None
                 found.entries.clear()
+
+
+def test_within_a_limit() -> None:
+    """What the work returns and raises; what does not end in time, or before a signal, is left alone."""
+    assert patience.within(DEADLINE_S, lambda: 5) == 5
+
+    def fail() -> None:
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        patience.within(DEADLINE_S, fail)
+    never, stop = threading.Event(), threading.Event()
+    with pytest.raises(patience.TimeLimitError):
+        patience.within(0.2, lambda: never.wait(DEADLINE_S))
+    threading.Timer(0.2, stop.set).start()
+    with pytest.raises(Interrupted):
+        patience.within(DEADLINE_S, lambda: never.wait(DEADLINE_S), stop)
+    never.set()
+
+
+@pytest.mark.parametrize("by_signal", [False, True])
+def test_a_release_whose_write_is_not_answered(tmp_path: Path, by_signal: bool) -> None:
+    """It ends at its limit, or by a signal, and the error says that the server is silent. The server may mark the
+    record as free later: the next keeper of that name gets a record that this cannot reach."""
+    (tmp_path / "run/nbdnfs").mkdir(parents=True)
+    me, stop = machine("box1"), threading.Event()
+    with FakeNas() as nas:
+        nas.add(PATH, bytes(SIZE))
+        url = nas.url(PATH)
+        first = ownership.claim(url, HOLDER, me, root=tmp_path)
+        nas.drop("WRITE", times=None, executed=False)
+        if by_signal:
+            threading.Timer(0.5, stop.set).start()
+        with pytest.raises(UnavailableError, match="a signal came" if by_signal else "has not answered for 1 s"):
+            ownership.release(url, HOLDER, me, root=tmp_path, stop=stop, limit_s=DEADLINE_S if by_signal else 1.0)
+        nas.end_faults()
+        second = ownership.claim(url, HOLDER, me, root=tmp_path)
+        assert second.generation == first.generation + 1
+        assert ownership.claim(url, HOLDER, me, root=tmp_path) == second
+        assert ownership.release(url, HOLDER, me, root=tmp_path)
+    assert list((tmp_path / "run/nbdnfs").iterdir()) == []
