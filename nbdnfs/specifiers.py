@@ -33,6 +33,13 @@ _INSTEAD = "use %M (MAC address of the boot interface) or %u (product UUID) in t
 _LOCALLY_ADMINISTERED, _MULTICAST = 0x02, 0x01
 # include/uapi/linux/netdevice.h
 _NET_ADDR_RANDOM = "1"
+# PID 1 makes it as soon as it has mounted /run, before it makes a machine id, and nothing writes to it afterwards
+# (systemd: src/core/main.c, src/shared/mount-setup.c). So its time is by the clock that the id's is by.
+_EARLY_FILE = "run/systemd/inaccessible/reg"
+# How long after that an id of this boot is written at the latest, by a clock that has not been set yet
+# (systemd-machine-id-commit.service, cloud-init).
+_EARLY_S = 3600.0
+
 # Where the first answer of a boot is kept: the default route may go elsewhere later.
 _KEPT_MAC = "run/nbdnfs/.boot-mac"
 
@@ -95,7 +102,8 @@ def _sha256(data: bytes) -> bytes:
 def _is_new_at_each_boot(root: Path) -> bool:
     """Whether systemd keeps the id in /run only (machine-id(5)), or has written it where the next boot does not see it.
 
-    One that the image brought along is older than the boot.
+    One that the image brought along is older than the boot, or seems to come from the future while the clock of a
+    machine that keeps no time still stands where systemd has put it (the time of systemd's own build).
     """
     if any(word.startswith("systemd.machine_id=") for word in machine_ids.read(root / "proc/cmdline").split()):
         return False
@@ -104,8 +112,15 @@ def _is_new_at_each_boot(root: Path) -> bool:
         return False
     if mount_point == "/etc/machine-id":
         return True
-    booted_s = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    return os.stat(root / "etc/machine-id").st_mtime >= booted_s
+    written_s = os.stat(root / "etc/machine-id").st_mtime
+    now_s = time.time()
+    if now_s - time.clock_gettime(time.CLOCK_BOOTTIME) <= written_s <= now_s:
+        return True
+    try:
+        early_s = os.stat(root / _EARLY_FILE).st_mtime
+    except OSError:  # not systemd
+        return False
+    return early_s <= written_s <= early_s + _EARLY_S  # before the clock was set, by NTP perhaps
 
 
 def product_uuid(root: Path) -> str:

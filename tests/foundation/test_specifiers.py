@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,43 @@ def test_an_id_that_the_image_brought_along(root: Path) -> None:
     before = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) - 3600
     os.utime(root / "etc/machine-id", (before, before))
     assert name_in(root, "%m") == f"{FILE_ID}.swap"
+
+
+NTP_STEP_S = 400 * 86400.0
+DAY_S = 86400.0
+
+
+@pytest.fixture
+def clockless(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A board without a clock, whose root is an overlay: it boots at the time of systemd's build, 400 days ago, which
+    is when PID 1 has made its file in /run. The function sets the clock, so much back from now."""
+    write(root, "proc/self/mountinfo", mount_line("/", "overlay"))
+    write(root, "run/systemd/inaccessible/reg", "")
+    real = time.time
+    early_s = real() - NTP_STEP_S
+    os.utime(root / "run/systemd/inaccessible/reg", (early_s, early_s))
+    return lambda back_s: monkeypatch.setattr(time, "time", lambda: real() - back_s)
+
+
+@pytest.mark.parametrize("back_s", [NTP_STEP_S, 0.0], ids=["before NTP", "after NTP"])
+def test_an_images_id_on_a_board_without_a_clock(root: Path, clockless: Callable[[float], None], back_s: float) -> None:
+    """The image was made after systemd was built: its id is in the future, and then in the past, but not of this boot,
+    however long that has lasted."""
+    made_s = time.time() - 30 * DAY_S
+    os.utime(root / "etc/machine-id", (made_s, made_s))
+    clockless(back_s)
+    assert name_in(root, "%m") == f"{FILE_ID}.swap"
+
+
+@pytest.mark.parametrize("back_s", [NTP_STEP_S - 60.0, 0.0], ids=["before NTP", "after NTP"])
+def test_an_id_of_this_boot_on_a_board_without_a_clock(
+    root: Path, clockless: Callable[[float], None], back_s: float
+) -> None:
+    """PID 1 has written it by the clock that it found, whatever that is set to afterwards."""
+    written_s = time.time() - NTP_STEP_S + 0.5
+    os.utime(root / "etc/machine-id", (written_s, written_s))
+    clockless(back_s)
+    assert "gets a new id at each boot" in refused(root, "%m").message
 
 
 # %M
