@@ -85,7 +85,7 @@ def load(name: str, root: Path = Path("/")) -> Config:
 
     UsageError: not a valid name. NoInputError: there is no such file. ConfigError: a file is not valid.
     PermissionDeniedError: one of its files or folders may not be read. UnavailableError: a file cannot be read now, or
-    the URL has %M and the network is not up yet.
+    the URL has %M or %H and there is no network or no host name yet.
     """
     check_name(name)
     files = _files(name, root)

@@ -224,7 +224,7 @@ def build(host: str, directory: str, name: str, options: Mapping[str, int]) -> N
 def parse(text: str, root: Path = Path("/")) -> NfsUrl:
     """Check and split a URL; `root` is where specifiers are looked up: /etc, /proc, /sys, /run.
 
-    UsageError. UnavailableError: %M, and no network yet."""
+    UsageError. UnavailableError: %M or %H, and no network or no host name yet."""
     match = re.fullmatch(rf"nfs://({_HOST})(/[^?#]*)(?:\?([^?#]*))?", text)
     if match is None or not all(map(_is_allowed, text)):
         hint = _EXAMPLE if match is None and not re.match(rf"nfs://({_HOST})/", text) else _ESCAPES

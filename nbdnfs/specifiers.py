@@ -45,11 +45,11 @@ _KEPT_MAC = "run/nbdnfs/.boot-mac"
 
 
 def host_name(root: Path) -> str:
-    """%H. UsageError: the machine has no name of its own."""
+    """%H. UnavailableError: the machine has no name of its own; it may get one, by DHCP, after the unit has started."""
     name = socket.gethostname()
     if name.lower() in _NO_NAMES:
-        raise UsageError(
-            f"%H in the URL: this machine has no host name ('{name}'), and every such machine would use one file",
+        raise UnavailableError(
+            f"%H in the URL: this machine has no host name ('{name}') yet, and every such machine would use one file",
             "set it (hostnamectl hostname NAME), or " + _INSTEAD,
         )
     return name
