@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,14 +145,14 @@ def _exists(path: Path) -> bool:
 
 
 def _may_be_file(path: Path) -> bool:
-    """Also a link that leads nowhere, and what cannot be looked at: load() says what is wrong with these."""
+    """Also a link that leads nowhere, a FIFO, and what cannot be looked at: load() says what is wrong with these."""
     try:
-        os.stat(path)
+        found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return os.path.islink(path)
     except OSError:
         return True
-    return os.path.isfile(path)
+    return not (stat.S_ISDIR(found.st_mode) or _is_masked(found))
 
 
 def check_name(name: str) -> None:
@@ -190,9 +191,13 @@ def _files(name: str, root: Path) -> list[Path]:
 
 def _read(path: Path) -> str:
     try:
-        if path.is_char_device():  # masked: a link to /dev/null
+        if _is_masked(found := os.stat(path)):
             return ""
-        with open(path, "rb") as file:
+        if _is_special(found):  # before it is opened: a tape may move
+            raise _not_a_file(path)
+        with open(path, "rb", opener=_open_at_once) as file:
+            if _is_special(os.fstat(file.fileno())):
+                raise _not_a_file(path)
             data = file.read(_FILE_BYTES_MAX + 1)
     except FileNotFoundError as error:
         if os.path.islink(path):
@@ -209,6 +214,27 @@ def _read(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: byte {data[error.start]:#x} is not UTF-8", "save it as UTF-8") from None
+
+
+def _is_masked(found: os.stat_result) -> bool:
+    """Whether it is a link to /dev/null, as systemd has it."""
+    return stat.S_ISCHR(found.st_mode) and found.st_rdev == os.makedev(1, 3)
+
+
+def _is_special(found: os.stat_result) -> bool:
+    """Whether it is a FIFO, a socket or a device."""
+    return not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode))
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A FIFO would wait for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+
+
+def _not_a_file(path: Path) -> ConfigError:
+    return ConfigError(
+        f"{path} is a FIFO, a socket or a device, not a file", f"look at it: ls -l {path}; and remove it"
+    )
 
 
 def _parse(text: str, path: Path) -> dict[str, object]:

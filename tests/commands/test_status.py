@@ -325,7 +325,7 @@ def test_a_configuration_that_is_not_known(root: Path, monkeypatch: pytest.Monke
     def load(name: str, root: Path) -> None:
         raise UnavailableError("%M needs a default route, and there is none yet")
 
-    def fail(path: Path, *mode: str) -> None:
+    def fail(path: Path, *mode: str, **options: object) -> None:
         number = errno.EACCES if why == "only root may read it" else errno.EIO
         raise OSError(number, os.strerror(number), str(path))
 

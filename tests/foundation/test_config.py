@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support.waiting import DEADLINE_S, in_background
 
 from nbdnfs import config, config_keys
 from nbdnfs.config import Config
@@ -339,6 +340,28 @@ def test_folder_instead_of_a_file(root: Path) -> None:
         config.load("swap0", root)
 
 
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device"])
+@pytest.mark.parametrize("file", ["swap0.toml", "swap0.toml.d/10-a.toml"])
+def test_what_is_no_file(root: Path, file: str, kind: str) -> None:
+    """It is named at once, without waiting for a writer, and without an effect on a device; `list` shows it, too."""
+    write(root, URL)
+    path = root / "etc/nbdnfs" / file
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="is a FIFO, a socket or a device, not a file") as caught:
+        in_background(config.load, "swap0", root).result(DEADLINE_S)
+    assert caught.value.message.startswith(str(path))
+    assert "remove it" in caught.value.hint
+    assert config.names(root) == ["swap0"]
+
+
 @pytest.mark.parametrize(
     ("number", "error"),
     [(errno.EIO, UnavailableError), (errno.ENOMEM, UnavailableError), (errno.EACCES, PermissionDeniedError)],
@@ -352,10 +375,10 @@ def test_file_that_cannot_be_read_now(
     write(root, "priority = 1", "etc/nbdnfs/swap0.toml.d/10-a.toml")
     real = open
 
-    def refuse(path: Path, *rest: object) -> object:
+    def refuse(path: Path, *rest: object, **options: object) -> object:
         if path == root / "etc/nbdnfs" / file:
             raise OSError(number, os.strerror(number), str(path))
-        return real(path, *rest)  # type: ignore[call-overload]
+        return real(path, *rest, **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(config, "open", refuse, raising=False)
     with pytest.raises(error, match=f"{file} cannot be read: {os.strerror(number)}"):
