@@ -7,6 +7,7 @@ import errno
 import io
 import logging
 import os
+import signal
 import sys
 
 from nbdnfs.errors import EndedBySignal, NbdnfsError, NoMemoryError, is_of_want
@@ -22,6 +23,8 @@ _DEBUG = "NBDNFS_DEBUG"
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The entry point. Ends with a status of sysexits(3), or 130 after Ctrl-C, as a shell would."""
+    # The caller may ignore it (`trap '' CHLD`), which exec keeps: then no child has an exit status, wait(2)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _prepare_output()
     try:
         status = _run(argv)

@@ -9,12 +9,14 @@ import importlib
 import inspect
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.waiting import DEADLINE_S
 
 from nbdnfs import __version__, cli, errors, parser
 from nbdnfs.commands import serve
@@ -71,6 +73,20 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], argv: list[str], messa
     assert out == ""
     assert first.startswith(f"nbdnfs: {message}")
     assert second == f"nbdnfs: see: nbdnfs{command} --help"
+
+
+def test_a_caller_that_ignores_the_end_of_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `trap '' CHLD`: what the commands start has its own exit status all the same."""
+
+    def start(argv: object) -> int:
+        return subprocess.run(["/bin/sh", "-c", "exit 7"], check=False, timeout=DEADLINE_S).returncode
+
+    monkeypatch.setattr(cli, "_run", start)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert run("up", "swap0") == 7
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.mark.parametrize("threads", ["0", "-3", "65"])
