@@ -187,6 +187,22 @@ def test_removal_is_not_refused_for_other_swap(swapping: Path, devices: list[str
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_removal_is_refused_while_something_lies_on_the_device(swapping: Path) -> None:
+    """dm-crypt, and LVM on that: /proc/swaps has the uppermost one's name. Those of other devices are in nobody's
+    way."""
+    swaps(swapping, "/dev/dm-1")
+    for below, above in (("nbd0", "dm-0"), ("dm-0", "dm-1"), ("nbd1", "dm-2")):
+        (swapping / "sys/block" / below / "holders").mkdir(parents=True)
+        (swapping / "sys/block" / below / "holders" / above).symlink_to(f"../../{above}")
+    done = run_script("prerm", swapping, "remove")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[::2] == [
+        f"nbdnfs: in use: /dev/nbd0, the device swap0, is under /dev/{holder}" for holder in ("dm-0", "dm-1")
+    ]
+    assert "dmsetup remove" in done.stderr
+    assert run_script("prerm", swapping, "upgrade", "1.0").returncode == 0
+
+
 def test_purge_leaves_nothing(tmp_path: Path) -> None:
     """Configurations, enabled devices and changes to the units go; a removal keeps them."""
     paths = [
