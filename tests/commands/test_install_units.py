@@ -547,6 +547,32 @@ def test_generator_makes_config_and_link(tmp_path: Path) -> None:
     assert loaded.size_bytes == 256 << 20
 
 
+@pytest.mark.parametrize(
+    ("virtualization", "has_file", "is_made"),
+    [("", False, True), ("vm:kvm", False, True), ("container:docker", False, False), ("", True, False)],
+)
+def test_generator_in_a_container(tmp_path: Path, virtualization: str, has_file: bool, is_made: bool) -> None:
+    """/proc/cmdline is the host's there, and so is the swap. systemd says that it is one: in a variable, or, before
+    251, in a file in /run."""
+    cmdline, container, generator = (tmp_path / name for name in ("cmdline", "container", "generator"))
+    cmdline.write_text(f"quiet nbdnfs.url={URL}\n")
+    if has_file:
+        container.write_text("lxc")
+    text = (SYSTEMD / "nbdnfs-generator").read_text()
+    for there, here in (("/proc/cmdline", cmdline), ("/run/systemd/container", container)):
+        assert there in text
+        text = text.replace(there, str(here))
+    generator.write_text(text)
+    subprocess.run(
+        ["/bin/sh", generator, tmp_path / "normal"],
+        env={"SYSTEMD_VIRTUALIZATION": virtualization, "NBDNFS_CONFIG_DIR": str(tmp_path / "run")},
+        check=True,
+        timeout=10,
+    )
+    assert (tmp_path / "run/cmdline.toml").exists() == is_made
+    assert (tmp_path / "normal").exists() == is_made
+
+
 def test_what_is_wrong_with_the_kernel_command_line(tmp_path: Path) -> None:
     """What the generator lets pass and the configuration refuses is sought where it was written."""
     Generated(tmp_path, "nbdnfs.url=nfs://nas/export/x.swap nbdnfs.size=2KK")
