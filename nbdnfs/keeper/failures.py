@@ -8,6 +8,7 @@ device is attached, and nothing that a server answers before its disks are mount
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 
@@ -124,6 +125,11 @@ def of_machine(name: str) -> Iterator[None]:
             f"{name}: the keeper cannot go on: {error.strerror or error}",
             "a device that is in use stays, with its worker; the unit starts the next keeper",
         ) from None
+
+
+def room_in_run(error: OSError) -> str:
+    """What to do where nothing can be written in /run."""
+    return "make /run writable: it is mounted read-only" if error.errno == errno.EROFS else "make room in /run"
 
 
 def stolen(name: str) -> OwnedError:

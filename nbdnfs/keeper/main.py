@@ -291,7 +291,7 @@ def _server(settings: Config, records: Records, reporter: Reporter, *, is_attach
         only_keeper.record_address(records, url.text, address, is_attached=is_attached)
     except OSError as error:
         raise UnavailableError(
-            f"cannot record the server's address in {records.path}: {error.strerror}", "make room in /run"
+            f"cannot record the server's address in {records.path}: {error.strerror}", failures.room_in_run(error)
         ) from None
     return url.text, address
 

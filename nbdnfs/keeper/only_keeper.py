@@ -47,7 +47,7 @@ def become(records: Records) -> int:
         if is_of_want(error):  # there may be a lock, and another keeper that has it
             raise UnreadableError(text, "free memory, and try again") from None
         if failures.patiently(lambda: nbd_device.find(nbd_device.backend_of(name))) is None:
-            raise UnavailableError(text, "make room in /run") from None
+            raise UnavailableError(text, failures.room_in_run(error)) from None
         print(f"nbdnfs: {name}: {text}; going on for the device that is attached", file=sys.stderr)
     # one of a version that takes no lock
     record = failures.patiently(lambda: records.living(Records.KEEPER))
