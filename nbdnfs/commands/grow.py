@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import sys
 from pathlib import Path
 
 from nbdnfs import backing_size, quantities
@@ -32,8 +32,10 @@ def run(args: argparse.Namespace) -> int:
         try:
             up_down.down(args.where, lambda left_bytes, total_bytes: show(total_bytes - left_bytes, total_bytes))
         except KeyboardInterrupt:
-            with contextlib.suppress(BusyError):  # nothing has been taken down yet
+            try:
                 up_down.up(args.where)
+            except BusyError:  # nothing has been taken down yet, or systemd is about to
+                print(f"nbdnfs: {args.where} may be going down: nbdnfs status {args.where}", file=sys.stderr)
             raise
         try:
             _grow(url, size_bytes)

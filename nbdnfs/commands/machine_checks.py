@@ -59,7 +59,7 @@ def machine(root: Path) -> Iterator[Finding]:
     yield from _reserve(root)
     yield from _vm(root)
     yield from _compression_and_pages(root)
-    if any(device.backend is not None for device in kernel_state.nbd_devices(root)):
+    if has_sys(root) and any(device.backend is not None for device in kernel_state.nbd_devices(root)):
         yield _hibernation(root)
 
 
@@ -71,7 +71,7 @@ def _kernel(root: Path) -> Finding:
 
 
 def _nbd(root: Path) -> Finding:
-    if not _has_sys(root):
+    if not has_sys(root):
         return _unknown("nbd driver")
     module = kernel_state.nbd_module(root)
     if not module.loaded and not module.available:
@@ -80,7 +80,7 @@ def _nbd(root: Path) -> Finding:
     return judge("nbd driver", module.loaded, "loaded" if module.loaded else "not loaded", f"now: modprobe nbd{always}")
 
 
-def _has_sys(root: Path) -> bool:
+def has_sys(root: Path) -> bool:
     """Whether /sys is mounted: its folder of modules is there on any kernel."""
     return (root / "sys/module").is_dir()
 
@@ -97,7 +97,7 @@ def _set(root: Path, setting: str, value: int) -> str:
 
 
 def _cgroup(root: Path) -> Finding:
-    if not _has_sys(root):
+    if not has_sys(root):
         return _unknown("cgroup")
     controllers = read_text(root / "sys/fs/cgroup/cgroup.controllers")
     if controllers is not None and "memory" in controllers.split():

@@ -38,8 +38,9 @@ def taken(settings: Config, records: Records) -> Iterator[None]:
     backing_size.refuse_unless_lockable(size_bytes, Path("/"))
     try:
         claiming.run_until_signal(lambda stop: ownership.claim(settings.url, holder, me, steal=True, stop=stop))
-    except EndedBySignal:  # perhaps when it had just been claimed
-        ownership.release_or_log(settings.url, holder, me)
+    except EndedBySignal:
+        if only_keeper.keeper_of(records) is None:  # it may just have been claimed, and nothing uses it
+            ownership.release_or_log(settings.url, holder, me)
         raise
     try:
         yield

@@ -19,6 +19,7 @@
 
 #define STDERR 2
 #define LOOK_EVERY_MS 250
+#define LOCK_TRIES 3
 
 int64_t heir_now_ms(void)
 {
@@ -93,8 +94,9 @@ bool heir_try_lock(struct heir *heir)
 
 	if (fstat(heir->lock, &file) != 0 || file.st_nlink == 0)
 		return false;
-	while (flock(heir->lock, LOCK_EX | LOCK_NB) != 0) {
-		if (!heir_is_of_want(errno))
+	for (int tries = 0; flock(heir->lock, LOCK_EX | LOCK_NB) != 0; tries++) {
+		/* for a moment a command has it, that looks whether it is free (name_lock.py: holder) */
+		if (errno == EWOULDBLOCK ? tries >= LOCK_TRIES : !heir_is_of_want(errno))
 			return false;
 		poll(NULL, 0, HEIR_AGAIN_MS);
 	}

@@ -9,6 +9,8 @@ docs/decisions/0014.
 
 from __future__ import annotations
 
+import os
+
 from nbdnfs import region
 
 TYPE_CHECKING = False  # typing's own, without typing
@@ -25,13 +27,20 @@ def find(records: Records, stored: int | None) -> int | None:
     """The region of the attached device: `stored` where it is that one, or else a descriptor of what its worker has.
     None where no process has it. OSError, UnreadableError: it is not known.
 
+    A keeper of an earlier version has recorded none: `stored` counts then, unless the worker has another one.
+
     stored  what systemd has kept, which stays the caller's; None without
     """
     recorded = records.read(records.REGION)
     worker = records.living(records.WORKER)
-    if stored is not None and recorded is not None and region.identity(stored) == recorded:
+    if stored is not None and region.identity(stored) == recorded:
         return stored
-    # a keeper of an earlier version has recorded none: without a worker, there is nothing to compare with
-    if stored is not None and recorded is None and (worker is None or region.is_held_by(stored, worker.pid)):
+    taken = region.take_from(worker.pid) if worker is not None else None
+    if stored is None:
+        return taken
+    if taken is None:
+        return stored if recorded is None else None
+    if region.identity(taken) == region.identity(stored):
+        os.close(taken)
         return stored
-    return region.take_from(worker.pid) if worker is not None else None
+    return taken

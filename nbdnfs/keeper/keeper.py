@@ -113,6 +113,7 @@ class Keeper:
         self._is_new_standby_wanted = False  # SIGHUP
         self._is_new_worker_wanted = False  # when there is a standby
         self._is_put_off = False  # a replacement, until the server is back
+        self._is_forced = False  # it is not put off
         self._mapping: mmap.mmap | None = None
         self._watchdog_sent_s = 0.0
         self._root_status = ""  # of a root file system that does not answer
@@ -336,9 +337,11 @@ class Keeper:
         server is back. The kernel would have no socket meanwhile, and fails all requests when it has had none for long
         (nbd_settings.DEAD_CONN_TIMEOUT_S)."""
         is_wanted = self._is_new_standby_wanted or self._is_new_worker_wanted or self.serving.is_outdated
-        before, self._is_put_off = self._is_put_off, is_wanted and self._is_server_away()
+        self._is_forced = self._is_forced and is_wanted
+        before = self._is_put_off
+        self._is_put_off = is_wanted and not self._is_forced and self._is_server_away()
         if self._is_put_off and not before:
-            self._reporter.say(f"the server is away: {_PUT_OFF}")
+            self._reporter.say(f"the server is away: {_PUT_OFF}; a second SIGHUP replaces it now")
 
     def _is_server_away(self) -> bool:
         """Whether the worker that the kernel has waits for the server, connected to it or not."""
@@ -490,6 +493,7 @@ class Keeper:
 
         def renew(number: int, frame: FrameType | None) -> None:
             self._reporter.say("SIGHUP: replacing the worker")
+            self._is_forced = self._is_put_off  # asked for once more: the worker may be what is wrong
             self._is_new_standby_wanted = True
 
         before: dict[int, signal._HANDLER] = {

@@ -42,7 +42,7 @@ class Serving:
 
     device             None until it is attached
     worker             None while there is none
-    has_tried          whether it has asked the kernel to attach one: that may be there although the kernel said no
+    has_tried          whether an attempt to attach one has failed: it may be there although the kernel said no
     connected_since_s  since when the kernel has the worker's socket (time.monotonic()); None while it has none
     is_outdated        whether the worker was adopted, and is of another version than this keeper
     address            the server's, for workers to come, where it has changed; "" before
@@ -175,6 +175,7 @@ class Serving:
             except UnreadableError as error:  # the worker has been greeted once: it is another one's turn
                 self._give_up(worker, f"cannot attach a device: {error.message}")
                 return
+            self.has_tried = False
             self._records.put(self._records.DEVICE, self.device.name)
             self._release(worker)
         else:

@@ -204,9 +204,10 @@ def _disks(root: Path) -> list[str]:
     folder = root / "sys/block"
     try:
         return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     except OSError as error:
-        if is_of_want(error):
-            raise _unreadable(folder, error) from None
+        raise _unreadable(folder, error) from None
     if root == ROOT or _has_proc(root):
         raise UnreadableError("/sys is not mounted", "mount -t sysfs sysfs /sys")
     return []

@@ -115,7 +115,10 @@ def _grow(file: NfsFile, target: NfsUrl, size_bytes: int, report: Progress) -> i
     if held.kind is Kind.EMPTY and (offset := zeros.find_other(file, start, before_bytes)) is not None:
         why_not = content.has_data_at(offset)
     if why_not:
-        raise CannotCreateError(f"{path} holds something else: it {why_not}", "check the URL")
+        raise CannotCreateError(
+            f"{path} holds something else: it {why_not}",
+            "check the URL; after an interrupted create --force, repeat that",
+        )
     zeros.refuse_unless_room(file, target, size_bytes)
     if held.kind is Kind.LUKS:
         for gap_start, gap_end in content.gaps(file, start, before_bytes):
@@ -157,7 +160,7 @@ def refuse_unless_swap(target: NfsUrl, address: str) -> Content:
     if found.kind is Kind.OTHER:
         raise CannotCreateError(
             f"{target.path} on {target.host} {found.why_not}: it is not removed",
-            "check the URL; remove it on the server if it is to go",
+            "check the URL; after an interrupted create --force, repeat that; or remove it on the server",
         )
     return found
 

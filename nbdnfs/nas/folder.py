@@ -99,7 +99,10 @@ class Folder:
 
     def _refuse_if_changed(self, entry: Entry) -> None:
         """BusyError: somebody has put a file there since, or written to it."""
-        with remote_file.directory(self.target, self.address) as directory:
+        with (
+            remote_file.explained(self.target, self.address),
+            remote_file.directory(self.target, self.address) as directory,
+        ):
             try:
                 now = remote_file.retry(lambda: directory.lookup(f"/{entry.name}", False))
             except OSError as error:

@@ -73,9 +73,9 @@ class _Claimant:
             watched=watched,
             steal=steal,
         )
-        # a record that a release may still mark as free is replaced: what marks it goes to a file without a name
+        # a release may still mark the record as free, or remove the name: not before nothing of it is in flight
         is_unfinished = verdict is Verdict.KEEP and os.path.exists(_release_note(self.holder, self.root))
-        return Verdict.REPLACE if is_unfinished else verdict
+        return Verdict.TAKE if is_unfinished else verdict
 
 
 def claim(

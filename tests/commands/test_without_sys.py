@@ -57,7 +57,7 @@ def test_down() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [("status",), ("status", "swap0"), ("list",), ("metrics",), ("doctor",), ("run", "swap0")], ids=" ".join
+    "command", [("status",), ("status", "swap0"), ("list",), ("metrics",), ("run", "swap0")], ids=" ".join
 )
 def test_an_error_of_two_lines(command: tuple[str, ...]) -> None:
     """What is wrong, and what to do."""

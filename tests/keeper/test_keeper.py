@@ -1101,7 +1101,25 @@ def test_a_reload_while_the_server_is_away(setup: Setup, capfd: pytest.CaptureFi
     finally:
         Notifier.send = sent  # type: ignore[method-assign]
     lines = capfd.readouterr().err.splitlines()
-    assert lines.count("nbdnfs: t: the server is away: the worker is replaced when the server is back") == 1
+    text = "the server is away: the worker is replaced when the server is back; a second SIGHUP replaces it now"
+    assert lines.count(f"nbdnfs: t: {text}") == 1
+
+
+def test_a_second_reload_while_the_server_is_away(setup: Setup) -> None:
+    """The worker may be what is wrong, and not the server: whoever asks twice gets another one."""
+
+    def scenario(keeper: Keeper) -> None:
+        watches(keeper)
+        serving, _ = setup.work.pids()
+        server_goes_away(setup, "disconnected")
+        os.kill(os.getpid(), signal.SIGHUP)
+        until(lambda: keeper._is_put_off)
+        setup.work.behaviours = ["serve"]
+        os.kill(os.getpid(), signal.SIGHUP)
+        until(lambda: keeper.serving.worker is not None and keeper.serving.worker.pid != serving)
+        until(lambda: keeper.serving.is_connected)
+
+    assert setup.run(scenario) == 0
 
 
 def test_an_upgrade_while_the_server_is_away(setup: Setup) -> None:

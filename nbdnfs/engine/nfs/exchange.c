@@ -19,7 +19,7 @@ static bool is_given_up(const struct nfsio *io, const struct nfsio_req *req, int
 
 	if (least_ms > ANSWER_TIME_MIN_MS)
 		least_ms = ANSWER_TIME_MIN_MS;
-	return is_hopeless(io, req, now) != 0 && (req->handle != NULL || now - req->sent_at_ms >= least_ms);
+	return is_hopeless(io, req, now) != 0 && (req->fail_at_ms != 0 || now - req->sent_at_ms >= least_ms);
 }
 
 /* A call has been outstanding for too long. It cannot be cancelled, so all of them go over a new connection. */

@@ -153,7 +153,7 @@ int nfsio_look(struct nfsio *io, const char *path, struct nfsio_look *look, stru
 {
 	int error = look_once(io, path, look, why);
 
-	if (error != -ENOENT)
+	if (error != -ENOENT || !look->asks_file)
 		return error;
 	error = wait_for_file(io, look);
 	if (error == 0)

@@ -372,7 +372,7 @@ struct nfsio_look {
 	/* Called every 250 ms while the look is not done, by the calling thread, without a lock. May be NULL. */
 	void (*waiting)(struct nfsio_look *look);
 	_Atomic(const char *) step; /* the procedure that is waited for, or that failed */
-
+	bool asks_file;         /* no file has the name: again when the open file can be read (not names_only) */
 	uint8_t *data;          /* filled from the start of the file */
 	uint32_t room_bytes;
 	uint32_t found_bytes;
@@ -389,7 +389,7 @@ struct nfsio_look {
 
 /*
  * Find the file that has the name now, read, change. On an error not all of it was done; `changed` says whether the
- * server has taken the change. -ENOENT: there is none, though the open file can be read.
+ * server has taken the change.
  *
  * Over a wire, the calls are requests like others: they wait for a connection, and are sent again over a new one. Over
  * libnfs, the look fails with -ENOTCONN without a connection, and with -ECONNRESET or -ETIMEDOUT when that breaks or is

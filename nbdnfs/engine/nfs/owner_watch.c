@@ -229,6 +229,7 @@ static int look(struct owner_watch *watch, uint32_t limit_ms, struct nfsio_failu
 		.limit_ms = limit_ms,
 		.repeat_after_ms = repeat_after_ms > REPEAT_LEAST_MS ? repeat_after_ms : REPEAT_LEAST_MS,
 		.waiting = look_waits,
+		.asks_file = true,
 		.data = watch->found,
 		.room_bytes = OWNER_RECORD_BYTES,
 		.wants_change = look_at,

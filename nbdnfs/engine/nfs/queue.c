@@ -143,8 +143,10 @@ void req_finish_all(struct req_list *list, int error)
  */
 int is_hopeless(const struct nfsio *io, const struct nfsio_req *req, int64_t now)
 {
+	if (req->fail_at_ms != 0 && now >= req->fail_at_ms)
+		return -ETIMEDOUT;
 	if (req->handle != NULL)
-		return req->fail_at_ms != 0 && now >= req->fail_at_ms ? -ETIMEDOUT : 0;
+		return 0;
 	if (req->op != NFSIO_READ && req->batch == NULL)
 		return 0;
 	if (io->state.gone_too_long)
