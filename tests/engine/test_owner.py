@@ -371,6 +371,26 @@ def test_a_disk_that_is_not_mounted_for_a_moment(transport: Literal["wire", "lib
         assert nas.content("/export/swap")[:PAGE] == b"x" * PAGE
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("transport", ["wire", "libnfs"])
+def test_a_start_without_a_record_and_without_answers(transport: Literal["wire", "libnfs"]) -> None:
+    """The look at the file, whether it is there although the record is not, has the start's limit."""
+    with FakeNas() as nas:
+        nas.add("/export/swap", bytes(16 * PAGE))
+        nas.drop("READ", times=None)
+        with pytest.raises(OSError, match=r"."):
+            Engine(
+                nas.url("/export/swap"),
+                LOOPBACK,
+                transport=transport,
+                region_pages=256,
+                owner_path="/.swap.owner",
+                owner_identity="\nboot x\n",
+                owner_refresh_ms=300,
+                connect_timeout_s=2,
+            )
+
+
 def test_both_options_or_none(swap_file: FileOnServer) -> None:
     """A record without an identity, or a refresh time of 0, is a mistake of the caller."""
     for options in ({"owner_path": "/x"}, {"owner_identity": "x"}, {"owner_refresh_ms": 0}):
