@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import vm_time
+from support.waiting import wait_until
 from vmtest import host
 
 from nbdnfs.kernel.openers import descendants
@@ -48,6 +49,7 @@ def test_busy_host() -> None:
     """Its loops are what other users of the machine run: in sessions of their own, at nice 0."""
     before = descendants(os.getpid())
     with vm_time.busy(1):
+        wait_until(lambda: len(descendants(os.getpid()) - before) == 1, "renice has ended")
         (loop,) = descendants(os.getpid()) - before
         assert os.getsid(loop) == loop
         assert session_nice(loop) == 0
