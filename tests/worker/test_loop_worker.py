@@ -70,8 +70,8 @@ def test_it_serves_and_ends(server: FakeNfsServer, region_fd: int) -> None:
     """It has none of nbdkit's threads, returns what was written, and exits in order when its client disconnects."""
     data = os.urandom(PAGE)
     with worker(server, region_fd) as (handle, client):
-        # the loop, its three waiters, the flusher, and one for each connection to the server. One that was joined at the
-        # start may be listed for a moment longer: pthread_join(3) returns before the kernel has let go of it
+        # the loop, its three waiters, the flusher, and one for each connection to the server. One that was joined
+        # may be listed for a moment longer: pthread_join(3) returns before the kernel has let go of it
         until(lambda: threads(handle.pid) == 1 + 3 + 1 + 4)
         client.write(5 * PAGE, data)
         assert client.read(5 * PAGE, PAGE) == data
