@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TypeVar
 
 from nbdnfs.errors import EndedBySignal, NbdnfsError, UnavailableError
+from nbdnfs.nas import patience
 from nbdnfs.nas.patience import Interrupted
 
 # How long an interrupted claim may take to remove what it has left.
@@ -31,16 +32,7 @@ def run(work: Callable[[], T], stop: threading.Event, *, grace_s: float = _GRACE
 
     UnavailableError: it has not ended after `limit_s`; then `stop` is set.
     """
-    future: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-    def call() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    # a daemon: it may wait in the engine when this process ends
-    threading.Thread(target=call, name="claim", daemon=True).start()
+    future = patience.in_thread(work)
     until_s = None if limit_s is None else time.monotonic() + limit_s
     while not stop.is_set():
         if until_s is not None and time.monotonic() >= until_s:

@@ -72,12 +72,9 @@ def pause(seconds: float) -> None:
         raise Interrupted
 
 
-def within(limit_s: float, work: Callable[[], T], stop: threading.Event | None = None) -> T:
+def in_thread(work: Callable[[], T]) -> concurrent.futures.Future[T]:
     """What `work` returns or raises, in a thread of its own: a transfer waits for its server for as long as it takes,
-    and Python runs signal handlers only after it.
-
-    TimeLimitError: it has not ended after `limit_s`. Interrupted: `stop` was set. It is left alone then.
-    """
+    and Python runs signal handlers only after it. Wait for the result in short steps, and handlers run in between."""
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def call() -> None:
@@ -87,7 +84,16 @@ def within(limit_s: float, work: Callable[[], T], stop: threading.Event | None =
             future.set_exception(error)
 
     # a daemon: it may wait in the engine when this process ends
-    threading.Thread(target=call, name="within", daemon=True).start()
+    threading.Thread(target=call, name="transfer", daemon=True).start()
+    return future
+
+
+def within(limit_s: float, work: Callable[[], T], stop: threading.Event | None = None) -> T:
+    """What `work` returns or raises, `in_thread`.
+
+    TimeLimitError: it has not ended after `limit_s`. Interrupted: `stop` was set. It is left alone then.
+    """
+    future = in_thread(work)
     until_s = time.monotonic() + limit_s
     while not future.done():
         if stop is not None and stop.is_set():
