@@ -79,8 +79,6 @@ def _flushed(status: int) -> int:
 def _interrupted(end: KeyboardInterrupt) -> int:
     """The status after Ctrl-C. What a signal ended that was waited for ends by that signal."""
     if isinstance(end, EndedBySignal):
-        import signal  # not for the keeper
-
         _flushed(0)
         signal.signal(end.number, signal.SIG_DFL)
         os.kill(os.getpid(), end.number)

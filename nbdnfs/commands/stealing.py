@@ -7,7 +7,6 @@ So everything that can be known beforehand is looked at first: a machine that ca
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from nbdnfs import backing_size, programs
 from nbdnfs.commands import claiming, systemd_unit
 from nbdnfs.config import Config
-from nbdnfs.errors import ConfigError, EndedBySignal, NbdnfsError, UnavailableError
+from nbdnfs.errors import ConfigError, EndedBySignal, NbdnfsError
 from nbdnfs.keeper import only_keeper
 from nbdnfs.keeper.records import Records
 from nbdnfs.kernel import nbd_driver
@@ -57,8 +56,7 @@ def check(settings: Config) -> None:
     worker could not be locked, and the configuration requires that; or nbdkit's Python is too old.
     """
     kernel_state.require_proc()
-    if not os.path.isdir("/sys/block"):
-        raise UnavailableError("/sys is not mounted", "mount -t sysfs sysfs /sys")
+    kernel_state.require_sys()
     nbd_driver.load()
     nbdkit.check_nbdkit()
     if settings.lock != "required":

@@ -187,6 +187,11 @@ def require_proc(root: Path = ROOT) -> None:
         raise UnavailableError("/proc is not mounted", "mount -t proc proc /proc")
 
 
+def require_sys(root: Path = ROOT) -> None:
+    """UnreadableError unless /sys is mounted: without it, what is attached looks as if it were not."""
+    _disks(root)
+
+
 def _has_proc(root: Path) -> bool:
     try:
         return bool(os.listdir(root / "proc"))
@@ -197,7 +202,7 @@ def _has_proc(root: Path) -> bool:
 
 
 def _disks(root: Path) -> list[str]:
-    """All names in /sys/block. UnreadableError unless /sys is mounted: without it, no device looks attached.
+    """All names in /sys/block. Errors as `require_sys`.
 
     None below another root that has no /proc either: that is the root of an image, in which no kernel runs.
     """
