@@ -41,15 +41,17 @@ Progress = Callable[[int, int], None]
 def find_other(file: NfsFile, start: int = 0, end: int | None = None) -> int | None:
     """The first page's offset that has other bytes than zeros; None where there is none. Reads all of it, or what lies
     from `start` up to `end`; pages are counted from `start`. OSError."""
+    room_bytes = CHUNK_BYTES if end is None else min(CHUNK_BYTES, max(end - start, 0))
+    chunk, nothing = memoryview(bytearray(room_bytes)), memoryview(bytes(room_bytes))
     offset = start
     while end is None or offset < end:
-        chunk = bytearray(CHUNK_BYTES if end is None else min(CHUNK_BYTES, end - offset))
-        count = file.pread(chunk, offset)
+        count = file.pread(chunk[: None if end is None else end - offset], offset)
         if not count:
             break
-        found = chunk[:count]
-        if found != bytes(count):
-            return offset + next(at for at in range(0, count, SLOT_BYTES) if any(found[at : at + SLOT_BYTES]))
+        if chunk[:count] != nothing[:count]:
+            return offset + next(
+                at for at in range(0, count, SLOT_BYTES) if any(chunk[at : min(at + SLOT_BYTES, count)])
+            )
         offset += count
     return None
 
