@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import pytest
@@ -115,7 +114,7 @@ def test_a_signal_while_the_server_hangs(start: Callable[[str], subprocess.Popen
         wait_until(lambda: nas.names("/export") == ["bench.swap", "other"], "the file is there, and no part of it")
         for op in ("NULL", "GETATTR", "LOOKUP", "REMOVE", "READ", "WRITE", "COMMIT"):
             nas.drop(op, times=None, executed=False)
-        time.sleep(1)  # whatever is sent by then is not answered
+        wait_until(lambda: nas.struck("READ") or nas.struck("WRITE"), "a transfer is not answered")
         process.send_signal(number)
         assert process.wait(DEADLINE_S) == -number
         assert process.stdout is not None

@@ -306,62 +306,54 @@ def test_names_that_no_record_has(swap_file: FileOnServer, name: str, transport:
         Engine(swap_file.url(), LOOPBACK, owner_path=name, owner_identity="x", transport=transport, connect_timeout_s=1)
 
 
+@contextlib.contextmanager
+def owner_on(nas: FakeNas, transport: Literal["wire", "libnfs"], **options: int) -> Iterator[Engine]:
+    """An engine of a machine that has claimed /export/swap, and looks at its record every 300 ms."""
+    box1 = machine("box1")
+    nas.add("/export/swap", bytes(16 * PAGE))
+    nas.add("/export/.swap.owner", owner_record.new(box1, HOLDER, None, "held", QUICK).to_bytes())
+    engine = Engine(
+        nas.url("/export/swap"),
+        LOOPBACK,
+        transport=transport,
+        region_pages=256,
+        owner_path="/.swap.owner",
+        owner_identity=f"\nboot {box1.boot}\n",
+        owner_refresh_ms=300,
+        **options,
+    )
+    with contextlib.closing(engine):
+        yield engine
+
+
 @pytest.mark.parametrize("transport", ["wire", "libnfs"])
 @pytest.mark.parametrize("op", ["LOOKUP", "READ", "WRITE"])
 @pytest.mark.parametrize("fault", ["refused", "silence"])
 def test_a_look_that_fails(transport: Literal["wire", "libnfs"], op: str, fault: str) -> None:
     """At any of its calls: the server refuses some, or the connection breaks. The record is refreshed again."""
-    box1 = machine("box1")
-    record = owner_record.new(box1, HOLDER, None, "held", QUICK).to_bytes()
-    with FakeNas() as nas:
-        nas.add("/export/swap", bytes(16 * PAGE))
-        nas.add("/export/.swap.owner", record)
-        engine = Engine(
-            nas.url("/export/swap"),
-            LOOPBACK,
-            transport=transport,
-            region_pages=256,
-            owner_path="/.swap.owner",
-            owner_identity=f"\nboot {box1.boot}\n",
-            owner_refresh_ms=300,
-        )
-        with contextlib.closing(engine):
-            if fault == "refused":
-                nas.fail(op, NFS3ERR_IO, times=2)
-                wait_until(lambda: nas.struck(op), "they are refused")
-            else:
-                nas.drop(op)
-                wait_until(lambda: nas.struck(op), "a call has arrived")
-                nas.disconnect()
-            before = nas.content("/export/.swap.owner")
-            wait_until(lambda: nas.content("/export/.swap.owner") != before, "another sign of life")
-            wait_until(lambda: engine.counters()["owner_state"] == OWNER_HELD, "its own")
+    with FakeNas() as nas, owner_on(nas, transport) as engine:
+        if fault == "refused":
+            nas.fail(op, NFS3ERR_IO, times=2)
+            wait_until(lambda: nas.struck(op), "they are refused")
+        else:
+            nas.drop(op)
+            wait_until(lambda: nas.struck(op), "a call has arrived")
+            nas.disconnect()
+        before = nas.content("/export/.swap.owner")
+        wait_until(lambda: nas.content("/export/.swap.owner") != before, "another sign of life")
+        wait_until(lambda: engine.counters()["owner_state"] == OWNER_HELD, "its own")
 
 
 @pytest.mark.parametrize("transport", ["wire", "libnfs"])
 def test_a_disk_that_is_not_mounted_for_a_moment(transport: Literal["wire", "libnfs"]) -> None:
     """While the connection stays: no name is there then, and the file's handle is stale. Nobody has taken the file; it
     goes on when the disk is back."""
-    box1 = machine("box1")
-    record = owner_record.new(box1, HOLDER, None, "held", QUICK).to_bytes()
     with FakeNas() as nas:
-        nas.add("/export/swap", bytes(16 * PAGE))
-        nas.add("/export/.swap.owner", record)
-        engine = Engine(
-            nas.url("/export/swap"),
-            LOOPBACK,
-            transport=transport,
-            region_pages=256,
-            connections=2,
-            owner_path="/.swap.owner",
-            owner_identity=f"\nboot {box1.boot}\n",
-            owner_refresh_ms=300,
-        )
-        with contextlib.closing(engine):
+        with owner_on(nas, transport, connections=2) as engine:
             for op in ("GETATTR", "READ", "WRITE", "COMMIT"):
                 nas.fail(op, NFS3ERR_STALE, seconds=3)
             nas.fail("LOOKUP", NFS3ERR_NOENT, seconds=3)
-            # each look finds no record three times in a row, if it believes what it finds, within a second
+            # three looks without a record take less than a second: if they were believed, it would be stolen
             wait_until(lambda: engine.counters()["owner_state"] != OWNER_HELD, "it has not been refreshed")
             assert engine.counters()["owner_state"] == OWNER_UNSURE
             wait_until(lambda: engine.counters()["owner_state"] != OWNER_UNSURE, "the disk is back")
