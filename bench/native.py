@@ -49,6 +49,8 @@ from nbdnfs import proc_stat
 HERE = Path(__file__).resolve().parent
 DEVICE_BYTES = 256 << 20
 PEERS = (OURS, LOOP, QEMU, NBDKIT_NFS, "libnfs-python", LIMIT)
+# Left out where it has no such plugin. One that is named must have it.
+DEBIANS_NBDKIT = ("nbdkit", "nfs")
 DEADLINE_S = 30.0
 
 
@@ -171,10 +173,14 @@ def _absent_peers(options: argparse.Namespace) -> set[str]:
         absent.add(QEMU)
     if sys.version_info >= (3, 12):
         absent.add("libnfs-python")
-    with contextlib.suppress(FileNotFoundError):
-        dump = [options.nbdkit, "--dump-plugin", options.nfs_plugin]
-        if subprocess.run(dump, capture_output=True, check=False).returncode == 0:
+    given = (options.nbdkit, options.nfs_plugin)
+    with contextlib.suppress(OSError):
+        if subprocess.run([given[0], "--dump-plugin", given[1]], capture_output=True, check=False).returncode == 0:
             return absent
+    if given != DEBIANS_NBDKIT:
+        raise SystemExit(
+            f"bench: {given[0]} cannot load {given[1]}\nbench: it needs nbdkit 1.44 and libnfs 6; try it by hand"
+        )
     return absent | {NBDKIT_NFS}
 
 
@@ -206,8 +212,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all samples to this file")
     parser.add_argument("--svg", type=Path, help="write the picture to this file")
     parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated, some of the default")
-    parser.add_argument("--nbdkit", default="nbdkit", help="an nbdkit that has the NFS plugin")
-    parser.add_argument("--nfs-plugin", default="nfs", help="its name or file")
+    parser.add_argument("--nbdkit", default=DEBIANS_NBDKIT[0], help="an nbdkit that has the NFS plugin")
+    parser.add_argument("--nfs-plugin", default=DEBIANS_NBDKIT[1], help="its name or file")
     options = parser.parse_args()
     absent = _absent_peers(options)
     peers = [peer for peer in options.peers.split(",") if peer not in absent]
