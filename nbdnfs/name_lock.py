@@ -64,7 +64,7 @@ def holder(name: str, what: str, *, root: Path = Path("/"), run: Path | None = N
         pid = _holder_of(found)
         if pid is not None or not _is_locked(path):
             return pid
-        time.sleep(_POLL_S)  # whoever has taken it for a moment, to see whether it is free, has let it go by then
+        time.sleep(_POLL_S)  # another probe may hold it for a moment
     return 0
 
 

@@ -44,7 +44,7 @@ _GRACE_S = 5.0
 _NAME = struct.Struct(">QQ")
 _STEP = 64
 
-# Those of loads that were interrupted: closing one waits until the server has all of its pages, which nobody wants.
+# Engines of interrupted loads. They are not closed: that would wait until the server has all of their pages.
 _abandoned: list[Engine] = []
 
 
@@ -188,7 +188,7 @@ def measure(
 
 @contextlib.contextmanager
 def _opened(target: nfs_url.NfsUrl, address: str, encrypt: bool) -> Iterator[Engine]:
-    """An engine, closed at the end unless that would make somebody wait who has just ended the command."""
+    """An engine. It is closed at the end, unless a signal has ended the command: closing may take long."""
     engine = _open(target, address, encrypt)
     try:
         yield engine

@@ -35,8 +35,8 @@ def become(records: Records) -> int:
     """Become the keeper of the device, for as long as the descriptor that this returns is open; -1 without a lock.
 
     OtherKeeperError: another process is, even one that is stopped, hangs, or cannot be seen from here.
-    UnavailableError: there is no place for the lock, and no device that has to be kept all the same. UnreadableError:
-    there is no memory or descriptor to see who is.
+    UnavailableError: the lock file cannot be made, and no device is attached that needs a keeper anyway.
+    UnreadableError: there is no memory or descriptor to find out.
     """
     name = records.name
     descriptor = -1

@@ -5,8 +5,8 @@ Readers only: they need no root and cache nothing. Each takes the folder that st
 golden trees. Sizes are in bytes, in any unit that the file has. No reader touches a file outside /proc, /sys, /dev and
 the list of kernel modules, because it may lie on the NFS share that does not answer.
 
-UnreadableError, from each of them: there is no memory or descriptor to read it with, or /sys is not mounted. That is
-not the same as that there is nothing: a device in use must never look as if it were not there.
+Each raises UnreadableError if there is no memory or descriptor to read with, or if /sys is not mounted. That does not
+mean that there is nothing: a device in use must never look as if it were not there.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class Folder:
         return True
 
     def _refuse_if_changed(self, entry: Entry) -> None:
-        """BusyError: somebody has put a file there since, or written to it."""
+        """BusyError: the file was created or changed since it was listed."""
         with (
             remote_file.explained(self.target, self.address),
             remote_file.directory(self.target, self.address) as directory,

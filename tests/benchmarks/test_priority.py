@@ -38,7 +38,7 @@ def test_session_of_a_guest() -> None:
 
 
 def test_process_that_has_ended() -> None:
-    """Is no reason to stop."""
+    """It is ignored."""
     process = host.start(["true"])
     process.wait()
     host.raise_session_priority(process.pid)

@@ -407,7 +407,7 @@ def test_gc_and_a_hidden_file(place: Folder, run: Run, is_swap: bool) -> None:
 @pytest.mark.parametrize("listed_as", ["record", "file"])
 @pytest.mark.parametrize("is_swap", [True, False])
 def test_gc_and_a_file_that_comes_back(place: Folder, listed_as: str, is_swap: bool) -> None:
-    """Between the question and the answer, somebody puts a file there, from a snapshot perhaps: it stays."""
+    """A file that appears between the question and the answer, perhaps from a snapshot, stays."""
     path = place.create("a.swap", "box1", 91 * DAY_S)
     if listed_as == "record":
         path.unlink()

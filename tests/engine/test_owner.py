@@ -346,8 +346,8 @@ def test_a_look_that_fails(transport: Literal["wire", "libnfs"], op: str, fault:
 
 @pytest.mark.parametrize("transport", ["wire", "libnfs"])
 def test_a_disk_that_is_not_mounted_for_a_moment(transport: Literal["wire", "libnfs"]) -> None:
-    """While the connection stays: no name is there then, and the file's handle is stale. Nobody has taken the file; it
-    goes on when the disk is back."""
+    """The connection stays up, lookups find nothing, and the file's handle is stale. The file does not count as stolen,
+    and writes go on when the disk is back."""
     with FakeNas() as nas:
         with owner_on(nas, transport, connections=2) as engine:
             for op in ("GETATTR", "READ", "WRITE", "COMMIT"):

@@ -194,7 +194,7 @@ def test_an_upgrade_from_a_version_without_the_record(machine: Machine, lives: b
 
 
 def test_an_upgrade_with_a_stored_region_of_an_earlier_start(machine: Machine) -> None:
-    """There is no record, but the worker has another region: the device's is that one."""
+    """There is no record, and the worker has another region than the stored one: the worker's is used."""
     machine.run(parked(machine))
     machine.down()
     machine.run(writes(machine), by_hand=True)

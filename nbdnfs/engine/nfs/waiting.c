@@ -15,8 +15,8 @@
 #define LOG_AFTER_MS 2000
 
 /*
- * The kernel notices a peer that has vanished. There is no limit on how slow a server may be, but on how long it takes
- * nothing at all: TCP_USER_TIMEOUT also ends a connection to a peer that answers, and has no room.
+ * The kernel notices a peer that has vanished. A server may be as slow as it likes, but must accept some data:
+ * TCP_USER_TIMEOUT also ends a connection to a peer that acknowledges probes and keeps its window closed.
  */
 #define KEEPALIVE_IDLE_S 5
 #define KEEPALIVE_INTERVAL_S 5
